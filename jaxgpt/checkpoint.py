@@ -1,0 +1,134 @@
+"""Checkpoints of a run: asynchronous, atomic, restored onto any mesh (Orbax).
+
+A checkpoint holds one item for each part of the state, so that a user of the weights reads the
+weights alone, and `meta`: the step and what the loop needs to go on.
+"""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxgpt.errors import UserError
+
+_SCALARS = ("step", "nonfinite_step")
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `folder`."""
+
+  def __init__(self, folder, keep=None, keep_every=0):
+    """Opens the folder; it is made at the first save.
+
+    Args:
+      folder: where the checkpoints are, one subfolder a step.
+      keep: how many of the newest are kept; None: all.
+      keep_every: checkpoints whose step is a multiple of it are kept too; 0: none.
+    """
+    self.folder = epath.Path(folder).absolute()
+    self._manager = ocp.CheckpointManager(
+        self.folder, options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True))
+
+  def latest(self):
+    """The newest complete checkpoint's step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, state, extra=None):
+    """Starts to save; training may go on, and may donate `state`, when this returns.
+
+    Args:
+      state: as in `train_step`.
+      extra: what else the loop wants back; plain JSON values.
+    """
+    step = int(state["step"])
+    if step in self._manager.all_steps():
+      return
+    items = {name: ocp.args.StandardSave(part) for name, part in state.items()
+             if name not in _SCALARS}
+    meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra or {}}
+    self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+
+  def wait(self):
+    """Returns when every save that was started is complete."""
+    self._manager.wait_until_finished()
+
+  def restore(self, abstract, step=None):
+    """Reads a checkpoint, or parts of it, onto the mesh that `abstract` names.
+
+    Args:
+      abstract: tree of `ShapeDtypeStruct`s with shardings, see `train_step.abstract_state`; only
+        its top-level parts are read.
+      step: which checkpoint; None: the newest.
+
+    Returns:
+      (state, extra) with the parts of `abstract`.
+
+    Raises:
+      UserError: there is none, it can't be read, or it has other parameters than `abstract`.
+    """
+    step = self.latest() if step is None else step
+    if step is None:
+      raise UserError(f"no checkpoint in {self.folder}; train first, or point --workdir elsewhere")
+    where = self.folder / str(step)
+    items = {name: ocp.args.StandardRestore(part) for name, part in abstract.items()
+             if name not in _SCALARS}
+    try:
+      self._check_shapes(where, step, items, abstract)
+      out = self._manager.restore(step, args=ocp.args.Composite(
+          meta=ocp.args.JsonRestore(), **items))
+    except UserError:
+      raise
+    except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
+      raise UserError(f"checkpoint {where} can't be read ({type(e).__name__}: "
+                      f"{str(e).splitlines()[0][:200]}); delete that folder to go on from the "
+                      "one before") from e
+    state = {name: out[name] for name in items}
+    for name in _SCALARS:
+      if name in abstract:
+        value = np.full((), out["meta"][name], np.int32)
+        state[name] = jax.device_put(value, abstract[name].sharding)
+    return state, out["meta"]["extra"]
+
+  def _check_shapes(self, where, step, items, abstract):
+    saved = self._manager.item_metadata(step)
+    for name in items:
+      if saved.get(name) is None:
+        raise UserError(f"checkpoint {where} has no {name!r}; was the run made with other "
+                        "settings (optim.ema)?")
+      have = {jax.tree_util.keystr(p): tuple(m.shape) for p, m in _leaves(saved[name])}
+      want = {jax.tree_util.keystr(p): tuple(s.shape) for p, s in _leaves(abstract[name])}
+      if name == "params" and have != want:
+        key = min(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+        raise UserError(f"checkpoint {where}: parameter {key} is {have.get(key, 'missing')}, but "
+                        f"the config makes it {want.get(key, 'unknown')}")
+
+  def close(self):
+    """Waits for what is being saved and lets go of the folder."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def _leaves(tree):
+  return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def dump(folder, state, batch, metrics):
+  """Writes what is needed to look into one bad step.
+
+  Args:
+    folder: made if need be.
+    state: the state before the step.
+    batch: {name: array} of the step.
+    metrics: plain floats.
+  """
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / "batch.npz").open("wb") as f:
+    np.savez(f, **batch)
+  (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+  checkpoints = Checkpoints(folder / "state")
+  checkpoints.save(state)
+  checkpoints.close()

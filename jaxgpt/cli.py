@@ -1,0 +1,173 @@
+"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+
+import argparse
+import os
+import sys
+
+from jaxgpt import __version__
+from jaxgpt.errors import UserError
+
+_EPILOG = """config overrides: any key of the config as --config.SECTION.KEY=VALUE, for example
+  jaxgpt train --config=configs/gpt2_124m.py --config.optim.lr=3e-4 --config.data.path=DIR \\
+    --workdir=RUN
+docs/config.md lists the keys."""
+
+
+def main(argv=None):
+  """Runs a command.
+
+  Args:
+    argv: arguments without the program's name; None: those of the process.
+
+  Returns:
+    The exit code: 0, 2 for bad input, 128 + the number of the signal that ended a run.
+  """
+  parser = _parser()
+  args, rest = parser.parse_known_args(argv)
+  overrides = [a for a in rest if a.startswith(("--config.", "--noconfig."))]
+  unknown = [a for a in rest if a not in overrides]
+  if unknown or (overrides and args.command != "train"):
+    parser.error(f"unknown argument {(unknown or overrides)[0]!r} for {args.command!r}; see "
+                 f"jaxgpt {args.command} --help")
+  args.overrides = overrides
+  try:
+    return args.run(args) or 0
+  except UserError as e:
+    print(f"jaxgpt: error: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("jaxgpt: interrupted", file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # the reader of our output, such as `head`, is gone
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+def _parser():
+  parser = argparse.ArgumentParser(
+      prog="jaxgpt", description="Train, evaluate and use language models in JAX.",
+      epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--version", action="version", version=f"jaxgpt {__version__}")
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def command(name, run, text):
+    sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False,
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sub.set_defaults(run=run)
+    return sub
+
+  _add_data(command("data", _data, "turn text files into tokenized shards"))
+  p = command("train", _train, "train a model, or go on with an interrupted run")
+  p.add_argument("--config", required=True, metavar="FILE.py[:ARG]",
+                 help="the experiment; overrides follow as --config.KEY=VALUE")
+  p.add_argument("--workdir", required=True, help="run folder: checkpoints, metrics, config")
+  p = command("evaluate", _evaluate, "loss and bits per byte of a run on held-out text")
+  _add_run(p)
+  p.add_argument("--split", default="validation", choices=("train", "validation", "test"),
+                 help="which documents")
+  p.add_argument("--batches", type=int, default=0, help="batches to evaluate; 0: the whole split")
+  p.add_argument("--batch-size", type=int, help="rows a batch; default: the run's")
+  _add_generate(command("generate", _generate, "continue a prompt with a run's model"))
+  p = command("demo", _demo, "train and sample a small model on Python's standard library")
+  p.add_argument("--dir", default="runs/demo", help="folder for the data and the run")
+  return parser
+
+
+def _add_data(p):
+  p.add_argument("paths", nargs="+", metavar="PATH", help="files, folders or glob patterns")
+  p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+  p.add_argument("--tokenizer", default="sentencepiece:4096", metavar="SPEC",
+                 help="bytes | sentencepiece:SIZE[:bpe|unigram|char] | a .model file | a folder "
+                      "that this command wrote")
+  p.add_argument("--validation", type=float, default=0.05, help="share of held-out documents")
+  p.add_argument("--test", type=float, default=0.05, help="share of documents for a last test")
+  p.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
+                 help="shell pattern of files or folders to leave out; may be repeated")
+  p.add_argument("--text-field", default="text", help="key of the text in a JSON line")
+  p.add_argument("--salt", default="", help="another salt draws other held-out documents")
+  p.add_argument("--sample-bytes", type=int, default=4_000_000,
+                 help="bytes of text that the tokenizer is trained on")
+  p.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
+
+
+def _add_run(p):
+  p.add_argument("--workdir", required=True, help="run folder")
+  p.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+
+
+def _add_generate(p):
+  _add_run(p)
+  p.add_argument("--prompt", default="", help="text to continue; @FILE reads a file")
+  p.add_argument("--samples", type=int, default=1, help="texts to draw")
+  p.add_argument("--max-new", type=int, default=200, help="new tokens at most")
+  p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+  p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
+  p.add_argument("--top-p", type=float, default=1.0,
+                 help="draw from the likeliest that reach this probability together")
+  p.add_argument("--min-p", type=float, default=0.0,
+                 help="draw from tokens at least this times as likely as the likeliest")
+  p.add_argument("--seed", type=int, default=0, help="of the draws")
+
+
+def _data(args):
+  from jaxgpt.text import prepare
+  manifest = prepare.prepare(
+      args.paths, args.out, overwrite=args.overwrite, report=lambda line: print(line, flush=True),
+      tokenizer=args.tokenizer, validation=args.validation, test=args.test,
+      exclude=tuple(args.exclude), text_field=args.text_field, salt=args.salt,
+      sample_bytes=args.sample_bytes)
+  for split, entry in manifest["splits"].items():
+    print(f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
+          f"{entry['bytes']:>14,} bytes")
+  print(f"wrote {args.out}; train with --config.data.path={args.out}")
+
+
+def _train(args):
+  from jaxgpt import config
+  c, origin = config.load(args.config, args.overrides)
+  config.resolve(c)  # what is wrong with the config is said before anything heavy is imported
+  from jaxgpt import loop, mesh
+  mesh.set_backend_flags()
+  step, result, stopped = loop.train(c, args.workdir, origin)
+  if stopped:
+    print(f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
+          "the same command goes on")
+    return 128 + stopped
+  print(f"done: {args.workdir} holds {step} steps; validation loss {result['loss']:.4f}, "
+        f"{result['bits_per_byte']:.4f} bits per byte")
+
+
+def _evaluate(args):
+  from jaxgpt import mesh, runs
+  mesh.set_backend_flags()
+  run = runs.load(args.workdir, args.step)
+  result = runs.evaluate_run(run, args.split, args.batches, args.batch_size)
+  print(f"{args.split} at step {run.step}: loss {result['loss']:.4f} nats a token, perplexity "
+        f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte "
+        f"({result['tokens']:,} tokens)")
+
+
+def _generate(args):
+  from jaxgpt import mesh, runs
+  sampling = runs.Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+  for name in ("samples", "max_new"):
+    if getattr(args, name) < 1:
+      raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
+  prompt = args.prompt
+  if prompt.startswith("@"):
+    try:
+      with open(prompt[1:], encoding="utf-8") as f:
+        prompt = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+      raise UserError(f"--prompt={prompt}: {e}; give a text file, or the text itself") from e
+  mesh.set_backend_flags()
+  sampler = runs.Sampler(runs.load(args.workdir, args.step), args.samples)
+  for i, text in enumerate(sampler(prompt, args.max_new, sampling, args.seed)):
+    if args.samples > 1:
+      print(f"--- sample {i + 1} of {args.samples}")
+    print(prompt + text, flush=True)
+
+
+def _demo(args):
+  from jaxgpt import demo
+  return demo.main(args.dir)

@@ -1,0 +1,336 @@
+"""The base config, its merge with presets, files and the command line, and its checks.
+
+A config file is the experiment. Every knob is declared once, in `base`, with a comment that says
+what it does and in what unit; `docs/config.md` is generated from this file's text.
+"""
+
+import difflib
+import importlib.util
+import math
+import pathlib
+
+import ml_collections
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from jaxgpt.errors import UserError
+from jaxgpt.presets import PRESETS
+
+MESH_AXES = ("data", "fsdp", "seq", "tensor", "expert", "stage")
+
+# Keys that may differ between a run and its continuation: they don't change what is computed.
+FREE_ON_RESUME = ("mesh", "log", "checkpoint", "eval", "data.prefetch", "data.threads",
+                  "data.path")
+
+CHOICES = {
+    "objective.name": ("causal_lm",),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.position": ("learned", "rotary", "none"),
+    "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full", "dots", "save_qkv", "save_attention"),
+    "model.attention": ("auto", "reference", "batched"),
+    "data.packing": ("best_fit", "concat", "one_per_row"),
+    "optim.name": ("adamw", "lion", "adafactor", "muon"),
+    "schedule.name": ("cosine", "linear", "wsd", "inverse_sqrt", "constant"),
+}
+
+
+def base():
+  """Every key there is. A placeholder (`None`, but typed) is derived from others by `resolve`."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0  # seed of the initial weights, of dropout and of the data order
+
+  c.model = m = ml_collections.ConfigDict()
+  m.preset = ""  # name of the preset that filled this section; for information only
+  m.vocab_size = config_dict.placeholder(int)  # rows of the embedding; default: the tokenizer's size
+  m.max_len = config_dict.placeholder(int)  # longest context, in tokens; default: data.seq_len
+  m.num_layers = 6  # Transformer blocks
+  m.width = 384  # size of the residual stream (D)
+  m.num_heads = 6  # query heads (N)
+  m.num_kv_heads = config_dict.placeholder(int)  # key/value heads (K), divides num_heads; default: num_heads
+  m.head_dim = config_dict.placeholder(int)  # size of one head (H); default: width / num_heads
+  m.mlp_width = config_dict.placeholder(int)  # hidden size of the MLP (F); default: 4 * width
+  m.norm = "layernorm"  # layernorm | rmsnorm
+  m.norm_eps = 1e-5  # added to the variance
+  m.position = "learned"  # learned | rotary | none
+  m.rope_theta = 10_000.0  # base of the rotary frequencies
+  m.activation = "gelu"  # gelu (tanh form) | gelu_exact | silu | relu | relu2 (squared)
+  m.gated = False  # MLP multiplies the activation with a second projection (SwiGLU with silu)
+  m.bias = True  # biases in the projections and in layernorm
+  m.qk_norm = False  # RMSNorm on each query and key head before the positions are applied
+  m.logit_softcap = config_dict.placeholder(float)  # cap * tanh(logits / cap); default: no cap
+  m.tie_embeddings = True  # the output head is the transposed embedding
+  m.causal = True  # a token reads only itself and what came before
+  m.dropout = 0.0  # drop rate on the embeddings and on each residual branch while training
+  m.init_std = 0.02  # standard deviation of initial weights; 1/sqrt(2 * num_layers) of it into the residual stream
+  m.param_dtype = "float32"  # float32 | bfloat16: parameters and optimizer state
+  m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; norms, softmax, loss stay float32
+  m.attention = "auto"  # auto (by backend) | reference | batched (the form for CPUs)
+  m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
+  m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention
+
+  c.data = d = ml_collections.ConfigDict()
+  d.path = ""  # folder written by `jaxgpt data`
+  d.seq_len = 256  # tokens a row (T)
+  d.batch_size = 8  # rows a step, over all hosts and accumulation steps (global B)
+  d.packing = "best_fit"  # best_fit (whole documents together) | concat (one stream) | one_per_row
+  d.shuffle = True  # permute the rows anew each epoch, seeded by `seed`
+  d.threads = 4  # reader threads a host
+  d.prefetch = 4  # batches kept ready a host
+
+  c.objective = o = ml_collections.ConfigDict()
+  o.name = "causal_lm"  # causal_lm
+  o.z_loss = 0.0  # weight of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM: 1e-4)
+
+  c.optim = p = ml_collections.ConfigDict()
+  p.name = "adamw"  # adamw | lion | adafactor | muon (matrices of the layers; adamw for the rest)
+  p.lr = 1e-3  # peak learning rate
+  p.adam_lr = config_dict.placeholder(float)  # muon: peak rate of what adamw updates; default: lr
+  p.b1 = 0.9  # decay of the first moment (momentum of muon: muon_momentum)
+  p.b2 = 0.95  # decay of the second moment
+  p.eps = 1e-8  # added to the root of the second moment
+  p.muon_momentum = 0.95  # muon: decay of the momentum that is orthogonalised
+  p.weight_decay = 0.1  # decoupled, times the learning rate; on matrices, not on norms and biases
+  p.clip_norm = 1.0  # gradients are scaled down to this global norm; 0: off
+  p.accumulate = 1  # microbatches a step, whose gradients are summed before the one update
+  p.ema = 0.0  # decay of the moving average of the weights, which evaluation then uses; 0: off
+
+  c.schedule = s = ml_collections.ConfigDict()
+  s.name = "cosine"  # cosine | linear | wsd | inverse_sqrt | constant
+  s.warmup_steps = 100  # linear rise from 0 to the peak
+  s.decay_fraction = 0.2  # wsd: last share of the run in which the rate falls
+  s.final_ratio = 0.1  # rate at the end, as a share of the peak (cosine, linear, wsd)
+
+  c.train = t = ml_collections.ConfigDict()
+  t.steps = 1000  # optimizer steps
+
+  c.eval = e = ml_collections.ConfigDict()
+  e.every = 250  # steps between evaluations on the validation split; 0: only at the end
+  e.batches = 20  # batches of an evaluation while training; 0: the whole split
+  e.batch_size = config_dict.placeholder(int)  # rows a batch; default: data.batch_size
+
+  c.checkpoint = k = ml_collections.ConfigDict()
+  k.every = 500  # steps between checkpoints; the last step is always saved
+  k.keep = 2  # newest checkpoints that are kept
+  k.keep_every = 0  # keep each checkpoint whose step is a multiple of this; 0: none
+
+  c.log = g = ml_collections.ConfigDict()
+  g.every = 10  # steps between log lines; metrics are means over them
+  g.tensorboard = False  # also write TensorBoard event files (needs the extra [track])
+
+  c.mesh = h = ml_collections.ConfigDict()
+  h.data = 1  # devices that hold copies of the model and share the batch
+  h.fsdp = -1  # devices that share the batch and shard the parameters; -1: what is left
+  h.seq = 1  # devices that share the sequence (reserved)
+  h.tensor = 1  # devices that split heads and MLP columns (reserved)
+  h.expert = 1  # devices that split the experts (reserved)
+  h.stage = 1  # pipeline stages (reserved)
+  return c.lock()
+
+
+def preset(name):
+  """The `model` section of a published architecture.
+
+  Args:
+    name: a key of `presets.PRESETS`.
+
+  Raises:
+    UserError: there is no preset of that name.
+  """
+  if name not in PRESETS:
+    raise UserError(f"no preset {name!r}; {nearest(name, PRESETS)}"
+                    f"there are: {', '.join(sorted(PRESETS))}")
+  return dict(PRESETS[name], preset=name)
+
+
+def nearest(name, names):
+  """A hint 'did you mean …? ' with the closest of `names`, or ''."""
+  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+  return f"did you mean {close[0]!r}? " if close else ""
+
+
+def flatten(c):
+  """{'model.width': 384, …} of a nested ConfigDict or dict, in declaration order."""
+  out = {}
+  for key, value in c.items():
+    if isinstance(value, (dict, ml_collections.ConfigDict)):
+      out.update({f"{key}.{k}": v for k, v in flatten(value).items()})
+    else:
+      out[key] = value
+  return out
+
+
+def from_dict(tree):
+  """A locked config from a plain nested dict, such as a run folder's `config.json` holds.
+
+  Raises:
+    UserError: a key that `base` does not have.
+  """
+  c = base()
+  known = flatten(c)
+  for key, value in flatten(tree).items():
+    if key not in known:
+      raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+    if value is not None:
+      c.update_from_flattened_dict({key: value})
+  return c
+
+
+def load(path, overrides=(), arg=None):
+  """Reads a config file and applies overrides as JAX users type them.
+
+  Args:
+    path: a Python file with `get_config()` or `get_config(arg)`.
+    overrides: strings `--config.optim.lr=3e-4`.
+    arg: passed to `get_config`; `path` may also end in `:arg`.
+
+  Returns:
+    (config, provenance): the locked config, and for each flat key where its value came from:
+    'base', 'preset NAME', 'file' or 'command line'.
+
+  Raises:
+    UserError: no such file, an unknown key, or a value of the wrong type.
+  """
+  path, _, suffix = str(path).partition(":")
+  arg = arg or suffix or None
+  if not pathlib.Path(path).is_file():
+    near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+    hint = nearest(path, near) + (f"there are: {', '.join(near)}" if near else "")
+    raise UserError(f"--config={path}: no such file; {hint}".rstrip("; "))
+  flat = flatten(base())
+  for item in overrides:
+    key = _overridden(item)
+    if key not in flat and not any(k.startswith(key + ".") for k in flat):
+      raise UserError(f"unknown config key --config.{key}; {nearest(key, flat)}"
+                      "docs/config.md lists them all")
+  c, from_file = _parse(path, arg, overrides)
+  final = flatten(c)
+  preset_values = {f"model.{k}": v for k, v in PRESETS.get(c.model.preset, {}).items()}
+  given = {_overridden(item) for item in overrides}
+
+  def origin(key):
+    if key in given:
+      return "command line"
+    if key in preset_values and from_file[key] == preset_values[key]:
+      return f"preset {c.model.preset}"
+    return "base" if from_file[key] == flat[key] else "file"
+
+  return c, {key: origin(key) for key in final}
+
+
+def _overridden(item):
+  """'optim.lr' of '--config.optim.lr=3e-4', 'data.shuffle' of '--noconfig.data.shuffle'."""
+  return item.split("=", 1)[0].lstrip("-").removeprefix("no").removeprefix("config.")
+
+
+def _parse(path, arg, overrides):
+  """(config with overrides, flat values before them), through ml_collections' own flag parser."""
+  spec = importlib.util.spec_from_file_location("jaxgpt_config_file", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    c = module.get_config(arg) if arg else module.get_config()
+  except AttributeError as e:  # ml_collections names the key, and the nearest one
+    raise UserError(f"{path}: {' '.join(str(e).split())}") from e
+  except (SyntaxError, TypeError, ImportError) as e:
+    raise UserError(f"{path}: {type(e).__name__}: {e}") from e
+  before = flatten(c)
+  values = flags.FlagValues()
+  argv = ["jaxgpt", *overrides]
+  config_flags.DEFINE_config_dict("config", c, flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+  except (flags.Error, TypeError, ValueError) as e:
+    raise UserError(f"{str(e).removeprefix('flag ')}") from e
+  return values.config, before
+
+
+def resolve(c, vocab_size=None):
+  """Fills the placeholders in and checks what can be checked without devices or data.
+
+  Args:
+    c: a config from `load`; unchanged.
+    vocab_size: the tokenizer's, for a config that leaves `model.vocab_size` open.
+
+  Returns:
+    A locked copy in which every key that the model reads has a value.
+
+  Raises:
+    UserError: values that exclude each other, named.
+  """
+  c = ml_collections.ConfigDict(c)
+  m = c.model
+  defaults = [
+      (m, "vocab_size", vocab_size),
+      (m, "max_len", c.data.seq_len),
+      (m, "num_kv_heads", m.num_heads),
+      (m, "head_dim", m.width // max(m.num_heads, 1)),
+      (m, "mlp_width", 4 * m.width),
+      (c.optim, "adam_lr", c.optim.lr),
+      (c.eval, "batch_size", c.data.batch_size),
+  ]
+  _check_signs(c)
+  if m.head_dim is None and m.width % m.num_heads:
+    raise UserError(f"model.num_heads={m.num_heads} does not divide model.width={m.width}; "
+                    "choose a divisor, or set model.head_dim")
+  for section, key, value in defaults:
+    if section[key] is None:
+      section[key] = value
+  _check(c)
+  return c.lock()
+
+
+def _check_signs(c):
+  flat = flatten(c)
+  positive = ("model.num_layers", "model.width", "model.num_heads", "model.num_kv_heads",
+              "model.head_dim", "model.mlp_width", "model.max_len", "model.vocab_size",
+              "model.scan_unroll", "data.seq_len", "data.batch_size", "data.threads",
+              "data.prefetch", "optim.accumulate", "train.steps", "eval.batch_size", "log.every",
+              "checkpoint.every", "checkpoint.keep")
+  for key in positive:
+    if flat[key] is not None and flat[key] < 1:
+      raise UserError(f"{key}={flat[key]} must be at least 1")
+  at_least_0 = ("schedule.warmup_steps", "eval.every", "eval.batches", "checkpoint.keep_every",
+                "optim.clip_norm", "optim.weight_decay", "optim.lr", "objective.z_loss")
+  for key in at_least_0:
+    if flat[key] < 0 or not math.isfinite(flat[key]):
+      raise UserError(f"{key}={flat[key]} must be a number of at least 0")
+  for key in ("model.dropout", "optim.ema", "optim.b1", "optim.b2"):
+    if not 0 <= flat[key] < 1:
+      raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
+  for key, names in CHOICES.items():
+    if flat[key] not in names:
+      raise UserError(f"{key}={flat[key]!r}: {nearest(str(flat[key]), names)}"
+                      f"choose one of {', '.join(names)}")
+
+
+def _check(c):
+  m = c.model
+  if m.num_heads % m.num_kv_heads:
+    raise UserError(f"model.num_kv_heads={m.num_kv_heads} does not divide "
+                    f"model.num_heads={m.num_heads}")
+  if m.position == "rotary" and m.head_dim % 2:
+    raise UserError(f"model.head_dim={m.head_dim} must be even for model.position='rotary'")
+  if c.data.seq_len > m.max_len:
+    raise UserError(f"data.seq_len={c.data.seq_len} is longer than the model's context "
+                    f"model.max_len={m.max_len}")
+  if c.data.batch_size % c.optim.accumulate:
+    raise UserError(f"optim.accumulate={c.optim.accumulate} does not divide "
+                    f"data.batch_size={c.data.batch_size}")
+  if c.schedule.warmup_steps > c.train.steps:
+    raise UserError(f"schedule.warmup_steps={c.schedule.warmup_steps} is more than "
+                    f"train.steps={c.train.steps}")
+
+
+def difference(old, new):
+  """Keys, outside FREE_ON_RESUME, whose values differ: [(key, old value, new value)].
+
+  Args:
+    old, new: nested dicts or ConfigDicts.
+  """
+  a, b = flatten(old), flatten(new)
+  free = lambda key: any(key == f or key.startswith(f + ".") for f in FREE_ON_RESUME)
+  return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys())
+          if not free(key) and a.get(key) != b.get(key)]

@@ -1,0 +1,260 @@
+"""The training loop: reads a resolved config from top to bottom and leaves a run folder.
+
+Order: mesh, data, model, run folder, state (initial or restored), compile, steps. Step n is
+dispatched before the metrics of step n-1 are read, so the device never waits for the host.
+"""
+
+import signal
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from etils import epath
+
+from jaxgpt import checkpoint, config, evaluate, objectives, optim, schedules, sharding, timer
+from jaxgpt import mesh as mesh_lib
+from jaxgpt import metrics as metrics_lib
+from jaxgpt import train_step
+from jaxgpt import workdir as workdir_lib
+from jaxgpt import writers as writers_lib
+from jaxgpt.data import pipeline
+from jaxgpt.errors import UserError
+from jaxgpt.model import transformer
+from jaxgpt.text import tokenizer as tokenizer_lib
+
+
+class Parts(NamedTuple):
+  """What a config and a mesh determine, before any number is computed."""
+  model: transformer.Transformer
+  objective: Any
+  tx: Any
+  schedule: Any
+  state: Any  # shapes and shardings
+
+
+def build(c, mesh):
+  """The model, its objective and optimizer, and the shape of the state on the mesh.
+
+  Args:
+    c: a resolved config.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: the mesh does not divide a parameter.
+  """
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
+  schedule = schedules.make(c.schedule, c.train.steps)
+  tx = optim.make(c.optim, schedule, transformer.abstract(model)[1])
+  return Parts(model, objectives.make(model, c.objective), tx, schedule,
+               train_step.abstract_state(model, tx, c.optim.ema > 0, mesh))
+
+
+class StopSignal:
+  """Turns the first SIGINT or SIGTERM into a flag; a second one ends the program at once."""
+
+  _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+  def __enter__(self):
+    self.received = None
+    self._old = {s: signal.signal(s, self._handle) for s in self._SIGNALS}
+    return self
+
+  def _handle(self, number, _):
+    self.received = signal.Signals(number)
+    for s, old in self._old.items():
+      signal.signal(s, old)
+
+  def __exit__(self, *_):
+    for s, old in self._old.items():
+      signal.signal(s, old)
+
+
+def load_tokenizer_and_config(c):
+  """The data's tokenizer, and the config resolved with its vocabulary.
+
+  Raises:
+    UserError: no data, or a tokenizer with more ids than the model has rows.
+  """
+  if not c.data.path:
+    raise UserError("data.path is not set; prepare text with "
+                    '"jaxgpt data --out=DIR FILES…" and add --config.data.path=DIR')
+  tokenizer = tokenizer_lib.load(epath.Path(c.data.path) / "tokenizer")
+  c = config.resolve(c, vocab_size=tokenizer.vocab_size)
+  if tokenizer.vocab_size > c.model.vocab_size:
+    raise UserError(f"model.vocab_size={c.model.vocab_size} is smaller than the "
+                    f"{tokenizer.vocab_size} ids of the tokenizer in data.path={c.data.path!r}")
+  return tokenizer, c
+
+
+def split_batches(c, split, ordered=False):
+  """Batches of a split of the config's data: shuffled for training, or in order to evaluate."""
+  train = split == "train" and not ordered
+  return pipeline.make(
+      c.data.path, split, seq_len=c.data.seq_len, packing=c.data.packing, seed=c.seed,
+      batch_size=c.data.batch_size if train else c.eval.batch_size,
+      shuffle=c.data.shuffle and train)
+
+
+def to_devices(batch, mesh):
+  """This process's rows of a batch as part of a global array, by an explicit transfer."""
+  rows = sharding.batch_sharding(mesh)
+  return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+
+
+def rows_in_order(data, mesh, limit=0):
+  """All rows of a split once, on the devices; `limit` batches at most, where it is not 0."""
+  batches = data.epoch_batches(limit=limit, host_index=jax.process_index(),
+                               host_count=jax.process_count())
+  return (to_devices(batch, mesh) for batch in batches)
+
+
+def bytes_per_token(data):
+  """UTF-8 bytes of text for each prediction of a split."""
+  return data.split.bytes / int(data.split.lengths.sum())
+
+
+def train(c, folder, origin):
+  """Trains, or goes on training, until the last step or a signal.
+
+  Args:
+    c: a config from `config.load`.
+    folder: the run folder.
+    origin: where the config's values came from.
+
+  Returns:
+    (steps so far, metrics of the whole validation split or None, the signal that stopped the run
+    or None).
+
+  Raises:
+    UserError: bad input, or a loss that is not finite.
+  """
+  folder = epath.Path(folder)
+  with StopSignal() as stop:
+    tokenizer, c = load_tokenizer_and_config(c)
+    mesh = mesh_lib.make(c.mesh)
+    mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
+    mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
+    data, held_out = split_batches(c, "train"), split_batches(c, "validation")
+    parts = build(c, mesh)
+    workdir_lib.enter(folder, c, origin, mesh, data.split.digest, tokenizer)
+    checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
+                                         c.checkpoint.keep_every)
+    with jax.set_mesh(mesh):
+      run = _Run(c, folder, mesh, (data, held_out), parts, checkpoints, stop)
+      try:
+        return run.run()
+      finally:
+        run.close()
+
+
+class _Run:
+  """One start of a run: the state, the step in flight, and what is reported."""
+
+  def __init__(self, c, folder, mesh, data, parts, checkpoints, stop):
+    self._c, self._folder, self._mesh, self._parts = c, folder, mesh, parts
+    self._data, self._held_out = data
+    self._checkpoints, self._stop = checkpoints, stop
+    self._means = metrics_lib.Means()
+    self._state = self._first_state()
+    self._step = int(self._state["step"])
+    self._in_flight = None  # (step, metrics on the devices)
+    self._writers = writers_lib.make(c.log, folder, c.train.steps, self._step)
+    peak = metrics_lib.peak_flops(mesh.devices.flat[0].device_kind)
+    self._timer = timer.Timer(metrics_lib.flops_per_token(c.model, c.data.seq_len),
+                              peak and peak * mesh.size)
+    self._eval_step = evaluate.make_step(parts.objective)
+
+  def _first_state(self):
+    if self._checkpoints.latest() is not None:
+      state, extra = self._checkpoints.restore(self._parts.state)
+      self._means = metrics_lib.Means(**extra["means"])
+      return state
+    init = lambda: train_step.init_state(self._parts.model, self._parts.tx,
+                                         jax.random.key(self._c.seed), self._c.optim.ema > 0)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, self._parts.state))()
+
+  def run(self):
+    """Steps until the end or a signal, saves, and evaluates a run that is complete."""
+    last = None
+    if self._step < self._c.train.steps:
+      self._train()
+    self._save()
+    if self._step == self._c.train.steps and not self._stop.received:
+      last = self._evaluate(limit=0)
+    return self._step, last, self._stop.received
+
+  def _train(self):
+    c = self._c
+    step_fn = train_step.make(self._parts.objective, self._parts.tx, self._parts.schedule, c)
+    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    shapes = {k: jax.ShapeDtypeStruct((c.data.batch_size, *v.shape[1:]), v.dtype)
+              for k, v in self._data.batch(self._step, **host).items()}
+    compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh)
+    batches = self._data.iterate(self._step, threads=c.data.threads, prefetch=c.data.prefetch,
+                                 **host)
+    self._timer.start()
+    with jax.transfer_guard("disallow"):  # transfers are explicit, or they are bugs
+      while self._step < c.train.steps and not self._stop.received:
+        with self._timer.waiting():
+          batch = next(batches)
+        self._state, metrics = compiled(self._state, to_devices(batch, self._mesh))
+        self._step += 1
+        self._read_metrics()
+        self._in_flight = (self._step, metrics)
+        if self._is_due(c.eval.every) and self._step < c.train.steps:
+          self._evaluate(c.eval.batches)
+        if self._is_due(c.checkpoint.every):
+          self._save()
+    self._read_metrics()
+
+  def _is_due(self, every):
+    return every and self._step % every == 0
+
+  def _read_metrics(self):
+    """Waits for the step in flight, if there is one, and reports it."""
+    if self._in_flight is None:
+      return
+    step, metrics = self._in_flight
+    self._in_flight = None
+    metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    nonfinite_step = int(metrics.pop("nonfinite_step"))
+    if nonfinite_step >= 0:
+      self._stop_at_nonfinite(nonfinite_step, metrics)
+    self._means.add(metrics)
+    self._timer.step_done()
+    if step % self._c.log.every == 0 or step == self._c.train.steps:
+      means = self._means.take()
+      self._writers.write(step, "train", means | self._timer.take(means["tokens"]))
+
+  def _evaluate(self, limit):
+    self._read_metrics()
+    with self._timer.paused(), jax.transfer_guard("allow"):
+      result = evaluate.evaluate(self._eval_step, weights(self._state),
+                                 rows_in_order(self._held_out, self._mesh, limit),
+                                 bytes_per_token(self._held_out))
+      self._writers.write(self._step, "validation", result)
+    return result
+
+  def _save(self):
+    self._read_metrics()
+    with self._timer.paused(), jax.transfer_guard("allow"):
+      self._checkpoints.save(self._state, {"means": self._means.state()})
+
+  def _stop_at_nonfinite(self, step, metrics):
+    where = self._folder / f"nonfinite_{step}"
+    with jax.transfer_guard("allow"):
+      checkpoint.dump(where, self._state, self._data.batch(step), metrics)
+    raise UserError(
+        f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
+        f"{where} has the state before it, its batch and its metrics. A lower optim.lr, a longer "
+        "schedule.warmup_steps or objective.z_loss=1e-4 are the usual cures")
+
+  def close(self):
+    self._writers.close()
+    self._checkpoints.close()
+
+
+def weights(state):
+  """The weights that a state is used with: their moving average where there is one."""
+  return state.get("ema", state["params"])

@@ -1,0 +1,90 @@
+"""The devices as a mesh with named axes."""
+
+import math
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxgpt.config import MESH_AXES
+from jaxgpt.errors import UserError
+
+# Flags that make XLA's CPU backend compile training well; measured in docs/log.md.
+_CPU_FLAGS = {"xla_cpu_experimental_ynn_fusion_type": "dot"}
+_RESERVED = ("seq", "tensor", "expert", "stage")
+
+
+def axis_sizes(c_mesh, num_devices):
+  """Sizes of the mesh axes with -1 filled in.
+
+  Args:
+    c_mesh: the config's `mesh` section; at most one axis is -1.
+    num_devices: how many devices the mesh covers.
+
+  Returns:
+    {axis: size} in the order of `MESH_AXES`.
+
+  Raises:
+    UserError: the sizes don't multiply to the number of devices.
+  """
+  sizes = {axis: c_mesh[axis] for axis in MESH_AXES}
+  text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "all 1"
+  if any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f"{text}: each axis must be at least 1, or -1 for what is left")
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    raise UserError(f"{text}: only one axis may be -1")
+  given = math.prod(size for size in sizes.values() if size != -1)
+  if free:
+    if num_devices % given:
+      raise UserError(f"{text}: {given} does not divide the {num_devices} devices there are")
+    sizes[free[0]] = num_devices // given
+  elif given != num_devices:
+    raise UserError(f"{text}: the axes multiply to {given}, but there are {num_devices} devices; "
+                    "set one axis to -1 to take what is left")
+  for axis in _RESERVED:
+    if sizes[axis] != 1:
+      raise UserError(f"mesh.{axis}={sizes[axis]}: only mesh.data and mesh.fsdp work so far; "
+                      f"set mesh.{axis}=1")
+  return sizes
+
+
+def make(c_mesh, devices=None):
+  """A mesh over `devices` (default: all there are) with all of `MESH_AXES`.
+
+  Raises:
+    UserError: see `axis_sizes`.
+  """
+  if devices is not None:
+    sizes = axis_sizes(c_mesh, len(devices))
+    grid = np.asarray(devices).reshape(tuple(sizes.values()))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  sizes = axis_sizes(c_mesh, jax.device_count())
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES,
+                       axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
+  """Raises a UserError where the data shards don't divide the rows of a microbatch.
+
+  Args:
+    sizes: {axis: size} from `axis_sizes`.
+    batch_size: rows of the global batch.
+    accumulate: microbatches the batch is cut into.
+    key: config key to name in the message.
+  """
+  shards = sizes["data"] * sizes["fsdp"]
+  if batch_size % (shards * accumulate):
+    parts = f"mesh.data={sizes['data']} x mesh.fsdp={sizes['fsdp']}"
+    if accumulate > 1:
+      parts += f" x optim.accumulate={accumulate}"
+    raise UserError(f"{key}={batch_size} is no multiple of {parts} = {shards * accumulate}; "
+                    f"choose a multiple, or a smaller mesh")
+
+
+def set_backend_flags():
+  """Adds our defaults to XLA_FLAGS, before JAX starts its backend; what the user set stands."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  ours = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in flags]
+  os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()

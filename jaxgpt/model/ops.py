@@ -1,0 +1,118 @@
+"""The mathematics of the model: arrays in, arrays out, no parameters of its own.
+
+B batch, T query position, S key position, D model, N heads, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def layer_norm(x, scale, bias, eps):
+  """(x - mean) / sqrt(var + eps) * scale + bias over the last axis (arXiv:1607.06450).
+
+  Args:
+    x: [..., D] of any float dtype; the statistics are taken in float32.
+    scale: [D].
+    bias: [D], or None.
+    eps: added to the variance.
+
+  Returns:
+    [..., D] in x's dtype.
+  """
+  x32 = x.astype(jnp.float32)
+  x32 = x32 - x32.mean(-1, keepdims=True)
+  y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps) * scale
+  return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def rms_norm(x, scale, eps):
+  """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv:1910.07467).
+
+  Args:
+    x: [..., D] of any float dtype; the statistics are taken in float32.
+    scale: [D].
+    eps: added to the mean square.
+
+  Returns:
+    [..., D] in x's dtype.
+  """
+  x32 = x.astype(jnp.float32)
+  y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps) * scale
+  return y.astype(x.dtype)
+
+
+def rotary_angles(positions_BT, head_dim, theta):
+  """Angles of the rotary embedding: position / theta^(2i/H) (arXiv:2104.09864, eq. 15).
+
+  Args:
+    positions_BT: integers.
+    head_dim: size H of a head, even.
+    theta: base of the frequencies.
+
+  Returns:
+    (sin, cos), each [B, T, 1, H/2] in float32.
+  """
+  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  angles = positions_BT[..., None, None].astype(jnp.float32) / theta**exponent
+  return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x_BTNH, sin, cos):
+  """Applies the rotary embedding; halves are paired (x[i], x[i + H/2]), as Hugging Face's Llama does.
+
+  Args:
+    x_BTNH: queries or keys.
+    sin, cos: from `rotary_angles`.
+
+  Returns:
+    [B, T, N, H] in x's dtype.
+  """
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+
+
+def dropout(x, rate, key):
+  """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
+
+  Args:
+    x: any array.
+    rate: in [0, 1).
+    key: PRNG key, or None for no dropout.
+  """
+  if key is None or not rate:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def softcap(x, cap):
+  """cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118), or x where cap is None."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv:2109.08668
+}
+
+
+def causal_mask(segment_ids_BT):
+  """True where query t may read key s: s <= t, in the same segment, and no padding.
+
+  Args:
+    segment_ids_BT: 1, 2, … for the documents of a row, 0 for padding.
+
+  Returns:
+    [B, T, S] bool.
+  """
+  T = segment_ids_BT.shape[1]
+  return jnp.tril(jnp.ones((T, T), bool)) & segment_mask(segment_ids_BT)
+
+
+def segment_mask(segment_ids_BT):
+  """True where query and key lie in the same segment, which is no padding: [B, T, S] bool."""
+  same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  return same & (segment_ids_BT[:, None, :] != 0)

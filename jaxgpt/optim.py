@@ -1,0 +1,82 @@
+"""Optimizers as chains of Optax parts: a direction, weight decay, the learning rate.
+
+Which parameters decay and which are matrices to Muon is read off the axes tree.
+"""
+
+import math
+
+import jax
+import optax
+
+from jaxgpt import sharding, tree
+
+_MUON_RMS = 0.2  # makes Muon's updates as large as AdamW's (arXiv:2502.16982, section 2.2)
+
+
+def make(c_optim, schedule, axes):
+  """The optimizer that the config names, without gradient clipping (the train step clips).
+
+  Args:
+    c_optim: the config's `optim` section, resolved.
+    schedule: step -> share of the peak learning rate, see `schedules.make`.
+    axes: tree of logical axes, see `model.transformer.abstract`.
+
+  Returns:
+    An `optax.GradientTransformation`. Every update is -lr * (direction + weight_decay * weight),
+    the decay on matrices only. 'adafactor' (arXiv:1804.04235) scales its direction with the root
+    mean square of the parameter, so its lr is relative: around 1e-2.
+  """
+  decays = jax.tree.map(sharding.is_weight, axes, is_leaf=sharding.is_axes)
+  direction = {
+      "adamw": _adam,
+      "lion": lambda o: optax.scale_by_lion(o.b1, o.b2),
+      "adafactor": lambda o: optax.chain(optax.scale_by_factored_rms(),
+                                         optax.clip_by_block_rms(1.0),
+                                         optax.scale_by_param_block_rms()),
+      "muon": lambda o: _muon(o, axes),
+  }[c_optim.name](c_optim)
+  return optax.chain(
+      direction,
+      optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
+      optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step)),
+  )
+
+
+def matrix_axes(axes):
+  """(input dimensions, output dimensions) of a layer's matrix; None for any other parameter.
+
+  ('layers', 'embed', 'heads', 'head_dim') -> ((1,), (2, 3)): one matrix a layer maps the residual
+  stream to all heads together.
+  """
+  if "layers" not in axes or not sharding.is_weight(axes):
+    return None
+  embed = axes.index("embed")
+  others = tuple(i for i, a in enumerate(axes) if a not in ("layers", "embed", "experts"))
+  return ((embed,), others) if embed < others[0] else (others, (embed,))
+
+
+def _adam(o):
+  return optax.scale_by_adam(o.b1, o.b2, o.eps)
+
+
+def _muon(o, axes):
+  """Muon for the layers' matrices, Adam for the embeddings, the head, norms and biases."""
+  dims = {name: matrix_axes(a) for name, a in tree.flatten(axes, is_leaf=sharding.is_axes).items()}
+  numbers = lambda params: tree.map_named(
+      lambda name, _: optax.contrib.MuonDimensionNumbers(*dims[name]), params)
+  labels = tree.map_named(lambda name, _: "muon" if dims[name] else "adam", axes,
+                          is_leaf=sharding.is_axes)
+
+  def match_rms(updates, params):
+    del params
+    def one(name, u):
+      longer = max(math.prod(u.shape[i] for i in side) for side in dims[name])
+      return u * (_MUON_RMS * longer**0.5)
+    return tree.map_named(one, updates)
+
+  return optax.partition(
+      {"muon": optax.chain(
+          optax.contrib.scale_by_muon(beta=o.muon_momentum, weight_dimension_numbers=numbers),
+          optax.stateless(match_rms)),
+       "adam": optax.chain(_adam(o), optax.scale(o.adam_lr / o.lr if o.lr else 1.0))},
+      labels)

@@ -1,0 +1,127 @@
+"""A run folder put to use: its weights are evaluated and sampled."""
+
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from jaxgpt import checkpoint, config, evaluate, generate, loop, workdir
+from jaxgpt import mesh as mesh_lib
+from jaxgpt.errors import UserError
+from jaxgpt.text import tokenizer as tokenizer_lib
+
+
+class Run(NamedTuple):
+  """What is needed to use a trained model."""
+  c: ml_collections.ConfigDict
+  parts: loop.Parts
+  mesh: jax.sharding.Mesh
+  params: Any
+  step: int
+  tokenizer: Any
+
+
+def load(folder, step=None):
+  """Opens a run on the devices at hand, sharded over all of them.
+
+  Args:
+    folder: the run folder.
+    step: which checkpoint; None: the newest.
+
+  Returns:
+    A `Run`. Its weights are the moving average where the run keeps one.
+
+  Raises:
+    UserError: no run, or no checkpoint of that step.
+  """
+  folder = epath.Path(folder)
+  c = workdir.read_config(folder)
+  tokenizer = tokenizer_lib.load(workdir.tokenizer_folder(folder))
+  mesh = mesh_lib.make(config.base().mesh)
+  parts = loop.build(c, mesh)
+  name = "ema" if c.optim.ema else "params"
+  checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS)
+  wanted = {name: parts.state[name], "step": parts.state["step"]}
+  state, _ = checkpoints.restore(wanted, step)
+  checkpoints.close()
+  return Run(c, parts, mesh, state[name], int(state["step"]), tokenizer)
+
+
+def evaluate_run(run, split="validation", limit=0, batch_size=None):
+  """The loss of a run on a split of the data it was trained on.
+
+  Args:
+    run: from `load`.
+    split: 'validation' or 'test'; 'train' works too.
+    limit: batches; 0: the whole split.
+    batch_size: rows a batch; None: the config's, rounded up to what the devices divide.
+
+  Returns:
+    See `evaluate.evaluate`.
+  """
+  c = ml_collections.ConfigDict(run.c)
+  rows = batch_size or c.eval.batch_size
+  c.eval.batch_size = -(-rows // run.mesh.size) * run.mesh.size
+  batches = loop.split_batches(c, split, ordered=True)
+  with jax.set_mesh(run.mesh):
+    return evaluate.evaluate(evaluate.make_step(run.parts.objective), run.params,
+                             loop.rows_in_order(batches, run.mesh, limit),
+                             loop.bytes_per_token(batches))
+
+
+class Sampling(NamedTuple):
+  """How tokens are drawn; see `generate.filter_logits`."""
+  temperature: float = 0.8
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+
+  def check(self):
+    """Raises a UserError that names a value out of range."""
+    for name, ok, what in (("temperature", self.temperature >= 0, "at least 0"),
+                           ("top_k", self.top_k >= 0, "at least 0"),
+                           ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+                           ("min_p", 0 <= self.min_p <= 1, "in [0, 1]")):
+      if not ok:
+        raise UserError(f"--{name}={getattr(self, name)} must be {what}")
+
+
+class Sampler:
+  """Text from a run; compiled once for all prompts and settings."""
+
+  def __init__(self, run, num_samples=1):
+    """Args: run: from `load`. num_samples: texts a call."""
+    self._run, self._num_samples = run, num_samples
+    self._context = run.c.data.seq_len
+    self._generate = generate.make(run.parts.model, self._context, run.tokenizer.eos_id)
+
+  def __call__(self, prompt, max_new=200, sampling=Sampling(), seed=0):
+    """Continues a prompt.
+
+    Args:
+      prompt: text; may be empty.
+      max_new: tokens at most; the context is the other limit.
+      sampling: a `Sampling`.
+      seed: of the draws.
+
+    Returns:
+      A list of `num_samples` texts, without the prompt.
+
+    Raises:
+      UserError: the prompt leaves no room for a new token, or a setting is out of range.
+    """
+    sampling.check()
+    run = self._run
+    ids = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
+    if len(ids) >= self._context:
+      raise UserError(f"the prompt has {len(ids)} tokens, the model's context {self._context} "
+                      f"(data.seq_len): shorten it by at least {len(ids) - self._context + 1}")
+    tokens = np.full((self._num_samples, self._context), run.tokenizer.pad_id, np.int32)
+    tokens[:, :len(ids)] = ids
+    with jax.set_mesh(run.mesh):
+      out, lengths = jax.device_get(self._generate(
+          run.params, tokens, len(ids), max_new, jax.random.key(seed), *sampling))
+    return [run.tokenizer.decode([int(i) for i in row[len(ids):n]])
+            for row, n in zip(out, lengths, strict=True)]

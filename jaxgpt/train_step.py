@@ -1,0 +1,153 @@
+"""The one train step: train_step(state, batch) -> (state, metrics), pure and jitted once.
+
+The state is a dict of arrays: 'step' (updates so far), 'params', 'opt' (the optimizer's), 'ema'
+(where it is on) and 'nonfinite_step'. At the first step whose loss or gradient is not finite the
+state freezes, and 'nonfinite_step' says which step it was: the loop, which reads the metrics one
+step late, finds the weights as they were before the accident.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import sharding
+from jaxgpt.model import transformer
+
+
+def init_state(model, tx, key, ema):
+  """The state before the first update.
+
+  Args:
+    model: a `Transformer`.
+    tx: an optimizer from `optim.make`.
+    key: PRNG key of the initial weights.
+    ema: whether a moving average of the weights is kept.
+  """
+  params = transformer.init(model, key)
+  state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": tx.init(params),
+           "nonfinite_step": jnp.full((), -1, jnp.int32)}
+  if ema:
+    state["ema"] = jax.tree.map(jnp.copy, params)
+  return state
+
+
+def abstract_state(model, tx, ema, mesh):
+  """Shapes and shardings of the state, without computing any of it.
+
+  Returns:
+    A tree of `ShapeDtypeStruct`s with NamedShardings on `mesh`: what a checkpoint is restored to.
+
+  Raises:
+    UserError: the mesh does not divide a parameter.
+  """
+  shapes = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0), ema))
+  params, axes = transformer.abstract(model)
+  of_params = sharding.params_shardings(axes, params, mesh)
+  of_state = sharding.like_params(shapes, params, of_params, mesh)
+  return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
+                      shapes, of_state)
+
+
+def make(objective, tx, schedule, c, frozen=None):
+  """The train step as a pure function.
+
+  Args:
+    objective: see `objectives`.
+    tx: an optimizer from `optim.make`.
+    schedule: step -> share of the peak learning rate.
+    c: the resolved config; read are `seed` and the section `optim`.
+    frozen: parameters that the objective reads and no step changes.
+
+  Returns:
+    train_step(state, batch) -> (state, metrics). Losses, and the gradient, are sums over the
+    whole global batch divided once by its weight, so that they depend neither on the mesh nor on
+    the number of microbatches.
+  """
+  gradients = accumulated(objective, c.optim.accumulate)
+
+  def train_step(state, batch):
+    step = state["step"]
+    key = jax.random.fold_in(jax.random.key(c.seed), step)
+    (loss, weight, aux), grads = gradients(state["params"], frozen, batch, key)
+    mean = 1 / jnp.maximum(weight, 1e-9)
+    grads = jax.tree.map(lambda g: g * mean.astype(g.dtype), grads)
+    norm = optax.global_norm(grads)
+    if c.optim.clip_norm:
+      shrink = jnp.minimum(1, c.optim.clip_norm / (norm + 1e-9))
+      grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+    updates, opt = tx.update(grads, state["opt"], state["params"])
+    new = dict(state, params=optax.apply_updates(state["params"], updates), opt=opt,
+               step=step + 1)
+    if c.optim.ema:
+      new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - c.optim.ema)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    alive = finite & (state["nonfinite_step"] < 0)
+    new = jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, state)
+    new["nonfinite_step"] = jnp.where(finite | (state["nonfinite_step"] >= 0),
+                                      state["nonfinite_step"], step)
+    metrics = {"loss": loss * mean, **{k: v * mean for k, v in aux.items()}, "tokens": weight,
+               "grad_norm": norm, "param_norm": optax.global_norm(new["params"]),
+               "lr": c.optim.lr * schedule(step), "nonfinite_step": new["nonfinite_step"]}
+    return new, metrics
+
+  return train_step
+
+
+def accumulated(objective, num_microbatches):
+  """Loss sums and gradients of a batch, computed in microbatches and added up.
+
+  Args:
+    objective: see `objectives`.
+    num_microbatches: divides the rows of the batch.
+
+  Returns:
+    f(params, frozen, batch, key) -> ((loss sum, weight sum, aux sums), gradient of the loss sum).
+  """
+  def value_and_grad(params, frozen, batch, key):
+    def summed(params):
+      loss, weight, aux = objective(params, frozen, batch, key)
+      return loss, (loss, weight, aux)
+    grads, sums = jax.grad(summed, has_aux=True)(params)
+    return sums, grads
+
+  if num_microbatches == 1:
+    return value_and_grad
+
+  def f(params, frozen, batch, key):
+    # Row r goes to microbatch r % A: each data shard then has its share of every microbatch.
+    split = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
+    micro = jax.tree.map(split, batch)
+
+    def body(total, xs):
+      i, rows = xs
+      rows = jax.tree.map(lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), rows)
+      part = value_and_grad(params, frozen, rows, jax.random.fold_in(key, i))
+      return jax.tree.map(jnp.add, total, part), None
+
+    shapes = jax.eval_shape(value_and_grad, params, frozen, jax.tree.map(lambda x: x[0], micro),
+                            key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zeros, (jnp.arange(num_microbatches), micro))[0]
+
+  return f
+
+
+def compile(train_step, state, batch, mesh):
+  """Compiles the step for a mesh; the state's buffers are donated.
+
+  Args:
+    train_step: from `make`.
+    state: from `abstract_state`.
+    batch: {name: ShapeDtypeStruct} of the global batch.
+    mesh: the device mesh.
+
+  Returns:
+    The compiled function (state, batch) -> (state, metrics).
+  """
+  rows = sharding.batch_sharding(mesh)
+  batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()}
+  out = (jax.tree.map(lambda s: s.sharding, state), NamedSharding(mesh, P()))
+  with jax.set_mesh(mesh):
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()

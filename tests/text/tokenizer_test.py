@@ -1,0 +1,135 @@
+"""Text comes back from its tokens; tokenizers come back from their folders."""
+
+import json
+import pathlib
+import pickle
+
+import hypothesis
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import strategies as st
+
+from jaxgpt.errors import UserError
+from jaxgpt.text import tokenizer
+
+CODE = "".join(path.read_text() for path in
+               sorted(pathlib.Path(json.__file__).parent.glob("*.py")))
+SPECIAL = ["\0", "\t", "\n", "\r", " ", "  ", "▁", "▅", "⁇", "<s>", "<0x0A>", "<unk>", "\ufeff",
+           "\u2028", "e\u0301", "é", "😀", "\U0010ffff", "ab", "1", "\ufffd"]
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(SPECIAL)).map("".join))
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def trained(request):
+  size = 600 if request.param == "bpe" else 450
+  return tokenizer.train_sentencepiece([CODE], vocab_size=size, model_type=request.param)
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+                     deadline=None)
+@hypothesis.given(text=TEXTS)
+def test_any_text_comes_back_from_sentencepiece(trained, text):
+  ids = trained.encode(text)
+  assert trained.decode(ids) == text
+  assert trained.decode([trained.bos_id, *ids, trained.eos_id, 0, 10**6, -1]) == text
+
+
+@hypothesis.given(text=TEXTS)
+def test_any_text_comes_back_from_bytes(text):
+  t = tokenizer.ByteTokenizer()
+  ids = t.encode(text)
+  assert len(ids) == len(text.encode())
+  assert t.decode([t.bos_id, *ids, t.eos_id, 0, 10**6, -1]) == text
+
+
+def test_a_text_longer_than_a_chunk_comes_back(trained, monkeypatch):
+  monkeypatch.setattr(tokenizer, "_CHUNK", 100)
+  text = CODE[:3000] + "▁" + "x" * 250
+  assert trained.decode(trained.encode(text)) == text
+
+
+def test_a_batch_is_its_texts_one_by_one(trained):
+  texts = [CODE[:500], "", "a▁b", CODE[500:900], "▁"]
+  for ids, text in zip(trained.encode_batch(texts), texts, strict=True):
+    assert ids.dtype == np.int32
+    assert ids.tolist() == trained.encode(text)
+
+
+def test_bytes_that_are_no_text_become_replacement_characters():
+  t = tokenizer.ByteTokenizer()
+  assert t.decode([*t.encode("a"), 3 + 0xFF, *t.encode("b")]) == "a\ufffdb"
+
+
+def test_the_trained_vocabulary_suits_code():
+  t = tokenizer.train_sentencepiece([CODE], vocab_size=600)
+  assert t.vocab_size == 600
+  assert (t.pad_id, t.bos_id, t.eos_id) == (0, 2, 3)
+  assert len(t.encode(" " * 8)) == 1
+  assert len(t.encode("\n\n")) == 1
+  assert len(t.encode("1234")) == 4 + len(t.encode("")), "each digit is a token"
+  assert len(CODE) / len(t.encode(CODE)) > 2.2
+
+
+def test_training_gives_the_same_tokenizer_each_time():
+  a, b = (tokenizer.train_sentencepiece([CODE], vocab_size=500) for _ in range(2))
+  assert a.digest == b.digest
+  assert a.digest != tokenizer.train_sentencepiece([CODE], vocab_size=501).digest
+
+
+def test_training_reads_no_more_than_the_sample():
+  def texts():
+    yield "some words and some more words " * 200
+    raise AssertionError("read on")
+  tokenizer.train_sentencepiece(texts(), vocab_size=290, sample_bytes=4000)
+
+
+@pytest.mark.parametrize("size, kind, message", [
+    (50_000, "bpe", "at most [0-9]+ pieces"), (5_000, "unigram", "at most [0-9]+ pieces"),
+    (200, "bpe", "too small"), (200, "char", "too small"), (400, "wordpiece", "choose one of")])
+def test_a_vocabulary_that_the_text_does_not_support(size, kind, message):
+  with pytest.raises(UserError, match=message):
+    tokenizer.train_sentencepiece([CODE[:2000]], vocab_size=size, model_type=kind)
+
+
+def test_no_text_to_train_on():
+  with pytest.raises(UserError, match="no text"):
+    tokenizer.train_sentencepiece([], vocab_size=500)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_saved_tokenizer_is_the_same_one(tmp_path, kind):
+  t = tokenizer.ByteTokenizer() if kind == "bytes" else tokenizer.train_sentencepiece(
+      [CODE], vocab_size=400)
+  t.save(tmp_path / "tokenizer")
+  for back in (tokenizer.load(tmp_path / "tokenizer"), tokenizer.load(tmp_path),
+               pickle.loads(pickle.dumps(t))):
+    assert back.digest == t.digest
+    assert back.encode(CODE[:200]) == t.encode(CODE[:200])
+
+
+def test_any_sentencepiece_model_loads(tmp_path):
+  """One with a dummy prefix, folded white space, other special ids and no bos."""
+  source = tmp_path / "text.txt"
+  source.write_text(CODE)
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(source), model_prefix=str(tmp_path / "m"), vocab_size=300, pad_id=-1, bos_id=-1,
+      eos_id=1, unk_id=0, minloglevel=3)
+  t = tokenizer.load(tmp_path / "m.model")
+  assert (t.pad_id, t.bos_id, t.eos_id) == (0, 1, 1)
+  assert t.decode(t.encode("def encode(self)")) == "def encode(self)"
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+  with pytest.raises(UserError, match="no tokenizer in"):
+    tokenizer.load(tmp_path)
+  (tmp_path / "x.model").write_bytes(b"junk")
+  with pytest.raises(UserError, match=r"x\.model' is no SentencePiece model"):
+    tokenizer.load(tmp_path / "x.model")
+  tokenizer.ByteTokenizer().save(tmp_path)
+  for spec, message in (("{", "damaged"), ('{"kind": "bytes", "digest": "0"}', "match its digest"),
+                        ('{"kind": "morse", "digest": "0"}', "'morse'"),
+                        ('{"kind": "sentencepiece", "digest": "0"}', "is missing")):
+    (tmp_path / "tokenizer.json").write_text(spec)
+    with pytest.raises(UserError, match=message):
+      tokenizer.load(tmp_path)
