@@ -13,7 +13,8 @@ from etils import epath
 
 from jaxgpt.errors import UserError
 
-_SCALARS = ("step", "nonfinite_step")
+_ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
+_SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 
 
 class Checkpoints:
@@ -28,8 +29,10 @@ class Checkpoints:
       keep_every: checkpoints whose step is a multiple of it are kept too; 0: none.
     """
     self.folder = epath.Path(folder).absolute()
+    handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
     self._manager = ocp.CheckpointManager(
-        self.folder, options=ocp.CheckpointManagerOptions(
+        self.folder, item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
+        options=ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True))
 
   def latest(self):
@@ -47,7 +50,7 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     items = {name: ocp.args.StandardSave(part) for name, part in state.items()
-             if name not in _SCALARS}
+             if name in _ITEMS}
     meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra or {}}
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
 
@@ -74,7 +77,7 @@ class Checkpoints:
       raise UserError(f"no checkpoint in {self.folder}; train first, or point --workdir elsewhere")
     where = self.folder / str(step)
     items = {name: ocp.args.StandardRestore(part) for name, part in abstract.items()
-             if name not in _SCALARS}
+             if name in _ITEMS}
     try:
       self._check_shapes(where, step, items, abstract)
       out = self._manager.restore(step, args=ocp.args.Composite(

@@ -83,6 +83,9 @@ def _add_data(p):
   p.add_argument("--test", type=float, default=0.05, help="share of documents for a last test")
   p.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
                  help="shell pattern of files or folders to leave out; may be repeated")
+  p.add_argument("--cut-chars", type=int, metavar="N",
+                 help="cut longer documents after a line; 0: never; default: only where there are "
+                      "too few documents to hold some out")
   p.add_argument("--text-field", default="text", help="key of the text in a JSON line")
   p.add_argument("--salt", default="", help="another salt draws other held-out documents")
   p.add_argument("--sample-bytes", type=int, default=4_000_000,
@@ -115,7 +118,7 @@ def _data(args):
       args.paths, args.out, overwrite=args.overwrite, report=lambda line: print(line, flush=True),
       tokenizer=args.tokenizer, validation=args.validation, test=args.test,
       exclude=tuple(args.exclude), text_field=args.text_field, salt=args.salt,
-      sample_bytes=args.sample_bytes)
+      cut_chars=args.cut_chars, sample_bytes=args.sample_bytes)
   for split, entry in manifest["splits"].items():
     print(f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
           f"{entry['bytes']:>14,} bytes")

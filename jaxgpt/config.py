@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import math
 import pathlib
+import traceback
 
 import ml_collections
 from absl import flags
@@ -152,7 +153,7 @@ def nearest(name, names):
 
 
 def flatten(c):
-  """{'model.width': 384, …} of a nested ConfigDict or dict, in declaration order."""
+  """{'model.width': 384, …} of a nested ConfigDict or dict."""
   out = {}
   for key, value in c.items():
     if isinstance(value, (dict, ml_collections.ConfigDict)):
@@ -232,10 +233,16 @@ def _parse(path, arg, overrides):
   try:
     spec.loader.exec_module(module)
     c = module.get_config(arg) if arg else module.get_config()
-  except AttributeError as e:  # ml_collections names the key, and the nearest one
-    raise UserError(f"{path}: {' '.join(str(e).split())}") from e
-  except (SyntaxError, TypeError, ImportError) as e:
-    raise UserError(f"{path}: {type(e).__name__}: {e}") from e
+  except UserError:
+    raise
+  except Exception as e:  # the user's own code may raise anything; ml_collections names bad keys
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
+             if frame.filename == path]
+    where = f"{path}:{lines[-1]}" if lines else path
+    raise UserError(f"{where}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+  if not isinstance(c, ml_collections.ConfigDict):
+    raise UserError(f"{path}: get_config() returned a {type(c).__name__}; return config.base() "
+                    "with your changes")
   before = flatten(c)
   values = flags.FlagValues()
   argv = ["jaxgpt", *overrides]

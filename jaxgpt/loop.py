@@ -9,13 +9,21 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-
 from etils import epath
 
-from jaxgpt import checkpoint, config, evaluate, objectives, optim, schedules, sharding, timer
+from jaxgpt import (
+  checkpoint,
+  config,
+  evaluate,
+  objectives,
+  optim,
+  schedules,
+  sharding,
+  timer,
+  train_step,
+)
 from jaxgpt import mesh as mesh_lib
 from jaxgpt import metrics as metrics_lib
-from jaxgpt import train_step
 from jaxgpt import workdir as workdir_lib
 from jaxgpt import writers as writers_lib
 from jaxgpt.data import pipeline
@@ -87,13 +95,11 @@ def load_tokenizer_and_config(c):
   return tokenizer, c
 
 
-def split_batches(c, split, ordered=False):
-  """Batches of a split of the config's data: shuffled for training, or in order to evaluate."""
-  train = split == "train" and not ordered
-  return pipeline.make(
-      c.data.path, split, seq_len=c.data.seq_len, packing=c.data.packing, seed=c.seed,
-      batch_size=c.data.batch_size if train else c.eval.batch_size,
-      shuffle=c.data.shuffle and train)
+def split_batches(c, split, batch_size=None):
+  """Batches of a split of the config's data; `batch_size` rows, or as many as training takes."""
+  return pipeline.make(c.data.path, split, seq_len=c.data.seq_len, packing=c.data.packing,
+                       seed=c.seed, batch_size=batch_size or c.data.batch_size,
+                       shuffle=c.data.shuffle)
 
 
 def to_devices(batch, mesh):
@@ -102,10 +108,13 @@ def to_devices(batch, mesh):
   return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
 
 
-def rows_in_order(data, mesh, limit=0):
-  """All rows of a split once, on the devices; `limit` batches at most, where it is not 0."""
-  batches = data.epoch_batches(limit=limit, host_index=jax.process_index(),
-                               host_count=jax.process_count())
+def held_out_batches(data, mesh, limit=0):
+  """Batches on the devices: all rows of a split once, or the same `limit` batches each time."""
+  host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+  if 0 < limit < data.steps_per_epoch:  # of the shuffled rows, so that they speak for the split
+    batches = data.iterate(0, stop_step=limit, **host)
+  else:
+    batches = data.epoch_batches(**host)
   return (to_devices(batch, mesh) for batch in batches)
 
 
@@ -135,7 +144,8 @@ def train(c, folder, origin):
     mesh = mesh_lib.make(c.mesh)
     mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
-    data, held_out = split_batches(c, "train"), split_batches(c, "validation")
+    data, held_out = split_batches(c, "train"), split_batches(c, "validation",
+                                                                 c.eval.batch_size)
     parts = build(c, mesh)
     workdir_lib.enter(folder, c, origin, mesh, data.split.digest, tokenizer)
     checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
@@ -231,7 +241,7 @@ class _Run:
     self._read_metrics()
     with self._timer.paused(), jax.transfer_guard("allow"):
       result = evaluate.evaluate(self._eval_step, weights(self._state),
-                                 rows_in_order(self._held_out, self._mesh, limit),
+                                 held_out_batches(self._held_out, self._mesh, limit),
                                  bytes_per_token(self._held_out))
       self._writers.write(self._step, "validation", result)
     return result

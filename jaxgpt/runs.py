@@ -61,13 +61,11 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None):
   Returns:
     See `evaluate.evaluate`.
   """
-  c = ml_collections.ConfigDict(run.c)
-  rows = batch_size or c.eval.batch_size
-  c.eval.batch_size = -(-rows // run.mesh.size) * run.mesh.size
-  batches = loop.split_batches(c, split, ordered=True)
+  rows = batch_size or run.c.eval.batch_size
+  batches = loop.split_batches(run.c, split, -(-rows // run.mesh.size) * run.mesh.size)
   with jax.set_mesh(run.mesh):
     return evaluate.evaluate(evaluate.make_step(run.parts.objective), run.params,
-                             loop.rows_in_order(batches, run.mesh, limit),
+                             loop.held_out_batches(batches, run.mesh, limit),
                              loop.bytes_per_token(batches))
 
 

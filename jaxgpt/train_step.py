@@ -73,7 +73,7 @@ def make(objective, tx, schedule, c, frozen=None):
     (loss, weight, aux), grads = gradients(state["params"], frozen, batch, key)
     mean = 1 / jnp.maximum(weight, 1e-9)
     grads = jax.tree.map(lambda g: g * mean.astype(g.dtype), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if c.optim.clip_norm:
       shrink = jnp.minimum(1, c.optim.clip_norm / (norm + 1e-9))
       grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
@@ -88,7 +88,7 @@ def make(objective, tx, schedule, c, frozen=None):
     new["nonfinite_step"] = jnp.where(finite | (state["nonfinite_step"] >= 0),
                                       state["nonfinite_step"], step)
     metrics = {"loss": loss * mean, **{k: v * mean for k, v in aux.items()}, "tokens": weight,
-               "grad_norm": norm, "param_norm": optax.global_norm(new["params"]),
+               "grad_norm": norm, "param_norm": optax.tree.norm(new["params"]),
                "lr": c.optim.lr * schedule(step), "nonfinite_step": new["nonfinite_step"]}
     return new, metrics
 

@@ -7,6 +7,7 @@ inputs are stored[start : start + length] and whose targets are stored[start + 1
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def _best_fit_decreasing(sizes, capacity):
   has_rows = 0  # bit r is set where rows_with[r] has rows
   num_rows = 0
   cuts = [0, *(np.nonzero(np.diff(ordered))[0] + 1).tolist(), len(ordered)]
-  for low, high in zip(cuts[:-1], cuts[1:]):
+  for low, high in itertools.pairwise(cuts):
     size = int(ordered[low])
     while low < high:
       fitting = has_rows >> size

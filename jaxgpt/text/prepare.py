@@ -19,6 +19,8 @@ from jaxgpt.text import tokenizer as tokenizers
 
 _BATCH_CHARS = 4_000_000  # characters tokenized in one call
 _BATCH_DOCUMENTS = 4_096
+_FEW_DOCUMENTS = 100
+_LEAST_CUT = 200  # characters
 _REPORT_SECONDS = 10.0
 
 
@@ -33,8 +35,9 @@ class Options:
   salt: str = ""  # another salt draws other documents for the splits
   exclude: tuple = ()  # shell patterns of files and folders to leave out
   text_field: str = "text"  # key of the text in a JSON line
-  # longer documents are cut after a line, so that one long text can fill all splits; 0: never
-  cut_chars: int = 0
+  # longer documents are cut after a line, so that one long text can fill all splits; 0: never;
+  # None: never, but where there are few documents, into about a hundred
+  cut_chars: int | None = None
   sample_bytes: int = 4_000_000  # bytes of training documents that the tokenizer learns from
   shard_tokens: int = 1 << 27  # tokens after which a new shard is begun
 
@@ -46,7 +49,7 @@ class Options:
       raise UserError(f"validation={self.validation} and test={self.test} leave nothing to train "
                       "on; their sum must be below 1")
     for key, least in (("sample_bytes", 1), ("shard_tokens", 1), ("cut_chars", 0)):
-      if getattr(self, key) < least:
+      if getattr(self, key) is not None and getattr(self, key) < least:
         raise UserError(f"{key}={getattr(self, key)} must be at least {least}")
 
 
@@ -77,6 +80,8 @@ def prepare(paths, out, *, overwrite=False, report=None, **options):
   out = pathlib.Path(os.path.abspath(out))
   _check_free(out, overwrite)
   read.documents(paths, text_field=options.text_field, exclude=options.exclude)  # fail early
+  if options.cut_chars is None:
+    options = dataclasses.replace(options, cut_chars=_cut_chars(paths, options, report))
   out.parent.mkdir(parents=True, exist_ok=True)
   for left in sorted(out.parent.glob(f"{out.name}.tmp-*")):
     report(f"{left} was left by another run: delete it, unless that run is still at work")
@@ -92,6 +97,21 @@ def prepare(paths, out, *, overwrite=False, report=None, **options):
     shutil.rmtree(folder, ignore_errors=True)
     raise
   return manifest
+
+
+def _cut_chars(paths, options, report):
+  """The length to cut at where the corpus has too few documents to fill the splits, or 0."""
+  if not options.validation + options.test:
+    return 0
+  documents = read.documents(paths, text_field=options.text_field, exclude=options.exclude)
+  lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
+  if len(lengths) == _FEW_DOCUMENTS:
+    return 0
+  size = max(sum(lengths) // _FEW_DOCUMENTS, _LEAST_CUT)
+  if any(length > size for length in lengths):
+    report(f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
+           "there is something to hold out (--cut-chars=0: don't)")
+  return size
 
 
 def _check_free(out, overwrite):

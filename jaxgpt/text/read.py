@@ -81,8 +81,8 @@ def documents(paths, *, text_field="text", exclude=(), dropped=None) -> Iterator
 
   Args:
     paths: files, folders (with all below them) and glob patterns of files (`**` crosses
-      folders), or one of them. They are read in the given order, each sorted by path; a file met twice is read
-      once.
+      folders), or one of them. They are read in the given order, each sorted by path; a
+      file met twice is read once.
     text_field: key of the text in a JSON line.
     exclude: patterns as in a shell. A file is left out where one matches its path below the given
       folder, or any part of that: 'test*' leaves out 'a/tests/b.py' and 'a/test_c.py'.

@@ -249,10 +249,10 @@ def _sentences(texts, sample_bytes):
   for text in texts:
     for start in range(0, len(text), 4096):
       part = text[start:start + 4096]
-      left -= len(part.encode())
-      if left < 0:
-        return
       yield part
+      left -= len(part.encode())
+      if left <= 0:
+        return
 
 
 def _training_error(message, vocab_size, model_type):

@@ -67,6 +67,15 @@ def test_rows_and_their_spans_go_forward_through_the_documents():
     assert (np.diff(place[p.row_offsets[row]:p.row_offsets[row + 1]]) > 0).all()
 
 
+def test_documents_further_apart_than_the_window_share_no_row():
+  p = packing.best_fit(np.random.default_rng(0).integers(1, 16, 300), 32, window=50)
+  rows = np.repeat(np.arange(len(p)), np.diff(p.row_offsets))
+  windows_of_row = {row: set() for row in range(len(p))}
+  for row, doc in zip(rows.tolist(), p.doc.tolist(), strict=True):
+    windows_of_row[row].add(doc // 50)
+  assert all(len(windows) == 1 for windows in windows_of_row.values())
+
+
 def test_web_like_lengths_need_less_than_one_percent_padding():
   lengths = np.random.default_rng(0).lognormal(6.2, 1.1, 20_000).astype(int) + 1
   p = packing.best_fit(lengths, 2048)

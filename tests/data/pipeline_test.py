@@ -36,7 +36,7 @@ def assert_equal(a, b):
 
 
 def pairs(batch):
-  """Counts (segment's place in its document ignored) of (input, target) of weight 1."""
+  """How often each (input, target) of weight 1 is in a batch."""
   real = batch["loss_weights"] > 0
   return collections.Counter(zip(batch["tokens"][real].tolist(), batch["targets"][real].tolist(),
                                  strict=True))
@@ -74,8 +74,7 @@ def test_rows_hold_what_their_spans_say(folder, packing_name):
 
 @pytest.mark.parametrize("packing_name", packing.PACKINGS)
 def test_an_epoch_has_each_prediction_once(folder, packing_name):
-  """B = 1, so that epochs end between batches."""
-  b = make(folder, packing=packing_name, batch_size=1)
+  b = make(folder, packing=packing_name, batch_size=1)  # so that epochs end between batches
   for epoch in range(2):
     seen = sum((pairs(b.batch(epoch * b.len_rows + i)) for i in range(b.len_rows)),
                collections.Counter())
@@ -151,7 +150,7 @@ def test_one_row_is_enough(tmp_path):
   prepare.prepare(tmp_path / "a.txt", tmp_path / "data", tokenizer="bytes", validation=0, test=0)
   batch = make(tmp_path / "data").batch(5)
   assert tokenizer.ByteTokenizer().decode(batch["tokens"][3]) == "hello"
-  with pytest.raises(UserError, match="validation split .* is empty"):
+  with pytest.raises(UserError, match=r"validation split .* is empty"):
     make(tmp_path / "data", "validation")
 
 

@@ -50,6 +50,14 @@ def test_any_piece_of_any_document(folder):
   assert s.read_many([], [], []) == []
 
 
+def test_only_the_records_of_a_piece_are_read(folder, monkeypatch):
+  s = source.open_split(folder[0], "train")
+  size, read, keys = shards.RECORD_TOKENS, s._records, []
+  monkeypatch.setattr(s, "_records", lambda k: keys.extend(k.tolist()) or read(k))
+  s.read_many([2, 2, 2, 2], [0, size - 1, size - 1, 2 * size], [size, 1, 2, 9])
+  assert keys == [2, 2, 2, 3, 4], "document 2 has the records 2, 3 and 4"
+
+
 @pytest.mark.parametrize("piece", [(0, 0, 4), (8, 0, 1), (-1, 0, 1), (1, -1, 2), (1, 41, 2)])
 def test_a_piece_outside_its_document(folder, piece):
   with pytest.raises(IndexError):

@@ -1,5 +1,6 @@
 """What a prepared folder holds, and that a half-made one is never taken for it."""
 
+import itertools
 import json
 import os
 
@@ -33,7 +34,7 @@ def contents(folder, split):
 def test_every_document_is_in_one_split_as_it_was(corpus, tmp_path, kind):
   manifest = prepare.prepare([corpus], tmp_path / "out", tokenizer=kind, validation=0.2, test=0.1)
   texts = {split: contents(tmp_path / "out", split) for split in shards.SPLITS}
-  assert sorted(sum(texts.values(), [])) == sorted(DOCUMENTS)
+  assert sorted(itertools.chain(*texts.values())) == sorted(DOCUMENTS)
   assert 30 < len(texts["validation"]) < 90 and 10 < len(texts["test"]) < 60
   for split, got in texts.items():
     assert manifest["splits"][split]["documents"] == len(got)

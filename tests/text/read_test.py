@@ -47,9 +47,11 @@ def test_exclude_matches_any_part_below_the_given_folder(tmp_path, exclude, left
 
 
 def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path):
-  lines = [b'{"text": "good"}', b"", b"{broken", b'{"body": "x"}', b'{"text": 3}', b'{"text": "\xff"}',
-           b'{"text": " \\n"}', b'{"text": "\\ud800"}', b'["text"]', b'{"text": "last"}']
-  write(tmp_path, {"a.jsonl": b"\n".join(lines), "b.txt": b"\xff\xfe", "c.txt": "", "d.txt": "fine"})
+  lines = [b'{"text": "good"}', b"", b"{broken", b'{"body": "x"}', b'{"text": 3}',
+           b'{"text": "\xff"}', b'{"text": " \\n"}', b'{"text": "\\ud800"}', b'["text"]',
+           b'{"text": "last"}']
+  write(tmp_path, {"a.jsonl": b"\n".join(lines), "b.txt": b"\xff\xfe", "c.txt": "",
+                   "d.txt": "fine"})
   dropped = read.Dropped()
   texts = [d.text for d in read.documents(tmp_path, dropped=dropped)]
   assert texts == ["good", "last", "fine"]

@@ -1,0 +1,41 @@
+# `make demo` trains a small model on this machine; `make test` runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS ?= test
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-all lint bench docs clean
+
+demo: $(VENV)/installed
+	$(BIN)/jaxgpt demo
+
+test: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+bench: $(VENV)/installed-test,bench
+	for f in tests/benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+docs: $(VENV)/installed
+	$(BIN)/python -m jaxgpt.reference > docs/config.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info .jax_cache runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("jaxgpt needs Python 3.11 or newer; make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	touch $(VENV)/installed $@

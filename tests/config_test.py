@@ -1,0 +1,87 @@
+"""What a user relies on when a config is written, overridden and refused."""
+
+import pathlib
+
+import pytest
+
+from jaxgpt import config
+from jaxgpt.errors import UserError
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def write(tmp_path, body):
+  path = tmp_path / "c.py"
+  path.write_text("from jaxgpt import config\n\ndef get_config(arg=''):\n"
+                  f"  c = config.base()\n  {body}\n  return c\n")
+  return path
+
+
+def test_values_know_where_they_came_from(tmp_path):
+  path = write(tmp_path, "c.model.update(config.preset('llama3_8b')); c.optim.lr = 3e-4; "
+                         "c.model.num_layers = 2")
+  c, origin = config.load(path, ["--config.data.seq_len=128", "--noconfig.data.shuffle"])
+  assert (c.optim.lr, c.model.num_layers, c.data.seq_len, c.data.shuffle) == (3e-4, 2, 128, False)
+  assert origin["model.width"] == "preset llama3_8b"
+  assert origin["model.num_layers"] == origin["optim.lr"] == "file"
+  assert origin["data.seq_len"] == origin["data.shuffle"] == "command line"
+  assert origin["optim.b1"] == "base"
+  assert origin.keys() == config.flatten(c).keys()
+
+
+def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
+  c, _ = config.load(write(tmp_path, "pass"), ["--config.model.num_kv_heads=3"])
+  assert config.resolve(c).model.num_kv_heads == 3
+
+
+@pytest.mark.parametrize("override, words", [
+    ("--config.optim.lrr=1", "optim.lrr.*did you mean 'optim.lr'"),
+    ("--config.optim.lr=fast", "optim.lr=fast"),
+    ("--config.model.num_heads=5", "model.num_heads=5 .*model.width=384"),
+    ("--config.model.num_kv_heads=4", "num_kv_heads=4 .*num_heads=6"),
+    ("--config.optim.accumulate=3", "optim.accumulate=3 .*data.batch_size=8"),
+    ("--config.optim.name=adam", "optim.name='adam'.*did you mean 'adamw'"),
+    ("--config.data.batch_size=0", "data.batch_size=0"),
+    ("--config.schedule.warmup_steps=2000", "warmup_steps=2000 .*train.steps=1000"),
+    ("--config.model.max_len=64", "data.seq_len=256 .*model.max_len=64"),
+    ("--config.optim.lr=nan", "optim.lr=nan"),
+    ("--config.model.dropout=1.0", "model.dropout=1.0"),
+])
+def test_bad_values_are_named(tmp_path, override, words):
+  with pytest.raises(UserError, match=words):
+    config.resolve(config.load(write(tmp_path, "pass"), [override])[0])
+
+
+@pytest.mark.parametrize("body, words", [
+    ("c.optim.lrr = 1", "lrr"),
+    ("c.model.update(config.preset('llama4_8b'))", "llama4_8b.*did you mean 'llama3_8b'"),
+    ("c.optim.lr = 'fast'", "c.py:5: .*lr"),
+    ("c.optim.lr = undefined", "undefined"),
+    ("return 3", "get_config"),
+])
+def test_bad_files_are_named(tmp_path, body, words):
+  with pytest.raises(UserError, match=words):
+    config.load(write(tmp_path, body))
+
+
+def test_a_missing_file_names_those_there_are():
+  with pytest.raises(UserError, match="no such file"):
+    config.load("configs/nothing_like_it.py")
+
+
+def test_a_resolved_config_survives_the_run_folder():
+  c = config.base()
+  c.model.logit_softcap = 30.0
+  c = config.resolve(c, vocab_size=99)
+  again = config.resolve(config.from_dict(c.to_dict()))
+  assert again.to_dict() == c.to_dict()
+  assert again.model.vocab_size == 99
+
+
+def test_only_what_changes_the_result_counts_as_a_difference():
+  a = config.resolve(config.base(), vocab_size=10)
+  b = config.from_dict(a.to_dict())
+  b.log.every = 1
+  b.mesh.data = 4
+  b.optim.lr = 0.5
+  assert config.difference(a, b) == [("optim.lr", a.optim.lr, 0.5)]

@@ -1,0 +1,51 @@
+"""Eight fake devices, a compilation cache that all tests share, and a tiny corpus."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+from jaxgpt import config
+from jaxgpt.text import prepare
+
+jax.config.update("jax_compilation_cache_dir",
+                  str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+  """A prepared folder: 60 short documents of words in a pattern that a model can learn, as bytes."""
+  folder = tmp_path_factory.mktemp("corpus")
+  words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs"]
+  for i in range(60):
+    text = " ".join(words[(i * j + j // 3) % 10] for j in range(10 + 3 * i))
+    (folder / f"{i:02}.txt").write_text(text + "\n")
+  prepare.prepare([folder], folder / "data", tokenizer="bytes", validation=0.15, test=0.1)
+  return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus):
+  """A function (overrides) -> locked config of a model that compiles in seconds."""
+  def make(**overrides):
+    c = config.base()
+    c.model.update(dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=64,
+                        norm="rmsnorm", position="rotary", activation="silu", gated=True,
+                        bias=False))
+    c.data.update(dict(path=str(corpus), seq_len=32, batch_size=8))
+    c.optim.lr = 1e-2
+    c.schedule.warmup_steps = 2
+    c.train.steps = 8
+    c.eval.every = 0
+    c.checkpoint.every = 100
+    c.log.every = 1
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return c
+  return make

@@ -1,0 +1,57 @@
+"""Every form of attention against a loop over queries."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.model import attention
+
+
+def inputs(B=2, T=7, N=4, K=2, H=8):
+  keys = jax.random.split(jax.random.key(0), 4)
+  q = jax.random.normal(keys[0], (B, T, N, H))
+  k, v = (jax.random.normal(key, (B, T, K, H)) for key in keys[1:3])
+  mask = jax.random.bernoulli(keys[3], 0.6, (B, T, T)).at[0, 3].set(False)
+  return q, k, v, mask
+
+
+def by_definition(q, k, v, mask, scale, softcap):
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros(q.shape)
+  group = q.shape[2] // k.shape[2]
+  for b, t, n in np.ndindex(q.shape[:3]):
+    keys = np.flatnonzero(mask[b, t])
+    if keys.size:
+      logits = k[b, keys, n // group] @ q[b, t, n] * scale
+      logits = softcap * np.tanh(logits / softcap) if softcap else logits
+      weights = np.exp(logits - logits.max())
+      out[b, t, n] = weights @ v[b, keys, n // group] / weights.sum()
+  return out
+
+
+@pytest.mark.parametrize("form", attention.FORMS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_forms_agree_with_the_definition(form, softcap, heads):
+  q, k, v, mask = inputs(N=heads[0], K=heads[1])
+  out = attention.attend(form, q, k, v, mask, scale=0.3, softcap=softcap)
+  np.testing.assert_allclose(out, by_definition(q, k, v, np.asarray(mask), 0.3, softcap),
+                             atol=1e-5)
+
+
+@pytest.mark.parametrize("form", attention.FORMS)
+def test_gradients_agree_and_a_row_that_sees_nothing_has_none(form):
+  q, k, v, mask = inputs()
+  def loss(form):
+    return lambda q, k, v: jnp.sin(attention.attend(form, q, k, v, mask, scale=0.3)).sum()
+  got = jax.grad(loss(form), (0, 1, 2))(q, k, v)
+  want = jax.grad(loss("reference"), (0, 1, 2))(q, k, v)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+  assert np.isfinite(got[0]).all() and not got[0][0, 3].any()
+
+
+def test_heads_that_do_not_divide_are_refused():
+  q, k, v, mask = inputs(N=4, K=3)
+  with pytest.raises(ValueError, match="4 query heads are no multiple of 3"):
+    attention.reference(q, k, v, mask, scale=1.0)

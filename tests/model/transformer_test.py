@@ -1,0 +1,149 @@
+"""The Transformer against its definition: causality, packing, caching, sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from jaxgpt import config, presets, tree
+from jaxgpt.model import transformer
+
+STYLES = {
+    "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True),
+    "llama": dict(norm="rmsnorm", position="rotary", activation="silu", gated=True, bias=False,
+                  num_kv_heads=2, tie_embeddings=False),
+    "other": dict(norm="rmsnorm", position="none", activation="relu2", bias=True, qk_norm=True,
+                  logit_softcap=20.0, num_kv_heads=1),
+}
+# Published sizes (Hugging Face's num_parameters(); the models' papers).
+SIZES = {"gpt2_124m": 124_439_808, "gpt2_355m": 354_823_168, "gpt2_774m": 774_030_080,
+         "gpt2_1558m": 1_557_611_200, "llama2_7b": 6_738_415_616, "llama3_8b": 8_030_261_248,
+         "llama3_70b": 70_553_706_496}
+
+
+def make(**fields):
+  c = config.base()
+  c.model.update(dict(vocab_size=50, max_len=16, num_layers=2, width=32, num_heads=4, init_std=0.2)
+                 | fields)
+  c.data.seq_len = 16
+  c = config.resolve(c)
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
+  return model, jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
+
+
+def tokens_and_positions(batch=2, length=12):
+  tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, 50)
+  return tokens, jnp.broadcast_to(jnp.arange(length), (batch, length))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, *args, **kwargs):
+  return model.apply({"params": params}, *args, **kwargs)
+
+
+def logits_of(model, params, *args, **kwargs):
+  return apply(model, params, *args, **kwargs)[0]
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_have_the_published_sizes(name):
+  c = config.base()
+  c.model.update(config.preset(name))
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(config.resolve(c).model))
+  assert tree.count(transformer.abstract(model)[0]) == SIZES[name]
+
+
+def reads(style, segments=None, positions=None, **fields):
+  """[t, s]: whether output t depends on input token s, by the gradient; every token differs."""
+  model, params = make(**STYLES[style] | {"tie_embeddings": False} | fields)
+  tokens = jnp.arange(12)[None]
+  positions = jnp.arange(12)[None] if positions is None else positions
+
+  def output(embed, t):
+    logits = logits_of(model, params | {"embed": embed}, tokens, positions, segments)
+    return (logits[0, t] * jnp.arange(50)).sum()
+
+  grads = jax.jit(jax.vmap(jax.grad(output), in_axes=(None, 0)))(params["embed"], jnp.arange(12))
+  return np.abs(grads[:, :12]).sum(-1) > 0
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_token_reads_the_future(style):
+  np.testing.assert_array_equal(reads(style), np.tril(np.ones((12, 12), bool)))
+
+
+def test_an_encoder_reads_both_ways():
+  assert reads("gpt2", causal=False).all()
+
+
+def test_packed_documents_do_not_read_each_other():
+  segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
+  positions = jnp.array([[*range(5), *range(4), 0, 0, 0]])
+  seen = reads("llama", segments, positions)[:9, :9]
+  want = np.tril(np.ones((9, 9), bool))
+  want[5:, :5] = False
+  np.testing.assert_array_equal(seen, want)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_packed_document_is_computed_as_if_alone(style):
+  model, params = make(**STYLES[style])
+  tokens, _ = tokens_and_positions(batch=1)
+  segments = jnp.array([[1] * 5 + [2] * 7])
+  positions = jnp.array([[*range(5), *range(7)]])
+  packed = logits_of(model, params, tokens, positions, segments)
+  alone = logits_of(model, params, tokens[:, 5:], jnp.arange(7)[None])
+  np.testing.assert_allclose(packed[:, 5:], alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_prefill_and_decode_equal_the_full_forward(style):
+  model, params = make(**STYLES[style])
+  tokens, positions = tokens_and_positions()
+  full = logits_of(model, params, tokens, positions)
+  cache = transformer.init_cache(model.cfg, 2, 16)
+  padded = jnp.pad(tokens[:, :5], ((0, 0), (0, 11)))
+  places = jnp.broadcast_to(jnp.arange(16), (2, 16))
+  first, cache = apply(model, params, padded, places, cache=cache,
+                       logits_at_B=jnp.array([4, 4]))
+  np.testing.assert_allclose(first, full[:, 4], atol=2e-5)
+  for t in range(5, 12):
+    logits, cache = apply(model, params, tokens[:, t:t + 1], positions[:, t:t + 1], cache=cache)
+    np.testing.assert_allclose(logits[:, 0], full[:, t], atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "save_qkv", "save_attention"])
+def test_recomputation_and_unrolling_change_no_gradient(remat):
+  tokens, positions = tokens_and_positions()
+
+  def gradient(**fields):
+    model, params = make(**STYLES["llama"] | fields)
+    loss = lambda p: jnp.square(logits_of(model, p, tokens, positions)).mean()
+    return jax.jit(jax.grad(loss))(params)
+
+  want = gradient()
+  for unroll in (1, 2):
+    got = gradient(remat=remat, scan_unroll=unroll)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def test_bfloat16_stays_close_to_float32():
+  tokens, positions = tokens_and_positions()
+  model, params = make(init_std=0.05)
+  want = logits_of(model, params, tokens, positions)
+  got = logits_of(make(init_std=0.05, dtype="bfloat16")[0], params, tokens, positions)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, atol=0.03 * float(jnp.abs(want).max()))
+  assert not np.array_equal(got, want)
+
+
+def test_dropout_follows_its_key_and_is_off_without_one():
+  model, params = make(dropout=0.5)
+  tokens, positions = tokens_and_positions()
+  run = lambda key: logits_of(model, params, tokens, positions, dropout_key=key)
+  np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+  assert not np.array_equal(run(jax.random.key(1)), run(jax.random.key(2)))
+  np.testing.assert_array_equal(run(None), logits_of(make()[0], params, tokens, positions))
