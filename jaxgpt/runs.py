@@ -86,6 +86,9 @@ class Sampling(NamedTuple):
         raise UserError(f"--{name}={getattr(self, name)} must be {what}")
 
 
+_DEFAULT_SAMPLING = Sampling()
+
+
 class Sampler:
   """Text from a run; compiled once for all prompts and settings."""
 
@@ -95,7 +98,7 @@ class Sampler:
     self._context = run.c.data.seq_len
     self._generate = generate.make(run.parts.model, self._context, run.tokenizer.eos_id)
 
-  def __call__(self, prompt, max_new=200, sampling=Sampling(), seed=0):
+  def __call__(self, prompt, max_new=200, sampling=_DEFAULT_SAMPLING, seed=0):
     """Continues a prompt.
 
     Args:

@@ -1,5 +1,6 @@
 """Learning-rate schedules: the share of the peak rate at each step."""
 
+import jax.numpy as jnp
 import optax
 
 
@@ -21,7 +22,7 @@ def make(c_schedule, steps):
       "cosine": lambda: optax.cosine_decay_schedule(1.0, rest, alpha=final),
       "linear": lambda: optax.linear_schedule(1.0, final, rest),
       "wsd": lambda: optax.linear_schedule(1.0, final, decay, transition_begin=rest - decay),
-      "inverse_sqrt": lambda: lambda step: (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5,
+      "inverse_sqrt": lambda: lambda step: (1 + jnp.maximum(step, 0) / max(warmup, 1)) ** -0.5,
       "constant": lambda: optax.constant_schedule(1.0),
   }[c_schedule.name]()
   if not warmup:

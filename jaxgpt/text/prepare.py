@@ -20,7 +20,8 @@ from jaxgpt.text import tokenizer as tokenizers
 _BATCH_CHARS = 4_000_000  # characters tokenized in one call
 _BATCH_DOCUMENTS = 4_096
 _FEW_DOCUMENTS = 100
-_LEAST_CUT = 200  # characters
+_CUT_INTO = 400  # documents that few are cut into: enough for 5 % of them to be a fair sample
+_LEAST_CUT = 100  # characters
 _REPORT_SECONDS = 10.0
 
 
@@ -36,7 +37,7 @@ class Options:
   exclude: tuple = ()  # shell patterns of files and folders to leave out
   text_field: str = "text"  # key of the text in a JSON line
   # longer documents are cut after a line, so that one long text can fill all splits; 0: never;
-  # None: never, but where there are few documents, into about a hundred
+  # None: only where there are few documents
   cut_chars: int | None = None
   sample_bytes: int = 4_000_000  # bytes of training documents that the tokenizer learns from
   shard_tokens: int = 1 << 27  # tokens after which a new shard is begun
@@ -107,7 +108,7 @@ def _cut_chars(paths, options, report):
   lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
   if len(lengths) == _FEW_DOCUMENTS:
     return 0
-  size = max(sum(lengths) // _FEW_DOCUMENTS, _LEAST_CUT)
+  size = max(sum(lengths) // _CUT_INTO, _LEAST_CUT)
   if any(length > size for length in lengths):
     report(f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
            "there is something to hold out (--cut-chars=0: don't)")

@@ -1,0 +1,248 @@
+"""A run from its first step to its last, interrupted, resumed, moved to other devices, broken."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from jaxgpt import checkpoint, config, loop, runs, workdir, writers
+from jaxgpt.errors import UserError
+
+TIMES = ("tokens_per_second", "step_time", "input_wait")
+
+
+def lines(folder):
+  """What the run reported, without what a clock said."""
+  out = []
+  for line in (epath.Path(folder) / writers.JSONL).read_text().splitlines():
+    out.append({k: v for k, v in json.loads(line).items() if k not in TIMES})
+  return out
+
+
+def train(c, folder):
+  return loop.train(c, folder, config.flatten(c))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+  """(config, folder) of a run of 8 steps on 8 devices."""
+  c, folder = tiny(eval__every=4, checkpoint__every=4, checkpoint__keep=1, log__every=2,
+                   model__dropout=0.1), tmp_path_factory.mktemp("finished") / "run"
+  train(c, folder)
+  return c, folder
+
+
+def test_a_run_reports_what_it_did(finished):
+  c, folder = finished
+  record = lines(folder)
+  assert [(r["step"], r["kind"]) for r in record] == [
+      (2, "train"), (4, "train"), (4, "validation"), (6, "train"), (8, "train"), (8, "validation")]
+  assert {"loss", "grad_norm", "param_norm", "lr", "tokens"} <= record[0].keys()
+  assert {"bits_per_byte", "perplexity"} <= record[-1].keys()
+  assert record[-1]["bits_per_byte"] < record[2]["bits_per_byte"] < 9
+  raw = json.loads((folder / writers.JSONL).read_text().splitlines()[0])
+  assert all(raw[name] >= 0 for name in TIMES)
+  saved = workdir.read_config(folder)
+  assert saved.optim.lr == c.optim.lr and saved.model.vocab_size == 259
+  start, = workdir.read_starts(folder)
+  assert start["packages"]["jax"] == jax.__version__
+  assert start["mesh"]["data"] == 8 and start["data_digest"] and start["command"]
+  assert json.loads((folder / "config.json").read_text())["origin"].keys() == (
+      config.flatten(c).keys())
+
+
+def test_running_a_finished_run_again_trains_no_step(finished):
+  c, folder = finished
+  before = lines(folder)
+  steps, result, stopped = train(c, folder)
+  assert (steps, stopped) == (8, None) and result["loss"] == before[-1]["loss"]
+  assert lines(folder)[:len(before)] == before
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
+def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkeypatch, stop_after):
+  """Stops inside a log window, at its end, and at an evaluation; then the same call goes on."""
+  c, folder = finished
+  count = 0
+  original = loop.to_devices
+
+  def counting(batch, mesh):
+    nonlocal count
+    count += 1
+    if count == stop_after:
+      os.kill(os.getpid(), signal.SIGTERM if stop_after % 2 else signal.SIGINT)
+    return original(batch, mesh)
+
+  monkeypatch.setattr(loop, "to_devices", counting)
+  c = config.from_dict(c.to_dict())
+  c.eval.every = 0  # so that only training batches are counted
+  steps, _, stopped = train(c, tmp_path / "run")
+  assert stopped in (signal.SIGTERM, signal.SIGINT) and steps == stop_after
+  monkeypatch.setattr(loop, "to_devices", original)
+  steps, _, stopped = train(c, tmp_path / "run")
+  assert (steps, stopped) == (8, None)
+  want = [r for r in lines(folder) if r["kind"] == "train"]
+  assert [r for r in lines(tmp_path / "run") if r["kind"] == "train"] == want
+  assert len(workdir.read_starts(tmp_path / "run")) == 2
+
+
+def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
+  """Restored from fsdp=8 onto 2 devices, losses stay what they were but for the order of sums."""
+  c = tiny(mesh__data=1, mesh__fsdp=8)
+  train(c, tmp_path / "whole")
+  half = config.from_dict(c.to_dict())
+  cut(half, tmp_path / "moved", at=4)
+  devices = jax.devices()[:2]
+  half.mesh.update(dict(data=2, fsdp=1))
+  make = loop.mesh_lib.make
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.mesh_lib, "make", lambda c_mesh: make(c_mesh, devices))
+    train(half, tmp_path / "moved")
+  want, got = ([r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
+               for name in ("whole", "moved"))
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def cut(c, folder, at):
+  """Trains a run until step `at` and stops it there as SIGTERM would."""
+  original, seen = loop.to_devices, []
+  def counting(batch, mesh):
+    seen.append(1)
+    if len(seen) == at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(batch, mesh)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "to_devices", counting)
+    steps, _, _ = train(c, folder)
+  assert steps == at
+
+
+def test_the_loop_makes_no_hidden_transfer_and_never_waits_for_the_step_it_dispatched(
+    tiny, tmp_path, monkeypatch):
+  """Step n is dispatched before step n-1 is read; under the guard, only explicit reads happen."""
+  events = []
+  get, compile_step = jax.device_get, loop.train_step.compile
+
+  def compiled(*args):
+    step = compile_step(*args)
+    def traced(state, batch):
+      assert jax.config.jax_transfer_guard == "disallow"
+      events.append("dispatch")
+      return step(state, batch)
+    return traced
+
+  def reading(x):
+    if isinstance(x, dict) and "grad_norm" in x:
+      events.append("read")
+    return get(x)
+
+  monkeypatch.setattr(loop.train_step, "compile", compiled)
+  monkeypatch.setattr(loop.jax, "device_get", reading)
+  train(tiny(train__steps=4), tmp_path / "run")
+  assert events == ["dispatch", "dispatch", "read", "dispatch", "read", "dispatch", "read", "read"]
+
+
+def test_the_guard_would_catch_a_hidden_transfer(tiny, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "to_devices", lambda batch, mesh: batch)
+  with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+    train(tiny(), tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, tmp_path):
+  c = tiny(optim__lr=1e30, optim__clip_norm=0.0, schedule__warmup_steps=0, log__every=1)
+  with pytest.raises(UserError, match=r"step \d+ is not finite: loss"):
+    train(c, tmp_path / "run")
+  where, = (tmp_path / "run").glob("nonfinite_*")
+  step = int(where.name.split("_")[1])
+  batch = np.load(where / "batch.npz")
+  _, resolved = loop.load_tokenizer_and_config(c)
+  np.testing.assert_array_equal(batch["tokens"],
+                                loop.split_batches(resolved, "train").batch(step)["tokens"])
+  metrics = json.loads((where / "metrics.json").read_text())
+  assert not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+  mesh = loop.mesh_lib.make(resolved.mesh)
+  state, _ = checkpoint.Checkpoints(where / "state").restore(loop.build(resolved, mesh).state)
+  assert int(state["step"]) == step
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
+
+
+def test_checkpoints_are_kept_by_number_and_by_period(tiny, tmp_path):
+  train(tiny(checkpoint__every=1, checkpoint__keep=2, checkpoint__keep_every=3), tmp_path / "run")
+  kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+  assert kept == [3, 6, 7, 8]
+
+
+def test_a_saved_state_is_not_touched_by_the_steps_that_go_on_meanwhile(tiny, tmp_path):
+  """The save is asynchronous and the state is donated: on disk is still what was saved."""
+  _, c = loop.load_tokenizer_and_config(tiny(model__width=256, model__mlp_width=2048))
+  mesh = loop.mesh_lib.make(c.mesh)
+  parts, data = loop.build(c, mesh), loop.split_batches(c, "train")
+  with jax.set_mesh(mesh):
+    state = jax.jit(lambda: loop.train_step.init_state(parts.model, parts.tx, jax.random.key(0),
+                                                       False),
+                    out_shardings=jax.tree.map(lambda s: s.sharding, parts.state))()
+  shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
+  step = loop.train_step.compile(
+      loop.train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh)
+  want = jax.tree.map(lambda x: np.array(x, copy=True), state)
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints.save(state)
+  for i in range(5):
+    state, _ = step(state, loop.to_devices(data.batch(i), mesh))
+  checkpoints.wait()
+  got, _ = checkpoints.restore(parts.state)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_weights_are_averaged_where_the_run_keeps_an_average(tiny, tmp_path):
+  train(tiny(optim__ema=0.9), tmp_path / "run")
+  run = runs.load(tmp_path / "run")
+  params = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").restore(
+      {"params": run.parts.state["params"], "ema": run.parts.state["ema"]})[0]
+  jax.tree.map(np.testing.assert_array_equal, run.params, params["ema"])
+  assert not np.array_equal(params["ema"]["embed"], params["params"]["embed"])
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"optim.lr": 0.5}, "optim.lr was 0.01, is 0.5"),
+    ({"model.width": 64}, "model.width was 32, is 64"),
+])
+def test_a_folder_with_a_run_of_another_config_is_refused(finished, change, words):
+  c, folder = finished
+  c = config.from_dict(c.to_dict())
+  c.update_from_flattened_dict(change)
+  with pytest.raises(UserError, match=words):
+    train(c, folder)
+
+
+def test_a_folder_that_holds_something_else_is_refused(tiny, tmp_path):
+  (tmp_path / "photo.jpg").write_text("")
+  with pytest.raises(UserError, match="not empty and holds no run"):
+    train(tiny(), tmp_path)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(tiny, tmp_path):
+  with pytest.raises(UserError, match="data.batch_size=12 is no multiple of .*mesh.data=8"):
+    train(tiny(data__batch_size=12), tmp_path / "run")
+
+
+def test_a_broken_checkpoint_is_named(tiny, tmp_path):
+  c = tiny(checkpoint__every=4)
+  train(c, tmp_path / "run")
+  newest = tmp_path / "run" / "checkpoints" / "8"
+  for path in newest.rglob("*"):
+    if path.is_file() and path.stat().st_size > 1000:
+      path.write_bytes(path.read_bytes()[:100])
+  with pytest.raises(UserError, match="checkpoints/8 can't be read.*delete that folder"):
+    train(c, tmp_path / "run")
+
+
+def test_other_data_under_the_same_name_is_refused(finished, monkeypatch):
+  c, folder = finished
+  monkeypatch.setattr(workdir, "read_starts", lambda _: [{"data_digest": "0" * 64}])
+  with pytest.raises(UserError, match="other data"):
+    train(c, folder)

@@ -1,0 +1,62 @@
+"""Roles of parameters are read off their logical axes."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from jaxgpt import config, optim, sharding, tree
+from jaxgpt.model import transformer
+
+
+def setup(**fields):
+  c = config.base()
+  c.model.update(dict(vocab_size=40, num_layers=2, width=16, num_heads=2, gated=True,
+                      tie_embeddings=False))
+  c.optim.update(fields)
+  c = config.resolve(c)
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
+  params = transformer.init(model, jax.random.key(0))
+  axes = transformer.abstract(model)[1]
+  return params, axes, optim.make(c.optim, lambda step: 1.0, axes)
+
+
+def test_weights_decay_and_norms_and_biases_do_not():
+  params, axes, tx = setup(name="adamw", lr=0.1, weight_decay=0.5)
+  params = jax.tree.map(jnp.ones_like, params)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  for name, update in tree.flatten(updates).items():
+    decays = not any(word in name for word in ("norm", "bias"))
+    np.testing.assert_allclose(update, -0.05 if decays else 0.0, err_msg=name)
+  assert any(map(sharding.is_weight, tree.flatten(axes, is_leaf=sharding.is_axes).values()))
+
+
+@pytest.mark.parametrize("axes, want", [
+    (("layers", "embed", "heads", "head_dim"), ((1,), (2, 3))),
+    (("layers", "heads", "head_dim", "embed"), ((1, 2), (3,))),
+    (("layers", "embed", "mlp"), ((1,), (2,))),
+    (("layers", "mlp", "embed"), ((1,), (2,))),
+    (("layers", "experts", "embed", "mlp"), ((2,), (3,))),
+    (("vocab", "embed"), None),
+    (("layers", "norm"), None),
+    (("layers", "heads", "head_dim"), None),
+])
+def test_matrices_map_the_residual_stream(axes, want):
+  assert optim.matrix_axes(axes) == want
+
+
+def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
+  params, _, tx = setup(name="muon", lr=1.0, adam_lr=0.1, weight_decay=0.0)
+  grads = tree.map_named(
+      lambda name, p: jax.random.normal(jax.random.key(len(name)), p.shape), params)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  named = tree.flatten(updates)
+  up = named["layers/mlp/up"]  # [L, D, F]
+  for layer in up:
+    values = np.linalg.svd(layer, compute_uv=False) / (0.2 * layer.shape[1] ** 0.5)
+    assert (values > 0.5).all() and (values < 1.5).all()
+  adam = optax.scale_by_adam(0.9, 0.95, 1e-8)
+  want, _ = adam.update(grads["embed"], adam.init(params["embed"]))
+  np.testing.assert_allclose(named["embed"], -0.1 * want, rtol=1e-5)
