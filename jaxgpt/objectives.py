@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxgpt.tree import merge
 
 
+@jax.custom_vjp
 def cross_entropy(logits_BTV, targets_BT):
   """Negative log likelihood of each target, and the log of the softmax's normaliser.
 
@@ -24,10 +25,30 @@ def cross_entropy(logits_BTV, targets_BT):
   Returns:
     (nll_BT, log_z_BT) in nats.
   """
-  log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+  return _cross_entropy_fwd(logits_BTV, targets_BT)[0]
+
+
+def _hit(logits_BTV, targets_BT):
   # A comparison fuses and stays local where V is sharded; a gather does neither.
-  hit_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-  return log_z_BT - jnp.where(hit_BTV, logits_BTV, 0).sum(-1), log_z_BT
+  return jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+
+
+def _cross_entropy_fwd(logits_BTV, targets_BT):
+  top = logits_BTV.max(-1, keepdims=True)
+  exp_BTV = jnp.exp(logits_BTV - top)
+  z = exp_BTV.sum(-1, keepdims=True)
+  log_z_BT = (jnp.log(z) + top)[..., 0]
+  of_target_BT = jnp.where(_hit(logits_BTV, targets_BT), logits_BTV, 0).sum(-1)
+  return (log_z_BT - of_target_BT, log_z_BT), (exp_BTV / z, targets_BT)
+
+
+def _cross_entropy_bwd(saved, grads):
+  probs_BTV, targets_BT = saved
+  dnll, dlog_z = (g[..., None] for g in grads)
+  return probs_BTV * (dnll + dlog_z) - jnp.where(_hit(probs_BTV, targets_BT), dnll, 0), None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def causal_lm(model, c_objective):

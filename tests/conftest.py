@@ -25,7 +25,8 @@ def corpus(tmp_path_factory):
   for i in range(60):
     text = " ".join(words[(i * j + j // 3) % 10] for j in range(10 + 3 * i))
     (folder / f"{i:02}.txt").write_text(text + "\n")
-  prepare.prepare([folder], folder / "data", tokenizer="bytes", validation=0.15, test=0.1)
+  prepare.prepare([folder], folder / "data", tokenizer="bytes", validation=0.15, test=0.1,
+                  cut_chars=0)
   return folder / "data"
 
 

@@ -3,10 +3,14 @@
 B batch, T query position, S key position, D model, N heads, H head size.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, eps):
   """(x - mean) / sqrt(var + eps) * scale + bias over the last axis (arXiv:1607.06450).
 
@@ -19,10 +23,32 @@ def layer_norm(x, scale, bias, eps):
   Returns:
     [..., D] in x's dtype.
   """
+  return _layer_norm_fwd(x, scale, bias, eps)[0]
+
+
+# The gradient is written out because the derived one makes XLA pass over x more often.
+def _layer_norm_fwd(x, scale, bias, eps):
   x32 = x.astype(jnp.float32)
-  x32 = x32 - x32.mean(-1, keepdims=True)
-  y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps) * scale
-  return (y if bias is None else y + bias).astype(x.dtype)
+  mean = x32.mean(-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
+  y = (x32 - mean) * inverse * scale
+  return (y if bias is None else y + bias).astype(x.dtype), (x, mean, inverse, scale, bias)
+
+
+def _layer_norm_bwd(eps, saved, dy):
+  del eps
+  x, mean, inverse, scale, bias = saved
+  dy32 = dy.astype(jnp.float32)
+  normed = (x.astype(jnp.float32) - mean) * inverse
+  d = dy32 * scale
+  dx = (d - d.mean(-1, keepdims=True) - normed * (d * normed).mean(-1, keepdims=True)) * inverse
+  rows = tuple(range(x.ndim - 1))
+  dscale = (dy32 * normed).sum(rows).astype(scale.dtype)
+  dbias = None if bias is None else dy32.sum(rows).astype(bias.dtype)
+  return dx.astype(x.dtype), dscale, dbias
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
 def rms_norm(x, scale, eps):
@@ -90,8 +116,36 @@ def softcap(x, cap):
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+# 0.5 (1 + tanh(u)) is sigmoid(2u), which costs an exp where XLA's CPU backend has a slow tanh; with
+# its gradient written out only x is saved.
+_GELU = 2 * (2 / math.pi) ** 0.5
+_GELU_CUBIC = 0.044715
+
+
+@jax.custom_vjp
+def gelu(x):
+  """x * Phi(x) in the tanh form of arXiv:1606.08415, as GPT-2 has it."""
+  return _gelu_fwd(x)[0]
+
+
+def _gelu_fwd(x):
+  return x * _sigmoid(_GELU * x * (1 + _GELU_CUBIC * x * x)), x
+
+
+def _gelu_bwd(x, dy):
+  x2 = x * x
+  s = _sigmoid(_GELU * x * (1 + _GELU_CUBIC * x2))
+  return (dy * (s + x * s * (1 - s) * (_GELU * (1 + 3 * _GELU_CUBIC * x2))),)
+
+
+def _sigmoid(x):
+  return 1 / (1 + jnp.exp(-x))
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": gelu,
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,

@@ -82,12 +82,14 @@ class Attention(_Module):
       q, k = ops.rotate(q, *shared["rotary"]), ops.rotate(k, *shared["rotary"])
     q, k, v = (checkpoint_name(constrain(a, "batch", "length", "act_heads", None), name)
                for a, name in zip((q, k, v), _QKV))
+    causal = cfg.causal and cache is None
     if cache is not None:
       first = shared["positions"][:, 0]
       write = jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice(old, new, (i, 0, 0)))
       cache = {"k": write(cache["k"], k, first), "v": write(cache["v"], v, first)}
       k, v = cache["k"], cache["v"]
-    out = attention.attend(cfg.attention, q, k, v, shared["mask"], scale=H**-0.5)
+    out = attention.attend(cfg.attention, q, k, v, shared["mask"], scale=H**-0.5,
+                           causal=causal)
     out = checkpoint_name(out, "attention")
     w = self.weight("o", (N, H, D), ("heads", "head_dim", "embed"), self.residual_std)
     y = jnp.einsum("BTNH,NHD->BTD", out, w.astype(dtype))

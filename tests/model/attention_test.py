@@ -1,5 +1,7 @@
 """Every form of attention against a loop over queries."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,18 @@ def test_forms_agree_with_the_definition(form, softcap, heads):
   out = attention.attend(form, q, k, v, mask, scale=0.3, softcap=softcap)
   np.testing.assert_allclose(out, by_definition(q, k, v, np.asarray(mask), 0.3, softcap),
                              atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [8, 7])
+def test_the_causal_form_skips_only_what_the_mask_hides(T):
+  q, k, v, mask = inputs(T=T)
+  mask &= jnp.tril(jnp.ones((T, T), bool))
+  def both(f):
+    out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, mask, scale=0.3), q, k, v)
+    return out, vjp(jnp.cos(out))
+  got = both(functools.partial(attention.batched, causal=True))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got,
+               both(attention.reference))
 
 
 @pytest.mark.parametrize("form", attention.FORMS)

@@ -1,0 +1,53 @@
+"""Operations with a written-out gradient agree with the derived one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import objectives
+from jaxgpt.model import ops
+
+
+def same_gradients(f, g, *args):
+  def both(h):
+    out, vjp = jax.vjp(h, *args)
+    return out, vjp(jax.tree.map(jnp.cos, out))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), both(f), both(g))
+
+
+def normal(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm(bias):
+  def plain(x, scale, *bias):
+    y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale
+    return y + bias[0] if bias else y
+  args = [normal(2, 3, 8) * 3 + 1, normal(8, seed=1)] + ([normal(8, seed=2)] if bias else [])
+  ours = lambda x, scale, *bias: ops.layer_norm(x, scale, bias[0] if bias else None, 1e-5)
+  same_gradients(ours, plain, *args)
+
+
+def test_gelu():
+  same_gradients(ops.gelu, lambda x: jax.nn.gelu(x, approximate=True), normal(50) * 4)
+  far = jnp.array([-200.0, -30.0, 30.0, 200.0])
+  assert np.isfinite(jax.vmap(jax.grad(ops.gelu))(far)).all()
+
+
+def test_cross_entropy_and_its_normaliser():
+  targets = jnp.array([[0, 4, 2]])
+  def plain(logits):
+    log_z = jax.nn.logsumexp(logits, -1)
+    return log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], log_z
+  same_gradients(lambda x: objectives.cross_entropy(x, targets), plain, normal(1, 3, 5) * 5)
+
+
+def test_rotary_positions_are_relative():
+  q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
+  def score(i, j):
+    turn = lambda x, p: ops.rotate(x, *ops.rotary_angles(jnp.array([[p]]), 8, 10_000.0))
+    return float((turn(q, i) * turn(k, j)).sum())
+  assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+  assert score(7, 3) != pytest.approx(score(7, 5), abs=1e-2)
