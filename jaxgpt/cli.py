@@ -130,7 +130,7 @@ def _train(args):
   c, origin = config.load(args.config, args.overrides)
   config.resolve(c)  # what is wrong with the config is said before anything heavy is imported
   from jaxgpt import loop, mesh
-  mesh.set_backend_flags()
+  mesh.keep_freed_memory()
   step, result, stopped = loop.train(c, args.workdir, origin)
   if stopped:
     print(f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
@@ -142,7 +142,7 @@ def _train(args):
 
 def _evaluate(args):
   from jaxgpt import mesh, runs
-  mesh.set_backend_flags()
+  mesh.keep_freed_memory()
   run = runs.load(args.workdir, args.step)
   result = runs.evaluate_run(run, args.split, args.batches, args.batch_size)
   print(f"{args.split} at step {run.step}: loss {result['loss']:.4f} nats a token, perplexity "
@@ -163,7 +163,7 @@ def _generate(args):
         prompt = f.read()
     except (OSError, UnicodeDecodeError) as e:
       raise UserError(f"--prompt={prompt}: {e}; give a text file, or the text itself") from e
-  mesh.set_backend_flags()
+  mesh.keep_freed_memory()
   sampler = runs.Sampler(runs.load(args.workdir, args.step), args.samples)
   for i, text in enumerate(sampler(prompt, args.max_new, sampling, args.seed)):
     if args.samples > 1:

@@ -48,7 +48,7 @@ def main(folder, out=None):
   overrides = [f"--config.data.path={data}"]
   _stage(out, "training", f"jaxgpt train --config=configs/demo.py {overrides[0]} "
          f"--workdir={run_folder}")
-  mesh.set_backend_flags()
+  mesh.keep_freed_memory()
   c, origin = config.load(_CONFIG, overrides)
   _, _, stopped = loop.train(c, run_folder, origin)
   if stopped:

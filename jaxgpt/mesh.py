@@ -1,5 +1,6 @@
 """The devices as a mesh with named axes."""
 
+import ctypes
 import math
 import os
 
@@ -10,8 +11,8 @@ from jax.sharding import AxisType, Mesh
 from jaxgpt.config import MESH_AXES
 from jaxgpt.errors import UserError
 
-# Flags that make XLA's CPU backend compile training well; measured in docs/log.md.
-_CPU_FLAGS = {"xla_cpu_experimental_ynn_fusion_type": "dot"}
+# glibc's mallopt (malloc.h): one arena, nothing mapped on its own, nothing trimmed.
+_MALLOPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 _RESERVED = ("seq", "tensor", "expert", "stage")
 
 
@@ -83,8 +84,17 @@ def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
                     f"choose a multiple, or a smaller mesh")
 
 
-def set_backend_flags():
-  """Adds our defaults to XLA_FLAGS, before JAX starts its backend; what the user set stands."""
-  flags = os.environ.get("XLA_FLAGS", "")
-  ours = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in flags]
-  os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()
+def keep_freed_memory():
+  """Keeps glibc from giving memory back, for XLA's CPU backend; call it before JAX is started.
+
+  XLA allocates its temporaries anew each step; mapping their pages again costs a third of a small
+  model's step (docs/log.md). The process stays as large as it ever was.
+  """
+  if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
+    return
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError):  # no glibc: macOS, musl
+    return
+  for option, value in _MALLOPT.values():
+    mallopt(option, value)

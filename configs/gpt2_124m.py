@@ -1,0 +1,30 @@
+"""GPT-2 124M (Radford et al. 2019) trained from scratch.
+
+  jaxgpt data --out=DATA --tokenizer=sentencepiece:50257 TEXT…
+  jaxgpt train --config=configs/gpt2_124m.py --config.data.path=DATA --workdir=RUN
+
+Made for 8 GPUs or 8 TPU chips (data parallel, 524,288 tokens a step, 10 billion tokens in all).
+On fewer devices add --config.optim.accumulate=8: the step stays the same, a microbatch gets
+smaller. nanoGPT reports a validation loss of 3.1 nats a token for this recipe on OpenWebText after
+300 billion tokens.
+"""
+
+from jaxgpt import config
+
+
+def get_config():
+  c = config.base()
+  c.model.update(config.preset("gpt2_124m"))
+  c.model.vocab_size = 50304  # 50257, rounded up to a multiple of 128 for the matrix units
+  c.model.dtype = "bfloat16"
+  c.data.seq_len = 1024
+  c.data.batch_size = 512
+  c.train.steps = 19_073
+  c.optim.lr = 6e-4
+  c.optim.weight_decay = 0.1
+  c.schedule.warmup_steps = 700
+  c.eval.every = 1000
+  c.checkpoint.every = 1000
+  c.mesh.data = -1
+  c.mesh.fsdp = 1
+  return c
