@@ -1,8 +1,10 @@
-"""A small GPT on the Python standard library: the main job in five minutes, nothing to download.
+"""A small GPT on the Python standard library: the main job in minutes, with nothing to download.
 
   make demo    (or: jaxgpt demo --dir=runs/demo)
 
-2 CPU cores.
+2 CPU cores, 4.2 million parameters, 600 steps of 2,048 tokens (a third of an epoch) in about four
+minutes. Expect about 1.5 bits per byte on held-out files, where gzip -9 needs 1.97 and xz -9 1.71;
+the text differs a little between Python versions.
 """
 
 from jaxgpt import config
@@ -12,11 +14,18 @@ def get_config():
   c = config.base()
   c.model.update(dict(
       num_layers=4, width=256, num_heads=4, norm="rmsnorm", position="rotary",
-      activation="relu2", bias=False))
+      activation="relu2", bias=False, scan_unroll=4))
   c.data.path = "runs/demo/data"
   c.data.seq_len = 256
-  c.data.batch_size = 16
-  c.train.steps = 300
-  c.optim.lr = 3e-3
+  c.data.batch_size = 8
+  c.train.steps = 600
+  c.optim.name = "muon"
+  c.optim.lr = 7e-3
+  c.optim.adam_lr = 5e-3
+  c.schedule.name = "linear"
   c.schedule.warmup_steps = 20
+  c.schedule.final_ratio = 0.0
+  c.eval.every = 200
+  c.eval.batches = 8
+  c.checkpoint.every = 200
   return c

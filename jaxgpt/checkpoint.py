@@ -4,6 +4,7 @@ A checkpoint holds one item for each part of the state, so that a user of the we
 weights alone, and `meta`: the step and what the loop needs to go on.
 """
 
+import contextlib
 import json
 
 import jax
@@ -20,20 +21,27 @@ _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 class Checkpoints:
   """The checkpoints of one run, in `folder`."""
 
-  def __init__(self, folder, keep=None, keep_every=0):
-    """Opens the folder; it is made at the first save.
+  def __init__(self, folder, keep=None, keep_every=0, read_only=False):
+    """Opens the folder, and makes it where there is none.
 
     Args:
       folder: where the checkpoints are, one subfolder a step.
       keep: how many of the newest are kept; None: all.
       keep_every: checkpoints whose step is a multiple of it are kept too; 0: none.
+      read_only: nothing is made or cleaned up, so a run that is being trained can be read.
+
+    Raises:
+      UserError: read_only, and there is no such folder.
     """
     self.folder = epath.Path(folder).absolute()
+    if read_only and not self.folder.exists():
+      raise UserError(f"no checkpoint in {self.folder}; train first")
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
     self._manager = ocp.CheckpointManager(
         self.folder, item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True))
+            max_to_keep=keep, keep_period=keep_every or None, read_only=read_only,
+            create=not read_only, cleanup_tmp_directories=not read_only))
 
   def latest(self):
     """The newest complete checkpoint's step, or None."""
@@ -47,16 +55,28 @@ class Checkpoints:
       extra: what else the loop wants back; plain JSON values.
     """
     step = int(state["step"])
-    if step in self._manager.all_steps():
-      return
+    with self._named_errors("save"):
+      if step not in self._manager.all_steps():
+        self._save(step, state, extra or {})
+
+  def _save(self, step, state, extra):
     items = {name: ocp.args.StandardSave(part) for name, part in state.items()
              if name in _ITEMS}
-    meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra or {}}
+    meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
 
   def wait(self):
     """Returns when every save that was started is complete."""
-    self._manager.wait_until_finished()
+    with self._named_errors("save"):
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _named_errors(self, verb):
+    try:
+      yield
+    except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
+      raise UserError(f"can't {verb} a checkpoint in {self.folder}: {_first_line(e)}; make room or "
+                      "change its permissions, then the same command goes on") from e
 
   def restore(self, abstract, step=None):
     """Reads a checkpoint, or parts of it, onto the mesh that `abstract` names.
@@ -76,6 +96,9 @@ class Checkpoints:
     if step is None:
       raise UserError(f"no checkpoint in {self.folder}; train first, or point --workdir elsewhere")
     where = self.folder / str(step)
+    if step not in self._manager.all_steps():
+      there = ", ".join(str(s) for s in sorted(self._manager.all_steps())) or "none"
+      raise UserError(f"no checkpoint of step {step} in {self.folder}; there are: {there}")
     items = {name: ocp.args.StandardRestore(part) for name, part in abstract.items()
              if name in _ITEMS}
     try:
@@ -85,8 +108,7 @@ class Checkpoints:
     except UserError:
       raise
     except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
-      raise UserError(f"checkpoint {where} can't be read ({type(e).__name__}: "
-                      f"{str(e).splitlines()[0][:200]}); delete that folder to go on from the "
+      raise UserError(f"checkpoint {where} can't be read ({_first_line(e)}); delete that folder to go on from the "
                       "one before") from e
     state = {name: out[name] for name in items}
     for name in _SCALARS:
@@ -110,8 +132,12 @@ class Checkpoints:
 
   def close(self):
     """Waits for what is being saved and lets go of the folder."""
-    self._manager.wait_until_finished()
+    self.wait()
     self._manager.close()
+
+
+def _first_line(e):
+  return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
 
 
 def _leaves(tree):

@@ -65,12 +65,24 @@ def _parser():
   _add_run(p)
   p.add_argument("--split", default="validation", choices=("train", "validation", "test"),
                  help="which documents")
-  p.add_argument("--batches", type=int, default=0, help="batches to evaluate; 0: the whole split")
-  p.add_argument("--batch-size", type=int, help="rows a batch; default: the run's")
+  p.add_argument("--data", metavar="DIR", help="where the run's data is now, if it was moved")
+  p.add_argument("--batches", type=_count(0), default=0, help="batches to evaluate; 0: the whole split")
+  p.add_argument("--batch-size", type=_count(1), help="rows a batch; default: the run's")
   _add_generate(command("generate", _generate, "continue a prompt with a run's model"))
   p = command("demo", _demo, "train and sample a small model on Python's standard library")
   p.add_argument("--dir", default="runs/demo", help="folder for the data and the run")
   return parser
+
+
+def _count(least):
+  """An argument type: an integer in [least, 2^31)."""
+  def parse(text):
+    value = int(text)
+    if not least <= value < 2**31:
+      raise argparse.ArgumentTypeError(f"{text} must be at least {least}, and below 2^31")
+    return value
+  parse.__name__ = "integer"
+  return parse
 
 
 def _add_data(p):
@@ -89,27 +101,35 @@ def _add_data(p):
   p.add_argument("--text-field", default="text", help="key of the text in a JSON line")
   p.add_argument("--salt", default="", help="another salt draws other held-out documents")
   p.add_argument("--sample-bytes", type=int, default=4_000_000,
-                 help="bytes of text that the tokenizer is trained on")
+                 help="characters of text that the tokenizer is trained on")
   p.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
 
 
 def _add_run(p):
   p.add_argument("--workdir", required=True, help="run folder")
-  p.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+  p.add_argument("--step", type=_count(0), help="which checkpoint; default: the newest")
 
 
 def _add_generate(p):
   _add_run(p)
   p.add_argument("--prompt", default="", help="text to continue; @FILE reads a file")
-  p.add_argument("--samples", type=int, default=1, help="texts to draw")
-  p.add_argument("--max-new", type=int, default=200, help="new tokens at most")
+  p.add_argument("--samples", type=_count(1), default=1, help="texts to draw")
+  p.add_argument("--max-new", type=_count(1), default=200, help="new tokens at most")
   p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-  p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
+  p.add_argument("--top-k", type=_count(0), default=0, help="draw from the k likeliest; 0: all")
   p.add_argument("--top-p", type=float, default=1.0,
                  help="draw from the likeliest that reach this probability together")
   p.add_argument("--min-p", type=float, default=0.0,
                  help="draw from tokens at least this times as likely as the likeliest")
-  p.add_argument("--seed", type=int, default=0, help="of the draws")
+  p.add_argument("--seed", type=_count(0), default=0, help="of the draws")
+
+
+def _start_backend():
+  from absl import logging
+
+  from jaxgpt import mesh
+  logging.set_verbosity(logging.ERROR)  # what a user can act on, we say ourselves
+  mesh.prepare_cpu()
 
 
 def _data(args):
@@ -129,8 +149,8 @@ def _train(args):
   from jaxgpt import config
   c, origin = config.load(args.config, args.overrides)
   config.resolve(c)  # what is wrong with the config is said before anything heavy is imported
-  from jaxgpt import loop, mesh
-  mesh.keep_freed_memory()
+  from jaxgpt import loop
+  _start_backend()
   step, result, stopped = loop.train(c, args.workdir, origin)
   if stopped:
     print(f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
@@ -141,21 +161,18 @@ def _train(args):
 
 
 def _evaluate(args):
-  from jaxgpt import mesh, runs
-  mesh.keep_freed_memory()
+  from jaxgpt import runs
+  _start_backend()
   run = runs.load(args.workdir, args.step)
-  result = runs.evaluate_run(run, args.split, args.batches, args.batch_size)
+  result = runs.evaluate_run(run, args.split, args.batches, args.batch_size, args.data)
   print(f"{args.split} at step {run.step}: loss {result['loss']:.4f} nats a token, perplexity "
         f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte "
         f"({result['tokens']:,} tokens)")
 
 
 def _generate(args):
-  from jaxgpt import mesh, runs
+  from jaxgpt import runs
   sampling = runs.Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-  for name in ("samples", "max_new"):
-    if getattr(args, name) < 1:
-      raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
   prompt = args.prompt
   if prompt.startswith("@"):
     try:
@@ -163,7 +180,7 @@ def _generate(args):
         prompt = f.read()
     except (OSError, UnicodeDecodeError) as e:
       raise UserError(f"--prompt={prompt}: {e}; give a text file, or the text itself") from e
-  mesh.keep_freed_memory()
+  _start_backend()
   sampler = runs.Sampler(runs.load(args.workdir, args.step), args.samples)
   for i, text in enumerate(sampler(prompt, args.max_new, sampling, args.seed)):
     if args.samples > 1:
@@ -173,4 +190,5 @@ def _generate(args):
 
 def _demo(args):
   from jaxgpt import demo
+  _start_backend()
   return demo.main(args.dir)

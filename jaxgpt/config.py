@@ -7,6 +7,7 @@ what it does and in what unit; `docs/config.md` is generated from this file's te
 import difflib
 import importlib.util
 import math
+import os
 import pathlib
 import traceback
 
@@ -29,7 +30,6 @@ CHOICES = {
     "model.position": ("learned", "rotary", "none"),
     "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots", "save_qkv", "save_attention"),
     "model.attention": ("auto", "reference", "batched"),
     "data.packing": ("best_fit", "concat", "one_per_row"),
@@ -66,8 +66,7 @@ def base():
   m.causal = True  # a token reads only itself and what came before
   m.dropout = 0.0  # drop rate on the embeddings and on each residual branch while training
   m.init_std = 0.02  # standard deviation of initial weights; 1/sqrt(2 * num_layers) of it into the residual stream
-  m.param_dtype = "float32"  # float32 | bfloat16: parameters and optimizer state
-  m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; norms, softmax, loss stay float32
+  m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax, loss stay float32
   m.attention = "auto"  # auto (by backend) | reference | batched (the form for CPUs)
   m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
   m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention
@@ -100,7 +99,7 @@ def base():
 
   c.schedule = s = ml_collections.ConfigDict()
   s.name = "cosine"  # cosine | linear | wsd | inverse_sqrt | constant
-  s.warmup_steps = 100  # linear rise from 0 to the peak
+  s.warmup_steps = 100  # linear rise to the peak, which the step after them has
   s.decay_fraction = 0.2  # wsd: last share of the run in which the rate falls
   s.final_ratio = 0.1  # rate at the end, as a share of the peak (cosine, linear, wsd)
 
@@ -173,19 +172,18 @@ def from_dict(tree):
   known = flatten(c)
   for key, value in flatten(tree).items():
     if key not in known:
-      raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+      raise UserError(f"unknown config key {key!r}; {nearest(key, known)}".rstrip("; "))
     if value is not None:
       c.update_from_flattened_dict({key: value})
   return c
 
 
-def load(path, overrides=(), arg=None):
+def load(path, overrides=()):
   """Reads a config file and applies overrides as JAX users type them.
 
   Args:
-    path: a Python file with `get_config()` or `get_config(arg)`.
+    path: a Python file with `get_config()`; of `FILE.py:ARG`, `get_config(ARG)` is called.
     overrides: strings `--config.optim.lr=3e-4`.
-    arg: passed to `get_config`; `path` may also end in `:arg`.
 
   Returns:
     (config, provenance): the locked config, and for each flat key where its value came from:
@@ -194,8 +192,7 @@ def load(path, overrides=(), arg=None):
   Raises:
     UserError: no such file, an unknown key, or a value of the wrong type.
   """
-  path, _, suffix = str(path).partition(":")
-  arg = arg or suffix or None
+  path, _, arg = str(path).partition(":")
   if not pathlib.Path(path).is_file():
     near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
     hint = nearest(path, near) + (f"there are: {', '.join(near)}" if near else "")
@@ -228,7 +225,9 @@ def _overridden(item):
 
 def _parse(path, arg, overrides):
   """(config with overrides, flat values before them), through ml_collections' own flag parser."""
-  spec = importlib.util.spec_from_file_location("jaxgpt_config_file", path)
+  spec = importlib.util.spec_from_file_location("jaxgpt_config_file", os.path.abspath(path))
+  if spec is None:
+    raise UserError(f"--config={path}: a config is a Python file, FILE.py")
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
@@ -237,12 +236,20 @@ def _parse(path, arg, overrides):
     raise
   except Exception as e:  # the user's own code may raise anything; ml_collections names bad keys
     lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
-             if frame.filename == path]
+             if frame.filename == os.path.abspath(path)]
     where = f"{path}:{lines[-1]}" if lines else path
     raise UserError(f"{where}: {type(e).__name__}: {' '.join(str(e).split())}") from e
   if not isinstance(c, ml_collections.ConfigDict):
     raise UserError(f"{path}: get_config() returned a {type(c).__name__}; return config.base() "
                     "with your changes")
+  known, given = flatten(base()), flatten(c)
+  for key in sorted(given.keys() ^ known.keys()):
+    what = "unknown key" if key in given else "lacks the key"
+    hint = nearest(key, known) if key in given else ""
+    raise UserError(f"{path}: {what} {key!r}; {hint}start from config.base()")
+  for key, value in given.items():
+    if value is None and known[key] is not None:
+      raise UserError(f"{path}: {key}=None; give it a value, such as {known[key]!r}")
   before = flatten(c)
   values = flags.FlagValues()
   argv = ["jaxgpt", *overrides]
@@ -300,11 +307,24 @@ def _check_signs(c):
     if flat[key] is not None and flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must be at least 1")
   at_least_0 = ("schedule.warmup_steps", "eval.every", "eval.batches", "checkpoint.keep_every",
-                "optim.clip_norm", "optim.weight_decay", "optim.lr", "objective.z_loss")
+                "optim.clip_norm", "optim.weight_decay", "optim.lr", "optim.adam_lr",
+                "objective.z_loss")
   for key in at_least_0:
-    if flat[key] < 0 or not math.isfinite(flat[key]):
-      raise UserError(f"{key}={flat[key]} must be a number of at least 0")
-  for key in ("model.dropout", "optim.ema", "optim.b1", "optim.b2"):
+    if flat[key] is not None and flat[key] < 0:
+      raise UserError(f"{key}={flat[key]} must be at least 0")
+  for key, value in flat.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"{key}={value} must be a finite number")
+  for key in ("model.norm_eps", "model.rope_theta", "model.init_std", "model.logit_softcap",
+              "optim.eps"):
+    if flat[key] is not None and flat[key] <= 0:
+      raise UserError(f"{key}={flat[key]} must be above 0")
+  for key in ("schedule.decay_fraction", "schedule.final_ratio"):
+    if not 0 <= flat[key] <= 1:
+      raise UserError(f"{key}={flat[key]} must lie in [0, 1]")
+  if not 0 <= flat["seed"] < 2**31:
+    raise UserError(f"seed={flat['seed']} must lie in [0, 2^31)")
+  for key in ("model.dropout", "optim.ema", "optim.b1", "optim.b2", "optim.muon_momentum"):
     if not 0 <= flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
   for key, names in CHOICES.items():
@@ -320,6 +340,9 @@ def _check(c):
                     f"model.num_heads={m.num_heads}")
   if m.position == "rotary" and m.head_dim % 2:
     raise UserError(f"model.head_dim={m.head_dim} must be even for model.position='rotary'")
+  if c.objective.name == "causal_lm" and not m.causal:
+    raise UserError("objective.name='causal_lm' needs model.causal=True: otherwise each token "
+                    "reads the one it is to predict")
   if c.data.seq_len > m.max_len:
     raise UserError(f"data.seq_len={c.data.seq_len} is longer than the model's context "
                     f"model.max_len={m.max_len}")
@@ -338,6 +361,10 @@ def difference(old, new):
     old, new: nested dicts or ConfigDicts.
   """
   a, b = flatten(old), flatten(new)
-  free = lambda key: any(key == f or key.startswith(f + ".") for f in FREE_ON_RESUME)
   return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys())
-          if not free(key) and a.get(key) != b.get(key)]
+          if not is_free_on_resume(key) and a.get(key) != b.get(key)]
+
+
+def is_free_on_resume(key):
+  """Whether a flat key may differ between a run and its continuation."""
+  return any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)

@@ -13,7 +13,7 @@ import time
 from etils import epath
 from rich import console, table
 
-from jaxgpt import config, loop, mesh, runs
+from jaxgpt import config, loop, runs
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
 from jaxgpt.text import prepare, shards
@@ -48,7 +48,6 @@ def main(folder, out=None):
   overrides = [f"--config.data.path={data}"]
   _stage(out, "training", f"jaxgpt train --config=configs/demo.py {overrides[0]} "
          f"--workdir={run_folder}")
-  mesh.keep_freed_memory()
   c, origin = config.load(_CONFIG, overrides)
   _, _, stopped = loop.train(c, run_folder, origin)
   if stopped:

@@ -52,27 +52,31 @@ def sample(logits_BV, key, temperature, top_k, top_p, min_p):
   return jnp.where(temperature > 0, drawn, logits_BV.argmax(-1)).astype(jnp.int32)
 
 
-def make(model, num_slots, eos_id):
+def make(model, num_slots, eos_id, vocab_size):
   """A jitted sampler: one compile for every prompt length, setting and number of new tokens.
 
   Args:
     model: a `Transformer`.
     num_slots: the context: prompt and new tokens together.
     eos_id: the token that ends a sample.
+    vocab_size: ids from here on, which only pad the embedding, are never drawn.
 
   Returns:
-    generate(params, tokens_BS, length, max_new, key, temperature, top_k, top_p, min_p)
-    -> (tokens_BS, lengths_B). `tokens_BS` holds a prompt of `length` tokens in each row, the rest
+    generate(params, tokens_BS, length, max_new, key, rules) -> (tokens_BS, lengths_B). `rules` are
+    the arguments of `sample` after its key. `tokens_BS` holds a prompt of `length` tokens in each row, the rest
     is ignored; at most min(max_new, S - length) tokens follow it, up to the first `eos_id`, which
     is not counted in `lengths_B`.
   """
   cfg = model.cfg
 
   @jax.jit
-  def generate(params, tokens_BS, length, max_new, key, temperature, top_k, top_p, min_p):
+  def generate(params, tokens_BS, length, max_new, key, rules):
     B = tokens_BS.shape[0]
-    draw = lambda logits, i: sample(logits, jax.random.fold_in(key, i), temperature, top_k, top_p,
-                                    min_p)
+    is_token_V = jnp.arange(cfg.vocab_size) < vocab_size
+
+    def draw(logits_BV, i):
+      return sample(jnp.where(is_token_V, logits_BV, -jnp.inf), jax.random.fold_in(key, i), *rules)
+
     places = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
     # Slots past the prompt get keys of padding; each is overwritten before it can be read.
     logits, cache = model.apply({"params": params}, tokens_BS, places,

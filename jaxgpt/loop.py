@@ -4,6 +4,8 @@ Order: mesh, data, model, run folder, state (initial or restored), compile, step
 dispatched before the metrics of step n-1 are read, so the device never waits for the host.
 """
 
+import contextlib
+import itertools
 import signal
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from jaxgpt import writers as writers_lib
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
+from jaxgpt.text import shards
 from jaxgpt.text import tokenizer as tokenizer_lib
 
 
@@ -87,6 +90,7 @@ def load_tokenizer_and_config(c):
   if not c.data.path:
     raise UserError("data.path is not set; prepare text with "
                     '"jaxgpt data --out=DIR FILES…" and add --config.data.path=DIR')
+  shards.read_manifest(c.data.path)  # says it best where there is no data
   tokenizer = tokenizer_lib.load(epath.Path(c.data.path) / "tokenizer")
   c = config.resolve(c, vocab_size=tokenizer.vocab_size)
   if tokenizer.vocab_size > c.model.vocab_size:
@@ -108,9 +112,10 @@ def to_devices(batch, mesh):
   return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
 
 
-def held_out_batches(data, mesh, limit=0):
+def held_out_batches(data, mesh, c_data, limit=0):
   """Batches on the devices: all rows of a split once, or the same `limit` batches each time."""
-  host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+  host = {"host_index": jax.process_index(), "host_count": jax.process_count(),
+          "threads": c_data.threads, "prefetch": c_data.prefetch}
   if 0 < limit < data.steps_per_epoch:  # of the shuffled rows, so that they speak for the split
     batches = data.iterate(0, stop_step=limit, **host)
   else:
@@ -139,6 +144,9 @@ def train(c, folder, origin):
     UserError: bad input, or a loss that is not finite.
   """
   folder = epath.Path(folder)
+  if jax.process_count() > 1:
+    raise UserError(f"{jax.process_count()} processes: training runs in one process so far, on all "
+                    "of its devices")
   with StopSignal() as stop:
     tokenizer, c = load_tokenizer_and_config(c)
     mesh = mesh_lib.make(c.mesh)
@@ -150,12 +158,10 @@ def train(c, folder, origin):
     workdir_lib.enter(folder, c, origin, mesh, data.split.digest, tokenizer)
     checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
                                          c.checkpoint.keep_every)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.closing(checkpoints):
       run = _Run(c, folder, mesh, (data, held_out), parts, checkpoints, stop)
-      try:
+      with contextlib.closing(run):
         return run.run()
-      finally:
-        run.close()
 
 
 class _Run:
@@ -180,19 +186,18 @@ class _Run:
       state, extra = self._checkpoints.restore(self._parts.state)
       self._means = metrics_lib.Means(**extra["means"])
       return state
-    init = lambda: train_step.init_state(self._parts.model, self._parts.tx,
-                                         jax.random.key(self._c.seed), self._c.optim.ema > 0)
-    return jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, self._parts.state))()
+    return train_step.first_state(self._parts.model, self._parts.tx, self._c.seed,
+                                  self._parts.state)
 
   def run(self):
     """Steps until the end or a signal, saves, and evaluates a run that is complete."""
     last = None
-    if self._step < self._c.train.steps:
+    if self._step < self._c.train.steps and not self._stop.received:
       self._train()
     self._save()
-    if self._step == self._c.train.steps and not self._stop.received:
+    if self._step == self._c.train.steps:
       last = self._evaluate(limit=0)
-    return self._step, last, self._stop.received
+    return self._step, last, None if last else self._stop.received
 
   def _train(self):
     c = self._c
@@ -203,6 +208,8 @@ class _Run:
     compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh)
     batches = self._data.iterate(self._step, threads=c.data.threads, prefetch=c.data.prefetch,
                                  **host)
+    if self._is_due(c.eval.every):  # a stop may have come between the save and the evaluation
+      self._evaluate(c.eval.batches)
     self._timer.start()
     with jax.transfer_guard("disallow"):  # transfers are explicit, or they are bugs
       while self._step < c.train.steps and not self._stop.received:
@@ -212,14 +219,15 @@ class _Run:
         self._step += 1
         self._read_metrics()
         self._in_flight = (self._step, metrics)
-        if self._is_due(c.eval.every) and self._step < c.train.steps:
-          self._evaluate(c.eval.batches)
         if self._is_due(c.checkpoint.every):
           self._save()
+        if self._is_due(c.eval.every) and self._step < c.train.steps:
+          self._evaluate(c.eval.batches)
     self._read_metrics()
+    batches.close()
 
   def _is_due(self, every):
-    return every and self._step % every == 0
+    return every and self._step and self._step % every == 0
 
   def _read_metrics(self):
     """Waits for the step in flight, if there is one, and reports it."""
@@ -232,18 +240,24 @@ class _Run:
     if nonfinite_step >= 0:
       self._stop_at_nonfinite(nonfinite_step, metrics)
     self._means.add(metrics)
-    self._timer.step_done()
+    self._timer.step_done(metrics["tokens"])
     if step % self._c.log.every == 0 or step == self._c.train.steps:
-      means = self._means.take()
-      self._writers.write(step, "train", means | self._timer.take(means["tokens"]))
+      self._writers.write(step, "train", self._means.take() | self._timer.take())
 
   def _evaluate(self, limit):
+    """The validation metrics of this step, evaluated but once; None where a signal cut it short."""
     self._read_metrics()
-    with self._timer.paused(), jax.transfer_guard("allow"):
-      result = evaluate.evaluate(self._eval_step, weights(self._state),
-                                 held_out_batches(self._held_out, self._mesh, limit),
-                                 bytes_per_token(self._held_out))
-      self._writers.write(self._step, "validation", result)
+    result = self._writers.newest(self._step, "validation")
+    if result is None:
+      with self._timer.paused(), jax.transfer_guard("allow"):
+        batches = held_out_batches(self._held_out, self._mesh, self._c.data, limit)
+        result = evaluate.evaluate(
+            self._eval_step, weights(self._state),
+            itertools.takewhile(lambda _: not self._stop.received, batches),
+            bytes_per_token(self._held_out))
+        if self._stop.received:
+          return None
+        self._writers.write(self._step, "validation", result)
     return result
 
   def _save(self):
@@ -253,16 +267,19 @@ class _Run:
 
   def _stop_at_nonfinite(self, step, metrics):
     where = self._folder / f"nonfinite_{step}"
-    with jax.transfer_guard("allow"):
-      checkpoint.dump(where, self._state, self._data.batch(step), metrics)
+    try:
+      with jax.transfer_guard("allow"):
+        checkpoint.dump(where, self._state, self._data.batch(step), metrics)
+      evidence = f"{where} has the state before it, its batch and its metrics"
+    except (OSError, UserError) as e:
+      evidence = f"the state before it could not be saved ({e})"
     raise UserError(
-        f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
-        f"{where} has the state before it, its batch and its metrics. A lower optim.lr, a longer "
-        "schedule.warmup_steps or objective.z_loss=1e-4 are the usual cures")
+        f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
+        f"weights' norm {metrics['param_norm']}; {evidence}. A lower optim.lr, a longer schedule.warmup_steps or objective.z_loss=1e-4 "
+        "are the usual cures")
 
   def close(self):
     self._writers.close()
-    self._checkpoints.close()
 
 
 def weights(state):

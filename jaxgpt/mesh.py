@@ -1,6 +1,7 @@
 """The devices as a mesh with named axes."""
 
 import ctypes
+import importlib.util
 import math
 import os
 
@@ -12,7 +13,8 @@ from jaxgpt.config import MESH_AXES
 from jaxgpt.errors import UserError
 
 # glibc's mallopt (malloc.h): one arena, nothing mapped on its own, nothing trimmed.
-_MALLOPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
+_MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+_ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 _RESERVED = ("seq", "tensor", "expert", "stage")
 
 
@@ -84,17 +86,22 @@ def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
                     f"choose a multiple, or a smaller mesh")
 
 
-def keep_freed_memory():
-  """Keeps glibc from giving memory back, for XLA's CPU backend; call it before JAX is started.
+def prepare_cpu():
+  """Prepares the process for XLA's CPU backend, where that is what runs; before JAX is started.
 
-  XLA allocates its temporaries anew each step; mapping their pages again costs a third of a small
-  model's step (docs/log.md). The process stays as large as it ever was.
+  Keeps glibc from giving memory back: XLA allocates its temporaries anew each step, and mapping
+  their pages again costs a third of a small model's step (docs/log.md). The process stays as large
+  as it ever was. With several pretended devices, runs one program at a time: two in flight share
+  one pool of threads, and their collectives can wait for each other for ever.
   """
-  if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
+  accelerated = any(importlib.util.find_spec(name) for name in _ACCELERATOR_PLUGINS)
+  if os.environ.get("JAX_PLATFORMS", "" if accelerated else "cpu") != "cpu":
     return
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError):  # no glibc: macOS, musl
     return
-  for option, value in _MALLOPT.values():
+  for option, value in _MALLOPT:
     mallopt(option, value)

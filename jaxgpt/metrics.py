@@ -74,7 +74,7 @@ class Means:
 
   def state(self):
     """What `Means(**state)` goes on from: plain JSON values, restored to the last bit."""
-    return {"steps": self._steps, "sums": self._sums, "last": self._last}
+    return {"steps": self._steps, "sums": dict(self._sums), "last": dict(self._last)}
 
   def add(self, metrics):
     """Adds one step's metrics: a dict of floats with 'tokens'."""

@@ -21,6 +21,7 @@ class Run(NamedTuple):
   params: Any
   step: int
   tokenizer: Any
+  data_digest: str
 
 
 def load(folder, step=None):
@@ -39,33 +40,56 @@ def load(folder, step=None):
   folder = epath.Path(folder)
   c = workdir.read_config(folder)
   tokenizer = tokenizer_lib.load(workdir.tokenizer_folder(folder))
-  mesh = mesh_lib.make(config.base().mesh)
-  parts = loop.build(c, mesh)
+  mesh, parts = _place(c)
   name = "ema" if c.optim.ema else "params"
-  checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS)
+  checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS, read_only=True)
   wanted = {name: parts.state[name], "step": parts.state["step"]}
   state, _ = checkpoints.restore(wanted, step)
   checkpoints.close()
-  return Run(c, parts, mesh, state[name], int(state["step"]), tokenizer)
+  return Run(c, parts, mesh, state[name], int(state["step"]), tokenizer,
+             workdir.read_starts(folder)[0]["data_digest"])
 
 
-def evaluate_run(run, split="validation", limit=0, batch_size=None):
+def _place(c):
+  """(mesh, parts) on the devices at hand: sharded where they divide the model, copies if not."""
+  copies = config.base().mesh
+  copies.update(dict(data=-1, fsdp=1))
+  for section in (c.mesh, config.base().mesh, copies):
+    try:
+      mesh = mesh_lib.make(section)
+      return mesh, loop.build(c, mesh)
+    except UserError:
+      if section is copies:
+        raise
+
+
+def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
   """The loss of a run on a split of the data it was trained on.
 
   Args:
     run: from `load`.
+    data: where that data is now; None: where it was.
     split: 'validation' or 'test'; 'train' works too.
     limit: batches; 0: the whole split.
     batch_size: rows a batch; None: the config's, rounded up to what the devices divide.
 
   Returns:
     See `evaluate.evaluate`.
+
+  Raises:
+    UserError: the data is not there, or is not what the run was trained on.
   """
+  c = ml_collections.ConfigDict(run.c)
+  c.data.path = data or c.data.path
   rows = batch_size or run.c.eval.batch_size
-  batches = loop.split_batches(run.c, split, -(-rows // run.mesh.size) * run.mesh.size)
+  batches = loop.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
+  if batches.split.digest != run.data_digest:
+    raise UserError(f"{c.data.path} is not the data of this run: its manifest's digest is "
+                    f"{batches.split.digest[:12]}, the run's was {run.data_digest[:12]}; say where "
+                    "the run's data is with --data=DIR")
   with jax.set_mesh(run.mesh):
     return evaluate.evaluate(evaluate.make_step(run.parts.objective), run.params,
-                             loop.held_out_batches(batches, run.mesh, limit),
+                             loop.held_out_batches(batches, run.mesh, c.data, limit),
                              loop.bytes_per_token(batches))
 
 
@@ -96,7 +120,8 @@ class Sampler:
     """Args: run: from `load`. num_samples: texts a call."""
     self._run, self._num_samples = run, num_samples
     self._context = run.c.data.seq_len
-    self._generate = generate.make(run.parts.model, self._context, run.tokenizer.eos_id)
+    self._generate = generate.make(run.parts.model, self._context, run.tokenizer.eos_id,
+                                   run.tokenizer.vocab_size)
 
   def __call__(self, prompt, max_new=200, sampling=_DEFAULT_SAMPLING, seed=0):
     """Continues a prompt.
@@ -114,15 +139,16 @@ class Sampler:
       UserError: the prompt leaves no room for a new token, or a setting is out of range.
     """
     sampling.check()
-    run = self._run
-    ids = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
+    run, tokenizer = self._run, self._run.tokenizer
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if len(ids) >= self._context:
       raise UserError(f"the prompt has {len(ids)} tokens, the model's context {self._context} "
                       f"(data.seq_len): shorten it by at least {len(ids) - self._context + 1}")
-    tokens = np.full((self._num_samples, self._context), run.tokenizer.pad_id, np.int32)
+    tokens = np.full((self._num_samples, self._context), tokenizer.pad_id, np.int32)
     tokens[:, :len(ids)] = ids
     with jax.set_mesh(run.mesh):
       out, lengths = jax.device_get(self._generate(
-          run.params, tokens, len(ids), max_new, jax.random.key(seed), *sampling))
-    return [run.tokenizer.decode([int(i) for i in row[len(ids):n]])
+          run.params, tokens, len(ids), min(max_new, self._context - len(ids)),
+          jax.random.key(seed), sampling._replace(top_k=min(sampling.top_k, tokenizer.vocab_size))))
+    return [tokenizer.decode([int(i) for i in row[len(ids):n]])
             for row, n in zip(out, lengths, strict=True)]

@@ -19,11 +19,13 @@ class Timer:
 
   def start(self):
     """Forgets what was measured, and measures from now on."""
-    self._since, self._steps, self._waited, self._paused = time.monotonic(), 0, 0.0, 0.0
+    self._since, self._steps, self._tokens = time.monotonic(), 0, 0.0
+    self._waited = self._paused = 0.0
 
-  def step_done(self):
-    """Counts a step."""
+  def step_done(self, tokens):
+    """Counts a step and the tokens it was trained on."""
     self._steps += 1
+    self._tokens += tokens
 
   @contextlib.contextmanager
   def waiting(self):
@@ -39,18 +41,15 @@ class Timer:
     yield
     self._paused += time.monotonic() - before
 
-  def take(self, tokens):
+  def take(self):
     """The rates since the last call or `start`, and starts anew.
-
-    Args:
-      tokens: how many were trained on.
 
     Returns:
       {'tokens_per_second', 'step_time' in seconds, 'input_wait' as a share of the time}, and
       'mfu' where the devices' peak is known.
     """
     seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
-    out = {"tokens_per_second": tokens / seconds, "step_time": seconds / max(self._steps, 1),
+    out = {"tokens_per_second": self._tokens / seconds, "step_time": seconds / max(self._steps, 1),
            "input_wait": self._waited / seconds}
     if self._peak_flops:
       out["mfu"] = out["tokens_per_second"] * self._flops_per_token / self._peak_flops

@@ -1,8 +1,8 @@
 """The one train step: train_step(state, batch) -> (state, metrics), pure and jitted once.
 
 The state is a dict of arrays: 'step' (updates so far), 'params', 'opt' (the optimizer's), 'ema'
-(where it is on) and 'nonfinite_step'. At the first step whose loss or gradient is not finite the
-state freezes, and 'nonfinite_step' says which step it was: the loop, which reads the metrics one
+(where it is on) and 'nonfinite_step'. At the first step whose loss, gradient or new weights are not
+finite the state freezes, and 'nonfinite_step' says which step it was: the loop, which reads the metrics one
 step late, finds the weights as they were before the accident.
 """
 
@@ -31,6 +31,18 @@ def init_state(model, tx, key, ema):
   if ema:
     state["ema"] = jax.tree.map(jnp.copy, params)
   return state
+
+
+def first_state(model, tx, seed, abstract):
+  """The state before the first update, made on the devices in its shards.
+
+  Args:
+    model, tx: as in `init_state`.
+    seed: of the initial weights.
+    abstract: from `abstract_state`.
+  """
+  init = lambda: init_state(model, tx, jax.random.key(seed), "ema" in abstract)
+  return jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
 
 
 def abstract_state(model, tx, ema, mesh):
@@ -72,23 +84,24 @@ def make(objective, tx, schedule, c, frozen=None):
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     (loss, weight, aux), grads = gradients(state["params"], frozen, batch, key)
     mean = 1 / jnp.maximum(weight, 1e-9)
-    grads = jax.tree.map(lambda g: g * mean.astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: g * mean, grads)
     norm = optax.tree.norm(grads)
     if c.optim.clip_norm:
       shrink = jnp.minimum(1, c.optim.clip_norm / (norm + 1e-9))
-      grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+      grads = jax.tree.map(lambda g: g * shrink, grads)
     updates, opt = tx.update(grads, state["opt"], state["params"])
     new = dict(state, params=optax.apply_updates(state["params"], updates), opt=opt,
                step=step + 1)
     if c.optim.ema:
       new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - c.optim.ema)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    param_norm = optax.tree.norm(new["params"])
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(param_norm)
     alive = finite & (state["nonfinite_step"] < 0)
     new = jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, state)
     new["nonfinite_step"] = jnp.where(finite | (state["nonfinite_step"] >= 0),
                                       state["nonfinite_step"], step)
     metrics = {"loss": loss * mean, **{k: v * mean for k, v in aux.items()}, "tokens": weight,
-               "grad_norm": norm, "param_norm": optax.tree.norm(new["params"]),
+               "grad_norm": norm, "param_norm": param_norm,
                "lr": c.optim.lr * schedule(step), "nonfinite_step": new["nonfinite_step"]}
     return new, metrics
 

@@ -24,6 +24,7 @@ CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
 _STARTS = "starts.jsonl"
 _TOKENIZER = "tokenizer"
+_BEFORE_CONFIG = {_TOKENIZER, f"{_CONFIG}.part"}  # what a kill may leave of a start
 _PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
              "array-record", "sentencepiece", "ml-collections", "numpy")
 
@@ -43,26 +44,26 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
     UserError: the folder can't be written, or holds a run of another config or other data.
   """
   folder = epath.Path(folder)
-  if (folder / _CONFIG).exists():
-    _check(folder, c, data_digest)
-  elif folder.exists() and any(folder.iterdir()):
-    raise UserError(f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
-                    "choose a new folder")
   try:
+    if (folder / _CONFIG).exists():
+      _check(folder, c, data_digest)
+    elif folder.exists() and not {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG:
+      raise UserError(f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
+                      "choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _CONFIG).exists():
       tokenizer.save(folder / _TOKENIZER)
       text = json.dumps({"config": json.loads(c.to_json()), "origin": origin}, indent=2)
-      _write_whole(folder / _CONFIG, text + "\n")
+      write_whole(folder / _CONFIG, text + "\n")
     starts = folder / _STARTS
     before = starts.read_text() if starts.exists() else ""
-    _write_whole(starts, before + json.dumps(_start(mesh, data_digest)) + "\n")
+    write_whole(starts, before + json.dumps(_start(c, mesh, data_digest)) + "\n")
   except OSError as e:
     raise UserError(f"--workdir={folder} can't be written ({e.strerror or e}); "
                     "choose another folder or change its permissions") from e
 
 
-def _write_whole(path, text):
+def write_whole(path, text):
   """Writes a file so that a kill leaves the old one or the new one."""
   part = path.with_name(path.name + ".part")
   part.write_text(text)
@@ -77,16 +78,19 @@ def _check(folder, c, data_digest):
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     raise UserError(f"--workdir={folder} holds a run of another config: {lines}{more}; give the "
                     "old values to go on with it, or another --workdir to start anew")
-  starts = read_starts(folder)
-  if starts and starts[0]["data_digest"] != data_digest:
+  if not (folder / _STARTS).exists():  # killed between the two files
+    return
+  digest = read_starts(folder)[0]["data_digest"]
+  if digest != data_digest:
     raise UserError(f"--workdir={folder} holds a run on other data: its manifest's digest was "
-                    f"{starts[0]['data_digest'][:12]}, that of data.path={c.data.path!r} is "
+                    f"{digest[:12]}, that of data.path={c.data.path!r} is "
                     f"{data_digest[:12]}; point data.path at the old data or choose another "
                     "--workdir")
 
 
-def _start(mesh, data_digest):
+def _start(c, mesh, data_digest):
   device = mesh.devices.flat[0]
+  free = {k: v for k, v in config.flatten(c).items() if config.is_free_on_resume(k)}
   return {
       "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
       "command": sys.argv,
@@ -98,6 +102,7 @@ def _start(mesh, data_digest):
       "processes": jax.process_count(),
       "mesh": dict(mesh.shape),
       "data_digest": data_digest,
+      "config": free,  # the keys that may differ from config.json
   }
 
 
@@ -133,16 +138,28 @@ def read_config(folder):
     raise UserError(f"--workdir={folder} holds no run ({_CONFIG} is missing); "
                     'start one with "jaxgpt train"')
   try:
-    tree = json.loads(path.read_text())["config"]
-  except (ValueError, KeyError) as e:
-    raise UserError(f"{path} is broken ({e}); restore it, or start anew in another folder") from e
-  return config.resolve(config.from_dict(tree))
+    return config.resolve(config.from_dict(json.loads(path.read_text())["config"]))
+  except UserError as e:
+    raise UserError(f"{path}: {e}") from e
+  except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    raise UserError(f"{path} is broken ({type(e).__name__}: {e}); restore it, or start anew in "
+                    "another folder") from e
 
 
 def read_starts(folder):
-  """The records of all starts of a run, oldest first."""
+  """The records of all starts of a run, oldest first.
+
+  Raises:
+    UserError: the file is missing or broken.
+  """
   path = epath.Path(folder) / _STARTS
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  try:
+    starts = [json.loads(line) for line in path.read_text().splitlines()]
+    if not all("data_digest" in start for start in starts) or not starts:
+      raise ValueError("a start without its data_digest")
+    return starts
+  except (OSError, ValueError, TypeError) as e:
+    raise UserError(f"{path} is broken ({e}); restore it, or start anew in another folder") from e
 
 
 def tokenizer_folder(folder):

@@ -1,10 +1,12 @@
 """Where metrics go: the terminal, a JSONL file, TensorBoard."""
 
+import contextlib
 import json
 
 from etils import epath
 from rich import console, progress
 
+from jaxgpt import workdir
 from jaxgpt.errors import UserError
 
 JSONL = "metrics.jsonl"
@@ -26,6 +28,7 @@ class Terminal:
     self._bar.start()
 
   def write(self, step, kind, metrics):
+    """See `Writers.write`."""
     text = _line(metrics)
     if kind == "train" and not self._bar.disable:
       self._bar.update(self._task, completed=step, text=text)
@@ -36,6 +39,7 @@ class Terminal:
     self._console.print(f"{kind:<10} step {step}/{self._total}  {text}{eta}")
 
   def close(self):
+    """Leaves the terminal as it was."""
     self._bar.stop()
 
 
@@ -67,24 +71,47 @@ class Jsonl:
   def __init__(self, folder, start):
     """Args: folder: the run's. start: the step at which it goes on; later lines are dropped."""
     self._path = epath.Path(folder) / JSONL
-    if self._path.exists():
-      kept = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
-      self._path.write_text("".join(line + "\n" for line in kept))
-    self._file = self._path.open("a")
+    self._newest = {}
+    with self._named_errors():
+      if self._path.exists():
+        records = [_record(line) for line in self._path.read_text().splitlines()]
+        records = [r for r in records if r and r["step"] <= start]
+        self._newest = {r["kind"]: r for r in records}
+        workdir.write_whole(self._path, "".join(json.dumps(r) + "\n" for r in records))
+      self._file = self._path.open("a")
+
+  def newest(self, step, kind):
+    """The metrics that were written for a step, if they are the newest of their kind; or None."""
+    record = self._newest.get(kind, {})
+    return record if record.get("step") == step else None
 
   def write(self, step, kind, metrics):
-    self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
-    self._file.flush()
+    """See `Writers.write`."""
+    self._newest[kind] = {"step": step, "kind": kind, **metrics}
+    with self._named_errors():
+      self._file.write(json.dumps(self._newest[kind]) + "\n")
+      self._file.flush()
 
   def close(self):
+    """Closes the file."""
     self._file.close()
 
+  @contextlib.contextmanager
+  def _named_errors(self):
+    try:
+      yield
+    except OSError as e:
+      raise UserError(f"{self._path} can't be written ({e.strerror or e}); make room or change its "
+                      "permissions, then the same command goes on") from e
 
-def _step(line):
+
+def _record(line):
+  """A line as a dict; None where a kill cut it short or it is no record."""
   try:
-    return json.loads(line)["step"]
-  except (ValueError, KeyError):  # a line that a kill cut short
-    return float("inf")
+    record = json.loads(line)
+    return record if {"step", "kind"} <= record.keys() else None
+  except (ValueError, AttributeError):
+    return None
 
 
 class TensorBoard:
@@ -99,18 +126,21 @@ class TensorBoard:
                                               purge_step=start + 1)
 
   def write(self, step, kind, metrics):
+    """See `Writers.write`."""
     for name, value in metrics.items():
       self._writer.add_scalar(f"{kind}/{name}", value, step)
 
   def close(self):
+    """Writes what is buffered."""
     self._writer.close()
 
 
 class Writers:
   """Several writers as one."""
 
-  def __init__(self, *writers):
-    self._writers = writers
+  def __init__(self, jsonl, *others):
+    self.newest = jsonl.newest
+    self._writers = (jsonl, *others)
 
   def write(self, step, kind, metrics):
     """Args: step: updates so far. kind: 'train' or 'validation'. metrics: {name: float}."""
@@ -118,6 +148,7 @@ class Writers:
       writer.write(step, kind, metrics)
 
   def close(self):
+    """Closes them all."""
     for writer in self._writers:
       writer.close()
 
@@ -131,5 +162,6 @@ def make(c_log, folder, total, start):
     total: steps of the run.
     start: the step at which it goes on.
   """
+  jsonl = Jsonl(folder, start)
   extra = [TensorBoard(folder, start)] if c_log.tensorboard else []
-  return Writers(Terminal(total, start), Jsonl(folder, start), *extra)
+  return Writers(jsonl, *extra, Terminal(total, start))

@@ -46,6 +46,11 @@ def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
     ("--config.model.max_len=64", "data.seq_len=256 .*model.max_len=64"),
     ("--config.optim.lr=nan", "optim.lr=nan"),
     ("--config.model.dropout=1.0", "model.dropout=1.0"),
+    ("--config.optim.eps=nan", "optim.eps=nan"),
+    ("--config.schedule.final_ratio=2", "final_ratio=2"),
+    ("--config.model.init_std=-1", "init_std=-1"),
+    ("--config.seed=100000000000000000000", "seed=1000"),
+    ("--config.model.causal=False", "causal_lm.*model.causal=True"),
 ])
 def test_bad_values_are_named(tmp_path, override, words):
   with pytest.raises(UserError, match=words):
@@ -58,10 +63,27 @@ def test_bad_values_are_named(tmp_path, override, words):
     ("c.optim.lr = 'fast'", "c.py:5: .*lr"),
     ("c.optim.lr = undefined", "undefined"),
     ("return 3", "get_config"),
+    ("c.optim.lr = None", "optim.lr=None"),
+    ("c.data.batch_size = None", "data.batch_size=None"),
+    ("import ml_collections; c = ml_collections.ConfigDict({'optim': 1})", "config.base"),
+    ("c.unlock(); c.extra = 1", "unknown key 'extra'"),
 ])
 def test_bad_files_are_named(tmp_path, body, words):
   with pytest.raises(UserError, match=words):
     config.load(write(tmp_path, body))
+
+
+def test_a_relative_path_still_names_the_line(tmp_path, monkeypatch):
+  write(tmp_path, "c.optim.lrr = 1")
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="c.py:5: "):
+    config.load("c.py")
+
+
+def test_a_file_that_is_no_python(tmp_path):
+  (tmp_path / "c.txt").write_text("")
+  with pytest.raises(UserError, match="Python file"):
+    config.load(tmp_path / "c.txt")
 
 
 def test_a_missing_file_names_those_there_are():

@@ -9,9 +9,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import pytest
 
-from jaxgpt import config
+from jaxgpt import config, mesh
 from jaxgpt.text import prepare
 
+mesh.prepare_cpu()
 jax.config.update("jax_compilation_cache_dir",
                   str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -47,15 +47,15 @@ def sampler():
   c.data.seq_len = 16
   model = transformer.Transformer(ml_collections.FrozenConfigDict(config.resolve(c).model))
   params = transformer.init(model, jax.random.key(0))
-  return model, params, generate.make(model, 16, eos_id=29)
+  return model, params, generate.make(model, 16, eos_id=29, vocab_size=30)
 
 
 def run(sampler, prompt, max_new=99, temperature=0.0, seed=0, rows=1):
   _, params, sample = sampler
   tokens = np.zeros((rows, 16), np.int32)
   tokens[:, :len(prompt)] = prompt
-  out, lengths = sample(params, tokens, len(prompt), max_new, jax.random.key(seed), temperature,
-                        0, 1.0, 0.0)
+  out, lengths = sample(params, tokens, len(prompt), max_new, jax.random.key(seed),
+                        (temperature, 0, 1.0, 0.0))
   return [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(lengths), strict=True)]
 
 
@@ -84,6 +84,15 @@ def test_prompt_lengths_and_settings_share_one_compile(sampler):
 def test_at_most_max_new_tokens_and_none_beyond_the_context(sampler):
   assert len(run(sampler, [1, 2], max_new=3)[0]) <= 5
   assert len(run(sampler, [1, 2], max_new=500)[0]) <= 16
+
+
+def test_rows_that_pad_the_embedding_are_never_drawn(sampler):
+  model, params, _ = sampler
+  sample = generate.make(model, 16, eos_id=4, vocab_size=5)
+  tokens, lengths = sample(params, np.ones((8, 16), np.int32), 1, 15, jax.random.key(0),
+                           (5.0, 0, 1.0, 0.0))
+  drawn = np.concatenate([row[1:n] for row, n in zip(np.asarray(tokens), lengths, strict=True)])
+  assert drawn.size and drawn.max() < 4
 
 
 def test_seeds_and_rows_draw_their_own_text(sampler):

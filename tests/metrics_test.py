@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -38,7 +39,10 @@ def test_bits_per_byte():
 def test_means_are_weighted_by_tokens_and_survive_json():
   means = metrics.Means()
   means.add({"loss": 1.0, "tokens": 30.0, "grad_norm": 1.0, "lr": 0.1, "param_norm": 5.0})
-  means = metrics.Means(**means.state())
+  state = means.state()
+  means.add({"loss": 9.0, "tokens": 9.0, "grad_norm": 9.0, "lr": 9.0, "param_norm": 9.0})
+  assert state["sums"]["tokens"] == 30.0, "the saved state is a copy"
+  means = metrics.Means(**json.loads(json.dumps(state)))
   means.add({"loss": 3.0, "tokens": 10.0, "grad_norm": 3.0, "lr": 0.2, "param_norm": 6.0})
   assert means.take() == {"loss": 1.5, "tokens": 40.0, "grad_norm": 2.0, "lr": 0.2,
                           "param_norm": 6.0}

@@ -27,9 +27,7 @@ def start(c):
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
   compiled = train_step.compile(step, parts.state, shapes, mesh)
   with jax.set_mesh(mesh):
-    state = jax.jit(lambda: train_step.init_state(parts.model, parts.tx, jax.random.key(c.seed),
-                                                  c.optim.ema > 0),
-                    out_shardings=jax.tree.map(lambda s: s.sharding, parts.state))()
+    state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
   return mesh, compiled, state, data
 
 
@@ -116,13 +114,23 @@ def test_the_state_freezes_at_the_first_step_that_is_not_finite(tiny):
   state, _ = compiled(state, loop.to_devices(data.batch(0), mesh))
   before = jax.tree.map(np.asarray, state)
   bad = data.batch(1) | {"loss_weights": np.full((8, 32), np.nan, np.float32)}
-  for batch in (bad, data.batch(2)):
+  for batch in (bad, data.batch(2)):  # the second is a good one, which must not be applied
     state, metrics = compiled(state, loop.to_devices(batch, mesh))
     assert int(metrics["nonfinite_step"]) == 1
   after = jax.tree.map(np.asarray, state)
   assert after.pop("nonfinite_step") == 1
   assert before.pop("nonfinite_step") == -1
   jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_an_update_that_is_not_finite_freezes_the_state_too(tiny):
+  """Loss and gradient are fine, the new weights overflow."""
+  c = tiny(mesh__data=1, optim__lr=1e38, optim__weight_decay=1e6, schedule__warmup_steps=0)
+  mesh, compiled, state, data = start(c)
+  state, metrics = compiled(state, loop.to_devices(data.batch(0), mesh))
+  assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+  assert int(metrics["nonfinite_step"]) == 0
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
 
 
 def test_z_loss_adds_the_squared_log_normaliser(tiny):

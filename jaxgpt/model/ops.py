@@ -84,7 +84,7 @@ def rotary_angles(positions_BT, head_dim, theta):
 
 
 def rotate(x_BTNH, sin, cos):
-  """Applies the rotary embedding; halves are paired (x[i], x[i + H/2]), as Hugging Face's Llama does.
+  """Applies the rotary embedding; x[i] is paired with x[i + H/2], as in Hugging Face's Llama.
 
   Args:
     x_BTNH: queries or keys.

@@ -1,4 +1,4 @@
-"""The one Transformer. Families are values of the config's `model` section, never branches on a name.
+"""The one Transformer. Families are values of the config's `model` section; no code asks a name.
 
 B batch, T query position, S cache slot, D model, F feed-forward, N heads, K key/value heads,
 H head size, V vocabulary, L layers.
@@ -28,14 +28,15 @@ class _Module(nn.Module):
   cfg: ml_collections.FrozenConfigDict
 
   def weight(self, name, shape, axes, std):
+    """A float32 parameter of normal values; `axes` names the logical axis of each dimension."""
     return self._declare(name, shape, axes, nn.initializers.normal(std))
 
   def vector(self, name, shape, axes, value=0.0):
+    """A float32 parameter that starts as one value everywhere; `axes` as in `weight`."""
     return self._declare(name, shape, axes, nn.initializers.constant(value))
 
   def _declare(self, name, shape, axes, init):
-    return self.param(name, nn.with_logical_partitioning(init, axes), shape,
-                      jnp.dtype(self.cfg.param_dtype))
+    return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
   @property
   def dtype(self):
@@ -47,14 +48,15 @@ class _Module(nn.Module):
 
 
 class Norm(_Module):
-  """LayerNorm or RMSNorm over the last axis."""
+  """LayerNorm or RMSNorm (`kind`) over the last axis, of `size`."""
+  kind: str
   size: int
 
   @nn.compact
   def __call__(self, x):
     cfg = self.cfg
     scale = self.vector("scale", (self.size,), ("norm",), 1.0)
-    if cfg.norm == "rmsnorm":
+    if self.kind == "rmsnorm":
       return ops.rms_norm(x, scale, cfg.norm_eps)
     bias = self.vector("bias", (self.size,), ("norm",)) if cfg.bias else None
     return ops.layer_norm(x, scale, bias, cfg.norm_eps)
@@ -77,7 +79,7 @@ class Attention(_Module):
 
     q, k, v = project("q", N, "heads"), project("k", K, "kv_heads"), project("v", K, "kv_heads")
     if cfg.qk_norm:
-      q, k = Norm(cfg, H, name="q_norm")(q), Norm(cfg, H, name="k_norm")(k)
+      q, k = (Norm(cfg, "rmsnorm", H, name=f"{name}_norm")(x) for name, x in (("q", q), ("k", k)))
     if cfg.position == "rotary":
       q, k = ops.rotate(q, *shared["rotary"]), ops.rotate(k, *shared["rotary"])
     q, k, v = (checkpoint_name(constrain(a, "batch", "length", "act_heads", None), name)
@@ -129,10 +131,10 @@ class Block(_Module):
   def __call__(self, x_BTD, shared, layer):
     cfg = self.cfg
     keys = (None, None) if layer["key"] is None else jax.random.split(layer["key"])
-    y, cache = Attention(cfg, name="attn")(Norm(cfg, cfg.width, name="attn_norm")(x_BTD), shared,
-                                           layer["cache"])
+    y = Norm(cfg, cfg.norm, cfg.width, name="attn_norm")(x_BTD)
+    y, cache = Attention(cfg, name="attn")(y, shared, layer["cache"])
     x_BTD += ops.dropout(y, cfg.dropout, keys[0])
-    y = MLP(cfg, name="mlp")(Norm(cfg, cfg.width, name="mlp_norm")(x_BTD))
+    y = MLP(cfg, name="mlp")(Norm(cfg, cfg.norm, cfg.width, name="mlp_norm")(x_BTD))
     x_BTD += ops.dropout(y, cfg.dropout, keys[1])
     return constrain(x_BTD, "batch", "length", "act_embed"), cache
 
@@ -182,7 +184,7 @@ class Transformer(_Module):
     x, cache = self._layers()(cfg, name="layers")(x, shared, {"key": keys, "cache": cache})
     if logits_at_B is not None:
       x = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
-    x = Norm(cfg, cfg.width, name="final_norm")(x)
+    x = Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
     head = table.T if cfg.tie_embeddings else self.weight(
         "head", (cfg.width, cfg.vocab_size), ("embed", "vocab"), cfg.init_std)
     logits = jnp.einsum("...D,DV->...V", x, head.astype(dtype),

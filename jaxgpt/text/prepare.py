@@ -83,6 +83,14 @@ def prepare(paths, out, *, overwrite=False, report=None, **options):
   read.documents(paths, text_field=options.text_field, exclude=options.exclude)  # fail early
   if options.cut_chars is None:
     options = dataclasses.replace(options, cut_chars=_cut_chars(paths, options, report))
+  try:
+    return _prepare(paths, out, overwrite, options, report)
+  except OSError as e:
+    raise UserError(f"--out={out} can't be written ({e.strerror or e}); name another folder, make "
+                    "room or change its permissions") from e
+
+
+def _prepare(paths, out, overwrite, options, report):
   out.parent.mkdir(parents=True, exist_ok=True)
   for left in sorted(out.parent.glob(f"{out.name}.tmp-*")):
     report(f"{left} was left by another run: delete it, unless that run is still at work")

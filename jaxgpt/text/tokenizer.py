@@ -235,7 +235,7 @@ def train_sentencepiece(texts, *, vocab_size, model_type="bpe", sample_bytes=4_0
         add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
         split_digits=True, split_by_unicode_script=False, max_sentencepiece_length=24,
         max_sentence_length=1 << 24, num_threads=os.cpu_count() or 1, minloglevel=3)
-  except RuntimeError as e:
+  except (RuntimeError, ValueError) as e:  # ValueError: more than its 32 bits hold
     raise _training_error(str(e), vocab_size, model_type) from e
   return SentencePieceTokenizer(model.getvalue())
 

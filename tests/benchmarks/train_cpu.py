@@ -35,8 +35,9 @@ def rounds(step):
 
 def ours():
   """The product's own train step, compiled as the loop compiles it."""
-  from jaxgpt import config, loop, mesh as mesh_lib, train_step
-  mesh_lib.keep_freed_memory()
+  from jaxgpt import config, loop, train_step
+  from jaxgpt import mesh as mesh_lib
+  mesh_lib.prepare_cpu()
   import jax
   import numpy as np
   c = config.base()
@@ -54,8 +55,7 @@ def ours():
   compiled = train_step.compile(
       train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh)
   with jax.set_mesh(mesh):
-    state = jax.jit(lambda: train_step.init_state(parts.model, parts.tx, jax.random.key(0), False),
-                    out_shardings=jax.tree.map(lambda s: s.sharding, parts.state))()
+    state = train_step.first_state(parts.model, parts.tx, 0, parts.state)
   batch = loop.to_devices(batch, mesh)
 
   def step():
