@@ -108,8 +108,8 @@ class Checkpoints:
     except UserError:
       raise
     except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
-      raise UserError(f"checkpoint {where} can't be read ({_first_line(e)}); delete that folder to go on from the "
-                      "one before") from e
+      raise UserError(f"checkpoint {where} can't be read ({_first_line(e)}); delete that folder "
+                      "to go on from the one before") from e
     state = {name: out[name] for name in items}
     for name in _SCALARS:
       if name in abstract:

@@ -66,7 +66,8 @@ def _parser():
   p.add_argument("--split", default="validation", choices=("train", "validation", "test"),
                  help="which documents")
   p.add_argument("--data", metavar="DIR", help="where the run's data is now, if it was moved")
-  p.add_argument("--batches", type=_count(0), default=0, help="batches to evaluate; 0: the whole split")
+  p.add_argument("--batches", type=_count(0), default=0,
+                 help="batches to evaluate; 0: the whole split")
   p.add_argument("--batch-size", type=_count(1), help="rows a batch; default: the run's")
   _add_generate(command("generate", _generate, "continue a prompt with a run's model"))
   p = command("demo", _demo, "train and sample a small model on Python's standard library")

@@ -88,9 +88,9 @@ def base():
   p.name = "adamw"  # adamw | lion | adafactor | muon (matrices of the layers; adamw for the rest)
   p.lr = 1e-3  # peak learning rate
   p.adam_lr = config_dict.placeholder(float)  # muon: peak rate of what adamw updates; default: lr
-  p.b1 = 0.9  # decay of the first moment (momentum of muon: muon_momentum)
-  p.b2 = 0.95  # decay of the second moment
-  p.eps = 1e-8  # added to the root of the second moment
+  p.b1 = 0.9  # decay of the first moment: adamw, lion, and what adamw updates beside muon
+  p.b2 = 0.95  # decay of the second moment (of lion: of its momentum); adafactor has its own
+  p.eps = 1e-8  # added to the root of the second moment: adamw, also beside muon
   p.muon_momentum = 0.95  # muon: decay of the momentum that is orthogonalised
   p.weight_decay = 0.1  # decoupled, times the learning rate; on matrices, not on norms and biases
   p.clip_norm = 1.0  # gradients are scaled down to this global norm; 0: off

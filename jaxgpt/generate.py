@@ -63,9 +63,9 @@ def make(model, num_slots, eos_id, vocab_size):
 
   Returns:
     generate(params, tokens_BS, length, max_new, key, rules) -> (tokens_BS, lengths_B). `rules` are
-    the arguments of `sample` after its key. `tokens_BS` holds a prompt of `length` tokens in each row, the rest
-    is ignored; at most min(max_new, S - length) tokens follow it, up to the first `eos_id`, which
-    is not counted in `lengths_B`.
+    the arguments of `sample` after its key. `tokens_BS` holds a prompt of `length` tokens in each
+    row, the rest is ignored; at most min(max_new, S - length) tokens follow it, up to the first
+    `eos_id`, which is not counted in `lengths_B`.
   """
   cfg = model.cfg
 

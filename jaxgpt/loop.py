@@ -275,8 +275,8 @@ class _Run:
       evidence = f"the state before it could not be saved ({e})"
     raise UserError(
         f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
-        f"weights' norm {metrics['param_norm']}; {evidence}. A lower optim.lr, a longer schedule.warmup_steps or objective.z_loss=1e-4 "
-        "are the usual cures")
+        f"weights' norm {metrics['param_norm']}; {evidence}. A lower optim.lr, a longer "
+        "schedule.warmup_steps or objective.z_loss=1e-4 are the usual cures")
 
   def close(self):
     self._writers.close()

@@ -27,16 +27,8 @@ def make(c_optim, schedule, axes):
     mean square of the parameter, so its lr is relative: around 1e-2.
   """
   decays = jax.tree.map(sharding.is_weight, axes, is_leaf=sharding.is_axes)
-  direction = {
-      "adamw": _adam,
-      "lion": lambda o: optax.scale_by_lion(o.b1, o.b2),
-      "adafactor": lambda o: optax.chain(optax.scale_by_factored_rms(),
-                                         optax.clip_by_block_rms(1.0),
-                                         optax.scale_by_param_block_rms()),
-      "muon": lambda o: _muon(o, axes),
-  }[c_optim.name](c_optim)
   return optax.chain(
-      direction,
+      DIRECTIONS[c_optim.name](c_optim, axes),
       optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
       optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step)),
   )
@@ -55,8 +47,25 @@ def matrix_axes(axes):
   return ((embed,), others) if embed < others[0] else (others, (embed,))
 
 
-def _adam(o):
+def _adam(o, axes):
+  del axes
   return optax.scale_by_adam(o.b1, o.b2, o.eps)
+
+
+def _lion(o, axes):
+  del axes
+  return optax.scale_by_lion(o.b1, o.b2)
+
+
+def _adafactor(o, axes):
+  """Adafactor without momentum, for each layer's part of a stacked parameter on its own."""
+  del o
+  tx = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
+                   optax.scale_by_param_block_rms())
+  stacked = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+  labels = jax.tree.map(lambda a: "stacked" if "layers" in a else "single", axes,
+                        is_leaf=sharding.is_axes)
+  return optax.partition({"stacked": stacked, "single": tx}, labels)
 
 
 def _muon(o, axes):
@@ -78,5 +87,8 @@ def _muon(o, axes):
       {"muon": optax.chain(
           optax.contrib.scale_by_muon(beta=o.muon_momentum, weight_dimension_numbers=numbers),
           optax.stateless(match_rms)),
-       "adam": optax.chain(_adam(o), optax.scale(o.adam_lr / o.lr if o.lr else 1.0))},
+       "adam": optax.chain(_adam(o, axes), optax.scale(o.adam_lr / o.lr if o.lr else 1.0))},
       labels)
+
+
+DIRECTIONS = {"adamw": _adam, "lion": _lion, "adafactor": _adafactor, "muon": _muon}

@@ -2,8 +2,8 @@
 
 The state is a dict of arrays: 'step' (updates so far), 'params', 'opt' (the optimizer's), 'ema'
 (where it is on) and 'nonfinite_step'. At the first step whose loss, gradient or new weights are not
-finite the state freezes, and 'nonfinite_step' says which step it was: the loop, which reads the metrics one
-step late, finds the weights as they were before the accident.
+finite the state freezes, and 'nonfinite_step' says which step it was: the loop, which reads the
+metrics one step late, finds the weights as they were before the accident.
 """
 
 import jax

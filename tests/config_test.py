@@ -4,8 +4,10 @@ import pathlib
 
 import pytest
 
-from jaxgpt import config
+from jaxgpt import config, objectives, optim, reference, schedules
+from jaxgpt.data import packing
 from jaxgpt.errors import UserError
+from jaxgpt.model import attention, ops, transformer
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -98,6 +100,19 @@ def test_a_resolved_config_survives_the_run_folder():
   again = config.resolve(config.from_dict(c.to_dict()))
   assert again.to_dict() == c.to_dict()
   assert again.model.vocab_size == 99
+
+
+def test_every_choice_is_implemented_and_named_in_its_comment():
+  tables = {
+      "objective.name": objectives.OBJECTIVES, "model.activation": ops.ACTIVATIONS,
+      "model.remat": {"none", *transformer.REMAT}, "model.attention": {"auto", *attention.FORMS},
+      "data.packing": packing.PACKINGS, "optim.name": optim.DIRECTIONS,
+      "schedule.name": schedules.SHAPES}
+  for key, table in tables.items():
+    assert set(config.CHOICES[key]) == set(table), key
+  comments = {f"{section}.{key}": comment for section, key, _, comment in reference.entries()}
+  for key, names in config.CHOICES.items():
+    assert all(name in comments[key] for name in names), key
 
 
 def test_only_what_changes_the_result_counts_as_a_difference():

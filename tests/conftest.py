@@ -20,7 +20,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-  """A prepared folder: 60 short documents of words in a pattern that a model can learn, as bytes."""
+  """A prepared folder of bytes: 60 short documents whose words follow a pattern."""
   folder = tmp_path_factory.mktemp("corpus")
   words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs"]
   for i in range(60):

@@ -90,6 +90,58 @@ def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkey
   assert len(workdir.read_starts(tmp_path / "run")) == 2
 
 
+STAGES = {  # where a signal arrives: (object, attribute, which call)
+    "data": (loop.pipeline, "make", 1),
+    "run folder": (workdir, "enter", 1),
+    "initial state": (loop.train_step, "first_state", 1),
+    "compile": (loop.train_step, "compile", 1),
+    "save": (checkpoint.Checkpoints, "save", 1),
+    "evaluation": (loop.evaluate, "evaluate", 1),
+    "last evaluation": (loop.evaluate, "evaluate", 2),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_at_any_stage_changes_no_number(finished, tmp_path, stage):
+  """The run is stopped in one stage; the same call goes on and reports what it would have."""
+  c, folder = finished
+  where, name, call = STAGES[stage]
+  original, calls = getattr(where, name), []
+
+  def interrupted(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == call:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(where, name, interrupted)
+    steps, result, stopped = train(c, tmp_path / "run")
+  assert stopped == signal.SIGTERM and result is None
+  assert steps < 8 or stage == "last evaluation"
+  steps, result, stopped = train(c, tmp_path / "run")
+  assert (steps, stopped) == (8, None) and result
+  assert lines(tmp_path / "run") == lines(folder)
+
+
+def test_a_second_signal_is_not_held_back():
+  with loop.StopSignal() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+      signal.sigtimedwait([], 1)
+
+
+def test_a_start_that_was_killed_before_its_config_was_written_is_made_good(
+    finished, tmp_path):
+  c, folder = finished
+  (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+  (tmp_path / "run" / "config.json.part").write_text("{")
+  train(c, tmp_path / "run")
+  assert lines(tmp_path / "run") == lines(folder)
+
+
 def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   """Restored from fsdp=8 onto 2 devices, losses stay what they were but for the order of sums."""
   c = tiny(mesh__data=1, mesh__fsdp=8)

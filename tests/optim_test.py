@@ -33,6 +33,16 @@ def test_weights_decay_and_norms_and_biases_do_not():
   assert any(map(sharding.is_weight, tree.flatten(axes, is_leaf=sharding.is_axes).values()))
 
 
+def test_adafactor_treats_each_layer_on_its_own():
+  params, _, tx = setup(name="adafactor", weight_decay=0.0)
+  grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+  louder = tree.map_named(
+      lambda name, g: g.at[1].multiply(100.0) if name.startswith("layers") else g, grads)
+  first, second = (tree.flatten(tx.update(g, tx.init(params), params)[0]) for g in (grads, louder))
+  for name in ("layers/mlp/up", "layers/attn/q", "layers/attn_norm/scale"):
+    np.testing.assert_allclose(first[name][0], second[name][0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("axes, want", [
     (("layers", "embed", "heads", "head_dim"), ((1,), (2, 3))),
     (("layers", "heads", "head_dim", "embed"), ((1, 2), (3,))),

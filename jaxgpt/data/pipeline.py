@@ -129,7 +129,7 @@ class Batches:
     options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
 
-  def epoch_batches(self, *, limit=0, host_index=0, host_count=1, threads=4, prefetch=4):
+  def epoch_batches(self, *, host_index=0, host_count=1, threads=4, prefetch=4):
     """Iterates over all rows once, in the documents' order: for evaluation.
 
     The last batch is filled up with rows of zero weight, so all have one shape and all hosts the
@@ -137,20 +137,19 @@ class Batches:
     `split.bytes * ln 2`, is bits per byte.
 
     Args:
-      limit: batches to stop after; 0: all `steps_per_epoch`.
       host_index, host_count, threads, prefetch: as in `iterate`.
 
     Raises: as `rows`.
     """
     low, high = self._host_rows(host_index, host_count)
-    count = min(limit or self.steps_per_epoch, self.steps_per_epoch)
 
     def batch(step):
       first = step * self.batch_size
       rows = range(min(first + low, self.len_rows), min(first + high, self.len_rows))
       return self._assemble(list(rows), high - low)
 
-    return self._prefetched(grain.MapDataset.range(count).map(batch), threads, prefetch)
+    batches = grain.MapDataset.range(self.steps_per_epoch).map(batch)
+    return self._prefetched(batches, threads, prefetch)
 
   def _assemble(self, rows, num_rows=None):
     """The batch of some rows of the pack index, filled up to `num_rows` with padding."""

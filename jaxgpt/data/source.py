@@ -56,7 +56,6 @@ class Split:
     lengths: int64 [num_documents], predictions (stored tokens - 1) of each document.
     bytes: UTF-8 bytes of the split's texts, which bits per byte are counted over.
     num_documents: documents.
-    tokens: stored tokens, with bos and eos.
     manifest: the folder's manifest.
     digest: its sha256.
   """
@@ -67,7 +66,6 @@ class Split:
     entry = manifest["splits"][split]
     self.digest = manifest["digest"]
     self.bytes, self.num_documents = entry["bytes"], entry["documents"]
-    self.tokens = entry["tokens"]
     self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     self._record_tokens = manifest["record_tokens"]
     stored = self._sidecar("tokens").astype(np.int64)

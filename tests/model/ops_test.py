@@ -13,7 +13,8 @@ def same_gradients(f, g, *args):
   def both(h):
     out, vjp = jax.vjp(h, *args)
     return out, vjp(jax.tree.map(jnp.cos, out))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), both(f), both(g))
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
+  jax.tree.map(close, both(f), both(g))
 
 
 def normal(*shape, seed=0):

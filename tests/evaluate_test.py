@@ -1,0 +1,43 @@
+"""Bits per byte count each prediction of a split once, whatever the batch."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import evaluate, loop
+from jaxgpt.data import pipeline
+
+
+def uniform(params, frozen, batch, key):
+  """An objective that finds each of 256 bytes equally likely."""
+  del params, frozen, key
+  nll = (math.log(256) * batch["loss_weights"]).sum()
+  return nll, batch["loss_weights"].sum(), {"nll": nll}
+
+
+@pytest.mark.parametrize("batch_size, seq_len", [(4, 32), (7, 50), (64, 16)])
+def test_a_uniform_model_of_bytes_needs_eight_bits_and_the_end_of_each_document(
+    corpus, batch_size, seq_len):
+  data = pipeline.make(corpus, "validation", seq_len=seq_len, batch_size=batch_size)
+  result = evaluate.evaluate(evaluate.make_step(uniform), None, data.epoch_batches(),
+                             loop.bytes_per_token(data))
+  split = data.split
+  assert result["tokens"] == split.bytes + split.num_documents
+  assert result["bits_per_byte"] == pytest.approx(8 * (1 + split.num_documents / split.bytes))
+  assert result["perplexity"] == pytest.approx(256)
+
+
+def test_sums_are_exact_beyond_what_float32_counts():
+  ones = {"loss_weights": jnp.ones(4097)}
+  step = lambda params, batch: {"tokens": batch["loss_weights"].sum(),
+                                "nll": jnp.float32(0.5) * batch["loss_weights"].sum()}
+  result = evaluate.evaluate(step, None, [ones] * 5000, 1.0)
+  assert result["tokens"] == 4097 * 5000 > 2**24
+  assert result["loss"] == 0.5
+
+
+def test_no_batch_is_no_crash():
+  result = evaluate.evaluate(evaluate.make_step(uniform), None, [], 1.0)
+  assert result["tokens"] == 0 and np.isfinite(result["loss"])
