@@ -175,11 +175,11 @@ class _Run:
     self._state = self._first_state()
     self._step = int(self._state["step"])
     self._in_flight = None  # (step, metrics on the devices)
-    self._writers = writers_lib.make(c.log, folder, c.train.steps, self._step)
     peak = metrics_lib.peak_flops(mesh.devices.flat[0].device_kind)
     self._timer = timer.Timer(metrics_lib.flops_per_token(c.model, c.data.seq_len),
                               peak and peak * mesh.size)
     self._eval_step = evaluate.make_step(parts.objective)
+    self._writers = writers_lib.make(c.log, folder, c.train.steps, self._step)
 
   def _first_state(self):
     if self._checkpoints.latest() is not None:
