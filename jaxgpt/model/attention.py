@@ -42,7 +42,9 @@ def reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=None):
   return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
 
 
-_CHUNKS = 4  # of the queries; more leave less of the upper triangle, but smaller matmuls
+# Smaller chunks of queries leave less of the upper triangle, but make smaller matmuls.
+_CHUNK = 128
+_MOST_CHUNKS = 8  # each is compiled on its own
 
 
 def batched(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=None, causal=False):
@@ -64,7 +66,8 @@ def batched(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=None, causal=Fal
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   heads_first = lambda x, *shape: x.swapaxes(1, 2).reshape(*shape)
-  chunks = _CHUNKS if causal and T % _CHUNKS == 0 else 1
+  chunks = min(T // _CHUNK, _MOST_CHUNKS) if causal and T % _CHUNK == 0 else 1
+  chunks = chunks if T % chunks == 0 else 1
   q = heads_first(q_BTNH, B * K, N // K, T, H)
   k, v = (heads_first(x, B * K, -1, H) for x in (k_BSKH, v_BSKH))
   bias = jnp.where(mask_BTS, 0.0, _MASKED)
