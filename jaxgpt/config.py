@@ -4,9 +4,7 @@ A config file is the experiment. Every knob is declared once, in `base`, with a 
 what it does and in what unit; `docs/config.md` is generated from this file's text.
 """
 
-import difflib
 import importlib.util
-import math
 import os
 import pathlib
 import traceback
@@ -15,6 +13,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from jaxgpt import checks
 from jaxgpt.errors import UserError
 from jaxgpt.presets import PRESETS
 
@@ -23,19 +22,6 @@ MESH_AXES = ("data", "fsdp", "seq", "tensor", "expert", "stage")
 # Keys that may differ between a run and its continuation: they don't change what is computed.
 FREE_ON_RESUME = ("mesh", "log", "checkpoint", "eval", "data.prefetch", "data.threads",
                   "data.path")
-
-CHOICES = {
-    "objective.name": ("causal_lm",),
-    "model.norm": ("layernorm", "rmsnorm"),
-    "model.position": ("learned", "rotary", "none"),
-    "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "full", "dots", "save_qkv", "save_attention"),
-    "model.attention": ("auto", "reference", "batched"),
-    "data.packing": ("best_fit", "concat", "one_per_row"),
-    "optim.name": ("adamw", "lion", "adafactor", "muon"),
-    "schedule.name": ("cosine", "linear", "wsd", "inverse_sqrt", "constant"),
-}
 
 
 def base():
@@ -140,15 +126,9 @@ def preset(name):
     UserError: there is no preset of that name.
   """
   if name not in PRESETS:
-    raise UserError(f"no preset {name!r}; {nearest(name, PRESETS)}"
+    raise UserError(f"no preset {name!r}; {checks.nearest(name, PRESETS)}"
                     f"there are: {', '.join(sorted(PRESETS))}")
   return dict(PRESETS[name], preset=name)
-
-
-def nearest(name, names):
-  """A hint 'did you mean …? ' with the closest of `names`, or ''."""
-  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-  return f"did you mean {close[0]!r}? " if close else ""
 
 
 def flatten(c):
@@ -172,7 +152,7 @@ def from_dict(tree):
   known = flatten(c)
   for key, value in flatten(tree).items():
     if key not in known:
-      raise UserError(f"unknown config key {key!r}; {nearest(key, known)}".rstrip("; "))
+      raise UserError(f"unknown config key {key!r}; {checks.nearest(key, known)}".rstrip("; "))
     if value is not None:
       c.update_from_flattened_dict({key: value})
   return c
@@ -195,13 +175,13 @@ def load(path, overrides=()):
   path, _, arg = str(path).partition(":")
   if not pathlib.Path(path).is_file():
     near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-    hint = nearest(path, near) + (f"there are: {', '.join(near)}" if near else "")
+    hint = checks.nearest(path, near) + (f"there are: {', '.join(near)}" if near else "")
     raise UserError(f"--config={path}: no such file; {hint}".rstrip("; "))
   flat = flatten(base())
   for item in overrides:
     key = _overridden(item)
     if key not in flat and not any(k.startswith(key + ".") for k in flat):
-      raise UserError(f"unknown config key --config.{key}; {nearest(key, flat)}"
+      raise UserError(f"unknown config key --config.{key}; {checks.nearest(key, flat)}"
                       "docs/config.md lists them all")
   c, from_file = _parse(path, arg, overrides)
   final = flatten(c)
@@ -245,7 +225,7 @@ def _parse(path, arg, overrides):
   known, given = flatten(base()), flatten(c)
   for key in sorted(given.keys() ^ known.keys()):
     what = "unknown key" if key in given else "lacks the key"
-    hint = nearest(key, known) if key in given else ""
+    hint = checks.nearest(key, known) if key in given else ""
     raise UserError(f"{path}: {what} {key!r}; {hint}start from config.base()")
   for key, value in given.items():
     if value is None and known[key] is not None:
@@ -285,73 +265,15 @@ def resolve(c, vocab_size=None):
       (c.optim, "adam_lr", c.optim.lr),
       (c.eval, "batch_size", c.data.batch_size),
   ]
-  _check_signs(c)
+  checks.values(flatten(c))
   if m.head_dim is None and m.width % m.num_heads:
     raise UserError(f"model.num_heads={m.num_heads} does not divide model.width={m.width}; "
                     "choose a divisor, or set model.head_dim")
   for section, key, value in defaults:
     if section[key] is None:
       section[key] = value
-  _check(c)
+  checks.combinations(c)
   return c.lock()
-
-
-def _check_signs(c):
-  flat = flatten(c)
-  positive = ("model.num_layers", "model.width", "model.num_heads", "model.num_kv_heads",
-              "model.head_dim", "model.mlp_width", "model.max_len", "model.vocab_size",
-              "model.scan_unroll", "data.seq_len", "data.batch_size", "data.threads",
-              "data.prefetch", "optim.accumulate", "train.steps", "eval.batch_size", "log.every",
-              "checkpoint.every", "checkpoint.keep")
-  for key in positive:
-    if flat[key] is not None and flat[key] < 1:
-      raise UserError(f"{key}={flat[key]} must be at least 1")
-  at_least_0 = ("schedule.warmup_steps", "eval.every", "eval.batches", "checkpoint.keep_every",
-                "optim.clip_norm", "optim.weight_decay", "optim.lr", "optim.adam_lr",
-                "objective.z_loss")
-  for key in at_least_0:
-    if flat[key] is not None and flat[key] < 0:
-      raise UserError(f"{key}={flat[key]} must be at least 0")
-  for key, value in flat.items():
-    if isinstance(value, float) and not math.isfinite(value):
-      raise UserError(f"{key}={value} must be a finite number")
-  for key in ("model.norm_eps", "model.rope_theta", "model.init_std", "model.logit_softcap",
-              "optim.eps"):
-    if flat[key] is not None and flat[key] <= 0:
-      raise UserError(f"{key}={flat[key]} must be above 0")
-  for key in ("schedule.decay_fraction", "schedule.final_ratio"):
-    if not 0 <= flat[key] <= 1:
-      raise UserError(f"{key}={flat[key]} must lie in [0, 1]")
-  if not 0 <= flat["seed"] < 2**31:
-    raise UserError(f"seed={flat['seed']} must lie in [0, 2^31)")
-  for key in ("model.dropout", "optim.ema", "optim.b1", "optim.b2", "optim.muon_momentum"):
-    if not 0 <= flat[key] < 1:
-      raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
-  for key, names in CHOICES.items():
-    if flat[key] not in names:
-      raise UserError(f"{key}={flat[key]!r}: {nearest(str(flat[key]), names)}"
-                      f"choose one of {', '.join(names)}")
-
-
-def _check(c):
-  m = c.model
-  if m.num_heads % m.num_kv_heads:
-    raise UserError(f"model.num_kv_heads={m.num_kv_heads} does not divide "
-                    f"model.num_heads={m.num_heads}")
-  if m.position == "rotary" and m.head_dim % 2:
-    raise UserError(f"model.head_dim={m.head_dim} must be even for model.position='rotary'")
-  if c.objective.name == "causal_lm" and not m.causal:
-    raise UserError("objective.name='causal_lm' needs model.causal=True: otherwise each token "
-                    "reads the one it is to predict")
-  if c.data.seq_len > m.max_len:
-    raise UserError(f"data.seq_len={c.data.seq_len} is longer than the model's context "
-                    f"model.max_len={m.max_len}")
-  if c.data.batch_size % c.optim.accumulate:
-    raise UserError(f"optim.accumulate={c.optim.accumulate} does not divide "
-                    f"data.batch_size={c.data.batch_size}")
-  if c.schedule.warmup_steps > c.train.steps:
-    raise UserError(f"schedule.warmup_steps={c.schedule.warmup_steps} is more than "
-                    f"train.steps={c.train.steps}")
 
 
 def difference(old, new):

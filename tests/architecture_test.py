@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "jaxgpt"
 
 FLOORS = [  # each floor's rooms in the order in which they may import each other
-    ["errors", "presets", "config", "tree", "mesh", "sharding"],
+    ["errors", "presets", "checks", "config", "tree", "mesh", "sharding"],
     ["text.read", "text.tokenizer", "text.shards", "text.prepare",
      "data.source", "data.packing", "data.pipeline"],
     ["model.ops", "model.attention", "model.transformer"],
@@ -19,7 +19,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", "text.read", "text.tokenizer", "text.shards", "text.prepare")
-NO_JAX = PLAIN + ("config", "data.source", "data.packing", "data.pipeline")
+NO_JAX = PLAIN + ("checks", "config", "data.source", "data.packing", "data.pipeline")
 
 
 def modules():

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from jaxgpt import config, objectives, optim, reference, schedules
+from jaxgpt import checks, config, objectives, optim, reference, schedules
 from jaxgpt.data import packing
 from jaxgpt.errors import UserError
 from jaxgpt.model import attention, ops, transformer
@@ -109,9 +109,9 @@ def test_every_choice_is_implemented_and_named_in_its_comment():
       "data.packing": packing.PACKINGS, "optim.name": optim.DIRECTIONS,
       "schedule.name": schedules.SHAPES}
   for key, table in tables.items():
-    assert set(config.CHOICES[key]) == set(table), key
+    assert set(checks.CHOICES[key]) == set(table), key
   comments = {f"{section}.{key}": comment for section, key, _, comment in reference.entries()}
-  for key, names in config.CHOICES.items():
+  for key, names in checks.CHOICES.items():
     assert all(name in comments[key] for name in names), key
 
 

@@ -1,0 +1,88 @@
+"""What values the keys of a config may have, alone and together."""
+
+import difflib
+import math
+
+from jaxgpt.errors import UserError
+
+CHOICES = {
+    "objective.name": ("causal_lm",),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.position": ("learned", "rotary", "none"),
+    "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full", "dots", "save_qkv", "save_attention"),
+    "model.attention": ("auto", "reference", "batched"),
+    "data.packing": ("best_fit", "concat", "one_per_row"),
+    "optim.name": ("adamw", "lion", "adafactor", "muon"),
+    "schedule.name": ("cosine", "linear", "wsd", "inverse_sqrt", "constant"),
+}
+
+
+def nearest(name, names):
+  """A hint 'did you mean …? ' with the closest of `names`, or ''."""
+  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+  return f"did you mean {close[0]!r}? " if close else ""
+
+
+def values(flat):
+  """Raises a UserError where a value is out of its range, or is no choice of its key.
+
+  Args:
+    flat: the config as `config.flatten` gives it; its placeholders may be empty.
+  """
+  positive = ("model.num_layers", "model.width", "model.num_heads", "model.num_kv_heads",
+              "model.head_dim", "model.mlp_width", "model.max_len", "model.vocab_size",
+              "model.scan_unroll", "data.seq_len", "data.batch_size", "data.threads",
+              "data.prefetch", "optim.accumulate", "train.steps", "eval.batch_size", "log.every",
+              "checkpoint.every", "checkpoint.keep")
+  for key in positive:
+    if flat[key] is not None and flat[key] < 1:
+      raise UserError(f"{key}={flat[key]} must be at least 1")
+  at_least_0 = ("schedule.warmup_steps", "eval.every", "eval.batches", "checkpoint.keep_every",
+                "optim.clip_norm", "optim.weight_decay", "optim.lr", "optim.adam_lr",
+                "objective.z_loss")
+  for key in at_least_0:
+    if flat[key] is not None and flat[key] < 0:
+      raise UserError(f"{key}={flat[key]} must be at least 0")
+  for key, value in flat.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"{key}={value} must be a finite number")
+  for key in ("model.norm_eps", "model.rope_theta", "model.init_std", "model.logit_softcap",
+              "optim.eps"):
+    if flat[key] is not None and flat[key] <= 0:
+      raise UserError(f"{key}={flat[key]} must be above 0")
+  for key in ("schedule.decay_fraction", "schedule.final_ratio"):
+    if not 0 <= flat[key] <= 1:
+      raise UserError(f"{key}={flat[key]} must lie in [0, 1]")
+  if not 0 <= flat["seed"] < 2**31:
+    raise UserError(f"seed={flat['seed']} must lie in [0, 2^31)")
+  for key in ("model.dropout", "optim.ema", "optim.b1", "optim.b2", "optim.muon_momentum"):
+    if not 0 <= flat[key] < 1:
+      raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
+  for key, names in CHOICES.items():
+    if flat[key] not in names:
+      raise UserError(f"{key}={flat[key]!r}: {nearest(str(flat[key]), names)}"
+                      f"choose one of {', '.join(names)}")
+
+
+def combinations(c):
+  """Raises a UserError where values of a resolved config exclude each other."""
+  m = c.model
+  if m.num_heads % m.num_kv_heads:
+    raise UserError(f"model.num_kv_heads={m.num_kv_heads} does not divide "
+                    f"model.num_heads={m.num_heads}")
+  if m.position == "rotary" and m.head_dim % 2:
+    raise UserError(f"model.head_dim={m.head_dim} must be even for model.position='rotary'")
+  if c.objective.name == "causal_lm" and not m.causal:
+    raise UserError("objective.name='causal_lm' needs model.causal=True: otherwise each token "
+                    "reads the one it is to predict")
+  if c.data.seq_len > m.max_len:
+    raise UserError(f"data.seq_len={c.data.seq_len} is longer than the model's context "
+                    f"model.max_len={m.max_len}")
+  if c.data.batch_size % c.optim.accumulate:
+    raise UserError(f"optim.accumulate={c.optim.accumulate} does not divide "
+                    f"data.batch_size={c.data.batch_size}")
+  if c.schedule.warmup_steps > c.train.steps:
+    raise UserError(f"schedule.warmup_steps={c.schedule.warmup_steps} is more than "
+                    f"train.steps={c.train.steps}")
