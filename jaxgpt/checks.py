@@ -60,10 +60,28 @@ def values(flat):
   for key in ("model.dropout", "optim.ema", "optim.b1", "optim.b2", "optim.muon_momentum"):
     if not 0 <= flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
+  _weights(flat)
   for key, names in CHOICES.items():
     if flat[key] not in names:
       raise UserError(f"{key}={flat[key]!r}: {nearest(str(flat[key]), names)}"
                       f"choose one of {', '.join(names)}")
+
+
+def _weights(flat):
+  """Raises a UserError where the weights of a mixture have not the form that is asked for."""
+  is_number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+  are_weights = lambda x: isinstance(x, tuple) and all(is_number(w) and w >= 0 for w in x)
+  given = flat["data.weights"]
+  if not are_weights(given):
+    raise UserError(f"data.weights={given!r} must be numbers of at least 0, one a folder of "
+                    "data.path, such as (0.7, 0.3)")
+  last = 0
+  for change in flat["data.weight_changes"]:
+    if not (isinstance(change, tuple) and len(change) == 2 and isinstance(change[0], int)
+            and change[0] > last and are_weights(change[1])):
+      raise UserError(f"data.weight_changes: {change!r} must be (step, weights) with a step above "
+                      f"{last}; write ((1000, (0.5, 0.5)),) for new weights from step 1000 on")
+    last = change[0]
 
 
 def combinations(c):

@@ -58,7 +58,9 @@ def base():
   m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention
 
   c.data = d = ml_collections.ConfigDict()
-  d.path = ""  # folder written by `jaxgpt data`
+  d.path = ""  # folder written by `jaxgpt data`; several, separated by commas, are mixed
+  d.weights = ()  # share of the rows from each folder; (): in proportion to its rows
+  d.weight_changes = ()  # a curriculum, ((step, weights), …): the weights from those steps on
   d.seq_len = 256  # tokens a row (T)
   d.batch_size = 8  # rows a step, over all hosts and accumulation steps (global B)
   d.packing = "best_fit"  # best_fit (whole documents together) | concat (one stream) | one_per_row
@@ -138,8 +140,13 @@ def flatten(c):
     if isinstance(value, (dict, ml_collections.ConfigDict)):
       out.update({f"{key}.{k}": v for k, v in flatten(value).items()})
     else:
-      out[key] = value
+      out[key] = _as_tuples(value)
   return out
+
+
+def _as_tuples(value):
+  """Lists, which JSON makes of tuples, as tuples again."""
+  return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def from_dict(tree):

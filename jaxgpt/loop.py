@@ -31,7 +31,6 @@ from jaxgpt import writers as writers_lib
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
-from jaxgpt.text import shards
 from jaxgpt.text import tokenizer as tokenizer_lib
 
 
@@ -90,8 +89,8 @@ def load_tokenizer_and_config(c):
   if not c.data.path:
     raise UserError("data.path is not set; prepare text with "
                     '"jaxgpt data --out=DIR FILES…" and add --config.data.path=DIR')
-  shards.read_manifest(c.data.path)  # says it best where there is no data
-  tokenizer = tokenizer_lib.load(epath.Path(c.data.path) / "tokenizer")
+  first = pipeline.check_sources(c.data.path)[0]
+  tokenizer = tokenizer_lib.load(epath.Path(first) / "tokenizer")
   c = config.resolve(c, vocab_size=tokenizer.vocab_size)
   if tokenizer.vocab_size > c.model.vocab_size:
     raise UserError(f"model.vocab_size={c.model.vocab_size} is smaller than the "
@@ -103,7 +102,8 @@ def split_batches(c, split, batch_size=None):
   """Batches of a split of the config's data; `batch_size` rows, or as many as training takes."""
   return pipeline.make(c.data.path, split, seq_len=c.data.seq_len, packing=c.data.packing,
                        seed=c.seed, batch_size=batch_size or c.data.batch_size,
-                       shuffle=c.data.shuffle)
+                       shuffle=c.data.shuffle, weights=c.data.weights,
+                       weight_changes=c.data.weight_changes)
 
 
 def to_devices(batch, mesh):
@@ -125,7 +125,7 @@ def held_out_batches(data, mesh, c_data, limit=0):
 
 def bytes_per_token(data):
   """UTF-8 bytes of text for each prediction of a split."""
-  return data.split.bytes / int(data.split.lengths.sum())
+  return data.bytes / data.predictions
 
 
 def train(c, folder, origin):
@@ -155,7 +155,7 @@ def train(c, folder, origin):
     data, held_out = split_batches(c, "train"), split_batches(c, "validation",
                                                                  c.eval.batch_size)
     parts = build(c, mesh)
-    workdir_lib.enter(folder, c, origin, mesh, data.split.digest, tokenizer)
+    workdir_lib.enter(folder, c, origin, mesh, data.digest, tokenizer)
     checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
                                          c.checkpoint.keep_every)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
@@ -242,7 +242,8 @@ class _Run:
     self._means.add(metrics)
     self._timer.step_done(metrics["tokens"])
     if step % self._c.log.every == 0 or step == self._c.train.steps:
-      self._writers.write(step, "train", self._means.take() | self._timer.take())
+      epochs = {f"epochs/{name}": n for name, n in self._data.epochs(step).items()}
+      self._writers.write(step, "train", self._means.take() | self._timer.take() | epochs)
 
   def _evaluate(self, limit):
     """The validation metrics of this step, evaluated but once; None where a signal cut it short."""

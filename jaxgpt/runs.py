@@ -83,9 +83,9 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
   c.data.path = data or c.data.path
   rows = batch_size or run.c.eval.batch_size
   batches = loop.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
-  if batches.split.digest != run.data_digest:
+  if batches.digest != run.data_digest:
     raise UserError(f"{c.data.path} is not the data of this run: its manifest's digest is "
-                    f"{batches.split.digest[:12]}, the run's was {run.data_digest[:12]}; say where "
+                    f"{batches.digest[:12]}, the run's was {run.data_digest[:12]}; say where "
                     "the run's data is with --data=DIR")
   with jax.set_mesh(run.mesh):
     return evaluate.evaluate(evaluate.make_step(run.parts.objective), run.params,

@@ -23,7 +23,7 @@ def test_a_uniform_model_of_bytes_needs_eight_bits_and_the_end_of_each_document(
   data = pipeline.make(corpus, "validation", seq_len=seq_len, batch_size=batch_size)
   result = evaluate.evaluate(evaluate.make_step(uniform), None, data.epoch_batches(),
                              loop.bytes_per_token(data))
-  split = data.split
+  split = data.sources[0].split
   assert result["tokens"] == split.bytes + split.num_documents
   assert result["bits_per_byte"] == pytest.approx(8 * (1 + split.num_documents / split.bytes),
                                                   rel=1e-5)

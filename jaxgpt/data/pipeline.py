@@ -1,30 +1,88 @@
-"""Batches of a prepared split: the batch at step N is a function of (data, config, seed, N).
+"""Batches of prepared folders: the batch at step N is a function of (data, config, seed, N).
 
 Suffixes: B rows of a batch, T places in a row.
 """
 
+import hashlib
+import os
+import pathlib
 import sys
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from jaxgpt.data import mixture, source
 from jaxgpt.data import packing as packings
-from jaxgpt.data import source
 from jaxgpt.errors import UserError
+from jaxgpt.text import shards
 
 
-def make(folder, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffle=True):
-  """Opens a split and packs it.
+class Row(NamedTuple):
+  """Where a row of a batch comes from."""
+  position: int  # number in the endless sequence of rows: step * B + its place in the batch
+  source: int  # number of its source
+  epoch: int  # how often all rows of its source have been seen before
+  row: int  # number in the source's pack index
+
+
+class Source(NamedTuple):
+  """One prepared folder in a mixture."""
+  name: str
+  split: source.Split
+  pack: packings.PackIndex
+  order: Any  # number of a row in the source's endless sequence of epochs -> row of `pack`
+
+
+def folders(path):
+  """The folders that `data.path` names: several are separated by commas."""
+  if not isinstance(path, str):
+    return [path]
+  return [part.strip() for part in path.split(",") if part.strip()]
+
+
+def check_sources(path):
+  """Checks that the folders of `data.path` are prepared data in the tokens of one tokenizer.
 
   Args:
-    folder: what `jaxgpt data` wrote.
-    split: 'train', 'validation' or 'test'.
+    path: as `folders` takes it.
+
+  Returns:
+    The folders.
+
+  Raises:
+    UserError: a folder is none, or has another tokenizer than the first.
+  """
+  found = folders(path)
+  first = None
+  for folder in found:
+    tokenizer = shards.read_manifest(folder)["tokenizer"]
+    first = first or tokenizer
+    if tokenizer["digest"] != first["digest"]:
+      raise UserError(
+          f"data.path mixes tokenizers: {os.fspath(folder)!r} was written with {tokenizer['kind']} "
+          f"{tokenizer['digest'][:12]}, {os.fspath(found[0])!r} with {first['kind']} "
+          f"{first['digest'][:12]}; prepare it again with --tokenizer={os.fspath(found[0])}")
+  return found
+
+
+def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffle=True, weights=(),
+         weight_changes=()):
+  """Opens a split of each source and packs it.
+
+  Args:
+    path: what `jaxgpt data` wrote; several folders are separated by commas.
+    split: 'train', 'validation' or 'test'. But for 'train', folders where it is empty are left
+      out.
     seq_len: predictions a row has room for (T).
     batch_size: rows a step over all hosts (global B). It may exceed the rows of the split: epochs
       then follow each other within a batch.
     packing: best_fit, concat or one_per_row (see `packing`).
     seed: of the order of the rows; any integer.
     shuffle: permute the rows anew each epoch; else they come in the documents' order.
+    weights: share of the rows that comes from each folder; (): in proportion to its rows, so that
+      the epochs of all sources end together.
+    weight_changes: ((step, weights), …) in rising order: weights from those steps on.
 
   Returns:
     Batches.
@@ -37,9 +95,35 @@ def make(folder, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuf
       raise UserError(f"data.{key}={value} must be at least 1")
   if packing not in packings.PACKINGS:
     raise UserError(f"data.packing={packing!r}: choose one of {', '.join(packings.PACKINGS)}")
-  opened = source.open_split(folder, split)
-  pack = packings.PACKINGS[packing](opened.lengths, seq_len)
-  return Batches(opened, pack, batch_size, seed if shuffle else None)
+  found = check_sources(path)
+  if split != "train":
+    found = [f for f in found if shards.read_manifest(f)["splits"][split]["documents"]] or found[:1]
+    weights = weight_changes = ()
+  sources = []
+  for number, (name, folder) in enumerate(zip(_names(found), found)):
+    opened = source.open_split(folder, split)
+    pack = packings.PACKINGS[packing](opened.lengths, seq_len)
+    order = _order(pack.num_rows, seed if shuffle else None, number)
+    sources.append(Source(name, opened, pack, order))
+  mix = mixture.Mixture(len(sources), weights or [s.pack.num_rows for s in sources],
+                        [(step * batch_size, w) for step, w in weight_changes], seed)
+  return Batches(sources, mix, batch_size)
+
+
+def _names(found):
+  """Short names of folders, all different."""
+  short = [pathlib.PurePath(f).name for f in found]
+  return short if len(set(short)) == len(short) else [os.fspath(f) for f in found]
+
+
+def _order(num_rows, seed, number):
+  """The endless sequence of a source's epochs, each a permutation of its rows."""
+  order = grain.MapDataset.range(num_rows)
+  if seed is not None:
+    # Grain seeds epoch e with seed + e, so neighbouring seeds would share their epochs.
+    mixed = np.random.SeedSequence(seed % 2**64, spawn_key=(number,) if number else ())
+    order = order.shuffle(seed=int(mixed.generate_state(1)[0]))
+  return order.repeat()
 
 
 class Batches:
@@ -51,32 +135,37 @@ class Batches:
     segment_ids: int32, 1, 2, … for the spans of a row in their order; 0 for padding.
     positions: int32, from 0 in each span; 0 for padding.
 
-  Row i of step N is number N * B + i in the endless sequence of epochs, each a permutation of all
-  rows. Host h of H gets the rows h * B / H to (h + 1) * B / H of each step. Picklable.
+  Row i of step N has position N * B + i in an endless sequence, in which the sources take turns by
+  their weights and each goes through its own epochs. Host h of H gets the rows h * B / H to
+  (h + 1) * B / H of each step. Picklable.
 
   Attributes:
-    split: the `source.Split`.
-    pack: the `packing.PackIndex`.
+    sources: [Source].
     batch_size: global B.
-    len_rows: rows of the split, R.
-    steps_per_epoch: ceil(R / B), steps after which each row was seen.
+    seq_len: T.
+    len_rows: rows of all sources.
+    steps_per_epoch: ceil(len_rows / B).
+    bytes: UTF-8 bytes of the texts, which bits per byte are counted over.
+    predictions: predictions of all sources.
+    digest: of the manifest, or of all manifests.
   """
 
-  def __init__(self, split, pack, batch_size, seed):
-    """Use `make`. A seed of None leaves the rows in order."""
-    self.split, self.pack, self.batch_size = split, pack, batch_size
-    self.len_rows = pack.num_rows
+  def __init__(self, sources, mix, batch_size):
+    """Use `make`."""
+    self.sources, self._mixture, self.batch_size = sources, mix, batch_size
+    self.seq_len = sources[0].pack.seq_len
+    self._ends = np.cumsum([s.pack.num_rows for s in sources])
+    self.len_rows = int(self._ends[-1])
     self.steps_per_epoch = -(-self.len_rows // batch_size)
-    order = grain.MapDataset.range(self.len_rows)
-    if seed is not None:
-      # Grain seeds epoch e with seed + e, so neighbouring seeds would share their epochs.
-      order = order.shuffle(seed=int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0]))
-    self._order = order.repeat()
+    self.bytes = sum(s.split.bytes for s in sources)
+    self.predictions = sum(int(s.split.lengths.sum()) for s in sources)
+    self.digest = digest_of([s.split.digest for s in sources])
 
   def rows(self, step, host_index=0, host_count=1):
-    """Numbers in `pack` of the rows that a host gets at a step, a list of B / host_count.
+    """What a host gets at a step: a list of B / host_count `Row`s.
 
-    With `pack.spans` and `split.source_name` they tell which documents were in a step.
+    With `pack.spans` and `split.source_name` of their sources they tell which documents were in a
+    step.
 
     Raises:
       UserError: host_count does not divide the batch size.
@@ -85,8 +174,13 @@ class Batches:
     low, high = self._host_rows(host_index, host_count)
     if step < 0:
       raise IndexError(f"step {step} is negative")
-    first = step * self.batch_size
-    return [self._order[first + i] for i in range(low, high)]
+    first = step * self.batch_size + low
+    chosen, numbers = self._mixture.locate(first, high - low)
+    out = []
+    for i, (number, n) in enumerate(zip(chosen.tolist(), numbers.tolist())):
+      s = self.sources[number]
+      out.append(Row(first + i, number, n // s.pack.num_rows, s.order[n]))
+    return out
 
   def _host_rows(self, host_index, host_count):
     if host_count < 1 or self.batch_size % host_count:
@@ -97,12 +191,18 @@ class Batches:
     per_host = self.batch_size // host_count
     return host_index * per_host, (host_index + 1) * per_host
 
+  def epochs(self, step):
+    """How often each source was gone through before a step: {name: epochs, with a fraction}."""
+    counts = self._mixture.counts(step * self.batch_size)
+    return {s.name: n / s.pack.num_rows for s, n in zip(self.sources, counts)}
+
   def batch(self, step, host_index=0, host_count=1):
     """A host's part of the batch at a step: a dict of arrays [B / host_count, T].
 
     Raises: as `rows`.
     """
-    return self._assemble(self.rows(step, host_index, host_count))
+    rows = self.rows(step, host_index, host_count)
+    return self._assemble([r.source for r in rows], [r.row for r in rows], len(rows))
 
   def iterate(self, start_step=0, *, stop_step=None, host_index=0, host_count=1, threads=4,
               prefetch=4):
@@ -130,11 +230,11 @@ class Batches:
     return iter(batches.to_iter_dataset(options))
 
   def epoch_batches(self, *, host_index=0, host_count=1, threads=4, prefetch=4):
-    """Iterates over all rows once, in the documents' order: for evaluation.
+    """Iterates over all rows of all sources once, in the documents' order: for evaluation.
 
     The last batch is filled up with rows of zero weight, so all have one shape and all hosts the
     same number. Over all of them the loss, summed with its weights and divided by
-    `split.bytes * ln 2`, is bits per byte.
+    `bytes * ln 2`, is bits per byte.
 
     Args:
       host_index, host_count, threads, prefetch: as in `iterate`.
@@ -145,30 +245,25 @@ class Batches:
 
     def batch(step):
       first = step * self.batch_size
-      rows = range(min(first + low, self.len_rows), min(first + high, self.len_rows))
-      return self._assemble(list(rows), high - low)
+      numbers = np.arange(min(first + low, self.len_rows), min(first + high, self.len_rows))
+      chosen = np.searchsorted(self._ends, numbers, side="right")
+      begins = np.concatenate(([0], self._ends))
+      return self._assemble(chosen.tolist(), (numbers - begins[chosen]).tolist(), high - low)
 
     batches = grain.MapDataset.range(self.steps_per_epoch).map(batch)
     return self._prefetched(batches, threads, prefetch)
 
-  def _assemble(self, rows, num_rows=None):
-    """The batch of some rows of the pack index, filled up to `num_rows` with padding."""
-    pack = self.pack
-    shape = (num_rows or len(rows), pack.seq_len)
+  def _assemble(self, chosen, rows, num_rows):
+    """The batch of some rows of the sources' pack indices, filled up to `num_rows` with padding."""
+    shape = (num_rows, self.seq_len)
     out = {key: np.zeros(shape, np.float32 if key == "loss_weights" else np.int32)
            for key in ("tokens", "targets", "loss_weights", "segment_ids", "positions")}
-    bounds = [(int(pack.row_offsets[r]), int(pack.row_offsets[r + 1])) for r in rows]
-    spans = np.concatenate([np.arange(a, b) for a, b in bounds] or [np.arange(0)])
-    lengths = pack.length[spans]
-    stored = iter(self.split.read_many(pack.doc[spans], pack.start[spans],
-                                       lengths.astype(np.int64) + 1))
-    places = np.arange(pack.seq_len, dtype=np.int32)
-    for i, (first, last) in enumerate(bounds):
+    places = np.arange(self.seq_len, dtype=np.int32)
+    for i, pieces in enumerate(self._stored(chosen, rows)):
       tokens_T, targets_T, segment_ids_T, positions_T = (
           out[key][i] for key in ("tokens", "targets", "segment_ids", "positions"))
       at = 0
-      for segment in range(1, last - first + 1):
-        ids = next(stored)
+      for segment, ids in enumerate(pieces, 1):
         end = at + len(ids) - 1
         tokens_T[at:end] = ids[:-1]
         targets_T[at:end] = ids[1:]
@@ -177,3 +272,25 @@ class Batches:
         at = end
       out["loss_weights"][i, :at] = 1
     return out
+
+  def _stored(self, chosen, rows):
+    """For each row the stored tokens of its spans, read with one call a source."""
+    out = [[] for _ in rows]
+    for number in sorted(set(chosen)):
+      _, split, pack, _ = self.sources[number]
+      places = [i for i, c in enumerate(chosen) if c == number]
+      spans = [np.arange(pack.row_offsets[rows[i]], pack.row_offsets[rows[i] + 1])
+               for i in places]
+      every = np.concatenate(spans)
+      stored = iter(split.read_many(pack.doc[every], pack.start[every],
+                                    pack.length[every].astype(np.int64) + 1))
+      for i, of_row in zip(places, spans):
+        out[i] = [next(stored) for _ in of_row]
+    return out
+
+
+def digest_of(digests):
+  """What names the data of a run: the manifest's digest, or one over those of all sources."""
+  if len(digests) == 1:
+    return digests[0]
+  return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """A split of a prepared folder, with random access to any piece of any document."""
 
+import collections
 import os
 import pathlib
 import threading
@@ -11,7 +12,35 @@ from jaxgpt.errors import UserError
 from jaxgpt.text import shards
 
 # A reader ahead of the caller is of no use to random access.
-_READER_OPTIONS = "readahead_buffer_size:0"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_OPEN_READERS = 128  # shards that are open at once, over all splits of a process
+
+
+class _Readers:
+  """Open shards, least recently used first; one that is pushed out closes when its reads end."""
+
+  def __init__(self, limit):
+    self._limit, self._lock = limit, threading.Lock()
+    self._open = collections.OrderedDict()  # (path, version) -> reader
+
+  def get(self, path, version):
+    """The reader of a file; `version` tells files apart that had the same name in turn."""
+    key = path, version
+    with self._lock:
+      reader = self._open.get(key)
+      if reader is None:
+        # Not ArrayRecordDataSource: its __getitems__ starts a thread pool for each call, which
+        # takes five times as long as the reading.
+        reader = self._open[key] = array_record_module.ArrayRecordReader(
+            path, options=_READER_OPTIONS, file_reader_buffer_size=32_768)
+        if len(self._open) > self._limit:
+          self._open.popitem(last=False)
+      else:
+        self._open.move_to_end(key)
+    return reader
+
+
+_readers = _Readers(_OPEN_READERS)
 
 
 def open_split(folder, split):
@@ -77,18 +106,6 @@ class Split:
     if len(stored) != self.num_documents or records.sum() != self._shard_ends[-1]:
       raise UserError(f"{self._folder / split}.tokens.npy does not match the manifest; run "
                       "`jaxgpt data` again")
-    self._open_readers()
-
-  def _open_readers(self):
-    self._readers = [None] * len(self._shard_ends)
-    self._lock = threading.Lock()
-
-  def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock")}
-
-  def __setstate__(self, state):
-    self.__dict__.update(state)
-    self._open_readers()
 
   def _sidecar(self, name):
     path = self._folder / f"{self.split}.{name}.npy"
@@ -163,12 +180,5 @@ class Split:
     return out
 
   def _reader(self, shard):
-    if self._readers[shard] is None:
-      with self._lock:
-        if self._readers[shard] is None:
-          name = self.manifest["splits"][self.split]["shards"][shard]["name"]
-          # Not ArrayRecordDataSource: its __getitems__ starts a thread pool for each call, which
-          # takes five times as long as the reading.
-          self._readers[shard] = array_record_module.ArrayRecordReader(
-              str(self._folder / name), options=_READER_OPTIONS, file_reader_buffer_size=32_768)
-    return self._readers[shard]
+    name = self.manifest["splits"][self.split]["shards"][shard]["name"]
+    return _readers.get(str(self._folder / name), self.digest)

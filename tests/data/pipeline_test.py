@@ -59,8 +59,9 @@ def test_rows_hold_what_their_spans_say(folder, packing_name):
       for key in ("tokens", "targets", "loss_weights", "segment_ids", "positions")}
   for i, row in enumerate(b.rows(3)):
     at = 0
-    for segment, (doc, start, n) in enumerate(zip(*b.pack.spans(row), strict=True), 1):
-      ids = b.split.read(doc, start, n + 1)
+    _, split, pack, _ = b.sources[row.source]
+    for segment, (doc, start, n) in enumerate(zip(*pack.spans(row.row), strict=True), 1):
+      ids = split.read(doc, start, n + 1)
       here = (i, slice(at, at + n))
       np.testing.assert_array_equal(batch["tokens"][here], ids[:-1])
       np.testing.assert_array_equal(batch["targets"][here], ids[1:])
@@ -78,20 +79,20 @@ def test_an_epoch_has_each_prediction_once(folder, packing_name):
   for epoch in range(2):
     seen = sum((pairs(b.batch(epoch * b.len_rows + i)) for i in range(b.len_rows)),
                collections.Counter())
-    assert seen == all_pairs(b.split)
+    assert seen == all_pairs(b.sources[0].split)
 
 
 def test_epochs_and_seeds_have_their_own_order(folder):
   orders = {}
   for seed in (0, 1, 2, -1, 2**40):
     b = make(folder, batch_size=1, seed=seed)
-    rows = [b.rows(i)[0] for i in range(3 * b.len_rows)]
+    rows = [b.rows(i)[0].row for i in range(3 * b.len_rows)]
     for epoch in range(3):
       orders[seed, epoch] = tuple(rows[epoch * b.len_rows:(epoch + 1) * b.len_rows])
   assert len(set(orders.values())) == len(orders)
   assert all(sorted(o) == list(range(b.len_rows)) for o in orders.values())
   b = make(folder, batch_size=1, shuffle=False)
-  assert [b.rows(i)[0] for i in range(2 * b.len_rows)] == list(range(b.len_rows)) * 2
+  assert [b.rows(i)[0].row for i in range(2 * b.len_rows)] == list(range(b.len_rows)) * 2
 
 
 @pytest.mark.parametrize("host_count", [1, 2, 4])
@@ -129,14 +130,14 @@ def test_evaluation_sees_each_prediction_once_and_pads_the_end(folder, host_coun
     assert len(batches) == b.steps_per_epoch
     assert all(batch["tokens"].shape == (6 // host_count, 32) for batch in batches)
     seen += sum(map(pairs, batches), collections.Counter())
-  assert seen == all_pairs(b.split)
-  assert b.split.bytes == sum(seen.values()) - b.split.num_documents, "a byte a token, and eos"
+  assert seen == all_pairs(b.sources[0].split)
+  assert b.bytes == sum(seen.values()) - b.sources[0].split.num_documents, "a byte a token, and eos"
 
 
 def test_fewer_rows_than_a_batch_are_repeated_over_epochs(folder):
   b = make(folder, "validation", batch_size=64, seq_len=256)
   assert b.len_rows < 32 and b.steps_per_epoch == 1
-  rows = b.rows(0)
+  rows = [r.row for r in b.rows(0)]
   assert sorted(rows[:b.len_rows]) == list(range(b.len_rows))
   assert rows[:b.len_rows] != rows[b.len_rows:2 * b.len_rows]
   assert b.batch(0)["tokens"].shape == (64, 256)
