@@ -1,5 +1,7 @@
 """The one exception that a user sees as a message instead of a traceback."""
 
+import importlib
+
 
 class UserError(ValueError):
   """A bad input: a file, a config key, a checkpoint or a mesh.
@@ -7,3 +9,21 @@ class UserError(ValueError):
   The message names the thing, its value and the way out. The command line prints it and exits
   with code 2; anything else that is raised is a bug and keeps its traceback.
   """
+
+
+def optional(module, extra, what):
+  """An optional dependency's module, imported now.
+
+  Args:
+    module: its dotted name.
+    extra: the extra of this package that installs it.
+    what: what can't be done without it, as the message begins.
+
+  Raises:
+    UserError: it isn't installed; the message names the extra.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as e:
+    raise UserError(f"{what} needs {e.name or module}, which is not installed: "
+                    f"pip install 'jaxgpt[{extra}]'") from e

@@ -9,7 +9,9 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxgpt"
 
 FLOORS = [  # each floor's rooms in the order in which they may import each other
     ["errors", "presets", "checks", "config", "tree", "mesh", "sharding"],
-    ["text.read", "text.tokenizer", "text.shards", "text.prepare",
+    ["text.read",
+     "text.specs", "text.words", "text.clean",
+     "text.tokenizer", "text.shards", "text.prepare",
      "data.source", "data.packing", "data.mixture", "data.pipeline"],
     ["model.ops", "model.attention", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
@@ -18,7 +20,8 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["loop", "runs", "demo", "reference", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
-PLAIN = ("errors", "presets", "text.read", "text.tokenizer", "text.shards", "text.prepare")
+PLAIN = ("errors", "presets", "text.read", "text.specs", "text.words", "text.clean",
+         "text.tokenizer", "text.shards", "text.prepare")
 NO_JAX = PLAIN + ("checks", "config", "data.source", "data.packing", "data.mixture", "data.pipeline")
 
 

@@ -1,0 +1,48 @@
+"""Words and sentences of a text, in any language, with nothing to download.
+
+Counts of words are what filters, near-duplicates and decontamination rest on, so they must be the
+same on every machine: rules of a page, no trained model, no word list. A word is a run of letters,
+marks and digits, with the apostrophes, dots and underscores inside it; each other sign is a word of
+its own, and so is each character of a script that is written without spaces (Han, kana, Thai, Lao,
+Burmese, Khmer, Tibetan).
+"""
+
+import re
+
+_SIGN = (  # punctuation and symbols, as ranges of a character class
+    r"!-/:-@\[-`{-~\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f¡-©«-±´¶-¸»¿×÷"
+    r"\u037e\u0387\u055a-\u055f\u0589\u05be\u060c\u061b\u061f"
+    r"\u066a-\u066d\u06d4\u0964\u0965\u1360-\u1368\u2010-\u2027\u2030-\u205e"
+    r"\u20a0-\u20cf\u2100-\u2bff\u3001-\u3004\u3008-\u3020\u3030\ufe30-\ufe6b\uff01-\uff0f"
+    r"\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\U0001f000-\U0001faff")
+_UNSPACED = (
+    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u302f\u3031-\u30ff"
+    r"\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
+_LETTERS = rf"[^\s{_SIGN}{_UNSPACED}]+"
+_WORD = re.compile(rf"{_LETTERS}(?:['’._]{_LETTERS})*|[{_UNSPACED}]|[{_SIGN}]")
+_PLAIN_WORD = re.compile(rf"{_LETTERS}(?:['’]{_LETTERS})*|[{_UNSPACED}]")
+# A full stop ends a sentence where white space and no small letter follow it.
+_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z]|\s*$)|[。！？｡।۔؟]+[”’」』）]*|\n+")
+
+
+def words(text):
+  """The words and signs of a text, in order, as a list of strings."""
+  return _WORD.findall(text)
+
+
+def plain_words(text):
+  """The words of a text in small letters, without signs: 'A b_c, 1.5!' gives a, b, c, 1, 5."""
+  return _PLAIN_WORD.findall(text.lower())
+
+
+def sentence_spans(text):
+  """(start, end) of each sentence; a line's end is a sentence's end. White space goes to none."""
+  spans, start = [], 0
+  ends = [match.end() for match in _END.finditer(text)]
+  for end in [*ends, len(text)]:
+    sentence = text[start:end]
+    if sentence.strip():
+      spans.append((start + len(sentence) - len(sentence.lstrip()),
+                    start + len(sentence.rstrip())))
+    start = end
+  return spans
