@@ -144,7 +144,7 @@ class Sampler:
     if len(ids) >= self._context:
       raise UserError(f"the prompt has {len(ids)} tokens, the model's context {self._context} "
                       f"(data.seq_len): shorten it by at least {len(ids) - self._context + 1}")
-    tokens = np.full((self._num_samples, self._context), tokenizer.pad_id, np.int32)
+    tokens = np.zeros((self._num_samples, self._context), np.int32)
     tokens[:, :len(ids)] = ids
     with jax.set_mesh(run.mesh):
       out, lengths = jax.device_get(self._generate(

@@ -11,7 +11,8 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["errors", "presets", "checks", "config", "tree", "mesh", "sharding"],
     ["text.read",
      "text.specs", "text.words", "text.clean",
-     "text.tokenizer", "text.shards", "text.prepare",
+     "text.tokenizer_base", "text.tokenizer_sentencepiece", "text.tokenizer",
+     "text.shards", "text.prepare",
      "data.source", "data.packing", "data.mixture", "data.pipeline"],
     ["model.ops", "model.attention", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
@@ -20,8 +21,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["loop", "runs", "demo", "reference", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
-PLAIN = ("errors", "presets", "text.read", "text.specs", "text.words", "text.clean",
-         "text.tokenizer", "text.shards", "text.prepare")
+PLAIN = ("errors", "presets", *(room for room in ORDER if room.startswith("text.")))
 NO_JAX = PLAIN + ("checks", "config", "data.source", "data.packing", "data.mixture", "data.pipeline")
 
 

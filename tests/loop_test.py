@@ -47,7 +47,7 @@ def test_a_run_reports_what_it_did(finished):
   raw = json.loads((folder / writers.JSONL).read_text().splitlines()[0])
   assert all(raw[name] >= 0 for name in TIMES)
   saved = workdir.read_config(folder)
-  assert saved.optim.lr == c.optim.lr and saved.model.vocab_size == 259
+  assert saved.optim.lr == c.optim.lr and saved.model.vocab_size == 264
   start, = workdir.read_starts(folder)
   assert start["packages"]["jax"] == jax.__version__
   assert start["mesh"]["data"] == 8 and start["data_digest"] and start["command"]

@@ -72,7 +72,7 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_named(tiny):
 
 # One step from the seed; update these figures only where a change is meant to change the numbers,
 # and say so in the commit.
-GOLDEN = {"loss": 5.581375, "grad_norm": 2.001417, "param_norm": 13.027473, "lr": 0.005,
+GOLDEN = {"loss": 5.600665, "grad_norm": 1.998161, "param_norm": 13.028795, "lr": 0.005,
           "tokens": 256.0}
 
 
@@ -136,8 +136,8 @@ def test_an_update_that_is_not_finite_freezes_the_state_too(tiny):
 def test_z_loss_adds_the_squared_log_normaliser(tiny):
   plain, _ = trajectory(tiny(mesh__data=1), steps=1)
   with_z, _ = trajectory(tiny(mesh__data=1, objective__z_loss=0.1), steps=1)
-  # At the start the logits are small, so log Z is about log 259.
-  assert with_z[0, 0] - plain[0, 0] == pytest.approx(0.1 * np.log(259) ** 2, rel=0.05)
+  # At the start the logits are small, so log Z is about log 264.
+  assert with_z[0, 0] - plain[0, 0] == pytest.approx(0.1 * np.log(264) ** 2, rel=0.05)
 
 
 def test_frozen_parameters_are_read_and_not_differentiated():

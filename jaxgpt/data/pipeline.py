@@ -130,7 +130,7 @@ class Batches:
   """Batches by step number.
 
   A batch is a dict of arrays [B, T]:
-    tokens, targets: int32, a token and the one after it; pad_id = 0 in padding.
+    tokens, targets: int32, a token and the one after it; 0 in padding.
     loss_weights: float32, 1 for a prediction and 0 for padding.
     segment_ids: int32, 1, 2, … for the spans of a row in their order; 0 for padding.
     positions: int32, from 0 in each span; 0 for padding.

@@ -40,6 +40,7 @@ class Options:
   # None: only where there are few documents
   cut_chars: int | None = None
   sample_bytes: int = 4_000_000  # bytes of training documents that the tokenizer learns from
+  symbols: tuple = ()  # texts that are one token each wherever they occur
   shard_tokens: int = 1 << 27  # tokens after which a new shard is begun
 
   def __post_init__(self):
@@ -181,26 +182,12 @@ def _cut(documents, chars):
 
 
 def _make_tokenizer(paths, options, report):
-  kind, _, rest = options.tokenizer.partition(":")
-  if options.tokenizer == "bytes":
-    return tokenizers.ByteTokenizer()
-  if kind != "sentencepiece":
-    if not os.path.exists(options.tokenizer):
-      raise UserError(f"tokenizer={options.tokenizer!r} is neither bytes, sentencepiece:SIZE nor "
-                      "a .model file or folder that exists")
-    return tokenizers.load(options.tokenizer)
-  size, _, model_type = rest.partition(":")
-  if not size.isdecimal():
-    raise UserError(f"tokenizer={options.tokenizer!r} names no vocabulary size; write it as "
-                    "sentencepiece:4096 or sentencepiece:4096:unigram")
-  sample = _sample(paths, options, report)
-  start = time.monotonic()
-  tokenizer = tokenizers.train_sentencepiece(sample, vocab_size=int(size),
-                                             model_type=model_type or "bpe",
-                                             sample_bytes=options.sample_bytes)
-  report(f"trained {options.tokenizer} on {sum(len(text) for text in sample) / 1e6:,.1f} M "
-         f"characters in {time.monotonic() - start:.1f} s")
-  return tokenizer
+  def sample():
+    texts = _sample(paths, options, report)
+    report(f"training {options.tokenizer} on {sum(map(len, texts)) / 1e6:,.1f} M characters")
+    return texts
+  return tokenizers.from_spec(options.tokenizer, sample, sample_bytes=options.sample_bytes,
+                              symbols=options.symbols)
 
 
 def _sample(paths, options, report):

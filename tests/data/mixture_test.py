@@ -152,7 +152,7 @@ def test_the_digest_names_all_sources_in_their_order(three):
 
 def test_sources_of_two_tokenizers_are_refused(three, tmp_path):
   (tmp_path / "x.txt").write_text("some words " * 100)
-  prepare.prepare(tmp_path / "x.txt", tmp_path / "x", tokenizer="sentencepiece:270", validation=0,
+  prepare.prepare(tmp_path / "x.txt", tmp_path / "x", tokenizer="sentencepiece:290", validation=0,
                   test=0)
   with pytest.raises(UserError, match=r"mixes tokenizers.*sentencepiece.*--tokenizer="):
     make(f"{three},{tmp_path / 'x'}")
