@@ -12,7 +12,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["text.read",
      "text.specs", "text.words", "text.clean",
      "text.tokenizer_base", "text.tokenizer_sentencepiece", "text.tokenizer",
-     "text.shards", "text.prepare",
+     "text.examples", "text.shards", "text.prepare",
      "data.source", "data.packing", "data.mixture", "data.pipeline"],
     ["model.ops", "model.attention", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
@@ -22,7 +22,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", *(room for room in ORDER if room.startswith("text.")))
-NO_JAX = PLAIN + ("checks", "config", "data.source", "data.packing", "data.mixture", "data.pipeline")
+NO_JAX = PLAIN + ("checks", "config", *(room for room in ORDER if room.startswith("data.")))
 
 
 def modules():

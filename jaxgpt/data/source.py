@@ -84,6 +84,11 @@ class Split:
   Attributes:
     lengths: int64 [num_documents], predictions (stored tokens - 1) of each document.
     bytes: UTF-8 bytes of the split's texts, which bits per byte are counted over.
+    kind: of the data, one of `examples.KINDS`.
+    label_names: names of the classes, in their order; [] where labels are numbers.
+    labels: classification: float64 [num_documents], a class's number or a value; else None.
+    second: classification: uint32 [num_documents], the stored token at which the second text of
+      a pair starts, 0 where there is one text; else None.
     num_documents: documents.
     manifest: the folder's manifest.
     digest: its sha256.
@@ -95,6 +100,7 @@ class Split:
     entry = manifest["splits"][split]
     self.digest = manifest["digest"]
     self.bytes, self.num_documents = entry["bytes"], entry["documents"]
+    self.kind, self.label_names = manifest["kind"], manifest["label_names"]
     self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     self._record_tokens = manifest["record_tokens"]
     stored = self._sidecar("tokens").astype(np.int64)
@@ -106,6 +112,22 @@ class Split:
     if len(stored) != self.num_documents or records.sum() != self._shard_ends[-1]:
       raise UserError(f"{self._folder / split}.tokens.npy does not match the manifest; run "
                       "`jaxgpt data` again")
+    self.labels = self.second = self._trained = None
+    if self.kind == "classification":
+      self.labels, self.second = self._sidecar("labels"), self._sidecar("second")
+    elif self.kind in shards.WITH_RANGES:
+      self._trained = self._sidecar("trained")
+      self._trained_offsets = self._sidecar("trained_offsets").astype(np.int64)
+
+  def trained(self, doc):
+    """Ranges (start, end) of the stored tokens of document `doc` that are predicted.
+
+    Returns:
+      int32 [ranges, 2]; None where all are but the first.
+    """
+    if self._trained is None:
+      return None
+    return self._trained[self._trained_offsets[doc]:self._trained_offsets[doc + 1]]
 
   def _sidecar(self, name):
     path = self._folder / f"{self.split}.{name}.npy"

@@ -14,7 +14,7 @@ import shutil
 import time
 
 from jaxgpt.errors import UserError
-from jaxgpt.text import read, shards
+from jaxgpt.text import examples, read, shards
 from jaxgpt.text import tokenizer as tokenizers
 
 _BATCH_CHARS = 4_000_000  # characters tokenized in one call
@@ -226,9 +226,9 @@ def _write(paths, folder, tokenizer, options, report):
              for split in shards.SPLITS}
   try:
     for batch in _batches(_read(paths, options, dropped, report, "tokenized")):
-      encoded = tokenizer.encode_batch([document.text for _, document, _ in batch])
-      for (key, document, num_bytes), ids in zip(batch, encoded):
-        writers[_split_of(key, options)].add(ids, num_bytes, document.source)
+      encoded = examples.encode_batch([document for _, document, _ in batch], "text", tokenizer)
+      for (key, document, num_bytes), stored in zip(batch, encoded):
+        writers[_split_of(key, options)].add(stored[0], num_bytes, document.source)
   finally:
     for writer in writers.values():
       writer.close()

@@ -7,6 +7,13 @@
     DIR/train.bytes.npy                        uint32 [documents], UTF-8 bytes of its text
     DIR/train.sources.txt, .sources.npy        its source name, a line each; uint64 byte offsets
 
+and by the kind of the data (see `examples.Encoded`)
+
+    DIR/train.labels.npy                       classification: float64 [documents]
+    DIR/train.second.npy                       classification: uint32 [documents], 0 for one text
+    DIR/train.trained.npy, .trained_offsets.npy  seq2seq, chat, preference: int32 [ranges, 2], and
+                                               uint64 [documents + 1], which of them are whose
+
 A document is stored as [bos, t1, …, tn, eos] in the manifest's dtype (little endian). A record is
 up to `RECORD_TOKENS` consecutive tokens of one document, and the records of a document are
 consecutive in one shard, so the lengths alone say in which record each token is.
@@ -24,10 +31,11 @@ from array_record.python import array_record_module
 import jaxgpt
 from jaxgpt.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 RECORD_TOKENS = 65_536
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
+WITH_RANGES = ("seq2seq", "chat", "preference")  # kinds of which only a part is predicted
 
 # A record is found without reading its neighbours. zstd:1 takes 40 % off the disk and the network
 # for 3 us a record (15 us against 12 us, 660 tokens a record).
@@ -51,19 +59,21 @@ class SplitWriter:
   shards, so a shard may be longer than `shard_tokens` by one document.
   """
 
-  def __init__(self, folder, split, tokenizer, shard_tokens):
+  def __init__(self, folder, split, tokenizer, shard_tokens, kind="text"):
     """Starts an empty split.
 
     Args:
       folder: an existing pathlib.Path to write into.
       split: 'train', 'validation' or 'test'.
-      tokenizer: gives the specials and the dtype.
+      tokenizer: gives the dtype.
       shard_tokens: tokens after which a new shard is begun.
+      kind: of the data, one of `examples.KINDS`.
     """
     self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+    self._kind = kind
     self._dtype = token_dtype(tokenizer.vocab_size)
-    self._bos = np.array([tokenizer.bos_id], self._dtype)
-    self._eos = np.array([tokenizer.eos_id], self._dtype)
+    self._labels, self._second = array.array("d"), array.array("I")
+    self._trained, self._trained_ends = array.array("i"), array.array("Q", [0])
     self._tokens, self._bytes = array.array("I"), array.array("I")
     self._source_ends = array.array("Q", [0])
     self._sources = (folder / f"{split}.sources.txt").open("wb")
@@ -74,15 +84,15 @@ class SplitWriter:
   def num_documents(self):
     return len(self._tokens)
 
-  def add(self, ids, num_bytes, source):
+  def add(self, encoded, num_bytes, source):
     """Appends a document.
 
     Args:
-      ids: its token ids, an integer array without bos and eos.
+      encoded: an `examples.Encoded` of the writer's kind.
       num_bytes: UTF-8 bytes of its text.
       source: its name.
     """
-    stored = np.concatenate((self._bos, ids.astype(self._dtype), self._eos))
+    stored = encoded.ids.astype(self._dtype)
     if self._writer is None or self._shards[-1]["tokens"] >= self._shard_tokens:
       self._next_shard()
     for start in range(0, len(stored), RECORD_TOKENS):
@@ -95,6 +105,12 @@ class SplitWriter:
     self._bytes.append(num_bytes)
     self._source_ends.append(self._source_ends[-1]
                              + self._sources.write(os.fsencode(source) + b"\n"))
+    if self._kind == "classification":
+      self._labels.append(encoded.label)
+      self._second.append(encoded.second or 0)
+    elif self._kind in WITH_RANGES:
+      self._trained.extend(encoded.trained.reshape(-1).tolist())
+      self._trained_ends.append(len(self._trained) // 2)
 
   def _next_shard(self):
     self.close()
@@ -125,13 +141,24 @@ class SplitWriter:
       self._unnamed(i).rename(path)
       shard.update(_describe(path))
     sidecars = [self._folder / f"{self._split}.sources.txt"]
-    for name, column, dtype in (("tokens", self._tokens, "<u4"), ("bytes", self._bytes, "<u4"),
-                                ("sources", self._source_ends, "<u8")):
+    for name, column in self._columns().items():
       sidecars.append(self._folder / f"{self._split}.{name}.npy")
-      np.save(sidecars[-1], np.array(column, dtype))
+      np.save(sidecars[-1], column)
     return {"documents": len(self._tokens), "tokens": sum(self._tokens),
             "bytes": sum(self._bytes), "shards": self._shards,
             "sidecars": [_describe(path) for path in sidecars]}
+
+
+  def _columns(self):
+    """{name: array} of the sidecars that this kind has."""
+    out = {"tokens": np.array(self._tokens, "<u4"), "bytes": np.array(self._bytes, "<u4"),
+           "sources": np.array(self._source_ends, "<u8")}
+    if self._kind == "classification":
+      out |= {"labels": np.array(self._labels, "<f8"), "second": np.array(self._second, "<u4")}
+    elif self._kind in WITH_RANGES:
+      out |= {"trained": np.array(self._trained, "<i4").reshape(-1, 2),
+              "trained_offsets": np.array(self._trained_ends, "<u8")}
+    return out
 
 
 def _describe(path):
@@ -140,13 +167,15 @@ def _describe(path):
   return {"name": path.name, "size": path.stat().st_size, "sha256": digest}
 
 
-def make_manifest(tokenizer, splits, dropped):
+def make_manifest(tokenizer, splits, dropped, kind="text", label_names=()):
   """The manifest: equal for equal inputs, so its digest names the data.
 
   Args:
     tokenizer: the one that all splits were written with.
     splits: {split: what `SplitWriter.finish` returned}.
     dropped: {rule: documents that were left out}.
+    kind: of the data, one of `examples.KINDS`.
+    label_names: of the classes, in their order.
 
   Returns:
     A JSON-able dict without times and paths; 'digest' is the sha256 of the canonical JSON of all
@@ -158,6 +187,8 @@ def make_manifest(tokenizer, splits, dropped):
       "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest,
                     "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
                     "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id},
+      "kind": kind,
+      "label_names": list(label_names),
       "dtype": token_dtype(tokenizer.vocab_size).name,
       "record_tokens": RECORD_TOKENS,
       "splits": splits,

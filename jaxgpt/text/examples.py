@@ -1,0 +1,139 @@
+"""Documents of each kind of data to the tokens that are stored, and what is learned of them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxgpt.errors import UserError
+
+KINDS = ("text", "classification", "seq2seq", "chat", "preference")
+
+
+class Encoded(NamedTuple):
+  """One stored document.
+
+  Attributes:
+    ids: int32 [S], all stored tokens, bos and eos among them.
+    trained: int32 [R, 2], ranges (start, end) of the stored tokens that are predicted; None: all
+      but the first.
+    label: a class's number or, for a regression, a float; None: none.
+    second: stored token at which the second text of a pair starts; None: there is one text.
+  """
+  ids: np.ndarray
+  trained: np.ndarray | None = None
+  label: float | None = None
+  second: int | None = None
+
+
+class Piece(NamedTuple):
+  """A part of a document that is tokenized on its own."""
+  text: str
+  trained: bool = False  # whether its tokens are predicted
+  special: bool = False  # the text is the name of a special token
+
+
+def encode_batch(documents, kind, tokenizer, template=None, label_names=()):
+  """Documents as they are stored: [bos, tokens…, eos].
+
+  text            all of it is predicted
+  classification  the text; or a pair as [bos, text…, eos, text_pair…, eos]
+  seq2seq         input, a line feed, and the target, which alone is predicted
+  chat            the messages as the template writes them; what it says the assistant says is
+                  predicted
+  preference      two stored documents, prompt + chosen and prompt + rejected; the answers are
+                  predicted
+
+  Args:
+    documents: of `read.documents`, with the `fields` of their kind.
+    kind: one of `KINDS`.
+    tokenizer: from `tokenizer.load`.
+    template: chat: a function (messages) -> [Piece].
+    label_names: classification: names of the classes, in their order; (): labels are numbers.
+
+  Returns:
+    For each document the list of its `Encoded`.
+
+  Raises:
+    UserError: a label that is not in label_names, or is no number.
+  """
+  plans = [_plan(document, kind, template) for document in documents]
+  texts = [p.text for plan in plans for pieces in plan for p in pieces if not p.special]
+  tokens = iter(tokenizer.encode_batch(texts))
+  return [[_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in plan]
+          for document, plan in zip(documents, plans)]
+
+
+def label_names(labels):
+  """Names of the classes that labels name: sorted; () where a label is a float (a regression).
+
+  Args:
+    labels: iterable of strings, integers or floats.
+  """
+  found = set(labels)
+  if any(isinstance(x, float) for x in found):
+    return ()
+  # Integers in the order of their values, before any text.
+  return tuple(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x)))
+
+
+def _plan(document, kind, template):
+  """The pieces of each stored document that a document becomes; bos and eos are not among them."""
+  f = document.fields if kind != "text" else {}
+  if kind == "text":
+    return [[Piece(document.text)]]
+  if kind == "classification":
+    return [[Piece(f[name]) for name in ("text", "text_pair") if f.get(name) is not None]]
+  if kind == "seq2seq":
+    return [[Piece(f["input"] + "\n"), Piece(f["target"], trained=True)]]
+  if kind == "chat":
+    return [template(f["messages"])]
+  return [[Piece(f["prompt"]), Piece(f[name], trained=True)] for name in ("chosen", "rejected")]
+
+
+def _join(pieces, tokens, tokenizer, kind, document, names):
+  """The `Encoded` of pieces whose tokens come next."""
+  bos, eos = ([np.array([i], np.int32)] for i in (tokenizer.bos_id, tokenizer.eos_id))
+  parts, trained, second, at = list(bos), [], None, 1
+  for number, piece in enumerate(pieces):
+    if kind == "classification" and number:
+      parts += eos
+      at += 1
+      second = at
+    ids = (np.array([tokenizer.special_ids[piece.text]], np.int32) if piece.special
+           else next(tokens))
+    if piece.trained:
+      trained.append((at, at + len(ids)))
+    parts.append(ids)
+    at += len(ids)
+  if pieces and pieces[-1].trained:
+    trained.append((at, at + 1))  # where to stop is part of what is learned
+  stored = np.concatenate(parts + eos)
+  if kind == "text":
+    return Encoded(stored)
+  if kind == "classification":
+    return Encoded(stored, label=_label(document, names), second=second)
+  return Encoded(stored, trained=_merged(trained))
+
+
+def _merged(ranges):
+  """Adjacent ranges joined, empty ones left out: int32 [R, 2]."""
+  out = []
+  for start, end in ranges:
+    if out and out[-1][1] == start:
+      out[-1][1] = end
+    elif end > start:
+      out.append([start, end])
+  return np.array(out, np.int32).reshape(-1, 2)
+
+
+def _label(document, names):
+  label = document.fields["label"]
+  if names:
+    if str(label) not in names:
+      raise UserError(f"{document.source}: label {label!r} is none of {', '.join(names[:20])}; name "
+                      "the column of the labels with --field label=COLUMN")
+    return names.index(str(label))
+  try:
+    return float(label)
+  except (TypeError, ValueError) as e:
+    raise UserError(f"{document.source}: label {label!r} is no number, where others are") from e
