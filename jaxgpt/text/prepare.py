@@ -63,7 +63,7 @@ def prepare(paths, out, *, overwrite=False, report=None, **options):
   `OUT.tmp-…` beside `out` and renamed at the end, so what bears the name `out` is whole.
 
   Args:
-    paths: files, folders and glob patterns, as `read.documents` takes them.
+    paths: files, folders and glob patterns, as `read.find` takes them.
     out: the folder to make.
     overwrite: replace a prepared folder that is there. A folder of anything else is never
       touched.
@@ -81,7 +81,7 @@ def prepare(paths, out, *, overwrite=False, report=None, **options):
   report = report or (lambda line: None)
   out = pathlib.Path(os.path.abspath(out))
   _check_free(out, overwrite)
-  read.documents(paths, text_field=options.text_field, exclude=options.exclude)  # fail early
+  paths = read.find(paths, options.exclude)
   if options.cut_chars is None:
     options = dataclasses.replace(options, cut_chars=_cut_chars(paths, options, report))
   try:
@@ -113,7 +113,7 @@ def _cut_chars(paths, options, report):
   """The length to cut at where the corpus has too few documents to fill the splits, or 0."""
   if not options.validation + options.test:
     return 0
-  documents = read.documents(paths, text_field=options.text_field, exclude=options.exclude)
+  documents = read.documents(paths, fields={"text": options.text_field})
   lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
   if len(lengths) == _FEW_DOCUMENTS:
     return 0
@@ -158,9 +158,8 @@ def _read(paths, options, dropped, report, verb):
   salt = options.salt.encode() + b"\0"
   start = said = time.monotonic()
   documents = num_bytes = 0
-  for document in _cut(read.documents(paths, text_field=options.text_field,
-                                      exclude=options.exclude, dropped=dropped),
-                       options.cut_chars):
+  for document in _cut(read.documents(paths, fields={"text": options.text_field},
+                                      dropped=dropped), options.cut_chars):
     data = document.text.encode()
     key = int.from_bytes(hashlib.sha256(salt + data).digest()[:6], "big") / (1 << 48)
     documents, num_bytes = documents + 1, num_bytes + len(data)

@@ -1,51 +1,110 @@
-"""Files, folders and glob patterns to documents, in an order that no machine changes."""
+"""Files, folders, patterns and URLs to documents, in an order that no machine changes."""
 
-import fnmatch
-import glob
 import json
-import os
-import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxgpt.errors import UserError
+from jaxgpt.text import files, formats, records
 
 EXAMPLES = 5  # dropped documents that a `Dropped` remembers by name, per rule
+MAX_BYTES = 64 << 20  # longest record
+
+# kind -> its columns by name; those in brackets may be missing. `id` may be there in any kind.
+KINDS = {
+    "text": ("text",),
+    "classification": ("text", "[text_pair]", "label"),
+    "seq2seq": ("input", "target"),
+    "chat": ("messages",),
+    "preference": ("[prompt]", "chosen", "rejected"),
+}
+
+# The rules of what is broken; other rules are choices.
+ERRORS = ("unreadable", "invalid utf-8", "invalid json", "invalid csv", "invalid warc", "binary",
+          "missing field", "wrong type", "too long")
 
 
 class Document(NamedTuple):
   """One text and where it came from.
 
-  `source` holds no absolute path, so that what is prepared from the same files on two machines
-  is the same: 'corpus/a/b.txt' for a file of the folder given as '/data/corpus'.
+  Attributes:
+    source: file, and line or number in it: 'corpus/a/b.jsonl:7'. It holds no absolute path, so that
+      what is prepared from the same files on two machines is the same: 'corpus/a/b.txt' for a file
+      of the folder given as '/data/corpus'.
+    text: of a labelled kind, all its texts in one: what is hashed, cleaned and compared.
+    id: what the data itself calls it, or ''.
+    fields: of a labelled kind, its values by name (`KINDS`); of kind text empty.
+    html: the text is an HTML page, markup and all.
   """
   source: str
   text: str
+  id: str = ""
+  fields: dict = {}  # noqa: RUF012 (never changed)
+  html: bool = False
 
 
 class Dropped:
-  """What was left out, by rule: rule -> count, and the first few examples of each.
+  """The account of what was left out, by rule, with the first few examples of each.
+
+  Documents read = documents kept + sum of the counts, if each that is left out is added here.
 
   Attributes:
+    read: documents that readers met, whether they could read them or not.
     counts: {rule: documents}.
-    examples: {rule: ['file:line: why', …]}, at most `EXAMPLES` a rule.
+    examples: {rule: ['file:line: why', …]}, at most `limit` a rule.
+    limit: how many examples are kept.
   """
 
-  def __init__(self):
+  def __init__(self, limit=EXAMPLES):
+    self.read = 0
     self.counts = {}
     self.examples = {}
+    self.limit = limit
 
-  def add(self, rule, where, why):
-    self.counts[rule] = self.counts.get(rule, 0) + 1
-    examples = self.examples.setdefault(rule, [])
-    if len(examples) < EXAMPLES:
-      examples.append(f"{where}: {why}")
+  def add(self, rule, where, why, count=1):
+    """Counts what was dropped: `count` documents, of which the first is at `where`."""
+    self._extend(rule, count, [f"{where}: {why}"])
+
+  def _extend(self, rule, count, examples):
+    self.counts[rule] = self.counts.get(rule, 0) + count
+    kept = self.examples.setdefault(rule, [])
+    kept.extend(examples[:max(self.limit - len(kept), 0)])
+
+  @property
+  def kept(self):
+    return self.read - sum(self.counts.values())
+
+  def to_json(self):
+    """The account as JSON can hold it, for `merge`."""
+    return {"read": self.read, "counts": self.counts, "examples": self.examples}
+
+  def merge(self, account):
+    """Adds another account, as `to_json` gives it; examples come in the order of merging."""
+    self.read += account["read"]
+    for rule, count in account["counts"].items():
+      self._extend(rule, count, account["examples"][rule])
+
+  def check(self, max_errors):
+    """Ends the run where more records were broken than the user allows.
+
+    Args:
+      max_errors: broken records (rules `ERRORS`) that are allowed; None: any number.
+
+    Raises:
+      UserError: there are more.
+    """
+    errors = sum(count for rule, count in self.counts.items() if rule in ERRORS)
+    if max_errors is not None and errors > max_errors:
+      example = next(e for rule in reversed(self.counts) if rule in ERRORS
+                     for e in reversed(self.examples[rule]))
+      raise UserError(f"{errors:,} broken records, more than max_errors={max_errors}, such as "
+                      f"{example}; mend or leave out the file, or allow more")
 
   def lines(self):
     """The report: a line for each rule, followed by its examples."""
     out = []
     for rule, count in sorted(self.counts.items()):
-      out.append(f"dropped {count} by rule {rule!r}, such as")
+      out.append(f"dropped {count} by rule {rule!r}" + (", such as" if self.examples[rule] else ""))
       out.extend(f"  {example}" for example in self.examples[rule])
     return out
 
@@ -65,160 +124,150 @@ def chunks(text, size):
   yield text[start:]
 
 
-class _File(NamedTuple):
-  path: pathlib.Path
-  source: str
+def find(paths, exclude=()):
+  """The files to read: `files.find`, which searches folders for the suffixes of all formats."""
+  return files.find(paths, exclude, formats.SUFFIXES)
 
 
-def documents(paths, *, text_field="text", exclude=(), dropped=None) -> Iterator[Document]:
-  """Reads documents, one at a time.
+def documents(listed, *, kind="text", fields=None, form=None, max_bytes=MAX_BYTES, max_errors=None,
+              dropped=None) -> Iterator[Document]:
+  """Reads the documents of files, one at a time, in constant memory.
 
-  A `.jsonl` file holds one document a line, any other file is one document. In a folder, only
-  the suffixes of `READERS` are read; hidden files, hidden folders and `__pycache__` are not.
-  What can't be read never ends the run: it is counted in `dropped` under the rules 'unreadable',
-  'invalid utf-8', 'invalid json', 'missing field', 'not a string' and 'empty' (nothing but
-  white space).
+  A line of a `.jsonl` file is a document, as is a row of a table, a page of a WARC file or any
+  other file (`formats.FORMATS`). What can't be read never ends the run: it is counted under the
+  rules `ERRORS`, or 'empty' (nothing but white space), 'http status' and 'not text' (in WARC).
 
   Args:
-    paths: files, folders (with all below them) and glob patterns of files (`**` crosses
-      folders), or one of them. They are read in the given order, each sorted by path; a
-      file met twice is read once.
-    text_field: key of the text in a JSON line.
-    exclude: patterns as in a shell. A file is left out where one matches its path below the given
-      folder, or any part of that: 'test*' leaves out 'a/tests/b.py' and 'a/test_c.py'.
+    listed: what `find` returned, or some of it, or parts of it that `formats.split` made: any
+      grouping of the same list into calls yields the same documents.
+    kind: a key of `KINDS`.
+    fields: {name: column}, where a column is not called like the name; 'a.b' is the key b of the
+      column a.
+    form: a key of `formats.FORMATS`, for all files; None: by the suffix of each.
+    max_bytes: longer records are dropped. A text file that is longer becomes several documents.
+    max_errors: see `Dropped.check`, of `dropped`.
     dropped: a `Dropped` to count in.
 
   Returns:
     An iterator of documents whose texts are not empty and have a UTF-8 form.
 
   Raises:
-    UserError: a path that does not exist, a pattern without a match, no file left to read. Raised
-      by the call itself, before the first document.
+    UserError: a bad kind, field or format, a missing extra: raised by the call itself, before the
+      first document. Later: too many errors.
   """
-  files = _find(paths, exclude)
-  return _read_all(files, text_field, Dropped() if dropped is None else dropped)
+  columns = _columns(kind, fields or {})
+  if form is not None and form not in formats.FORMATS:
+    raise UserError(f"format={form!r}: choose one of {', '.join(formats.FORMATS)}")
+  if max_bytes < 1024:
+    raise UserError(f"max_record_bytes={max_bytes} must be at least 1024")
+  formats.check_extras(listed, form)
+  required = tuple(columns[name] for name in KINDS[kind] if name in columns)
+  want = records.Want(tuple(columns.values()), required, max_bytes)
+  dropped = Dropped() if dropped is None else dropped
+  return _documents(listed, form, want, kind, columns, max_errors, dropped)
 
 
-def _find(paths, exclude):
-  paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-  exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-  seen, files = set(), []
-  for given in paths:
-    for file in _expand(os.fspath(given), exclude):
-      key = os.path.realpath(file.path)
-      if key not in seen:
-        seen.add(key)
-        files.append(file)
-  if not files:
-    given = ", ".join(repr(os.fspath(p)) for p in paths) or "no path"
-    raise UserError(f"no file to read in {given}; folders are searched for "
-                    f"{' '.join(sorted(READERS))}, hidden files and exclude={exclude} left out; "
-                    "name files or a glob pattern to read other suffixes")
-  return files
+def _columns(kind, fields):
+  """{name: column} of a kind, or a UserError."""
+  if kind not in KINDS:
+    raise UserError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+  names = [name.strip("[]") for name in KINDS[kind]] + ["id"]
+  for name in fields:
+    if name not in names:
+      raise UserError(f"field {name!r} is none of kind={kind}; it has {', '.join(names)}")
+  return {name: fields.get(name, name) for name in names}
 
 
-def _expand(given, exclude):
-  """The files that one given path stands for."""
-  path = pathlib.Path(given)
-  if not path.exists():
-    matches = sorted(glob.glob(given, recursive=True))
-    if not matches:
-      what = "the pattern matches no file" if glob.has_magic(given) else "no such file or folder"
-      raise UserError(f"path {given!r}: {what}; check the spelling and the working directory "
-                      f"({os.getcwd()})")
-    root = pathlib.Path(*_literal_parts(path))
-    for match in map(pathlib.Path, matches):
-      if match.is_file() and not _excluded(match.relative_to(root).parts, exclude):
-        yield _File(match, _source(root, match.relative_to(root).parts))
-  elif path.is_dir():
-    for parts in _walk(path):
-      if not _excluded(parts, exclude):
-        yield _File(path.joinpath(*parts), _source(path, parts))
-  elif not _excluded((path.name,), exclude):
-    yield _File(path, path.name)
-
-
-def _literal_parts(pattern):
-  """The leading parts of a pattern that hold no wildcard."""
-  parts = []
-  for part in pattern.parts[:-1]:
-    if glob.has_magic(part):
-      break
-    parts.append(part)
-  return parts
-
-
-def _walk(root):
-  """Relative parts of the files below a folder that `READERS` knows, sorted."""
-  found = []
-  for folder, subfolders, names in os.walk(root):
-    subfolders[:] = [s for s in subfolders if not s.startswith(".") and s != "__pycache__"]
-    above = pathlib.Path(folder).relative_to(root).parts
-    found.extend(above + (name,) for name in names
-                 if not name.startswith(".") and pathlib.Path(name).suffix.lower() in READERS)
-  return sorted(found)
-
-
-def _excluded(parts, patterns):
-  names = parts + ("/".join(parts),)
-  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
-
-
-def _source(root, parts):
-  return "/".join(((root.resolve().name,) if root.resolve().name else ()) + tuple(parts))
-
-
-def _read_all(files, text_field, dropped):
-  for file in files:
-    read = READERS.get(file.path.suffix.lower(), _whole)
-    try:
-      for document in read(file, text_field, dropped):
-        if document.text.isspace() or not document.text:
-          dropped.add("empty", document.source, "no text but white space")
-        else:
-          yield document
-    except OSError as e:
-      dropped.add("unreadable", file.source, e.strerror or str(e))
-
-
-def _whole(file, text_field, dropped):
-  """A text file is one document; a byte order mark is no part of it."""
-  del text_field
-  try:
-    yield Document(file.source, file.path.read_bytes().decode("utf-8-sig"))
-  except UnicodeDecodeError as e:
-    dropped.add("invalid utf-8", file.source, f"{e.reason} at byte {e.start}")
-
-
-def _json_lines(file, text_field, dropped):
-  with file.path.open("rb") as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      source = f"{file.source}:{number}"
-      try:
-        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        # "\ud800" is valid JSON, but stands for no character: it has no UTF-8 form.
-        text = value[text_field]
-        text.encode()
-      except UnicodeError as e:
-        dropped.add("invalid utf-8", source, e.reason)
-      except (ValueError, RecursionError) as e:
-        dropped.add("invalid json", source, str(e))
-      except (KeyError, TypeError, IndexError):
-        has = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
-        dropped.add("missing field", source, f"no key {text_field!r} in {has[:100]}")
-      except AttributeError:
-        dropped.add("not a string", source, f"{text_field!r} is a {type(text).__name__}")
+def _documents(listed, form, want, kind, columns, max_errors, dropped):
+  for file in listed:
+    for item in formats.read(file, want, form):
+      if isinstance(item, records.Record):
+        item = _document(item, kind, columns)
+      if isinstance(item, Document):
+        if len(item.text) > want.max_bytes:
+          item = records.too_long(item.source, want)
+        elif not item.text or item.text.isspace():
+          item = records.Fault("empty", item.source, "no text but white space")
+      if isinstance(item, Document):
+        dropped.read += 1
+        yield item
       else:
-        yield Document(source, text)
+        dropped.read += item.count
+        dropped.add(*item)
+        dropped.check(max_errors)
 
 
-_TEXT_SUFFIXES = (
-    ".txt .text .md .markdown .rst .tex .org .html .xml .csv .tsv .json .yaml .yml .toml .ini .cfg "
-    ".py .pyi .ipynb .c .h .cc .cpp .cxx .hpp .hh .cu .java .kt .scala .go .rs .swift .js .jsx .ts "
-    ".tsx .css .rb .php .pl .lua .r .jl .hs .ml .clj .ex .erl .sh .bash .sql .proto .s .asm")
+def _document(record, kind, columns):
+  """A record's document, or the fault that it has none."""
+  where, values = record.where, record.values
+  if isinstance(values, str):
+    if kind != "text":
+      return records.Fault("missing field", where, f"kind={kind} needs columns, a text has none")
+    values, columns = {"text": values}, {"text": "text"}
+  try:
+    found = {name: value for name, column in columns.items()
+             if (value := _value(values, column, f"[{name}]" in KINDS[kind] or name == "id"))
+             is not None}
+    name = str(found.pop("id", record.id))
+    checked = {key: _CHECKS.get(key, _string)(key, value) for key, value in found.items()}
+    text = "\n".join(part for key in checked for part in _texts(key, checked[key]))
+    for part in (text, name, str(checked.get("label", ""))):
+      part.encode()  # "\ud800" is valid JSON, but stands for no character: it has no UTF-8 form
+  except UnicodeError as e:
+    return records.Fault("invalid utf-8", where, e.reason)
+  except KeyError as e:
+    has = ", ".join(map(repr, values))
+    return records.Fault("missing field", where, f"no {e.args[0]!r} in {has[:100]}")
+  except TypeError as e:
+    return records.Fault("wrong type", where, str(e))
+  return Document(where, text, name, {} if kind == "text" else checked, record.html)
 
-# suffix -> function(file, text_field, dropped) that yields documents. A new format is a row.
-READERS = {".jsonl": _json_lines, ".ndjson": _json_lines,
-           **dict.fromkeys(_TEXT_SUFFIXES.split(), _whole)}
+
+def _value(values, column, optional):
+  """A record's value in a column, or None where it may be missing."""
+  top = records.top_column(column, values)
+  value = values.get(top)
+  if top != column:
+    for key in column.split(".")[1:]:
+      value = value.get(key) if isinstance(value, dict) else None
+  if value is None and not optional:
+    raise KeyError(column)
+  return value
+
+
+def _texts(name, value):
+  """The texts in a field, for a document's text."""
+  if name == "messages":
+    return [message["content"] for message in value]
+  return [] if name == "label" else [value]
+
+
+def _string(name, value):
+  if not isinstance(value, str):
+    raise TypeError(f"{name} is a {type(value).__name__}, not a string")
+  return value
+
+
+def _label(name, value):
+  if not isinstance(value, str | int | float) or value != value:
+    raise TypeError(f"{name} is {str(value)[:50]!r}, neither a string nor a number")
+  return value
+
+
+def _messages(name, value):
+  """A list of {role, content}, which a table without lists may hold as JSON."""
+  if isinstance(value, str):
+    try:
+      value = json.loads(value)
+    except (ValueError, RecursionError) as e:
+      raise TypeError(f"{name} is a string, but no JSON: {e}") from e
+  if not isinstance(value, list):
+    raise TypeError(f"{name} is a {type(value).__name__}, not a list of {{role, content}}")
+  for number, message in enumerate(value, 1):
+    if not (isinstance(message, dict) and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)):
+      raise TypeError(f"{name}: message {number} is no {{role, content}} with two strings")
+  return value
+
+
+_CHECKS = {"label": _label, "messages": _messages}

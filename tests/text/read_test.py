@@ -19,14 +19,15 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_unknown_files(tmp_p
   write(tmp_path / "corpus", {
       "b.txt": "two\r\n", "a/z.md": "one", "a/__pycache__/x.txt": "no", ".git/c.txt": "no",
       ".hidden.txt": "no", "image.png": "no", "c.py": b"\xef\xbb\xbfthree"})
-  got = list(read.documents(tmp_path / "corpus"))
-  assert got == [("corpus/a/z.md", "one"), ("corpus/b.txt", "two\r\n"), ("corpus/c.py", "three")]
+  got = list(read.documents(read.find(tmp_path / "corpus")))
+  assert [(d.source, d.text) for d in got] == [
+      ("corpus/a/z.md", "one"), ("corpus/b.txt", "two\r\n"), ("corpus/c.py", "three")]
 
 
 def test_sources_do_not_depend_on_where_the_folder_is(tmp_path):
   for place in ("here", "there/deeper"):
     write(tmp_path / place / "corpus", {"a.txt": "x", "b/c.jsonl": '{"text": "y"}\n'})
-  here, there = (list(read.documents([tmp_path / p / "corpus"])) for p in ("here", "there/deeper"))
+  here, there = (list(read.documents(read.find([tmp_path / p / "corpus"]))) for p in ("here", "there/deeper"))
   assert here == there
   assert here[1].source == "corpus/b/c.jsonl:1"
 
@@ -34,7 +35,7 @@ def test_sources_do_not_depend_on_where_the_folder_is(tmp_path):
 def test_patterns_and_files_given_twice_are_read_once(tmp_path):
   write(tmp_path, {"a.txt": "a", "d/b.txt": "b", "d/e/c.log": "c"})
   paths = [f"{tmp_path}/**/*.txt", tmp_path / "a.txt", f"{tmp_path}/d/*/*.log"]
-  assert [d.text for d in read.documents(paths)] == ["a", "b", "c"]
+  assert [d.text for d in read.documents(read.find(paths))] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("exclude, left", [
@@ -43,7 +44,7 @@ def test_patterns_and_files_given_twice_are_read_once(tmp_path):
 def test_exclude_matches_any_part_below_the_given_folder(tmp_path, exclude, left):
   root = tmp_path / "test_root"
   write(root, {"keep/a.txt": "ka", "src/a.txt": "a", "tests/t.txt": "t", "tests/x/b.txt": "tb"})
-  assert [d.text for d in read.documents(root, exclude=exclude)] == left
+  assert [d.text for d in read.documents(read.find(root, exclude))] == left
 
 
 def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path):
@@ -53,9 +54,9 @@ def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path):
   write(tmp_path, {"a.jsonl": b"\n".join(lines), "b.txt": b"\xff\xfe", "c.txt": "",
                    "d.txt": "fine"})
   dropped = read.Dropped()
-  texts = [d.text for d in read.documents(tmp_path, dropped=dropped)]
+  texts = [d.text for d in read.documents(read.find(tmp_path), dropped=dropped)]
   assert texts == ["good", "last", "fine"]
-  assert dropped.counts == {"invalid json": 1, "missing field": 2, "not a string": 1,
+  assert dropped.counts == {"invalid json": 1, "missing field": 2, "wrong type": 1,
                             "invalid utf-8": 3, "empty": 2}
   report = "\n".join(dropped.lines())
   assert "a.jsonl:3: " in report
@@ -65,14 +66,14 @@ def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path):
 def test_only_the_first_examples_of_a_rule_are_kept(tmp_path):
   write(tmp_path, {"a.jsonl": "nonsense\n" * 100})
   dropped = read.Dropped()
-  assert list(read.documents(tmp_path, dropped=dropped)) == []
+  assert list(read.documents(read.find(tmp_path), dropped=dropped)) == []
   assert dropped.counts == {"invalid json": 100}
   assert len(dropped.lines()) == 1 + read.EXAMPLES
 
 
 def test_another_field_holds_the_text(tmp_path):
   write(tmp_path, {"a.jsonl": json.dumps({"content": "x", "text": "y"})})
-  assert next(read.documents(tmp_path, text_field="content")).text == "x"
+  assert next(read.documents(read.find(tmp_path), fields={"text": "content"})).text == "x"
 
 
 @pytest.mark.parametrize("path, message", [
@@ -81,7 +82,7 @@ def test_another_field_holds_the_text(tmp_path):
 def test_nothing_to_read_is_an_error_of_the_call_itself(tmp_path, path, message):
   write(tmp_path, {"empty/x.bin": "x"})
   with pytest.raises(UserError, match=message):
-    read.documents([tmp_path / path])
+    read.find([tmp_path / path])
 
 
 def test_chunks_join_to_the_text_and_end_after_lines():
