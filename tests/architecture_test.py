@@ -12,7 +12,8 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["text.files", "text.streams", "text.records", "text.tables", "text.warc", "text.formats",
      "text.read",
      "text.specs", "text.words", "text.clean",
-     "text.tokenizer_base", "text.tokenizer_sentencepiece", "text.tokenizer",
+     "text.tokenizer_base", "text.tokenizer_sentencepiece", "text.tokenizer_huggingface",
+     "text.tokenizer_tiktoken", "text.tokenizer",
      "text.examples", "text.shards", "text.prepare",
      "data.source", "data.packing", "data.mixture", "data.pipeline"],
     ["model.ops", "model.attention", "model.transformer"],
@@ -23,6 +24,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", *(room for room in ORDER if room.startswith("text.")))
+OPTIONAL = {"tensorboardX", "tokenizers", "tiktoken", "jinja2"}  # imported where they are used
 NO_JAX = PLAIN + ("checks", "config", *(room for room in ORDER if room.startswith("data.")))
 
 
@@ -67,5 +69,5 @@ def test_imports_stand_at_the_top_but_for_the_doors():
     inner = [n for f in ast.walk(ast.parse(path.read_text()))
              if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
              for n in ast.walk(f) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    optional = [n for n in inner if isinstance(n, ast.Import) and n.names[0].name == "tensorboardX"]
+    optional = [n for n in inner if isinstance(n, ast.Import) and n.names[0].name in OPTIONAL]
     assert len(inner) == len(optional), f"{room} imports inside a function"

@@ -7,6 +7,8 @@ from etils import epath
 
 from jaxgpt.errors import UserError
 from jaxgpt.text import tokenizer_base as base
+from jaxgpt.text import tokenizer_huggingface as huggingface
+from jaxgpt.text import tokenizer_tiktoken as tiktoken
 from jaxgpt.text.tokenizer_base import ByteTokenizer, Tokenizer
 from jaxgpt.text.tokenizer_sentencepiece import (
   MODEL,
@@ -55,22 +57,38 @@ def load(folder) -> Tokenizer:
   """The tokenizer that `save` wrote into a folder, or that other tools' files define.
 
   Args:
-    folder: local or remote: a folder of `save`, a prepared data folder with a `tokenizer` in it,
-      a folder with a SentencePiece `tokenizer.model`, or a `.model` file.
+    folder: local or remote: a folder of `save`; a prepared data folder with a `tokenizer` in it;
+      a folder with Hugging Face's tokenizer.json, a SentencePiece tokenizer.model, or a .tiktoken
+      file beside a tiktoken.json; or the .json, .model or .tiktoken file itself.
 
   Raises:
-    UserError: there is no such thing, or its content is not what its digest says.
+    UserError: there is no such thing, its content is not what its digest says, or the library
+      that reads it is not installed.
   """
-  path = epath.Path(folder)
+  path, name = epath.Path(folder), os.fspath(folder)
   if path.is_file():
-    return SentencePieceTokenizer(path.read_bytes(), repr(os.fspath(folder)))
+    return _load_file(path, name)
   for place in (path, path / "tokenizer"):
     if (place / base.SPEC).is_file():
       return _load_saved(place)
+    if (place / huggingface.MODEL).is_file():
+      return huggingface.read(place)
     if (place / MODEL).is_file():
       return _load_kind(SentencePieceTokenizer.kind, place)
-  raise UserError(f"no tokenizer in {os.fspath(folder)!r}: it is neither a SentencePiece .model "
-                  f"file nor a folder with {base.SPEC} or {MODEL}; run `jaxgpt data` to make one")
+    if found := tiktoken.find(place):
+      return tiktoken.read(found)
+  raise UserError(
+      f"no tokenizer in {name!r}: it is neither a .model, .tiktoken or tokenizer.json file nor a "
+      f"folder with {base.SPEC}, {huggingface.MODEL} or {MODEL}; run `jaxgpt data` to make one, or "
+      "save another with transformers' save_pretrained")
+
+
+def _load_file(path, name):
+  if path.suffix == ".json":
+    return huggingface.read(path)
+  if path.suffix == ".tiktoken":
+    return tiktoken.read(path)
+  return SentencePieceTokenizer(path.read_bytes(), repr(name))
 
 
 def _load_saved(folder):
@@ -96,5 +114,10 @@ def _load_kind(kind, folder):
   if kind == SentencePieceTokenizer.kind:
     return SentencePieceTokenizer((folder / MODEL).read_bytes(), os.fspath(folder / MODEL),
                                   base.read_files(folder, _EXTRAS))
+  if kind == huggingface.HuggingFaceTokenizer.kind:
+    (folder / huggingface.MODEL).stat()
+    return huggingface.read(folder)
+  if kind == tiktoken.TiktokenTokenizer.kind:
+    return tiktoken.read(folder / tiktoken.MODEL)
   raise UserError(f"tokenizer kind {kind!r} in {name!r} is not one that this version of jaxgpt "
                   "knows (bytes, sentencepiece, huggingface, tiktoken); update jaxgpt")
