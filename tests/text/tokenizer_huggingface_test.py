@@ -26,7 +26,7 @@ def byte_level(specials):
   t = tokenizers.Tokenizer(tokenizers.models.BPE())
   t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   t.decoder = tokenizers.decoders.ByteLevel()
-  t.train_from_iterator([TEXT], tokenizers.trainers.BpeTrainer(
+  t.train_from_iterator([TEXT, "<|x|>" * 5000], tokenizers.trainers.BpeTrainer(
       vocab_size=400, show_progress=False,
       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
   t.add_special_tokens(list(specials))
