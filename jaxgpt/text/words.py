@@ -7,7 +7,11 @@ its own, and so is each character of a script that is written without spaces (Ha
 Burmese, Khmer, Tibetan).
 """
 
+import functools
+import hashlib
 import re
+
+import numpy as np
 
 _SIGN = (  # punctuation and symbols, as ranges of a character class
     r"!-/:-@\[-`{-~\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f¡-©«-±´¶-¸»¿×÷"
@@ -46,3 +50,31 @@ def sentence_spans(text):
                     start + len(sentence.rstrip())))
     start = end
   return spans
+
+
+def ngram_hashes(list_of_words, n):
+  """A 64-bit hash of each run of n words, the same on every machine.
+
+  Args:
+    list_of_words: strings.
+    n: words in a run, at least 1.
+
+  Returns:
+    uint64 [max(len(list_of_words) - n + 1, 0)]. Two different runs share a hash with probability
+    2^-64.
+  """
+  count = len(list_of_words)
+  hashes = np.fromiter(map(_hash, list_of_words), np.uint64, count)
+  total = np.zeros(max(count - n + 1, 0), np.uint64)
+  for k in range(n if total.size else 0):
+    total += hashes[k:k + total.size] * np.uint64(_hash(f"place {k}") | 1)
+  # The sums of neighbours are alike in their low bits: mix as SplitMix64 does.
+  total = (total ^ (total >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  total = (total ^ (total >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return total ^ (total >> np.uint64(31))
+
+
+@functools.lru_cache(1 << 16)
+def _hash(word):
+  return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"),
+                                        digest_size=8).digest(), "little")
