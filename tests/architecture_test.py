@@ -12,6 +12,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["text.files", "text.streams", "text.records", "text.tables", "text.warc", "text.formats",
      "text.read",
      "text.specs", "text.words", "text.clean", "text.dedup",
+     "text.decontaminate",
      "text.tokenizer_base", "text.tokenizer_sentencepiece", "text.tokenizer_huggingface",
      "text.tokenizer_tiktoken", "text.tokenizer",
      "text.examples", "text.shards", "text.prepare",

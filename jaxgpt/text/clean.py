@@ -81,12 +81,14 @@ class Cleaner:
 
   def _apply(self, step, document, dropped):
     """The document after one step, or None where it was dropped."""
+    if step.pages and not document.html:
+      return document
     before = document.text
     try:
       text, reason = step.run(before)
-      fields = getattr(document, "fields", None)
-      if fields and reason is None:
-        text, fields = (text, _map_fields(step.run, fields)) if step.rewrites else (before, fields)
+      if document.fields and reason is None:
+        text = text if step.rewrites else before
+        fields = _map_fields(step.run, document.fields) if step.rewrites else document.fields
         document = document._replace(fields=fields)
       text.encode()  # what is stored must have a UTF-8 form
     except Exception as e:  # whatever a library stumbles over is no reason to end the run
@@ -101,7 +103,7 @@ class Cleaner:
       changed = self.changed.setdefault(step.name, [0, 0])
       changed[0] += 1
       changed[1] += len(before) - len(text)
-      document = document._replace(text=text)
+      document = document._replace(text=text, html=document.html and not step.pages)
     return document
 
 
@@ -122,6 +124,7 @@ class _Step(NamedTuple):
   name: str
   run: object  # text -> (text, None) or (text, the reason to drop it)
   rewrites: bool  # it never judges: what it does to a text it may do to any
+  pages: bool  # it leaves alone what is no HTML page
 
 
 class _Row(NamedTuple):
@@ -133,7 +136,8 @@ class _Row(NamedTuple):
 def _build(spec):
   name, options = specs.parse(spec, "--clean", {name: row.defaults for name, row in STEPS.items()})
   row = STEPS[name]
-  return _Step(name, row.build(spec, **options), row.rewrites)
+  pages = options.pop("pages_only", False)
+  return _Step(name, row.build(spec, **options), row.rewrites, pages)
 
 
 def datatrove(module):
@@ -308,7 +312,7 @@ STEPS = {
     "ftfy": _Row(_ftfy, {"fix_latin_ligatures": False, "fix_character_width": False,
                          "uncurl_quotes": False, "fix_line_breaks": False}, rewrites=True),
     "unicode": _Row(_unicode, {"form": "NFC"}, rewrites=True),
-    "html": _Row(_html, {"timeout": 30.0, "favour_precision": True}),
+    "html": _Row(_html, {"pages_only": True, "timeout": 30.0, "favour_precision": True}),
     "pii": _Row(_pii, {"remove_emails": True, "remove_ips": True, "only_remove_public_ips": True,
                        "email_replacement": ("email@example.com",),
                        "ip_replacement": ("22.214.171.124",)}, rewrites=True),

@@ -68,7 +68,7 @@ def test_what_is_left_without_text_is_dropped():
      "to <mail> from 8.8.4.4"),
     ("c4_lines", "Menu\nThis line has an end.\nYou must enable javascript now.\nSo has this one.",
      "This line has an end.\nSo has this one."),
-    ("html", f"<html><body><nav><a href='/'>Home</a></nav><p>{PROSE}</p></body></html>",
+    ("html:pages_only=false", f"<html><body><nav><a href='/'>Home</a></nav><p>{PROSE}</p></body></html>",
      PROSE)])
 def test_what_is_rewritten(spec, text, want):
   pytest.importorskip("datatrove")
@@ -85,13 +85,32 @@ def test_what_is_rewritten(spec, text, want):
     ("fineweb_quality", "no stop\n" * 40, "fineweb_quality: line_punct_ratio"),
     ("c4_quality", f"{PROSE}\nif (x) {{ return to the start. }}.", "c4_quality: curly_bracket"),
     ("c4_quality", "Just one sentence is here.", "c4_quality: too_few_sentences"),
-    ("html", "<html><body></body></html>", "html: no text found")])
+    ("html:pages_only=false", "<html><body></body></html>", "html: no text found")])
 def test_what_is_dropped_and_that_good_prose_is_not(spec, text, rule):
   pytest.importorskip("datatrove")
   kept, dropped, _ = run([spec], [text])
   assert dropped == ({rule: 1} if rule else {}) and len(kept) == (rule is None)
   if not spec.startswith("html"):
     assert len(run([spec], [PROSE])[0]) == 1
+
+
+def test_html_pages_among_other_texts():
+  pytest.importorskip("trafilatura")
+  text = f"<html><body><p>{PROSE}</p></body></html>"
+  cleaner, dropped = clean.make(["html"]), read.Dropped()
+  documents = [read.Document("a", text, html=True), read.Document("b", text)]
+  assert list(cleaner(documents, dropped)) == [read.Document("a", PROSE), documents[1]]
+
+
+def test_fields_of_labelled_documents_are_rewritten_but_labels_and_roles():
+  lig = "\ufb01"
+  fields = {"messages": [{"role": lig, "content": lig}], "label": lig, "text": lig, "n": 3}
+  document = read.Document("a", lig * 5, "", fields)
+  steps = ["unicode:form=NFKC", "length:min_chars=10"]
+  cleaned, = clean.make(steps)([document], read.Dropped())
+  assert cleaned.text == "fi" * 5
+  assert cleaned.fields == {"messages": [{"role": lig, "content": "fi"}], "label": lig,
+                            "text": "fi", "n": 3}
 
 
 def test_order_and_neighbours_do_not_matter():
@@ -131,7 +150,7 @@ def test_time_is_up_for_an_extraction_that_does_not_end(monkeypatch):
         sum(range(1000))
     return text
   monkeypatch.setattr(block, "extract", extract)
-  kept, dropped, _ = run(["html:timeout=0.1"], ["forever", "fine"])
+  kept, dropped, _ = run(["html:pages_only=false,timeout=0.1"], ["forever", "fine"])
   assert kept == ["fine"] and dropped == {"html: timeout": 1}
 
 
