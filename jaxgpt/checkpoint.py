@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxgpt import tree
 from jaxgpt.errors import UserError
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
@@ -116,6 +117,22 @@ class Checkpoints:
         value = np.full((), out["meta"][name], np.int32)
         state[name] = jax.device_put(value, abstract[name].sharding)
     return state, out["meta"]["extra"]
+
+  def shapes(self, name, step=None):
+    """{path: shape} of a part of a checkpoint, without reading it.
+
+    Args:
+      name: 'params', 'ema' or 'opt'.
+      step: which checkpoint; None: the newest.
+
+    Raises:
+      UserError: there is none, or it has no such part.
+    """
+    step = self.latest() if step is None else step
+    saved = None if step is None else self._manager.item_metadata(step).get(name)
+    if saved is None:
+      raise UserError(f"no checkpoint with {name!r} in {self.folder}")
+    return {path: tuple(leaf.shape) for path, leaf in tree.flatten(dict(saved)).items()}
 
   def _check_shapes(self, where, step, items, abstract):
     saved = self._manager.item_metadata(step)

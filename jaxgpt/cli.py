@@ -70,6 +70,8 @@ def _parser():
                  help="batches to evaluate; 0: the whole split")
   p.add_argument("--batch-size", type=_count(1), help="rows a batch; default: the run's")
   _add_generate(command("generate", _generate, "continue a prompt with a run's model"))
+  _add_import(command("import", _import, "make a run of a model in Hugging Face's format"))
+  _add_export(command("export", _export, "write a run's model in Hugging Face's format"))
   p = command("demo", _demo, "train and sample a small model on Python's standard library")
   p.add_argument("--dir", default="runs/demo", help="folder for the data and the run")
   return parser
@@ -123,6 +125,28 @@ def _add_generate(p):
   p.add_argument("--min-p", type=float, default=0.0,
                  help="draw from tokens at least this times as likely as the likeliest")
   p.add_argument("--seed", type=_count(0), default=0, help="of the draws")
+
+
+def _add_import(p):
+  p.add_argument("--from", required=True, metavar="DIR", dest="source",
+                 help="folder with config.json, safetensors files and the tokenizer's files")
+  p.add_argument("--workdir", required=True, help="run folder to make")
+  p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                 help="what the run computes in; parameters are float32")
+  p.add_argument("--seq-len", type=_count(1), metavar="N",
+                 help="longest rows of evaluate and generate; default: the model's context, at "
+                      "most 2048")
+  p.add_argument("--tokenizer", metavar="PATH", help="file or folder, where DIR holds none")
+
+
+def _add_export(p):
+  _add_run(p)
+  p.add_argument("--to", required=True, metavar="DIR", help="folder to make")
+  p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                 help="of the weights in the files")
+  p.add_argument("--shard-gb", type=float, default=5.0, help="GB of a file at most")
+  p.add_argument("--family", help="model_type to export as; default: the first that fits")
+  p.add_argument("--no-check", action="store_true", help="don't compare with transformers")
 
 
 def _start_backend():
@@ -187,6 +211,33 @@ def _generate(args):
     if args.samples > 1:
       print(f"--- sample {i + 1} of {args.samples}")
     print(prompt + text, flush=True)
+
+
+def _import(args):
+  from jaxgpt import exchange
+  _start_backend()
+  done = exchange.import_model(args.source, args.workdir, dtype=args.dtype, seq_len=args.seq_len,
+                               tokenizer=args.tokenizer)
+  print(f"imported {args.source}: {done['family']}, {done['parameters']:,} parameters, "
+        f"{done['bytes'] / 1e9:.2f} GB of files\n{args.workdir} is a run at step 0: generate and "
+        f"evaluate take it as it is; train from it with --config.init_from={args.workdir}")
+
+
+def _export(args):
+  from jaxgpt import exchange
+  if args.shard_gb <= 0:
+    raise UserError(f"--shard-gb={args.shard_gb} must be above 0")
+  _start_backend()
+  family, files, certificate = exchange.export_run(
+      args.workdir, args.to, step=args.step, dtype=args.dtype,
+      shard_bytes=int(args.shard_gb * 1e9), family=args.family, certify=not args.no_check)
+  print(f"wrote {args.to} ({family}, {args.dtype}): {', '.join(files)}")
+  if not certificate["checked"]:
+    print(f"not checked against transformers: {certificate['why_not']}")
+    return
+  print(f"against transformers {certificate['versions']['transformers']}: logits differ by at most "
+        f"{certificate['logits']['max_abs']:.1e} of {certificate['logits']['scale']:.3g}, greedy "
+        f"continuations are {'equal' if certificate['greedy']['equal'] else 'NOT equal'}")
 
 
 def _demo(args):

@@ -28,6 +28,7 @@ def base():
   """Every key there is. A placeholder (`None`, but typed) is derived from others by `resolve`."""
   c = ml_collections.ConfigDict()
   c.seed = 0  # seed of the initial weights, of dropout and of the data order
+  c.init_from = ""  # run folder or Hugging Face folder whose weights step 0 starts from; empty: random
 
   c.model = m = ml_collections.ConfigDict()
   m.preset = ""  # name of the preset that filled this section; for information only

@@ -6,6 +6,7 @@ dispatched before the metrics of step n-1 are read, so the device never waits fo
 
 import contextlib
 import itertools
+import json
 import signal
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxgpt import (
   checkpoint,
   config,
   evaluate,
+  initial,
   objectives,
   optim,
   schedules,
@@ -159,7 +161,7 @@ def train(c, folder, origin):
     checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
                                          c.checkpoint.keep_every)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
-      run = _Run(c, folder, mesh, (data, held_out), parts, checkpoints, stop)
+      run = _Run(c, folder, mesh, (data, held_out), parts, checkpoints, stop, tokenizer)
       with contextlib.closing(run):
         return run.run()
 
@@ -167,10 +169,10 @@ def train(c, folder, origin):
 class _Run:
   """One start of a run: the state, the step in flight, and what is reported."""
 
-  def __init__(self, c, folder, mesh, data, parts, checkpoints, stop):
+  def __init__(self, c, folder, mesh, data, parts, checkpoints, stop, tokenizer):
     self._c, self._folder, self._mesh, self._parts = c, folder, mesh, parts
     self._data, self._held_out = data
-    self._checkpoints, self._stop = checkpoints, stop
+    self._checkpoints, self._stop, self._tokenizer = checkpoints, stop, tokenizer
     self._means = metrics_lib.Means()
     self._state = self._first_state()
     self._step = int(self._state["step"])
@@ -186,8 +188,17 @@ class _Run:
       state, extra = self._checkpoints.restore(self._parts.state)
       self._means = metrics_lib.Means(**extra["means"])
       return state
+    given = self._given() if self._c.init_from else None
     return train_step.first_state(self._parts.model, self._parts.tx, self._c.seed,
-                                  self._parts.state)
+                                  self._parts.state, given)
+
+  def _given(self):
+    """The weights of `init_from`; what of them was used is told and written down."""
+    given = initial.load(self._c.init_from, self._c.model, self._parts.state["params"])
+    initial.check_tokenizer(given, self._tokenizer, self._c)
+    workdir_lib.write_whole(self._folder / initial.REPORT, json.dumps(given.report, indent=2))
+    print("\n".join(initial.describe(given.report)), flush=True)
+    return given.params
 
   def run(self):
     """Steps until the end or a signal, saves, and evaluates a run that is complete."""

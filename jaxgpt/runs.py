@@ -40,7 +40,7 @@ def load(folder, step=None):
   folder = epath.Path(folder)
   c = workdir.read_config(folder)
   tokenizer = tokenizer_lib.load(workdir.tokenizer_folder(folder))
-  mesh, parts = _place(c)
+  mesh, parts = place(c)
   name = "ema" if c.optim.ema else "params"
   checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS, read_only=True)
   wanted = {name: parts.state[name], "step": parts.state["step"]}
@@ -50,7 +50,7 @@ def load(folder, step=None):
              workdir.read_starts(folder)[0]["data_digest"])
 
 
-def _place(c):
+def place(c):
   """(mesh, parts) on the devices at hand: sharded where they divide the model, copies if not."""
   copies = config.base().mesh
   copies.update(dict(data=-1, fsdp=1))
@@ -81,9 +81,16 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
   """
   c = ml_collections.ConfigDict(run.c)
   c.data.path = data or c.data.path
+  if not c.data.path:
+    raise UserError("an imported model has no data of its own; say where prepared text is with "
+                    "--data=DIR")
   rows = batch_size or run.c.eval.batch_size
   batches = loop.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
-  if batches.digest != run.data_digest:
+  if not run.data_digest:  # an imported model has no data of its own
+    if loop.load_tokenizer_and_config(c)[0].digest != run.tokenizer.digest:
+      raise UserError(f"{c.data.path} was tokenized with another tokenizer than the imported "
+                      "model's; prepare it with jaxgpt data --tokenizer=RUN/tokenizer")
+  elif batches.digest != run.data_digest:
     raise UserError(f"{c.data.path} is not the data of this run: its manifest's digest is "
                     f"{batches.digest[:12]}, the run's was {run.data_digest[:12]}; say where "
                     "the run's data is with --data=DIR")

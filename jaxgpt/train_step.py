@@ -12,11 +12,11 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import sharding
+from jaxgpt import sharding, tree
 from jaxgpt.model import transformer
 
 
-def init_state(model, tx, key, ema):
+def init_state(model, tx, key, ema, given=None):
   """The state before the first update.
 
   Args:
@@ -24,8 +24,11 @@ def init_state(model, tx, key, ema):
     tx: an optimizer from `optim.make`.
     key: PRNG key of the initial weights.
     ema: whether a moving average of the weights is kept.
+    given: {path: array} of weights that are there already.
   """
   params = transformer.init(model, key)
+  if given:
+    params = tree.map_named(lambda path, x: given.get(path, x), params)
   state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": tx.init(params),
            "nonfinite_step": jnp.full((), -1, jnp.int32)}
   if ema:
@@ -33,16 +36,18 @@ def init_state(model, tx, key, ema):
   return state
 
 
-def first_state(model, tx, seed, abstract):
+def first_state(model, tx, seed, abstract, given=None):
   """The state before the first update, made on the devices in its shards.
 
   Args:
     model, tx: as in `init_state`.
     seed: of the initial weights.
     abstract: from `abstract_state`.
+    given: {path: array} of weights that are there already; their buffers are donated.
   """
-  init = lambda: init_state(model, tx, jax.random.key(seed), "ema" in abstract)
-  return jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+  init = lambda given: init_state(model, tx, jax.random.key(seed), "ema" in abstract, given)
+  shardings = jax.tree.map(lambda s: s.sharding, abstract)
+  return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given or {})
 
 
 def abstract_state(model, tx, ema, mesh):

@@ -16,6 +16,18 @@ def flatten(tree, is_leaf=None):
   return {path_name(path): leaf for path, leaf in leaves}
 
 
+def unflatten(named):
+  """The nested dict of {path: leaf}."""
+  out = {}
+  for path, leaf in named.items():
+    *parents, name = path.split("/")
+    node = out
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return out
+
+
 def map_named(f, tree, *rest, is_leaf=None):
   """Like `jax.tree.map`, but `f` takes the leaf's path first."""
   named = lambda path, *leaves: f(path_name(path), *leaves)

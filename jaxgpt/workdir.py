@@ -37,7 +37,7 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
     c: the resolved config.
     origin: {flat key: where its value came from}, see `config.load`.
     mesh: the device mesh.
-    data_digest: of the data's manifest.
+    data_digest: of the data's manifest; empty for a model that is imported.
     tokenizer: what is saved beside the config.
 
   Raises:
@@ -72,6 +72,9 @@ def write_whole(path, text):
 
 def _check(folder, c, data_digest):
   old = read_config(folder)
+  if data_digest and is_imported(folder):
+    raise UserError(f"--workdir={folder} holds an imported model; train it in another --workdir "
+                    f"with --config.init_from={folder}")
   changed = config.difference(old, c)
   if changed:
     lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:5])
@@ -160,6 +163,12 @@ def read_starts(folder):
     return starts
   except (OSError, ValueError, TypeError) as e:
     raise UserError(f"{path} is broken ({e}); restore it, or start anew in another folder") from e
+
+
+def is_imported(folder):
+  """Whether a folder holds a published model that was imported, and no training run."""
+  starts = epath.Path(folder) / _STARTS
+  return starts.exists() and not read_starts(folder)[0]["data_digest"]
 
 
 def tokenizer_folder(folder):

@@ -19,9 +19,9 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "data.source", "data.packing", "data.mixture", "data.pipeline"],
     ["model.ops", "model.attention", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
-    ["generate", "evaluate"],
-    ["checkpoint", "timer", "workdir", "writers"],
-    ["loop", "runs", "demo", "reference", "cli", "__main__"],
+    ["generate", "evaluate", "hf.layout", "hf.fields", "hf.families", "hf.convert"],
+    ["checkpoint", "timer", "workdir", "writers", "hf.safetensors", "hf.weights", "hf.parity"],
+    ["initial", "loop", "runs", "exchange", "demo", "reference", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", *(room for room in ORDER if room.startswith("text.")))

@@ -1,0 +1,136 @@
+"""Models in and out of Hugging Face's format: a folder becomes a run at step 0, a run a folder."""
+
+import json
+
+import numpy as np
+from etils import epath
+
+from jaxgpt import checkpoint, config, initial, runs, tree, workdir
+from jaxgpt.errors import UserError
+from jaxgpt.hf import convert, parity, safetensors, weights
+from jaxgpt.text import tokenizer as tokenizer_lib
+
+CONTEXT = 2048  # longest rows that an imported run evaluates and samples, unless told otherwise
+
+
+def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=None):
+  """Makes a run folder, at step 0, of a model in Hugging Face's format.
+
+  Nothing is read of the weights before the architecture and each tensor's name and shape are found
+  to fit.
+
+  Args:
+    source: folder with config.json, safetensors files and the tokenizer's files.
+    folder: the run folder to make.
+    dtype: the run's `model.dtype`; parameters are float32.
+    seq_len: the run's `data.seq_len`; None: the model's context, at most `CONTEXT`.
+    tokenizer: file or folder, where `source` holds none.
+
+  Returns:
+    {'family', 'parameters', 'bytes' (of the files)}.
+
+  Raises:
+    UserError: what is not supported, missing, too much, or in the way.
+  """
+  source, folder = epath.Path(source), epath.Path(folder)
+  family, hf = initial.read_config_json(source)
+  _, found = convert.read(hf)
+  c = config.base()
+  c.model.update(found | dict(dtype=dtype))
+  c.data.seq_len = seq_len or min(found["max_len"], CONTEXT)
+  c.init_from = str(source)
+  c = config.resolve(c)
+  tensors = safetensors.scan(source)
+  device_mesh, parts = runs.place(c)
+  abstract = parts.state["params"]
+  match = convert.find(family, convert.publish(family, c.model, abstract), tensors,
+                       c.model.tie_embeddings)
+  convert.check(match, tensors, source)
+  tokens = load_tokenizer(source, tokenizer, c.model.vocab_size)
+  origin = {key: "config.json" if key.removeprefix("model.") in found else "base"
+            for key in config.flatten(c)}
+  workdir.enter(folder, c, origin, device_mesh, "", tokens)
+  checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS)
+  if checkpoints.latest() is not None:
+    raise UserError(f"--workdir={folder} holds this model already; choose another folder")
+  params = tree.unflatten(weights.load(match.pairs, abstract))
+  checkpoints.save({"step": np.int32(0), "nonfinite_step": np.int32(-1), "params": params})
+  checkpoints.close()
+  return {"family": family.model_type, "parameters": tree.count(params),
+          "bytes": sum(t.nbytes for t in tensors.values())}
+
+
+def load_tokenizer(source, other, vocab_size):
+  """The tokenizer of a published model.
+
+  Args:
+    source: the model's folder.
+    other: file or folder to take instead, or None.
+    vocab_size: rows of the model's embedding.
+
+  Raises:
+    UserError: there is none, or it has more ids than the model has rows.
+  """
+  try:
+    tokens = tokenizer_lib.load(other or source)
+  except UserError as e:
+    raise UserError(f"{e}; name another with --tokenizer=PATH") from e
+  if tokens.vocab_size > vocab_size:
+    raise UserError(f"the tokenizer in {other or source} has {tokens.vocab_size} ids, the model "
+                    f"{vocab_size} rows of its embedding; name another with --tokenizer=PATH")
+  return tokens
+
+
+def export_run(folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, family=None,
+               certify=True):
+  """Writes a run's weights as a folder that transformers loads, with a certificate of parity.
+
+  The folder appears whole or not at all.
+
+  Args:
+    folder: the run folder.
+    out: the folder to make.
+    step: which checkpoint; None: the newest.
+    dtype: of the tensors, a key of `weights.DTYPES`.
+    shard_bytes: size of a file at most.
+    family: its name; None: the first that has the model's fields.
+    certify: compare with transformers, where that is installed.
+
+  Returns:
+    (family's name, names of the files, the certificate of `parity.certify`).
+
+  Raises:
+    UserError: no family has this model's fields, or `out` is in the way.
+  """
+  out = epath.Path(out)
+  if out.exists():
+    raise UserError(f"--to={out} exists; choose another folder, or remove it")
+  c = workdir.read_config(folder)
+  family = convert.family_of(c.model, family)
+  run = runs.load(folder, step)
+  part = out.with_name(out.name + ".part")
+  if part.exists():
+    part.rmtree()
+  part.mkdir(parents=True)
+  try:
+    published = convert.publish(family, c.model, run.params)
+    files = weights.save(part, published, run.params, dtype, shard_bytes)
+    ids = dict(bos_token_id=run.tokenizer.bos_id, eos_token_id=run.tokenizer.eos_id,
+               pad_token_id=run.tokenizer.pad_id)
+    ids = {k: v for k, v in ids.items() if v is not None}
+    hf = convert.write(family, c.model) | ids | {"torch_dtype": dtype}
+    _write_json(part / "config.json", hf)
+    _write_json(part / "generation_config.json", {"_from_model_config": True, **ids})
+    files += ["config.json", "generation_config.json"]
+    certificate = parity.certify(part, run.c.model, weights.rounded(run.params, dtype),
+                                 run.tokenizer, dtype, certify)
+    parity.write(part, certificate)
+  except BaseException:
+    part.rmtree()
+    raise
+  part.rename(out)
+  return family.model_type, [*files, parity.JSON, parity.TEXT], certificate
+
+
+def _write_json(path, value):
+  path.write_text(json.dumps(value, indent=2) + "\n")

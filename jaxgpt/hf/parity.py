@@ -1,0 +1,176 @@
+"""The certificate beside an export: what transformers computes from it, next to what we compute.
+
+Both sides run in float32 from the weights as they were exported, so what differs is the format or
+the mathematics, and not the rounding of the files.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from jaxgpt import generate
+from jaxgpt.model import transformer
+
+JSON, TEXT = "parity.json", "parity.md"
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog, and",
+    "def fibonacci(n):\n  return n if n < 2 else",
+    "In 1905 Albert Einstein published four papers; the third, on the electrodynamics of",
+)
+LENGTH, NEW = 48, 16  # tokens of a prompt at most; tokens generated
+_PACKAGES = ("jaxgpt", "jax", "torch", "transformers")
+
+
+def certify(folder, c_model, params, tokenizer, dtype, compare=True):
+  """Compares an export with the model it was made from, on fixed prompts.
+
+  Args:
+    folder: the export.
+    c_model: the resolved `model` section.
+    params: the weights as exported: rounded, in float32.
+    tokenizer: the run's.
+    dtype: of the files.
+    compare: whether to compare at all.
+
+  Returns:
+    A dict of plain values: 'checked', 'why_not' or the figures ('logits', 'layers', 'greedy'),
+    'dtypes', 'versions', 'files' (their sha256).
+  """
+  out = {"checked": False, "dtypes": {"files": dtype, "compared_in": "float32"},
+         "versions": {"python": platform.python_version(),
+                      **{name: _version(name) for name in _PACKAGES}},
+         "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())}}
+  if not compare:
+    return out | {"why_not": "it was not asked for"}
+  missing = [name for name in ("torch", "transformers") if out["versions"][name] is None]
+  if missing:
+    return out | {"why_not": f"{' and '.join(missing)} not installed; pip install "
+                             "'jaxgpt[bench]'"}
+  prompts = encode(tokenizer, min(LENGTH, c_model.max_len - NEW))
+  return out | {"checked": True, **_compare(folder, c_model, params, prompts)}
+
+
+def encode(tokenizer, length):
+  """The fixed prompts as lists of token ids."""
+  return [[tokenizer.bos_id, *tokenizer.encode(text)][:length] for text in PROMPTS]
+
+
+def _compare(folder, c_model, params, prompts):
+  import torch
+  import transformers
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+  theirs = theirs.eval()
+  ours = transformer.Transformer(ml_collections.FrozenConfigDict(
+      dict(c_model.to_dict(), dtype="float32", remat="none")))
+  logits, layers = forward(ours, params, prompts)
+  figures, by_layer, greedy = [], [], []
+  for i, ids in enumerate(prompts):
+    with torch.no_grad():
+      out = theirs(torch.tensor([ids]), output_hidden_states=True)
+      chosen = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=NEW,
+                               eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
+    figures.append(_distance(logits[i, :len(ids)], out.logits[0].numpy()))
+    hidden = [h[0].numpy() for h in out.hidden_states[1:]]
+    by_layer.append([_distance(a[i, :len(ids)], b) for a, b in zip(layers, hidden)])
+    mine = continuation(ours, params, ids)
+    greedy.append({"prompt": PROMPTS[i], "equal": mine == chosen, "ours": mine, "theirs": chosen})
+  return {"architecture": type(theirs).__name__, "logits": _worst(figures),
+          "layers": [_worst(x) for x in zip(*by_layer)],
+          "greedy": {"equal": all(g["equal"] for g in greedy), "continuations": greedy}}
+
+
+def forward(model, params, prompts):
+  """Our logits [N, T, V] of padded prompts, and the outputs of the layers [L, N, T, D]."""
+  length = max(map(len, prompts))
+  tokens = np.zeros((len(prompts), length), np.int32)
+  segments = np.zeros_like(tokens)
+  for row, (ids, t) in enumerate(zip(prompts, tokens)):
+    t[:len(ids)] = ids
+    segments[row, :len(ids)] = 1
+  positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+  return apply(model, params, tokens, positions, segments)
+
+
+def apply(model, params, *batch):
+  """(logits, outputs of the layers) of a batch, on the host."""
+  logits, _ = jax.jit(lambda p, *args: model.apply({"params": p}, *args))(params, *batch)
+  return np.asarray(logits), []
+
+
+def continuation(model, params, ids, new=NEW):
+  """The `new` likeliest tokens after a prompt, each after the ones before it."""
+  tokens = np.zeros((1, min(LENGTH + new, model.cfg.max_len)), np.int32)
+  tokens[0, :len(ids)] = ids
+  run = _sampler(model, tokens.shape[1])
+  out, length = run(params, tokens, len(ids), new, jax.random.key(0),
+                    (jnp.float32(0), 0, jnp.float32(1), jnp.float32(0)))
+  return np.asarray(out)[0, len(ids):int(length[0])].tolist()
+
+
+@functools.lru_cache(maxsize=2)  # compiled once for all prompts
+def _sampler(model, slots):
+  return generate.make(model, slots, -1, model.cfg.vocab_size)
+
+
+def _distance(a, b):
+  difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+  return {"max_abs": float(difference.max()), "mean_abs": float(difference.mean()),
+          "scale": float(np.abs(b).max())}
+
+
+def _worst(figures):
+  return {"max_abs": max(f["max_abs"] for f in figures),
+          "mean_abs": float(np.mean([f["mean_abs"] for f in figures])),
+          "scale": max(f["scale"] for f in figures)}
+
+
+def _version(name):
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _sha256(path):
+  digest = hashlib.sha256()
+  with path.open("rb") as f:
+    while block := f.read(1 << 24):
+      digest.update(block)
+  return digest.hexdigest()
+
+
+def write(folder, certificate):
+  """Writes the certificate for programs and for people."""
+  (folder / JSON).write_text(json.dumps(certificate, indent=2) + "\n")
+  (folder / TEXT).write_text("\n".join(describe(certificate)) + "\n")
+
+
+def describe(c):
+  """The certificate as lines of Markdown."""
+  lines = ["# Parity certificate", ""]
+  if not c["checked"]:
+    lines.append(f"Not checked against transformers: {c['why_not']}.")
+  else:
+    figure = lambda f: f"{f['max_abs']:.2e} | {f['mean_abs']:.2e} | {f['scale']:.3g}"
+    greedy = c["greedy"]
+    lines += [f"`{c['architecture']}.from_pretrained` of this folder and jaxgpt, both in float32, "
+              f"on {len(greedy['continuations'])} fixed prompts:", "",
+              "| | largest difference | mean difference | largest value |", "|---|---|---|---|",
+              f"| logits | {figure(c['logits'])} |"]
+    lines += [f"| layer {i} | {figure(f)} |" for i, f in enumerate(c["layers"])]
+    lines += ["", f"Greedy continuations of {NEW} tokens: "
+              + ("equal." if greedy["equal"] else "NOT equal.")]
+    lines += [f"- {g['prompt']!r}: {'equal' if g['equal'] else 'ours ' + str(g['ours'])}"
+              f"{'' if g['equal'] else ', theirs ' + str(g['theirs'])}"
+              for g in greedy["continuations"]]
+  lines += ["", f"Files are in {c['dtypes']['files']}. "
+            + ", ".join(f"{k} {v or 'not installed'}" for k, v in c["versions"].items()) + ".", "",
+            "| file | sha256 |", "|---|---|"]
+  return lines + [f"| {name} | {digest} |" for name, digest in c["files"].items()]

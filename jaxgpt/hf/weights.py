@@ -1,0 +1,114 @@
+"""Weights from and to the files of a published model, a tensor at a time.
+
+Host memory holds little more than one tensor beside the parameters: each device's shard of a
+parameter is allocated once, and is filled layer by layer with the part of the file that it needs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxgpt import tree
+from jaxgpt.hf import safetensors
+
+DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16),
+          "float16": np.dtype("float16")}
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _place(buffer, part, start, plus):
+  """Writes a part into its place in a device's shard; in place, since the buffer is donated."""
+  part = part.astype(buffer.dtype)
+  part = part + plus if plus else part
+  part = part.reshape((1,) * (buffer.ndim - part.ndim) + part.shape)
+  return jax.lax.dynamic_update_slice(buffer, part, start)
+
+
+def load(pairs, abstract):
+  """Reads parameters onto the devices.
+
+  Args:
+    pairs: of `convert.Found`.
+    abstract: tree of ShapeDtypeStructs with shardings.
+
+  Returns:
+    {path: array}, of the paths that `pairs` name.
+  """
+  sources = {}
+  for published, tensor in pairs:
+    for piece in published.pieces:
+      sources.setdefault(piece.path, []).append((piece, published.axis, tensor))
+  leaves = tree.flatten(abstract)
+  return {path: _array(leaves[path], pieces) for path, pieces in sources.items()}
+
+
+def _array(leaf, pieces):
+  """One parameter: each process reads what its own devices hold, copies but once."""
+  devices = {}
+  for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+    devices.setdefault(bounds, []).append(device)
+  shards = []
+  for bounds, copies in devices.items():
+    shape = tuple(b - a for a, b in bounds)
+    buffers = [jnp.zeros(shape, leaf.dtype, device=device) for device in copies]
+    for piece, axis, tensor in pieces:
+      outer, inner = bounds[:len(piece.lead)], bounds[len(piece.lead):]
+      if all(a <= i < b for i, (a, b) in zip(piece.lead, outer, strict=True)):
+        part = read_part(piece, axis, tensor, inner)
+        start = [np.int32(i - a) for i, (a, _) in zip(piece.lead, outer, strict=True)]
+        start += [np.int32(0)] * len(inner)
+        buffers = [_place(b, jax.device_put(part, b.device), start, piece.plus)
+                   for b in buffers]
+    shards += buffers
+  return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def read_part(piece, axis, tensor, bounds):
+  """The part of ours within `bounds`, in the file's dtype, before anything is added."""
+  region, convert = piece.layout.region(bounds)
+  region = [(a + piece.start, b + piece.start) if d == axis else (a, b)
+            for d, (a, b) in enumerate(region)]
+  return convert(safetensors.read(tensor, region))
+
+
+def rounded(params, dtype):
+  """What a reader in float32 finds after an export in `dtype`."""
+  dtype = DTYPES[dtype]
+  return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+
+
+def save(folder, published, params, dtype, shard_bytes):
+  """Writes parameters as published tensors.
+
+  Args:
+    folder: an empty folder.
+    published: from `convert.publish`.
+    params: tree of arrays.
+    dtype: a key of `DTYPES`.
+    shard_bytes: size of a file at most.
+
+  Returns:
+    Names of the files.
+  """
+  leaves = tree.flatten(params)
+  by_name = {p.name: p for p in published}
+
+  def array_of(entry):
+    p = by_name[entry.name]
+    parts = [to_theirs(leaves[x.path], x) for x in p.pieces]
+    return np.concatenate(parts, p.axis).astype(entry.dtype) if len(parts) > 1 else (
+        parts[0].astype(entry.dtype))
+
+  entries = [safetensors.Entry(p.name, p.shape, DTYPES[dtype]) for p in published]
+  return safetensors.write(folder, entries, array_of, shard_bytes)
+
+
+def to_theirs(leaf, piece):
+  """A part of a published tensor, on the host, in float32."""
+  ours = jax.device_get(leaf[piece.lead] if piece.lead else leaf)
+  return np.asarray(piece.layout.to_theirs(ours)) - np.float32(piece.plus) if piece.plus else (
+      np.asarray(piece.layout.to_theirs(ours)))
