@@ -25,7 +25,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", *(room for room in ORDER if room.startswith("text.")))
-OPTIONAL = {"tensorboardX", "tokenizers", "tiktoken", "jinja2"}  # imported where they are used
+OPTIONAL = {"tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
 NO_JAX = PLAIN + ("checks", "config", *(room for room in ORDER if room.startswith("data.")))
 
 

@@ -12,6 +12,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer)
     "char_level": (10_723_200, 264),
     "demo": (4_196_608, 4096),
+    "finetune": (10_945_536, 264),  # without a run to start from: the base config
     "gpt2_124m": (124_475_904, None),
     "llama3_8b": (8_030_261_248, None),
 }

@@ -1,0 +1,24 @@
+"""Goes on from the weights of a run, such as one that `jaxgpt import` made.
+
+jaxgpt train --config=configs/finetune.py:RUN --config.data.path=DATA --workdir=NEW
+
+DATA has to be tokenized with the run's tokenizer: jaxgpt data --tokenizer=RUN/tokenizer …
+"""
+
+from jaxgpt import config, workdir
+
+
+def get_config(arg=""):
+  c = config.base()
+  if arg:
+    c.model.update(workdir.read_config(arg).model)
+    c.init_from = arg
+  c.data.seq_len = 512
+  c.data.batch_size = 16
+  c.optim.lr = 2e-5
+  c.optim.weight_decay = 0.0
+  c.schedule.name = "linear"
+  c.schedule.warmup_steps = 50
+  c.train.steps = 1000
+  c.eval.every = 200
+  return c
