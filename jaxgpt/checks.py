@@ -52,7 +52,8 @@ def values(flat):
               "optim.eps"):
     if flat[key] is not None and flat[key] <= 0:
       raise UserError(f"{key}={flat[key]} must be above 0")
-  for key in ("schedule.decay_fraction", "schedule.final_ratio"):
+  for key in ("schedule.decay_fraction", "schedule.final_ratio", "objective.mask_rate",
+              "objective.mask_replace", "objective.mask_random"):
     if not 0 <= flat[key] <= 1:
       raise UserError(f"{key}={flat[key]} must lie in [0, 1]")
   if not 0 <= flat["seed"] < 2**31:
@@ -95,6 +96,10 @@ def combinations(c):
   if c.objective.name == "causal_lm" and not m.causal:
     raise UserError("objective.name='causal_lm' needs model.causal=True: otherwise each token "
                     "reads the one it is to predict")
+  o = c.objective
+  if o.mask_replace + o.mask_random > 1:
+    raise UserError(f"objective.mask_replace={o.mask_replace} and objective.mask_random="
+                    f"{o.mask_random} are shares of the same tokens; their sum must not exceed 1")
   if c.data.seq_len > m.max_len:
     raise UserError(f"data.seq_len={c.data.seq_len} is longer than the model's context "
                     f"model.max_len={m.max_len}")

@@ -181,8 +181,12 @@ def _train(args):
     print(f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
           "the same command goes on")
     return 128 + stopped
-  print(f"done: {args.workdir} holds {step} steps; validation loss {result['loss']:.4f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte")
+  print(f"done: {args.workdir} holds {step} steps; validation loss {result['loss']:.4f}"
+        f"{_bits(result)}")
+
+
+def _bits(result):
+  return f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
 
 
 def _evaluate(args):
@@ -191,7 +195,7 @@ def _evaluate(args):
   run = runs.load(args.workdir, args.step)
   result = runs.evaluate_run(run, args.split, args.batches, args.batch_size, args.data)
   print(f"{args.split} at step {run.step}: loss {result['loss']:.4f} nats a token, perplexity "
-        f"{result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per byte "
+        f"{result['perplexity']:.2f}{_bits(result)} "
         f"({result['tokens']:,} tokens)")
 
 

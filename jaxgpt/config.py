@@ -71,6 +71,10 @@ def base():
 
   c.objective = o = ml_collections.ConfigDict()
   o.name = "causal_lm"  # causal_lm
+  o.mask_rate = 0.15  # masked_lm: share of the tokens that are to be guessed
+  o.mask_replace = 0.8  # masked_lm: share of these that the mask stands for
+  o.mask_random = 0.1  # masked_lm: share of these that become any token; the others stay
+  o.mask_whole_words = False  # masked_lm: choose words, with all of their tokens
   o.z_loss = 0.0  # weight of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM: 1e-4)
 
   c.optim = p = ml_collections.ConfigDict()

@@ -25,12 +25,13 @@ def evaluate(step, params, batches, bytes_per_token):
     step: from `make_step`.
     params: the weights.
     batches: iterable of batches on the devices.
-    bytes_per_token: of the whole split, which turns nats a token into bits a byte.
+    bytes_per_token: of the whole split, which turns nats a token into bits a byte; None: they
+      say nothing, because not all of the text was predicted.
 
   Returns:
     {'loss', 'perplexity', 'bits_per_byte', 'tokens'}: nats per token, its exponential, bits per
-    byte of the text, and the number of tokens that were predicted. Batches are added up in double
-    precision.
+    byte of the text (unless bytes_per_token is None), and the number of tokens that were predicted.
+    Batches are added up in double precision.
   """
   totals = {"tokens": 0.0, "nll": 0.0}
 
@@ -47,6 +48,7 @@ def evaluate(step, params, batches, bytes_per_token):
   if in_flight is not None:
     add(in_flight)
   loss = totals["nll"] / max(totals["tokens"], 1)
-  return {"loss": loss, "perplexity": metrics.perplexity(loss),
-          "bits_per_byte": metrics.bits_per_byte(loss, bytes_per_token),
-          "tokens": int(totals["tokens"])}
+  result = {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": int(totals["tokens"])}
+  if bytes_per_token is not None:
+    result["bits_per_byte"] = metrics.bits_per_byte(loss, bytes_per_token)
+  return result

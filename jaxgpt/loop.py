@@ -30,7 +30,7 @@ from jaxgpt import mesh as mesh_lib
 from jaxgpt import metrics as metrics_lib
 from jaxgpt import workdir as workdir_lib
 from jaxgpt import writers as writers_lib
-from jaxgpt.data import pipeline
+from jaxgpt.data import masking, pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
 from jaxgpt.text import tokenizer as tokenizer_lib
@@ -102,16 +102,21 @@ def load_tokenizer_and_config(c):
 
 def split_batches(c, split, batch_size=None):
   """Batches of a split of the config's data; `batch_size` rows, or as many as training takes."""
+  masked = None
+  if c.objective.name == "masked_lm":
+    tokenizer = tokenizer_lib.load(pipeline.folders(c.data.path)[0])
+    masked = masking.make(c.objective, tokenizer, c.seed)
   return pipeline.make(c.data.path, split, seq_len=c.data.seq_len, packing=c.data.packing,
                        seed=c.seed, batch_size=batch_size or c.data.batch_size,
                        shuffle=c.data.shuffle, weights=c.data.weights,
-                       weight_changes=c.data.weight_changes)
+                       weight_changes=c.data.weight_changes, objective=c.objective.name,
+                       masking=masked)
 
 
 def to_devices(batch, mesh):
   """This process's rows of a batch as part of a global array, by an explicit transfer."""
   rows = sharding.batch_sharding(mesh)
-  return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
 
 def held_out_batches(data, mesh, c_data, limit=0):
@@ -126,8 +131,8 @@ def held_out_batches(data, mesh, c_data, limit=0):
 
 
 def bytes_per_token(data):
-  """UTF-8 bytes of text for each prediction of a split."""
-  return data.bytes / data.predictions
+  """UTF-8 bytes of text for each prediction of a split; None where not all text is predicted."""
+  return data.bytes / data.predictions if data.predicts_all else None
 
 
 def train(c, folder, origin):
@@ -156,6 +161,9 @@ def train(c, folder, origin):
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
     data, held_out = split_batches(c, "train"), split_batches(c, "validation",
                                                                  c.eval.batch_size)
+    if data.num_cut:
+      print(f"{data.num_cut:,} of {data.num_documents:,} documents are longer than data.seq_len="
+            f"{c.data.seq_len} and lose an end", flush=True)
     parts = build(c, mesh)
     workdir_lib.enter(folder, c, origin, mesh, data.digest, tokenizer)
     checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
@@ -214,8 +222,9 @@ class _Run:
     c = self._c
     step_fn = train_step.make(self._parts.objective, self._parts.tx, self._parts.schedule, c)
     host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
-    shapes = {k: jax.ShapeDtypeStruct((c.data.batch_size, *v.shape[1:]), v.dtype)
-              for k, v in self._data.batch(self._step, **host).items()}
+    rows = c.data.batch_size
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
+                          self._data.batch(self._step, **host))
     compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh)
     batches = self._data.iterate(self._step, threads=c.data.threads, prefetch=c.data.prefetch,
                                  **host)

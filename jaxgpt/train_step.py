@@ -158,14 +158,14 @@ def compile(train_step, state, batch, mesh):
   Args:
     train_step: from `make`.
     state: from `abstract_state`.
-    batch: {name: ShapeDtypeStruct} of the global batch.
+    batch: the global batch as a tree of ShapeDtypeStructs.
     mesh: the device mesh.
 
   Returns:
     The compiled function (state, batch) -> (state, metrics).
   """
   rows = sharding.batch_sharding(mesh)
-  batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()}
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
   out = (jax.tree.map(lambda s: s.sharding, state), NamedSharding(mesh, P()))
   with jax.set_mesh(mesh):
     return jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from jaxgpt.data import mixture, source
+from jaxgpt.data import layouts, mixture, source
 from jaxgpt.data import packing as packings
 from jaxgpt.errors import UserError
 from jaxgpt.text import shards
@@ -67,14 +67,14 @@ def check_sources(path):
 
 
 def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffle=True, weights=(),
-         weight_changes=()):
+         weight_changes=(), objective="causal_lm", masking=None):
   """Opens a split of each source and packs it.
 
   Args:
     path: what `jaxgpt data` wrote; several folders are separated by commas.
     split: 'train', 'validation' or 'test'. But for 'train', folders where it is empty are left
       out.
-    seq_len: predictions a row has room for (T).
+    seq_len: predictions, or tokens, that a row has room for (T).
     batch_size: rows a step over all hosts (global B). It may exceed the rows of the split: epochs
       then follow each other within a batch.
     packing: best_fit, concat or one_per_row (see `packing`).
@@ -83,6 +83,8 @@ def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffl
     weights: share of the rows that comes from each folder; (): in proportion to its rows, so that
       the epochs of all sources end together.
     weight_changes: ((step, weights), …) in rising order: weights from those steps on.
+    objective: a key of `layouts.OBJECTIVES`, which says what rows hold.
+    masking: masked_lm: from `masking.make`.
 
   Returns:
     Batches.
@@ -99,15 +101,18 @@ def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffl
   if split != "train":
     found = [f for f in found if shards.read_manifest(f)["splits"][split]["documents"]] or found[:1]
     weights = weight_changes = ()
-  sources = []
-  for number, (name, folder) in enumerate(zip(_names(found), found)):
-    opened = source.open_split(folder, split)
-    pack = packings.PACKINGS[packing](opened.lengths, seq_len)
+  splits = [(name, source.open_split(folder, split))
+            for name, folder in zip(_names(found), found)]
+  layout = layouts.make(objective, splits, masking)
+  sources, num_cut = [], 0
+  for number, (name, opened) in enumerate(splits):
+    pack, cut = layout.index(opened, packing, seq_len)
     order = _order(pack.num_rows, seed if shuffle else None, number)
     sources.append(Source(name, opened, pack, order))
+    num_cut += cut
   mix = mixture.Mixture(len(sources), weights or [s.pack.num_rows for s in sources],
                         [(step * batch_size, w) for step, w in weight_changes], seed)
-  return Batches(sources, mix, batch_size)
+  return Batches(sources, mix, batch_size, layout, num_cut)
 
 
 def _names(found):
@@ -129,13 +134,7 @@ def _order(num_rows, seed, number):
 class Batches:
   """Batches by step number.
 
-  A batch is a dict of arrays [B, T]:
-    tokens, targets: int32, a token and the one after it; 0 in padding.
-    loss_weights: float32, 1 for a prediction and 0 for padding.
-    segment_ids: int32, 1, 2, … for the spans of a row in their order; 0 for padding.
-    positions: int32, from 0 in each span; 0 for padding.
-
-  Row i of step N has position N * B + i in an endless sequence, in which the sources take turns by
+  A batch is a dict of arrays [B, T], those of the objective's layout (see `layouts`). Row i of step N has position N * B + i in an endless sequence, in which the sources take turns by
   their weights and each goes through its own epochs. Host h of H gets the rows h * B / H to
   (h + 1) * B / H of each step. Picklable.
 
@@ -148,17 +147,24 @@ class Batches:
     bytes: UTF-8 bytes of the texts, which bits per byte are counted over.
     predictions: predictions of all sources.
     digest: of the manifest, or of all manifests.
+    predicts_all: whether an epoch predicts each token once, so that bits per byte have a meaning.
+    num_documents: documents of all sources.
+    num_cut: documents that lost an end to fit into a row.
   """
 
-  def __init__(self, sources, mix, batch_size):
+  def __init__(self, sources, mix, batch_size, layout, num_cut):
     """Use `make`."""
     self.sources, self._mixture, self.batch_size = sources, mix, batch_size
+    self._layout, self.num_cut = layout, num_cut
     self.seq_len = sources[0].pack.seq_len
     self._ends = np.cumsum([s.pack.num_rows for s in sources])
     self.len_rows = int(self._ends[-1])
     self.steps_per_epoch = -(-self.len_rows // batch_size)
+    self.num_documents = sum(s.split.num_documents for s in sources)
     self.bytes = sum(s.split.bytes for s in sources)
     self.predictions = sum(int(s.split.lengths.sum()) for s in sources)
+    self.predicts_all = (isinstance(layout, layouts.CausalLM)
+                         and all(s.split.kind == "text" for s in sources))
     self.digest = digest_of([s.split.digest for s in sources])
 
   def rows(self, step, host_index=0, host_count=1):
@@ -202,7 +208,7 @@ class Batches:
     Raises: as `rows`.
     """
     rows = self.rows(step, host_index, host_count)
-    return self._assemble([r.source for r in rows], [r.row for r in rows], len(rows))
+    return self._assemble([(r.source, r.row, r.position) for r in rows], len(rows))
 
   def iterate(self, start_step=0, *, stop_step=None, host_index=0, host_count=1, threads=4,
               prefetch=4):
@@ -248,45 +254,17 @@ class Batches:
       numbers = np.arange(min(first + low, self.len_rows), min(first + high, self.len_rows))
       chosen = np.searchsorted(self._ends, numbers, side="right")
       begins = np.concatenate(([0], self._ends))
-      return self._assemble(chosen.tolist(), (numbers - begins[chosen]).tolist(), high - low)
+      rows = zip(chosen.tolist(), (numbers - begins[chosen]).tolist(), numbers.tolist())
+      return self._assemble(list(rows), high - low)
 
     batches = grain.MapDataset.range(self.steps_per_epoch).map(batch)
     return self._prefetched(batches, threads, prefetch)
 
-  def _assemble(self, chosen, rows, num_rows):
-    """The batch of some rows of the sources' pack indices, filled up to `num_rows` with padding."""
-    shape = (num_rows, self.seq_len)
-    out = {key: np.zeros(shape, np.float32 if key == "loss_weights" else np.int32)
-           for key in ("tokens", "targets", "loss_weights", "segment_ids", "positions")}
-    places = np.arange(self.seq_len, dtype=np.int32)
-    for i, pieces in enumerate(self._stored(chosen, rows)):
-      tokens_T, targets_T, segment_ids_T, positions_T = (
-          out[key][i] for key in ("tokens", "targets", "segment_ids", "positions"))
-      at = 0
-      for segment, ids in enumerate(pieces, 1):
-        end = at + len(ids) - 1
-        tokens_T[at:end] = ids[:-1]
-        targets_T[at:end] = ids[1:]
-        segment_ids_T[at:end] = segment
-        positions_T[at:end] = places[:end - at]
-        at = end
-      out["loss_weights"][i, :at] = 1
-    return out
-
-  def _stored(self, chosen, rows):
-    """For each row the stored tokens of its spans, read with one call a source."""
-    out = [[] for _ in rows]
-    for number in sorted(set(chosen)):
-      _, split, pack, _ = self.sources[number]
-      places = [i for i, c in enumerate(chosen) if c == number]
-      spans = [np.arange(pack.row_offsets[rows[i]], pack.row_offsets[rows[i] + 1])
-               for i in places]
-      every = np.concatenate(spans)
-      stored = iter(split.read_many(pack.doc[every], pack.start[every],
-                                    pack.length[every].astype(np.int64) + 1))
-      for i, of_row in zip(places, spans):
-        out[i] = [next(stored) for _ in of_row]
-    return out
+  def _assemble(self, rows, num_rows):
+    """The batch of some rows [(source, row, position)], filled up to `num_rows`."""
+    items = [layouts.Item(self.sources[s].split, self.sources[s].pack, row, position)
+             for s, row, position in rows]
+    return self._layout.batch(items, num_rows, self.seq_len)
 
 
 def digest_of(digests):

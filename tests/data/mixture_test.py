@@ -18,12 +18,14 @@ from jaxgpt.text import prepare
 WEIGHTS = st.lists(st.one_of(st.just(0), st.floats(0.001, 10)), min_size=1, max_size=6).filter(any)
 
 
+@hypothesis.settings(deadline=None)  # a busy machine is no failure
 @hypothesis.given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 10**20),
                   st.integers(0, 10**20))
 def test_floor_sum_is_the_sum(n, m, a, b):
   assert mixture.floor_sum(n, m, a, b) == sum((a * i + b) // m for i in range(n))
 
 
+@hypothesis.settings(deadline=None)  # a busy machine is no failure
 @hypothesis.given(st.data(), WEIGHTS, st.integers(0, 2**31), st.integers(0, 300))
 def test_each_source_is_counted_up_from_zero(data, weights, seed, first):
   """From any position on, the mixture says what going through all positions says."""
@@ -178,10 +180,10 @@ def test_two_hundred_sources_need_neither_threads_nor_files(three, monkeypatch):
     os.symlink(folder, copies[-1])
   def threads_and_files(path):
     """The most that were there, and the sources that were drawn."""
-    b = make(path, batch_size=100)
+    b = make(path, batch_size=50)
     batches = b.iterate(threads=4, prefetch=4)
     seen, threads, files = set(), 0, 0
-    for step in range(20):
+    for step in range(12):
       next(batches)
       seen |= {r.source for r in b.rows(step)}
       threads = max(threads, threads_of_the_system())
