@@ -33,13 +33,13 @@ class Piece(NamedTuple):
 
 
 def encode_batch(documents, kind, tokenizer, template=None, label_names=()):
-  """Documents as they are stored: [bos, tokens…, eos].
+  """Documents as they are stored: [bos, tokens…, eos], but a chat as its template has it.
 
   text            all of it is predicted
   classification  the text; or a pair as [bos, text…, eos, text_pair…, eos]
   seq2seq         input, a line feed, and the target, which alone is predicted
-  chat            the messages as the template writes them; what it says the assistant says is
-                  predicted
+  chat            the messages as the template writes them, special tokens and all; what it says
+                  the assistant says is predicted
   preference      two stored documents, prompt + chosen and prompt + rejected; the answers are
                   predicted
 
@@ -47,7 +47,7 @@ def encode_batch(documents, kind, tokenizer, template=None, label_names=()):
     documents: of `read.documents`, with the `fields` of their kind.
     kind: one of `KINDS`.
     tokenizer: from `tokenizer.load`.
-    template: chat: a function (messages) -> [Piece].
+    template: chat: a function (messages) -> [Piece], such as of `chat.load`.
     label_names: classification: names of the classes, in their order; (): labels are numbers.
 
   Returns:
@@ -93,7 +93,8 @@ def _plan(document, kind, template):
 def _join(pieces, tokens, tokenizer, kind, document, names):
   """The `Encoded` of pieces whose tokens come next."""
   bos, eos = ([np.array([i], np.int32)] for i in (tokenizer.bos_id, tokenizer.eos_id))
-  parts, trained, second, at = list(bos), [], None, 1
+  framed = kind != "chat"  # a template writes its own ends
+  parts, trained, second, at = list(bos) if framed else [], [], None, int(framed)
   for number, piece in enumerate(pieces):
     if kind == "classification" and number:
       parts += eos
@@ -102,12 +103,12 @@ def _join(pieces, tokens, tokenizer, kind, document, names):
     ids = (np.array([tokenizer.special_ids[piece.text]], np.int32) if piece.special
            else next(tokens))
     if piece.trained:
-      trained.append((at, at + len(ids)))
+      trained.append((max(at, 1), at + len(ids)))  # nothing precedes the first
     parts.append(ids)
     at += len(ids)
-  if pieces and pieces[-1].trained:
+  if framed and pieces and pieces[-1].trained:
     trained.append((at, at + 1))  # where to stop is part of what is learned
-  stored = np.concatenate(parts + eos)
+  stored = np.concatenate(parts + eos if framed else parts)
   if kind == "text":
     return Encoded(stored)
   if kind == "classification":

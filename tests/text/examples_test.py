@@ -48,16 +48,22 @@ def test_preferences_are_two_documents_with_one_prompt():
   assert (text(rejected.ids), trained(rejected)) == ("<Q no>", ["no>"])
 
 
-def test_a_conversation_teaches_what_the_template_says():
-  template = lambda messages: [examples.Piece(m["content"], m["role"] == "assistant")
-                               for m in messages]
+def test_a_conversation_is_stored_as_its_template_writes_it():
+  def template(messages):
+    out = [examples.Piece("<s>", special=True)]
+    for m in messages:
+      trained = m["role"] == "assistant"
+      out += [examples.Piece(m["content"], trained), examples.Piece("</s>", trained, special=True)]
+    return out
   messages = [{"role": r, "content": c} for r, c in (
-      ("user", "ab"), ("assistant", "cd"), ("assistant", "e"), ("user", "f"), ("assistant", ""))]
+      ("user", "ab"), ("assistant", "c>d"), ("assistant", "e"), ("user", "f"), ("assistant", ""))]
   [e] = encode("chat", {"messages": messages}, template=template)
-  assert text(e.ids) == "<abcdef>"
-  assert trained(e) == ["cde", ">"], "adjacent ranges are one; an empty answer still ends"
+  assert text(e.ids) == "<ab>c>d>e>f>>"
+  assert trained(e) == ["c>d>e>", ">"], "adjacent ranges are one; an empty answer still ends"
   [e] = encode("chat", {"messages": messages[:1]}, template=template)
   assert e.trained.shape == (0, 2)
+  [e] = encode("chat", {"messages": messages}, template=lambda m: [examples.Piece("ab", True)])
+  assert (text(e.ids), trained(e)) == ("ab", ["b"]), "no token precedes the first"
 
 
 def test_classes_get_the_numbers_of_their_names():
