@@ -138,8 +138,8 @@ class Template:
     if form.system is None or not messages or messages[0]["role"] != "system":
       return messages
     if len(messages) < 2 or messages[1]["role"] != "user":
-      raise UserError(f"the chat template {self.name!r} puts a system message in front of a user's; "
-                      "there is none after it")
+      raise UserError(f"the chat template {self.name!r} puts a system message in front of a "
+                      "user's; there is none after it")
     system, user = (m["content"].strip() if form.trim else m["content"] for m in messages[:2])
     return [{"role": "user", "content": form.system.replace("{}", system, 1) + user}, *messages[2:]]
 

@@ -131,8 +131,8 @@ def _label(document, names):
   label = document.fields["label"]
   if names:
     if str(label) not in names:
-      raise UserError(f"{document.source}: label {label!r} is none of {', '.join(names[:20])}; name "
-                      "the column of the labels with --field label=COLUMN")
+      raise UserError(f"{document.source}: label {label!r} is none of {', '.join(names[:20])}; "
+                      "name the column of the labels with --field label=COLUMN")
     return names.index(str(label))
   try:
     return float(label)

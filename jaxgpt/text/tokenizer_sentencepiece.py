@@ -200,7 +200,7 @@ def _check_symbols(symbols):
   for i, symbol in enumerate(symbols):
     if not symbol or symbol in symbols[:i] or symbol in _RESERVED or _SPACE_MARK in symbol:
       why = ("is empty" if not symbol else "is given twice" if symbol in symbols[:i] else
-             f"holds {_SPACE_MARK!r}" if _SPACE_MARK in symbol else "is a special of each tokenizer")
+             f"holds {_SPACE_MARK!r}" if _SPACE_MARK in symbol else "is a special token")
       raise UserError(f"the symbol {symbol!r} {why}; leave it out")
 
 
@@ -211,7 +211,8 @@ def _training_error(message, vocab_size, model_type, specials):
     return UserError(f"vocab_size={vocab_size} is more than this text supports: at most "
                      f"{found[1]} pieces repeat in it; {way_out}, or give more text")
   if found := re.search(r"\d+ vs (\d+)", message):
-    return UserError(f"vocab_size={vocab_size} is too small: {specials} specials and symbols, 256 bytes and the "
+    return UserError(f"vocab_size={vocab_size} is too small: {specials} specials and "
+                     f"symbols, 256 bytes and the "
                      f"characters of this text need {found[1]}; {way_out}")
   if model_type == "char" and "vocab_size" in message:
     return UserError(f"vocab_size={vocab_size} is too small: {specials} specials and symbols "

@@ -16,22 +16,25 @@ TALK = [{"role": "system", "content": "Be short."}, {"role": "user", "content": 
 
 # The formats as Jinja, to be rendered by transformers.
 _LOOP = "{% for m in messages %}"
+_FIRST = "messages[0]['content'] | trim + "
 JINJA = {
-    "chatml": _LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "chatml": _LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
+              "+ '<|im_end|>' + '\n' }}"
               "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "llama3": "{{ bos_token }}" + _LOOP +
-              "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim "
-              "+ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+              "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+              "m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
               "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-             "{% set first = messages[0]['content'] | trim + '\n\n' %}{% set messages = messages[1:] %}"
-             "{% else %}{% set first = '' %}{% endif %}" + _LOOP +
+             "{% set first = " + _FIRST + "'\n\n' %}"
+             "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}" + _LOOP +
              "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
              "{{ (first if loop.first else '') + m['content'] | trim + '<end_of_turn>\n' }}"
              "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    "llama2": "{% set first = '' %}{% if messages[0]['role'] == 'system' %}{% set first = '<<SYS>>\n'"
-              " + messages[0]['content'] | trim + '\n<</SYS>>\n\n' %}{% set messages = messages[1:]"
-              " %}{% endif %}" + _LOOP + "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + "
+    "llama2": "{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
+              "{% set first = '<<SYS>>\n' + " + _FIRST + "'\n<</SYS>>\n\n' %}{% set messages = messages[1:]"
+              " %}{% endif %}" + _LOOP + "{% if m['role'] == 'user' %}{{ bos_token + "
+              "'[INST] ' + "
               "(first if loop.first else '') + m['content'] | trim + ' [/INST]' }}{% else %}"
               "{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
 }
@@ -53,7 +56,7 @@ def learned(pieces):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  """Makes a tokenizer with all marks, and perhaps a template of its own, and transformers' of it."""
+  """Makes a tokenizer with all marks and perhaps a template: (it, its folder)."""
   inner = hf_test.byte_level(MARKS)
   def make(template=None):
     folder = hf_test.folder(
@@ -99,7 +102,8 @@ def test_what_the_formats_write(model):
 
 
 @pytest.mark.parametrize("name, want", [
-    ("chatml", ["Me.<|im_end|>", "So.\n<|im_end|>"]), ("llama3", ["Me.<|eot_id|>", "So.<|eot_id|>"]),
+    ("chatml", ["Me.<|im_end|>", "So.\n<|im_end|>"]),
+    ("llama3", ["Me.<|eot_id|>", "So.<|eot_id|>"]),
     ("gemma", ["Me.<end_of_turn>", "So.<end_of_turn>"]),
     ("llama2", [" Me. <|eot_id|>", " So. <|eot_id|>"])])
 def test_answers_and_their_ends_are_learned_and_nothing_else(model, name, want):
@@ -146,7 +150,8 @@ def test_the_template_that_is_chosen_where_none_is_named(model):
 
 
 def test_a_template_that_marks_what_is_generated(model):
-  source = JINJA["chatml"].replace("{{ '<|im_start|>'", "{%- generation -%}{{ '<|im_start|>'").replace(
+  start = "{{ '<|im_start|>'"
+  source = JINJA["chatml"].replace(start, "{%- generation -%}" + start).replace(
       "+ '\n' }}{% endfor", "+ '\n' }}{%- endgeneration %}{% endfor")
   assert "endgeneration" in source
   t, _ = model(source)

@@ -62,7 +62,8 @@ QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 def qwen(tmp_path_factory):
   path = tmp_path_factory.mktemp("hf") / "qwen"
   folder(path, byte_level(QWEN), bos_token=None, eos_token="<|im_end|>",
-         pad_token={"__type": "AddedToken", "content": "<|endoftext|>"}, chat_template="{{ messages }}")
+         pad_token={"__type": "AddedToken", "content": "<|endoftext|>"},
+         chat_template="{{ messages }}")
   (path / "model.safetensors").write_text("weights")
   return path
 

@@ -16,7 +16,8 @@ from jaxgpt.text import tokenizer, tokenizer_base, tokenizer_sentencepiece
 
 CODE = "".join(path.read_text() for path in
                sorted(pathlib.Path(json.__file__).parent.glob("*.py")))
-SPECIAL = ["<|user|>", "<mask>", "</s>", "<|end|>", "\0", "\t", "\n", "\r", " ", "  ", "▁", "▅", "⁇", "<s>", "<0x0A>", "<unk>", "\ufeff",
+SPECIAL = ["<|user|>", "<mask>", "</s>", "<|end|>", "\0", "\t", "\n", "\r", " ", "  ", "▁", "▅",
+           "⁇", "<s>", "<0x0A>", "<unk>", "\ufeff",
            "\u2028", "e\u0301", "é", "😀", "\U0010ffff", "ab", "1", "\ufffd"]
 TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(SPECIAL)).map("".join))
 
