@@ -6,9 +6,16 @@ import math
 from jaxgpt.errors import UserError
 
 CHOICES = {
-    "objective.name": ("causal_lm",),
+    "objective.name": ("causal_lm", "masked_lm", "classification"),
     "model.norm": ("layernorm", "rmsnorm"),
+    "model.norm_placement": ("pre", "branch", "both", "post"),
     "model.position": ("learned", "rotary", "none"),
+    "model.qk_norm": ("none", "head", "all"),
+    "model.head": ("lm", "classifier", "pooler", "none"),
+    "model.head_transform": ("none", "tanh", "norm"),
+    "model.pooling": ("first", "mean"),
+    "model.rope.scaling": ("none", "linear", "ntk", "llama3", "yarn", "longrope"),
+    "model.moe.router": ("softmax", "sigmoid"),
     "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots", "save_qkv", "save_attention"),
@@ -16,6 +23,11 @@ CHOICES = {
     "data.packing": ("best_fit", "concat", "one_per_row"),
     "optim.name": ("adamw", "lion", "adafactor", "muon"),
     "schedule.name": ("cosine", "linear", "wsd", "inverse_sqrt", "constant"),
+}
+
+PATTERNS = {  # keys whose value is a tuple of these
+    "model.attention_pattern": ("global", "local", "nope"),
+    "model.mlp_pattern": ("dense", "moe"),
 }
 
 
@@ -33,13 +45,17 @@ def values(flat):
   """
   positive = ("model.num_layers", "model.width", "model.num_heads", "model.num_kv_heads",
               "model.head_dim", "model.mlp_width", "model.max_len", "model.vocab_size",
-              "model.scan_unroll", "data.seq_len", "data.batch_size", "data.threads",
+              "model.scan_unroll", "model.window", "model.num_labels", "model.rope.original_len",
+              "model.moe.per_token", "model.moe.width", "model.moe.groups", "model.moe.top_groups",
+              "model.latent.rope_dim", "model.latent.v_dim", "data.seq_len", "data.batch_size", "data.threads",
               "data.prefetch", "optim.accumulate", "train.steps", "eval.batch_size", "log.every",
               "checkpoint.every", "checkpoint.keep")
   for key in positive:
     if flat[key] is not None and flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must be at least 1")
-  at_least_0 = ("schedule.warmup_steps", "eval.every", "eval.batches", "checkpoint.keep_every",
+  at_least_0 = ("model.token_types", "model.moe.experts", "model.moe.shared",
+                "model.moe.first_dense", "model.moe.capacity", "model.moe.balance_loss",
+                "model.moe.z_loss", "model.latent.kv_rank", "model.latent.q_rank", "schedule.warmup_steps", "eval.every", "eval.batches", "checkpoint.keep_every",
                 "optim.clip_norm", "optim.weight_decay", "optim.lr", "optim.adam_lr",
                 "objective.z_loss")
   for key in at_least_0:
@@ -48,8 +64,10 @@ def values(flat):
   for key, value in flat.items():
     if isinstance(value, float) and not math.isfinite(value):
       raise UserError(f"{key}={value} must be a finite number")
-  for key in ("model.norm_eps", "model.rope_theta", "model.init_std", "model.logit_softcap",
-              "optim.eps"):
+  for key in ("model.norm_eps", "model.init_std", "model.logit_softcap", "model.attn_softcap",
+              "model.attn_scale", "model.embed_scale", "model.rope.theta", "model.rope.local_theta",
+              "model.rope.fraction", "model.rope.factor", "model.rope.attention_factor",
+              "model.moe.scale", "optim.eps"):
     if flat[key] is not None and flat[key] <= 0:
       raise UserError(f"{key}={flat[key]} must be above 0")
   for key in ("schedule.decay_fraction", "schedule.final_ratio", "objective.mask_rate",
@@ -62,6 +80,9 @@ def values(flat):
     if not 0 <= flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
   _weights(flat)
+  for key, names in PATTERNS.items():
+    if not flat[key] or set(flat[key]) - set(names):
+      raise UserError(f"{key}={flat[key]!r}: a tuple of one or more of {', '.join(names)}")
   for key, names in CHOICES.items():
     if flat[key] not in names:
       raise UserError(f"{key}={flat[key]!r}: {nearest(str(flat[key]), names)}"
@@ -91,8 +112,7 @@ def combinations(c):
   if m.num_heads % m.num_kv_heads:
     raise UserError(f"model.num_kv_heads={m.num_kv_heads} does not divide "
                     f"model.num_heads={m.num_heads}")
-  if m.position == "rotary" and m.head_dim % 2:
-    raise UserError(f"model.head_dim={m.head_dim} must be even for model.position='rotary'")
+  _model(m)
   if c.objective.name == "causal_lm" and not m.causal:
     raise UserError("objective.name='causal_lm' needs model.causal=True: otherwise each token "
                     "reads the one it is to predict")
@@ -100,6 +120,9 @@ def combinations(c):
   if o.mask_replace + o.mask_random > 1:
     raise UserError(f"objective.mask_replace={o.mask_replace} and objective.mask_random="
                     f"{o.mask_random} are shares of the same tokens; their sum must not exceed 1")
+  head = "classifier" if c.objective.name == "classification" else "lm"
+  if m.head != head:
+    raise UserError(f"objective.name={c.objective.name!r} needs model.head={head!r}, not {m.head!r}")
   if c.data.seq_len > m.max_len:
     raise UserError(f"data.seq_len={c.data.seq_len} is longer than the model's context "
                     f"model.max_len={m.max_len}")
@@ -109,3 +132,45 @@ def combinations(c):
   if c.schedule.warmup_steps > c.train.steps:
     raise UserError(f"schedule.warmup_steps={c.schedule.warmup_steps} is more than "
                     f"train.steps={c.train.steps}")
+
+
+def _model(m):
+  if m.position == "rotary" and not m.latent.kv_rank and m.head_dim * m.rope.fraction % 2:
+    raise UserError(f"model.head_dim={m.head_dim} x model.rope.fraction={m.rope.fraction} must be "
+                    "even for model.position='rotary'")
+  if "local" in m.attention_pattern and m.window is None:
+    raise UserError("model.attention_pattern has 'local' layers: set model.window, in tokens")
+  if m.rope.scaling == "longrope":
+    half = int(m.head_dim * m.rope.fraction) // 2
+    for key in ("short_factors", "long_factors"):
+      if len(m.rope[key]) != half:
+        raise UserError(f"model.rope.{key} has {len(m.rope[key])} numbers; longrope needs one for "
+                        f"each of the {half} frequencies")
+  if "moe" in m.mlp_pattern:
+    _moe(m.moe, m.num_layers)
+  if m.latent.kv_rank:
+    if m.position != "rotary" or m.num_kv_heads != m.num_heads or m.qk_norm != "none":
+      raise UserError("model.latent.kv_rank > 0 needs model.position='rotary', model.num_kv_heads "
+                      "= model.num_heads and model.qk_norm='none'")
+    if not m.latent.rope_dim < m.head_dim or m.latent.rope_dim % 2:
+      raise UserError(f"model.latent.rope_dim={m.latent.rope_dim} must be even and below "
+                      f"model.head_dim={m.head_dim}")
+  elif m.latent.v_dim != m.head_dim:
+    raise UserError(f"model.latent.v_dim={m.latent.v_dim} differs from model.head_dim="
+                    f"{m.head_dim}; only latent attention (model.latent.kv_rank) can do that")
+  if m.head == "pooler" and m.head_transform == "none":
+    raise UserError("model.head='pooler' needs model.head_transform='tanh' or 'norm'")
+
+
+def _moe(x, num_layers):
+  if x.experts < 1:
+    raise UserError("model.mlp_pattern has 'moe' layers: set model.moe.experts")
+  if x.experts % x.groups or x.top_groups > x.groups:
+    raise UserError(f"model.moe.groups={x.groups} must divide model.moe.experts={x.experts} and be "
+                    f"at least model.moe.top_groups={x.top_groups}")
+  if x.per_token > x.experts // x.groups * x.top_groups:
+    raise UserError(f"model.moe.per_token={x.per_token} is more than the experts a token can "
+                    f"choose from ({x.experts // x.groups * x.top_groups})")
+  if x.first_dense >= num_layers:
+    raise UserError(f"model.moe.first_dense={x.first_dense} leaves none of the "
+                    f"model.num_layers={num_layers} layers to the experts")

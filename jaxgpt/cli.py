@@ -174,29 +174,22 @@ def _train(args):
   from jaxgpt import config
   c, origin = config.load(args.config, args.overrides)
   config.resolve(c)  # what is wrong with the config is said before anything heavy is imported
-  from jaxgpt import loop
+  from jaxgpt import evaluate, loop
   _start_backend()
   step, result, stopped = loop.train(c, args.workdir, origin)
   if stopped:
     print(f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
           "the same command goes on")
     return 128 + stopped
-  print(f"done: {args.workdir} holds {step} steps; validation loss {result['loss']:.4f}"
-        f"{_bits(result)}")
-
-
-def _bits(result):
-  return f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
+  print(f"done: {args.workdir} holds {step} steps; validation {evaluate.describe(result)}")
 
 
 def _evaluate(args):
-  from jaxgpt import runs
+  from jaxgpt import evaluate, runs
   _start_backend()
   run = runs.load(args.workdir, args.step)
   result = runs.evaluate_run(run, args.split, args.batches, args.batch_size, args.data)
-  print(f"{args.split} at step {run.step}: loss {result['loss']:.4f} nats a token, perplexity "
-        f"{result['perplexity']:.2f}{_bits(result)} "
-        f"({result['tokens']:,} tokens)")
+  print(f"{args.split} at step {run.step}: {evaluate.describe(result)}")
 
 
 def _generate(args):

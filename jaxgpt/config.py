@@ -30,33 +30,7 @@ def base():
   c.seed = 0  # seed of the initial weights, of dropout and of the data order
   c.init_from = ""  # run folder or Hugging Face folder whose weights step 0 starts from; empty: random
 
-  c.model = m = ml_collections.ConfigDict()
-  m.preset = ""  # name of the preset that filled this section; for information only
-  m.vocab_size = config_dict.placeholder(int)  # rows of the embedding; default: the tokenizer's size
-  m.max_len = config_dict.placeholder(int)  # longest context, in tokens; default: data.seq_len
-  m.num_layers = 6  # Transformer blocks
-  m.width = 384  # size of the residual stream (D)
-  m.num_heads = 6  # query heads (N)
-  m.num_kv_heads = config_dict.placeholder(int)  # key/value heads (K), divides num_heads; default: num_heads
-  m.head_dim = config_dict.placeholder(int)  # size of one head (H); default: width / num_heads
-  m.mlp_width = config_dict.placeholder(int)  # hidden size of the MLP (F); default: 4 * width
-  m.norm = "layernorm"  # layernorm | rmsnorm
-  m.norm_eps = 1e-5  # added to the variance
-  m.position = "learned"  # learned | rotary | none
-  m.rope_theta = 10_000.0  # base of the rotary frequencies
-  m.activation = "gelu"  # gelu (tanh form) | gelu_exact | silu | relu | relu2 (squared)
-  m.gated = False  # MLP multiplies the activation with a second projection (SwiGLU with silu)
-  m.bias = True  # biases in the projections and in layernorm
-  m.qk_norm = False  # RMSNorm on each query and key head before the positions are applied
-  m.logit_softcap = config_dict.placeholder(float)  # cap * tanh(logits / cap); default: no cap
-  m.tie_embeddings = True  # the output head is the transposed embedding
-  m.causal = True  # a token reads only itself and what came before
-  m.dropout = 0.0  # drop rate on the embeddings and on each residual branch while training
-  m.init_std = 0.02  # standard deviation of initial weights; 1/sqrt(2 * num_layers) of it into the residual stream
-  m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax, loss stay float32
-  m.attention = "auto"  # auto (by backend) | reference | batched (the form for CPUs)
-  m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
-  m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention
+  _model(c)
 
   c.data = d = ml_collections.ConfigDict()
   d.path = ""  # folder written by `jaxgpt data`; several, separated by commas, are mixed
@@ -70,7 +44,7 @@ def base():
   d.prefetch = 4  # batches kept ready a host
 
   c.objective = o = ml_collections.ConfigDict()
-  o.name = "causal_lm"  # causal_lm
+  o.name = "causal_lm"  # causal_lm | masked_lm | classification
   o.mask_rate = 0.15  # masked_lm: share of the tokens that are to be guessed
   o.mask_replace = 0.8  # masked_lm: share of these that the mask stands for
   o.mask_random = 0.1  # masked_lm: share of these that become any token; the others stay
@@ -121,6 +95,87 @@ def base():
   h.expert = 1  # devices that split the experts (reserved)
   h.stage = 1  # pipeline stages (reserved)
   return c.lock()
+
+
+def _model(c):
+  c.model = m = ml_collections.ConfigDict()
+  m.preset = ""  # name of the preset that filled this section; for information only
+  m.vocab_size = config_dict.placeholder(int)  # rows of the embedding; default: the tokenizer's size
+  m.max_len = config_dict.placeholder(int)  # longest context, in tokens; default: data.seq_len
+  m.num_layers = 6  # Transformer blocks
+  m.width = 384  # size of the residual stream (D)
+  m.num_heads = 6  # query heads (N)
+  m.num_kv_heads = config_dict.placeholder(int)  # key/value heads (K), divides num_heads; default: num_heads
+  m.head_dim = config_dict.placeholder(int)  # size of one head (H); default: width / num_heads
+  m.mlp_width = config_dict.placeholder(int)  # hidden size of the MLP (F); default: 4 * width
+  m.norm = "layernorm"  # layernorm | rmsnorm
+  m.norm_eps = 1e-5  # added to the variance
+  m.norm_placement = "pre"  # pre (of a branch's input) | branch (its output: OLMo 2) | both (Gemma 2) | post (the sum: BERT)
+  m.first_norm = True  # False: attention of the first layer reads the embeddings as they are (ModernBERT)
+  m.embed_norm = False  # a norm on the embeddings (BERT)
+  m.embed_scale = 1.0  # factor on the embeddings (Gemma: the root of the width)
+  m.position = "learned"  # learned | rotary | none
+  m.token_types = 0  # rows of a table that is added for the first and second text of a pair (BERT: 2)
+  m.attention_pattern = ("global",)  # of the layers in turn: global | local (within window) | nope (global, unrotated)
+  m.window = config_dict.placeholder(int)  # local attention: reads tokens fewer than this many places away
+  m.attn_scale = config_dict.placeholder(float)  # factor on the attention logits; default: 1 / sqrt(head_dim)
+  m.attn_softcap = config_dict.placeholder(float)  # cap * tanh(x / cap) on attention logits; default: no cap
+  m.mlp_pattern = ("dense",)  # of the layers in turn: dense | moe
+  m.activation = "gelu"  # gelu (tanh form) | gelu_exact | silu | relu | relu2 (squared)
+  m.gated = False  # MLP multiplies the activation with a second projection (SwiGLU with silu)
+  m.bias = True  # biases in the projections and in layernorm
+  m.qkv_bias = config_dict.placeholder(bool)  # biases of queries, keys and values; default: bias
+  m.qk_norm = "none"  # RMSNorm on queries and keys before positions: none | head (each) | all (heads together)
+  m.logit_softcap = config_dict.placeholder(float)  # cap * tanh(logits / cap); default: no cap
+  m.tie_embeddings = True  # the output head is the transposed embedding
+  m.head = "lm"  # lm (logits of tokens) | classifier | pooler (a vector a row) | none (hidden states)
+  m.head_bias = False  # a bias on the logits
+  m.head_transform = "none"  # layer before the head: none | tanh (BERT's pooler) | norm (activation and norm: its MLM head)
+  m.pooling = "first"  # what a classifier or pooler reads: first (token) | mean
+  m.num_labels = 2  # classes of a classifier; 1: a regression
+  m.causal = True  # a token reads only itself and what came before
+  m.dropout = 0.0  # drop rate on the embeddings and on each residual branch while training
+  m.init_std = 0.02  # standard deviation of initial weights; 1/sqrt(2 * num_layers) of it into the residual stream
+  m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax, loss stay float32
+  m.attention = "auto"  # auto (by backend) | reference | batched (the form for CPUs)
+  m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
+  m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention
+
+  m.rope = r = ml_collections.ConfigDict()
+  r.theta = 10_000.0  # base of the rotary frequencies
+  r.local_theta = config_dict.placeholder(float)  # base in local layers, which then have no scaling; default: as global
+  r.fraction = 1.0  # share of a head that is rotated
+  r.scaling = "none"  # for longer contexts: none | linear | ntk | llama3 | yarn | longrope
+  r.factor = 1.0  # how many times longer the context is to be
+  r.original_len = config_dict.placeholder(int)  # context before that, in tokens; default: max_len
+  r.attention_factor = config_dict.placeholder(float)  # yarn, longrope: factor on sines and cosines; default: by paper
+  r.low_freq = 1.0  # llama3: turns in the original context below which a frequency is divided by factor
+  r.high_freq = 4.0  # llama3: turns above which it is kept
+  r.beta_fast = 32.0  # yarn: turns above which a frequency is kept
+  r.beta_slow = 1.0  # yarn: turns below which it is divided by factor
+  r.short_factors = ()  # longrope: divisors of the frequencies within the original context
+  r.long_factors = ()  # longrope: the same beyond it
+
+  m.moe = x = ml_collections.ConfigDict()
+  x.experts = 0  # experts of a layer that the pattern calls moe
+  x.per_token = 2  # experts that a token goes to
+  x.width = config_dict.placeholder(int)  # hidden size of an expert; default: mlp_width
+  x.shared = 0  # experts that every token goes to beside
+  x.first_dense = 0  # leading layers that are dense whatever the pattern says
+  x.router = "softmax"  # softmax | sigmoid (with a bias in the choice: DeepSeek-V3)
+  x.normalize = True  # a token's weights over its experts sum to 1
+  x.scale = 1.0  # factor on these weights
+  x.groups = 1  # groups of experts; a token goes to experts of the best top_groups groups
+  x.top_groups = 1  # see groups
+  x.capacity = 0.0  # places of an expert in a row, in shares of an even load; 0: no token is dropped
+  x.balance_loss = 0.01  # weight of the loss that spreads tokens over the experts
+  x.z_loss = 0.001  # weight of the loss that keeps the router's logits small
+
+  m.latent = a = ml_collections.ConfigDict()
+  a.kv_rank = 0  # size that keys and values are compressed to (multi-head latent attention); 0: they are not
+  a.q_rank = 0  # size that queries are compressed to; 0: they are not
+  a.rope_dim = 64  # last entries of a head that are rotated; keys share theirs over the heads
+  a.v_dim = config_dict.placeholder(int)  # size of a head's values; default: head_dim
 
 
 def preset(name):
@@ -197,7 +252,7 @@ def load(path, overrides=()):
                       "docs/config.md lists them all")
   c, from_file = _parse(path, arg, overrides)
   final = flatten(c)
-  preset_values = {f"model.{k}": v for k, v in PRESETS.get(c.model.preset, {}).items()}
+  preset_values = flatten({"model": PRESETS.get(c.model.preset, {})})
   given = {_overridden(item) for item in overrides}
 
   def origin(key):
@@ -268,14 +323,19 @@ def resolve(c, vocab_size=None):
   """
   c = ml_collections.ConfigDict(c)
   m = c.model
-  defaults = [
-      (m, "vocab_size", vocab_size),
-      (m, "max_len", c.data.seq_len),
-      (m, "num_kv_heads", m.num_heads),
-      (m, "head_dim", m.width // max(m.num_heads, 1)),
-      (m, "mlp_width", 4 * m.width),
-      (c.optim, "adam_lr", c.optim.lr),
-      (c.eval, "batch_size", c.data.batch_size),
+  defaults = [  # in this order: some read what others fill in
+      (m, "vocab_size", lambda: vocab_size),
+      (m, "max_len", lambda: c.data.seq_len),
+      (m, "num_kv_heads", lambda: m.num_heads),
+      (m, "head_dim", lambda: m.width // m.num_heads),
+      (m, "mlp_width", lambda: 4 * m.width),
+      (m, "qkv_bias", lambda: m.bias),
+      (m, "attn_scale", lambda: m.head_dim**-0.5),
+      (m.rope, "original_len", lambda: m.max_len),
+      (m.moe, "width", lambda: m.mlp_width),
+      (m.latent, "v_dim", lambda: m.head_dim),
+      (c.optim, "adam_lr", lambda: c.optim.lr),
+      (c.eval, "batch_size", lambda: c.data.batch_size),
   ]
   checks.values(flatten(c))
   if m.head_dim is None and m.width % m.num_heads:
@@ -283,7 +343,7 @@ def resolve(c, vocab_size=None):
                     "choose a divisor, or set model.head_dim")
   for section, key, value in defaults:
     if section[key] is None:
-      section[key] = value
+      section[key] = value()
   checks.combinations(c)
   return c.lock()
 

@@ -1,19 +1,21 @@
-"""The loss on held-out text, and the bits per byte that it means."""
+"""The loss on held-out data, and what it means: bits per byte, accuracy."""
 
 import jax
 
 from jaxgpt import metrics
 
+_SUMS = ("nll", "correct")  # of an objective's aux
+
 
 def make_step(objective):
-  """A jitted step(params, batch) -> {'tokens', 'nll'}, the sums of one batch.
+  """A jitted step(params, batch) -> {'tokens', 'nll', …}, the sums of one batch.
 
   Args:
     objective: see `objectives`.
   """
   def step(params, batch):
     _, weight, aux = objective(params, None, batch, None)
-    return {"tokens": weight, "nll": aux["nll"]}
+    return {"tokens": weight, **{name: aux[name] for name in _SUMS if name in aux}}
 
   return jax.jit(step)
 
@@ -25,19 +27,19 @@ def evaluate(step, params, batches, bytes_per_token):
     step: from `make_step`.
     params: the weights.
     batches: iterable of batches on the devices.
-    bytes_per_token: of the whole split, which turns nats a token into bits a byte; None: they
-      say nothing, because not all of the text was predicted.
+    bytes_per_token: of the whole split, which turns nats a token into bits a byte; None where
+      the loss does not predict each token of the text once.
 
   Returns:
-    {'loss', 'perplexity', 'bits_per_byte', 'tokens'}: nats per token, its exponential, bits per
-    byte of the text (unless bytes_per_token is None), and the number of tokens that were predicted.
-    Batches are added up in double precision.
+    {'loss', 'tokens'}: nats per token (or per example) and their number; with them, as far as they
+    mean something, 'perplexity', 'bits_per_byte' and 'accuracy'. Batches are added up in double
+    precision.
   """
   totals = {"tokens": 0.0, "nll": 0.0}
 
   def add(sums):
     for name, value in jax.device_get(sums).items():
-      totals[name] += float(value)
+      totals[name] = totals.get(name, 0.0) + float(value)
 
   in_flight = None
   for batch in batches:
@@ -47,8 +49,20 @@ def evaluate(step, params, batches, bytes_per_token):
     in_flight = sums
   if in_flight is not None:
     add(in_flight)
-  loss = totals["nll"] / max(totals["tokens"], 1)
-  result = {"loss": loss, "perplexity": metrics.perplexity(loss), "tokens": int(totals["tokens"])}
+  count = max(totals["tokens"], 1)
+  out = {"loss": totals["nll"] / count}
+  if "correct" in totals:
+    out["accuracy"] = totals["correct"] / count
+  else:
+    out["perplexity"] = metrics.perplexity(out["loss"])
   if bytes_per_token is not None:
-    result["bits_per_byte"] = metrics.bits_per_byte(loss, bytes_per_token)
-  return result
+    out["bits_per_byte"] = metrics.bits_per_byte(out["loss"], bytes_per_token)
+  return out | {"tokens": int(totals["tokens"])}
+
+
+def describe(result):
+  """A result of `evaluate` in words: 'loss 1.2345, perplexity 3.44, …'."""
+  forms = (("loss", "loss {:.4f}"), ("perplexity", "perplexity {:.2f}"),
+           ("accuracy", "accuracy {:.4f}"), ("bits_per_byte", "{:.4f} bits per byte"),
+           ("tokens", "{:,} predictions"))
+  return ", ".join(form.format(result[name]) for name, form in forms if name in result)

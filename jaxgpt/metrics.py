@@ -33,7 +33,8 @@ def flops_per_token(c_model, seq_len):
   """FLOPs that training spends on a token: forward, and twice that backward (arXiv:2204.02311, B).
 
   Two a multiply-add, matmuls only. Attention counts every query-key pair of the row, masked or
-  not; recomputation counts nothing, which makes the ratio to the peak MFU and not HFU.
+  not, or as many as the window of a local layer has; of the experts those count that a token goes
+  to; recomputation counts nothing, which makes the ratio to the peak MFU and not HFU.
 
   Args:
     c_model: the config's `model` section, resolved.
@@ -42,11 +43,19 @@ def flops_per_token(c_model, seq_len):
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c_model))
   shapes, axes = transformer.abstract(model)
   axes = tree.flatten(axes, is_leaf=sharding.is_axes)
-  lookups = {"pos_embed"} if c_model.tie_embeddings else {"pos_embed", "embed"}
-  weights = sum(tree.count(shape) for name, shape in tree.flatten(shapes).items()
-                if sharding.is_weight(axes[name]) and name not in lookups)
-  attention = 2 * c_model.num_layers * seq_len * c_model.num_heads * c_model.head_dim
-  return 6 * (weights + attention)
+  lookups = {"pos_embed", "type_embed"}
+  if c_model.head != "lm" or not c_model.tie_embeddings:
+    lookups.add("embed")
+  weights = 0
+  for name, shape in tree.flatten(shapes).items():
+    if sharding.is_weight(axes[name]) and name not in lookups:
+      used = c_model.moe.per_token / c_model.moe.experts if "experts" in axes[name] else 1
+      weights += used * tree.count(shape)
+  pattern = c_model.attention_pattern
+  read = sum(min(seq_len, c_model.window) if pattern[i % len(pattern)] == "local" else seq_len
+             for i in range(c_model.num_layers))
+  attention = read * c_model.num_heads * (c_model.head_dim + c_model.latent.v_dim)
+  return round(6 * (weights + attention))
 
 
 def bits_per_byte(nll, num_bytes):

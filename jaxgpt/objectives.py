@@ -11,6 +11,7 @@ B batch, T position, V vocabulary.
 import jax
 import jax.numpy as jnp
 
+from jaxgpt.model import moe
 from jaxgpt.tree import merge
 
 
@@ -51,33 +52,75 @@ def _cross_entropy_bwd(saved, grads):
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def causal_lm(model, c_objective):
-  """Next-token prediction, weighted by `loss_weights`, with an optional z-loss.
+def language_model(model, c_objective):
+  """The likelihood of `targets`, weighted by `loss_weights`, with an optional z-loss.
 
-  z-loss adds z_loss * log(Z)^2 per token (PaLM, arXiv:2204.02311, section 5).
+  Next-token prediction where the targets are the tokens shifted by one, masked language modelling
+  (BERT, arXiv:1810.04805) where they are what masks hide: the batch decides. z-loss adds
+  z_loss * log(Z)^2 per token (PaLM, arXiv:2204.02311, section 5).
 
   Args:
     model: a `Transformer`.
     c_objective: the config's `objective` section.
 
   Returns:
-    An objective. Its aux has 'nll': the loss without the z-loss.
+    An objective. Its aux has 'nll', the loss without further terms, and `_router_terms`.
   """
   def objective(params, frozen, batch, key):
-    logits_BTV, _ = model.apply({"params": merge(params, frozen)}, batch["tokens"],
-                                batch["positions"], batch["segment_ids"], dropout_key=key)
-    nll_BT, log_z_BT = cross_entropy(logits_BTV, batch["targets"])
+    out = _apply(model, params, frozen, batch, key)
+    nll_BT, log_z_BT = cross_entropy(out.logits, batch["targets"])
     weights_BT = batch["loss_weights"]
     nll = (nll_BT * weights_BT).sum()
     loss = nll
     if c_objective.z_loss:
       loss += c_objective.z_loss * (jnp.square(log_z_BT) * weights_BT).sum()
-    return loss, weights_BT.sum(), {"nll": nll}
+    extra, aux = _router_terms(model.cfg.moe, out.router, weights_BT.sum())
+    return loss + extra, weights_BT.sum(), {"nll": nll} | aux
 
   return objective
 
 
-OBJECTIVES = {"causal_lm": causal_lm}
+def classification(model, c_objective):
+  """Cross entropy of `labels` [B], or with one label the squared error of a regression.
+
+  Args and returns: as `language_model`; the aux has also 'correct' where there are classes.
+  """
+  del c_objective
+
+  def objective(params, frozen, batch, key):
+    out = _apply(model, params, frozen, batch, key)
+    weights_B, labels_B = batch["loss_weights"], batch["labels"]
+    if model.cfg.num_labels == 1:
+      nll_B, aux = jnp.square(out.logits[:, 0] - labels_B), {}
+    else:
+      nll_B, _ = cross_entropy(out.logits, labels_B)
+      aux = {"correct": ((out.logits.argmax(-1) == labels_B) * weights_B).sum()}
+    loss = (nll_B * weights_B).sum()
+    extra, of_router = _router_terms(model.cfg.moe, out.router, weights_B.sum())
+    return loss + extra, weights_B.sum(), {"nll": loss} | aux | of_router
+
+  return objective
+
+
+def _apply(model, params, frozen, batch, key):
+  return model.apply({"params": merge(params, frozen)}, batch["tokens"], batch["positions"],
+                     batch["segment_ids"], token_types_BT=batch.get("token_types"),
+                     dropout_key=key)
+
+
+def _router_terms(c_moe, stats, weight):
+  """(what the router adds to the loss sum, its aux sums); nothing where there are no experts."""
+  if stats is None:
+    return 0.0, {}
+  balance, z = moe.losses(stats)
+  dropped = stats["dropped"] / jnp.maximum(stats["tokens"] * c_moe.per_token, 1)
+  extra = c_moe.balance_loss * balance + c_moe.z_loss * z
+  return extra * weight, {"router_balance": balance * weight, "router_z": z * weight,
+                          "dropped_share": dropped * weight}
+
+
+OBJECTIVES = {"causal_lm": language_model, "masked_lm": language_model,
+              "classification": classification}
 
 
 def make(model, c_objective):

@@ -40,11 +40,11 @@ def matrix_axes(axes):
   ('layers', 'embed', 'heads', 'head_dim') -> ((1,), (2, 3)): one matrix a layer maps the residual
   stream to all heads together.
   """
-  if "layers" not in axes or not sharding.is_weight(axes):
+  if "layers" not in axes or "router" in axes or not sharding.is_weight(axes):
     return None
-  embed = axes.index("embed")
-  others = tuple(i for i, a in enumerate(axes) if a not in ("layers", "embed", "experts"))
-  return ((embed,), others) if embed < others[0] else (others, (embed,))
+  hub = axes.index("embed" if "embed" in axes else "rank")
+  others = tuple(i for i, a in enumerate(axes) if a not in ("layers", "experts") and i != hub)
+  return ((hub,), others) if hub < others[0] else (others, (hub,))
 
 
 def _adam(o, axes):

@@ -22,8 +22,8 @@ PRESETS = {
         mlp_width=11008),
     "llama3_8b": dict(
         _LLAMA, vocab_size=128256, max_len=8192, num_layers=32, width=4096, num_heads=32,
-        num_kv_heads=8, mlp_width=14336, rope_theta=500_000.0),
+        num_kv_heads=8, mlp_width=14336, rope=dict(theta=500_000.0)),
     "llama3_70b": dict(
         _LLAMA, vocab_size=128256, max_len=8192, num_layers=80, width=8192, num_heads=64,
-        num_kv_heads=8, mlp_width=28672, rope_theta=500_000.0),
+        num_kv_heads=8, mlp_width=28672, rope=dict(theta=500_000.0)),
 }

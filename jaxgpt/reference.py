@@ -8,7 +8,7 @@ import re
 
 from jaxgpt import config, presets
 
-_SECTION = re.compile(r"  c\.(\w+) = (\w) = ml_collections\.ConfigDict\(\)")
+_SECTION = re.compile(r"  (\w)\.(\w+) = (\w) = ml_collections\.ConfigDict\(\)")
 _KEY = re.compile(r"  (\w)\.(\w+) = (.+?)  # (.+)")
 
 _HEAD = """# Config keys
@@ -21,11 +21,11 @@ keys, as the comment says. An unknown key is an error that names the nearest one
 
 
 def entries():
-  """[(section, key, default, comment)] in declaration order, read off the text of `config.base`."""
+  """[(section, key, default, comment)] in declaration order, read off the text of `config`."""
   sections, out = {"c": ""}, []
-  for line in inspect.getsource(config.base).splitlines():
+  for line in inspect.getsource(config).splitlines():
     if m := _SECTION.fullmatch(line):
-      sections[m[2]] = m[1]
+      sections[m[3]] = f"{sections[m[1]]}.{m[2]}".lstrip(".")
     elif m := _KEY.fullmatch(line):
       default = "*derived*" if "placeholder" in m[3] else f"`{m[3]}`"
       out.append((sections[m[1]], m[2], default, m[4]))

@@ -22,6 +22,9 @@ RULES = {
     "head_dim": None,
     "norm": None,
     "experts": "expert",
+    "router": None,
+    "rank": None,
+    "labels": None,
     "layers": "stage",
     # Activations and batches.
     "batch": ("data", "fsdp"),
@@ -59,7 +62,7 @@ def is_axes(x):
 def is_weight(axes):
   """Whether a parameter of these logical axes is a weight, and not a bias or a norm's scale."""
   inner = [a for a in axes if a != "layers"]
-  return "embed" in inner and len(inner) > 1
+  return ("embed" in inner or "rank" in inner) and len(inner) > 1
 
 
 def params_shardings(axes, shapes, mesh):

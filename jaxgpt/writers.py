@@ -47,6 +47,7 @@ _SHOWN = (  # key, label, how it is printed
     ("loss", "loss", "{:.4f}"),
     ("bits_per_byte", "bits/byte", "{:.4f}"),
     ("perplexity", "perplexity", "{:.2f}"),
+    ("accuracy", "accuracy", "{:.4f}"),
     ("lr", "lr", "{:.2e}"),
     ("grad_norm", "grad norm", "{:.2f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),

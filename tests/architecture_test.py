@@ -18,7 +18,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "text.examples", "text.chat_jinja", "text.chat", "text.shards", "text.prepare",
      "data.source", "data.packing", "data.mixture", "data.masking", "data.layouts",
      "data.pipeline"],
-    ["model.ops", "model.attention", "model.transformer"],
+    ["model.ops", "model.rope", "model.attention", "model.layers", "model.moe", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "hf.layout", "hf.fields", "hf.families", "hf.convert"],
     ["checkpoint", "timer", "workdir", "writers", "hf.safetensors", "hf.weights", "hf.parity"],

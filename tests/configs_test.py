@@ -32,7 +32,7 @@ def test_a_config_builds_and_has_its_size(name):
   parts = loop.build(c, mesh.make(c.mesh))
   assert tree.count(parts.state["params"]) == count
   batch = jax.ShapeDtypeStruct((8, c.data.seq_len), "int32")
-  logits, _ = jax.eval_shape(lambda p, t: parts.model.apply({"params": p}, t, t),
+  logits = jax.eval_shape(lambda p, t: parts.model.apply({"params": p}, t, t).logits,
                              parts.state["params"], batch)
   assert logits.shape == (8, c.data.seq_len, c.model.vocab_size)
   assert isinstance(parts.model.cfg, ml_collections.FrozenConfigDict)

@@ -63,7 +63,7 @@ def run(sampler, prompt, max_new=99, temperature=0.0, seed=0, rows=1):
 def test_greedy_decoding_equals_the_argmax_of_full_forwards(sampler, prompt):
   model, params, _ = sampler
   want = list(prompt)
-  forward = jax.jit(lambda t: model.apply({"params": params}, t, jnp.arange(16)[None])[0])
+  forward = jax.jit(lambda t: model.apply({"params": params}, t, jnp.arange(16)[None]).logits)
   while len(want) < 16:
     padded = jnp.array([want + [0] * (16 - len(want))])
     token = int(forward(padded)[0, len(want) - 1].argmax())

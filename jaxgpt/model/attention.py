@@ -18,7 +18,7 @@ def reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=None):
 
   Args:
     q_BTNH: queries; N is a multiple of K, query head n reads key head n // (N // K).
-    k_BSKH, v_BSKH: keys and values.
+    k_BSKH, v_BSKH: keys and values; the values' H may be another than the keys'.
     mask_BTS: True where query t may read key s. A row with no True yields zeros.
     scale: factor on the logits, 1/sqrt(H) in most families.
     softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118), or None.
@@ -39,7 +39,7 @@ def reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=None):
   mask = mask_BTS[:, None, None]
   weights = jax.nn.softmax(jnp.where(mask, logits, _MASKED), axis=-1)
   weights = jnp.where(mask, weights, 0).astype(q.dtype)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, -1)
 
 
 # Smaller chunks of queries leave less of the upper triangle, but make smaller matmuls.
@@ -69,10 +69,10 @@ def batched(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=None, causal=Fal
   chunks = min(T // _CHUNK, _MOST_CHUNKS) if causal and T % _CHUNK == 0 else 1
   chunks = chunks if T % chunks == 0 else 1
   q = heads_first(q_BTNH, B * K, N // K, T, H)
-  k, v = (heads_first(x, B * K, -1, H) for x in (k_BSKH, v_BSKH))
+  k, v = (heads_first(x, B * K, x.shape[1], x.shape[3]) for x in (k_BSKH, v_BSKH))
   bias = jnp.where(mask_BTS, 0.0, _MASKED)
   out = _chunked(q, k, v, bias, scale, chunks)
-  return out.reshape(B, N, T, H).swapaxes(1, 2)
+  return out.reshape(B, N, T, -1).swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -97,7 +97,7 @@ def _dot(a, b, contract_a, contract_b, dtype=None):
 
 
 def _chunked_fwd(q, k, v, bias, scale, chunks):
-  BK, G, T, H = q.shape
+  BK, G, T, _ = q.shape
   B, S = bias.shape[0], k.shape[1]
   outs, weights = [], []
   for a, b, s in _bounds(T, S, chunks):
@@ -109,7 +109,7 @@ def _chunked_fwd(q, k, v, bias, scale, chunks):
     p = e * jnp.where(sees_any, 1 / e.sum(-1, keepdims=True), 0)
     p = p.reshape(BK, G * (b - a), s).astype(q.dtype)
     weights.append(p)
-    outs.append(_dot(p, v[:, :s], 2, 1).reshape(BK, G, b - a, H))
+    outs.append(_dot(p, v[:, :s], 2, 1).reshape(BK, G, b - a, -1))
   out = jnp.concatenate(outs, 2)
   return out, (q, k, v, bias, tuple(weights), out)
 

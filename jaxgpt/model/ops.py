@@ -1,6 +1,6 @@
 """The mathematics of the model: arrays in, arrays out, no parameters of its own.
 
-B batch, T query position, S key position, D model, N heads, H head size.
+B batch, T query position, S key position, D model.
 """
 
 import functools
@@ -67,36 +67,6 @@ def rms_norm(x, scale, eps):
   return y.astype(x.dtype)
 
 
-def rotary_angles(positions_BT, head_dim, theta):
-  """Angles of the rotary embedding: position / theta^(2i/H) (arXiv:2104.09864, eq. 15).
-
-  Args:
-    positions_BT: integers.
-    head_dim: size H of a head, even.
-    theta: base of the frequencies.
-
-  Returns:
-    (sin, cos), each [B, T, 1, H/2] in float32.
-  """
-  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  angles = positions_BT[..., None, None].astype(jnp.float32) / theta**exponent
-  return jnp.sin(angles), jnp.cos(angles)
-
-
-def rotate(x_BTNH, sin, cos):
-  """Applies the rotary embedding; x[i] is paired with x[i + H/2], as in Hugging Face's Llama.
-
-  Args:
-    x_BTNH: queries or keys.
-    sin, cos: from `rotary_angles`.
-
-  Returns:
-    [B, T, N, H] in x's dtype.
-  """
-  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
-
-
 def dropout(x, rate, key):
   """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
 
@@ -109,6 +79,12 @@ def dropout(x, rate, key):
     return x
   keep = jax.random.bernoulli(key, 1 - rate, x.shape)
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def mean_of(x_BTD, real_BT):
+  """Mean over the tokens of each row that are no padding: [B, D]."""
+  weights = real_BT.astype(x_BTD.dtype)
+  return jnp.einsum("BTD,BT->BD", x_BTD, weights) / jnp.maximum(weights.sum(-1, keepdims=True), 1)
 
 
 def softcap(x, cap):
@@ -153,20 +129,27 @@ ACTIVATIONS = {
 }
 
 
-def causal_mask(segment_ids_BT):
-  """True where query t may read key s: s <= t, in the same segment, and no padding.
+def visible(segment_ids_BT, *, causal, window=None):
+  """True where query t may read key s.
 
   Args:
-    segment_ids_BT: 1, 2, … for the documents of a row, 0 for padding.
+    segment_ids_BT: 1, 2, … for the documents of a row, 0 for padding, which nobody reads.
+    causal: a token reads itself and what came before.
+    window: a token reads only those fewer than `window` places away; None: all.
 
   Returns:
     [B, T, S] bool.
   """
   T = segment_ids_BT.shape[1]
-  return jnp.tril(jnp.ones((T, T), bool)) & segment_mask(segment_ids_BT)
+  distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+  mask = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  mask &= segment_ids_BT[:, None, :] != 0
+  if causal:
+    mask &= distance >= 0
+  return mask if window is None else mask & (jnp.abs(distance) < window)
 
 
-def segment_mask(segment_ids_BT):
-  """True where query and key lie in the same segment, which is no padding: [B, T, S] bool."""
-  same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-  return same & (segment_ids_BT[:, None, :] != 0)
+def visible_slots(positions_BT, num_slots, *, window=None):
+  """True where query t may read cache slot s, which holds position s: [B, T, S] bool."""
+  distance = positions_BT[:, :, None] - jnp.arange(num_slots)
+  return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -1,145 +1,150 @@
 """The one Transformer. Families are values of the config's `model` section; no code asks a name.
 
-B batch, T query position, S cache slot, D model, F feed-forward, N heads, K key/value heads,
-H head size, V vocabulary, L layers.
+B batch, T query position, S cache slot, D model, V vocabulary (or labels), E experts.
 """
+
+import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.model import attention, ops
+from jaxgpt.model import layers, moe, ops, rope
 from jaxgpt.sharding import constrain
 
 _SAVEABLE = jax.checkpoint_policies
-_QKV = ("q", "k", "v")
 REMAT = {  # what the backward pass finds saved; everything else is computed again
     "full": _SAVEABLE.nothing_saveable,
     "dots": _SAVEABLE.dots_with_no_batch_dims_saveable,
-    "save_qkv": _SAVEABLE.save_only_these_names(*_QKV),
-    "save_attention": _SAVEABLE.save_only_these_names(*_QKV, "attention"),
+    "save_qkv": _SAVEABLE.save_only_these_names(*layers.QKV),
+    "save_attention": _SAVEABLE.save_only_these_names(*layers.QKV, "attention"),
 }
 
 
-class _Module(nn.Module):
-  """A Linen module that declares parameters together with their logical axes."""
-  cfg: ml_collections.FrozenConfigDict
+class Output(NamedTuple):
+  """What the model computes from a batch.
 
-  def weight(self, name, shape, axes, std):
-    """A float32 parameter of normal values; `axes` names the logical axis of each dimension."""
-    return self._declare(name, shape, axes, nn.initializers.normal(std))
+  Attributes:
+    logits: float32 [B, T, V], or [B, V] with `logits_at_B` and for the heads that pool.
+    hidden: [B, T, D] after the last norm.
+    cache: the filled cache, or None.
+    router: `moe.statistics` and 'dropped', summed over the layers; None without experts.
+    layers: [num_layers, B, T, D], the output of each block, where it was asked for.
+  """
+  logits: Any
+  hidden: Any
+  cache: Any
+  router: Any
+  layers: Any
 
-  def vector(self, name, shape, axes, value=0.0):
-    """A float32 parameter that starts as one value everywhere; `axes` as in `weight`."""
-    return self._declare(name, shape, axes, nn.initializers.constant(value))
 
-  def _declare(self, name, shape, axes, init):
-    return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+class Stack(NamedTuple):
+  """Layers whose parameters are stacked: `repeats` times the blocks of `kinds`.
+
+  A kind is (attention, mlp), such as ('local', 'dense').
+  """
+  name: str
+  kinds: tuple
+  repeats: int
 
   @property
-  def dtype(self):
-    return jnp.dtype(self.cfg.dtype)
-
-  @property
-  def residual_std(self):
-    return self.cfg.init_std / (2 * self.cfg.num_layers) ** 0.5  # GPT-2, section 2.3
+  def num_layers(self):
+    return len(self.kinds) * self.repeats
 
 
-class Norm(_Module):
-  """LayerNorm or RMSNorm (`kind`) over the last axis, of `size`."""
-  kind: str
-  size: int
+def stacks(cfg):
+  """The layers as stacks of repeated patterns, in their order.
 
-  @nn.compact
-  def __call__(self, x):
-    cfg = self.cfg
-    scale = self.vector("scale", (self.size,), ("norm",), 1.0)
-    if self.kind == "rmsnorm":
-      return ops.rms_norm(x, scale, cfg.norm_eps)
-    bias = self.vector("bias", (self.size,), ("norm",)) if cfg.bias else None
-    return ops.layer_norm(x, scale, bias, cfg.norm_eps)
-
-
-class Attention(_Module):
-  """Self-attention with a cache that goes in as an argument and comes out as a result."""
-
-  @nn.compact
-  def __call__(self, x_BTD, shared, cache):
-    cfg, dtype = self.cfg, self.dtype
-    D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-
-    def project(name, heads, axis):
-      w = self.weight(name, (D, heads, H), ("embed", axis, "head_dim"), cfg.init_std)
-      y = jnp.einsum("BTD,DNH->BTNH", x_BTD, w.astype(dtype))
-      if cfg.bias:
-        y += self.vector(f"{name}_bias", (heads, H), (axis, "head_dim")).astype(dtype)
-      return y
-
-    q, k, v = project("q", N, "heads"), project("k", K, "kv_heads"), project("v", K, "kv_heads")
-    if cfg.qk_norm:
-      q, k = (Norm(cfg, "rmsnorm", H, name=f"{name}_norm")(x) for name, x in (("q", q), ("k", k)))
-    if cfg.position == "rotary":
-      q, k = ops.rotate(q, *shared["rotary"]), ops.rotate(k, *shared["rotary"])
-    q, k, v = (checkpoint_name(constrain(a, "batch", "length", "act_heads", None), name)
-               for a, name in zip((q, k, v), _QKV))
-    causal = cfg.causal and cache is None
-    if cache is not None:
-      first = shared["positions"][:, 0]
-      write = jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice(old, new, (i, 0, 0)))
-      cache = {"k": write(cache["k"], k, first), "v": write(cache["v"], v, first)}
-      k, v = cache["k"], cache["v"]
-    out = attention.attend(cfg.attention, q, k, v, shared["mask"], scale=H**-0.5,
-                           causal=causal)
-    out = checkpoint_name(out, "attention")
-    w = self.weight("o", (N, H, D), ("heads", "head_dim", "embed"), self.residual_std)
-    y = jnp.einsum("BTNH,NHD->BTD", out, w.astype(dtype))
-    if cfg.bias:
-      y += self.vector("o_bias", (D,), ("norm",)).astype(dtype)
-    return y, cache
+  Leading dense layers of a mixture of experts, and what is left over when the pattern does not
+  divide the layers, are stacks of their own.
+  """
+  kinds = [(cfg.attention_pattern[i % len(cfg.attention_pattern)],
+            "dense" if i < cfg.moe.first_dense else cfg.mlp_pattern[i % len(cfg.mlp_pattern)])
+           for i in range(cfg.num_layers)]
+  first = cfg.moe.first_dense if "moe" in cfg.mlp_pattern else 0
+  period = math.lcm(len(cfg.attention_pattern), len(cfg.mlp_pattern))
+  body = (cfg.num_layers - first) // period * period
+  cuts = [("first_layers", kinds[:first], len(cfg.attention_pattern)),
+          ("layers", kinds[first:first + body], period),
+          ("last_layers", kinds[first + body:], 1)]
+  out = []
+  for name, some, period in cuts:
+    if not some:
+      continue
+    if len(set(some)) == 1:
+      period = 1
+    elif len(some) % period or name == "last_layers":
+      period = len(some)
+    out.append(Stack(name, tuple(some[:period]), len(some) // period))
+  return out
 
 
-class MLP(_Module):
-  """activation(x up) down, or (activation(x gate) * x up) down where `gated` (arXiv:2002.05202)."""
-
-  @nn.compact
-  def __call__(self, x_BTD):
-    cfg, dtype = self.cfg, self.dtype
-    D, F = cfg.width, cfg.mlp_width
-
-    def project(name, x, shape, axes, std, bias_axis):
-      y = x @ self.weight(name, shape, axes, std).astype(dtype)
-      if cfg.bias:
-        y += self.vector(f"{name}_bias", shape[1:], (bias_axis,)).astype(dtype)
-      return y
-
-    act = ops.ACTIVATIONS[cfg.activation]
-    inwards = lambda name: project(name, x_BTD, (D, F), ("embed", "mlp"), cfg.init_std, "mlp")
-    if cfg.gated:
-      h = act(checkpoint_name(inwards("gate"), "gate")) * checkpoint_name(inwards("up"), "up")
-    else:
-      h = act(checkpoint_name(inwards("up"), "up"))
-    h = constrain(h, "batch", "length", "act_mlp")
-    return project("down", h, (F, D), ("mlp", "embed"), self.residual_std, "norm")
-
-
-class Block(_Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+class Block(layers.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)), with the norms where `norm_placement` says."""
+  kind: tuple
 
   @nn.compact
   def __call__(self, x_BTD, shared, layer):
     cfg = self.cfg
+    attention, mlp = self.kind
     keys = (None, None) if layer["key"] is None else jax.random.split(layer["key"])
-    y = Norm(cfg, cfg.norm, cfg.width, name="attn_norm")(x_BTD)
-    y, cache = Attention(cfg, name="attn")(y, shared, layer["cache"])
-    x_BTD += ops.dropout(y, cfg.dropout, keys[0])
-    y = MLP(cfg, name="mlp")(Norm(cfg, cfg.norm, cfg.width, name="mlp_norm")(x_BTD))
-    x_BTD += ops.dropout(y, cfg.dropout, keys[1])
-    return constrain(x_BTD, "batch", "length", "act_embed"), cache
+
+    def attend(y):
+      return layers.Attention(cfg, attention, name="attn")(y, shared, layer["cache"])
+
+    def feed(y):
+      if mlp == "moe":
+        return moe.MoE(cfg, name="mlp")(y, shared["real"])
+      return layers.MLP(cfg, cfg.mlp_width, name="mlp")(y), None
+
+    x_BTD, cache = self._branch("attn", x_BTD, attend, keys[0], layer.get("is_first"))
+    x_BTD, router = self._branch("mlp", x_BTD, feed, keys[1])
+    return x_BTD, (cache, router)
+
+  def _branch(self, name, x_BTD, f, key, skip_norm=None):
+    """A residual branch; `skip_norm` is a traced bool that takes its input as it is."""
+    cfg = self.cfg
+    norm = lambda suffix: layers.Norm(cfg, cfg.norm, cfg.width, name=f"{name}{suffix}")
+    y = x_BTD
+    if cfg.norm_placement in ("pre", "both"):
+      y = norm("_norm")(y)
+      if skip_norm is not None:
+        y = jnp.where(skip_norm, x_BTD, y)
+    y, extra = f(y)
+    if cfg.norm_placement in ("branch", "both"):
+      y = norm("_post_norm")(y)
+    x_BTD += ops.dropout(y, cfg.dropout, key)
+    if cfg.norm_placement == "post":
+      x_BTD = norm("_norm")(x_BTD)
+    return constrain(x_BTD, "batch", "length", "act_embed"), extra
 
 
-class Transformer(_Module):
+class Period(layers.Module):
+  """The blocks of one repetition of the layers' pattern."""
+  kinds: tuple
+  layer_outputs: bool
+
+  @nn.compact
+  def __call__(self, x_BTD, shared, layer):
+    """Args: layer: for each block its key, cache and so on. Returns: (x_BTD, a tuple of each)."""
+    block = Block
+    if self.cfg.remat != "none":
+      block = nn.remat(Block, policy=REMAT[self.cfg.remat], prevent_cse=self._is_unrolled())
+    out = []
+    for i, (kind, of_block) in enumerate(zip(self.kinds, layer, strict=True)):
+      one = block(self.cfg, kind, name=str(i))
+      if len(self.kinds) == 1:  # 'layers/attn/q' and not 'layers/0/attn/q'
+        nn.share_scope(self, one)
+      x_BTD, (cache, router) = one(x_BTD, shared, of_block)
+      out.append((cache, router, x_BTD if self.layer_outputs else None))
+    return x_BTD, tuple(zip(*out, strict=True))
+
+  def _is_unrolled(self):
+    return self.cfg.scan_unroll * len(self.kinds) >= self.cfg.num_layers
+
+
+class Transformer(layers.Module):
   """Tokens to logits.
 
   Attributes:
@@ -147,8 +152,8 @@ class Transformer(_Module):
   """
 
   @nn.compact
-  def __call__(self, tokens_BT, positions_BT, segment_ids_BT=None, *, cache=None,
-               dropout_key=None, logits_at_B=None):
+  def __call__(self, tokens_BT, positions_BT, segment_ids_BT=None, *, token_types_BT=None,
+               cache=None, dropout_key=None, logits_at_B=None, layer_outputs=False):
     """Applies the model to a batch.
 
     Args:
@@ -157,63 +162,145 @@ class Transformer(_Module):
         that this call fills; those of a row must then be consecutive.
       segment_ids_BT: 1, 2, … for the documents of a packed row, 0 for padding; None: one document
         a row. Not used with a cache.
+      token_types_BT: 0 and 1 for the two texts of a pair, below `token_types`; None: all 0.
       cache: from `init_cache` or an earlier call, or None.
       dropout_key: PRNG key while training, None otherwise.
       logits_at_B: for each row the one index into T whose logits are wanted; None: all.
+      layer_outputs: whether the output of every block is wanted too.
 
     Returns:
-      (logits, cache): float32 logits [B, T, V], or [B, V] with `logits_at_B`; the filled cache.
+      An `Output`.
     """
-    cfg, dtype = self.cfg, self.dtype
-    keys = None
+    cfg = self.cfg
+    layers_key = None
     if dropout_key is not None and cfg.dropout:
       dropout_key, layers_key = jax.random.split(dropout_key)
-      keys = jax.random.split(layers_key, cfg.num_layers)
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
     # Gathered once, for the lookup and for a tied head; a lookup in shards would move activations.
-    table = constrain(table.astype(dtype), "act_vocab", "act_embed")
-    x = jnp.take(table, tokens_BT, axis=0)
-    if cfg.position == "learned":
-      places = self.weight("pos_embed", (cfg.max_len, cfg.width), ("positions", "embed"),
-                           cfg.init_std)
-      x += jnp.take(places, positions_BT, axis=0).astype(dtype)
-    if keys is not None:
+    table = constrain(table.astype(self.dtype), "act_vocab", "act_embed")
+    x = self._embedded(table, tokens_BT, positions_BT, token_types_BT)
+    if layers_key is not None:
       x = ops.dropout(x, cfg.dropout, dropout_key)
     x = constrain(x, "batch", "length", "act_embed")
     shared = self._shared(tokens_BT, positions_BT, segment_ids_BT, cache)
-    x, cache = self._layers()(cfg, name="layers")(x, shared, {"key": keys, "cache": cache})
+    x, cache, router, outputs = self._layers(x, shared, cache, layers_key, layer_outputs)
+    if cfg.norm_placement != "post":
+      x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
+    at = x
     if logits_at_B is not None:
-      x = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
-    x = Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
-    head = table.T if cfg.tie_embeddings else self.weight(
-        "head", (cfg.width, cfg.vocab_size), ("embed", "vocab"), cfg.init_std)
-    logits = jnp.einsum("...D,DV->...V", x, head.astype(dtype),
-                        preferred_element_type=jnp.float32)
-    return ops.softcap(logits, cfg.logit_softcap), cache
+      at = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
+    return Output(self._head(at, table, shared["real"]), x, cache, router, outputs)
+
+  def _embedded(self, table, tokens_BT, positions_BT, token_types_BT):
+    cfg = self.cfg
+    x = jnp.take(table, tokens_BT, axis=0)
+    if cfg.embed_scale != 1:
+      x *= jnp.asarray(cfg.embed_scale, self.dtype)
+    if cfg.position == "learned":
+      places = self.weight("pos_embed", (cfg.max_len, cfg.width), ("positions", "embed"),
+                           cfg.init_std)
+      x += jnp.take(places, positions_BT, axis=0).astype(self.dtype)
+    if cfg.token_types:
+      types = self.weight("type_embed", (cfg.token_types, cfg.width), ("positions", "embed"),
+                          cfg.init_std).astype(self.dtype)
+      x += types[0] if token_types_BT is None else jnp.take(types, token_types_BT, axis=0)
+    if cfg.embed_norm:
+      x = layers.Norm(cfg, cfg.norm, cfg.width, name="embed_norm")(x)
+    return x
 
   def _shared(self, tokens_BT, positions_BT, segment_ids_BT, cache):
-    """What all layers read: the mask, the rotary angles, the positions."""
+    """What layers read: masks and rotary angles by kind of attention, the positions."""
     cfg = self.cfg
-    if cache is not None:  # slot s holds position s, so only earlier slots are filled
-      slots = jnp.arange(cache["k"].shape[2])
-      mask = slots[None, None, :] <= positions_BT[:, :, None]
+    if cache is not None:
+      context = jax.tree.leaves(cache)[0].shape[2]
+      real = jnp.ones_like(tokens_BT, bool)
+      mask = lambda window: ops.visible_slots(positions_BT, context, window=window)
     else:
+      context = tokens_BT.shape[1]
       segments = jnp.ones_like(tokens_BT) if segment_ids_BT is None else segment_ids_BT
-      mask = ops.causal_mask(segments) if cfg.causal else ops.segment_mask(segments)
-    shared = {"mask": mask, "positions": positions_BT}
-    if cfg.position == "rotary":
-      shared["rotary"] = ops.rotary_angles(positions_BT, cfg.head_dim, cfg.rope_theta)
+      real = segments != 0
+      mask = lambda window: ops.visible(segments, causal=cfg.causal, window=window)
+    shared = {"positions": positions_BT, "real": real}
+    for kind in sorted(set(cfg.attention_pattern)):
+      local = kind == "local"
+      rotary = None
+      if cfg.position == "rotary" and kind != "nope":
+        own = local and cfg.rope.local_theta is not None
+        rotary = rope.angles(positions_BT, rotated_size(cfg), cfg.rope,
+                             cfg.rope.local_theta if own else cfg.rope.theta,
+                             "none" if own else cfg.rope.scaling, context)
+      shared[kind] = {"mask": mask(cfg.window if local else None), "rotary": rotary}
     return shared
 
-  def _layers(self):
+  def _layers(self, x, shared, cache, key, layer_outputs):
+    """All stacks: (x, cache, router's sums, layers' outputs)."""
     cfg = self.cfg
-    unroll = min(cfg.scan_unroll, cfg.num_layers)
-    block = Block
-    if cfg.remat != "none":
-      block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=unroll == cfg.num_layers)
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                   in_axes=(nn.broadcast, 0), length=cfg.num_layers, unroll=unroll,
+    keys = None if key is None else jax.random.split(key, cfg.num_layers)
+    caches, routers, outputs, at = {}, [], [], 0
+    for stack in stacks(cfg):
+      here = {"key": keys, "cache": cache and cache[stack.name],
+              "is_first": None if cfg.first_norm else jnp.arange(cfg.num_layers) == 0}
+      n, p = stack.repeats, len(stack.kinds)
+      part = lambda v, at=at, n=n, p=p: v[at:at + n * p].reshape(n, p, *v.shape[1:])
+      of_blocks = tuple(
+          {"key": None if keys is None else part(keys)[:, i],
+           "cache": here["cache"] and here["cache"][i],
+           "is_first": None if here["is_first"] is None else part(here["is_first"])[:, i]}
+          for i in range(p))
+      x, (filled, router, out) = self._scanned(stack)(
+          cfg, stack.kinds, layer_outputs, name=stack.name)(x, shared, of_blocks)
+      caches[stack.name] = filled
+      routers += [r for r in router if r is not None]
+      if layer_outputs:
+        outputs.append(jnp.stack(out, 1).reshape(n * p, *x.shape))
+      at += n * p
+    total = jax.tree.map(lambda *xs: sum(v.sum(0) for v in xs), *routers) if routers else None
+    return (x, None if cache is None else caches, total,
+            jnp.concatenate(outputs) if layer_outputs else None)
+
+  def _scanned(self, stack):
+    unroll = min(max(self.cfg.scan_unroll // len(stack.kinds), 1), stack.repeats)
+    return nn.scan(Period, variable_axes={"params": 0}, split_rngs={"params": True},
+                   in_axes=(nn.broadcast, 0), length=stack.repeats, unroll=unroll,
                    metadata_params={nn.PARTITION_NAME: "layers"})
+
+  def _head(self, x, table_VD, real_BT):
+    """The logits, or what else `head` names, of hidden states [B, T, D] or [B, D]."""
+    cfg = self.cfg
+    if cfg.head == "none":
+      return x
+    if cfg.head != "lm":
+      x = x[:, 0] if cfg.pooling == "first" else ops.mean_of(x, real_BT)
+    x = self._transformed(x)
+    if cfg.head == "pooler":
+      return x.astype(jnp.float32)
+    size, axis = (cfg.vocab_size, "vocab") if cfg.head == "lm" else (cfg.num_labels, "labels")
+    if cfg.head == "lm" and cfg.tie_embeddings:
+      w = table_VD.T
+    else:
+      w = self.weight("head", (cfg.width, size), ("embed", axis), cfg.init_std).astype(self.dtype)
+    logits = jnp.einsum("...D,DV->...V", x, w, preferred_element_type=jnp.float32)
+    if cfg.head_bias:
+      logits += self.vector("head_bias", (size,), (axis,))
+    return ops.softcap(logits, cfg.logit_softcap)
+
+  def _transformed(self, x):
+    """What BERT does to hidden states before they become logits: a layer of their own."""
+    cfg = self.cfg
+    if cfg.head_transform == "none":
+      return x
+    w = self.weight("head_dense", (cfg.width, cfg.width), ("embed", "norm"), cfg.init_std)
+    x = x @ w.astype(self.dtype)
+    if cfg.bias:
+      x += self.vector("head_dense_bias", (cfg.width,), ("norm",)).astype(self.dtype)
+    if cfg.head_transform == "tanh":
+      return jnp.tanh(x)
+    return layers.Norm(cfg, cfg.norm, cfg.width, name="head_norm")(ops.ACTIVATIONS[cfg.activation](x))
+
+
+def rotated_size(cfg):
+  """How many entries of a head the rotary embedding turns."""
+  return cfg.latent.rope_dim if cfg.latent.kv_rank else int(cfg.head_dim * cfg.rope.fraction)
 
 
 def _is_box(x):
@@ -243,6 +330,7 @@ def abstract(model):
 
 
 def init_cache(cfg, batch_size, num_slots):
-  """An empty key/value cache: {'k', 'v'}, each [L, B, S, K, H] in the compute dtype."""
-  shape = (cfg.num_layers, batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim)
-  return {name: jnp.zeros(shape, jnp.dtype(cfg.dtype)) for name in ("k", "v")}
+  """An empty cache for `num_slots` tokens a row: {stack: (a layer's cache, stacked, …)}."""
+  one = layers.empty_cache(cfg, batch_size, num_slots)
+  stacked = lambda n: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)
+  return {s.name: tuple(stacked(s.repeats) for _ in s.kinds) for s in stacks(cfg)}

@@ -43,12 +43,3 @@ def test_cross_entropy_and_its_normaliser():
     log_z = jax.nn.logsumexp(logits, -1)
     return log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], log_z
   same_gradients(lambda x: objectives.cross_entropy(x, targets), plain, normal(1, 3, 5) * 5)
-
-
-def test_rotary_positions_are_relative():
-  q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
-  def score(i, j):
-    turn = lambda x, p: ops.rotate(x, *ops.rotary_angles(jnp.array([[p]]), 8, 10_000.0))
-    return float((turn(q, i) * turn(k, j)).sum())
-  assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
-  assert score(7, 3) != pytest.approx(score(7, 5), abs=1e-2)

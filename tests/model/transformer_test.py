@@ -15,8 +15,21 @@ STYLES = {
     "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True),
     "llama": dict(norm="rmsnorm", position="rotary", activation="silu", gated=True, bias=False,
                   num_kv_heads=2, tie_embeddings=False),
-    "other": dict(norm="rmsnorm", position="none", activation="relu2", bias=True, qk_norm=True,
+    "other": dict(norm="rmsnorm", position="none", activation="relu2", bias=True, qk_norm="head",
                   logit_softcap=20.0, num_kv_heads=1),
+    "gemma": dict(norm="rmsnorm", norm_placement="both", position="rotary", activation="gelu",
+                  gated=True, bias=False, embed_scale=5.0, attn_softcap=30.0, num_layers=5,
+                  attention_pattern=("local", "global"), window=8,
+                  rope=dict(local_theta=100.0, scaling="linear", factor=2.0)),
+    "olmo": dict(norm="rmsnorm", norm_placement="branch", position="rotary", qk_norm="all",
+                 activation="silu", gated=True, bias=False),
+    "moe": dict(norm="rmsnorm", position="rotary", activation="silu", gated=True, bias=False,
+                mlp_pattern=("moe",), num_layers=3,
+                moe=dict(experts=4, width=16, shared=1, first_dense=1)),
+    "latent": dict(norm="rmsnorm", position="rotary", activation="silu", gated=True, bias=False,
+                   head_dim=12, latent=dict(kv_rank=8, q_rank=10, rope_dim=4, v_dim=6)),
+    "post": dict(norm="layernorm", norm_placement="post", position="learned", token_types=2,
+                 activation="gelu_exact", embed_norm=True, head_transform="norm", head_bias=True),
 }
 # Published sizes (Hugging Face's num_parameters(); the models' papers).
 SIZES = {"gpt2_124m": 124_439_808, "gpt2_355m": 354_823_168, "gpt2_774m": 774_030_080,
@@ -27,7 +40,7 @@ SIZES = {"gpt2_124m": 124_439_808, "gpt2_355m": 354_823_168, "gpt2_774m": 774_03
 def make(causal=True, **fields):
   c = config.base()
   c.model.update(dict(vocab_size=50, max_len=16, num_layers=2, width=32, num_heads=4, init_std=0.2)
-                 | fields)
+                 | fields)  # nested sections are merged
   c.data.seq_len = 16
   c = config.resolve(c)
   fields = ml_collections.ConfigDict(c.model)
@@ -41,13 +54,13 @@ def tokens_and_positions(batch=2, length=12):
   return tokens, jnp.broadcast_to(jnp.arange(length), (batch, length))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="layer_outputs")
 def apply(model, params, *args, **kwargs):
   return model.apply({"params": params}, *args, **kwargs)
 
 
 def logits_of(model, params, *args, **kwargs):
-  return apply(model, params, *args, **kwargs)[0]
+  return apply(model, params, *args, **kwargs).logits
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
@@ -68,7 +81,9 @@ def reads(style, segments=None, positions=None, **fields):
     logits = logits_of(model, params | {"embed": embed}, tokens, positions, segments)
     return (logits[0, t] * jnp.arange(50)).sum()
 
-  grads = jax.jit(jax.vmap(jax.grad(output), in_axes=(None, 0)))(params["embed"], jnp.arange(12))
+  # Not vmap, which ragged_dot does not have.
+  one = lambda t: jax.grad(output)(params["embed"], t)
+  grads = jax.jit(lambda: jax.lax.map(one, jnp.arange(12)))()
   return np.abs(grads[:, :12]).sum(-1) > 0
 
 
@@ -77,8 +92,68 @@ def test_no_token_reads_the_future(style):
   np.testing.assert_array_equal(reads(style), np.tril(np.ones((12, 12), bool)))
 
 
-def test_an_encoder_reads_both_ways():
-  assert reads("gpt2", causal=False).all()
+@pytest.mark.parametrize("causal", [True, False])
+def test_local_layers_read_a_window(causal):
+  pattern = dict(num_layers=1, attention_pattern=("local",), window=3)
+  distance = np.arange(12)[:, None] - np.arange(12)
+  want = np.abs(distance) < 3
+  np.testing.assert_array_equal(reads("llama", causal=causal, **pattern),
+                                want & (distance >= 0) if causal else want)
+
+
+@pytest.mark.parametrize("style", ["gpt2", "post"])
+def test_an_encoder_reads_both_ways(style):
+  assert reads(style, causal=False).all()
+
+
+def test_layers_are_scanned_over_the_periods_of_their_pattern():
+  def names(**fields):
+    return [(s.name, s.kinds, s.repeats) for s in transformer.stacks(make(**fields)[0].cfg)]
+  local, full = ("local", "dense"), ("global", "dense")
+  assert names(num_layers=3) == [("layers", (full,), 3)]
+  pattern = dict(attention_pattern=("local", "local", "global"), window=4)
+  assert names(num_layers=8, **pattern) == [("layers", (local, local, full), 2),
+                                            ("last_layers", (local,), 2)]
+  assert names(num_layers=4, mlp_pattern=("dense", "moe"), moe=dict(experts=2), **pattern)[0] == (
+      "last_layers", (local, ("local", "moe"), full, ("local", "moe")), 1)
+  assert names(num_layers=5, mlp_pattern=("moe",), moe=dict(experts=2, first_dense=2)) == [
+      ("first_layers", (full,), 2), ("layers", (("global", "moe"),), 3)]
+
+
+@pytest.mark.parametrize("head, shape", [
+    (dict(head="classifier", num_labels=3, head_transform="tanh"), (2, 3)),
+    (dict(head="pooler", head_transform="tanh", pooling="mean"), (2, 32)),
+    (dict(head="none"), (2, 12, 32))])
+def test_heads_give_one_vector_a_row_or_the_hidden_states(head, shape):
+  c = ml_collections.ConfigDict(make(**STYLES["post"])[0].cfg)
+  c.update(dict(head_transform="none", head_bias=False, causal=False) | head)
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(c))
+  params = jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
+  tokens, positions = tokens_and_positions()
+  segments = jnp.array([[1] * 12, [1] * 7 + [0] * 5])
+  out = apply(model, params, tokens, positions, segments)
+  assert out.logits.shape == shape
+  changed = apply(model, params, tokens.at[1, 7:].set(3), positions, segments)
+  np.testing.assert_array_equal(out.logits[:, :7], changed.logits[:, :7])  # padding is not read
+
+
+def test_token_types_tell_the_texts_of_a_pair_apart():
+  model, params = make(**STYLES["post"])
+  tokens, positions = tokens_and_positions()
+  run = lambda types: logits_of(model, params, tokens, positions, token_types_BT=types)
+  np.testing.assert_array_equal(run(None), run(jnp.zeros_like(tokens)))
+  assert not np.allclose(run(None), run(jnp.ones_like(tokens)))
+
+
+def test_the_output_of_every_layer_can_be_had():
+  model, params = make(**STYLES["gemma"])
+  out = apply(model, params, *tokens_and_positions(), layer_outputs=True)
+  assert out.layers.shape == (5, 2, 12, 32)
+  first = jax.tree.map(lambda x: x[:1], params["layers"])
+  model1, _ = make(**STYLES["gemma"] | {"num_layers": 2})
+  two = apply(model1, {k: v for k, v in params.items() if k != "last_layers"} | {"layers": first},
+              *tokens_and_positions(), layer_outputs=True)
+  np.testing.assert_allclose(out.layers[:2], two.layers, atol=1e-5)
 
 
 def test_packed_documents_do_not_read_each_other():
@@ -109,12 +184,11 @@ def test_prefill_and_decode_equal_the_full_forward(style):
   cache = transformer.init_cache(model.cfg, 2, 16)
   padded = jnp.pad(tokens[:, :5], ((0, 0), (0, 11)))
   places = jnp.broadcast_to(jnp.arange(16), (2, 16))
-  first, cache = apply(model, params, padded, places, cache=cache,
-                       logits_at_B=jnp.array([4, 4]))
-  np.testing.assert_allclose(first, full[:, 4], atol=2e-5)
+  out = apply(model, params, padded, places, cache=cache, logits_at_B=jnp.array([4, 4]))
+  np.testing.assert_allclose(out.logits, full[:, 4], atol=2e-5)
   for t in range(5, 12):
-    logits, cache = apply(model, params, tokens[:, t:t + 1], positions[:, t:t + 1], cache=cache)
-    np.testing.assert_allclose(logits[:, 0], full[:, t], atol=2e-5)
+    out = apply(model, params, tokens[:, t:t + 1], positions[:, t:t + 1], cache=out.cache)
+    np.testing.assert_allclose(out.logits[:, 0], full[:, t], atol=2e-5)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "save_qkv", "save_attention"])

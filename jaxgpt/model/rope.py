@@ -1,0 +1,102 @@
+"""Rotary position embedding and the ways to stretch it over longer contexts.
+
+B batch, T position, N heads, H head size, R rotated part of a head.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def angles(positions_BT, rotated, c_rope, theta, scaling, context):
+  """Sines and cosines of the rotary embedding (arXiv:2104.09864, eq. 15).
+
+  Args:
+    positions_BT: integers.
+    rotated: R, how many entries of a head are rotated; even.
+    c_rope: the config's `model.rope` section.
+    theta: base of the frequencies.
+    scaling: a key of `SCALINGS`.
+    context: the longest context that this call may reach, in tokens: what 'ntk' and 'longrope'
+      decide by.
+
+  Returns:
+    (sin, cos), each [B, T, 1, R/2] in float32, times the attention factor of the scaling.
+  """
+  inverse, factor = SCALINGS[scaling](theta, rotated, c_rope, context)
+  angle = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
+  return jnp.sin(angle) * factor, jnp.cos(angle) * factor
+
+
+def rotate(x_BTNH, sin, cos):
+  """Rotates the first R entries of each head; entry i is paired with i + R/2, as in Llama.
+
+  Args:
+    x_BTNH: queries or keys.
+    sin, cos: from `angles`.
+
+  Returns:
+    [B, T, N, H] in x's dtype.
+  """
+  half = sin.shape[-1]
+  a, b = (x_BTNH[..., i:i + half].astype(jnp.float32) for i in (0, half))
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+  return jnp.concatenate([rotated, x_BTNH[..., 2 * half:]], -1)
+
+
+def _plain(theta, rotated, c_rope, context):
+  del c_rope, context
+  return 1 / theta ** (np.arange(0, rotated, 2) / rotated), 1.0
+
+
+def _linear(theta, rotated, c_rope, context):
+  """Positions divided by the factor (arXiv:2306.15595)."""
+  inverse, _ = _plain(theta, rotated, c_rope, context)
+  return inverse / c_rope.factor, 1.0
+
+
+def _ntk(theta, rotated, c_rope, context):
+  """A base that grows with the context beyond the original one (Hugging Face's 'dynamic')."""
+  grown = max(context / c_rope.original_len, 1.0)
+  theta *= (c_rope.factor * grown - (c_rope.factor - 1)) ** (rotated / (rotated - 2))
+  return _plain(theta, rotated, c_rope, context)
+
+
+def _llama3(theta, rotated, c_rope, context):
+  """Long wavelengths divided by the factor, short ones kept, a ramp between (arXiv:2407.21783)."""
+  inverse, _ = _plain(theta, rotated, c_rope, context)
+  turns = c_rope.original_len * inverse / (2 * math.pi)  # of each frequency in the first context
+  keep = np.clip((turns - c_rope.low_freq) / (c_rope.high_freq - c_rope.low_freq), 0, 1)
+  return inverse * (keep + (1 - keep) / c_rope.factor), 1.0
+
+
+def _yarn(theta, rotated, c_rope, context):
+  """YaRN: a ramp over the frequencies' turns, and sharper attention (arXiv:2309.00071)."""
+  inverse, _ = _plain(theta, rotated, c_rope, context)
+  def index_of(turns):
+    return (rotated * math.log(c_rope.original_len / (turns * 2 * math.pi))
+            / (2 * math.log(theta)))
+  low = max(math.floor(index_of(c_rope.beta_fast)), 0)
+  high = min(math.ceil(index_of(c_rope.beta_slow)), rotated - 1)
+  ramp = np.clip((np.arange(rotated // 2) - low) / max(high - low, 1e-3), 0, 1)
+  factor = c_rope.attention_factor
+  if factor is None:
+    factor = 0.1 * math.log(c_rope.factor) + 1 if c_rope.factor > 1 else 1.0
+  return inverse * (1 - ramp + ramp / c_rope.factor), factor
+
+
+def _longrope(theta, rotated, c_rope, context):
+  """LongRoPE: a searched factor for each frequency, of two sets (arXiv:2402.13753)."""
+  inverse, _ = _plain(theta, rotated, c_rope, context)
+  is_long = context > c_rope.original_len
+  factor = c_rope.attention_factor
+  if factor is None:
+    grown = max(c_rope.factor, 1.0)
+    factor = math.sqrt(1 + math.log(grown) / math.log(c_rope.original_len))
+  return inverse / np.asarray(c_rope.long_factors if is_long else c_rope.short_factors), factor
+
+
+# name -> function(theta, rotated, c_rope, context) -> (inverse frequencies [R/2], factor on both)
+SCALINGS = {"none": _plain, "linear": _linear, "ntk": _ntk, "llama3": _llama3, "yarn": _yarn,
+            "longrope": _longrope}
