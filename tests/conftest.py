@@ -5,6 +5,8 @@ import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 "
+                           # A busy machine may keep some of the eight waiting for long.
+                           "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
                            "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0")
 
 import jax

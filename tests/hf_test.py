@@ -81,7 +81,7 @@ def check_greedy(run, model, new=32):
 
 def train_config(run, corpus, folder):
   c = config.base()
-  c.model.update(dict(run.c.model, preset=""))
+  c.model.update(run.c.model.to_dict() | {"preset": ""})
   c.data.update(dict(path=str(corpus), seq_len=16, batch_size=8))
   c.init_from = str(folder)
   c.optim.lr = 1e-3

@@ -95,9 +95,9 @@ def rope(default_theta=10_000.0):
     if share not in (None, 1, 1.0):
       refuse("partial_rotary_factor", share, "each head is rotated as a whole")
     theta = given.get("rope_theta", hf.get("rope_theta")) or default_theta
-    return {"rope_theta": float(theta)}
+    return {"rope": {"theta": float(theta)}}
 
-  return Entry(read, lambda model: {"rope_theta": model.rope_theta, "rope_scaling": None})
+  return Entry(read, lambda model: {"rope_theta": model.rope.theta, "rope_scaling": None})
 
 
 def head_dim(hf):

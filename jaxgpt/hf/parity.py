@@ -100,8 +100,9 @@ def forward(model, params, prompts):
 
 def apply(model, params, *batch):
   """(logits, outputs of the layers) of a batch, on the host."""
-  logits, _ = jax.jit(lambda p, *args: model.apply({"params": p}, *args))(params, *batch)
-  return np.asarray(logits), []
+  out = jax.jit(lambda p, *args: model.apply({"params": p}, *args, layer_outputs=True))(
+      params, *batch)
+  return np.asarray(out.logits), np.asarray(out.layers)
 
 
 def continuation(model, params, ids, new=NEW):
