@@ -1,6 +1,7 @@
 """The command line. Heavy imports happen inside the commands, so that --help answers at once."""
 
 import argparse
+import json
 import os
 import sys
 
@@ -89,23 +90,84 @@ def _count(least):
 
 
 def _add_data(p):
-  p.add_argument("paths", nargs="+", metavar="PATH", help="files, folders or glob patterns")
+  p.add_argument("paths", nargs="+", metavar="PATH",
+                 help="files, folders, glob patterns or URLs (s3://, gs://, hf://, https://)")
   p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-  p.add_argument("--tokenizer", default="sentencepiece:4096", metavar="SPEC",
-                 help="bytes | sentencepiece:SIZE[:bpe|unigram|char] | a .model file | a folder "
-                      "that this command wrote")
-  p.add_argument("--validation", type=float, default=0.05, help="share of held-out documents")
-  p.add_argument("--test", type=float, default=0.05, help="share of documents for a last test")
-  p.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
+  p.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
+  _add_reading(p.add_argument_group("what is read"))
+  _add_cleaning(p.add_argument_group("what is left out"))
+  _add_tokens(p.add_argument_group("splits and tokens"))
+  g = p.add_argument_group("who does the work")
+  g.add_argument("--executor", default="local", metavar="KIND",
+                 help="process (this one) | local (all cores) | slurm | ray")
+  g.add_argument("--workers", type=_count(0), default=0,
+                 help="tasks at the same time; 0: one a core, or as many as a cluster takes")
+  g.add_argument("--executor-option", action="append", default=[], metavar="KEY=VALUE",
+                 help="for datatrove's executor of this kind, such as partition=cpu and "
+                      "time=20:00:00 of slurm; may be repeated")
+  g.add_argument("--task-bytes", type=_count(1), default=32_000_000,
+                 help="inputs are grouped into tasks of at least so many bytes")
+
+
+def _add_reading(g):
+  g.add_argument("--kind", default="text", metavar="KIND",
+                 help="text | classification | seq2seq | chat | preference")
+  g.add_argument("--field", action="append", default=[], metavar="NAME=COLUMN",
+                 help="column of text, id, text_pair, label, input, target, messages, prompt, "
+                      "chosen or rejected, where it isn't called so; may be repeated")
+  g.add_argument("--format", help="of all files: text, jsonl, csv, parquet, …; default: by the "
+                                  "suffix of each")
+  g.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
                  help="shell pattern of files or folders to leave out; may be repeated")
-  p.add_argument("--cut-chars", type=int, metavar="N",
+  g.add_argument("--max-record-bytes", type=_count(1), default=64 << 20,
+                 help="longer records are dropped, longer text files cut")
+  g.add_argument("--max-errors", type=_count(0),
+                 help="broken records after which to give up; default: never")
+
+
+def _add_cleaning(g):
+  g.add_argument("--clean", action="append", default=[], metavar="STEP[:KEY=VALUE,…]",
+                 help="a cleaning step, such as ftfy, html, length:min_chars=200, gopher_quality; "
+                      "may be repeated, and is carried out in order")
+  g.add_argument("--dedup", action="append", default=[], metavar="exact|near[:KEY=VALUE,…]",
+                 help="remove duplicates, near ones such as near:threshold=0.65; may be repeated")
+  g.add_argument("--decontaminate", action="append", default=[], metavar="PATH|held-out",
+                 help="remove training documents that share runs of words with these files, or "
+                      "with the held-out splits; may be repeated")
+  g.add_argument("--decontaminate-options", default="", metavar="KEY=VALUE,…",
+                 help="such as words=13,runs=1,share=0,common=10,remove=true")
+  g.add_argument("--decontaminate-field", default="text", metavar="COLUMN",
+                 help="column of the text in these files")
+
+
+def _add_tokens(g):
+  g.add_argument("--validation", type=float, default=0.05, help="share of held-out documents")
+  g.add_argument("--test", type=float, default=0.05, help="share of documents for a last test")
+  g.add_argument("--salt", default="", help="another salt draws other held-out documents")
+  g.add_argument("--cut-chars", type=int, metavar="N",
                  help="cut longer documents after a line; 0: never; default: only where there are "
                       "too few documents to hold some out")
-  p.add_argument("--text-field", default="text", help="key of the text in a JSON line")
-  p.add_argument("--salt", default="", help="another salt draws other held-out documents")
-  p.add_argument("--sample-bytes", type=int, default=4_000_000,
-                 help="characters of text that the tokenizer is trained on")
-  p.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
+  g.add_argument("--tokenizer", default="sentencepiece:4096", metavar="SPEC",
+                 help="bytes | sentencepiece:SIZE[:bpe|unigram|char] | a .model, .tiktoken or "
+                      "tokenizer.json file | a folder with one, or that this command wrote")
+  g.add_argument("--sample-bytes", type=int, default=4_000_000,
+                 help="bytes of text that the tokenizer is trained on")
+  g.add_argument("--symbol", action="append", default=[], metavar="TEXT",
+                 help="a text that is one token wherever it occurs, of a tokenizer that is "
+                      "trained; may be repeated")
+  g.add_argument("--shard-tokens", type=_count(1), default=1 << 27,
+                 help="tokens after which a task begins another file")
+
+
+def _key_value(flag, text, parse=json.loads):
+  """(key, value) of KEY=VALUE; a value that `parse` doesn't take stays as it is."""
+  key, equals, value = text.partition("=")
+  if not (key and equals):
+    raise UserError(f"{flag}={text}: write it as {flag} KEY=VALUE")
+  try:
+    return key, parse(value)
+  except ValueError:
+    return key, value
 
 
 def _add_run(p):
@@ -158,12 +220,23 @@ def _start_backend():
 
 
 def _data(args):
-  from jaxgpt.text import prepare
+  from jaxgpt.text import executors, prepare
+
+  def report(line):
+    print(line, flush=True)
+
+  options = dict(_key_value("--executor-option", text) for text in args.executor_option)
   manifest = prepare.prepare(
-      args.paths, args.out, overwrite=args.overwrite, report=lambda line: print(line, flush=True),
-      tokenizer=args.tokenizer, validation=args.validation, test=args.test,
-      exclude=tuple(args.exclude), text_field=args.text_field, salt=args.salt,
-      cut_chars=args.cut_chars, sample_bytes=args.sample_bytes)
+      args.paths, args.out, overwrite=args.overwrite, report=report,
+      executor=executors.make(args.executor, args.workers, options, report),
+      kind=args.kind, fields=tuple(_key_value("--field", text, str) for text in args.field),
+      format=args.format, exclude=tuple(args.exclude), max_record_bytes=args.max_record_bytes,
+      max_errors=args.max_errors, clean=tuple(args.clean), dedup=tuple(args.dedup),
+      decontaminate=tuple(args.decontaminate), decontaminate_options=args.decontaminate_options,
+      decontaminate_field=args.decontaminate_field, tokenizer=args.tokenizer,
+      sample_bytes=args.sample_bytes, symbols=tuple(args.symbol), validation=args.validation,
+      test=args.test, salt=args.salt, cut_chars=args.cut_chars, shard_tokens=args.shard_tokens,
+      task_bytes=args.task_bytes)
   for split, entry in manifest["splits"].items():
     print(f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
           f"{entry['bytes']:>14,} bytes")

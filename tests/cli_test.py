@@ -97,7 +97,7 @@ def test_one_text_file_is_enough(site, tmp_path, capsys):
 def test_jsonl_makes_a_document_of_each_line(tmp_path, capsys):
   (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\nbroken\n' * 40)
   code, out, _ = run(capsys, "data", tmp_path / "a.jsonl", f"--out={tmp_path}/d",
-                     "--tokenizer=bytes", "--text-field=body", "--validation=0", "--test=0")
+                     "--tokenizer=bytes", "--field=text=body", "--validation=0", "--test=0")
   assert code == 0 and "80 documents" in out and "dropped 40" in out
 
 

@@ -1,47 +1,63 @@
-"""Plain text to a prepared data folder: read, split, train a tokenizer, tokenize, write.
+"""Files to a prepared data folder: read, clean, remove duplicates, split, tokenize, write.
 
-The input is read twice (once where the tokenizer needs no training) and never held in memory.
+The work is cut into stages of tasks (`stages`, `tasks`), which keep what they did in
+`OUT.unfinished`: whatever ends a run, the same command goes on. What a task does depends on the
+inputs and the options alone, so neither the executor nor interruptions can be seen in what comes
+out.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import heapq
+import importlib.metadata
 import itertools
+import json
 import os
 import pathlib
-import secrets
 import shutil
-import time
 
+import jaxgpt
 from jaxgpt.errors import UserError
-from jaxgpt.text import examples, read, shards
+from jaxgpt.text import assemble, clean, decontaminate, dedup, examples, read, shards, stages, tasks
 from jaxgpt.text import tokenizer as tokenizers
 
-_BATCH_CHARS = 4_000_000  # characters tokenized in one call
-_BATCH_DOCUMENTS = 4_096
 _FEW_DOCUMENTS = 100
 _CUT_INTO = 400  # documents that few are cut into: enough for 5 % of them to be a fair sample
 _LEAST_CUT = 100  # characters
-_REPORT_SECONDS = 10.0
+# What outputs depend on, besides this package.
+_LIBRARIES = ("sentencepiece", "tokenizers", "tiktoken", "datatrove", "ftfy", "trafilatura")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What `prepare` can be told, each with its default."""
-  # bytes | sentencepiece:SIZE | sentencepiece:SIZE:MODEL_TYPE (bpe, unigram, char) | a .model file
-  # | a folder with a saved tokenizer (another prepared folder, to share its tokenizer)
+  """What `prepare` can be told of the data, each with its default."""
+  kind: str = "text"  # text | classification | seq2seq | chat | preference
+  fields: tuple = ()  # (name, column): a column that isn't called like the name (`read.KINDS`)
+  format: str | None = None  # of all files (`formats.FORMATS`); None: by the suffix of each
+  exclude: tuple = ()  # shell patterns of files and folders to leave out
+  max_record_bytes: int = read.MAX_BYTES  # longer records are dropped, longer text files are cut
+  max_errors: int | None = None  # broken records after which to give up; None: any number is fine
+  clean: tuple = ()  # steps in order, as `clean.make` takes them
+  dedup: tuple = ()  # exact, near, as `dedup.make` takes them
+  # files of benchmarks, and 'held-out' for the validation and test splits: training documents that
+  # share runs of words with them are removed
+  decontaminate: tuple = ()
+  decontaminate_options: str = ""  # as `decontaminate.make` takes them
+  decontaminate_field: str = "text"  # column of the text in these files
+  # bytes | sentencepiece:SIZE | sentencepiece:SIZE:MODEL_TYPE (bpe, unigram, char), or what
+  # `tokenizer.load` takes: another prepared folder, Hugging Face's, tiktoken's, a .model file
   tokenizer: str = "sentencepiece:4096"
+  sample_bytes: int = 4_000_000  # bytes of training documents that the tokenizer learns from
+  symbols: tuple = ()  # texts that are one token each wherever they occur
   validation: float = 0.05  # share of the documents that go to the validation split
   test: float = 0.05  # share of the documents that go to the test split
   salt: str = ""  # another salt draws other documents for the splits
-  exclude: tuple = ()  # shell patterns of files and folders to leave out
-  text_field: str = "text"  # key of the text in a JSON line
   # longer documents are cut after a line, so that one long text can fill all splits; 0: never;
-  # None: only where there are few documents
+  # None: only where there are few documents. Kind text only.
   cut_chars: int | None = None
-  sample_bytes: int = 4_000_000  # bytes of training documents that the tokenizer learns from
-  symbols: tuple = ()  # texts that are one token each wherever they occur
   shard_tokens: int = 1 << 27  # tokens after which a new shard is begun
+  task_bytes: int = 32_000_000  # input files are grouped into tasks of at least so many bytes
 
   def __post_init__(self):
     for key in ("validation", "test"):
@@ -50,17 +66,23 @@ class Options:
     if self.validation + self.test >= 1:
       raise UserError(f"validation={self.validation} and test={self.test} leave nothing to train "
                       "on; their sum must be below 1")
-    for key, least in (("sample_bytes", 1), ("shard_tokens", 1), ("cut_chars", 0)):
+    for key, least in (("sample_bytes", 1), ("shard_tokens", 1), ("task_bytes", 1),
+                       ("cut_chars", 0), ("max_errors", 0)):
       if getattr(self, key) is not None and getattr(self, key) < least:
         raise UserError(f"{key}={getattr(self, key)} must be at least {least}")
+    if self.cut_chars and self.kind != "text":
+      raise UserError(f"cut_chars={self.cut_chars} is for kind=text: an example of "
+                      f"kind={self.kind} can't be cut; leave it out")
 
 
-def prepare(paths, out, *, overwrite=False, report=None, **options):
-  """Turns text files into a folder that training reads.
+def prepare(paths, out, *, overwrite=False, report=None, executor=None, **options):
+  """Turns files into a folder that training reads.
 
   A document's split depends on nothing but its text and the salt: equal texts share a split, and
-  a document stays where it is when the corpus grows. Everything is written to a folder
-  `OUT.tmp-…` beside `out` and renamed at the end, so what bears the name `out` is whole.
+  a document stays where it is when the corpus grows. The work goes on in a folder
+  `OUT.unfinished` beside `out`, which is renamed at the end, so what bears the name `out` is
+  whole. A call that finds such a folder takes over each stage whose inputs, options and versions
+  are the same.
 
   Args:
     paths: files, folders and glob patterns, as `read.find` takes them.
@@ -68,6 +90,7 @@ def prepare(paths, out, *, overwrite=False, report=None, **options):
     overwrite: replace a prepared folder that is there. A folder of anything else is never
       touched.
     report: called with a line of text at each stage, and every 10 s; default: nobody.
+    executor: what runs the tasks, of `executors.make`; default: this process.
     **options: the fields of `Options`.
 
   Returns:
@@ -80,48 +103,97 @@ def prepare(paths, out, *, overwrite=False, report=None, **options):
   options = Options(**options)
   report = report or (lambda line: None)
   out = pathlib.Path(os.path.abspath(out))
-  _check_free(out, overwrite)
-  paths = read.find(paths, options.exclude)
-  if options.cut_chars is None:
-    options = dataclasses.replace(options, cut_chars=_cut_chars(paths, options, report))
+  _check_options(options)
+  files = read.find(paths, options.exclude)
   try:
-    return _prepare(paths, out, overwrite, options, report)
+    return _prepare(files, out, overwrite, options, report, executor)
   except OSError as e:
     raise UserError(f"--out={out} can't be written ({e.strerror or e}); name another folder, make "
                     "room or change its permissions") from e
 
 
-def _prepare(paths, out, overwrite, options, report):
-  out.parent.mkdir(parents=True, exist_ok=True)
-  for left in sorted(out.parent.glob(f"{out.name}.tmp-*")):
-    report(f"{left} was left by another run: delete it, unless that run is still at work")
-  folder = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
-  folder.mkdir()
+def _check_options(options):
+  """Raises what is wrong with options now, not after hours of work."""
+  read.documents([], kind=options.kind, fields=dict(options.fields), form=options.format,
+                 max_bytes=options.max_record_bytes)
+  clean.make(options.clean)
+  dedup.make(options.dedup)
+  decontaminate.make(options.decontaminate_options)
+  _given_digest(options)
+
+
+class _SampleIsWanted(Exception):
+  """The tokenizer is one that has to be trained."""
+
+
+def _given_digest(options):
+  """What tells a given tokenizer from another one of that name; None for one to be trained."""
+  def sample():
+    raise _SampleIsWanted
   try:
-    tokenizer = _make_tokenizer(paths, options, report)
-    tokenizer.save(folder / "tokenizer")
-    manifest = _write(paths, folder, tokenizer, options, report)
+    return tokenizers.from_spec(options.tokenizer, sample, symbols=options.symbols).digest
+  except _SampleIsWanted:
+    return None
+
+
+def _prepare(files, out, overwrite, options, report, executor):
+  inputs = _digest([[file.source, file.size, file.version] for file in files])
+  fingerprint = _digest([inputs, dataclasses.asdict(options), _versions()])
+  folder = out.with_name(f"{out.name}.unfinished")
+  if not folder.exists():
     _check_free(out, overwrite)
-    _publish(folder, out)
-  except BaseException:
-    shutil.rmtree(folder, ignore_errors=True)
-    raise
+  out.parent.mkdir(parents=True, exist_ok=True)
+  with (stages.Work(folder, {"out": out.name, **_versions()}) as work,
+        _say_what_is_left(work, report)):
+    published = folder / "published.json"
+    if (folder / "replaced").exists() and not out.exists():  # killed between two renames
+      (folder / "replaced").rename(out)
+    if _is_published(published, fingerprint, out):
+      manifest = shards.read_manifest(out)
+    else:
+      _check_free(out, overwrite)
+      published.unlink(missing_ok=True)
+      if work.found:
+        report(f"going on with the unfinished run in {folder}")
+      manifest = _Run(work, options, report, executor).prepare(files, inputs)
+      published.write_text(json.dumps([fingerprint, manifest["digest"]]), encoding="utf-8")
+      _check_free(out, overwrite)
+      if out.exists():
+        out.rename(folder / "replaced")
+      (folder / "publish").rename(out)
+    work.remove()
   return manifest
 
 
-def _cut_chars(paths, options, report):
-  """The length to cut at where the corpus has too few documents to fill the splits, or 0."""
-  if not options.validation + options.test:
-    return 0
-  documents = read.documents(paths, fields={"text": options.text_field})
-  lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
-  if len(lengths) == _FEW_DOCUMENTS:
-    return 0
-  size = max(sum(lengths) // _CUT_INTO, _LEAST_CUT)
-  if any(length > size for length in lengths):
-    report(f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
-           "there is something to hold out (--cut-chars=0: don't)")
-  return size
+@contextlib.contextmanager
+def _say_what_is_left(work, report):
+  try:
+    yield
+  except BaseException:
+    report(f"what is done so far is in {work.folder}: the same command goes on, and another one "
+           "takes what it can use")
+    raise
+
+
+def _is_published(path, fingerprint, out):
+  """Whether a run with this fingerprint was killed after its folder had become `out`."""
+  try:
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return told == [fingerprint, shards.read_manifest(out)["digest"]]
+  except (OSError, ValueError, UserError):
+    return False
+
+
+def _versions():
+  versions = {"jaxgpt": jaxgpt.__version__, "format": shards.FORMAT}
+  for name in _LIBRARIES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions
+
+
+def _digest(value):
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _check_free(out, overwrite):
@@ -135,122 +207,124 @@ def _check_free(out, overwrite):
                     "folder")
 
 
-def _publish(folder, out):
-  """Renames the finished folder to `out`, after moving aside what is there."""
-  old = None
-  if out.exists():
-    old = folder.with_name(f"{folder.name}-old")
-    out.rename(old)
-  folder.rename(out)
-  if old is not None:
-    shutil.rmtree(old, ignore_errors=True)
+class _Run:
+  """The stages in their order."""
+
+  def __init__(self, work, options, report, executor):
+    self._work, self._options, self._report = work, options, report
+    self._executor = executor
+
+  def prepare(self, files, inputs):
+    """All stages; returns the manifest, which is in WORK/publish with all it names."""
+    options, dropped = self._options, read.Dropped()
+    stores, accounts = self._documents(files, inputs)
+    for account in accounts:
+      dropped.merge(account["dropped"])
+    dropped.check(options.max_errors)
+    label_names = examples.label_names(
+        label for account in accounts for label in account["labels"])
+    clusters = self._duplicates(stores) if options.dedup else None
+    contaminated = self._contaminated(stores, clusters) if options.decontaminate else None
+    corpus = tasks.Corpus(stores, clusters, contaminated)
+    made, _ = self._stage("tokenizer", 1, tasks.make_tokenizer, (corpus, options),
+                          [options.tokenizer, _given_digest(options), options.sample_bytes,
+                           options.symbols, options.validation, options.test])
+    saved = made[0] / "tokenizer"
+    written, accounts = self._stage("tokenize", len(stores), tasks.tokenize,
+                                    (corpus, saved, label_names, options), [options.shard_tokens])
+    for account in accounts:
+      dropped.merge(account["dropped"])
+    for line in dropped.lines():
+      self._report(line)
+    assert dropped.kept == sum(account["encoded"] for account in accounts), dropped.to_json()
+    return self._assemble(written, accounts, saved, label_names, dropped)
+
+  def _stage(self, name, count, run, args, depends):
+    """Runs a stage: its folders and accounts by rank."""
+    stage = self._work.stage(name, count, functools.partial(run, *args), depends, self._report)
+    accounts = stages.run(stage, self._executor, self._report)
+    return [stage.task_folder(rank) for rank in range(count)], accounts
+
+  def _documents(self, files, inputs):
+    """Read and cleaned: folders and accounts by rank."""
+    options = self._options
+    listed, accounts = self._stage("inputs", 1, tasks.list_inputs, (files, options.task_bytes),
+                                   [inputs, options.task_bytes, _versions()])
+    cut_chars = _cut_chars(files, options, self._report)
+    return self._stage("read", accounts[0]["tasks"], tasks.read_and_clean,
+                       (listed[0], options, cut_chars),
+                       [options.kind, options.fields, options.format, options.max_record_bytes,
+                        cut_chars, options.clean, options.salt])
+
+  def _duplicates(self, stores):
+    """The folder that says which documents are duplicates."""
+    config = dedup.make(self._options.dedup)
+    signed, _ = self._stage("signatures", len(stores), tasks.sign, (stores, config),
+                            dataclasses.asdict(config))
+    pairs, _ = self._stage("buckets", dedup.bucket_tasks(config), tasks.fill_buckets,
+                           (signed, config), [])
+    found, accounts = self._stage("duplicates", 1, tasks.cluster, (signed, pairs, config), [])
+    self._report("duplicates: " + ", ".join(f"{count:,} by rule {rule!r}"
+                                            for rule, count in accounts[0].items()))
+    return found[0]
+
+  def _contaminated(self, stores, clusters):
+    """The folders that say which training documents share runs of words with held-out ones."""
+    options, config = self._options, decontaminate.make(self._options.decontaminate_options)
+    paths = [path for path in options.decontaminate if path != tasks.HELD_OUT]
+    sources = [read.find(path) for path in paths]
+    own = stores if tasks.HELD_OUT in options.decontaminate else []
+    collected, _ = self._stage(
+        "held-out", len(own) + len(sources), tasks.collect_held_out,
+        (own, clusters, sources, options, config),
+        [options.validation, options.test, options.decontaminate, options.decontaminate_field,
+         dataclasses.asdict(config),
+         [[file.source, file.size, file.version] for listed in sources for file in listed]])
+    inputs = {split: [folder / split for folder in collected[:len(own)]]
+              for split in shards.SPLITS[1:] if own}
+    inputs.update((path, [folder]) for path, folder in zip(paths, collected[len(own):]))
+    index, _ = self._stage("index", 1, tasks.index_held_out, (inputs, config), [])
+    found, accounts = self._stage("contaminated", len(stores), tasks.find_contaminated,
+                                  (stores, clusters, index[0], options, config), [])
+    for name in inputs:
+      self._report(f"{sum(account['found'][name] for account in accounts):,} training documents "
+                   f"share runs of words with {name}")
+    return found
+
+  def _assemble(self, written, accounts, saved, label_names, dropped):
+    """What the tasks wrote, joined in a folder that is ready to be published."""
+    folder = self._work.folder / "publish"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    splits = {split: assemble.assemble(folder, [(part, account["splits"][split])
+                                                for part, account in zip(written, accounts)])
+              for split in shards.SPLITS}
+    if not splits["train"]["documents"]:
+      raise tasks.nothing_to_train_on(self._options)
+    shutil.copytree(saved, folder / "tokenizer")
+    manifest = shards.make_manifest(tokenizers.load(saved), splits, dropped, self._options.kind,
+                                    label_names)
+    shards.write_manifest(folder, manifest)
+    for split, entry in splits.items():
+      self._report(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+                   f"{entry['bytes'] / 1e6:,.2f} MB")
+    return manifest
 
 
-def _split_of(key, options):
-  """The split of a document whose hash is `key`, a number in [0, 1)."""
-  if key < options.test:
-    return "test"
-  return "validation" if key < options.test + options.validation else "train"
-
-
-def _read(paths, options, dropped, report, verb):
-  """(key, document, its UTF-8 length) for each document, with progress reports."""
-  salt = options.salt.encode() + b"\0"
-  start = said = time.monotonic()
-  documents = num_bytes = 0
-  for document in _cut(read.documents(paths, fields={"text": options.text_field},
-                                      dropped=dropped), options.cut_chars):
-    data = document.text.encode()
-    key = int.from_bytes(hashlib.sha256(salt + data).digest()[:6], "big") / (1 << 48)
-    documents, num_bytes = documents + 1, num_bytes + len(data)
-    yield key, document, len(data)
-    now = time.monotonic()
-    if now - said > _REPORT_SECONDS:
-      said = now
-      report(f"{verb} {documents:,} documents, {num_bytes / 1e6:,.1f} MB "
-             f"({num_bytes / 1e6 / (now - start):.1f} MB/s)")
-
-
-def _cut(documents, chars):
-  for document in documents:
-    if not chars or len(document.text) <= chars:
-      yield document
-      continue
-    for number, text in enumerate(read.chunks(document.text, chars), 1):
-      yield read.Document(f"{document.source}#{number}", text)
-
-
-def _make_tokenizer(paths, options, report):
-  def sample():
-    texts = _sample(paths, options, report)
-    report(f"training {options.tokenizer} on {sum(map(len, texts)) / 1e6:,.1f} M characters")
-    return texts
-  return tokenizers.from_spec(options.tokenizer, sample, sample_bytes=options.sample_bytes,
-                              symbols=options.symbols)
-
-
-def _sample(paths, options, report):
-  """Texts of the training split, about `sample_bytes` of them, drawn by their hashes.
-
-  Those with the lowest hashes are kept: an even sample of a stream of unknown length, which the
-  order of the files does not change.
-  """
-  kept, held = [], 0  # a heap whose first entry has the highest hash
-  order = itertools.count()
-  for key, document, _ in _read(paths, options, None, report, "sampled"):
-    if _split_of(key, options) != "train" or (held >= options.sample_bytes and key > -kept[0][0]):
-      continue
-    text = document.text[:options.sample_bytes]
-    heapq.heappush(kept, (-key, next(order), text))
-    held += len(text)
-    while held - len(kept[0][2]) >= options.sample_bytes:
-      held -= len(heapq.heappop(kept)[2])
-  if not kept:
-    raise _nothing_to_train_on(options)
-  return [text for _, _, text in sorted(kept, reverse=True)]
-
-
-def _nothing_to_train_on(options):
-  return UserError(
-      "no document for the training split: either none has any text (the rules and counts are "
-      f"reported), or all went to validation={options.validation} and test={options.test}; lower "
-      "these shares, give more documents (a line of a .jsonl file is one), cut long ones with "
-      "cut_chars, or set another salt")
-
-
-def _write(paths, folder, tokenizer, options, report):
-  """Tokenizes all documents into `folder`; the manifest comes last."""
-  dropped = read.Dropped()
-  writers = {split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens)
-             for split in shards.SPLITS}
-  try:
-    for batch in _batches(_read(paths, options, dropped, report, "tokenized")):
-      encoded = examples.encode_batch([document for _, document, _ in batch], "text", tokenizer)
-      for (key, document, num_bytes), stored in zip(batch, encoded):
-        writers[_split_of(key, options)].add(stored[0], num_bytes, document.source)
-  finally:
-    for writer in writers.values():
-      writer.close()
-  for line in dropped.lines():
-    report(line)
-  if not writers["train"].num_documents:
-    raise _nothing_to_train_on(options)
-  splits = {split: writer.finish() for split, writer in writers.items()}
-  manifest = shards.make_manifest(tokenizer, splits, dropped.counts)
-  shards.write_manifest(folder, manifest)
-  for split, entry in splits.items():
-    report(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
-           f"{entry['bytes'] / 1e6:,.2f} MB")
-  return manifest
-
-
-def _batches(items):
-  batch, chars = [], 0
-  for item in items:
-    batch.append(item)
-    chars += len(item[1].text)
-    if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-      yield batch
-      batch, chars = [], 0
-  if batch:
-    yield batch
+def _cut_chars(files, options, report):
+  """The length to cut at: the one given, or, where the corpus has too few documents to fill the
+  splits, one that cuts them into enough; 0: don't."""
+  if options.cut_chars is not None or not options.validation + options.test:
+    return options.cut_chars or 0
+  if options.kind != "text":
+    return 0
+  documents = read.documents(files, fields=dict(options.fields), form=options.format,
+                             max_bytes=options.max_record_bytes)
+  lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
+  if len(lengths) == _FEW_DOCUMENTS:
+    return 0
+  size = max(sum(lengths) // _CUT_INTO, _LEAST_CUT)
+  if any(length > size for length in lengths):
+    report(f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
+           "there is something to hold out (--cut-chars=0: don't)")
+  return size

@@ -173,7 +173,7 @@ def make_manifest(tokenizer, splits, dropped, kind="text", label_names=()):
   Args:
     tokenizer: the one that all splits were written with.
     splits: {split: what `SplitWriter.finish` returned}.
-    dropped: {rule: documents that were left out}.
+    dropped: a `read.Dropped`, the account of what was read.
     kind: of the data, one of `examples.KINDS`.
     label_names: of the classes, in their order.
 
@@ -192,7 +192,9 @@ def make_manifest(tokenizer, splits, dropped, kind="text", label_names=()):
       "dtype": token_dtype(tokenizer.vocab_size).name,
       "record_tokens": RECORD_TOKENS,
       "splits": splits,
-      "dropped": dict(sorted(dropped.items())),
+      "read": dropped.read,
+      "kept": dropped.kept,
+      "dropped": dict(sorted(dropped.counts.items())),
       "total": {key: sum(split[key] for split in splits.values())
                 for key in ("documents", "tokens", "bytes")},
   }

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text import prepare, shards, tokenizer
+from jaxgpt.text import prepare, shards, stages, tasks, tokenizer
 
 DOCUMENTS = [f"Document {i}.\n" + f"word{i % 7} " * (i % 40) for i in range(300)]
 
@@ -82,30 +82,67 @@ def test_shards_are_named_by_their_number_and_match_their_digests(corpus, tmp_pa
   assert not list((tmp_path / "out").glob("*.unfinished"))
 
 
+def not_again(*args):
+  raise AssertionError("a finished stage is done again")
+
+
 @pytest.mark.parametrize("where", ["write_manifest", "make_manifest"])
-def test_a_crash_leaves_nothing_that_looks_finished_and_a_rerun_works(
+def test_a_crash_leaves_nothing_that_looks_finished_and_a_rerun_goes_on(
     corpus, tmp_path, monkeypatch, where):
   with monkeypatch.context() as m:
-    def crash(*args):
+    def crash(*args, **kwargs):
       raise KeyboardInterrupt
     m.setattr(shards, where, crash)
-    m.setattr(prepare.shutil, "rmtree", lambda *args, **kwargs: None)  # as kill -9 would have it
     with pytest.raises(KeyboardInterrupt):
       prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes")
   assert not (tmp_path / "out").exists()
-  left, = tmp_path.glob("out.tmp-*")
   with pytest.raises(UserError, match="no prepared data folder"):
-    source.open_split(left, "train")
+    source.open_split(tmp_path / "out.unfinished", "train")
   lines = []
+  with monkeypatch.context() as m:
+    m.setattr(tasks, "read_and_clean", not_again)
+    prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append)
+  assert any("going on with the unfinished run" in line for line in lines)
+  assert contents(tmp_path / "out", "train")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_error_in_a_late_stage_keeps_the_early_ones(corpus, tmp_path, monkeypatch):
+  lines = []
+  with pytest.raises(UserError, match="at most"):
+    prepare.prepare([corpus], tmp_path / "out", tokenizer="sentencepiece:60000",
+                    report=lines.append)
+  assert any("out.unfinished" in line for line in lines)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.unfinished"]
+  monkeypatch.setattr(tasks, "read_and_clean", not_again)
   prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append)
-  assert any(str(left) in line for line in lines)
+  assert any(line.startswith("tokenizer: ") and "anew" in line for line in lines)
   assert contents(tmp_path / "out", "train")
 
 
-def test_an_error_cleans_up(corpus, tmp_path):
+def test_changed_inputs_and_options_start_anew(corpus, tmp_path, monkeypatch):
   with pytest.raises(UserError, match="at most"):
     prepare.prepare([corpus], tmp_path / "out", tokenizer="sentencepiece:60000")
-  assert [p.name for p in tmp_path.iterdir()] == ["in"]
+  (corpus / "more.txt").write_text("something else")
+  lines = []
+  prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append)
+  assert any(line.startswith("read: ") and "anew" in line for line in lines)
+  assert "something else" in [t for s in shards.SPLITS for t in contents(tmp_path / "out", s)]
+
+
+def test_two_runs_at_once(corpus, tmp_path):
+  with (stages.Work(tmp_path / "out.unfinished", {}),
+        pytest.raises(UserError, match="another run is at work")):
+    prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes")
+  prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes")
+
+
+def test_a_folder_that_is_in_the_way_of_the_work_is_not_touched(corpus, tmp_path):
+  (tmp_path / "out.unfinished").mkdir()
+  (tmp_path / "out.unfinished" / "novel.tex").write_text("years of work")
+  with pytest.raises(UserError, match="in the way"):
+    prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes")
+  assert (tmp_path / "out.unfinished" / "novel.tex").read_text() == "years of work"
 
 
 def test_a_finished_folder_is_only_replaced_when_asked(corpus, tmp_path):
@@ -172,7 +209,7 @@ def test_nothing_to_train_on(tmp_path, kind):
   (tmp_path / "a.txt").write_text("\n")
   with pytest.raises(UserError, match="no document for the training split"):
     prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=kind)
-  assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+  assert not (tmp_path / "out").exists()
 
 
 def test_dropped_documents_are_in_the_manifest_and_the_report(corpus, tmp_path):

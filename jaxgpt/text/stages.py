@@ -1,0 +1,262 @@
+"""Stages of tasks that may be killed at any moment and go on where they were.
+
+    WORK/state.json                 marks a folder as ours
+    WORK/NAME-KEY/00012/            the outputs of task 12 of a stage, renamed into place whole
+    WORK/NAME-KEY/00012/done.json   its account and the sizes of its files, written last
+    WORK/NAME-KEY/.00012-PID-…/     a task at work, or what a killed one left
+
+A stage's key is a hash of all that its outputs depend on, the stages before it among them. So a
+finished task is valid for as long as its folder is there, and a process that outlives its run
+writes nowhere but into folders of its own key.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from jaxgpt.errors import UserError
+
+_STATE = "state.json"
+_DONE = "done.json"
+_PROGRESS = "progress"
+_REPORT_SECONDS = 10.0
+_PROGRESS_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What is done, task by task, and where its outputs are.
+
+  Attributes:
+    name: a word, for folders and reports.
+    tasks: how many; a property of the inputs, never of the machines.
+    run: run(rank, folder, progress) writes the outputs of one task into an empty folder and
+      returns its account, a JSON-able dict. It can be pickled, and depends on nothing but what
+      the key covers. `progress(documents, bytes)` is to be called now and then.
+    folder: where the outputs are, in folders named by `task_folder`.
+  """
+  name: str
+  tasks: int
+  run: Callable
+  folder: pathlib.Path
+
+  def task_folder(self, rank):
+    return self.folder / f"{rank:05d}"
+
+  def account(self, rank):
+    """What the finished task returned, or None."""
+    folder = self.task_folder(rank)
+    try:
+      done = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+      if all((folder / name).stat().st_size == size for name, size in done["files"].items()):
+        return done["account"]
+    except (OSError, ValueError, KeyError):
+      pass
+    return None
+
+  def missing(self):
+    """Ranks of the tasks that are not done."""
+    return [rank for rank in range(self.tasks) if self.account(rank) is None]
+
+
+class Work:
+  """The folder of a run's unfinished work, locked against other runs. A context manager."""
+
+  def __init__(self, folder, description):
+    """Makes the folder, or takes up the one that an interrupted run left.
+
+    Args:
+      folder: a pathlib.Path whose parent exists.
+      description: a JSON-able dict for whoever looks into the folder.
+
+    Raises:
+      UserError: the folder is something else, or another run is at work in it.
+    """
+    self.folder = folder
+    self.found = folder.exists()
+    if self.found and not (folder / _STATE).is_file() and any(folder.iterdir()):
+      raise UserError(f"{folder} is in the way: it is where unfinished work goes, and no run of "
+                      "jaxgpt left it; move it, or name another --out")
+    folder.mkdir(exist_ok=True)
+    self._lock = os.open(folder, os.O_RDONLY)
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if not os.path.samestat(os.fstat(self._lock), folder.stat()):
+        raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError) as e:
+      os.close(self._lock)
+      raise UserError(f"another run is at work in {folder}; wait for it, or name another "
+                      "--out") from e
+    (folder / _STATE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    self._key = ""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    os.close(self._lock)
+
+  def stage(self, name, tasks, run, depends, report):
+    """The next stage; its key covers `depends`, a JSON-able value, and all stages before it.
+
+    Outputs of a stage of this name with another key are deleted: their inputs have changed.
+    """
+    text = json.dumps([self._key, name, tasks, depends], sort_keys=True)
+    self._key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder = self.folder / f"{name}-{self._key}"
+    for other in sorted(self.folder.glob(f"{name}-*")):
+      if other != folder:
+        report(f"{name}: inputs, options or versions are not those of the unfinished run; anew")
+        shutil.rmtree(other)
+    folder.mkdir(exist_ok=True)
+    return Stage(name, tasks, run, folder)
+
+  def remove(self):
+    """Deletes everything, the mark of the folder last."""
+    for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _STATE):
+      if path.is_dir():
+        shutil.rmtree(path)
+      else:
+        path.unlink()
+    self.folder.rmdir()
+
+
+class Progress:
+  """Counts of a task at work, in a file that `Monitor` reads: it may be on another machine."""
+
+  def __init__(self, folder):
+    self._path, self._said = folder / _PROGRESS, time.monotonic()
+    self._documents = self._bytes = 0
+
+  def __call__(self, documents, num_bytes):
+    self._documents, self._bytes = self._documents + documents, self._bytes + num_bytes
+    if time.monotonic() - self._said > _PROGRESS_SECONDS:
+      self._said = time.monotonic()
+      self._path.write_text(f"{self._documents} {self._bytes}", encoding="utf-8")
+
+
+def run_task(stage, rank):
+  """Runs one task, unless it is done already."""
+  if stage.account(rank) is not None:
+    return
+  final = stage.task_folder(rank)
+  folder = stage.folder / f".{rank:05d}-{os.getpid()}-{secrets.token_hex(4)}"
+  folder.mkdir()
+  try:
+    account = stage.run(rank, folder, Progress(folder))
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size
+             for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / _DONE).write_text(json.dumps({"account": account, "files": files}),
+                                encoding="utf-8")
+    if stage.account(rank) is None:  # else a process that outlived its run was faster
+      shutil.rmtree(final, ignore_errors=True)
+      with contextlib.suppress(FileExistsError, OSError):
+        folder.rename(final)
+      assert stage.account(rank) is not None, f"{folder} could not become {final}"
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_task_or_note(stage, rank):
+  """`run_task` for a process whose exceptions nobody sees: a failure becomes a file.
+
+  After a failure the tasks that have not begun are left undone, so that the run ends soon.
+  """
+  if list(stage.folder.glob(".failed-*")):
+    return
+  try:
+    run_task(stage, rank)
+  except Exception as e:
+    failure = {"user": isinstance(e, UserError), "message": str(e),
+               "traceback": traceback.format_exc()}
+    (stage.folder / f".failed-{rank:05d}").write_text(json.dumps(failure), encoding="utf-8")
+
+
+def run(stage, executor, report):
+  """Runs the tasks of a stage that are not done.
+
+  Args:
+    stage: a Stage.
+    executor: called as executor(stage, ranks) where more than one task is left, and returns when
+      no more of them is going to be done; or None, to run all of them in this process.
+    report: called with a line of text every 10 s.
+
+  Returns:
+    The accounts of all tasks, in the order of their ranks.
+
+  Raises:
+    UserError: what a task raised.
+    RuntimeError: a task failed otherwise, in another process.
+  """
+  missing = stage.missing()
+  if 0 < len(missing) < stage.tasks:
+    report(f"{stage.name}: {stage.tasks - len(missing)} of {stage.tasks} tasks are done already")
+  for left in stage.folder.glob(".*"):
+    if left.is_dir():
+      shutil.rmtree(left, ignore_errors=True)
+    else:
+      left.unlink(missing_ok=True)
+  with Monitor(stage, report):
+    if executor is None or len(missing) < 2:
+      for rank in missing:
+        run_task(stage, rank)
+    else:
+      executor(stage, missing)
+  _raise_failures(stage)
+  accounts = [stage.account(rank) for rank in range(stage.tasks)]
+  lost = [rank for rank, account in enumerate(accounts) if account is None]
+  if lost:
+    raise UserError(f"{len(lost)} of {stage.tasks} tasks of the stage {stage.name} ended without a "
+                    f"result (the first: {lost[0]}); their processes were ended from outside, "
+                    f"often for want of memory: give fewer --workers. Their logs are in "
+                    f"{stage.folder.parent}/logs; the same command goes on")
+  return accounts
+
+
+def _raise_failures(stage):
+  for path in sorted(stage.folder.glob(".failed-*")):
+    failure = json.loads(path.read_text(encoding="utf-8"))
+    if failure["user"]:
+      raise UserError(failure["message"])
+    raise RuntimeError(f"task {path.name[-5:]} of stage {stage.name} failed:\n"
+                       f"{failure['traceback']}")
+
+
+class Monitor:
+  """Says every 10 s how far a stage is, from the files of its tasks. A context manager."""
+
+  def __init__(self, stage, report):
+    self._stage, self._report = stage, report
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+
+  def __enter__(self):
+    self._thread.start()
+
+  def __exit__(self, *_):
+    self._stop.set()
+    self._thread.join()
+
+  def _watch(self):
+    start = time.monotonic()
+    while not self._stop.wait(_REPORT_SECONDS):
+      done = self._stage.tasks - len(self._stage.missing())
+      documents = num_bytes = 0
+      for path in self._stage.folder.glob(f".*/{_PROGRESS}"):
+        with contextlib.suppress(OSError, ValueError):
+          counts = path.read_text(encoding="utf-8").split()
+          documents, num_bytes = documents + int(counts[0]), num_bytes + int(counts[1])
+      at_work = f", at work on {documents:,} documents, {num_bytes / 1e6:,.0f} MB" if documents else ""
+      self._report(f"{self._stage.name}: {done} of {self._stage.tasks} tasks done{at_work} "
+                   f"({time.monotonic() - start:.0f} s)")

@@ -1,0 +1,207 @@
+"""Preparation that is killed and goes on, and runs on several executors, gives the same bytes."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxgpt.errors import UserError
+from jaxgpt.text import executors, prepare, stages
+
+# Runs prepare in a child that kills itself at its Nth operation on a file of the work, for each N.
+_CRASH_MATRIX = """
+import json, os, signal, sys
+from jaxgpt.text import prepare
+folder, step, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+events = ("open", "os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree")
+state = {"left": None}
+def hook(event, args):
+  if state["left"] is not None and event in events and folder + "/out" in str(args):
+    state["left"] -= 1
+    if not state["left"]:
+      os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+def run(n, out):
+  child = os.fork()
+  if not child:
+    state["left"] = n
+    prepare.prepare([folder + "/in"], out, **options)
+    os._exit(0)
+  return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+n, kills = 1, 0
+while True:
+  out = f"{folder}/out{n}"
+  code = run(n, out)
+  if code == 0:
+    break
+  assert code == -signal.SIGKILL, code
+  if not os.path.exists(out) or os.path.exists(out + ".unfinished"):
+    assert run(-1, out) == 0
+  n, kills = n + step, kills + 1
+print(kills)
+"""
+
+
+def write_corpus(folder, files=12, documents=40, words=60):
+  """JSON Lines files of short documents, some of which are broken or appear again."""
+  draw = random.Random(0)
+  folder.mkdir(exist_ok=True)
+  for i in range(files):
+    lines = []
+    for j in range(documents):
+      text = " ".join(draw.choice(["alpha", "beta", "gamma", "δέλτα", "x", f"w{i}{j}"])
+                      for _ in range(draw.randrange(1, words)))
+      lines.append(json.dumps({"text": text + "\n"}) if draw.random() > 0.05 else "{broken")
+    (folder / f"{i:02}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def digests(folder):
+  return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+          for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+OPTIONS = {"tokenizer": "sentencepiece:300", "task_bytes": 10_000, "shard_tokens": 2_000,
+           "cut_chars": 0}
+
+
+def crash_everywhere(tmp_path, step):
+  write_corpus(tmp_path / "in", files=3, documents=20)
+  options = {**OPTIONS, "task_bytes": 2_000}
+  prepare.prepare([tmp_path / "in"], tmp_path / "whole", **options)
+  done = subprocess.run([sys.executable, "-c", _CRASH_MATRIX, str(tmp_path), str(step),
+                         json.dumps(options)], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-3000:]
+  kills = int(done.stdout)
+  whole = digests(tmp_path / "whole")
+  outs = [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+  assert len(outs) == kills + 1
+  for out in outs:
+    assert digests(out) == whole, out
+  return kills
+
+
+def test_killed_at_file_operations_all_over_the_run(tmp_path):
+  assert crash_everywhere(tmp_path, 17) > 10
+
+
+@pytest.mark.slow
+def test_killed_at_every_file_operation(tmp_path):
+  assert crash_everywhere(tmp_path, 1) > 150
+
+
+def command(folder, out, *more):
+  options = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
+  return [sys.executable, "-m", "jaxgpt", "data", str(folder), f"--out={out}", *options,
+          "--workers=2", *more]
+
+
+def kill_at_random(tmp_path, kills):
+  """Kills the whole process group of `jaxgpt data` so many times, running it again and again."""
+  pytest.importorskip("datatrove")
+  write_corpus(tmp_path / "in")
+  start = time.monotonic()
+  subprocess.run(command(tmp_path / "in", tmp_path / "whole"), check=True, capture_output=True)
+  seconds = time.monotonic() - start
+  whole, draw, killed, runs = digests(tmp_path / "whole"), random.Random(1), 0, 0
+  while killed < kills:
+    out = tmp_path / f"out{runs}"
+    runs += 1
+    while True:
+      process = subprocess.Popen(command(tmp_path / "in", out), stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, start_new_session=True)
+      try:
+        code = process.wait(draw.uniform(0.1, 1.0) * seconds if killed < kills else None)
+        assert code == 0, process.stderr.read()
+        break
+      except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        killed += 1
+        if out.exists() and not out.with_name(f"{out.name}.unfinished").exists():
+          break
+    assert digests(out) == whole
+  assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_the_whole_process_group(tmp_path):
+  kill_at_random(tmp_path, 20)
+
+
+def test_three_kills_of_the_whole_process_group(tmp_path):
+  kill_at_random(tmp_path, 3)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path, workers):
+  pytest.importorskip("datatrove")
+  write_corpus(tmp_path / "in")
+  prepare.prepare([tmp_path / "in"], tmp_path / "process", **OPTIONS)
+  subprocess.run(command(tmp_path / "in", tmp_path / "local", f"--workers={workers}"), check=True,
+                 capture_output=True)
+  assert digests(tmp_path / "local") == digests(tmp_path / "process")
+
+
+def _stage(tmp_path, run, tasks=3):
+  work = stages.Work(tmp_path / "work", {})
+  return work.stage("some", tasks, run, [], print)
+
+
+def fail(rank, folder, progress):
+  if rank == 1:
+    raise UserError("no such thing as task 1")
+  return {}
+
+
+def die(rank, folder, progress):
+  if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return {}
+
+
+def break_(rank, folder, progress):
+  return {"value": 1 // (rank - 1)}
+
+
+@pytest.mark.parametrize("run, error, message", [
+    (fail, UserError, "no such thing as task 1"), (die, UserError, "ended without a result"),
+    (break_, RuntimeError, "ZeroDivisionError")])
+def test_failures_of_workers_are_told(tmp_path, run, error, message):
+  pytest.importorskip("datatrove")
+  stage = _stage(tmp_path, run)
+  with pytest.raises(error, match=message):
+    stages.run(stage, executors.make("local", 2), print)
+  assert stage.missing()[0] in (0, 1)
+
+
+def test_a_task_whose_outputs_are_damaged_is_done_again(tmp_path):
+  calls = []
+
+  def write(rank, folder, progress):
+    calls.append(rank)
+    (folder / "out.txt").write_text(f"{rank} " * 10)
+    return {"rank": rank}
+
+  stage = _stage(tmp_path, write)
+  assert stages.run(stage, None, print) == [{"rank": rank} for rank in range(3)]
+  (stage.task_folder(1) / "out.txt").write_text("1")
+  stages.run(stage, None, print)
+  assert calls == [0, 1, 2, 1]
+  assert (stage.task_folder(1) / "out.txt").read_text() == "1 " * 10
+
+
+@pytest.mark.parametrize("args, message", [
+    (("cloud",), "--executor=cloud: choose one of process"), (("local", -1), "--workers=-1"),
+    (("process", 0, {"time": 1}), "process has no such option"),
+    (("slurm", 0, {"partition": "cpu"}), "--executor-option=time="),
+    (("slurm", 0, {"queue": "cpu"}), "it has time, partition")])
+def test_bad_executors_are_named(args, message):
+  pytest.importorskip("datatrove")
+  with pytest.raises(UserError, match=message):
+    executors.make(*args)
