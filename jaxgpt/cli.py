@@ -150,6 +150,9 @@ def _add_tokens(g):
   g.add_argument("--tokenizer", default="sentencepiece:4096", metavar="SPEC",
                  help="bytes | sentencepiece:SIZE[:bpe|unigram|char] | a .model, .tiktoken or "
                       "tokenizer.json file | a folder with one, or that this command wrote")
+  g.add_argument("--template", default="",
+                 help="kind chat: simple, chatml, llama3, gemma, …, or tokenizer for the one that "
+                      "came with it; default: the first that fits the tokenizer")
   g.add_argument("--sample-bytes", type=int, default=4_000_000,
                  help="bytes of text that the tokenizer is trained on")
   g.add_argument("--symbol", action="append", default=[], metavar="TEXT",
@@ -233,7 +236,7 @@ def _data(args):
       format=args.format, exclude=tuple(args.exclude), max_record_bytes=args.max_record_bytes,
       max_errors=args.max_errors, clean=tuple(args.clean), dedup=tuple(args.dedup),
       decontaminate=tuple(args.decontaminate), decontaminate_options=args.decontaminate_options,
-      decontaminate_field=args.decontaminate_field, tokenizer=args.tokenizer,
+      decontaminate_field=args.decontaminate_field, tokenizer=args.tokenizer, template=args.template,
       sample_bytes=args.sample_bytes, symbols=tuple(args.symbol), validation=args.validation,
       test=args.test, salt=args.salt, cut_chars=args.cut_chars, shard_tokens=args.shard_tokens,
       task_bytes=args.task_bytes)

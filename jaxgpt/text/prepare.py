@@ -48,6 +48,7 @@ class Options:
   # bytes | sentencepiece:SIZE | sentencepiece:SIZE:MODEL_TYPE (bpe, unigram, char), or what
   # `tokenizer.load` takes: another prepared folder, Hugging Face's, tiktoken's, a .model file
   tokenizer: str = "sentencepiece:4096"
+  template: str = ""  # kind chat: as `chat.load` takes it
   sample_bytes: int = 4_000_000  # bytes of training documents that the tokenizer learns from
   symbols: tuple = ()  # texts that are one token each wherever they occur
   validation: float = 0.05  # share of the documents that go to the validation split
@@ -231,7 +232,8 @@ class _Run:
                            options.symbols, options.validation, options.test])
     saved = made[0] / "tokenizer"
     written, accounts = self._stage("tokenize", len(stores), tasks.tokenize,
-                                    (corpus, saved, label_names, options), [options.shard_tokens])
+                                    (corpus, saved, label_names, options),
+                                    [options.shard_tokens, options.template])
     for account in accounts:
       dropped.merge(account["dropped"])
     for line in dropped.lines():
@@ -303,7 +305,7 @@ class _Run:
       raise tasks.nothing_to_train_on(self._options)
     shutil.copytree(saved, folder / "tokenizer")
     manifest = shards.make_manifest(tokenizers.load(saved), splits, dropped, self._options.kind,
-                                    label_names)
+                                    label_names, accounts[0]["template"])
     shards.write_manifest(folder, manifest)
     for split, entry in splits.items():
       self._report(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "

@@ -167,7 +167,7 @@ def _describe(path):
   return {"name": path.name, "size": path.stat().st_size, "sha256": digest}
 
 
-def make_manifest(tokenizer, splits, dropped, kind="text", label_names=()):
+def make_manifest(tokenizer, splits, dropped, kind="text", label_names=(), template=None):
   """The manifest: equal for equal inputs, so its digest names the data.
 
   Args:
@@ -176,6 +176,7 @@ def make_manifest(tokenizer, splits, dropped, kind="text", label_names=()):
     dropped: a `read.Dropped`, the account of what was read.
     kind: of the data, one of `examples.KINDS`.
     label_names: of the classes, in their order.
+    template: name of the chat template, of kind chat.
 
   Returns:
     A JSON-able dict without times and paths; 'digest' is the sha256 of the canonical JSON of all
@@ -189,6 +190,7 @@ def make_manifest(tokenizer, splits, dropped, kind="text", label_names=()):
                     "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id},
       "kind": kind,
       "label_names": list(label_names),
+      "chat_template": template,
       "dtype": token_dtype(tokenizer.vocab_size).name,
       "record_tokens": RECORD_TOKENS,
       "splits": splits,

@@ -12,7 +12,7 @@ import pickle
 import numpy as np
 
 from jaxgpt.errors import UserError
-from jaxgpt.text import clean, decontaminate, dedup, examples, formats, read, shards, store
+from jaxgpt.text import chat, clean, decontaminate, dedup, examples, formats, read, shards, store
 from jaxgpt.text import tokenizer as tokenizers
 
 HELD_OUT = "held-out"  # in the place of a path to decontaminate from: this corpus's other splits
@@ -225,6 +225,7 @@ def nothing_to_train_on(options):
 def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   """Cleaned documents to shards of each split."""
   tokenizer = tokenizers.load(saved)
+  template = chat.load(options.template, tokenizer) if options.kind == "chat" else None
   dropped = read.Dropped()
   writers = {split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens,
                                        options.kind) for split in shards.SPLITS}
@@ -232,7 +233,7 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   try:
     for batch in _batches(_kept(corpus, rank, options, dropped)):
       stored = examples.encode_batch([document for _, _, document in batch], options.kind,
-                                     tokenizer, label_names=label_names)
+                                     tokenizer, template, label_names)
       for (split, num_bytes, document), parts in zip(batch, stored):
         encoded += 1
         sizes = [num_bytes] if len(parts) == 1 else _answer_bytes(document)
@@ -243,7 +244,8 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
     for writer in writers.values():
       writer.close()
   return {"splits": {split: writer.finish() for split, writer in writers.items()},
-          "dropped": dropped.to_json(), "encoded": encoded}
+          "dropped": dropped.to_json(), "encoded": encoded,
+          "template": template and template.name}
 
 
 def _kept(corpus, rank, options, dropped):
