@@ -1,10 +1,7 @@
 """Words and sentences of a text, in any language, with nothing to download.
 
 Counts of words are what filters, near-duplicates and decontamination rest on, so they must be the
-same on every machine: rules of a page, no trained model, no word list. A word is a run of letters,
-marks and digits, with the apostrophes, dots and underscores inside it; each other sign is a word of
-its own, and so is each character of a script that is written without spaces (Han, kana, Thai, Lao,
-Burmese, Khmer, Tibetan).
+same on every machine: a page of rules, no trained model, no word list.
 """
 
 import functools
@@ -23,15 +20,24 @@ _UNSPACED = (
     r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u302f\u3031-\u30ff"
     r"\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
 _LETTERS = rf"[^\s{_SIGN}{_UNSPACED}]+"
-_WORD = re.compile(rf"{_LETTERS}(?:['’._]{_LETTERS})*|[{_UNSPACED}]|[{_SIGN}]")
+_LEADS, _JOINS = r"*+./=\\^_|~-", r"'’*+./=\\^_|~-"
+_WORD = re.compile(rf"[{_LEADS}]*{_LETTERS}(?:[{_JOINS}]{_LETTERS})*|[{_UNSPACED}]"
+                   rf"|([{_LEADS}])\1*|[{_SIGN}]")
 _PLAIN_WORD = re.compile(rf"{_LETTERS}(?:['’]{_LETTERS})*|[{_UNSPACED}]")
 # A full stop ends a sentence where white space and no small letter follow it.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z]|\s*$)|[。！？｡।۔؟]+[”’」』）]*|\n+")
 
 
 def words(text):
-  """The words and signs of a text, in order, as a list of strings."""
-  return _WORD.findall(text)
+  """The words and signs of a text, in order, as a list of strings.
+
+  A word is a run of letters, marks and digits, with single dots, hyphens, slashes and the like in
+  it ('well-known', 'x.y', './a/b'); brackets, quotes, commas, colons and other signs stand by
+  themselves (runs like '...' or '====' together), as does each character of a script that is
+  written without spaces: Han, kana, Thai, Lao, Burmese, Khmer, Tibetan. This is about what NLTK's
+  Treebank rules yield, on which the thresholds of published filters were set.
+  """
+  return [match[0] for match in _WORD.finditer(text)]
 
 
 def plain_words(text):

@@ -217,8 +217,8 @@ def test_without_the_extra_a_step_says_what_to_install(name, monkeypatch):
 
 
 def test_words_and_sentences():
-  assert words.words("Don't stop, e.g. x_1=3.14!\n") == [
-      "Don't", "stop", ",", "e.g", ".", "x_1", "=", "3.14", "!"]
+  assert words.words("Don't stop (e.g. at a-b, x_1=3.14)... ===\n") == [
+      "Don't", "stop", "(", "e.g", ".", "at", "a-b", ",", "x_1=3.14", ")", "...", "==="]
   assert words.words("漢字 ไทย नमस्ते हिन्दी।") == ["漢", "字", "ไ", "ท", "ย", "नमस्ते", "हिन्दी", "।"]
   assert words.plain_words("A b_c, 1.5! Don't") == ["a", "b", "c", "1", "5", "don't"]
   text = "One here. \"Two?\" Three, e.g. this one\nfour。五"
