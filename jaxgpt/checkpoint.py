@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxgpt import tree
+from jaxgpt import distributed, tree
 from jaxgpt.errors import UserError
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
@@ -162,7 +162,7 @@ def _leaves(tree):
 
 
 def dump(folder, state, batch, metrics):
-  """Writes what is needed to look into one bad step.
+  """Writes what is needed to look into one bad step; called by all processes.
 
   Args:
     folder: made if need be.
@@ -171,10 +171,11 @@ def dump(folder, state, batch, metrics):
     metrics: plain floats.
   """
   folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / "batch.npz").open("wb") as f:
-    np.savez(f, **batch)
-  (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+  if distributed.is_first():
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "batch.npz").open("wb") as f:
+      np.savez(f, **batch)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
   checkpoints = Checkpoints(folder / "state")
   checkpoints.save(state)
   checkpoints.close()

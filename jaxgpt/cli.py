@@ -21,7 +21,8 @@ def main(argv=None):
     argv: arguments without the program's name; None: those of the process.
 
   Returns:
-    The exit code: 0, 2 for bad input, 128 + the number of the signal that ended a run.
+    The exit code: 0; 2 for bad input; 75 where the same command may work later; 128 + the number
+    of the signal that ended a run.
   """
   parser = _parser()
   args, rest = parser.parse_known_args(argv)
@@ -35,7 +36,7 @@ def main(argv=None):
     return args.run(args) or 0
   except UserError as e:
     print(f"jaxgpt: error: {e}", file=sys.stderr)
-    return 2
+    return e.exit_code
   except KeyboardInterrupt:
     print("jaxgpt: interrupted", file=sys.stderr)
     return 130
@@ -62,6 +63,7 @@ def _parser():
   p.add_argument("--config", required=True, metavar="FILE.py[:ARG]",
                  help="the experiment; overrides follow as --config.KEY=VALUE")
   p.add_argument("--workdir", required=True, help="run folder: checkpoints, metrics, config")
+  _add_processes(p)
   p = command("evaluate", _evaluate, "loss and bits per byte of a run on held-out text")
   _add_run(p)
   p.add_argument("--split", default="validation", choices=("train", "validation", "test"),
@@ -173,6 +175,18 @@ def _key_value(flag, text, parse=json.loads):
     return key, value
 
 
+def _add_processes(p):
+  group = p.add_argument_group(
+      "several processes", "SLURM, Open MPI and Cloud TPU (also GKE) need none of these; elsewhere "
+      "start the same command once a process. The run folder and the data must be visible to all.")
+  group.add_argument("--coordinator", metavar="HOST:PORT",
+                     help="where process 0 is (or JAX_COORDINATOR_ADDRESS)")
+  group.add_argument("--num-processes", metavar="N", help="how many (or JAX_NUM_PROCESSES)")
+  group.add_argument("--process-id", metavar="I", help="this one, from 0 (or JAX_PROCESS_ID)")
+  group.add_argument("--join-timeout", type=_count(1), default=300, metavar="SECONDS",
+                     help="how long to wait for the others")
+
+
 def _add_run(p):
   p.add_argument("--workdir", required=True, help="run folder")
   p.add_argument("--step", type=_count(0), help="which checkpoint; default: the newest")
@@ -214,12 +228,12 @@ def _add_export(p):
   p.add_argument("--no-check", action="store_true", help="don't compare with transformers")
 
 
-def _start_backend():
+def _start_backend(several=False):
   from absl import logging
 
   from jaxgpt import mesh
   logging.set_verbosity(logging.ERROR)  # what a user can act on, we say ourselves
-  mesh.prepare_cpu()
+  mesh.prepare_cpu(several)
 
 
 def _data(args):
@@ -247,17 +261,23 @@ def _data(args):
 
 
 def _train(args):
-  from jaxgpt import config
-  c, origin = config.load(args.config, args.overrides)
-  config.resolve(c)  # what is wrong with the config is said before anything heavy is imported
-  from jaxgpt import evaluate, loop
-  _start_backend()
-  step, result, stopped = loop.train(c, args.workdir, origin)
+  from jaxgpt import config, processes
+  settings = processes.find(args.coordinator, args.num_processes, args.process_id)
+  loaded = None
+  if settings is None:  # what is wrong with the config is said before anything heavy is imported
+    loaded = config.load(args.config, args.overrides)
+    config.resolve(loaded[0])
+  from jaxgpt import distributed, evaluate, loop
+  _start_backend(several=settings is not None)
+  with distributed.joined(settings, args.join_timeout):
+    c, origin = loaded or config.load(args.config, args.overrides)
+    step, result, stopped = loop.train(c, args.workdir, origin)
+    say = print if distributed.is_first() else lambda _: None
   if stopped:
-    print(f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
-          "the same command goes on")
+    say(f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
+        "the same command goes on")
     return 128 + stopped
-  print(f"done: {args.workdir} holds {step} steps; validation {evaluate.describe(result)}")
+  say(f"done: {args.workdir} holds {step} steps; validation {evaluate.describe(result)}")
 
 
 def _evaluate(args):

@@ -7,8 +7,13 @@ class UserError(ValueError):
   """A bad input: a file, a config key, a checkpoint or a mesh.
 
   The message names the thing, its value and the way out. The command line prints it and exits
-  with code 2; anything else that is raised is a bug and keeps its traceback.
+  with `exit_code`: 2, or 75 where the same command may work later. Anything else that is raised is
+  a bug and keeps its traceback.
   """
+
+  def __init__(self, message, exit_code=2):
+    super().__init__(message)
+    self.exit_code = exit_code
 
 
 def optional(module, extra, what):

@@ -17,6 +17,7 @@ from etils import epath
 from jaxgpt import (
   checkpoint,
   config,
+  distributed,
   evaluate,
   initial,
   objectives,
@@ -115,14 +116,18 @@ def split_batches(c, split, batch_size=None):
 
 def to_devices(batch, mesh):
   """This process's rows of a batch as part of a global array, by an explicit transfer."""
-  rows = sharding.batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+  rows, count = sharding.batch_sharding(mesh), sharding.host_slice(mesh)[1]
+  return jax.tree.map(lambda x: sharding.global_array(rows, x, count), batch)
+
+
+def host_part(mesh):
+  """Which rows of a batch this process reads, as the arguments of `pipeline.Batches`."""
+  return dict(zip(("host_index", "host_count"), sharding.host_slice(mesh), strict=True))
 
 
 def held_out_batches(data, mesh, c_data, limit=0):
   """Batches on the devices: all rows of a split once, or the same `limit` batches each time."""
-  host = {"host_index": jax.process_index(), "host_count": jax.process_count(),
-          "threads": c_data.threads, "prefetch": c_data.prefetch}
+  host = host_part(mesh) | {"threads": c_data.threads, "prefetch": c_data.prefetch}
   if 0 < limit < data.steps_per_epoch:  # of the shuffled rows, so that they speak for the split
     batches = data.iterate(0, stop_step=limit, **host)
   else:
@@ -151,9 +156,6 @@ def train(c, folder, origin):
     UserError: bad input, or a loss that is not finite.
   """
   folder = epath.Path(folder)
-  if jax.process_count() > 1:
-    raise UserError(f"{jax.process_count()} processes: training runs in one process so far, on all "
-                    "of its devices")
   with StopSignal() as stop:
     tokenizer, c = load_tokenizer_and_config(c)
     mesh = mesh_lib.make(c.mesh)
@@ -161,17 +163,31 @@ def train(c, folder, origin):
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
     data, held_out = split_batches(c, "train"), split_batches(c, "validation",
                                                                  c.eval.batch_size)
-    if data.num_cut:
+    if data.num_cut and distributed.is_first():
       print(f"{data.num_cut:,} of {data.num_documents:,} documents are longer than data.seq_len="
             f"{c.data.seq_len} and lose an end", flush=True)
     parts = build(c, mesh)
-    workdir_lib.enter(folder, c, origin, mesh, data.digest, tokenizer)
+    _enter(folder, c, origin, mesh, data.digest, tokenizer)
     checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
                                          c.checkpoint.keep_every)
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
       run = _Run(c, folder, mesh, (data, held_out), parts, checkpoints, stop, tokenizer)
       with contextlib.closing(run):
         return run.run()
+
+
+def _enter(folder, c, origin, mesh, data_digest, tokenizer):
+  """Makes or checks the run folder in the first process, and that all work on the same things."""
+  if distributed.is_first():
+    workdir_lib.enter(folder, c, origin, mesh, data_digest, tokenizer)
+  distributed.barrier("run folder")
+  distributed.check_same("the resolved config", c.to_json(),
+                         "start all processes with the same command and config file")
+  distributed.check_same(f"the digest of data.path={c.data.path!r}", data_digest,
+                         "point data.path at the same data on all hosts")
+  if not workdir_lib.is_run(folder):
+    raise UserError(f"--workdir={folder} is another folder here than in process 0: it must be one "
+                    "that all hosts see, such as a bucket or a network file system")
 
 
 class _Run:
@@ -181,6 +197,7 @@ class _Run:
     self._c, self._folder, self._mesh, self._parts = c, folder, mesh, parts
     self._data, self._held_out = data
     self._checkpoints, self._stop, self._tokenizer = checkpoints, stop, tokenizer
+    self._agreement, self._asked, self._stopped = distributed.Agreement(mesh), None, None
     self._means = metrics_lib.Means()
     self._state = self._first_state()
     self._step = int(self._state["step"])
@@ -192,8 +209,9 @@ class _Run:
     self._writers = writers_lib.make(c.log, folder, c.train.steps, self._step)
 
   def _first_state(self):
-    if self._checkpoints.latest() is not None:
-      state, extra = self._checkpoints.restore(self._parts.state)
+    latest = distributed.share(self._checkpoints.latest())
+    if latest is not None:
+      state, extra = self._checkpoints.restore(self._parts.state, latest)
       self._means = metrics_lib.Means(**extra["means"])
       return state
     given = self._given() if self._c.init_from else None
@@ -204,25 +222,44 @@ class _Run:
     """The weights of `init_from`; what of them was used is told and written down."""
     given = initial.load(self._c.init_from, self._c.model, self._parts.state["params"])
     initial.check_tokenizer(given, self._tokenizer, self._c)
-    workdir_lib.write_whole(self._folder / initial.REPORT, json.dumps(given.report, indent=2))
-    print("\n".join(initial.describe(given.report)), flush=True)
+    if distributed.is_first():
+      workdir_lib.write_whole(self._folder / initial.REPORT, json.dumps(given.report, indent=2))
+      print("\n".join(initial.describe(given.report)), flush=True)
     return given.params
 
   def run(self):
     """Steps until the end or a signal, saves, and evaluates a run that is complete."""
     last = None
-    if self._step < self._c.train.steps and not self._stop.received:
+    if self._step < self._c.train.steps and not self._stop_now():
       self._train()
     self._save()
     if self._step == self._c.train.steps:
       last = self._evaluate(limit=0)
-    return self._step, last, None if last else self._stop.received
+    return self._step, last, None if last else self._stopped
+
+  def _stop_soon(self):
+    """The signal that some process got, or None; called by all, once a step.
+
+    Among several processes the answer is to the question of the call before, so that nobody waits
+    for the step in flight, and all stop after the same one.
+    """
+    asked = self._agreement.ask(self._stop.received or 0)
+    if jax.process_count() > 1:
+      asked, self._asked = self._asked, asked
+    if self._stopped is None and asked is not None:
+      number = self._agreement.answer(asked)
+      self._stopped = signal.Signals(number) if number else None
+    return self._stopped
+
+  def _stop_now(self):
+    """As `_stop_soon`, but up to date."""
+    self._stop_soon()
+    return self._stopped or self._stop_soon()
 
   def _train(self):
     c = self._c
     step_fn = train_step.make(self._parts.objective, self._parts.tx, self._parts.schedule, c)
-    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
-    rows = c.data.batch_size
+    host, rows = host_part(self._mesh), c.data.batch_size
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
                           self._data.batch(self._step, **host))
     compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh)
@@ -232,7 +269,7 @@ class _Run:
       self._evaluate(c.eval.batches)
     self._timer.start()
     with jax.transfer_guard("disallow"):  # transfers are explicit, or they are bugs
-      while self._step < c.train.steps and not self._stop.received:
+      while self._step < c.train.steps and not self._stop_soon():
         with self._timer.waiting():
           batch = next(batches)
         self._state, metrics = compiled(self._state, to_devices(batch, self._mesh))
@@ -268,15 +305,15 @@ class _Run:
   def _evaluate(self, limit):
     """The validation metrics of this step, evaluated but once; None where a signal cut it short."""
     self._read_metrics()
-    result = self._writers.newest(self._step, "validation")
+    result = distributed.share(self._writers.newest(self._step, "validation"))
     if result is None:
       with self._timer.paused(), jax.transfer_guard("allow"):
         batches = held_out_batches(self._held_out, self._mesh, self._c.data, limit)
         result = evaluate.evaluate(
             self._eval_step, weights(self._state),
-            itertools.takewhile(lambda _: not self._stop.received, batches),
+            itertools.takewhile(lambda _: not self._stop_soon(), batches),
             bytes_per_token(self._held_out))
-        if self._stop.received:
+        if self._stop_now():
           return None
         self._writers.write(self._step, "validation", result)
     return result

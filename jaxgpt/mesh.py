@@ -86,18 +86,21 @@ def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
                     f"choose a multiple, or a smaller mesh")
 
 
-def prepare_cpu():
+def prepare_cpu(several=False):
   """Prepares the process for XLA's CPU backend, where that is what runs; before JAX is started.
 
   Keeps glibc from giving memory back: XLA allocates its temporaries anew each step, and mapping
   their pages again costs a third of a small model's step (docs/log.md). The process stays as large
-  as it ever was. With several pretended devices, runs one program at a time: two in flight share
-  one pool of threads, and their collectives can wait for each other for ever.
+  as it ever was. With several pretended devices or several processes, runs one program at a time:
+  two in flight share one pool of threads, and their collectives can wait for each other for ever.
+
+  Args:
+    several: whether this process is one of several.
   """
   accelerated = any(importlib.util.find_spec(name) for name in _ACCELERATOR_PLUGINS)
   if os.environ.get("JAX_PLATFORMS", "" if accelerated else "cpu") != "cpu":
     return
-  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+  if several or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_cpu_enable_async_dispatch", False)
   try:
     mallopt = ctypes.CDLL(None).mallopt

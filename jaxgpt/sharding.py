@@ -4,6 +4,8 @@ A parameter is declared once with its logical axes, in `model`. The tree of thos
 it is sharded, whether it decays and whether Muon treats it as a matrix.
 """
 
+import math
+
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -115,3 +117,45 @@ def like_params(state_shapes, params_shapes, shardings, mesh):
 def batch_sharding(mesh):
   """NamedSharding of a batch's arrays: rows over the data shards, whatever follows kept whole."""
   return NamedSharding(mesh, spec(("batch",)))
+
+
+def host_slice(mesh, process=None):
+  """Which part of a batch's rows the devices of a process hold.
+
+  Args:
+    mesh: the device mesh.
+    process: its number; default: this one.
+
+  Returns:
+    (index, count): part `index` of `count` equal parts. Processes that hold copies of the same
+    rows, as with a mesh axis over hosts that does not share the batch, get the same index.
+
+  Raises:
+    UserError: the processes hold unequal or overlapping parts.
+  """
+  process = jax.process_index() if process is None else process
+  rows = batch_sharding(mesh)
+  shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  held = {}
+  for device, (part,) in rows.devices_indices_map((shards,)).items():
+    held.setdefault(device.process_index, set()).add(part.indices(shards)[0])
+  parts = sorted({tuple(sorted(numbers)) for numbers in held.values()})
+  if len({len(p) for p in parts}) != 1 or sum(len(p) for p in parts) != shards:
+    raise UserError("mesh.data and mesh.fsdp cut the batch so that hosts hold unequal parts of it: "
+                    f"{dict(mesh.shape)} over {len(held)} processes; choose sizes whose product is "
+                    "a multiple or a divisor of the number of processes")
+  return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
+
+def global_array(rows, part, count):
+  """This process's part of an array that is cut over all processes, put on its devices.
+
+  Args:
+    rows: NamedSharding of the whole, over its first dimension.
+    part: what this process holds, an array.
+    count: how many parts make the whole.
+  """
+  shape = (part.shape[0] * count, *part.shape[1:])
+  with jax.transfer_guard_host_to_device("allow"):  # JAX takes it for an implicit transfer
+    return jax.make_array_from_process_local_data(rows, part, shape)

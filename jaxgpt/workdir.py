@@ -63,6 +63,11 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
                     "choose another folder or change its permissions") from e
 
 
+def is_run(folder):
+  """Whether a folder holds a run."""
+  return (epath.Path(folder) / _CONFIG).exists()
+
+
 def write_whole(path, text):
   """Writes a file so that a kill leaves the old one or the new one."""
   part = path.with_name(path.name + ".part")

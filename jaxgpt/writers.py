@@ -6,7 +6,7 @@ import json
 from etils import epath
 from rich import console, progress
 
-from jaxgpt import workdir
+from jaxgpt import distributed, workdir
 from jaxgpt.errors import UserError
 
 JSONL = "metrics.jsonl"
@@ -154,8 +154,21 @@ class Writers:
       writer.close()
 
 
+class Silent:
+  """What the other processes have in place of `Writers`: the first one writes for all."""
+
+  def newest(self, step, kind):
+    """See `Jsonl.newest`; the first process knows."""
+
+  def write(self, step, kind, metrics):
+    """See `Writers.write`."""
+
+  def close(self):
+    """Nothing is open."""
+
+
 def make(c_log, folder, total, start):
-  """The writers that the config asks for.
+  """The writers that the config asks for, in the first process; `Silent` in the others.
 
   Args:
     c_log: the config's `log` section.
@@ -163,6 +176,8 @@ def make(c_log, folder, total, start):
     total: steps of the run.
     start: the step at which it goes on.
   """
+  if not distributed.is_first():
+    return Silent()
   jsonl = Jsonl(folder, start)
   extra = [TensorBoard(folder, start)] if c_log.tensorboard else []
   return Writers(jsonl, *extra, Terminal(total, start))

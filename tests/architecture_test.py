@@ -8,7 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "jaxgpt"
 
 FLOORS = [  # each floor's rooms in the order in which they may import each other
-    ["errors", "presets", "checks", "config", "tree", "mesh", "sharding"],
+    ["errors", "presets", "checks", "config", "tree", "mesh", "sharding", "processes",
+     "lifeline", "distributed"],
     ["text.files", "text.streams", "text.records", "text.tables", "text.warc", "text.formats",
      "text.read",
      "text.specs", "text.words", "text.clean", "text.dedup",
@@ -26,7 +27,8 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["initial", "loop", "runs", "exchange", "demo", "reference", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
-PLAIN = ("errors", "presets", *(room for room in ORDER if room.startswith("text.")))
+PLAIN = ("errors", "presets", "processes", "lifeline",
+         *(room for room in ORDER if room.startswith("text.")))
 OPTIONAL = {"tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
 NO_JAX = PLAIN + ("checks", "config", *(room for room in ORDER if room.startswith("data.")))
 

@@ -1,0 +1,47 @@
+import pytest
+
+from jaxgpt import processes
+from jaxgpt.errors import UserError
+
+ENV = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+
+
+@pytest.mark.parametrize("args, env, want", [
+    ((), {}, None),
+    ((), ENV, processes.Settings("a:1", 4, 2)),
+    ((None, None, "3"), ENV, processes.Settings("a:1", 4, 3)),
+    (("[::1]:99", "2", "0"), {}, processes.Settings("[::1]:99", 2, 0)),
+    (("b:2", "1", "0"), {}, None),
+    ((), {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]"},
+     processes.Settings()),
+    ((), {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # the batch script, outside of srun
+    ((), {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+    ((), {"OMPI_COMM_WORLD_SIZE": "2"}, processes.Settings()),
+    (("b:2", "2", "0"), {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]"},
+     processes.Settings("b:2", 2, 0)),  # flags win over the cluster
+])
+def test_who_is_joined(args, env, want):
+  assert processes.find(*args, env=env, on_tpu=False) == want
+
+
+@pytest.mark.parametrize("env, want", [
+    ({}, processes.Settings()),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, processes.Settings()),
+    ({"TPU_WORKER_HOSTNAMES": "a", "TPU_SKIP_MDS_QUERY": "1"}, None),
+    ({"JAX_PLATFORMS": "cpu"}, None),
+])
+def test_on_a_tpu_machine_jax_knows_the_others(env, want):
+  assert processes.find(env=env, on_tpu=True) == want
+
+
+@pytest.mark.parametrize("args, words", [
+    (("a:1", "2", None), r"--process-id \(or JAX_PROCESS_ID\) is missing"),
+    ((None, "2", "0"), r"--coordinator \(or JAX_COORDINATOR_ADDRESS\) is missing"),
+    (("a", "2", "0"), "--coordinator=a must be HOST:PORT"),
+    (("a:x", "2", "0"), "--coordinator=a:x must be HOST:PORT"),
+    (("a:1", "two", "0"), "--num-processes=two .* must be integers"),
+    (("a:1", "2", "2"), r"--process-id=2 must lie in \[0, --num-processes=2\)"),
+])
+def test_settings_that_do_not_fit_are_named(args, words):
+  with pytest.raises(UserError, match=words):
+    processes.find(*args, env={}, on_tpu=False)
