@@ -5,7 +5,7 @@ import pytest
 
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text import examples, shards, tokenizer
+from jaxgpt.text import examples, read, shards, tokenizer
 
 T = tokenizer.ByteTokenizer()
 
@@ -97,7 +97,7 @@ def write(folder, kind, encoded, label_names=()):
   for e in encoded:
     writer.add(e, 1, "file")
   shards.write_manifest(folder, shards.make_manifest(
-      T, {"train": writer.finish()}, {}, kind, label_names))
+      T, {"train": writer.finish()}, read.Dropped(), kind, label_names))
   return source.open_split(folder, "train")
 
 
