@@ -12,6 +12,7 @@ through fsspec, which finds credentials and endpoints as its users know them:
 
 import fnmatch
 import glob
+import logging
 import os
 import pathlib
 import stat
@@ -210,6 +211,10 @@ def filesystem_of(address):
   scheme = scheme_of(address)
   fsspec = optional("fsspec", "data", f"reading {scheme}:// addresses")
   options = {}
+  if os.environ.get("STORAGE_EMULATOR_HOST"):  # emulators lack the gRPC API that gcsfs asks first
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+  # We say ourselves what a user can act on; who sets up logging hears the rest.
+  logging.getLogger("gcsfs").addHandler(logging.NullHandler())
   try:
     if scheme in ("http", "https"):  # aiohttp's default ends a download after five minutes
       aiohttp = optional("aiohttp", "data", f"reading {scheme}:// addresses")
@@ -227,8 +232,11 @@ def filesystem_of(address):
 
 def _remote_error(address, error):
   scheme = scheme_of(address)
+  cause = error.__cause__
+  if isinstance(error, FileNotFoundError) and cause and not isinstance(cause, FileNotFoundError):
+    error = cause  # fsspec calls a server that can't be reached a missing file
   what = (": no such file or folder" if isinstance(error, FileNotFoundError) else
-          f" can't be listed ({type(error).__name__}: {str(error)[:300]})")
+          f" can't be reached ({type(error).__name__}: {str(error)[:300]})")
   way_out = _WAYS_OUT.get({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme), "check the address")
   return UserError(f"{address!r}{what}; {way_out}")
 

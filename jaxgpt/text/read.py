@@ -16,7 +16,7 @@ KINDS = {
     "classification": ("text", "[text_pair]", "label"),
     "seq2seq": ("input", "target"),
     "chat": ("messages",),
-    "preference": ("[prompt]", "chosen", "rejected"),
+    "preference": ("[prompt]", "chosen", "rejected"),  # no prompt: an empty one
 }
 
 # The rules of what is broken; other rules are choices.
@@ -205,9 +205,11 @@ def _document(record, kind, columns):
       return records.Fault("missing field", where, f"kind={kind} needs columns, a text has none")
     values, columns = {"text": values}, {"text": "text"}
   try:
-    found = {name: value for name, column in columns.items()
-             if (value := _value(values, column, f"[{name}]" in KINDS[kind] or name == "id"))
-             is not None}
+    found = {name: _value(values, column, f"[{name}]" in KINDS[kind] or name == "id")
+             for name, column in columns.items()}
+    if "prompt" in found:
+      found["prompt"] = found["prompt"] or ""
+    found = {name: value for name, value in found.items() if value is not None}
     name = str(found.pop("id", record.id))
     checked = {key: _CHECKS.get(key, _string)(key, value) for key, value in found.items()}
     text = "\n".join(part for key in checked for part in _texts(key, checked[key]))
@@ -251,7 +253,7 @@ def _string(name, value):
 def _label(name, value):
   if not isinstance(value, str | int | float) or value != value:
     raise TypeError(f"{name} is {str(value)[:50]!r}, neither a string nor a number")
-  return value
+  return int(value) if isinstance(value, bool) else value
 
 
 def _messages(name, value):

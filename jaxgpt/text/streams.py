@@ -11,7 +11,7 @@ from jaxgpt.text import files
 
 BUFFER = 1 << 20  # bytes asked of a file at a time
 _REMOTE_BLOCK = 8 << 20  # bytes a request, of a remote file
-_ZSTD_INPUT = 1 << 12  # compressed bytes given at a time: bounds what they can grow to
+_ZSTD_INPUT = (512, 4096)  # compressed bytes given at a time: bounds what they can grow to
 
 
 def open_stream(file):
@@ -108,15 +108,15 @@ class _Zstandard(io.RawIOBase):
 
   def __init__(self, raw, new):
     self._raw, self._new = raw, new
-    self._frame = None
-    self._input = self._output = b""
+    self._frame, self._size = None, _ZSTD_INPUT[0]
+    self._input, self._output = b"", memoryview(b"")
 
   def readable(self):
     return True
 
   def read(self, size):
     while not self._output:
-      data = self._input or self._raw.read(_ZSTD_INPUT)
+      data = self._input or self._raw.read(self._size)
       self._input = b""
       if not data:
         if self._frame is not None:
@@ -124,7 +124,9 @@ class _Zstandard(io.RawIOBase):
         return b""
       if self._frame is None:
         self._frame = self._new()
-      self._output = self._frame.decompress(data)
+      self._output = memoryview(self._frame.decompress(data))
+      grows = len(self._output) > BUFFER
+      self._size = _ZSTD_INPUT[0] if grows else min(2 * self._size, _ZSTD_INPUT[1])
       if self._frame.eof:
         self._input, self._frame = self._frame.unused_data, None
     out, self._output = self._output[:size], self._output[size:]
