@@ -1,4 +1,4 @@
-"""What `documents` reads, leaves out, and says."""
+"""Documents of each kind, and the account of what was left out."""
 
 import json
 
@@ -6,6 +6,8 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.text import read
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "name": "x"}]
 
 
 def write(folder, files):
@@ -15,36 +17,9 @@ def write(folder, files):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def test_a_folder_is_read_in_sorted_order_without_hidden_and_unknown_files(tmp_path):
-  write(tmp_path / "corpus", {
-      "b.txt": "two\r\n", "a/z.md": "one", "a/__pycache__/x.txt": "no", ".git/c.txt": "no",
-      ".hidden.txt": "no", "image.png": "no", "c.py": b"\xef\xbb\xbfthree"})
-  got = list(read.documents(read.find(tmp_path / "corpus")))
-  assert [(d.source, d.text) for d in got] == [
-      ("corpus/a/z.md", "one"), ("corpus/b.txt", "two\r\n"), ("corpus/c.py", "three")]
-
-
-def test_sources_do_not_depend_on_where_the_folder_is(tmp_path):
-  for place in ("here", "there/deeper"):
-    write(tmp_path / place / "corpus", {"a.txt": "x", "b/c.jsonl": '{"text": "y"}\n'})
-  here, there = (list(read.documents(read.find([tmp_path / p / "corpus"]))) for p in ("here", "there/deeper"))
-  assert here == there
-  assert here[1].source == "corpus/b/c.jsonl:1"
-
-
-def test_patterns_and_files_given_twice_are_read_once(tmp_path):
-  write(tmp_path, {"a.txt": "a", "d/b.txt": "b", "d/e/c.log": "c"})
-  paths = [f"{tmp_path}/**/*.txt", tmp_path / "a.txt", f"{tmp_path}/d/*/*.log"]
-  assert [d.text for d in read.documents(read.find(paths))] == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("exclude, left", [
-    ((), ["ka", "a", "t", "tb"]), (("tests",), ["ka", "a"]), (("test*",), ["ka", "a"]),
-    (("keep/*",), ["a", "t", "tb"]), ("*b*", ["ka", "a", "t"])])
-def test_exclude_matches_any_part_below_the_given_folder(tmp_path, exclude, left):
-  root = tmp_path / "test_root"
-  write(root, {"keep/a.txt": "ka", "src/a.txt": "a", "tests/t.txt": "t", "tests/x/b.txt": "tb"})
-  assert [d.text for d in read.documents(read.find(root, exclude))] == left
+def rows(path, *values):
+  path.write_text("".join(json.dumps(value) + "\n" for value in values))
+  return path
 
 
 def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path):
@@ -58,31 +33,75 @@ def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path):
   assert texts == ["good", "last", "fine"]
   assert dropped.counts == {"invalid json": 1, "missing field": 2, "wrong type": 1,
                             "invalid utf-8": 3, "empty": 2}
+  assert (dropped.read, dropped.kept) == (12, 3)
   report = "\n".join(dropped.lines())
   assert "a.jsonl:3: " in report
   assert "b.txt: invalid start byte at byte 0" in report
 
 
-def test_only_the_first_examples_of_a_rule_are_kept(tmp_path):
+@pytest.mark.parametrize("limit", [0, 2, 5])
+def test_only_the_first_examples_of_a_rule_are_kept(tmp_path, limit):
   write(tmp_path, {"a.jsonl": "nonsense\n" * 100})
-  dropped = read.Dropped()
+  dropped = read.Dropped(limit)
   assert list(read.documents(read.find(tmp_path), dropped=dropped)) == []
   assert dropped.counts == {"invalid json": 100}
-  assert len(dropped.lines()) == 1 + read.EXAMPLES
+  assert len(dropped.lines()) == 1 + limit
 
 
-def test_another_field_holds_the_text(tmp_path):
-  write(tmp_path, {"a.jsonl": json.dumps({"content": "x", "text": "y"})})
-  assert next(read.documents(read.find(tmp_path), fields={"text": "content"})).text == "x"
+def test_accounts_of_parts_add_up_to_the_account_of_the_whole(tmp_path):
+  write(tmp_path, {f"{i}.jsonl": '{"text": "x"}\n' + "bad\n" * i + '{"text": ""}\n'
+                   for i in range(4)})
+  whole, merged = read.Dropped(3), read.Dropped(3)
+  list(read.documents(read.find(tmp_path), dropped=whole))
+  for file in read.find(tmp_path):
+    part = read.Dropped(3)
+    list(read.documents([file], dropped=part))
+    merged.merge(json.loads(json.dumps(part.to_json())))
+  assert merged.to_json() == whole.to_json()
+  assert whole.read == 14 and len(whole.examples["invalid json"]) == 3
 
 
-@pytest.mark.parametrize("path, message", [
-    ("missing", "no such file or folder"), ("*.none", "matches no file"),
-    ("empty", "no file to read")])
-def test_nothing_to_read_is_an_error_of_the_call_itself(tmp_path, path, message):
-  write(tmp_path, {"empty/x.bin": "x"})
-  with pytest.raises(UserError, match=message):
-    read.find([tmp_path / path])
+@pytest.mark.parametrize("kind, row, text, fields", [
+    ("text", {"text": "a", "label": 1}, "a", {}),
+    ("classification", {"text": "a", "label": "x"}, "a", {"text": "a", "label": "x"}),
+    ("classification", {"text": "a", "text_pair": "b", "label": True}, "a\nb",
+     {"text": "a", "text_pair": "b", "label": 1}),
+    ("seq2seq", {"input": "a", "target": "b"}, "a\nb", {"input": "a", "target": "b"}),
+    ("chat", {"messages": CHAT}, "hi\nhello", {"messages": CHAT}),
+    ("chat", {"messages": json.dumps(CHAT)}, "hi\nhello", {"messages": CHAT}),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, "a\nb\nc",
+     {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    ("preference", {"chosen": "b", "rejected": "c"}, "\nb\nc",
+     {"prompt": "", "chosen": "b", "rejected": "c"})])
+def test_the_values_and_the_text_of_each_kind(tmp_path, kind, row, text, fields):
+  path = rows(tmp_path / "a.jsonl", {**row, "id": 7})
+  document, = read.documents(read.find(path), kind=kind)
+  assert document == ("a.jsonl:1", text, "7", fields, False)
+  assert type(document.fields.get("label")) is not bool
+
+
+def test_other_columns_hold_the_values(tmp_path):
+  path = rows(tmp_path / "a.jsonl", {"translation": {"de": "ja", "en": "yes"}, "input": "no"})
+  document, = read.documents(read.find(path), kind="seq2seq",
+                             fields={"input": "translation.de", "target": "translation.en"})
+  assert document.fields == {"input": "ja", "target": "yes"}
+
+
+def test_a_text_file_has_its_text_whatever_the_column_is_called(tmp_path):
+  write(tmp_path, {"a.jsonl": '{"content": "x", "text": "y"}', "b.txt": "z"})
+  found = read.documents(read.find(tmp_path), fields={"text": "content"})
+  assert [d.text for d in found] == ["x", "z"]
+
+
+@pytest.mark.parametrize("max_errors, ends", [(None, False), (3, False), (2, True), (0, True)])
+def test_errors_end_the_run_where_the_user_says_so(tmp_path, max_errors, ends):
+  write(tmp_path, {"a.jsonl": '{"text": ""}\n' * 9 + "bad\n" * 3 + '{"text": "x"}\n'})
+  documents = read.documents(read.find(tmp_path), max_errors=max_errors)
+  if not ends:
+    assert [d.text for d in documents] == ["x"]
+    return
+  with pytest.raises(UserError, match=f"max_errors={max_errors}, such as .*a.jsonl:1"):
+    list(documents)
 
 
 def test_chunks_join_to_the_text_and_end_after_lines():
