@@ -3,8 +3,8 @@
 Local files need no extra. `s3://`, `gs://`, `hf://`, `http(s)://` and whatever else fsspec knows go
 through fsspec, which finds credentials and endpoints as its users know them:
 
-  s3://    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL (another service);
-           FSSPEC_S3_ANON=true for public buckets
+  s3://    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE; AWS_ENDPOINT_URL where it is
+           another's service; FSSPEC_S3_ANON=true for public buckets
   gs://    GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login`;
            STORAGE_EMULATOR_HOST; FSSPEC_GS_TOKEN=anon for public buckets
   hf://    HF_TOKEN, HF_ENDPOINT; hf://datasets/OWNER/NAME/PATH

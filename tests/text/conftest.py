@@ -9,8 +9,11 @@ import pytest
 
 
 class _Web(http.server.SimpleHTTPRequestHandler):
-  """Files of a folder. Below /cut the connection breaks halfway, below /ranges one may ask for parts,
-  below /status/N the answer is N."""
+  """Files of a folder, which it sends whole.
+
+  Below /cut the connection breaks halfway, below /ranges one may ask for parts of a file, below
+  /status/N the answer is N.
+  """
 
   def do_GET(self):
     parts = self.path.partition("?")[0].strip("/").split("/")
@@ -69,7 +72,7 @@ def _s3_server():
 
 @pytest.fixture
 def s3(_s3_server, monkeypatch):
-  """An empty bucket, found through the variables that a user sets: its file system, 's3://bucket'."""
+  """An empty bucket, found through the variables that a user sets: (its file system, address)."""
   import s3fs
   for key, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"),
                      ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_ENDPOINT_URL", _s3_server)):

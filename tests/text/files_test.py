@@ -69,7 +69,8 @@ def test_nothing_to_read_is_an_error(tmp_path, path, message):
 
 @pytest.mark.parametrize("address, suffix", [
     ("a/B.JSONL.gz", ".jsonl"), ("a.txt", ".txt"), ("a.gz", ""), ("a", ""), ("a.b/c", ""),
-    ("x.warc.wet.gz", ".wet"), ("s3://b/k.v1.parquet", ".parquet"), ("https://h/a.csv.zst?sig=x.y", ".csv")])
+    ("x.warc.wet.gz", ".wet"),
+    ("s3://b/k.v1.parquet", ".parquet"), ("https://h/a.csv.zst?sig=x.y", ".csv")])
 def test_the_suffix_before_a_compression_tells_the_format(address, suffix):
   assert files.suffix(address) == suffix
 
@@ -141,7 +142,8 @@ def test_a_bucket_is_listed_as_a_folder_is(service, request):
   assert [(d.source, d.text) for d in read.documents(listed)] == [
       ("c.py", "three"), ("b.txt", "two\r\n")]
   assert all(f.size and f.version for f in listed)
-  for wrong, message in ((f"{bucket}/none", "no such file"), (f"{bucket}/*.zip", "nothing is there"),
+  for wrong, message in ((f"{bucket}/none", "no such file"),
+                         (f"{bucket}/*.zip", "nothing is there"),
                          (f"{bucket}x/a.txt", "no such file|NoSuchBucket")):
     with pytest.raises(UserError, match=message):
       read.find(wrong)
@@ -157,8 +159,8 @@ def test_wrong_credentials_are_one_message(s3, monkeypatch):
 
 
 @pytest.mark.parametrize("address, module, extra", [
-    ("s3://b/x", "fsspec", "data"), ("http://h/x", "aiohttp", "data"), ("s3://b/x", "s3fs", "data,s3"),
-    ("gs://b/x", "gcsfs", "data,gcs")])
+    ("s3://b/x", "fsspec", "data"), ("http://h/x", "aiohttp", "data"),
+    ("s3://b/x", "s3fs", "data,s3"), ("gs://b/x", "gcsfs", "data,gcs")])
 def test_a_missing_extra_is_named(monkeypatch, address, module, extra):
   registry = pytest.importorskip("fsspec.registry")
   for name in ("_registry", "registry"):  # where fsspec keeps what it has imported

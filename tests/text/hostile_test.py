@@ -68,11 +68,13 @@ SURVIVED = {
                            {"unreadable": 1}),
     "no gzip": ("a.txt.gz", b"\0\1\2\3 not compressed", 0, {"binary": 1}),
     "a bomb": ("a.jsonl.gz", lambda: gzip.compress(b"0" * 90_000_000), 0, {"too long": 1}),
-    "damaged xz": ("a.txt.xz", lambda: lzma.compress(LINES)[:500] + bytes(99), 0, {"unreadable": 1}),
+    "damaged xz": ("a.txt.xz", lambda: lzma.compress(LINES)[:500] + bytes(99), 0,
+                   {"unreadable": 1}),
     "damaged zstandard": ("a.txt.zst", lambda: zstd(LINES)[:-50] + bytes(50), 0, {"unreadable": 1}),
     "truncated zstandard": ("a.txt.zst", lambda: zstd(LINES)[:-9], 0, {"unreadable": 1}),
     "no parquet": ("a.parquet", b"PAR1 and then nothing", 0, {"unreadable": 1}),
-    "truncated parquet": ("a.parquet", lambda: parquet("text", ["x"] * 9)[:-9], 0, {"unreadable": 1}),
+    "truncated parquet": ("a.parquet", lambda: parquet("text", ["x"] * 9)[:-9], 0,
+                          {"unreadable": 1}),
     "parquet without the column": ("a.parquet", lambda: parquet("body", ["x"] * 9), 0,
                                    {"missing field": 9}),
     "parquet of numbers and nulls": ("a.parquet", lambda: parquet("text", [1, None, 2]), 0,
@@ -125,7 +127,7 @@ def test_survived(tmp_path, name):
   path = folder / os.fsdecode(file)
   if isinstance(content, bytes):
     path.write_bytes(content)
-  elif file.endswith(tuple(".gz .xz .zst .parquet .jsonl".split())):
+  elif file.endswith((".gz", ".xz", ".zst", ".parquet", ".jsonl")):
     path.write_bytes(content())
   else:
     content(path)
