@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 
 from jaxgpt import config
 from jaxgpt.data import masking, pipeline
-from jaxgpt.text import examples, shards, tokenizer
+from jaxgpt.text import examples, read, shards, tokenizer
 
 T, B, VOCABULARY = 2048, 32, 32_000
 
@@ -41,7 +41,8 @@ def write(folder, tokens, seed):
     ids = (300 + rng.zipf(1.2, n) % (VOCABULARY - 300)).astype(np.int32)  # compresses like text
     writer.add(examples.Encoded(np.concatenate(([1], ids, [2]))), 4 * n, "benchmark")
     written += n
-  shards.write_manifest(folder, shards.make_manifest(Tokenizer(), {"train": writer.finish()}, {}))
+  shards.write_manifest(folder, shards.make_manifest(
+      Tokenizer(), {"train": writer.finish()}, read.Dropped()))
   return folder
 
 
