@@ -57,8 +57,8 @@ class File(NamedTuple):
 
 def suffix(address):
   """The suffix that tells the format, in lower case: '.jsonl' of 'a/B.JSONL.gz'."""
-  path = pathlib.PurePosixPath(_path_of(address).lower())
-  return pathlib.PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+  stem, last = os.path.splitext(_path_of(address).lower())
+  return os.path.splitext(stem)[1] if last in COMPRESSED else last
 
 
 def is_zstandard(address):
@@ -90,8 +90,7 @@ def find(paths, exclude=(), suffixes=()):
   for given in map(os.fspath, paths):
     scheme = scheme_of(given)
     expand = _expand_remote if scheme else _expand_local
-    for root, parts, file in expand(given.removeprefix("file://"), suffixes):
-      key = file.address if scheme else os.path.realpath(file.address)
+    for root, parts, file, key in expand(given.removeprefix("file://"), suffixes):
       if key not in seen and not _excluded(parts, exclude):
         seen.add(key)
         files.append(file._replace(source=_printable("/".join((*root, *parts)))))
@@ -141,7 +140,7 @@ def _literal_parts(parts):
 
 
 def _expand_local(given, suffixes):
-  """(name of the root, parts below it, File) for each file that one given path stands for."""
+  """(name of the root, parts below it, File, its identity) for each file of one given path."""
   path = pathlib.Path(given)
   try:
     exists = path.exists()
@@ -157,12 +156,15 @@ def _expand_local(given, suffixes):
     root = pathlib.Path(*_literal_parts(path.parts))
     for match in map(pathlib.Path, matches):
       if match.is_file():
-        yield _name_of(root), match.relative_to(root).parts, _local(match)
+        yield _name_of(root), match.relative_to(root).parts, *_local(os.fspath(match))
   elif path.is_dir():
+    root = _name_of(path)
     for parts in _walk(path, suffixes):
-      yield _name_of(path), parts, _local(path.joinpath(*parts))
+      file, key = _local(os.path.join(path, *parts))
+      if key is not None:
+        yield root, parts, file, key
   elif path.is_file():
-    yield (), (path.name,), _local(path)
+    yield (), (path.name,), *_local(given)
   else:
     raise UserError(f"path {given!r} is a pipe or device, and files are read more than once; save "
                     "its content to a file first")
@@ -174,15 +176,17 @@ def _name_of(root):
 
 
 def _local(path):
+  """(File, what tells it from all others; None: a pipe or device, whose reading may never end)."""
   try:
-    info = path.stat()
+    info = os.stat(path)
   except OSError:  # such as a link to nothing: opening it says so, in the account
-    return File(os.fspath(path), "", 0)
-  return File(os.fspath(path), "", info.st_size, str(info.st_mtime_ns))
+    return File(path, "", 0), path
+  key = (info.st_dev, info.st_ino) if stat.S_ISREG(info.st_mode) else None
+  return File(path, "", info.st_size, str(info.st_mtime_ns)), key
 
 
 def _walk(root, suffixes):
-  """Relative parts of the regular files below a folder, sorted."""
+  """Relative parts of what is below a folder and is no folder, sorted."""
   def fail(error):
     raise UserError(f"folder {error.filename!r} can't be listed ({error.strerror}); change its "
                     "permissions, or name what to read") from error
@@ -191,19 +195,8 @@ def _walk(root, suffixes):
   for folder, subfolders, names in os.walk(root, onerror=fail):
     subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in _IGNORED]
     above = pathlib.Path(folder).relative_to(root).parts
-    for name in names:
-      parts = (*above, name)
-      if _wanted((name,), suffixes) and not _is_special(os.path.join(folder, name)):
-        found.append(parts)
+    found.extend((*above, name) for name in names if _wanted((name,), suffixes))
   return sorted(found)
-
-
-def _is_special(path):
-  """Whether a path is a pipe, a socket or a device, whose reading may never end."""
-  try:
-    return not stat.S_ISREG(os.stat(path).st_mode)
-  except OSError:
-    return False
 
 
 def filesystem_of(address):
@@ -267,10 +260,10 @@ def _expand_remote(given, suffixes):
     file = File(name if web else f"{scheme}://{name}", "", info.get("size") or 0, version)
     if root is None:
       parts = tuple(part for part in _path_of(name).split("/") if part)
-      yield (), parts[-1:], file
+      yield (), parts[-1:], file, file.address
       continue
     parts = tuple(name.split("/"))[len(root):]
     if info["type"] != "file":
       continue
     if glob.has_magic(path) or _wanted(parts, suffixes):
-      yield root[-1:], parts, file
+      yield root[-1:], parts, file, file.address

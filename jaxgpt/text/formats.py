@@ -98,7 +98,7 @@ def _read_text(file, want):
   with streams.open_stream(file) as stream:
     line, left = 1, b""
     for number in itertools.count():
-      data = left + stream.read(want.max_bytes - len(left) + 1)
+      data = _read_up_to(stream, want.max_bytes + 1, left)
       more = len(data) > want.max_bytes
       end = (data.rfind(b"\n", 0, want.max_bytes) + 1 or _whole_characters(data, want.max_bytes)
              if more else len(data))
@@ -108,6 +108,15 @@ def _read_text(file, want):
       line += data.count(b"\n")
       if not more:
         return
+
+
+def _read_up_to(stream, size, data=b""):
+  """`data`, and as much of a stream as makes it `size` bytes or is left."""
+  parts, length = [data], len(data)
+  while length < size and (part := stream.read(min(streams.BUFFER, size - length))):
+    parts.append(part)
+    length += len(part)
+  return b"".join(parts)
 
 
 def _whole_characters(data, end):

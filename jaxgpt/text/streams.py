@@ -5,12 +5,14 @@ import gzip
 import io
 import lzma
 import os
+import time
 
 from jaxgpt.errors import optional
 from jaxgpt.text import files
 
 BUFFER = 1 << 20  # bytes asked of a file at a time
 _REMOTE_BLOCK = 8 << 20  # bytes a request, of a remote file
+_WAITS = (1, 4, 15)  # seconds before a remote read is tried again
 _ZSTD_INPUT = (512, 4096)  # compressed bytes given at a time: bounds what they can grow to
 
 
@@ -25,7 +27,7 @@ def open_stream(file):
       has been handed out.
     UserError: a missing extra.
   """
-  stream = open_random(file)
+  stream = _open(file, True)
   try:
     if file.end is not None:
       stream.seek(file.start)
@@ -42,7 +44,7 @@ def is_plain(file):
   """Whether a file is local and not compressed, so that it can be read from anywhere in it."""
   if files.scheme_of(file.address):
     return False
-  with open_random(file) as stream:
+  with _open(file, False) as stream:
     return stream.seekable() and _decompressor(stream) is None
 
 
@@ -53,17 +55,72 @@ def _decompressor(stream):
 
 
 def open_random(file):
-  """A file's bytes as they are stored; where the server can, they may be read in any order."""
+  """A file's bytes as they are stored; where the server can, they are read in any order.
+
+  Raises:
+    OSError: on opening or reading.
+  """
+  return _open(file, False)
+
+
+def _open(file, in_order):
   if not files.scheme_of(file.address):
     return open(file.address, "rb", buffering=BUFFER)
   filesystem, path = files.filesystem_of(file.address)
   try:
-    raw = filesystem.open(path, "rb", block_size=_REMOTE_BLOCK)
+    raw = _Remote(filesystem, path, in_order and file.address.startswith("http"))
   except OSError:
     raise
   except Exception as e:  # each service has exceptions of its own
     raise OSError(f"{type(e).__name__}: {e}") from e
   return io.BufferedReader(_Guarded(raw), BUFFER)
+
+
+class _Remote:
+  """A remote file, block by block; what fails is tried again a few times.
+
+  A web server that sends files only whole is read in one go, if that is allowed.
+  """
+
+  def __init__(self, filesystem, path, may_stream):
+    self._open = lambda size: filesystem.open(path, "rb", block_size=size)
+    self._may_stream, self._streams = may_stream, False
+    self._raw = self._open(_REMOTE_BLOCK)
+    self.seekable, self.seek = self._raw.seekable, self._raw.seek
+
+  def tell(self):
+    return self._raw.tell()
+
+  def read(self, size):
+    at = self._raw.tell()
+    for wait in (*_WAITS, None):
+      try:
+        if self._raw is None:
+          self._stream_from(at)
+        return self._raw.read(size)
+      except (FileNotFoundError, PermissionError):
+        raise
+      except ValueError:  # fsspec's way to say that the server doesn't send parts
+        if not self._may_stream or self._streams:
+          raise
+        self._streams = True
+      except Exception:
+        if wait is None:
+          raise
+        time.sleep(wait)
+      if self._streams:
+        self._raw = None
+    raise OSError("the connection broke too often")
+
+  def _stream_from(self, position):
+    raw = self._open(0)
+    while position and (data := raw.read(min(position, BUFFER))):
+      position -= len(data)
+    self._raw = raw
+
+  def close(self):
+    if self._raw is not None:
+      self._raw.close()
 
 
 class _Guarded(io.RawIOBase):

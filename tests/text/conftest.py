@@ -9,21 +9,23 @@ import pytest
 
 
 class _Web(http.server.SimpleHTTPRequestHandler):
-  """Files of a folder, which it sends whole.
+  """Files of a folder, /WAY/NAME; the way is one or several words with '-' between them.
 
-  Below /cut the connection breaks halfway, below /ranges one may ask for parts of a file, below
-  /status/N the answer is N.
+  'ranges': one may ask for parts of a file; 'cut': each connection breaks halfway; 'flaky': each
+  other one; 'status': the answer to /status/N is N.
   """
+  answers = 0
 
   def do_GET(self):
     parts = self.path.partition("?")[0].strip("/").split("/")
-    if parts[0] == "status":
+    way = parts[0].split("-")
+    if "status" in way:
       self.send_error(int(parts[1]))
       return
     with open(os.path.join(self.directory, parts[-1]), "rb") as f:
       data = f.read()
     whole = len(data)
-    asked = self.headers.get("Range", "") if parts[0] == "ranges" else ""
+    asked = self.headers.get("Range", "") if "ranges" in way else ""
     if asked:
       start, end = asked.removeprefix("bytes=").split("-")
       start, end = int(start), min(int(end or whole - 1), whole - 1)
@@ -32,12 +34,14 @@ class _Web(http.server.SimpleHTTPRequestHandler):
       self.send_header("Content-Range", f"bytes {start}-{end}/{whole}")
     else:
       self.send_response(200)
-    if parts[0] == "ranges":
+    if "ranges" in way:
       self.send_header("Accept-Ranges", "bytes")
     self.send_header("Content-Length", str(len(data)))
     self.end_headers()
     if self.command == "GET":
-      self.wfile.write(data[:len(data) // 2] if parts[0] == "cut" else data)
+      _Web.answers += 1
+      breaks = "cut" in way or ("flaky" in way and _Web.answers % 2)
+      self.wfile.write(data[:len(data) // 2] if breaks else data)
 
   do_HEAD = do_GET
 

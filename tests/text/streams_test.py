@@ -115,7 +115,19 @@ def test_the_web_is_read_with_and_without_ranges(web, way, name, monkeypatch):
   assert found[-1].source == f"{name}:5000"
 
 
-def test_a_connection_that_breaks_is_counted_and_the_next_file_is_read(web):
+@pytest.mark.parametrize("way", ["flaky", "flaky-ranges"])
+def test_a_connection_that_breaks_now_and_then_is_taken_up_again(web, way, monkeypatch):
+  monkeypatch.setattr(streams, "_REMOTE_BLOCK", 200_000)
+  monkeypatch.setattr(streams, "_WAITS", (0, 0, 0))
+  address, folder = web
+  (folder / "a.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(100_000)))
+  dropped = read.Dropped()
+  found = list(read.documents(read.find(f"{address}/{way}/a.jsonl"), dropped=dropped))
+  assert [d.text for d in found] == [str(i) for i in range(100_000)] and not dropped.counts
+
+
+def test_a_connection_that_breaks_is_counted_and_the_next_file_is_read(web, monkeypatch):
+  monkeypatch.setattr(streams, "_WAITS", (0, 0, 0))
   address, folder = web
   (folder / "a.jsonl").write_text('{"text": "x"}\n' * 100_000)
   dropped = read.Dropped()
