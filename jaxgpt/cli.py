@@ -13,6 +13,8 @@ _EPILOG = """config overrides: any key of the config as --config.SECTION.KEY=VAL
     --workdir=RUN
 docs/config.md lists the keys."""
 
+_DATA_COMMANDS = ("inspect", "show")  # words after `data`; a file of that name is ./inspect
+
 
 def main(argv=None):
   """Runs a command.
@@ -25,6 +27,9 @@ def main(argv=None):
     of the signal that ended a run.
   """
   parser = _parser()
+  argv = sys.argv[1:] if argv is None else list(argv)
+  if argv[:1] == ["data"] and argv[1:2] and argv[1] in _DATA_COMMANDS:
+    argv[:2] = [f"data {argv[1]}"]
   args, rest = parser.parse_known_args(argv)
   overrides = [a for a in rest if a.startswith(("--config.", "--noconfig."))]
   unknown = [a for a in rest if a not in overrides]
@@ -59,6 +64,8 @@ def _parser():
     return sub
 
   _add_data(command("data", _data, "turn text files into tokenized shards"))
+  _add_inspect(command("data inspect", _inspect, "the documents of a step of a run, as it saw them"))
+  _add_show(command("data show", _show, "rows of a prepared folder, as a model sees them"))
   p = command("train", _train, "train a model, or go on with an interrupted run")
   p.add_argument("--config", required=True, metavar="FILE.py[:ARG]",
                  help="the experiment; overrides follow as --config.KEY=VALUE")
@@ -109,6 +116,29 @@ def _add_data(p):
                       "time=20:00:00 of slurm; may be repeated")
   g.add_argument("--task-bytes", type=_count(1), default=32_000_000,
                  help="inputs are grouped into tasks of at least so many bytes")
+
+
+def _add_inspect(p):
+  p.add_argument("workdir", metavar="RUN", help="run folder")
+  p.add_argument("--step", type=_count(0), required=True, help="which step; the first is 0")
+  p.add_argument("--row", type=_count(0), help="which row of it; default: all")
+  p.add_argument("--data", metavar="DIR", help="where the run's data is now, if it was moved")
+  _add_chars(p)
+
+
+def _add_show(p):
+  p.add_argument("path", metavar="DIR", help="prepared folder; several, separated by commas, are "
+                                             "mixed")
+  p.add_argument("--split", default="train", choices=("train", "validation", "test"),
+                 help="which documents")
+  p.add_argument("--rows", type=_count(1), default=3, help="rows to show")
+  p.add_argument("--seed", type=_count(0), default=0, help="of the draw")
+  p.add_argument("--seq-len", type=_count(1), default=256, help="places in a row")
+  _add_chars(p)
+
+
+def _add_chars(p):
+  p.add_argument("--chars", type=_count(0), default=300, help="of each text to show; 0: all")
 
 
 def _add_reading(g):
@@ -258,6 +288,18 @@ def _data(args):
     print(f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
           f"{entry['bytes']:>14,} bytes")
   print(f"wrote {args.out}; train with --config.data.path={args.out}")
+
+
+def _inspect(args):
+  from jaxgpt import ledger
+  for line in ledger.inspect(args.workdir, args.step, args.row, args.data, args.chars):
+    print(line)
+
+
+def _show(args):
+  from jaxgpt import ledger
+  for line in ledger.show(args.path, args.split, args.rows, args.seed, args.seq_len, args.chars):
+    print(line)
 
 
 def _train(args):

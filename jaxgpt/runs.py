@@ -90,14 +90,20 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
     if loop.load_tokenizer_and_config(c)[0].digest != run.tokenizer.digest:
       raise UserError(f"{c.data.path} was tokenized with another tokenizer than the imported "
                       "model's; prepare it with jaxgpt data --tokenizer=RUN/tokenizer")
-  elif batches.digest != run.data_digest:
-    raise UserError(f"{c.data.path} is not the data of this run: its manifest's digest is "
-                    f"{batches.digest[:12]}, the run's was {run.data_digest[:12]}; say where "
-                    "the run's data is with --data=DIR")
+  else:
+    check_data(batches, run.data_digest, c.data.path)
   with jax.set_mesh(run.mesh):
     return evaluate.evaluate(evaluate.make_step(run.parts.objective), run.params,
                              loop.held_out_batches(batches, run.mesh, c.data, limit),
                              loop.bytes_per_token(batches))
+
+
+def check_data(batches, digest, path):
+  """Raises a UserError where batches are not of the data that a run's digest names."""
+  if batches.digest != digest:
+    raise UserError(f"{path} is not the data of this run: its manifest's digest is "
+                    f"{batches.digest[:12]}, the run's was {digest[:12]}; say where the run's data "
+                    "is with --data=DIR")
 
 
 class Sampling(NamedTuple):

@@ -24,7 +24,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "hf.layout", "hf.fields", "hf.families", "hf.convert"],
     ["checkpoint", "timer", "workdir", "writers", "hf.safetensors", "hf.weights", "hf.parity"],
-    ["initial", "loop", "runs", "exchange", "demo", "reference", "cli", "__main__"],
+    ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", "processes", "lifeline",

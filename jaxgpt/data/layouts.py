@@ -208,6 +208,11 @@ _OF_KIND = {"text": "causal_lm or masked_lm", "seq2seq": "causal_lm", "chat": "c
             "classification": "classification", "preference": "preference"}
 
 
+def first_objective(kind):
+  """The objective that data of a kind is mostly used for."""
+  return _OF_KIND[kind].split()[0]
+
+
 def make(objective, splits, masking=None):
   """The layout of an objective.
 

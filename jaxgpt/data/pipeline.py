@@ -140,6 +140,7 @@ class Batches:
 
   Attributes:
     sources: [Source].
+    layout: see `layouts`.
     batch_size: global B.
     seq_len: T.
     len_rows: rows of all sources.
@@ -155,7 +156,7 @@ class Batches:
   def __init__(self, sources, mix, batch_size, layout, num_cut):
     """Use `make`."""
     self.sources, self._mixture, self.batch_size = sources, mix, batch_size
-    self._layout, self.num_cut = layout, num_cut
+    self.layout, self.num_cut = layout, num_cut
     self.seq_len = sources[0].pack.seq_len
     self._ends = np.cumsum([s.pack.num_rows for s in sources])
     self.len_rows = int(self._ends[-1])
@@ -264,7 +265,7 @@ class Batches:
     """The batch of some rows [(source, row, position)], filled up to `num_rows`."""
     items = [layouts.Item(self.sources[s].split, self.sources[s].pack, row, position)
              for s, row, position in rows]
-    return self._layout.batch(items, num_rows, self.seq_len)
+    return self.layout.batch(items, num_rows, self.seq_len)
 
 
 def digest_of(digests):
