@@ -104,8 +104,8 @@ def prepare(paths, out, *, overwrite=False, report=None, executor=None, **option
   options = Options(**options)
   report = report or (lambda line: None)
   out = pathlib.Path(os.path.abspath(out))
-  _check_options(options)
   files = read.find(paths, options.exclude)
+  _check_options(options, files)
   try:
     return _prepare(files, out, overwrite, options, report, executor)
   except OSError as e:
@@ -113,9 +113,9 @@ def prepare(paths, out, *, overwrite=False, report=None, executor=None, **option
                     "room or change its permissions") from e
 
 
-def _check_options(options):
-  """Raises what is wrong with options now, not after hours of work."""
-  read.documents([], kind=options.kind, fields=dict(options.fields), form=options.format,
+def _check_options(options, files):
+  """Raises what is wrong with options, or missing for the files, now, not after hours of work."""
+  read.documents(files, kind=options.kind, fields=dict(options.fields), form=options.format,
                  max_bytes=options.max_record_bytes)
   clean.make(options.clean)
   dedup.make(options.dedup)

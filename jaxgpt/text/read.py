@@ -95,10 +95,10 @@ class Dropped:
     """
     errors = sum(count for rule, count in self.counts.items() if rule in ERRORS)
     if max_errors is not None and errors > max_errors:
-      example = next(e for rule in reversed(self.counts) if rule in ERRORS
-                     for e in reversed(self.examples[rule]))
-      raise UserError(f"{errors:,} broken records, more than max_errors={max_errors}, such as "
-                      f"{example}; mend or leave out the file, or allow more")
+      such_as = [f", such as {self.examples[rule][-1]}" for rule in self.counts
+                 if rule in ERRORS and self.examples[rule]]
+      raise UserError(f"{errors:,} broken records, more than max_errors={max_errors}"
+                      f"{(such_as or [''])[-1]}; mend or leave out the file, or allow more")
 
   def lines(self):
     """The report: a line for each rule, followed by its examples."""

@@ -138,11 +138,10 @@ def test_survived(tmp_path, name):
   assert account.read == len(found) + sum(dropped.values()) and account.kept == len(found)
   assert all(os.fsencode(file) in e.encode() or isinstance(file, bytes)
              for examples in account.examples.values() for e in examples)
-  if not options:
-    manifest = prepare.prepare([folder], tmp_path / "out", tokenizer="bytes", validation=0, test=0,
-                               cut_chars=0)
-    assert manifest["dropped"] == dropped
-    assert manifest["total"]["documents"] == len(found)
+  manifest = prepare.prepare([folder], tmp_path / "out", tokenizer="bytes", validation=0, test=0,
+                             cut_chars=0, **options)
+  assert manifest["dropped"] == dropped
+  assert manifest["total"]["documents"] == len(found)
 
 
 @pytest.mark.parametrize("files, options, message", [

@@ -102,6 +102,8 @@ def test_errors_end_the_run_where_the_user_says_so(tmp_path, max_errors, ends):
     return
   with pytest.raises(UserError, match=f"max_errors={max_errors}, such as .*a.jsonl:1"):
     list(documents)
+  with pytest.raises(UserError, match=f"max_errors={max_errors}; mend"):
+    list(read.documents(read.find(tmp_path), max_errors=max_errors, dropped=read.Dropped(0)))
 
 
 def test_chunks_join_to_the_text_and_end_after_lines():
