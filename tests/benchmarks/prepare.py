@@ -1,0 +1,154 @@
+"""Text to tokens: speed beside Hugging Face tokenizers alone, and memory as the input grows.
+
+The text is what this machine has (sources, documentation), over and over with other words in it, as
+JSON Lines. `jaxgpt data` does the whole way: reads, hashes, splits, trains a tokenizer, tokenizes,
+writes shards, digests and the card. Its peer trains a BPE of the same size on a sample of the same
+length and does nothing but `encode_batch`, on all cores, of texts that are in memory.
+
+  python tests/benchmarks/prepare.py [megabytes] [options of `jaxgpt data`]
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+
+import psutil
+import tokenizers
+
+VOCAB = 32_000
+SAMPLE = 4_000_000
+FILE_BYTES = 48_000_000
+BATCH_CHARS = 4_000_000
+SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst", "METADATA")
+
+
+def machine_texts(limit):
+  """Texts of this machine, `limit` bytes of them or all there are."""
+  total = 0
+  roots = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc"]
+  for root in roots:
+    for path in sorted(pathlib.Path(root).rglob("*")):
+      if not path.name.endswith(SUFFIXES) or not path.is_file():
+        continue
+      try:
+        text = path.read_text(encoding="utf-8")
+      except (OSError, UnicodeDecodeError):
+        continue
+      if 200 < len(text) < 100_000:
+        yield text
+        total += len(text)
+      if total > limit:
+        return
+
+
+def write_corpus(folder, size):
+  """`size` bytes of JSON Lines; later rounds have a tenth of the words changed."""
+  texts = list(machine_texts(min(size, 200_000_000)))
+  draw, written, number, out = random.Random(0), 0, 0, None
+  draw.shuffle(texts)
+  round_ = 0
+  while written < size:
+    for text in texts:
+      if round_:
+        text = re.sub(r"[a-z]{4,}", lambda m: m[0] if draw.random() > 0.1
+                      else m[0][::-1] if draw.random() < 0.5 else f"{m[0]}{round_}", text)
+      line = json.dumps({"text": text}) + "\n"
+      if out is None or out.tell() > FILE_BYTES:
+        out = (folder / f"{number:03}.jsonl").open("w", encoding="utf-8")
+        number += 1
+      out.write(line)
+      written += len(line)
+      if written > size:
+        break
+    round_ += 1
+  out.close()
+
+
+def run_ours(corpus, out, more):
+  """(manifest, seconds, peak memory of all processes in bytes) of `jaxgpt data`."""
+  start, peak = time.perf_counter(), 0
+  process = psutil.Popen(
+      [sys.executable, "-m", "jaxgpt", "data", str(corpus), f"--out={out}",
+       f"--tokenizer=sentencepiece:{VOCAB}", f"--sample-bytes={SAMPLE}", *more])
+  while process.poll() is None:
+    peak = max(peak, memory(process))
+    time.sleep(0.3)
+  assert process.returncode == 0
+  seconds = time.perf_counter() - start
+  return json.loads((out / "manifest.json").read_text()), seconds, peak
+
+
+def memory(process):
+  """Bytes of a process and all below it; what they share counts once in all (PSS)."""
+  total = 0
+  try:
+    for each in [process, *process.children(recursive=True)]:
+      total += each.memory_full_info().pss
+  except psutil.Error:
+    pass
+  return total
+
+
+def run_peer(corpus):
+  """(tokens, seconds to encode) of Hugging Face tokenizers."""
+  paths = sorted(corpus.glob("*.jsonl"))
+
+  def texts():
+    for path in paths:
+      with path.open(encoding="utf-8") as lines:
+        for line in lines:
+          yield json.loads(line)["text"]
+
+  sample, held = [], 0
+  for text in texts():
+    sample.append(text)
+    held += len(text)
+    if held > SAMPLE:
+      break
+  peer = tokenizers.ByteLevelBPETokenizer()
+  peer.train_from_iterator(sample, vocab_size=VOCAB, show_progress=False)
+  tokens, seconds, batch, chars = 0, 0.0, [], 0
+
+  def encode():
+    start = time.perf_counter()
+    count = sum(len(e.ids) for e in peer.encode_batch(batch))
+    return count, time.perf_counter() - start
+
+  for text in texts():
+    batch.append(text)
+    chars += len(text)
+    if chars > BATCH_CHARS:
+      count, spent = encode()
+      tokens, seconds, batch, chars = tokens + count, seconds + spent, [], 0
+  count, spent = encode()
+  return tokens + count, seconds + spent
+
+
+def main(megabytes, more):
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    write_corpus(corpus, megabytes * 1_000_000)
+    manifest, seconds, peak = run_ours(corpus, folder / "out", more)
+    total = manifest["total"]
+    tokens, peer_seconds = run_peer(corpus)
+  size = total["bytes"] / 1e6
+  print(f"{size:,.0f} MB of text, {total['documents']:,} documents, {os.cpu_count()} cores")
+  print(f"jaxgpt data, all of it:       {seconds:7.1f} s  {size / seconds:6.2f} MB/s  "
+        f"{total['tokens'] / seconds:10,.0f} tokens/s  peak memory {peak / 1e6:,.0f} MB")
+  print(f"tokenizers {tokenizers.__version__}, encode_batch: {peer_seconds:7.1f} s  "
+        f"{size / peer_seconds:6.2f} MB/s  {tokens / peer_seconds:10,.0f} tokens/s")
+  print(f"ratio of MB/s: {peer_seconds / seconds:.2f}; of tokens/s: "
+        f"{total['tokens'] / seconds / (tokens / peer_seconds):.2f}")
+
+
+if __name__ == "__main__":
+  main(int(sys.argv[1]) if len(sys.argv) > 1 else 100, sys.argv[2:])
