@@ -14,7 +14,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "text.read",
      "text.specs", "text.words", "text.clean", "text.dedup",
      "text.decontaminate",
-     "text.tokenizer_base", "text.tokenizer_sentencepiece", "text.tokenizer_huggingface",
+     "text.tokenizer_base", "text.word_cache", "text.tokenizer_sentencepiece", "text.tokenizer_huggingface",
      "text.tokenizer_tiktoken", "text.tokenizer",
      "text.examples", "text.chat_jinja", "text.chat", "text.shards", "text.assemble",
      "text.store", "text.stages", "text.executors", "text.tasks", "text.prepare",

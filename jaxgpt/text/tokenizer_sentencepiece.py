@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece
 
 from jaxgpt.errors import UserError
-from jaxgpt.text import read
+from jaxgpt.text import read, word_cache
 from jaxgpt.text import tokenizer_base as base
 
 _SPACE_MARK = "▁"  # U+2581, which SentencePiece writes for a space and can't tell from one
@@ -58,6 +58,7 @@ class SentencePieceTokenizer(base.Tokenizer):
     # A model that puts a space in front of each text would put one in front of each chunk.
     halves = p.encode(["a\n", "b"])
     self._cuts_are_free = p.decode(halves[0] + halves[1]) == "a\nb"
+    self._words = word_cache.WordCache(self._encode_lists) if self._is_cut_at_spaces() else None
     self._spelled = self._make_spelled() if self._cuts_are_free else {}
     self._pattern = self._spelled and re.compile(
         "(" + "|".join(map(re.escape, sorted(self._spelled, key=len, reverse=True))) + ")")
@@ -95,6 +96,23 @@ class SentencePieceTokenizer(base.Tokenizer):
     self.mask_id = pick("mask", -1, base.MASK, "[MASK]")
     self.unk_id = p.unk_id()
 
+  def _is_cut_at_spaces(self):
+    """Whether the tokens of a text are those of its words, for certain: see `word_cache`.
+
+    Scores that are whole numbers tell BPE, which merges by rank. A unigram model adds scores up
+    over the text, where rounding may break a tie in another way.
+    """
+    p = self._processor
+    ids = [i for i in range(p.get_piece_size())
+           if not (p.is_control(i) or p.is_unknown(i) or p.is_byte(i))]
+    return (self._cuts_are_free and p.encode("a  b") == p.encode("a") + p.encode("  b")
+            and all(p.get_score(i).is_integer() for i in ids)
+            and not any(re.search(f"[^{_SPACE_MARK}]{_SPACE_MARK}", p.id_to_piece(i))
+                        for i in ids))
+
+  def _encode_lists(self, texts):
+    return self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+
   def _make_spelled(self):
     """{text: ids} of the texts that SentencePiece would read as something else than text."""
     p = self._processor
@@ -119,7 +137,8 @@ class SentencePieceTokenizer(base.Tokenizer):
         plan.extend(range(len(runs), len(runs) + len(chunks)))
         runs.extend(chunks)
       ends.append(len(plan))
-    encoded = self._processor.encode(runs, return_type="numpy", num_threads=os.cpu_count() or 1)
+    encoded = self._words(runs) if self._words else self._processor.encode(
+        runs, return_type="numpy", num_threads=os.cpu_count() or 1)
     ids = [encoded[item] if isinstance(item, int) else item for item in plan]
     return [ids[start] if end - start == 1 else np.concatenate(ids[start:end])
             for start, end in zip([0, *ends[:-1]], ends)]

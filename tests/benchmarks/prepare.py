@@ -13,7 +13,6 @@ import os
 import pathlib
 import random
 import re
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -57,8 +56,8 @@ def write_corpus(folder, size):
   while written < size:
     for text in texts:
       if round_:
-        text = re.sub(r"[a-z]{4,}", lambda m: m[0] if draw.random() > 0.1
-                      else m[0][::-1] if draw.random() < 0.5 else f"{m[0]}{round_}", text)
+        text = re.sub(r"[a-z]{4,}",
+                      lambda m: m[0] if draw.random() > 0.1 else m[0][::-1], text)
       line = json.dumps({"text": text}) + "\n"
       if out is None or out.tell() > FILE_BYTES:
         out = (folder / f"{number:03}.jsonl").open("w", encoding="utf-8")
