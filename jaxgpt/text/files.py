@@ -192,8 +192,15 @@ def _walk(root, suffixes):
                     "permissions, or name what to read") from error
 
   found = []
-  for folder, subfolders, names in os.walk(root, onerror=fail):
+  chains = {os.fspath(root): frozenset()}  # the folders above each: a link may lead back
+  for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+    info = os.stat(folder)
+    key, chain = (info.st_dev, info.st_ino), chains.pop(folder)
+    if key in chain:
+      subfolders.clear()
+      continue
     subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in _IGNORED]
+    chains.update((os.path.join(folder, s), chain | {key}) for s in subfolders)
     above = pathlib.Path(folder).relative_to(root).parts
     found.extend((*above, name) for name in names if _wanted((name,), suffixes))
   return sorted(found)

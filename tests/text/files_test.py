@@ -94,6 +94,14 @@ def test_pipes_are_never_waited_for(tmp_path):
     read.find(tmp_path / "b.txt")
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+  write(tmp_path, {"corpus/b/x.txt": "x", "elsewhere/y.txt": "y", "elsewhere/z/z.txt": "z"})
+  (tmp_path / "corpus" / "a").symlink_to(tmp_path / "elsewhere")
+  (tmp_path / "corpus" / "c").symlink_to(tmp_path / "elsewhere" / "z")
+  (tmp_path / "elsewhere" / "z" / "back").symlink_to(tmp_path / "corpus")
+  assert sources(tmp_path / "corpus") == ["corpus/a/y.txt", "corpus/a/z/z.txt", "corpus/b/x.txt"]
+
+
 def test_a_name_that_is_no_utf8_is_written_out(tmp_path):
   os.close(os.open(os.fsencode(tmp_path) + b"/\xff.txt", os.O_CREAT))
   file, = read.find(tmp_path)
