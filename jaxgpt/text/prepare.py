@@ -19,7 +19,18 @@ import shutil
 
 import jaxgpt
 from jaxgpt.errors import UserError
-from jaxgpt.text import assemble, clean, decontaminate, dedup, examples, read, shards, stages, tasks
+from jaxgpt.text import (
+  assemble,
+  card,
+  clean,
+  decontaminate,
+  dedup,
+  examples,
+  read,
+  shards,
+  stages,
+  tasks,
+)
 from jaxgpt.text import tokenizer as tokenizers
 
 _FEW_DOCUMENTS = 100
@@ -221,6 +232,7 @@ class _Run:
     stores, accounts = self._documents(files, inputs)
     for account in accounts:
       dropped.merge(account["dropped"])
+    cleaned = accounts
     dropped.check(options.max_errors)
     label_names = examples.label_names(
         label for account in accounts for label in account["labels"])
@@ -239,7 +251,12 @@ class _Run:
     for line in dropped.lines():
       self._report(line)
     assert dropped.kept == sum(account["encoded"] for account in accounts), dropped.to_json()
-    return self._assemble(written, accounts, saved, label_names, dropped)
+    manifest = self._assemble(written, accounts, saved, label_names, dropped)
+    card.write(self._work.folder / "publish", manifest, dropped,
+               _sum(account["dropped_bytes"] for account in cleaned + accounts),
+               _sum(account["changed"] for account in cleaned),
+               _sum(account["sources"] for account in accounts))
+    return manifest
 
   def _stage(self, name, count, run, args, depends):
     """Runs a stage: its folders and accounts by rank."""
@@ -311,6 +328,21 @@ class _Run:
       self._report(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
                    f"{entry['bytes'] / 1e6:,.2f} MB")
     return manifest
+
+
+def _sum(accounts):
+  """{key: sum} of dicts of numbers, or of lists of numbers."""
+  out = {}
+  for account in accounts:
+    for key, value in account.items():
+      so_far = out.get(key)
+      if so_far is None:
+        out[key] = value
+      elif isinstance(value, list):
+        out[key] = [a + b for a, b in zip(so_far, value)]
+      else:
+        out[key] = so_far + value
+  return out
 
 
 def _cut_chars(files, options, report):

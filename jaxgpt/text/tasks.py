@@ -41,7 +41,7 @@ def list_inputs(files, task_bytes, rank, folder, progress):
 
 def read_and_clean(inputs, options, cut_chars, rank, folder, progress):
   """Files to cleaned documents. Parts of a document that is cut count as one document each."""
-  dropped = read.Dropped()
+  dropped = SizedDropped()
   documents = read.documents(
       pickle.loads((inputs / f"{rank:05d}").read_bytes()), kind=options.kind,
       fields=dict(options.fields), form=options.format, max_bytes=options.max_record_bytes,
@@ -49,13 +49,33 @@ def read_and_clean(inputs, options, cut_chars, rank, folder, progress):
   cleaner = clean.make(options.clean)
   labels = {}
   with store.Writer(folder, options.salt) as writer:
-    for document in cleaner(documents, dropped):
+    for document in cleaner(dropped.watch(documents), dropped):
       for number, part in enumerate(_cut(document, cut_chars)):
         dropped.read += number > 0
         progress(1, writer.add(part))
       if options.kind == "classification":
         _note_label(labels, document)
-  return {"dropped": dropped.to_json(), "changed": cleaner.changed, "labels": list(labels)}
+  return {"dropped": dropped.to_json(), "dropped_bytes": dropped.bytes,
+          "changed": cleaner.changed, "labels": list(labels)}
+
+
+class SizedDropped(read.Dropped):
+  """An account that knows the UTF-8 bytes of what is dropped, where there is a document at all."""
+
+  def __init__(self):
+    super().__init__()
+    self.bytes = {}
+    self.at_hand = 0  # bytes of the document that is being looked at
+
+  def add(self, rule, where, why, count=1):
+    super().add(rule, where, why, count)
+    self.bytes[rule] = self.bytes.get(rule, 0) + self.at_hand
+
+  def watch(self, documents):
+    for document in documents:
+      self.at_hand = len(document.text.encode())
+      yield document
+      self.at_hand = 0
 
 
 def _cut(document, chars):
@@ -141,7 +161,8 @@ def find_contaminated(stores, clusters, index, options, config, rank, folder, pr
 
 
 def removed(clusters, contaminated, rank):
-  """{number: (rule, why)} of a task's documents that go.
+  """{number: (rule, why)} of a task's documents that go; of duplicates, why is the rank and number
+  of the document that stays.
 
   Args:
     clusters: folder of `cluster`, or None.
@@ -150,7 +171,7 @@ def removed(clusters, contaminated, rank):
   out = {}
   if clusters is not None:
     for number, rule, first_rank, first in dedup.removals(rank, clusters).tolist():
-      out[number] = dedup.RULES[rule], f"like document {first} of task {first_rank}"
+      out[number] = dedup.RULES[rule], (first_rank, first)
   if contaminated is not None:
     found = json.loads((contaminated[rank] / "found.json").read_text(encoding="utf-8"))
     out.update((int(number), (decontaminate.RULE, why)) for number, why in found.items())
@@ -226,7 +247,7 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   """Cleaned documents to shards of each split."""
   tokenizer = tokenizers.load(saved)
   template = chat.load(options.template, tokenizer) if options.kind == "chat" else None
-  dropped = read.Dropped()
+  dropped, sources = SizedDropped(), {}
   writers = {split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens,
                                        options.kind) for split in shards.SPLITS}
   encoded = 0
@@ -236,6 +257,8 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
                                      tokenizer, template, label_names)
       for (split, num_bytes, document), parts in zip(batch, stored):
         encoded += 1
+        count = sources.setdefault(_source_group(document.source), [0, 0])
+        count[0], count[1] = count[0] + 1, count[1] + num_bytes
         sizes = [num_bytes] if len(parts) == 1 else _answer_bytes(document)
         for part, size in zip(parts, sizes):
           writers[shards.SPLITS[split]].add(part, size, document.source)
@@ -244,7 +267,8 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
     for writer in writers.values():
       writer.close()
   return {"splits": {split: writer.finish() for split, writer in writers.items()},
-          "dropped": dropped.to_json(), "encoded": encoded,
+          "dropped": dropped.to_json(), "dropped_bytes": dropped.bytes, "encoded": encoded,
+          "sources": sources,
           "template": template and template.name}
 
 
@@ -256,9 +280,24 @@ def _kept(corpus, rank, options, dropped):
   for number, document in enumerate(documents):
     if number in goes:
       rule, why = goes[number]
+      dropped.at_hand = sizes[number]
+      if isinstance(why, tuple):  # finding its name takes a while, and only examples need it
+        is_example = dropped.counts.get(rule, 0) < dropped.limit
+        why = f"like {_source_of(corpus.stores, *why)}" if is_example else ""
       dropped.add(rule, document.source, why)
     else:
       yield splits[number], sizes[number], document
+
+
+def _source_of(stores, rank, number):
+  return next(store.Store(stores[rank]).take([number])).source
+
+
+def _source_group(source):
+  """'corpus/….jsonl' of 'corpus/a/b.jsonl:7': what the card adds up."""
+  path, _, number = source.partition("#")[0].rpartition(":")
+  path = pathlib.PurePosixPath(path if number.isdecimal() else source.partition("#")[0])
+  return f"{path.parts[0]}/…{path.suffix}" if len(path.parts) > 1 else str(path)
 
 
 def _answer_bytes(document):

@@ -1,0 +1,163 @@
+"""The whole way of `jaxgpt data` for each kind of data, and what is left out on it."""
+
+import json
+import random
+import xml.etree.ElementTree
+
+import pytest
+
+from jaxgpt import cli
+from jaxgpt.data import source
+from jaxgpt.errors import UserError
+from jaxgpt.text import prepare, shards, tokenizer
+
+WORDS = ["".join(chr(97 + (7 * i + j * j) % 26) for j in range(3 + i % 5)) for i in range(200)]
+
+
+def sentence(i, words=30):
+  """Words in an order that no two sentences share for long."""
+  return " ".join(random.Random(i).choices(WORDS, k=words))
+
+
+def write(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def run(tmp_path, rows, *more):
+  write(tmp_path / "in.jsonl", rows)
+  code = cli.main(["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/out",
+                   "--tokenizer=bytes", *more])
+  assert code == 0
+  return shards.read_manifest(tmp_path / "out")
+
+
+def texts(folder, split):
+  t, s = tokenizer.load(folder), source.open_split(folder, split)
+  return [t.decode(s.read(i, 0, int(n) + 1)) for i, n in enumerate(s.lengths)]
+
+
+def test_classification(tmp_path):
+  rows = [{"sentence": sentence(i), "other": sentence(i + 1), "stars": i % 3} for i in range(80)]
+  manifest = run(tmp_path, rows, "--kind=classification", "--field=text=sentence",
+                 "--field=text_pair=other", "--field=label=stars")
+  assert manifest["kind"] == "classification" and manifest["label_names"] == ["0", "1", "2"]
+  split = source.open_split(tmp_path / "out", "train")
+  by_text = {f"{row['sentence']}{row['other']}": row["stars"] for row in rows}
+  assert len(split.labels) == len(split.second) == split.num_documents
+  for text, label in zip(texts(tmp_path / "out", "train"), split.labels):
+    assert by_text[text] == label
+  card = json.loads((tmp_path / "out" / "card.json").read_text())
+  assert sum(card["labels"].values()) == split.num_documents
+
+
+def test_labels_that_are_floats_are_a_regression(tmp_path):
+  manifest = run(tmp_path, [{"text": sentence(i), "label": i / 7} for i in range(60)],
+                 "--kind=classification")
+  assert manifest["label_names"] == []
+
+
+@pytest.mark.parametrize("kind, row, learned", [
+    ("seq2seq", {"input": "question", "target": "answer"}, "answer"),
+    ("chat", {"messages": [{"role": "user", "content": "question"},
+                           {"role": "assistant", "content": "answer"}]}, "answer")])
+def test_what_is_learned_of_a_kind(tmp_path, kind, row, learned):
+  manifest = run(tmp_path, [row, *[row] * 60], f"--kind={kind}", "--validation=0", "--test=0")
+  assert manifest["chat_template"] == ("simple" if kind == "chat" else None)
+  split, t = source.open_split(tmp_path / "out", "train"), tokenizer.load(tmp_path / "out")
+  (start, end), = split.trained(3)
+  assert t.decode(split.read(3, int(start), int(end - start))) == learned
+
+
+def test_preferences_are_pairs(tmp_path):
+  rows = [{"prompt": f"{sentence(i, 4)}\n", "chosen": f"yes {i}", "rejected": "no"}
+          for i in range(60)]
+  manifest = run(tmp_path, rows, "--kind=preference", "--validation=0", "--test=0")
+  assert manifest["kept"] == 60 and manifest["total"]["documents"] == 120
+  got = texts(tmp_path / "out", "train")
+  assert got == [r["prompt"] + r[k] for r in rows for k in ("chosen", "rejected")]
+  assert manifest["total"]["bytes"] == sum(len(text) for text in got)
+
+
+def test_the_account_adds_up_and_names_its_rules(tmp_path):
+  bench = [sentence(1000 + i) for i in range(3)]
+  write(tmp_path / "bench.jsonl", [{"q": text} for text in bench])
+  unique = [sentence(i) for i in range(400)]
+  rows = [{"text": text} for text in unique]
+  rows += [{"text": text} for text in unique[:25]]  # exact duplicates
+  rows += [{"text": f"before that, {text} and so on"} for text in bench] * 1
+  rows += [{"text": "short"}] * 4 + [{"body": "x"}] * 3 + [{"text": " "}] * 2
+  manifest = run(
+      tmp_path, rows, "--clean=length:min_chars=20", "--dedup=exact", "--task-bytes=9000",
+      "--executor=process", f"--decontaminate={tmp_path}/bench.jsonl", "--decontaminate-field=q")
+  held_out = sum(manifest["splits"][split]["documents"] for split in ("validation", "test"))
+  assert held_out > 10
+  assert manifest["dropped"] == {
+      "duplicate": 25, "missing field": 3, "empty": 2, "length: too few characters": 4,
+      "contaminated": manifest["dropped"]["contaminated"]}
+  assert 1 <= manifest["dropped"]["contaminated"] <= 3
+  assert manifest["read"] == len(rows) == manifest["kept"] + sum(manifest["dropped"].values())
+  train = texts(tmp_path / "out", "train")
+  assert not any(text in t for t in train for text in bench)
+  assert len(set(train)) == len(train)
+
+
+def test_training_documents_that_share_runs_with_held_out_ones_go(tmp_path):
+  unique = [sentence(i) for i in range(300)]
+  longer = [f"{text} {sentence(5000 + i)}" for i, text in enumerate(unique)]
+  manifest = run(tmp_path, [{"text": text} for text in unique + longer], "--validation=0.2",
+                 "--decontaminate=held-out", "--task-bytes=20000", "--executor=process")
+  assert 60 < manifest["dropped"]["contaminated"] < 200
+  held_out = texts(tmp_path / "out", "validation") + texts(tmp_path / "out", "test")
+  train = texts(tmp_path / "out", "train")
+  runs = {tuple(w[i:i + 13]) for w in map(str.split, held_out) for i in range(len(w) - 12)}
+  assert not any(tuple(w[i:i + 13]) in runs for w in map(str.split, train)
+                 for i in range(len(w) - 12))
+
+
+def test_near_duplicates_over_several_tasks(tmp_path):
+  pytest.importorskip("datatrove")
+  unique = [sentence(i, 80) for i in range(60)]
+  near = [text + " " + sentence(i, 2) for i, text in enumerate(unique[:20])]
+  manifest = run(tmp_path, [{"text": text} for text in unique + near], "--dedup=near",
+                 "--dedup=exact", "--task-bytes=7000", "--executor=process", "--cut-chars=0")
+  assert manifest["dropped"] == {"near duplicate": 20}
+  card = (tmp_path / "out" / "card.md").read_text()
+  assert "like in.jsonl:1" in card
+
+
+def test_too_many_errors_end_the_run(tmp_path):
+  write(tmp_path / "in.jsonl", [{"text": sentence(i)} for i in range(50)] + [{"body": ""}] * 6)
+  options = {"tokenizer": "bytes", "task_bytes": 2_000, "cut_chars": 0}
+  with pytest.raises(UserError, match="max_errors=5"):
+    prepare.prepare(tmp_path / "in.jsonl", tmp_path / "out", max_errors=5, **options)
+  manifest = prepare.prepare(tmp_path / "in.jsonl", tmp_path / "out", max_errors=6, **options)
+  assert manifest["read"] == 56
+
+
+def test_a_card_says_what_is_in_the_folder(tmp_path):
+  rows = [{"text": sentence(i, 5 + i)} for i in range(100)] + [{"text": "a|b\n"}] * 30
+  manifest = run(tmp_path, rows, "--clean=length:min_chars=10", "--clean=unicode")
+  card = json.loads((tmp_path / "out" / "card.json").read_text())
+  train = manifest["splits"]["train"]
+  assert card["splits"]["train"] == {k: train[k] for k in ("documents", "tokens", "bytes")}
+  assert sum(count for _, count in card["lengths"]["histogram"]) == train["documents"]
+  rule = card["dropped"]["length: too few characters"]
+  assert rule["documents"] == 30 and rule["bytes"] == 30 * 4 and len(rule["examples"]) == 5
+  assert card["sources"]["in.jsonl"]["documents"] == 100
+  assert card["packing"]["512"]["best_fit"] > card["packing"]["512"]["one_per_row"]
+  picture = xml.etree.ElementTree.parse(tmp_path / "out" / "lengths.svg").getroot()
+  assert len(picture.findall("{*}rect")) == 1 + len(card["lengths"]["histogram"])
+  assert "a\\|b" not in (tmp_path / "out" / "card.md").read_text().split("## Left out")[0]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--clean=lenght"], "did you mean 'length'"), (["--dedup=nearly"], "--dedup=nearly"),
+    (["--kind=chats"], "kind='chats'"), (["--field=text"], "--field=text: write it as"),
+    (["--kind=chat", "--cut-chars=100"], "cut_chars=100 is for kind=text"),
+    (["--executor=clouds"], "--executor=clouds"), (["--template=x", "--kind=chat"], "'x'")])
+def test_bad_flags_are_named(tmp_path, capsys, args, message):
+  write(tmp_path / "in.jsonl", [{"text": sentence(i), "messages": []} for i in range(9)])
+  code = cli.main(["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/out",
+                   "--tokenizer=bytes", *args])
+  assert code == 2 and message in capsys.readouterr().err
