@@ -105,6 +105,9 @@ def _make(cls, stage, ranks, **options):
 
 def _run_local(cls, stage, ranks, workers, options):
   executor = _make(cls, stage, ranks, workers=min(workers, len(ranks)), **options)
+  # One import for all stages: the server lives on, and its children are ready at once.
+  optional("multiprocess", "data", "this executor").set_forkserver_preload(
+      ["jaxgpt.text.tasks", "datatrove.executor.local"])
   with _WatchWorkers(stage):
     executor.run()
 
@@ -161,8 +164,8 @@ def _run_slurm(cls, stage, ranks, workers, options):
   try:
     executor.run()
   except (OSError, subprocess.CalledProcessError) as e:
-    raise UserError(f"--executor=slurm can't submit a job with sbatch ({e}); run this where Slurm's "
-                    "commands are, and check --executor-option") from e
+    raise UserError(f"--executor=slurm can't submit a job with sbatch ({e}); run this where "
+                    "Slurm's commands are, and check --executor-option") from e
   gone = 0
   while gone < 3 and stage.missing() and not list(stage.folder.glob(".failed-*")):
     time.sleep(_POLL_SECONDS)

@@ -257,6 +257,7 @@ class Monitor:
         with contextlib.suppress(OSError, ValueError):
           counts = path.read_text(encoding="utf-8").split()
           documents, num_bytes = documents + int(counts[0]), num_bytes + int(counts[1])
-      at_work = f", at work on {documents:,} documents, {num_bytes / 1e6:,.0f} MB" if documents else ""
-      self._report(f"{self._stage.name}: {done} of {self._stage.tasks} tasks done{at_work} "
-                   f"({time.monotonic() - start:.0f} s)")
+      line = f"{self._stage.name}: {done} of {self._stage.tasks} tasks done"
+      if documents:
+        line += f", at work on {documents:,} documents, {num_bytes / 1e6:,.0f} MB"
+      self._report(f"{line} ({time.monotonic() - start:.0f} s)")
