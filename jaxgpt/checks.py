@@ -121,7 +121,7 @@ def combinations(c):
     raise UserError(f"objective.mask_replace={o.mask_replace} and objective.mask_random="
                     f"{o.mask_random} are shares of the same tokens; their sum must not exceed 1")
   head = "classifier" if c.objective.name == "classification" else "lm"
-  if m.head != head:
+  if m.head in ("lm", "classifier") and m.head != head:
     raise UserError(f"objective.name={c.objective.name!r} needs model.head={head!r}, not {m.head!r}")
   if c.data.seq_len > m.max_len:
     raise UserError(f"data.seq_len={c.data.seq_len} is longer than the model's context "

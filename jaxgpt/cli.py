@@ -370,9 +370,11 @@ def _export(args):
   if not certificate["checked"]:
     print(f"not checked against transformers: {certificate['why_not']}")
     return
+  greedy = certificate.get("greedy")
   print(f"against transformers {certificate['versions']['transformers']}: logits differ by at most "
-        f"{certificate['logits']['max_abs']:.1e} of {certificate['logits']['scale']:.3g}, greedy "
-        f"continuations are {'equal' if certificate['greedy']['equal'] else 'NOT equal'}")
+        f"{certificate['logits']['max_abs']:.1e} of {certificate['logits']['scale']:.3g}"
+        + (f", greedy continuations are {'equal' if greedy['equal'] else 'NOT equal'}"
+           if greedy else ""))
 
 
 def _demo(args):

@@ -35,11 +35,9 @@ def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=Non
   source, folder = epath.Path(source), epath.Path(folder)
   family, hf = initial.read_config_json(source)
   _, found = convert.read(hf)
-  c = config.base()
-  c.model.update(found | dict(dtype=dtype))
-  c.data.seq_len = seq_len or min(found["max_len"], CONTEXT)
-  c.init_from = str(source)
-  c = config.resolve(c)
+  c = convert.configured(found, model__preset=family.model_type, model__dtype=dtype,
+                         init_from=str(source),
+                         data__seq_len=seq_len or min(found["max_len"], CONTEXT))
   tensors = safetensors.scan(source)
   device_mesh, parts = runs.place(c)
   abstract = parts.state["params"]
@@ -53,7 +51,7 @@ def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=Non
   checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS)
   if checkpoints.latest() is not None:
     raise UserError(f"--workdir={folder} holds this model already; choose another folder")
-  params = tree.unflatten(weights.load(match.pairs, abstract))
+  params = weights.complete(weights.load(match.pairs, abstract), abstract)
   checkpoints.save({"step": np.int32(0), "nonfinite_step": np.int32(-1), "params": params})
   checkpoints.close()
   return {"family": family.model_type, "parameters": tree.count(params),
@@ -114,11 +112,14 @@ def export_run(folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, 
   part.mkdir(parents=True)
   try:
     published = convert.publish(family, c.model, run.params)
+    if c.model.head in ("pooler", "none"):  # the bare model's names have no prefix
+      published = [p._replace(name=p.name.removeprefix(family.prefix)) for p in published]
     files = weights.save(part, published, run.params, dtype, shard_bytes)
     ids = dict(bos_token_id=run.tokenizer.bos_id, eos_token_id=run.tokenizer.eos_id,
                pad_token_id=run.tokenizer.pad_id)
     ids = {k: v for k, v in ids.items() if v is not None}
-    hf = convert.write(family, c.model) | ids | {"torch_dtype": dtype}
+    hf = convert.write(family, c.model) | {"torch_dtype": dtype}
+    hf = ids | hf if "pad_token_id" in hf else hf | ids
     _write_json(part / "config.json", hf)
     _write_json(part / "generation_config.json", {"_from_model_config": True, **ids})
     files += ["config.json", "generation_config.json"]

@@ -8,7 +8,7 @@ from etils import epath
 
 from jaxgpt import checkpoint, tree, workdir
 from jaxgpt.errors import UserError
-from jaxgpt.hf import convert, safetensors, weights
+from jaxgpt.hf import convert, fields, safetensors, weights
 from jaxgpt.text import tokenizer as tokenizer_lib
 
 REPORT = "init.json"
@@ -46,12 +46,13 @@ def load(source, c_model, abstract):
     model, tokens = old.model, tokenizer_lib.load(workdir.tokenizer_folder(folder))
   else:
     family, hf = read_config_json(folder)
-    model = convert.resolved(convert.read(hf)[1])
+    model = convert.configured(convert.read(hf)[1]).model
     params, left = _from_published(folder, family, c_model, abstract)
     tokens = None
   paths = tree.flatten(abstract)
-  changed = {key: [model[key], c_model[key]] for key in c_model
-             if key not in convert.FREE and model[key] != c_model[key]}
+  old, new = convert.architecture(model), convert.architecture(c_model)
+  changed = {key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys())
+             if not fields.close(old.get(key), new.get(key))}
   report = {"source": str(source), "loaded": sorted(params),
             "initialized": sorted(paths.keys() - params.keys()), "left": sorted(left),
             "changed": changed}

@@ -1,6 +1,5 @@
 """config.json to the `model` section and back, and the list of tensors that a model publishes."""
 
-import math
 import re
 from typing import NamedTuple
 
@@ -8,9 +7,11 @@ from jaxgpt import checks, config, tree
 from jaxgpt.errors import UserError
 from jaxgpt.hf import families, fields
 from jaxgpt.hf.layout import Layout
+from jaxgpt.model import transformer
 
 # Fields of `model` that say how it is trained or computed, and not what it is.
-FREE = ("preset", "dropout", "init_std", "dtype", "attention", "scan_unroll", "remat")
+FREE = ("preset", "dropout", "init_std", "dtype", "attention", "scan_unroll", "remat",
+        "moe.balance_loss", "moe.z_loss", "moe.capacity")
 
 
 class Piece(NamedTuple):
@@ -18,14 +19,16 @@ class Piece(NamedTuple):
   path: str
   lead: tuple  # index into our leading dimensions
   layout: Layout
-  plus: float
   start: int  # where it begins along the tensor's axis
+  plus: float  # ours = theirs + plus
+  pairs: int  # as many entries at the end of our last axis lie in pairs
 
 
 class Published(NamedTuple):
   """A tensor as it is published."""
   name: str
-  shape: tuple
+  shape: tuple  # in the file
+  view: tuple  # the shape in which the pieces lie along `axis`
   axis: int
   pieces: tuple
 
@@ -37,7 +40,7 @@ def read(hf):
     hf: config.json as a dict.
 
   Returns:
-    (Family, {field: value}).
+    (Family, {flat field: value}).
 
   Raises:
     UserError: the first thing in it that is not supported.
@@ -63,30 +66,67 @@ def write(family, c_model):
     family: a Family that `difference` finds nothing against.
     c_model: the resolved `model` section.
   """
-  out = {"architectures": [family.architecture], "model_type": family.model_type}
+  out, flat = {"model_type": family.model_type}, config.flatten(c_model)
   for entry in family.config:
-    out |= entry.write(c_model)
+    out |= entry.write(flat)
   return out
 
 
-def resolved(found):
-  """The resolved `model` section of what `read` found."""
+def configured(found, **more):
+  """A resolved config whose `model` section has what `read` found, and an objective that fits it.
+
+  Args:
+    found: {flat field: value}.
+    **more: further flat keys, with '__' for '.'.
+  """
   c = config.base()
-  c.model.update(found)
+  c.update_from_flattened_dict({f"model.{key}": value for key, value in found.items()})
+  if c.model.head == "classifier":
+    c.objective.name = "classification"
+  elif not c.model.causal:
+    c.objective.name = "masked_lm"
   c.data.seq_len = 1
-  return config.resolve(c).model
+  c.update_from_flattened_dict({key.replace("__", "."): value for key, value in more.items()})
+  return config.resolve(c)
+
+
+def architecture(c_model):
+  """The fields that say what a model is, without those that others make irrelevant."""
+  flat = {k: v for k, v in config.flatten(c_model).items() if k not in FREE}
+  idle = []
+  for name in ("attention_pattern", "mlp_pattern"):
+    flat[name] = tuple(fields.expanded(flat[name], flat["num_layers"]))
+  if "local" not in flat["attention_pattern"]:
+    idle += ["window", "rope.local_theta"]
+  if flat["position"] != "rotary":
+    idle.append("rope.")
+  elif flat["rope.scaling"] == "none":
+    idle += ["rope." + x for x in ("factor", "original_len", "attention_factor", "low", "high",
+                                   "beta", "short", "long")]
+  if "moe" not in flat["mlp_pattern"]:
+    idle.append("moe.")
+  if not flat["latent.kv_rank"]:
+    idle.append("latent.")
+  if flat["head"] != "lm":
+    idle.append("tie_embeddings")
+  if flat["head"] != "classifier":
+    idle += ["num_labels"] + ([] if flat["head"] == "pooler" else ["pooling"])
+  if flat["head"] == "none":
+    idle += ["head_bias", "head_transform"]
+  return {k: v for k, v in flat.items() if not k.startswith(tuple(idle))}
 
 
 def difference(family, c_model):
   """What keeps a model from being of a family: the first field's name, value and demand, or None."""
   try:
     _, found = read(write(family, c_model))
+    back = architecture(configured(found).model)
   except UserError as e:
     return str(e).removeprefix("config.json: ")
-  back = resolved(found)
-  for key in back:
-    if key not in FREE and not fields.close(back[key], c_model[key]):
-      return f"model.{key}={c_model[key]!r}, where the family has {back[key]!r}"
+  mine = architecture(c_model)
+  for key in mine:
+    if key not in back or not fields.close(back[key], mine[key]):
+      return f"model.{key}={mine[key]!r}, where the family has {back.get(key)!r}"
   return None
 
 
@@ -95,7 +135,8 @@ def family_of(c_model, name=None):
 
   Args:
     c_model: the resolved `model` section.
-    name: which family; None: the first that has the model's fields.
+    name: which family; None: the one that it was imported from (`preset`) if it still has its
+      fields, else the first that has.
 
   Raises:
     UserError: none has, with what each lacks; or there is no such family.
@@ -104,13 +145,32 @@ def family_of(c_model, name=None):
     raise UserError(f"no family {name!r}; {checks.nearest(name, families.FAMILIES)}there are: "
                     f"{', '.join(families.FAMILIES)}")
   against = {}
-  for family in families.FAMILIES.values():
+  for family in sorted(families.FAMILIES.values(), key=lambda f: f.model_type != c_model.preset):
     if name in (None, family.model_type):
       against[family.model_type] = difference(family, c_model)
       if against[family.model_type] is None:
         return family
   raise UserError("no published family has this model's fields: " +
                   "; ".join(f"{k}: {v}" for k, v in against.items()))
+
+
+class _Place(NamedTuple):
+  """Where a layer's parameters are, and what is true of it."""
+  prefix: str
+  index: int
+  facts: set
+
+
+def _places(c_model):
+  facts = {c_model.head, "q_rank" if c_model.latent.q_rank else "no q_rank"}
+  places = []
+  for stack in transformer.stacks(c_model):
+    for repeat in range(stack.repeats):
+      for i, (_, mlp) in enumerate(stack.kinds):
+        prefix = stack.name + (f"/{i}" if len(stack.kinds) > 1 else "")
+        normed = {"normed"} if c_model.first_norm or places else set()
+        places.append(_Place(prefix, repeat, facts | {mlp} | normed))
+  return places, _Place("", 0, facts)
 
 
 def publish(family, c_model, shapes, partly=False):
@@ -129,24 +189,20 @@ def publish(family, c_model, shapes, partly=False):
     UserError: a parameter that the family has no name for.
   """
   shapes = {path: leaf.shape for path, leaf in tree.flatten(shapes).items()}
-  sizes = {"H": c_model.head_dim}
-  out, covered = [], {}
-  rows = [(r, i) for group in _by_layer(family.rows)
-          for i in range(c_model.num_layers if "{i}" in group[0].name else 1) for r in group]
-  for r, i in rows:
-    pieces = _pieces(r, i if "{i}" in r.name else None, shapes, sizes)
-    if pieces is None:
-      continue
-    for p in pieces:
-      covered.setdefault(p.path, set()).add(p.lead)
-    last = pieces[-1]
-    shape = list(last.layout.their_shape)
-    shape[r.axis] += last.start
-    out.append(Published(r.name.format(i=i), tuple(shape), r.axis, tuple(pieces)))
-  for path, shape in shapes.items():
-    lead = len(next(iter(covered.get(path, [()]))))
-    if not partly and len(covered.get(path, ())) != math.prod(shape[:lead]):
-      raise UserError(f"family {family.model_type} has no name for parameter {path} {shape}")
+  layers, top = _places(c_model)
+  out = []
+  for group in _by_layer(family.rows):
+    for i, place in enumerate(layers) if "{i}" in group[0].name else [(None, top)]:
+      for r in group:
+        experts = range(c_model.moe.experts) if "{e}" in r.name else [None]
+        out += [p for e in experts if (p := _published(r, place, i, e, shapes, c_model))]
+  covered = {piece.path for p in out for piece in p.pieces}
+  if not c_model.first_norm:  # the first layer has one all the same, which nothing reads
+    covered.add(f"{layers[0].prefix}/attn_norm/scale")
+  lost = [path for path in shapes if path not in covered]
+  if lost and not partly:
+    raise UserError(f"family {family.model_type} has no name for parameter {lost[0]} "
+                    f"{shapes[lost[0]]}")
   return out
 
 
@@ -160,17 +216,25 @@ def _by_layer(rows):
   return groups
 
 
-def _pieces(r, layer, shapes, sizes):
-  """Pieces of a row for a layer, or None where the model does not have its parameters."""
-  if any(part.path not in shapes for part in r.parts):
+def _published(r, place, layer, expert, shapes, c_model):
+  """A row for a layer and an expert, or None where the model does not have its parameters."""
+  if r.when and not place.facts & set(r.when):
     return None
-  pieces, start = [], 0
-  for part in r.parts:
-    lead = () if layer is None else (layer,)
-    layout = Layout(part.layout, shapes[part.path][len(lead):], **sizes)
-    pieces.append(Piece(part.path, lead, layout, part.plus, start))
-    start += layout.their_shape[r.axis]
-  return pieces
+  paths = [part.path.replace("layers/", place.prefix + "/", 1) if layer is not None else part.path
+           for part in r.parts]
+  if any(path not in shapes for path in paths):
+    return None
+  lead = tuple(x for x in (place.index if layer is not None else None, expert) if x is not None)
+  pieces, at = [], r.skip
+  for part, path in zip(r.parts, paths, strict=True):
+    layout = Layout(part.layout, shapes[path][len(lead):])
+    pairs = c_model.latent.rope_dim if part.pairs else 0
+    pieces.append(Piece(path, lead, layout, at, part.plus, pairs))
+    at += layout.their_shape[r.axis]
+  view = list(pieces[0].layout.their_shape)
+  view[r.axis] = at
+  shape = (view[0] * view[1], *view[2:]) if r.merged else tuple(view)
+  return Published(r.name.format(i=layer, e=expert), shape, tuple(view), r.axis, tuple(pieces))
 
 
 class Found(NamedTuple):
@@ -201,7 +265,8 @@ def find(family, published, tensors, tied):
       wrong.append(f"{name} is {list(tensors[name].shape)}, {_ours(p)} needs {list(p.shape)}")
     else:
       pairs.append((p, tensors[name]))
-  patterns = [*family.ignored, *([r"lm_head\.weight"] if tied else [])]
+  heads = [re.escape(r.name) for r in family.rows if r.parts[0].path == "head" and "lm" in r.when]
+  patterns = [*family.ignored, *(heads if tied else [])]
   extra = [name for full, name in there.items()
            if not any(re.fullmatch(pattern, full) for pattern in patterns)]
   return Found(pairs, missing, wrong, extra)

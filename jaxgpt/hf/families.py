@@ -2,133 +2,456 @@
 
 A new family is an entry here, and nothing else where the model already has its fields. Semantics
 are those of transformers' `models/FAMILY/modeling_FAMILY.py`, version 5.
-
-In layouts: D width, F MLP, N heads, K key/value heads, H head size, V vocabulary, P positions.
 """
 
 from typing import NamedTuple
 
-from jaxgpt.hf import fields
-from jaxgpt.hf.fields import must, ours, same
-
-
-class Part(NamedTuple):
-  """One of our parameters as a published tensor, or a part of one, holds it."""
-  path: str  # with leading dimensions by the template's {i}
-  layout: str
-  plus: float = 0.0  # ours = theirs + plus
-
-
-class Row(NamedTuple):
-  """A published tensor. It exists where our model has the parameters of its parts."""
-  name: str  # {i}: layer
-  parts: tuple  # in the order in which they lie along `axis`
-  axis: int = 0
+from jaxgpt.hf.fields import (
+  Entry,
+  activation,
+  biases,
+  classes,
+  derived,
+  expanded,
+  get,
+  head_dim,
+  layer_types,
+  mapped,
+  moe,
+  must,
+  ours,
+  same,
+  sames,
+  shortest,
+  tanh_gelu,
+)
+from jaxgpt.hf.rotary import latent_rope, rope
+from jaxgpt.hf.rows import (
+  Part,
+  Row,
+  conv1d,
+  dense,
+  flat,
+  fused,
+  heads,
+  norm,
+  one,
+  output,
+  qkv,
+  vector,
+)
 
 
 class Family(NamedTuple):
   """What is known of a family."""
   model_type: str
-  architecture: str  # what an export is named
   config: tuple  # of fields.Entry
-  rows: tuple  # of Row
-  prefix: str = "model."  # what files of the bare model lack
-  ignored: tuple = ()  # patterns of tensors that hold no weights
+  rows: tuple  # of rows.Row
+  prefix: str = "model."  # of all names but the heads', which files of a bare model leave out
+  ignored: tuple = ()  # patterns of tensors that are not read
 
 
-def row(name, path, layout, plus=0.0):
-  """A tensor that is one parameter."""
-  return Row(name, (Part(path, layout, plus),))
+# --- Decoders: most keep Llama's names.
+
+_L = "model.layers.{i}."
+_LM = dict(head="lm", head_bias=False, head_transform="none")
+_BARE = dict(head="none")
+_SIZES = sames(vocab_size="vocab_size", hidden_size="width", intermediate_size="mlp_width",
+               num_hidden_layers="num_layers", num_attention_heads="num_heads",
+               max_position_embeddings="max_len")
+_KV_HEADS = same("num_key_value_heads", "num_kv_heads", lambda hf: get(hf, "num_attention_heads"))
+_HEAD_DIM = same("head_dim", "head_dim", head_dim)
+_DERIVED_HEAD_DIM = derived("head_dim", head_dim)
+_EMBED = one("model.embed_tokens.weight", "embed", "V D -> V D")
+_HEAD = one("lm_head.weight", "head", "V D -> D V", ("lm",))
+_QKV = tuple(heads(f"{_L}self_attn.{x}_proj", x) for x in "qkv")
+_O = output(_L + "self_attn.o_proj")
+_QK_NORM = (vector(_L + "self_attn.q_norm.weight", "layers/attn/q_norm/scale"),
+            vector(_L + "self_attn.k_norm.weight", "layers/attn/k_norm/scale"))
+_MLP = tuple(dense(f"{_L}mlp.{x}_proj", f"layers/mlp/{x}", ("dense",))
+             for x in ("gate", "up", "down"))
+_NORMS = (norm(_L + "input_layernorm", "layers/attn_norm"),
+          norm(_L + "post_attention_layernorm", "layers/mlp_norm"))
+_FINAL = norm("model.norm", "final_norm")
+_FREQUENCIES = r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)"
 
 
-def vector(name, path, plus=0.0):
-  """A norm's scale, or a bias."""
-  return row(name, path, "D -> D", plus)
-
-
-def linear(name, path, layout, out):
-  """A projection's weight, stored [out, in], and its bias, laid out as `out`."""
-  return (row(f"{name}.weight", path, layout), row(f"{name}.bias", f"{path}_bias", out))
-
-
-def norm(name, path):
-  """A LayerNorm's two vectors; of an RMSNorm only the first exists."""
-  return (vector(f"{name}.weight", f"{path}/scale"), vector(f"{name}.bias", f"{path}/bias"))
-
-
-_HEADS = {"q": "(N H) D -> D N H", "k": "(K H) D -> D K H", "v": "(K H) D -> D K H"}
-_HEAD_BIAS = {"q": "(N H) -> N H", "k": "(K H) -> K H", "v": "(K H) -> K H"}
-
-
-def _fused(name, layouts, axis):
-  return Row(name, tuple(Part(path, layout) for path, layout in layouts), axis)
+def _llama_like(kind, cls, *config, eps=1e-6, act="silu", tied=False, **fields):
+  """A decoder whose tensors are Llama's, with its own entries and constants."""
+  fixed = dict(norm="rmsnorm", position="rotary", gated=True, causal=True) | fields
+  return Family(
+      kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE}), ours(**fixed), _SIZES,
+             _KV_HEADS, same("rms_norm_eps", "norm_eps", eps), activation("hidden_act", act),
+             same("tie_word_embeddings", "tie_embeddings", tied), *config),
+      flat(_EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _FINAL, _HEAD), ignored=(_FREQUENCIES,))
 
 
 def _gpt2():
   h = "transformer.h.{i}."
-  qkv = [f"layers/attn/{x}" for x in "qkv"]
-  flat = lambda theirs, path: (row(f"{h}{theirs}.weight", path, "I O -> I O"),
-                               vector(f"{h}{theirs}.bias", f"{path}_bias"))
   return Family(
-      "gpt2", "GPT2LMHeadModel", prefix="transformer.",
-      config=(
-          ours(norm="layernorm", position="learned", gated=False, bias=True),
-          same("vocab_size", "vocab_size"), same("n_positions", "max_len"),
-          same("n_embd", "width"), same("n_layer", "num_layers"), same("n_head", "num_heads"),
+      "gpt2", (
+          classes(GPT2LMHeadModel=_LM, GPT2Model=_BARE),
+          ours(norm="layernorm", position="learned", gated=False, bias=True, causal=True),
+          sames(vocab_size="vocab_size", n_positions="max_len", n_embd="width",
+                n_layer="num_layers", n_head="num_heads"),
           same("n_inner", "mlp_width", lambda hf: 4 * hf["n_embd"]),
           same("layer_norm_epsilon", "norm_eps", 1e-5),
-          fields.activation("activation_function", "gelu_new"),
+          activation("activation_function", "gelu_new"),
           same("tie_word_embeddings", "tie_embeddings", True), must("scale_attn_weights", True),
           must("scale_attn_by_inverse_layer_idx", False), must("add_cross_attention", False)),
-      rows=(
-          row("transformer.wte.weight", "embed", "V D -> V D"),
-          row("transformer.wpe.weight", "pos_embed", "P D -> P D"),
-          *norm(h + "ln_1", "layers/attn_norm"), *norm(h + "ln_2", "layers/mlp_norm"),
-          _fused(h + "attn.c_attn.weight", [(p, "D (N H) -> D N H") for p in qkv], 1),
-          _fused(h + "attn.c_attn.bias", [(f"{p}_bias", "(N H) -> N H") for p in qkv], 0),
-          row(h + "attn.c_proj.weight", "layers/attn/o", "(N H) D -> N H D"),
-          vector(h + "attn.c_proj.bias", "layers/attn/o_bias"),
-          *flat("mlp.c_fc", "layers/mlp/up"), *flat("mlp.c_proj", "layers/mlp/down"),
-          *norm("transformer.ln_f", "final_norm"),
-          row("lm_head.weight", "head", "V D -> D V")),
-      ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",))
+      flat(one("transformer.wte.weight", "embed", "V D -> V D"),
+           one("transformer.wpe.weight", "pos_embed", "P D -> P D"),
+           norm(h + "ln_1", "layers/attn_norm"),
+           qkv(h + "attn.c_attn", "D (N H) -> D N H", axis=1),
+           output(h + "attn.c_proj", "(N H) D -> N H D"),
+           norm(h + "ln_2", "layers/mlp_norm"),
+           conv1d(h + "mlp.c_fc", "layers/mlp/up"), conv1d(h + "mlp.c_proj", "layers/mlp/down"),
+           norm("transformer.ln_f", "final_norm"), _HEAD),
+      prefix="transformer.", ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",))
 
 
-_LAYER = "model.layers.{i}."
-_DECODER_CONFIG = (
-    same("vocab_size", "vocab_size"), same("hidden_size", "width"),
-    same("intermediate_size", "mlp_width"), same("num_hidden_layers", "num_layers"),
-    same("num_attention_heads", "num_heads"),
-    same("num_key_value_heads", "num_kv_heads", fields.heads),
-    same("head_dim", "head_dim", fields.head_dim), same("max_position_embeddings", "max_len"))
+def _all_or_none(hf):
+  return ["global" if hf.get("sliding_window") is None else "local"]
 
 
-def _decoder_rows():
-  """Names that Llama gave, and most decoders have kept."""
-  attn = (*(linear(f"{_LAYER}self_attn.{x}_proj", f"layers/attn/{x}", _HEADS[x], _HEAD_BIAS[x])
-            for x in "qkv"),
-          linear(_LAYER + "self_attn.o_proj", "layers/attn/o", "D (N H) -> N H D", "D -> D"))
-  mlp = (linear(f"{_LAYER}mlp.{x}_proj", f"layers/mlp/{x}", "O I -> I O", "O -> O")
-         for x in ("gate", "up", "down"))
-  return (
-      row("model.embed_tokens.weight", "embed", "V D -> V D"),
-      *norm(_LAYER + "input_layernorm", "layers/attn_norm"),
-      *(r for rows in (*attn, *mlp) for r in rows),
-      *norm(_LAYER + "post_attention_layernorm", "layers/mlp_norm"),
-      *norm("model.norm", "final_norm"),
-      row("lm_head.weight", "head", "V D -> D V"))
+def _mistral_window():
+  """One window for all layers, or none."""
+  types = layer_types(_all_or_none)
+  return Entry(lambda hf: types.read(hf | {"layer_types": None}),
+               lambda model: {"sliding_window": model["window"] if "local" in
+                                model["attention_pattern"] else None})
 
 
-def _llama():
+def _qwen_window():
+  def default(hf):
+    local = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
+    first = get(hf, "max_window_layers", 28)
+    return ["local" if local and i >= first else "global"
+            for i in range(get(hf, "num_hidden_layers"))]
+
+  def also(model):
+    return {"use_sliding_window": "local" in model["attention_pattern"],
+            "max_window_layers": model["num_layers"]}
+  return layer_types(default, also=also)
+
+
+def _smollm3_positions():
+  """Layers without positions: `no_rope_layers` has a 0 for each."""
+  def read(hf):
+    every = get(hf, "no_rope_layer_interval", 4)
+    given = hf.get("no_rope_layers") or [
+        int((i + 1) % every != 0) for i in range(get(hf, "num_hidden_layers"))]
+    return {"attention_pattern": shortest(["global" if x else "nope" for x in given])}
+
+  def write(model):
+    kinds = expanded(model["attention_pattern"], model["num_layers"])
+    return {"no_rope_layers": [int(kind != "nope") for kind in kinds]}
+  return Entry(read, write)
+
+
+def _phi3():
+  family = _llama_like(
+      "phi3", "Phi3", _DERIVED_HEAD_DIM, rope(kinds=("default", "longrope", "su"), own_len=True),
+      _mistral_window(), eps=1e-5, bias=False)
+  return family._replace(rows=flat(
+      _EMBED, _NORMS, qkv(_L + "self_attn.qkv_proj"), _O,
+      fused(_L + "mlp.gate_up_proj.weight", "F D -> D F", "layers/mlp/gate", "layers/mlp/up"),
+      dense(_L + "mlp.down_proj", "layers/mlp/down"), _FINAL, _HEAD))
+
+
+def _olmo2():
+  family = _llama_like("olmo2", "Olmo2", _DERIVED_HEAD_DIM, rope(), must("attention_bias", False),
+                       eps=1e-5, bias=False, norm_placement="branch", qk_norm="all")
+  return family._replace(rows=flat(
+      _EMBED, _QKV, _QK_NORM, _O, norm(_L + "post_attention_layernorm", "layers/attn_post_norm"),
+      _MLP, norm(_L + "post_feedforward_layernorm", "layers/mlp_post_norm"), _FINAL, _HEAD))
+
+
+# --- Gemma: scales of norms are stored less one, embeddings are multiplied by the root of the width.
+
+def _gemma(kind, causal, bare, rows, *config, **fields):
+  fixed = dict(norm="rmsnorm", position="rotary", gated=True, bias=False, causal=True) | fields
   return Family(
-      "llama", "LlamaForCausalLM",
-      config=(
-          ours(norm="rmsnorm", position="rotary", gated=True, bias=False), *_DECODER_CONFIG,
-          same("rms_norm_eps", "norm_eps", 1e-6), fields.activation("hidden_act", "silu"),
-          same("tie_word_embeddings", "tie_embeddings", False), fields.rope(),
-          must("attention_bias", False), must("mlp_bias", False)),
-      rows=_decoder_rows(), ignored=(r".*rotary_emb\.inv_freq",))
+      kind, (classes(**{causal: _LM, bare: _BARE}), ours(**fixed), _SIZES,
+             same("num_key_value_heads", "num_kv_heads"),
+             same("head_dim", "head_dim", 256), same("rms_norm_eps", "norm_eps", 1e-6),
+             derived("embed_scale", lambda hf: float(get(hf, "hidden_size")) ** 0.5),
+             same("tie_word_embeddings", "tie_embeddings", True), must("attention_bias", False),
+             must("use_bidirectional_attention", False), *config),
+      flat(_EMBED, rows, _QKV, _O, _MLP, norm("model.norm", "final_norm", plus=1.0), _HEAD),
+      ignored=(_FREQUENCIES,))
+
+
+_GEMMA_NORMS = (norm(_L + "input_layernorm", "layers/attn_norm", plus=1.0),
+                norm(_L + "post_attention_layernorm", "layers/mlp_norm", plus=1.0))
+_GEMMA2_NORMS = (norm(_L + "input_layernorm", "layers/attn_norm", plus=1.0),
+                 norm(_L + "post_attention_layernorm", "layers/attn_post_norm", plus=1.0),
+                 norm(_L + "pre_feedforward_layernorm", "layers/mlp_norm", plus=1.0),
+                 norm(_L + "post_feedforward_layernorm", "layers/mlp_post_norm", plus=1.0))
+_GEMMA3_QK_NORM = tuple(vector(f"{_L}self_attn.{x}_norm.weight", f"layers/attn/{x}_norm/scale",
+                               plus=1.0) for x in "qk")
+_ATTN_SCALE = Entry(lambda hf: {"attn_scale": float(get(hf, "query_pre_attn_scalar", 256)) ** -0.5},
+                    lambda model: {"query_pre_attn_scalar": _whole(model["attn_scale"] ** -2)})
+
+
+def _whole(x):
+  """224.00000000000003 is 224, as their configs have integers here."""
+  return round(x) if abs(x - round(x)) < 1e-6 * x else x
+
+
+def _optional(theirs, ours, default):
+  """A number that may be null; `default` where config.json does not have the key."""
+  return Entry(lambda hf: {ours: hf.get(theirs, default)}, lambda model: {theirs: model[ours]})
+
+
+def _every(hf, n):
+  """Gemma's pattern: each n-th layer is global."""
+  return ["global" if (i + 1) % n == 0 else "local" for i in range(get(hf, "num_hidden_layers"))]
+
+
+def _gemmas():
+  caps = lambda final, attention: (
+      _optional("final_logit_softcapping", "logit_softcap", final),
+      _optional("attn_logit_softcapping", "attn_softcap", attention))
+  three = lambda hf: _every(hf, hf.get("sliding_window_pattern")
+                            or hf.get("_sliding_window_pattern") or 6)
+  return (
+      _gemma("gemma", "GemmaForCausalLM", "GemmaModel", _GEMMA_NORMS,
+             tanh_gelu("hidden_act"), rope()),
+      _gemma("gemma2", "Gemma2ForCausalLM", "Gemma2Model", _GEMMA2_NORMS,
+             tanh_gelu("hidden_activation"), rope(),
+             _ATTN_SCALE, *caps(30.0, 50.0), layer_types(lambda hf: _every(hf, 2)),
+             norm_placement="both"),
+      _gemma("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextModel",
+             (_GEMMA2_NORMS, _GEMMA3_QK_NORM),
+             tanh_gelu("hidden_activation"),
+             rope(1e6, local=("rope_local_base_freq", 10_000.0)), _ATTN_SCALE, *caps(None, None),
+             layer_types(three), norm_placement="both", qk_norm="head"))
+
+
+# --- Mixtures of experts.
+
+def _experts(name, gate="gate_proj", up="up_proj", down="down_proj"):
+  """The router, and each expert's three matrices."""
+  return (one(f"{name}.gate.weight", "layers/mlp/router", "E D -> D E", ("moe",)),
+          *(one(f"{name}.experts.{{e}}.{theirs}.weight", f"layers/mlp/{x}", "O I -> I O", ("moe",))
+            for theirs, x in ((gate, "gate"), (up, "up"), (down, "down"))))
+
+
+def _mixtral():
+  family = _llama_like(
+      "mixtral", "Mixtral", _HEAD_DIM, rope(1e6), _mistral_window(),
+      moe("num_local_experts", "num_experts_per_tok", "intermediate_size"),
+      eps=1e-5, bias=False, mlp_pattern=("moe",), moe__router="softmax", moe__normalize=True)
+  return family._replace(rows=flat(
+      _EMBED, _NORMS, _QKV, _O, _experts(_L + "block_sparse_moe", "w1", "w3", "w2"), _FINAL, _HEAD))
+
+
+def _sparse_layers():
+  """Which layers have experts: each `decoder_sparse_step`-th, but for `mlp_only_layers`."""
+  def read(hf):
+    step, only = get(hf, "decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
+    kinds = ["moe" if (i + 1) % step == 0 and i not in only else "dense"
+             for i in range(get(hf, "num_hidden_layers"))]
+    return {"mlp_pattern": shortest(kinds)}
+
+  def write(model):
+    kinds = expanded(model["mlp_pattern"], model["num_layers"])
+    return {"decoder_sparse_step": 1,
+            "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "dense"]}
+  return Entry(read, write)
+
+
+def _qwen3_moe():
+  experts = Entry(  # 'num_experts' on the Hub, 'num_local_experts' as transformers 5 writes it
+      lambda hf: {"moe.experts": get(hf, "num_experts", lambda hf: get(hf, "num_local_experts"))},
+      lambda model: {"num_experts": model["moe.experts"]})
+  family = _llama_like(
+      "qwen3_moe", "Qwen3Moe", _HEAD_DIM, rope(), must("attention_bias", False),
+      must("use_sliding_window", False), experts, _sparse_layers(),
+      sames(num_experts_per_tok="moe.per_token", moe_intermediate_size="moe.width"),
+      same("norm_topk_prob", "moe.normalize", False),
+      bias=False, qk_norm="head", moe__router="softmax")
+  return family._replace(rows=flat(
+      _EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _experts(_L + "mlp"), _FINAL, _HEAD))
+
+
+# --- DeepSeek: latent attention, shared experts.
+
+def _deepseek(kind, cls, *config, **fields):
+  a = _L + "self_attn."
+  latent = sames(kv_lora_rank="latent.kv_rank", qk_rope_head_dim="latent.rope_dim",
+                 v_head_dim="latent.v_dim")
+  ranks = Entry(lambda hf: {"latent.q_rank": hf.get("q_lora_rank") or 0},
+                lambda model: {"q_lora_rank": model["latent.q_rank"] or None})
+  head = Entry(lambda hf: {"head_dim": get(hf, "qk_nope_head_dim") + get(hf, "qk_rope_head_dim")},
+               lambda model: {"qk_nope_head_dim": model["head_dim"] - model["latent.rope_dim"]})
+  family = _llama_like(
+      kind, cls, latent, ranks, head, latent_rope(), must("attention_bias", False),
+      must("rms_norm_eps", 1e-6), must("moe_layer_freq", 1),  # norms of ranks have no other eps
+      moe("n_routed_experts", "num_experts_per_tok", n_shared_experts="shared",
+          first_k_dense_replace="first_dense", routed_scaling_factor="scale"),
+      *config, bias=False, mlp_pattern=("moe",), **fields)
+  halves = (Part("layers/attn/k", "N H C -> C N H"), Part("layers/attn/v", "N H C -> C N H"))
+  rotated = lambda name: one(name, "layers/attn/q", "(N H) C -> C N H", pairs=True)
+  rows = flat(
+      _EMBED, _NORMS,
+      one(a + "q_a_proj.weight", "layers/attn/q_down", "C D -> D C"),
+      vector(a + "q_a_layernorm.weight", "layers/attn/q_down_norm/scale"),
+      rotated(a + "q_b_proj.weight")._replace(when=("q_rank",)),
+      rotated(a + "q_proj.weight")._replace(when=("no q_rank",)),
+      one(a + "kv_a_proj_with_mqa.weight", "layers/attn/kv_down", "C D -> D C", pairs=True),
+      vector(a + "kv_a_layernorm.weight", "layers/attn/kv_down_norm/scale"),
+      Row(a + "kv_b_proj.weight", halves, axis=1, merged=True),
+      _O, _MLP, _experts(_L + "mlp"),
+      vector(_L + "mlp.gate.e_score_correction_bias", "layers/mlp/router_bias", ("moe",)),
+      *(dense(f"{_L}mlp.shared_experts.{x}_proj", f"layers/mlp/shared/{x}", ("moe",))
+        for x in ("gate", "up", "down")), _FINAL, _HEAD)
+  return family._replace(rows=rows, ignored=(_FREQUENCIES, r"model\.layers\.61\..*"))
+
+
+def _groups(method_key=None):
+  """Groups of experts; null: one."""
+  def read(hf):
+    method = hf.get(method_key, "greedy") if method_key else None
+    groups = 1 if method == "greedy" else hf.get("n_group") or 1
+    return {"moe.groups": groups, "moe.top_groups": 1 if groups == 1 else get(hf, "topk_group")}
+
+  def write(model):
+    out = {"n_group": model["moe.groups"], "topk_group": model["moe.top_groups"]}
+    if method_key:
+      out[method_key] = "greedy" if model["moe.groups"] == 1 else "group_limited_greedy"
+    return out
+  return Entry(read, write)
+
+
+# --- Encoders.
+
+_BERT_LM = dict(head="lm", head_bias=True, head_transform="norm")
+_BERT_CLASSIFIER = dict(head="classifier", head_bias=True, head_transform="tanh", pooling="first")
+_BERT_POOLER = dict(head="pooler", head_bias=False, head_transform="tanh", pooling="first")
+_POOLED = ("classifier", "pooler")
+
+
+def _bert_config(*more):
+  return (ours(norm="layernorm", norm_placement="post", embed_norm=True, position="learned",
+               gated=False, bias=True, causal=False),
+          sames(vocab_size="vocab_size", hidden_size="width", intermediate_size="mlp_width",
+                num_hidden_layers="num_layers", num_attention_heads="num_heads",
+                type_vocab_size="token_types"),
+          same("layer_norm_eps", "norm_eps", 1e-12),
+          same("tie_word_embeddings", "tie_embeddings", True), must("is_decoder", False),
+          must("add_cross_attention", False), must("position_embedding_type", "absolute"), *more)
+
+
+def _bert_rows(name, skip=0):
+  """Embeddings and layers of BERT under another first name."""
+  layer = name + ".encoder.layer.{i}."
+  embeddings = name + ".embeddings."
+  return flat(
+      one(embeddings + "word_embeddings.weight", "embed", "V D -> V D"),
+      one(embeddings + "position_embeddings.weight", "pos_embed", "P D -> P D")._replace(skip=skip),
+      one(embeddings + "token_type_embeddings.weight", "type_embed", "T D -> T D"),
+      norm(embeddings + "LayerNorm", "embed_norm"),
+      *(heads(f"{layer}attention.self.{theirs}", x)
+        for theirs, x in (("query", "q"), ("key", "k"), ("value", "v"))),
+      output(layer + "attention.output.dense"),
+      norm(layer + "attention.output.LayerNorm", "layers/attn_norm"),
+      dense(layer + "intermediate.dense", "layers/mlp/up"),
+      dense(layer + "output.dense", "layers/mlp/down"),
+      norm(layer + "output.LayerNorm", "layers/mlp_norm"))
+
+
+def _bert():
+  return Family(
+      "bert", _bert_config(
+          classes(BertForMaskedLM=_BERT_LM, BertForPreTraining=_BERT_LM,
+                  BertForSequenceClassification=_BERT_CLASSIFIER, BertModel=_BERT_POOLER),
+          same("max_position_embeddings", "max_len"), activation("hidden_act", "gelu")),
+      flat(_bert_rows("bert"),
+           dense("cls.predictions.transform.dense", "head_dense", ("lm",)),
+           norm("cls.predictions.transform.LayerNorm", "head_norm", ("lm",)),
+           one("cls.predictions.decoder.weight", "head", "V D -> D V", ("lm",)),
+           vector("cls.predictions.bias", "head_bias", ("lm",)),
+           dense("bert.pooler.dense", "head_dense", _POOLED),
+           dense("classifier", "head", ("classifier",))),
+      prefix="bert.",
+      ignored=(r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*",
+               r"cls\.seq_relationship\..*", r"cls\.predictions\.decoder\.bias"))
+
+
+def _roberta():
+  # Positions count from the padding's id + 1, which is 2 in every published model.
+  length = Entry(lambda hf: {"max_len": get(hf, "max_position_embeddings") - 2},
+                 lambda model: {"max_position_embeddings": model["max_len"] + 2})
+  return Family(
+      "roberta", _bert_config(
+          classes(RobertaForMaskedLM=_BERT_LM, RobertaForSequenceClassification=_BERT_CLASSIFIER,
+                  RobertaModel=_BERT_POOLER),
+          length, must("pad_token_id", 1),
+          mapped("hidden_act", "activation", {"gelu": "gelu_exact"}, "gelu")),
+      flat(_bert_rows("roberta", skip=2),
+           dense("lm_head.dense", "head_dense", ("lm",)),
+           norm("lm_head.layer_norm", "head_norm", ("lm",)),
+           one("lm_head.decoder.weight", "head", "V D -> D V", ("lm",)),
+           vector("lm_head.bias", "head_bias", ("lm",)),
+           dense("roberta.pooler.dense", "head_dense", ("pooler",)),
+           dense("classifier.dense", "head_dense", ("classifier",)),
+           dense("classifier.out_proj", "head", ("classifier",))),
+      prefix="roberta.",
+      ignored=(r"(roberta\.)?embeddings\.position_ids", r"(roberta\.)?pooler\..*",
+               r"lm_head\.decoder\.bias", r"lm_head\.decoder\.weight"))
+
+
+def _modernbert():
+  each = lambda hf: get(hf, "global_attn_every_n_layers", 3)
+  kinds = lambda hf: ["local" if i % each(hf) else "global"
+                      for i in range(get(hf, "num_hidden_layers"))]
+  window = ("local_attention", lambda n: n // 2 + 1, lambda n: 2 * (n - 1))
+  head = dict(head_bias=True, head_transform="norm")
+  m = "model.layers.{i}."
+  return Family(
+      "modernbert", (
+          classes(ModernBertForMaskedLM=head | {"head": "lm"},
+                  ModernBertForSequenceClassification=head | {"head": "classifier"},
+                  ModernBertModel=_BARE),
+          ours(norm="layernorm", position="rotary", gated=True, bias=False, causal=False,
+               embed_norm=True, first_norm=False),
+          _SIZES, same("norm_eps", "norm_eps", 1e-5), activation("hidden_activation", "gelu"),
+          same("tie_word_embeddings", "tie_embeddings", True), must("norm_bias", False),
+          must("attention_bias", False), must("mlp_bias", False), must("classifier_bias", False),
+          must("decoder_bias", True), must("classifier_activation", "gelu"),
+          mapped("classifier_pooling", "pooling", {"cls": "first", "mean": "mean"}, "cls"),
+          rope(160_000.0, "global_rope_theta", local=("local_rope_theta", 10_000.0),
+               kinds=("default",)),
+          layer_types(kinds, window)),
+      flat(one("model.embeddings.tok_embeddings.weight", "embed", "V D -> V D"),
+           norm("model.embeddings.norm", "embed_norm"),
+           norm(m + "attn_norm", "layers/attn_norm", ("normed",)), qkv(m + "attn.Wqkv"),
+           output(m + "attn.Wo"), norm(m + "mlp_norm", "layers/mlp_norm"),
+           fused(m + "mlp.Wi.weight", "F D -> D F", "layers/mlp/gate", "layers/mlp/up"),
+           dense(m + "mlp.Wo", "layers/mlp/down"), norm("model.final_norm", "final_norm"),
+           dense("head.dense", "head_dense", ("lm", "classifier")),
+           norm("head.norm", "head_norm", ("lm", "classifier")),
+           one("decoder.weight", "head", "V D -> D V", ("lm",)),
+           vector("decoder.bias", "head_bias", ("lm",)),
+           dense("classifier", "head", ("classifier",))))
 
 
 # In this order a model that no family was named for looks for one that has its fields.
-FAMILIES = {f.model_type: f for f in (_gpt2(), _llama())}
+FAMILIES = {f.model_type: f for f in (
+    _gpt2(),
+    _llama_like("llama", "Llama", _HEAD_DIM, rope(), biases()),
+    _llama_like("mistral", "Mistral", _HEAD_DIM, rope(), _mistral_window(), bias=False),
+    _llama_like("qwen2", "Qwen2", _DERIVED_HEAD_DIM, rope(), _qwen_window(), bias=False,
+                qkv_bias=True),
+    _llama_like("qwen3", "Qwen3", same("head_dim", "head_dim", 128), rope(), _qwen_window(),
+                must("attention_bias", False), bias=False, qk_norm="head"),
+    _llama_like("smollm3", "SmolLM3", _DERIVED_HEAD_DIM, rope(2e6), _smollm3_positions(),
+                must("use_sliding_window", False), biases(), tied=True),
+    *_gemmas(), _phi3(), _olmo2(), _mixtral(), _qwen3_moe(),
+    _deepseek("deepseek_v2", "DeepseekV2", _groups("topk_method"), must("mlp_bias", False),
+              moe__router="softmax", moe__normalize=False),
+    _deepseek("deepseek_v3", "DeepseekV3", _groups(), must("rope_interleave", True),
+              same("norm_topk_prob", "moe.normalize", True), moe__router="sigmoid"),
+    _bert(), _roberta(), _modernbert())}

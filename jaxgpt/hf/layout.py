@@ -21,7 +21,7 @@ def _parse(pattern):
 
 
 def _sizes(pattern, our_shape, given):
-  """Size of each letter; a digit is its own size, `given` tells what our shape does not."""
+  """Size of each letter; `given` tells what our shape does not."""
   _, ours = _parse(pattern)
   sizes = dict(given)
   for group, size in zip(ours, our_shape, strict=True):

@@ -65,44 +65,71 @@ def encode(tokenizer, length):
 def _compare(folder, c_model, params, prompts):
   import torch
   import transformers
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-  theirs = theirs.eval()
+  auto = getattr(transformers, AUTO[auto_class(c_model)])
+  theirs = auto.from_pretrained(str(folder), dtype=torch.float32).eval()
   ours = transformer.Transformer(ml_collections.FrozenConfigDict(
-      dict(c_model.to_dict(), dtype="float32", remat="none")))
+      c_model.to_dict() | dict(dtype="float32", remat="none")))
   logits, layers = forward(ours, params, prompts)
   figures, by_layer, greedy = [], [], []
   for i, ids in enumerate(prompts):
     with torch.no_grad():
       out = theirs(torch.tensor([ids]), output_hidden_states=True)
-      chosen = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=NEW,
-                               eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
-    figures.append(_distance(logits[i, :len(ids)], out.logits[0].numpy()))
+    mine = logits[i] if c_model.head in POOLED else logits[i, :len(ids)]
+    figures.append(_distance(mine, answer(out, c_model.head)[0].numpy()))
     hidden = [h[0].numpy() for h in out.hidden_states[1:]]
-    by_layer.append([_distance(a[i, :len(ids)], b) for a, b in zip(layers, hidden)])
-    mine = continuation(ours, params, ids)
-    greedy.append({"prompt": PROMPTS[i], "equal": mine == chosen, "ours": mine, "theirs": chosen})
-  return {"architecture": type(theirs).__name__, "logits": _worst(figures),
-          "layers": [_worst(x) for x in zip(*by_layer)],
-          "greedy": {"equal": all(g["equal"] for g in greedy), "continuations": greedy}}
+    by_layer.append([_distance(a[i, :len(ids)], b) for a, b in zip(layers, hidden, strict=True)])
+    if auto_class(c_model) == "causal":
+      with torch.no_grad():
+        chosen = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=NEW,
+                                 eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
+      mine = continuation(ours, params, ids)
+      greedy.append({"prompt": PROMPTS[i], "equal": mine == chosen, "ours": mine, "theirs": chosen})
+  out = {"architecture": type(theirs).__name__, "logits": _worst(figures),
+         "layers": [_worst(x) for x in zip(*by_layer)]}
+  if greedy:
+    out["greedy"] = {"equal": all(g["equal"] for g in greedy), "continuations": greedy}
+  return out
+
+
+AUTO = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM",
+        "classifier": "AutoModelForSequenceClassification", "bare": "AutoModel"}
+POOLED = ("classifier", "pooler")
+
+
+def auto_class(c_model):
+  """Which of transformers' Auto classes loads such a model: a key of `AUTO`."""
+  if c_model.head == "lm":
+    return "causal" if c_model.causal else "masked"
+  return "classifier" if c_model.head == "classifier" else "bare"
+
+
+def answer(out, head):
+  """What their output has for our `logits`."""
+  if head == "pooler":
+    return out.pooler_output
+  return out.last_hidden_state if head == "none" else out.logits
 
 
 def forward(model, params, prompts):
-  """Our logits [N, T, V] of padded prompts, and the outputs of the layers [L, N, T, D]."""
+  """Our answers to padded prompts, [N, T, V] or [N, V], and the outputs of the layers [L, N, T, D].
+
+  Of the last layer it is the output after the final norm, as transformers has it.
+  """
   length = max(map(len, prompts))
   tokens = np.zeros((len(prompts), length), np.int32)
   segments = np.zeros_like(tokens)
-  for row, (ids, t) in enumerate(zip(prompts, tokens)):
-    t[:len(ids)] = ids
+  for row, ids in enumerate(prompts):
+    tokens[row, :len(ids)] = ids
     segments[row, :len(ids)] = 1
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
   return apply(model, params, tokens, positions, segments)
 
 
 def apply(model, params, *batch):
-  """(logits, outputs of the layers) of a batch, on the host."""
-  out = jax.jit(lambda p, *args: model.apply({"params": p}, *args, layer_outputs=True))(
-      params, *batch)
-  return np.asarray(out.logits), np.asarray(out.layers)
+  """(logits, outputs of the layers) of a batch, on the host; see `forward`."""
+  run = jax.jit(lambda p, *args: model.apply({"params": p}, *args, layer_outputs=True))
+  out = run(params, *batch)
+  return np.asarray(out.logits), np.concatenate([out.layers[:-1], out.hidden[None]])
 
 
 def continuation(model, params, ids, new=NEW):
@@ -160,16 +187,16 @@ def describe(c):
     lines.append(f"Not checked against transformers: {c['why_not']}.")
   else:
     figure = lambda f: f"{f['max_abs']:.2e} | {f['mean_abs']:.2e} | {f['scale']:.3g}"
-    greedy = c["greedy"]
     lines += [f"`{c['architecture']}.from_pretrained` of this folder and jaxgpt, both in float32, "
-              f"on {len(greedy['continuations'])} fixed prompts:", "",
+              f"on {len(PROMPTS)} fixed prompts:", "",
               "| | largest difference | mean difference | largest value |", "|---|---|---|---|",
               f"| logits | {figure(c['logits'])} |"]
     lines += [f"| layer {i} | {figure(f)} |" for i, f in enumerate(c["layers"])]
+  if greedy := c.get("greedy"):
     lines += ["", f"Greedy continuations of {NEW} tokens: "
               + ("equal." if greedy["equal"] else "NOT equal.")]
-    lines += [f"- {g['prompt']!r}: {'equal' if g['equal'] else 'ours ' + str(g['ours'])}"
-              f"{'' if g['equal'] else ', theirs ' + str(g['theirs'])}"
+    lines += [f"- {g['prompt']!r}: "
+              + ("equal" if g["equal"] else f"ours {g['ours']}, theirs {g['theirs']}")
               for g in greedy["continuations"]]
   lines += ["", f"Files are in {c['dtypes']['files']}. "
             + ", ".join(f"{k} {v or 'not installed'}" for k, v in c["versions"].items()) + ".", "",

@@ -40,9 +40,18 @@ def load(pairs, abstract):
   sources = {}
   for published, tensor in pairs:
     for piece in published.pieces:
-      sources.setdefault(piece.path, []).append((piece, published.axis, tensor))
+      sources.setdefault(piece.path, []).append((piece, published, tensor))
   leaves = tree.flatten(abstract)
   return {path: _array(leaves[path], pieces) for path, pieces in sources.items()}
+
+
+def complete(params, abstract):
+  """All parameters: those read, and ones for those that nothing reads and nobody publishes."""
+  ones = lambda leaf: jax.make_array_from_callback(
+      leaf.shape, leaf.sharding,
+      lambda index: np.ones([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)],
+                            leaf.dtype))
+  return tree.map_named(lambda path, leaf: params[path] if path in params else ones(leaf), abstract)
 
 
 def _array(leaf, pieces):
@@ -55,24 +64,36 @@ def _array(leaf, pieces):
   for bounds, copies in devices.items():
     shape = tuple(b - a for a, b in bounds)
     buffers = [jnp.zeros(shape, leaf.dtype, device=device) for device in copies]
-    for piece, axis, tensor in pieces:
+    for piece, published, tensor in pieces:
       outer, inner = bounds[:len(piece.lead)], bounds[len(piece.lead):]
       if all(a <= i < b for i, (a, b) in zip(piece.lead, outer, strict=True)):
-        part = read_part(piece, axis, tensor, inner)
+        part = read_part(piece, published, tensor, inner)
         start = [np.int32(i - a) for i, (a, _) in zip(piece.lead, outer, strict=True)]
         start += [np.int32(0)] * len(inner)
-        buffers = [_place(b, jax.device_put(part, b.device), start, piece.plus)
-                   for b in buffers]
+        buffers = [_place(b, jax.device_put(part, b.device), start, piece.plus) for b in buffers]
     shards += buffers
   return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
-def read_part(piece, axis, tensor, bounds):
+def read_part(piece, published, tensor, bounds):
   """The part of ours within `bounds`, in the file's dtype, before anything is added."""
   region, convert = piece.layout.region(bounds)
-  region = [(a + piece.start, b + piece.start) if d == axis else (a, b)
+  region = [(a + piece.start, b + piece.start) if d == published.axis else (a, b)
             for d, (a, b) in enumerate(region)]
-  return convert(safetensors.read(tensor, region))
+  if published.view == published.shape:
+    part = convert(safetensors.read(tensor, region))
+  else:  # the first two dimensions are one in the file
+    (a, b), inner, *rest = region
+    size = published.view[1]
+    box = safetensors.read(tensor, [(a * size, b * size), *rest])
+    part = convert(box.reshape(b - a, size, *box.shape[1:])[:, slice(*inner)])
+  return part[..., _order(part.shape[-1], piece.pairs)] if piece.pairs else part
+
+
+def _order(size, pairs):
+  """Where each entry of our last axis is in theirs: ours has the halves of the pairs apart."""
+  first = size - pairs
+  return np.concatenate([np.arange(first), np.arange(first, size, 2), np.arange(first + 1, size, 2)])
 
 
 def rounded(params, dtype):
@@ -100,8 +121,9 @@ def save(folder, published, params, dtype, shard_bytes):
   def array_of(entry):
     p = by_name[entry.name]
     parts = [to_theirs(leaves[x.path], x) for x in p.pieces]
-    return np.concatenate(parts, p.axis).astype(entry.dtype) if len(parts) > 1 else (
-        parts[0].astype(entry.dtype))
+    if p.pieces[0].start:
+      parts.insert(0, np.zeros_like(np.take(parts[0], range(p.pieces[0].start), p.axis)))
+    return np.concatenate(parts, p.axis).reshape(p.shape).astype(entry.dtype)
 
   entries = [safetensors.Entry(p.name, p.shape, DTYPES[dtype]) for p in published]
   return safetensors.write(folder, entries, array_of, shard_bytes)
@@ -109,6 +131,8 @@ def save(folder, published, params, dtype, shard_bytes):
 
 def to_theirs(leaf, piece):
   """A part of a published tensor, on the host, in float32."""
-  ours = jax.device_get(leaf[piece.lead] if piece.lead else leaf)
-  return np.asarray(piece.layout.to_theirs(ours)) - np.float32(piece.plus) if piece.plus else (
-      np.asarray(piece.layout.to_theirs(ours)))
+  array = np.asarray(jax.device_get(leaf[piece.lead] if piece.lead else leaf))
+  if piece.pairs:
+    array = array[..., np.argsort(_order(array.shape[-1], piece.pairs))]
+  theirs = piece.layout.to_theirs(array)
+  return theirs - np.float32(piece.plus) if piece.plus else theirs
