@@ -1,7 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, restored onto any mesh (Orbax).
 
 A checkpoint holds one item for each part of the state, so that a user of the weights reads the
-weights alone, and `meta`: the step and what the loop needs to go on.
+weights alone, and `meta`: the step and what the loop needs to go on. Parameters that are not trained
+never change, and are saved once, in a folder of their own.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from jaxgpt.errors import UserError
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
+_FROZEN = "frozen"  # part of the state, and its folder in the run's
 
 
 class Checkpoints:
@@ -151,6 +153,45 @@ class Checkpoints:
     """Waits for what is being saved and lets go of the folder."""
     self.wait()
     self._manager.close()
+
+
+def save_frozen(run_folder, state):
+  """Saves the parameters of a new run that are not trained, where there are any; once."""
+  if _FROZEN not in state:
+    return
+  checkpoints = Checkpoints(epath.Path(run_folder) / _FROZEN)
+  if checkpoints.latest() is None:
+    checkpoints.save({"step": 0, "nonfinite_step": -1, "params": state[_FROZEN]})
+  checkpoints.close()
+
+
+def load_frozen(run_folder, abstract):
+  """{'frozen': parameters} of a run that does not train all of them; else {}.
+
+  Args:
+    run_folder: the run's folder.
+    abstract: the state's shapes and shardings.
+
+  Raises:
+    UserError: they can't be read.
+  """
+  if _FROZEN not in abstract:
+    return {}
+  checkpoints = Checkpoints(epath.Path(run_folder) / _FROZEN, read_only=True)
+  state, _ = checkpoints.restore({"params": abstract[_FROZEN]})
+  checkpoints.close()
+  return {_FROZEN: state["params"]}
+
+
+def frozen_shapes(run_folder):
+  """{path: shape} of the parameters that a run does not train; {} where it trains them all."""
+  folder = epath.Path(run_folder) / _FROZEN
+  if not folder.exists():
+    return {}
+  checkpoints = Checkpoints(folder, read_only=True)
+  shapes = checkpoints.shapes("params")
+  checkpoints.close()
+  return shapes
 
 
 def _first_line(e):

@@ -47,16 +47,17 @@ def values(flat):
               "model.head_dim", "model.mlp_width", "model.max_len", "model.vocab_size",
               "model.scan_unroll", "model.window", "model.num_labels", "model.rope.original_len",
               "model.moe.per_token", "model.moe.width", "model.moe.groups", "model.moe.top_groups",
-              "model.latent.rope_dim", "model.latent.v_dim", "data.seq_len", "data.batch_size", "data.threads",
-              "data.prefetch", "optim.accumulate", "train.steps", "eval.batch_size", "log.every",
+              "model.latent.rope_dim", "model.latent.v_dim", "data.seq_len", "data.batch_size",
+              "data.threads", "data.prefetch", "optim.accumulate", "train.steps", "eval.batch_size", "log.every",
               "checkpoint.every", "checkpoint.keep")
   for key in positive:
     if flat[key] is not None and flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must be at least 1")
   at_least_0 = ("model.token_types", "model.moe.experts", "model.moe.shared",
                 "model.moe.first_dense", "model.moe.capacity", "model.moe.balance_loss",
-                "model.moe.z_loss", "model.latent.kv_rank", "model.latent.q_rank", "schedule.warmup_steps", "eval.every", "eval.batches", "checkpoint.keep_every",
-                "optim.clip_norm", "optim.weight_decay", "optim.lr", "optim.adam_lr",
+                "model.moe.z_loss", "model.lora.rank", "model.latent.kv_rank",
+                "model.latent.q_rank", "schedule.warmup_steps", "eval.every", "eval.batches",
+                "checkpoint.keep_every", "optim.clip_norm", "optim.weight_decay", "optim.lr", "optim.adam_lr",
                 "objective.z_loss")
   for key in at_least_0:
     if flat[key] is not None and flat[key] < 0:
@@ -67,7 +68,7 @@ def values(flat):
   for key in ("model.norm_eps", "model.init_std", "model.logit_softcap", "model.attn_softcap",
               "model.attn_scale", "model.embed_scale", "model.rope.theta", "model.rope.local_theta",
               "model.rope.fraction", "model.rope.factor", "model.rope.attention_factor",
-              "model.moe.scale", "optim.eps"):
+              "model.moe.scale", "model.lora.alpha", "optim.layer_decay", "optim.eps"):
     if flat[key] is not None and flat[key] <= 0:
       raise UserError(f"{key}={flat[key]} must be above 0")
   for key in ("schedule.decay_fraction", "schedule.final_ratio", "objective.mask_rate",
@@ -76,7 +77,7 @@ def values(flat):
       raise UserError(f"{key}={flat[key]} must lie in [0, 1]")
   if not 0 <= flat["seed"] < 2**31:
     raise UserError(f"seed={flat['seed']} must lie in [0, 2^31)")
-  for key in ("model.dropout", "optim.ema", "optim.b1", "optim.b2", "optim.muon_momentum"):
+  for key in ("model.dropout", "model.lora.dropout", "optim.ema", "optim.b1", "optim.b2", "optim.muon_momentum"):
     if not 0 <= flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
   _weights(flat)

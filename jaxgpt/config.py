@@ -61,6 +61,10 @@ def base():
   p.muon_momentum = 0.95  # muon: decay of the momentum that is orthogonalised
   p.weight_decay = 0.1  # decoupled, times the learning rate; on matrices, not on norms and biases
   p.clip_norm = 1.0  # gradients are scaled down to this global norm; 0: off
+  p.trainable = ()  # patterns of parameters that are trained, such as "layers/*"; default: all, or LoRA's alone
+  p.frozen = ()  # patterns of those that are not trained after all
+  p.layer_decay = 1.0  # learning rate of a layer as a share of the next one's; the embeddings come before the first
+  p.lr_scales = ()  # ((pattern, factor), …): learning rates of parameters as shares of lr; the first match counts
   p.accumulate = 1  # microbatches a step, whose gradients are summed before the one update
   p.ema = 0.0  # decay of the moving average of the weights, which evaluation then uses; 0: off
 
@@ -176,6 +180,12 @@ def _model(c):
   a.q_rank = 0  # size that queries are compressed to; 0: they are not
   a.rope_dim = 64  # last entries of a head that are rotated; keys share theirs over the heads
   a.v_dim = config_dict.placeholder(int)  # size of a head's values; default: head_dim
+
+  m.lora = b = ml_collections.ConfigDict()
+  b.rank = 0  # rank of the products that are trained instead of the weights (LoRA); 0: off
+  b.alpha = 16.0  # factor on these products, divided by the rank
+  b.dropout = 0.0  # drop rate on their input while training
+  b.targets = ("q", "v")  # weights of the layers that get one, by name or pattern: q k v o gate up down
 
 
 def preset(name):

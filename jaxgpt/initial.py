@@ -99,7 +99,8 @@ def _json(path):
 def _from_run(folder, old, abstract):
   checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS, read_only=True)
   name = "ema" if old.optim.ema else "params"
-  there = checkpoints.shapes(name)
+  trained, frozen = checkpoints.shapes(name), checkpoint.frozen_shapes(folder)
+  there = trained | frozen
   wanted = tree.flatten(abstract)
   wrong = [f"{path} is {list(there[path])}, the config makes it {list(wanted[path].shape)}"
            for path in there if path in wanted and there[path] != wanted[path].shape]
@@ -109,9 +110,12 @@ def _from_run(folder, old, abstract):
   one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = {path: wanted.get(path, jax.ShapeDtypeStruct(shape, "float32", sharding=one))
           for path, shape in there.items()}
-  state, _ = checkpoints.restore({name: tree.unflatten(like)})
+  part = lambda paths: tree.unflatten({path: like[path] for path in paths})
+  state, _ = checkpoints.restore({name: part(trained)})
   checkpoints.close()
-  flat = tree.flatten(state[name])
+  if frozen:
+    state |= checkpoint.load_frozen(folder, {"frozen": part(frozen)})
+  flat = tree.flatten(tree.merge(state[name], state.get("frozen")))
   return {k: v for k, v in flat.items() if k in wanted}, flat.keys() - wanted.keys()
 
 

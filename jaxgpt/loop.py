@@ -26,6 +26,7 @@ from jaxgpt import (
   sharding,
   timer,
   train_step,
+  tree,
 )
 from jaxgpt import mesh as mesh_lib
 from jaxgpt import metrics as metrics_lib
@@ -54,13 +55,17 @@ def build(c, mesh):
     mesh: the device mesh.
 
   Raises:
-    UserError: the mesh does not divide a parameter.
+    UserError: the mesh does not divide a parameter, or a pattern of parameters matches none.
   """
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   schedule = schedules.make(c.schedule, c.train.steps)
-  tx = optim.make(c.optim, schedule, transformer.abstract(model)[1])
+  shapes, axes = transformer.abstract(model)
+  trained = optim.trained(c.optim, axes)
+  select = lambda named, is_leaf=None: tree.split(named, trained, is_leaf)[0]
+  tx = optim.make(c.optim, schedule, select(axes, sharding.is_axes),
+                  select(transformer.depths(c.model, shapes)))
   return Parts(model, objectives.make(model, c.objective), tx, schedule,
-               train_step.abstract_state(model, tx, c.optim.ema > 0, mesh))
+               train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh))
 
 
 class StopSignal:
@@ -213,14 +218,16 @@ class _Run:
     if latest is not None:
       state, extra = self._checkpoints.restore(self._parts.state, latest)
       self._means = metrics_lib.Means(**extra["means"])
-      return state
+      return state | checkpoint.load_frozen(self._folder, self._parts.state)
     given = self._given() if self._c.init_from else None
-    return train_step.first_state(self._parts.model, self._parts.tx, self._c.seed,
-                                  self._parts.state, given)
+    state = train_step.first_state(self._parts.model, self._parts.tx, self._c.seed,
+                                   self._parts.state, given)
+    checkpoint.save_frozen(self._folder, state)
+    return state
 
   def _given(self):
     """The weights of `init_from`; what of them was used is told and written down."""
-    given = initial.load(self._c.init_from, self._c.model, self._parts.state["params"])
+    given = initial.load(self._c.init_from, self._c.model, train_step.weights(self._parts.state))
     initial.check_tokenizer(given, self._tokenizer, self._c)
     if distributed.is_first():
       workdir_lib.write_whole(self._folder / initial.REPORT, json.dumps(given.report, indent=2))
@@ -310,7 +317,7 @@ class _Run:
       with self._timer.paused(), jax.transfer_guard("allow"):
         batches = held_out_batches(self._held_out, self._mesh, self._c.data, limit)
         result = evaluate.evaluate(
-            self._eval_step, weights(self._state),
+            self._eval_step, train_step.weights(self._state),
             itertools.takewhile(lambda _: not self._stop_soon(), batches),
             bytes_per_token(self._held_out))
         if self._stop_now():
@@ -338,8 +345,3 @@ class _Run:
 
   def close(self):
     self._writers.close()
-
-
-def weights(state):
-  """The weights that a state is used with: their moving average where there is one."""
-  return state.get("ema", state["params"])

@@ -3,23 +3,77 @@
 Which parameters decay and which are matrices to Muon is read off the axes tree.
 """
 
+import fnmatch
 import math
 
 import jax
+import numpy as np
 import optax
 
 from jaxgpt import sharding, tree
+from jaxgpt.errors import UserError
 
+LORA = ("_lora_a", "_lora_b")  # how the names of LoRA's thin matrices end
 _MUON_RMS = 0.2  # makes Muon's updates as large as AdamW's (arXiv:2502.16982, section 2.2)
 
 
-def make(c_optim, schedule, axes):
+def trained(c_optim, axes):
+  """The parameters that are trained: those of `optim.trainable` without those of `optim.frozen`.
+
+  Where neither names any, all are, or with LoRA (arXiv:2106.09685) its thin matrices alone.
+
+  Args:
+    c_optim: the config's `optim` section.
+    axes: tree of logical axes of all parameters.
+
+  Returns:
+    A set of paths.
+
+  Raises:
+    UserError: a pattern that matches no parameter, or nothing is left to train.
+  """
+  paths = set(tree.flatten(axes, is_leaf=sharding.is_axes))
+
+  def matching(key, patterns):
+    for pattern in patterns:
+      if not fnmatch.filter(paths, pattern):
+        raise UserError(f"optim.{key}: {pattern!r} matches no parameter; they are named like "
+                        f"{', '.join(sorted(paths)[:8])}")
+    return {path for path in paths for pattern in patterns if fnmatch.fnmatchcase(path, pattern)}
+
+  thin = {path for path in paths if path.endswith(LORA)}
+  chosen = matching("trainable", c_optim.trainable) or thin or paths
+  chosen -= matching("frozen", c_optim.frozen)
+  if not chosen:
+    raise UserError(f"optim.frozen={c_optim.frozen} leaves no parameter to train")
+  return chosen
+
+
+def _rates(c_optim, axes, depths):
+  """Shares of the learning rate: a tree of numbers, or of arrays [layers, 1, …]; None: all 1."""
+  named = tree.flatten(depths)
+  last = max(np.max(depth) for depth in named.values())
+
+  def one(path, axes_of_path):
+    share = c_optim.layer_decay ** (last - np.asarray(named[path], np.float32))
+    for pattern, factor in c_optim.lr_scales:
+      if fnmatch.fnmatchcase(path, pattern):
+        share = share * factor
+        break
+    return share.reshape(share.shape + (1,) * (len(axes_of_path) - 1) if share.ndim else ())
+
+  shares = tree.map_named(one, axes, is_leaf=sharding.is_axes)
+  return None if all((x == 1).all() for x in jax.tree.leaves(shares)) else shares
+
+
+def make(c_optim, schedule, axes, depths):
   """The optimizer that the config names, without gradient clipping (the train step clips).
 
   Args:
     c_optim: the config's `optim` section, resolved.
     schedule: step -> share of the peak learning rate, see `schedules.make`.
-    axes: tree of logical axes, see `model.transformer.abstract`.
+    axes: tree of logical axes of the trained parameters, see `model.transformer.abstract`.
+    depths: tree of the layers that they belong to, see `model.transformer.depths`.
 
   Returns:
     An `optax.GradientTransformation`. Every update is -lr * (direction + weight_decay * weight),
@@ -27,11 +81,14 @@ def make(c_optim, schedule, axes):
     mean square of the parameter, so its lr is relative: around 1e-2.
   """
   decays = jax.tree.map(sharding.is_weight, axes, is_leaf=sharding.is_axes)
-  return optax.chain(
-      DIRECTIONS[c_optim.name](c_optim, axes),
-      optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
-      optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step)),
-  )
+  chain = [DIRECTIONS[c_optim.name](c_optim, axes),
+           optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
+           optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step))]
+  shares = _rates(c_optim, axes, depths)
+  if shares is not None:
+    chain.append(optax.stateless(lambda updates, _: jax.tree.map(
+        lambda u, share: u * share, updates, shares)))
+  return optax.chain(*chain)
 
 
 def matrix_axes(axes):

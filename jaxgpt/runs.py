@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from jaxgpt import checkpoint, config, evaluate, generate, loop, workdir
+from jaxgpt import checkpoint, config, evaluate, generate, loop, tree, workdir
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
 from jaxgpt.text import tokenizer as tokenizer_lib
@@ -46,7 +46,8 @@ def load(folder, step=None):
   wanted = {name: parts.state[name], "step": parts.state["step"]}
   state, _ = checkpoints.restore(wanted, step)
   checkpoints.close()
-  return Run(c, parts, mesh, state[name], int(state["step"]), tokenizer,
+  params = tree.merge(state[name], checkpoint.load_frozen(folder, parts.state).get("frozen"))
+  return Run(c, parts, mesh, params, int(state["step"]), tokenizer,
              workdir.read_starts(folder)[0]["data_digest"])
 
 

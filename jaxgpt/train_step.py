@@ -1,7 +1,8 @@
 """The one train step: train_step(state, batch) -> (state, metrics), pure and jitted once.
 
-The state is a dict of arrays: 'step' (updates so far), 'params', 'opt' (the optimizer's), 'ema'
-(where it is on) and 'nonfinite_step'. At the first step whose loss, gradient or new weights are not
+The state is a dict of arrays: 'step' (updates so far), 'params' (those that are
+trained), 'frozen' (those that are not, if any), 'opt' (the optimizer's), 'ema' (where it is on) and
+'nonfinite_step'. At the first step whose loss, gradient or new weights are not
 finite the state freezes, and 'nonfinite_step' says which step it was: the loop, which reads the
 metrics one step late, finds the weights as they were before the accident.
 """
@@ -16,7 +17,7 @@ from jaxgpt import sharding, tree
 from jaxgpt.model import transformer
 
 
-def init_state(model, tx, key, ema, given=None):
+def init_state(model, tx, key, ema, trained, given=None):
   """The state before the first update.
 
   Args:
@@ -24,16 +25,25 @@ def init_state(model, tx, key, ema, given=None):
     tx: an optimizer from `optim.make`.
     key: PRNG key of the initial weights.
     ema: whether a moving average of the weights is kept.
+    trained: paths of the parameters that are trained.
     given: {path: array} of weights that are there already.
   """
   params = transformer.init(model, key)
   if given:
     params = tree.map_named(lambda path, x: given.get(path, x), params)
+  params, frozen = tree.split(params, trained)
   state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": tx.init(params),
            "nonfinite_step": jnp.full((), -1, jnp.int32)}
   if ema:
     state["ema"] = jax.tree.map(jnp.copy, params)
+  if frozen:
+    state["frozen"] = frozen
   return state
+
+
+def weights(state):
+  """All weights that a state is used with: the moving average where there is one, and the frozen."""
+  return tree.merge(state.get("ema", state["params"]), state.get("frozen"))
 
 
 def first_state(model, tx, seed, abstract, given=None):
@@ -45,13 +55,18 @@ def first_state(model, tx, seed, abstract, given=None):
     abstract: from `abstract_state`.
     given: {path: array} of weights that are there already; their buffers are donated.
   """
-  init = lambda given: init_state(model, tx, jax.random.key(seed), "ema" in abstract, given)
+  trained = set(tree.flatten(abstract["params"]))
+  init = lambda given: init_state(model, tx, jax.random.key(seed), "ema" in abstract, trained, given)
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
   return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given or {})
 
 
-def abstract_state(model, tx, ema, mesh):
+def abstract_state(model, tx, ema, trained, mesh):
   """Shapes and shardings of the state, without computing any of it.
+
+  Args:
+    model, tx, ema, trained: as in `init_state`.
+    mesh: the device mesh.
 
   Returns:
     A tree of `ShapeDtypeStruct`s with NamedShardings on `mesh`: what a checkpoint is restored to.
@@ -59,7 +74,7 @@ def abstract_state(model, tx, ema, mesh):
   Raises:
     UserError: the mesh does not divide a parameter.
   """
-  shapes = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0), ema))
+  shapes = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0), ema, trained))
   params, axes = transformer.abstract(model)
   of_params = sharding.params_shardings(axes, params, mesh)
   of_state = sharding.like_params(shapes, params, of_params, mesh)
@@ -67,7 +82,7 @@ def abstract_state(model, tx, ema, mesh):
                       shapes, of_state)
 
 
-def make(objective, tx, schedule, c, frozen=None):
+def make(objective, tx, schedule, c):
   """The train step as a pure function.
 
   Args:
@@ -75,7 +90,6 @@ def make(objective, tx, schedule, c, frozen=None):
     tx: an optimizer from `optim.make`.
     schedule: step -> share of the peak learning rate.
     c: the resolved config; read are `seed` and the section `optim`.
-    frozen: parameters that the objective reads and no step changes.
 
   Returns:
     train_step(state, batch) -> (state, metrics). Losses, and the gradient, are sums over the
@@ -85,9 +99,11 @@ def make(objective, tx, schedule, c, frozen=None):
   gradients = accumulated(objective, c.optim.accumulate)
 
   def train_step(state, batch):
+    frozen = {"frozen": state["frozen"]} if "frozen" in state else {}
+    state = {name: part for name, part in state.items() if name != "frozen"}
     step = state["step"]
     key = jax.random.fold_in(jax.random.key(c.seed), step)
-    (loss, weight, aux), grads = gradients(state["params"], frozen, batch, key)
+    (loss, weight, aux), grads = gradients(state["params"], frozen.get("frozen"), batch, key)
     mean = 1 / jnp.maximum(weight, 1e-9)
     grads = jax.tree.map(lambda g: g * mean, grads)
     norm = optax.tree.norm(grads)
@@ -108,7 +124,7 @@ def make(objective, tx, schedule, c, frozen=None):
     metrics = {"loss": loss * mean, **{k: v * mean for k, v in aux.items()}, "tokens": weight,
                "grad_norm": norm, "param_norm": param_norm,
                "lr": c.optim.lr * schedule(step), "nonfinite_step": new["nonfinite_step"]}
-    return new, metrics
+    return new | frozen, metrics
 
   return train_step
 

@@ -22,7 +22,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "data.pipeline"],
     ["model.ops", "model.rope", "model.attention", "model.layers", "model.moe", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
-    ["generate", "evaluate", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
+    ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
      "hf.families", "hf.convert"],
     ["checkpoint", "timer", "workdir", "writers", "hf.safetensors", "hf.weights", "hf.parity"],
     ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference", "cli", "__main__"],

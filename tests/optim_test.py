@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from jaxgpt import config, optim, sharding, tree
+from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
 
 
@@ -20,7 +21,7 @@ def setup(**fields):
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   params = jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
   axes = transformer.abstract(model)[1]
-  tx = optim.make(c.optim, lambda step: 1.0, axes)
+  tx = optim.make(c.optim, lambda step: 1.0, axes, transformer.depths(c.model, params))
   return params, axes, jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])
 
 
@@ -70,3 +71,46 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
   adam = optax.scale_by_adam(0.9, 0.95, 1e-8)
   want, _ = adam.update(grads["embed"], adam.init(params["embed"]))
   np.testing.assert_allclose(named["embed"], -0.1 * want, rtol=1e-5)
+
+
+def test_rates_fall_from_layer_to_layer_and_by_pattern():
+  params, _, update = setup(name="lion", lr=1.0, weight_decay=0.0, layer_decay=0.5,
+                            lr_scales=(("layers/mlp/*", 0.1), ("head", 3.0)))
+  updates = tree.flatten(update(jax.tree.map(jnp.ones_like, params), params))
+  assert (updates["embed"] == -0.25).all()  # one below the first of two layers
+  np.testing.assert_array_equal(updates["layers/attn/q"][:, 0, 0, 0], [-0.5, -1.0])
+  np.testing.assert_allclose(updates["layers/mlp/up"][:, 0, 0], [-0.05, -0.1], rtol=1e-6)
+  assert (updates["head"] == -3).all() and (updates["final_norm/scale"] == -1).all()
+
+
+def test_depths_follow_the_pattern_of_the_layers():
+  c = config.base()
+  c.model.update(dict(vocab_size=40, num_layers=5, width=16, num_heads=2, window=4,
+                      attention_pattern=("local", "global")))
+  c = config.resolve(c)
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
+  depths = tree.flatten(transformer.depths(c.model, transformer.abstract(model)[0]))
+  assert depths["layers/0/attn/q"].tolist() == [0, 2]
+  assert depths["layers/1/attn/q"].tolist() == [1, 3]
+  assert depths["last_layers/attn/q"].tolist() == [4]
+  assert depths["embed"] == -1 and depths["final_norm/scale"] == 4
+
+
+@pytest.mark.parametrize("fields, want", [
+    (dict(trainable=("layers/*",), frozen=("*bias",)),
+     lambda path: path.startswith("layers/") and not path.endswith("bias")),
+    (dict(frozen=("*embed",)), lambda path: not path.endswith("embed"))])
+def test_patterns_choose_what_is_trained(fields, want):
+  _, axes, _ = setup()
+  c = config.base().optim
+  c.update(fields)
+  paths = tree.flatten(axes, is_leaf=sharding.is_axes)
+  assert optim.trained(c, axes) == {path for path in paths if want(path)}
+
+
+def test_a_pattern_without_a_match_is_named():
+  _, axes, _ = setup()
+  c = config.base().optim
+  c.trainable = ("layer/*",)
+  with pytest.raises(UserError, match=r"optim.trainable: 'layer/\*' matches no parameter"):
+    optim.trained(c, axes)

@@ -4,7 +4,9 @@ B batch, T query position, S cache slot, D model, F feed-forward, N heads, K key
 H head size, R rotated part of a head, C compressed size (latent attention).
 """
 
+import fnmatch
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -32,6 +34,30 @@ class Module(nn.Module):
 
   def _declare(self, name, shape, axes, init):
     return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+  def linear(self, name, x, shape, axes, std, *, num_in=1, key=None):
+    """x times a weight of its own, over x's last `num_in` dimensions.
+
+    Where the config's `model.lora` names the weight, a product of two thin ones is added to it
+    (LoRA, arXiv:2106.09685): `NAME_lora_a`, and `NAME_lora_b`, which starts as zero.
+
+    Args:
+      name, shape, axes, std: as for `weight`.
+      key: PRNG key of LoRA's dropout; None: no dropout.
+    """
+    lora = self.cfg.lora
+    w = self.weight(name, shape, axes, std).astype(self.dtype)
+    y = jnp.tensordot(x, w, num_in)
+    if not lora.rank or not any(fnmatch.fnmatchcase(name, target) for target in lora.targets):
+      return y
+    a = self.weight(f"{name}_lora_a", (*shape[:num_in], lora.rank), (*axes[:num_in], "rank"),
+                    math.prod(shape[:num_in]) ** -0.5)
+    b = self._declare(f"{name}_lora_b", (lora.rank, *shape[num_in:]), ("rank", *axes[num_in:]),
+                      nn.initializers.zeros)
+    if key is not None:
+      x = ops.dropout(x, lora.dropout, jax.random.fold_in(key, sum(name.encode())))
+    thin = jnp.tensordot(x, a.astype(self.dtype), num_in)
+    return y + jnp.tensordot(thin, b.astype(self.dtype), 1) * (lora.alpha / lora.rank)
 
   @property
   def dtype(self):
@@ -65,36 +91,35 @@ class Attention(Module):
   kind: str
 
   @nn.compact
-  def __call__(self, x_BTD, shared, cache):
-    cfg, dtype = self.cfg, self.dtype
+  def __call__(self, x_BTD, shared, cache, lora_key=None):
+    cfg = self.cfg
     here = shared[self.kind]  # mask, window and rotary angles of layers of this kind
     make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
-    (q, k, v), cache = make(x_BTD, here, shared["positions"], cache)
+    (q, k, v), cache = make(x_BTD, here, shared["positions"], cache, lora_key)
     out = attention.attend(cfg.attention, q, k, v, here["mask"], scale=cfg.attn_scale,
                            softcap=cfg.attn_softcap,
                            causal=cfg.causal and cache is None)
     out = checkpoint_name(out, "attention")
     _, _, N, H = out.shape
-    w = self.weight("o", (N, H, cfg.width), ("heads", "head_dim", "embed"), self.residual_std)
-    y = jnp.einsum("BTNH,NHD->BTD", out, w.astype(dtype))
+    y = self.linear("o", out, (N, H, cfg.width), ("heads", "head_dim", "embed"), self.residual_std,
+                    num_in=2, key=lora_key)
     if cfg.bias:
-      y += self.vector("o_bias", (cfg.width,), ("norm",)).astype(dtype)
+      y += self.vector("o_bias", (cfg.width,), ("norm",)).astype(self.dtype)
     return y, cache
 
-  def _heads(self, name, x, heads, size, head_axis, in_axis="embed"):
+  def _heads(self, name, x, heads, size, head_axis, key, in_axis="embed"):
     """x [B, T, in] -> [B, T, heads, size], by one weight and perhaps a bias."""
-    w = self.weight(name, (x.shape[-1], heads, size), (in_axis, head_axis, "head_dim"),
-                    self.cfg.init_std)
-    y = jnp.einsum("BTD,DNH->BTNH", x, w.astype(self.dtype))
+    y = self.linear(name, x, (x.shape[-1], heads, size), (in_axis, head_axis, "head_dim"),
+                    self.cfg.init_std, key=key)
     if self.cfg.qkv_bias:
       y += self.vector(f"{name}_bias", (heads, size), (head_axis, "head_dim")).astype(self.dtype)
     return y
 
-  def _qkv(self, x_BTD, here, positions_BT, cache):
+  def _qkv(self, x_BTD, here, positions_BT, cache, key):
     """Queries, keys and values; those of earlier tokens come from the cache."""
     cfg = self.cfg
     N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    q, k, v = (self._heads(name, x_BTD, heads, H, axis) for name, heads, axis in (
+    q, k, v = (self._heads(name, x_BTD, heads, H, axis, key) for name, heads, axis in (
         ("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")))
     if cfg.qk_norm != "none":
       q, k = self._normed("q_norm", q), self._normed("k_norm", k)
@@ -114,22 +139,22 @@ class Attention(Module):
     flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
     return norm(size=flat.shape[-1])(flat).reshape(x_BTNH.shape)
 
-  def _latent_qkv(self, x_BTD, here, positions_BT, cache):
+  def _latent_qkv(self, x_BTD, here, positions_BT, cache, key):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
     Keys and values are made from a compressed vector, which is all that the cache holds, and from
     one rotated key that all heads share. The last R entries of a query are its rotated part.
     """
-    cfg, dtype = self.cfg, self.dtype
+    cfg = self.cfg
     lat, N, D = cfg.latent, cfg.num_heads, cfg.width
     R, plain = lat.rope_dim, cfg.head_dim - lat.rope_dim
     x_BTC = x_BTD
     if lat.q_rank:
-      w = self.weight("q_down", (D, lat.q_rank), ("embed", "rank"), cfg.init_std)
-      x_BTC = Norm(cfg, "rmsnorm", lat.q_rank, name="q_down_norm")(x_BTD @ w.astype(dtype))
-    q = self._heads("q", x_BTC, N, cfg.head_dim, "heads", "rank" if lat.q_rank else "embed")
-    w = self.weight("kv_down", (D, lat.kv_rank + R), ("embed", "rank"), cfg.init_std)
-    compressed = x_BTD @ w.astype(dtype)
+      x_BTC = self.linear("q_down", x_BTD, (D, lat.q_rank), ("embed", "rank"), cfg.init_std, key=key)
+      x_BTC = Norm(cfg, "rmsnorm", lat.q_rank, name="q_down_norm")(x_BTC)
+    q = self._heads("q", x_BTC, N, cfg.head_dim, "heads", key, "rank" if lat.q_rank else "embed")
+    compressed = self.linear("kv_down", x_BTD, (D, lat.kv_rank + R), ("embed", "rank"),
+                             cfg.init_std, key=key)
     latent_BTC = Norm(cfg, "rmsnorm", lat.kv_rank, name="kv_down_norm")(
         compressed[..., :lat.kv_rank])
     shared_key = rope.rotate(compressed[..., None, lat.kv_rank:], *here["rotary"])
@@ -137,8 +162,8 @@ class Attention(Module):
     if cache is not None:
       cache = written(cache, {"latent": latent_BTC, "shared_key": shared_key}, positions_BT)
       latent_BTC, shared_key = cache["latent"], cache["shared_key"]
-    k = self._heads("k", latent_BTC, N, plain, "heads", "rank")
-    v = self._heads("v", latent_BTC, N, lat.v_dim, "heads", "rank")
+    k = self._heads("k", latent_BTC, N, plain, "heads", key, "rank")
+    v = self._heads("v", latent_BTC, N, lat.v_dim, "heads", key, "rank")
     k = jnp.concatenate([k, jnp.broadcast_to(shared_key, (*k.shape[:3], R))], -1)
     return named(q, k, v), cache
 
@@ -172,14 +197,14 @@ class MLP(Module):
   size: int
 
   @nn.compact
-  def __call__(self, x_BTD):
-    cfg, dtype = self.cfg, self.dtype
+  def __call__(self, x_BTD, lora_key=None):
+    cfg = self.cfg
     D, F = cfg.width, self.size
 
     def project(name, x, shape, axes, std, bias_axis):
-      y = x @ self.weight(name, shape, axes, std).astype(dtype)
+      y = self.linear(name, x, shape, axes, std, key=lora_key)
       if cfg.bias:
-        y += self.vector(f"{name}_bias", shape[1:], (bias_axis,)).astype(dtype)
+        y += self.vector(f"{name}_bias", shape[1:], (bias_axis,)).astype(self.dtype)
       return y
 
     act = ops.ACTIVATIONS[cfg.activation]

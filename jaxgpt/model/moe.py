@@ -87,7 +87,7 @@ class MoE(layers.Module):
   """
 
   @nn.compact
-  def __call__(self, x_BTD, real_BT):
+  def __call__(self, x_BTD, real_BT, lora_key=None):
     """Args: real_BT: False for padding. Returns: (y_BTD, `statistics` and 'dropped')."""
     cfg, c = self.cfg, self.cfg.moe
     D, E, F = cfg.width, c.experts, c.width
@@ -107,7 +107,7 @@ class MoE(layers.Module):
     else:
       y, stats["dropped"] = self._dropless(x_BTD, weights, experts, w), jnp.zeros(())
     if c.shared:
-      y += layers.MLP(cfg, c.shared * F, name="shared")(x_BTD)
+      y += layers.MLP(cfg, c.shared * F, name="shared")(x_BTD, lora_key)
     return y, stats
 
   def _activated(self, project):

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxgpt import tree
 from jaxgpt.model import layers, moe, ops, rope
 from jaxgpt.sharding import constrain
 
@@ -88,15 +90,17 @@ class Block(layers.Module):
   def __call__(self, x_BTD, shared, layer):
     cfg = self.cfg
     attention, mlp = self.kind
-    keys = (None, None) if layer["key"] is None else jax.random.split(layer["key"])
+    key = layer["key"]
+    keys = (None, None) if key is None else jax.random.split(key)
+    lora_key = key if key is not None and cfg.lora.dropout else None
 
     def attend(y):
-      return layers.Attention(cfg, attention, name="attn")(y, shared, layer["cache"])
+      return layers.Attention(cfg, attention, name="attn")(y, shared, layer["cache"], lora_key)
 
     def feed(y):
       if mlp == "moe":
-        return moe.MoE(cfg, name="mlp")(y, shared["real"])
-      return layers.MLP(cfg, cfg.mlp_width, name="mlp")(y), None
+        return moe.MoE(cfg, name="mlp")(y, shared["real"], lora_key)
+      return layers.MLP(cfg, cfg.mlp_width, name="mlp")(y, lora_key), None
 
     x_BTD, cache = self._branch("attn", x_BTD, attend, keys[0], layer.get("is_first"))
     x_BTD, router = self._branch("mlp", x_BTD, feed, keys[1])
@@ -173,7 +177,7 @@ class Transformer(layers.Module):
     """
     cfg = self.cfg
     layers_key = None
-    if dropout_key is not None and cfg.dropout:
+    if dropout_key is not None and (cfg.dropout or cfg.lora.dropout):
       dropout_key, layers_key = jax.random.split(dropout_key)
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
     # Gathered once, for the lookup and for a tied head; a lookup in shards would move activations.
@@ -327,6 +331,32 @@ def abstract(model):
   boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
   return (jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box),
           jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box))
+
+
+def depths(cfg, params):
+  """The layer that each parameter belongs to.
+
+  Args:
+    cfg: the config's `model` section.
+    params: tree of arrays or `ShapeDtypeStruct`s.
+
+  Returns:
+    The same tree: -1 for embeddings, num_layers - 1 for what follows the layers, and for a
+    stacked parameter an array of the layers' numbers.
+  """
+  first, layers_before = {}, 0
+  for stack in stacks(cfg):
+    first[stack.name] = (layers_before, len(stack.kinds))
+    layers_before += stack.num_layers
+
+  def one(path, leaf):
+    parts = path.split("/")
+    if parts[0] in first:
+      start, period = first[parts[0]]
+      return start + (int(parts[1]) if period > 1 else 0) + period * np.arange(leaf.shape[0])
+    return -1 if "embed" in parts[0] else cfg.num_layers - 1
+
+  return tree.map_named(one, params)
 
 
 def init_cache(cfg, batch_size, num_slots):
