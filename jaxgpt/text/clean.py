@@ -10,7 +10,6 @@ of processes changes a result.
 import contextlib
 import functools
 import os
-import re
 import signal
 import threading
 import unicodedata
@@ -300,7 +299,7 @@ def _language(spec, *, model, keep, threshold):
   Document = datatrove("data").Document
 
   def run(text):
-    (best, _), scores = lid.predict(Document(text=re.sub(r"\s", " ", text), id=""))
+    (best, _), scores = lid.predict(Document(text=text, id=""))
     return text, None if any(s >= threshold for s in scores.values()) else str(best)
 
   return run

@@ -39,7 +39,7 @@ def test_what_shares_thirteen_words_goes_and_the_rest_stays(tmp_path):
   held = [text() for _ in range(20)]
   clean = [text() for _ in range(50)]
   part = held[4].split()
-  leaks = [f"{clean[0]}\n{' '.join(part[20:33])} {clean[1]}",
+  leaks = [f"{clean[0]}\n{' '.join(part[20:35])} {clean[1]}",
            f"{clean[2]} {', '.join(part[5:25]).upper()}! {clean[3]}"]
   almost = f"{clean[4]} {' '.join(part[30:42])} {clean[5]}"
   judge = make_filter(tmp_path, {"bench": held}, decontaminate.make())
@@ -48,7 +48,7 @@ def test_what_shares_thirteen_words_goes_and_the_rest_stays(tmp_path):
   assert dropped.counts == {"contaminated": 2}
   assert judge.found == {"bench": 2}
   assert dropped.examples["contaminated"][0] == (
-      f"s:50: bench: 1 of 121 runs, such as {' '.join(part[20:33])!r}")
+      f"s:50: bench: 3 of 123 runs, such as {' '.join(part[20:33])!r}")
 
 
 def test_every_planted_leak_is_found_and_nothing_else(tmp_path):

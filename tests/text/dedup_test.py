@@ -67,7 +67,15 @@ def test_digests_sorted_in_parts_find_the_same(tmp_path, monkeypatch):
   whole = removed(texts, ["exact"], tmp_path / "a")
   monkeypatch.setattr(dedup, "_PART", 7)
   assert removed(texts, ["exact"], tmp_path / "b") == whole
-  assert len(whole) == 20
+  assert len(whole) == 20 == sum(
+      len(dedup.removals(rank, tmp_path / "b" / "cluster")) for rank in range(3))
+
+
+def test_an_exact_duplicate_is_no_near_duplicate_too(natural, tmp_path):
+  text, other = (d.text for d in natural[2][:2])
+  removed([text, other, text, text + " And more.", text], ["exact", "near"], tmp_path, tasks=1)
+  assert dedup.removals(0, tmp_path / "cluster").tolist() == [
+      [2, 0, 0, 0], [3, 1, 0, 0], [4, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("given", [["near"], ["exact", "near"]])
