@@ -36,7 +36,7 @@ RULES = ("duplicate", "near duplicate")  # as dropped documents are counted
 _SPECS = {
     "exact": {"ignore_space": True, "ignore_case": False},
     # A document with 5 % of its words changed shares 0.95^3 / (2 - 0.95^3) = 0.75 of its 3-grams,
-    # but only 0.63 of datatrove's 5-grams, of which its 14 buckets of 8 hashes find 29 %. 20
+    # but only 0.63 of datatrove's 5-grams, of which its 14 buckets of 8 hashes find 30 %. 20
     # buckets of 6 hashes find 0.75 with probability 1 - (1 - 0.75^6)^20 = 98 %; but 0.5 with 27 %
     # too, which is why pairs are compared in all 120 hashes (standard error 0.04) before a
     # document is removed. tests/benchmarks/dedup.py measures both.
