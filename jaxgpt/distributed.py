@@ -64,9 +64,9 @@ def joined(settings, seconds=300):
 def _fail(line, message, code):
   notice = line.fail(message, code)
   if notice is None or notice.message is None or jax.process_index() == 0:
-    lifeline.say(message if notice is None else line.describe(notice))
+    line.announce(message if notice is None else line.describe(notice))
   elif notice.message != message:
-    lifeline.say(f"{_name(jax.process_index())}: {message}")
+    line.announce(f"{_name(jax.process_index())}: {message}")
   line.leave(notice.code if notice else code)
 
 

@@ -54,7 +54,7 @@ class Lifeline:
     self._me, self._names, self._leave = me, names, leave or self._end_process
     self._token, self._listener = token, listener
     self._notice, self._arrived, self._lock = None, threading.Event(), threading.Lock()
-    self._failing = False
+    self._failing = self._said = False
     self._over = set()  # processes that ended as they should
     self._lines = {}  # process -> socket
     if listener is None:
@@ -181,8 +181,15 @@ class Lifeline:
       if self._failing:
         return
     if notice.message is None or self._me == 0:
-      say(self.describe(notice))
+      self.announce(self.describe(notice))
     self.leave(notice.code)
+
+  def announce(self, message):
+    """Says why this process ends, but once: the main thread and the watching one may both know."""
+    with self._lock:
+      if not self._said:
+        say(message)
+      self._said = True
 
   def leave(self, code):
     """Ends this process; the first one, which JAX's runtime hangs on, after the others."""

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Runs a command again as long as it ends by a cause that passes; the run goes on where it stopped.
+#
+#   launch/retry.sh jaxgpt train --config=FILE --workdir=DIR
+#
+# jaxgpt's exit codes: 0 done; 2 bad input, the same again would fail; 75 another process was lost;
+# 128+N ended by signal N, everything saved. All but 0 and 2 are tried again, unless this script
+# itself is told to stop (Ctrl-C, SIGTERM).
+#
+#   MAX_RESTARTS=100   at most so many restarts
+#   RETRY_WAIT=10      seconds before a restart; doubled, up to 300, after each start that lived
+#                      for less than a minute
+#   DRY_RUN=1          prints the command
+set -uo pipefail
+
+max=${MAX_RESTARTS:-100} first_wait=${RETRY_WAIT:-10}
+if [[ $# -eq 0 ]]; then
+  echo "usage: $0 COMMAND..." >&2
+  exit 2
+fi
+if [[ -n ${DRY_RUN:-} ]]; then
+  echo "would run, and again up to $max times while the exit code is not 0 or 2:"
+  printf '%q ' "$@"
+  echo
+  exit 0
+fi
+
+stopping='' child=''
+trap 'stopping=1' INT  # the terminal has sent it to the command as well
+trap 'stopping=1; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM
+
+wait_for=$first_wait
+for ((restarts = 0; ; restarts++)); do
+  started=$SECONDS
+  "$@" &
+  child=$!
+  wait "$child"
+  code=$?
+  if [[ -n $stopping && $code -gt 128 ]]; then  # the signal may have ended `wait`, not the command
+    wait "$child"
+    again=$?
+    [[ $again -ne 127 ]] && code=$again
+  fi
+  child=''
+  if [[ $code -eq 0 || $code -eq 2 || -n $stopping ]]; then
+    exit "$code"
+  fi
+  if ((restarts >= max)); then
+    echo "retry: exit code $code after $max restarts; giving up" >&2
+    exit "$code"
+  fi
+  ((SECONDS - started >= 60)) && wait_for=$first_wait
+  echo "retry: exit code $code; restart $((restarts + 1)) of at most $max in $wait_for s" >&2
+  sleep "$wait_for" &
+  wait $!
+  if [[ -n $stopping ]]; then
+    exit "$code"
+  fi
+  wait_for=$((wait_for * 2 > 300 ? 300 : wait_for * 2))
+done

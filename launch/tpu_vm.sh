@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# A run on Cloud TPU VMs: asks for a slice in the queue, installs jaxgpt on all of its hosts,
+# trains, and begins again with a new slice when this one is preempted.
+#
+#   NAME=jaxgpt ZONE=us-east5-b TYPE=v6e-256 launch/tpu_vm.sh \
+#     --config=configs/llama3_8b.py --workdir=gs://BUCKET/run --config.data.path=gs://BUCKET/data
+#
+#   NAME=jaxgpt ZONE TYPE      of the slice; PROJECT: gcloud's, unless set
+#   VERSION=v2-alpha-tpuv6e    runtime; v4: tpu-ubuntu2204-base, v5e: v2-alpha-tpuv5-lite
+#   SPOT=1                     spot capacity; 0: on demand
+#   MAX_RESTARTS=100           at most so many slices, and restarts on each
+#   POLL=30                    seconds between looks at the queue
+#   KEEP=0                     1: leaves the slice when the run is done or its input is bad
+#   DRY_RUN=1                  prints the commands
+#
+# On each host, retry.sh restarts a run in which a process was lost. A preempted slice goes as a
+# whole: this script, which runs on your machine, then asks for another one.
+set -uo pipefail
+
+: "${NAME:=jaxgpt}" "${ZONE:=us-east5-b}" "${TYPE:=v6e-16}" "${VERSION:=v2-alpha-tpuv6e}"
+max=${MAX_RESTARTS:-100}
+where=("--zone=$ZONE")
+[[ -n ${PROJECT:-} ]] && where+=("--project=$PROJECT")
+
+run() {
+  if [[ -n ${DRY_RUN:-} ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+on_all_hosts() {
+  run gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all "--command=$1"
+}
+
+state() {
+  [[ -n ${DRY_RUN:-} ]] && { echo ACTIVE; return; }
+  gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
+    '--format=value(state.state)' 2>/dev/null || echo NONE
+}
+
+delete() {
+  run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
+}
+
+create() {
+  local spot=()
+  [[ ${SPOT:-1} == 1 ]] && spot=(--spot)
+  run gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "${where[@]}" \
+    "--accelerator-type=$TYPE" "--runtime-version=$VERSION" "${spot[@]}"
+}
+
+# Waits for the slice; asks for one where there is none, or only what is left of one.
+get_slice() {
+  [[ -n ${DRY_RUN:-} ]] && create
+  while :; do
+    case $(state) in
+      ACTIVE) return ;;
+      NONE) create || return 1 ;;
+      FAILED | SUSPENDED) delete ;;
+    esac
+    sleep "${POLL:-30}"
+  done
+}
+
+install() {
+  local here
+  here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  run tar -czf "/tmp/$NAME.tar.gz" -C "$here" jaxgpt launch configs pyproject.toml README.md
+  run gcloud compute tpus tpu-vm scp "/tmp/$NAME.tar.gz" "$NAME:" "${where[@]}" --worker=all &&
+    on_all_hosts "mkdir -p run && tar -xzf $NAME.tar.gz -C run && cd run &&
+      python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
+}
+
+if [[ $# -eq 0 ]]; then
+  echo "usage: NAME=... ZONE=... TYPE=... $0 --config=FILE --workdir=gs://..." >&2
+  exit 2
+fi
+printf -v train '%q ' "$@"
+for ((slices = 0; slices <= max; slices++)); do
+  get_slice || exit 1
+  code=1
+  if install; then
+    on_all_hosts "cd run && MAX_RESTARTS=$max launch/retry.sh .venv/bin/jaxgpt train $train"
+    code=$?
+  fi
+  if [[ $code -eq 0 || $code -eq 2 ]]; then
+    [[ ${KEEP:-0} == 1 ]] || delete
+    exit "$code"
+  fi
+  echo "tpu_vm: exit code $code, the slice is $(state)" >&2
+  sleep "${POLL:-30}"
+done
+exit "$code"
