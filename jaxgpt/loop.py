@@ -112,11 +112,14 @@ def split_batches(c, split, batch_size=None):
   if c.objective.name == "masked_lm":
     tokenizer = tokenizer_lib.load(pipeline.folders(c.data.path)[0])
     masked = masking.make(c.objective, tokenizer, c.seed)
-  return pipeline.make(c.data.path, split, seq_len=c.data.seq_len, packing=c.data.packing,
+  data = pipeline.make(c.data.path, split, seq_len=c.data.seq_len, packing=c.data.packing,
                        seed=c.seed, batch_size=batch_size or c.data.batch_size,
                        shuffle=c.data.shuffle, weights=c.data.weights,
                        weight_changes=c.data.weight_changes, objective=c.objective.name,
                        masking=masked)
+  if c.objective.name == "classification":
+    data.check_labels(c.model.num_labels)
+  return data
 
 
 def to_devices(batch, mesh):

@@ -168,6 +168,16 @@ class Batches:
                          and all(s.split.kind == "text" for s in sources))
     self.digest = digest_of([s.split.digest for s in sources])
 
+  def check_labels(self, num_labels):
+    """Raises a UserError where a model with so many labels can't learn those of the data."""
+    names = self.sources[0].split.label_names
+    if names and not 1 < num_labels >= len(names):
+      raise UserError(f"model.num_labels={num_labels}, but the data has {len(names)} classes "
+                      f"({', '.join(names[:10])}): set model.num_labels={max(len(names), 2)}")
+    if not names and num_labels != 1:
+      raise UserError(f"model.num_labels={num_labels}, but the labels of the data are numbers and "
+                      "no classes: set model.num_labels=1 for a regression")
+
   def rows(self, step, host_index=0, host_count=1):
     """What a host gets at a step: a list of B / host_count `Row`s.
 

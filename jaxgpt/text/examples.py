@@ -87,7 +87,8 @@ def _plan(document, kind, template):
     return [[Piece(f["input"] + "\n"), Piece(f["target"], trained=True)]]
   if kind == "chat":
     return [template(f["messages"])]
-  return [[Piece(f["prompt"]), Piece(f[name], trained=True)] for name in ("chosen", "rejected")]
+  prompt = [Piece(f["prompt"])] if f.get("prompt") is not None else []
+  return [[*prompt, Piece(f[name], trained=True)] for name in ("chosen", "rejected")]
 
 
 def _join(pieces, tokens, tokenizer, kind, document, names):

@@ -139,3 +139,14 @@ def test_sources_of_other_classes_are_refused(tmp_path):
            for name in "ab"]
   with pytest.raises(UserError, match="'b' and 'a' have other classes: b and a"):
     make(",".join(paths), "classification")
+
+
+@pytest.mark.parametrize("labels, names, num_labels, message", [
+    (["a", "b", "c"], ("a", "b", "c"), 2, r"3 classes \(a, b, c\): set model.num_labels=3"),
+    (["a"], ("a",), 1, "set model.num_labels=2"), ([0.5], (), 2, "set model.num_labels=1")])
+def test_a_model_needs_an_output_for_each_class(tmp_path, labels, names, num_labels, message):
+  fields = [{"text": "a", "label": label} for label in labels]
+  b = make(write(tmp_path / "a", "classification", fields, names), "classification")
+  with pytest.raises(UserError, match=message):
+    b.check_labels(num_labels)
+  b.check_labels(int(message[-1]))

@@ -46,6 +46,8 @@ def test_preferences_are_two_documents_with_one_prompt():
   chosen, rejected = encode("preference", {"prompt": "Q ", "chosen": "yes", "rejected": "no"})
   assert (text(chosen.ids), trained(chosen)) == ("<Q yes>", ["yes>"])
   assert (text(rejected.ids), trained(rejected)) == ("<Q no>", ["no>"])
+  chosen, _ = encode("preference", {"chosen": "yes", "rejected": "no"})
+  assert (text(chosen.ids), trained(chosen)) == ("<yes>", ["yes>"])
 
 
 def test_a_conversation_is_stored_as_its_template_writes_it():
