@@ -60,6 +60,31 @@ def evaluate(step, params, batches, bytes_per_token):
   return out | {"tokens": int(totals["tokens"])}
 
 
+def combined(parts):
+  """The result over several sources, from those of each.
+
+  Args:
+    parts: {source: (result of `evaluate`, its bytes_per_token)}.
+
+  Returns:
+    As `evaluate`, and 'loss/SOURCE' of each.
+  """
+  results = [result for result, _ in parts.values()]
+  tokens = sum(result["tokens"] for result in results)
+
+  def mean(key, weights):
+    return sum(r[key] * w for r, w in zip(results, weights)) / max(sum(weights), 1)
+
+  counts = [result["tokens"] for result in results]
+  out = {key: mean(key, counts) for key in ("loss", "accuracy") if key in results[0]}
+  if "perplexity" in results[0]:
+    out["perplexity"] = metrics.perplexity(out["loss"])
+  if "bits_per_byte" in results[0]:
+    sizes = [result["tokens"] * per_token for result, per_token in parts.values()]
+    out["bits_per_byte"] = mean("bits_per_byte", sizes)
+  return out | {"tokens": tokens} | {f"loss/{name}": r["loss"] for name, (r, _) in parts.items()}
+
+
 def describe(result):
   """A result of `evaluate` in words: 'loss 1.2345, perplexity 3.44, …'."""
   forms = (("loss", "loss {:.4f}"), ("perplexity", "perplexity {:.2f}"),

@@ -148,6 +148,31 @@ def bytes_per_token(data):
   return data.bytes / data.predictions if data.predicts_all else None
 
 
+def evaluate_on(data, mesh, c_data, step, params, limit=0, goes_on=lambda: True):
+  """The loss on held-out data: of each source and in all, or on some batches of the mixture.
+
+  Args:
+    data: from `split_batches`.
+    mesh: the device mesh.
+    c_data: the config's `data` section.
+    step: from `evaluate.make_step`.
+    params: the weights.
+    limit: batches; 0: all rows once.
+    goes_on: asked before each batch; the evaluation ends where it says no.
+
+  Returns:
+    See `evaluate.evaluate` and `evaluate.combined`.
+  """
+  def run(data):
+    batches = held_out_batches(data, mesh, c_data, limit)
+    batches = itertools.takewhile(lambda _: goes_on(), batches)
+    return evaluate.evaluate(step, params, batches, bytes_per_token(data)), bytes_per_token(data)
+
+  if len(data.sources) == 1 or 0 < limit < data.steps_per_epoch:
+    return run(data)[0]
+  return evaluate.combined({name: run(part) for name, part in data.by_source().items()})
+
+
 def train(c, folder, origin):
   """Trains, or goes on training, until the last step or a signal.
 
@@ -318,11 +343,8 @@ class _Run:
     result = distributed.share(self._writers.newest(self._step, "validation"))
     if result is None:
       with self._timer.paused(), jax.transfer_guard("allow"):
-        batches = held_out_batches(self._held_out, self._mesh, self._c.data, limit)
-        result = evaluate.evaluate(
-            self._eval_step, train_step.weights(self._state),
-            itertools.takewhile(lambda _: not self._stop_soon(), batches),
-            bytes_per_token(self._held_out))
+        result = evaluate_on(self._held_out, self._mesh, self._c.data, self._eval_step,
+                             train_step.weights(self._state), limit, lambda: not self._stop_soon())
         if self._stop_now():
           return None
         self._writers.write(self._step, "validation", result)

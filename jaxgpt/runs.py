@@ -94,9 +94,8 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
   else:
     check_data(batches, run.data_digest, c.data.path)
   with jax.set_mesh(run.mesh):
-    return evaluate.evaluate(evaluate.make_step(run.parts.objective), run.params,
-                             loop.held_out_batches(batches, run.mesh, c.data, limit),
-                             loop.bytes_per_token(batches))
+    return loop.evaluate_on(batches, run.mesh, c.data, evaluate.make_step(run.parts.objective),
+                            run.params, limit)
 
 
 def check_data(batches, digest, path):

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import evaluate, loop
+from jaxgpt import config, evaluate, loop
+from jaxgpt import mesh as mesh_lib
 from jaxgpt.data import pipeline
+from jaxgpt.text import prepare
 
 
 def uniform(params, frozen, batch, key):
@@ -42,3 +44,27 @@ def test_sums_are_exact_beyond_what_float32_counts():
 def test_no_batch_is_no_crash():
   result = evaluate.evaluate(evaluate.make_step(uniform), None, [], 1.0)
   assert result["tokens"] == 0 and np.isfinite(result["loss"])
+
+
+def test_sources_are_reported_each_and_together(corpus, tmp_path):
+  (tmp_path / "a.txt").write_text("\n".join(f"line {i} of {i * i}" for i in range(900)))
+  prepare.prepare(tmp_path / "a.txt", tmp_path / "other", tokenizer="bytes", validation=0.3)
+  c = config.base().data
+  data = pipeline.make(f"{corpus},{tmp_path / 'other'}", "validation", seq_len=40, batch_size=8)
+
+  def step(params, batch):  # a model that knows words by their lengths
+    del params
+    nll = (batch["positions"] % 7 * batch["loss_weights"]).sum()
+    return {"tokens": batch["loss_weights"].sum(), "nll": nll}
+
+  mesh = mesh_lib.make(config.base().mesh)
+  result = loop.evaluate_on(data, mesh, c, step, None)
+  whole = evaluate.evaluate(step, None, data.epoch_batches(), loop.bytes_per_token(data))
+  for key, value in whole.items():
+    assert result[key] == pytest.approx(value, rel=1e-9), key
+  parts = data.by_source()
+  for name, part in parts.items():
+    one = evaluate.evaluate(step, None, part.epoch_batches(), loop.bytes_per_token(part))
+    assert result[f"loss/{name}"] == pytest.approx(one["loss"])
+  assert result["loss/data"] != result["loss/other"]
+  assert "loss/data" not in loop.evaluate_on(data, mesh, c, step, None, limit=1)

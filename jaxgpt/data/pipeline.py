@@ -168,6 +168,11 @@ class Batches:
                          and all(s.split.kind == "text" for s in sources))
     self.digest = digest_of([s.split.digest for s in sources])
 
+  def by_source(self):
+    """{name: Batches of that source alone}, for what looks at each on its own."""
+    alone = mixture.Mixture(1, [1])
+    return {s.name: Batches([s], alone, self.batch_size, self.layout, 0) for s in self.sources}
+
   def check_labels(self, num_labels):
     """Raises a UserError where a model with so many labels can't learn those of the data."""
     names = self.sources[0].split.label_names
