@@ -126,8 +126,7 @@ class Filter:
 
   def check(self, text):
     """Why a text is contaminated: 'NAME: 3 of 200 runs, such as "…"', or None."""
-    runs, first = np.unique(words.ngram_hashes(words.plain_words(text), self._config.words),
-                            return_index=True)
+    runs, first = np.unique(words.ngram_hashes(text, self._config.words), return_index=True)
     reasons = []
     for name, index in self._index.items():
       at = np.searchsorted(index, runs)
@@ -156,7 +155,7 @@ class Filter:
 
 
 def _runs(text, config):
-  return np.unique(words.ngram_hashes(words.plain_words(text), config.words))
+  return np.unique(words.ngram_hashes(text, config.words))
 
 
 def _counted(runs, texts):

@@ -231,7 +231,7 @@ def _signature_block(folder, near):
 
   class Signature(clean.datatrove("pipeline.dedup.minhash").MinhashDedupSignature):
     def get_shingles(self, text):
-      hashes = words.ngram_hashes(words.plain_words(text), self.config.n_grams)
+      hashes = words.ngram_hashes(text, self.config.n_grams)
       return np.unique(hashes).reshape(-1, 1)
 
     def get_signature(self, shingles):

@@ -10,6 +10,8 @@ import re
 
 import numpy as np
 
+_PART = 1 << 20  # characters whose words are held at once
+
 _SIGN = (  # punctuation and symbols, as ranges of a character class
     r"!-/:-@\[-`{-~\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f¡-©«-±´¶-¸»¿×÷"
     r"\u037e\u0387\u055a-\u055f\u0589\u05be\u060c\u061b\u061f"
@@ -58,19 +60,19 @@ def sentence_spans(text):
   return spans
 
 
-def ngram_hashes(list_of_words, n):
-  """A 64-bit hash of each run of n words, the same on every machine.
+def ngram_hashes(text, n):
+  """A 64-bit hash of each run of n of a text's plain words, the same on every machine.
 
   Args:
-    list_of_words: strings.
+    text: of any length; what is held is 8 bytes a word, a few times.
     n: words in a run, at least 1.
 
   Returns:
-    uint64 [max(len(list_of_words) - n + 1, 0)]. Two different runs share a hash with probability
-    2^-64.
+    uint64 [max(plain words - n + 1, 0)]. Two different runs share a hash with probability 2^-64.
   """
-  count = len(list_of_words)
-  hashes = np.fromiter(map(_hash, list_of_words), np.uint64, count)
+  hashes = np.concatenate([np.fromiter(map(_hash, plain_words(part)), np.uint64)
+                           for part in _parts(text)])
+  count = len(hashes)
   total = np.zeros(max(count - n + 1, 0), np.uint64)
   for k in range(n if total.size else 0):
     total += hashes[k:k + total.size] * np.uint64(_hash(f"place {k}") | 1)
@@ -78,6 +80,17 @@ def ngram_hashes(list_of_words, n):
   total = (total ^ (total >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   total = (total ^ (total >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return total ^ (total >> np.uint64(31))
+
+
+def _parts(text):
+  """The text in parts, cut where no word is: after a space or a line."""
+  start = 0
+  while len(text) - start > _PART:
+    end = start + _PART
+    end = 1 + max(text.rfind(" ", start, end), text.rfind("\n", start, end)) or end
+    yield text[start:end]
+    start = end
+  yield text[start:]
 
 
 @functools.lru_cache(1 << 16)

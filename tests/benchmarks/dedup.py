@@ -124,7 +124,7 @@ def found(planted, removed):
 
 def similarity(a, b, n=3):
   """The Jaccard similarity of two texts' n-grams."""
-  a, b = (np.unique(words.ngram_hashes(words.plain_words(text), n)) for text in (a, b))
+  a, b = (np.unique(words.ngram_hashes(text, n)) for text in (a, b))
   both = len(np.intersect1d(a, b, assume_unique=True))
   return both / max(len(a) + len(b) - both, 1)
 

@@ -116,9 +116,17 @@ def test_bad_options_are_named(given, message):
 
 
 def test_runs_have_the_same_hashes_on_every_machine():
-  runs = words.ngram_hashes(["a", "b", "c", "a", "b"], 2)
+  runs = words.ngram_hashes("a b, C\na b", 2)
   assert runs.dtype == np.uint64 and len(runs) == 4 and runs[0] == runs[3]
   assert len(set(runs.tolist())) == 3
-  assert runs[0] != words.ngram_hashes(["b", "a"], 2)[0]
-  assert words.ngram_hashes(["golden", "hash"], 2).tolist() == [0x37acd92536d946bd]
-  assert len(words.ngram_hashes(["a"], 2)) == 0
+  assert runs[0] != words.ngram_hashes("b a", 2)[0]
+  assert words.ngram_hashes("golden hash", 2).tolist() == [0x37acd92536d946bd]
+  assert len(words.ngram_hashes("a", 2)) == 0
+
+
+def test_a_long_text_is_hashed_in_parts_and_no_word_is_cut(monkeypatch):
+  long = " ".join(f"{text(5)}\n{text(3)}" for _ in range(20))
+  whole = words.ngram_hashes(long, 3)
+  monkeypatch.setattr(words, "_PART", 20)
+  assert words.ngram_hashes(long, 3).tolist() == whole.tolist()
+  assert len(words.ngram_hashes("x" * 100, 1)) == 5, "where there is no space, anywhere"
