@@ -256,6 +256,10 @@ def _add_export(p):
   p.add_argument("--shard-gb", type=float, default=5.0, help="GB of a file at most")
   p.add_argument("--family", help="model_type to export as; default: the first that fits")
   p.add_argument("--no-check", action="store_true", help="don't compare with transformers")
+  p.add_argument("--adapter", action="store_true",
+                 help="write the LoRA adapters alone, as peft loads them; else they are merged")
+  p.add_argument("--base", metavar="ADDRESS",
+                 help="with --adapter: the model it refers to; default: the run's init_from")
 
 
 def _start_backend(several=False):
@@ -363,6 +367,11 @@ def _export(args):
   if args.shard_gb <= 0:
     raise UserError(f"--shard-gb={args.shard_gb} must be above 0")
   _start_backend()
+  if args.adapter:
+    files = exchange.export_adapter(args.workdir, args.to, step=args.step, base=args.base,
+                                    family=args.family)
+    print(f"wrote {args.to}: {', '.join(files)}")
+    return
   family, files, certificate = exchange.export_run(
       args.workdir, args.to, step=args.step, dtype=args.dtype,
       shard_bytes=int(args.shard_gb * 1e9), family=args.family, certify=not args.no_check)

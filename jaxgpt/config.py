@@ -331,7 +331,7 @@ def resolve(c, vocab_size=None):
   Raises:
     UserError: values that exclude each other, named.
   """
-  c = ml_collections.ConfigDict(c)
+  c = c.copy_and_resolve_references()
   m = c.model
   defaults = [  # in this order: some read what others fill in
       (m, "vocab_size", lambda: vocab_size),

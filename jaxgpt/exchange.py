@@ -1,13 +1,14 @@
 """Models in and out of Hugging Face's format: a folder becomes a run at step 0, a run a folder."""
 
+import contextlib
 import json
 
 import numpy as np
 from etils import epath
 
-from jaxgpt import checkpoint, config, initial, runs, tree, workdir
+from jaxgpt import checkpoint, config, initial, lora, optim, runs, tree, workdir
 from jaxgpt.errors import UserError
-from jaxgpt.hf import convert, parity, safetensors, weights
+from jaxgpt.hf import adapters, convert, parity, safetensors, weights
 from jaxgpt.text import tokenizer as tokenizer_lib
 
 CONTEXT = 2048  # longest rows that an imported run evaluates and samples, unless told otherwise
@@ -100,17 +101,11 @@ def export_run(folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, 
   Raises:
     UserError: no family has this model's fields, or `out` is in the way.
   """
-  out = epath.Path(out)
-  if out.exists():
-    raise UserError(f"--to={out} exists; choose another folder, or remove it")
-  c = workdir.read_config(folder)
-  family = convert.family_of(c.model, family)
-  run = runs.load(folder, step)
-  part = out.with_name(out.name + ".part")
-  if part.exists():
-    part.rmtree()
-  part.mkdir(parents=True)
-  try:
+  out = _free(out)
+  family = convert.family_of(_without_adapters(workdir.read_config(folder)).model, family)
+  run = _merged(runs.load(folder, step))
+  c = run.c
+  with _whole(out) as part:
     published = convert.publish(family, c.model, run.params)
     if c.model.head in ("pooler", "none"):  # the bare model's names have no prefix
       published = [p._replace(name=p.name.removeprefix(family.prefix)) for p in published]
@@ -123,14 +118,86 @@ def export_run(folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, 
     _write_json(part / "config.json", hf)
     _write_json(part / "generation_config.json", {"_from_model_config": True, **ids})
     files += ["config.json", "generation_config.json"]
-    certificate = parity.certify(part, run.c.model, weights.rounded(run.params, dtype),
+    certificate = parity.certify(part, c.model, weights.rounded(run.params, dtype),
                                  run.tokenizer, dtype, certify)
     parity.write(part, certificate)
+  return family.model_type, [*files, parity.JSON, parity.TEXT], certificate
+
+
+def export_adapter(folder, out, *, step=None, base=None, family=None):
+  """Writes a run's adapters as a folder that `peft` loads onto the model they were trained on.
+
+  Args:
+    folder: the run folder, of a run with model.lora.rank > 0.
+    out: the folder to make; it appears whole or not at all.
+    step: which checkpoint; None: the newest.
+    base: address of the base model in Hugging Face's format, which the adapter refers to; None: the
+      run's init_from.
+    family: as in `export_run`.
+
+  Returns:
+    Names of the files.
+
+  Raises:
+    UserError: the run has no adapters, or trains more than them; as `export_run`.
+  """
+  out = _free(out)
+  c = workdir.read_config(folder)
+  if not c.model.lora.rank:
+    raise UserError(f"--workdir={folder} has no adapters (model.lora.rank=0); export the whole "
+                    "model, without --adapter")
+  plain = _without_adapters(c)
+  family = convert.family_of(plain.model, family)
+  run = runs.load(folder, step)
+  more = [path for path in tree.flatten(run.parts.state["params"]) if not path.endswith(optim.LORA)]
+  if more:
+    raise UserError(f"--workdir={folder} trains more than adapters ({', '.join(more[:3])}); export "
+                    "the merged model, without --adapter")
+  published = convert.publish(family, plain.model, lora.merge(run.params, c.model.lora))
+  tensors, fields = adapters.publish(published, run.params, c.model)
+  task = {"lm": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(c.model.head, "FEATURE_EXTRACTION")
+  with _whole(out) as part:
+    entries = [safetensors.Entry(name, x.shape, x.dtype) for name, x in tensors.items()]
+    safetensors.write_file(part / adapters.WEIGHTS, entries, lambda entry: tensors[entry.name])
+    _write_json(part / adapters.CONFIG, {
+        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base or c.init_from,
+        "bias": "none", "inference_mode": True, **fields})
+  return [adapters.CONFIG, adapters.WEIGHTS]
+
+
+def _without_adapters(c):
+  c = c.copy_and_resolve_references()
+  c.model.lora.rank = 0
+  return c
+
+
+def _merged(run):
+  """A run whose adapters, if it has any, are part of its weights."""
+  if not run.c.model.lora.rank:
+    return run
+  return run._replace(params=lora.merge(run.params, run.c.model.lora), c=_without_adapters(run.c))
+
+
+def _free(out):
+  out = epath.Path(out)
+  if out.exists():
+    raise UserError(f"--to={out} exists; choose another folder, or remove it")
+  return out
+
+
+@contextlib.contextmanager
+def _whole(out):
+  """A folder to write into, which becomes `out` at the end, or is removed."""
+  part = out.with_name(out.name + ".part")
+  if part.exists():
+    part.rmtree()
+  part.mkdir(parents=True)
+  try:
+    yield part
   except BaseException:
     part.rmtree()
     raise
   part.rename(out)
-  return family.model_type, [*files, parity.JSON, parity.TEXT], certificate
 
 
 def _write_json(path, value):

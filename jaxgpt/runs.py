@@ -80,7 +80,7 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
   Raises:
     UserError: the data is not there, or is not what the run was trained on.
   """
-  c = ml_collections.ConfigDict(run.c)
+  c = run.c.copy_and_resolve_references()
   c.data.path = data or c.data.path
   if not c.data.path:
     raise UserError("an imported model has no data of its own; say where prepared text is with "

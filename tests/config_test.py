@@ -122,3 +122,9 @@ def test_only_what_changes_the_result_counts_as_a_difference():
   b.mesh.data = 4
   b.optim.lr = 0.5
   assert config.difference(a, b) == [("optim.lr", a.optim.lr, 0.5)]
+
+
+def test_resolving_leaves_the_config_as_it_was():
+  c = config.base()
+  config.resolve(c, 100)
+  assert c.model.max_len is None and c.model.rope.original_len is None

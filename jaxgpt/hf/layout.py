@@ -48,6 +48,11 @@ class Layout:
     self.our_shape = tuple(map(size, self._ours))
     self.their_shape = tuple(map(size, self._theirs))
 
+  @property
+  def starts_alike(self):
+    """Whether both begin with the same dimension: a matrix of ours, inputs first, stored as it is."""
+    return self._theirs[0][0] == self._ours[0][0]
+
   def region(self, index):
     """What has to be read of theirs for a part of ours.
 

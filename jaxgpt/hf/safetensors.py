@@ -184,7 +184,7 @@ def write(folder, entries, array_of, shard_bytes):
   n = len(shards)
   names = [SINGLE] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
   for name, shard in zip(names, shards, strict=True):
-    _write_file(epath.Path(folder) / name, shard, array_of)
+    write_file(epath.Path(folder) / name, shard, array_of)
   if n == 1:
     return names
   index = {"metadata": {"total_size": sum(e.nbytes for e in entries)},
@@ -194,7 +194,8 @@ def write(folder, entries, array_of, shard_bytes):
   return [*names, INDEX]
 
 
-def _write_file(path, entries, array_of):
+def write_file(path, entries, array_of):
+  """Writes one file of tensors; arguments as of `write`."""
   header, offset = {"__metadata__": {"format": "pt"}}, 0
   for e in entries:
     header[e.name] = {"dtype": _NAMES[np.dtype(e.dtype)], "shape": list(e.shape),
