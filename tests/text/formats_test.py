@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.text import files, formats, read
+from jaxgpt.text import files, formats, read, streams
 
 
 def read_all(path, **options):
@@ -31,7 +31,7 @@ def table(path, columns, **options):
 
 
 def test_jsonl_ids_and_nested_columns(tmp_path):
-  path = write(tmp_path / "a.ndjson", '{"t": {"en": "hello"}, "n": 5}\n\n{"t": {"de": "hallo"}}\n'
+  path = write(tmp_path / "a.ndjson", '\ufeff{"t": {"en": "hello"}, "n": 5}\n\n{"t": {"de": "hallo"}}\n'
                '{"t.en": "dotted"}')
   found, dropped = read_all(path, fields={"text": "t.en", "id": "n"})
   assert found == [("a.ndjson:1", "hello", "5", {}, False), ("a.ndjson:4", "dotted", "", {}, False)]
@@ -49,7 +49,7 @@ def test_a_line_that_is_too_long_is_dropped_and_the_next_is_read(tmp_path):
 
 
 def test_a_long_text_file_is_several_documents_cut_after_lines(tmp_path):
-  text = "".join(f"Line {i} of à long tèxt.\n" for i in range(300)) + "é" * 3000
+  text = "".join(f"Line {i} of à long tèxt.\n" for i in range(300)) + "a" + "€" * 2000
   found, _ = read_all(write(tmp_path / "a.txt", text), max_bytes=1500)
   assert "".join(d.text for d in found) == text
   assert all(len(d.text.encode()) <= 1500 for d in found)
@@ -86,6 +86,14 @@ def test_arrays_are_read_in_parts_and_end_where_they_break(tmp_path):
   found, dropped = read_all(write(path, b'[{"text": "\xff"}, 3, {"text": "e"}]'))
   assert [d.text for d in found] == ["e"]
   assert dropped.counts == {"invalid utf-8": 1, "missing field": 1}
+
+
+def test_a_number_between_two_parts_of_an_array_is_one(tmp_path):
+  start = '[{"text": "a"}, {"x": "'
+  filler = "x" * (streams.BUFFER - len(start) - 6)
+  path = write(tmp_path / "a.json", start + filler + '"}, 123456, {"text": "b"}]')
+  found, dropped = read_all(path)
+  assert [d.text for d in found] == ["a", "b"] and dropped.counts == {"missing field": 2}
 
 
 def test_csv_fields_may_hold_commas_quotes_and_line_ends(tmp_path):
