@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -205,3 +206,77 @@ def test_bad_executors_are_named(args, message):
   pytest.importorskip("datatrove")
   with pytest.raises(UserError, match=message):
     executors.make(*args)
+
+
+# Slurm, whose commands are played by scripts, and Ray on this machine.
+_SBATCH = """#!/usr/bin/env python3
+import os, pathlib, re, subprocess, sys
+script = pathlib.Path(sys.argv[-1]).read_text()
+pathlib.Path(os.environ["FAKE_SLURM"], "scripts").open("a").write(script)
+export = dict(item.split("=") for item in sys.argv[1].split(",") if item.count("=") == 1
+              and not item.startswith("--"))
+last = int(re.search(r"--array=0-(\\d+)", script)[1])
+for i in range(last + 1):
+  if "launch_pickled_pipeline" in script:
+    subprocess.run(["bash", "-c", script], check=False, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL,
+                   env={**os.environ, **export, "SLURM_ARRAY_TASK_ID": str(i),
+                        "SLURM_NODELIST": "here"})
+print("Submitted batch job 7")
+"""
+_COMMANDS = {
+    "sbatch": _SBATCH,
+    "srun": '#!/bin/bash\nwhile [ "$1" != launch_pickled_pipeline ]; do shift; done\n"$@"\n',
+    "squeue": "#!/bin/bash\nexit 1\n", "scontrol": "#!/bin/bash\necho here\n"}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+  """Puts Slurm's commands on the path; what was submitted is in the file `scripts` of the result."""
+  pytest.importorskip("datatrove")
+  folder = tmp_path / "bin"
+  folder.mkdir()
+  for name, script in _COMMANDS.items():
+    (folder / name).write_text(script)
+    (folder / name).chmod(0o755)
+  monkeypatch.setenv("FAKE_SLURM", str(folder))
+  monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(executors.__file__).parents[2]))
+  monkeypatch.setenv("PATH", f"{folder}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+  monkeypatch.setattr(executors, "_POLL_SECONDS", 0.01)
+  return folder
+
+
+def test_slurm_jobs_do_the_work(tmp_path, slurm):
+  write_corpus(tmp_path / "in", files=4)
+  prepare.prepare([tmp_path / "in"], tmp_path / "here", **OPTIONS)
+  options = {"partition": "cpu", "time": "01:00:00", "mem_per_cpu_gb": 4}
+  prepare.prepare([tmp_path / "in"], tmp_path / "there", **OPTIONS,
+                  executor=executors.make("slurm", 3, options))
+  assert digests(tmp_path / "there") == digests(tmp_path / "here")
+  scripts = (slurm / "scripts").read_text()
+  for line in ("--partition=cpu", "--time=01:00:00", "--mem-per-cpu=4G", "%3"):
+    assert line in scripts
+
+
+def test_a_slurm_job_that_fails_is_told(tmp_path, slurm):
+  write_corpus(tmp_path / "in", files=3)
+  (slurm / "srun").write_text("#!/bin/bash\nexit 1\n")
+  options = {"partition": "cpu", "time": "01:00:00"}
+  with pytest.raises(UserError, match="ended without a result"):
+    prepare.prepare([tmp_path / "in"], tmp_path / "out", **OPTIONS,
+                    executor=executors.make("slurm", 0, options))
+  (slurm / "sbatch").write_text("#!/bin/bash\nexit 1\n")
+  with pytest.raises(UserError, match="can't submit a job"):
+    prepare.prepare([tmp_path / "in"], tmp_path / "out", **OPTIONS,
+                    executor=executors.make("slurm", 0, options))
+
+
+@pytest.mark.slow
+def test_ray_does_the_work(tmp_path):
+  pytest.importorskip("datatrove")
+  pytest.importorskip("ray")
+  write_corpus(tmp_path / "in", files=4)
+  prepare.prepare([tmp_path / "in"], tmp_path / "here", **OPTIONS)
+  subprocess.run(command(tmp_path / "in", tmp_path / "ray", "--executor=ray",
+                         "--executor-option=mem_per_cpu_gb=0.5"), check=True)
+  assert digests(tmp_path / "ray") == digests(tmp_path / "here")
