@@ -114,8 +114,8 @@ def _add_data(p):
   g.add_argument("--executor-option", action="append", default=[], metavar="KEY=VALUE",
                  help="for datatrove's executor of this kind, such as partition=cpu and "
                       "time=20:00:00 of slurm; may be repeated")
-  g.add_argument("--task-bytes", type=_count(1), default=32_000_000,
-                 help="inputs are grouped into tasks of at least so many bytes")
+  g.add_argument("--task-bytes", type=_count(1), default=16_000_000,
+                 help="inputs are divided into tasks of about so many bytes, 512 at most")
 
 
 def _add_inspect(p):

@@ -69,7 +69,7 @@ class Options:
   # None: only where there are few documents. Kind text only.
   cut_chars: int | None = None
   shard_tokens: int = 1 << 27  # tokens after which a new shard is begun
-  task_bytes: int = 32_000_000  # input files are grouped into tasks of at least so many bytes
+  task_bytes: int = 16_000_000  # inputs are divided into tasks of about so many bytes
 
   def __post_init__(self):
     for key in ("validation", "test"):

@@ -207,6 +207,7 @@ def run(stage, executor, report):
       shutil.rmtree(left, ignore_errors=True)
     else:
       left.unlink(missing_ok=True)
+  start = time.monotonic()
   with Monitor(stage, report):
     if executor is None or len(missing) < 2:
       for rank in missing:
@@ -221,6 +222,9 @@ def run(stage, executor, report):
                     f"result (the first: {lost[0]}); their processes were ended from outside, "
                     f"often for want of memory: give fewer --workers. Their logs are in "
                     f"{stage.folder.parent}/logs; the same command goes on")
+  if missing:
+    report(f"{stage.name}: {stage.tasks} task{'s' * (stage.tasks > 1)}, "
+           f"{time.monotonic() - start:.1f} s")
   return accounts
 
 

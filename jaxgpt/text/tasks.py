@@ -5,6 +5,7 @@ and returns its account. `stores` are the folders of cleaned documents, by rank.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import pickle
@@ -23,18 +24,18 @@ _MOST_LABELS = 100_000
 
 
 def list_inputs(files, task_bytes, rank, folder, progress):
-  """Files to groups of at least `task_bytes`, at most 512 of them, in the order given."""
+  """Files to groups of about `task_bytes`, at most 512 of them, in the order given."""
   del rank, progress
-  target = max(task_bytes, -(-sum(file.size or 0 for file in files) // _MOST_TASKS))
-  groups, size = [[]], 0
+  total = sum(file.size or 0 for file in files)
+  count = min(max(total // task_bytes, 1), _MOST_TASKS)
+  groups, start = {}, 0
   for file in files:
-    for part in formats.split([file], target) if file.size else [file]:
-      if size >= target:
-        groups.append([])
-        size = 0
-      groups[-1].append(part)
-      size += part.size or 0
-  for number, group in enumerate(groups):
+    # In quarters, so that groups differ by a quarter at most where a file can be cut.
+    cut = count > 1 and file.size is not None
+    for part in formats.split([file], -(-total // (4 * count))) if cut else [file]:
+      groups.setdefault(min(start * count // max(total, 1), count - 1), []).append(part)
+      start += part.size or 0
+  for number, group in enumerate(groups.values()):
     (folder / f"{number:05d}").write_bytes(pickle.dumps(group))
   return {"tasks": len(groups)}
 
@@ -243,9 +244,15 @@ def nothing_to_train_on(options):
       "cut_chars, or set another salt")
 
 
+@functools.lru_cache(maxsize=1)
+def _load_tokenizer(saved):
+  """A process loads it once, with the words that it has met."""
+  return tokenizers.load(saved)
+
+
 def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   """Cleaned documents to shards of each split."""
-  tokenizer = tokenizers.load(saved)
+  tokenizer = _load_tokenizer(saved)
   template = chat.load(options.template, tokenizer) if options.kind == "chat" else None
   dropped, sources = SizedDropped(), {}
   writers = {split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens,

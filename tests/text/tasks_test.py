@@ -1,6 +1,7 @@
 """The whole way of `jaxgpt data` for each kind of data, and what is left out on it."""
 
 import json
+import pickle
 import random
 import xml.etree.ElementTree
 
@@ -9,7 +10,7 @@ import pytest
 from jaxgpt import cli
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text import prepare, shards, tokenizer
+from jaxgpt.text import prepare, read, shards, tasks, tokenizer
 
 WORDS = ["".join(chr(97 + (7 * i + j * j) % 26) for j in range(3 + i % 5)) for i in range(200)]
 
@@ -161,3 +162,21 @@ def test_bad_flags_are_named(tmp_path, capsys, args, message):
   code = cli.main(["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/out",
                    "--tokenizer=bytes", *args])
   assert code == 2 and message in capsys.readouterr().err
+
+
+def test_tasks_are_of_one_size_and_keep_the_order(tmp_path):
+  write(tmp_path / "a.jsonl", [{"text": sentence(i)} for i in range(300)])
+  write(tmp_path / "b.jsonl", [{"text": sentence(i)} for i in range(20)])
+  for i in range(9):
+    (tmp_path / f"c{i}.txt").write_text(sentence(i, 100))
+  files = read.find(tmp_path)
+  total = sum(file.size for file in files)
+  folder = tmp_path / "groups"
+  folder.mkdir()
+  count = tasks.list_inputs(files, total // 8, 0, folder, None)["tasks"]
+  groups = [pickle.loads((folder / f"{i:05d}").read_bytes()) for i in range(count)]
+  assert count in (8, 9)
+  sizes = [sum(part.size for part in group) for group in groups]
+  assert sum(sizes) == total and max(sizes) < 1.5 * total / 8 and min(sizes) > 0.5 * total / 8
+  whole = [d.text for d in read.documents(files)]
+  assert [d.text for group in groups for d in read.documents(group)] == whole
