@@ -72,8 +72,8 @@ OPTIONS = {"tokenizer": "sentencepiece:300", "task_bytes": 10_000, "shard_tokens
 
 
 def crash_everywhere(tmp_path, step):
-  write_corpus(tmp_path / "in", files=3, documents=20)
-  options = {**OPTIONS, "task_bytes": 2_000}
+  write_corpus(tmp_path / "in", files=2, documents=20)
+  options = {**OPTIONS, "task_bytes": 2_000, "clean": ["unicode"], "dedup": ["exact"]}
   prepare.prepare([tmp_path / "in"], tmp_path / "whole", **options)
   done = subprocess.run([sys.executable, "-c", _CRASH_MATRIX, str(tmp_path), str(step),
                          json.dumps(options)], capture_output=True, text=True, check=False)
@@ -88,7 +88,7 @@ def crash_everywhere(tmp_path, step):
 
 
 def test_killed_at_file_operations_all_over_the_run(tmp_path):
-  assert crash_everywhere(tmp_path, 17) > 10
+  assert crash_everywhere(tmp_path, 59) > 5
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def command(folder, out, *more):
 def kill_at_random(tmp_path, kills):
   """Kills the whole process group of `jaxgpt data` so many times, running it again and again."""
   pytest.importorskip("datatrove")
-  write_corpus(tmp_path / "in")
+  write_corpus(tmp_path / "in", files=4)
   start = time.monotonic()
   subprocess.run(command(tmp_path / "in", tmp_path / "whole"), check=True, capture_output=True)
   seconds = time.monotonic() - start
@@ -142,7 +142,7 @@ def test_three_kills_of_the_whole_process_group(tmp_path):
 @pytest.mark.parametrize("workers", [2, 3])
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, workers):
   pytest.importorskip("datatrove")
-  write_corpus(tmp_path / "in")
+  write_corpus(tmp_path / "in", files=5)
   prepare.prepare([tmp_path / "in"], tmp_path / "process", **OPTIONS)
   subprocess.run(command(tmp_path / "in", tmp_path / "local", f"--workers={workers}"), check=True,
                  capture_output=True)
@@ -247,7 +247,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def test_slurm_jobs_do_the_work(tmp_path, slurm):
-  write_corpus(tmp_path / "in", files=4)
+  write_corpus(tmp_path / "in", files=2)
   prepare.prepare([tmp_path / "in"], tmp_path / "here", **OPTIONS)
   options = {"partition": "cpu", "time": "01:00:00", "mem_per_cpu_gb": 4}
   prepare.prepare([tmp_path / "in"], tmp_path / "there", **OPTIONS,
