@@ -293,12 +293,17 @@ class _Run:
     paths = [path for path in options.decontaminate if path != tasks.HELD_OUT]
     sources = [read.find(path) for path in paths]
     own = stores if tasks.HELD_OUT in options.decontaminate else []
-    collected, _ = self._stage(
+    collected, accounts = self._stage(
         "held-out", len(own) + len(sources), tasks.collect_held_out,
         (own, clusters, sources, options, config),
         [options.validation, options.test, options.decontaminate, options.decontaminate_field,
          dataclasses.asdict(config),
          [[file.source, file.size, file.version] for listed in sources for file in listed]])
+    short = sum(part["too short"] for account in accounts for part in
+                (account.values() if "too short" not in account else [account]))
+    if short:
+      self._report(f"{short:,} held-out documents have fewer than {config.words} words, so they "
+                   "can't be found: --decontaminate-options=words=…")
     inputs = {split: [folder / split for folder in collected[:len(own)]]
               for split in shards.SPLITS[1:] if own}
     inputs.update((path, [folder]) for path, folder in zip(paths, collected[len(own):]))

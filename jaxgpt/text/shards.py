@@ -5,6 +5,7 @@
     DIR/train-00000-of-00002.arrayrecord       token records (also validation-…, test-…)
     DIR/train.tokens.npy                       uint32 [documents], stored tokens of each document
     DIR/train.bytes.npy                        uint32 [documents], UTF-8 bytes of its text
+    DIR/card.md, card.json, lengths.svg        the data card (`card`), for people
     DIR/train.sources.txt, .sources.npy        its source name, a line each; uint64 byte offsets
 
 and by the kind of the data (see `examples.Encoded`)
