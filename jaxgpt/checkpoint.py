@@ -1,5 +1,7 @@
 """Checkpoints of a run: asynchronous, atomic, restored onto any mesh (Orbax).
 
+Orbax writes to folders and to gs:// itself; for other buckets see `mirror`.
+
 A checkpoint holds one item for each part of the state, so that a user of the weights reads the
 weights alone, and `meta`: the step and what the loop needs to go on. Parameters that are not trained
 never change, and are saved once, in a folder of their own.
@@ -36,19 +38,27 @@ class Checkpoints:
     Raises:
       UserError: read_only, and there is no such folder.
     """
-    self.folder = epath.Path(folder).absolute()
+    self.folder = epath.Path(folder)
+    if not remote.is_remote(folder):
+      self.folder = self.folder.absolute()
+    remote.check(folder)
     if read_only and not self.folder.exists():
       raise UserError(f"no checkpoint in {self.folder}; train first")
+    self._mirror = (mirror.Mirror(self.folder, keep, keep_every, read_only)
+                    if mirror.is_needed(self.folder) else None)
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
     self._manager = ocp.CheckpointManager(
-        self.folder, item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
+        self._mirror.folder if self._mirror else self.folder, item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, read_only=read_only,
             create=not read_only, cleanup_tmp_directories=not read_only))
 
   def latest(self):
     """The newest complete checkpoint's step, or None."""
-    return self._manager.latest_step()
+    return max(self._steps(), default=None)
+
+  def _steps(self):
+    return self._mirror.steps() if self._mirror else self._manager.all_steps()
 
   def save(self, state, extra=None):
     """Starts to save; training may go on, and may donate `state`, when this returns.
@@ -59,7 +69,9 @@ class Checkpoints:
     """
     step = int(state["step"])
     with self._named_errors("save"):
-      if step not in self._manager.all_steps():
+      if self._mirror:
+        self._mirror.wait()
+      if step not in self._steps():
         self._save(step, state, extra or {})
 
   def _save(self, step, state, extra):
@@ -67,16 +79,22 @@ class Checkpoints:
              if name in _ITEMS}
     meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+    if self._mirror:
+      self._mirror.push(step, self._manager.wait_until_finished)
 
   def wait(self):
     """Returns when every save that was started is complete."""
     with self._named_errors("save"):
       self._manager.wait_until_finished()
+      if self._mirror:
+        self._mirror.wait()
 
   @contextlib.contextmanager
   def _named_errors(self, verb):
     try:
       yield
+    except UserError:
+      raise
     except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
       raise UserError(f"can't {verb} a checkpoint in {self.folder}: {_first_line(e)}; make room or "
                       "change its permissions, then the same command goes on") from e
@@ -99,9 +117,10 @@ class Checkpoints:
     if step is None:
       raise UserError(f"no checkpoint in {self.folder}; train first, or point --workdir elsewhere")
     where = self.folder / str(step)
-    if step not in self._manager.all_steps():
-      there = ", ".join(str(s) for s in sorted(self._manager.all_steps())) or "none"
+    if step not in self._steps():
+      there = ", ".join(str(s) for s in sorted(self._steps())) or "none"
       raise UserError(f"no checkpoint of step {step} in {self.folder}; there are: {there}")
+    self._fetch(step)
     items = {name: ocp.args.StandardRestore(part) for name, part in abstract.items()
              if name in _ITEMS}
     try:
@@ -120,6 +139,11 @@ class Checkpoints:
         state[name] = jax.device_put(value, abstract[name].sharding)
     return state, out["meta"]["extra"]
 
+  def _fetch(self, step):
+    if self._mirror:
+      self._mirror.fetch(step)
+      self._manager.reload()
+
   def shapes(self, name, step=None):
     """{path: shape} of a part of a checkpoint, without reading it.
 
@@ -131,6 +155,8 @@ class Checkpoints:
       UserError: there is none, or it has no such part.
     """
     step = self.latest() if step is None else step
+    if step is not None:
+      self._fetch(step)
     saved = None if step is None else self._manager.item_metadata(step).get(name)
     if saved is None:
       raise UserError(f"no checkpoint with {name!r} in {self.folder}")

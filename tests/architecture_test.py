@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxgpt"
 FLOORS = [  # each floor's rooms in the order in which they may import each other
     ["errors", "presets", "checks", "config", "tree", "mesh", "sharding", "processes",
      "lifeline", "distributed"],
-    ["text.files", "text.streams", "text.records", "text.tables", "text.warc", "text.formats",
+    ["text.files", "text.remote", "text.streams", "text.records", "text.tables", "text.warc",
+     "text.formats",
      "text.read",
      "text.specs", "text.words", "text.clean", "text.dedup",
      "text.decontaminate",

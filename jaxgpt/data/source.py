@@ -2,14 +2,14 @@
 
 import collections
 import os
-import pathlib
 import threading
 
 import numpy as np
 from array_record.python import array_record_module
+from etils import epath
 
 from jaxgpt.errors import UserError
-from jaxgpt.text import shards
+from jaxgpt.text import remote, shards
 
 # A reader ahead of the caller is of no use to random access.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -69,12 +69,14 @@ def open_split(folder, split):
                     f"{manifest['total']['documents']} documents came to none; run `jaxgpt data` "
                     f"with a larger --{split} share, more documents, or cut_chars to cut long "
                     "ones")
-  for file in entry["shards"] + entry["sidecars"]:
-    path = pathlib.Path(folder, file["name"])
-    size = path.stat().st_size if path.is_file() else None
+  files = entry["shards"] + entry["sidecars"]
+  sizes = remote.sizes(folder, [file["name"] for file in files])
+  for file in files:
+    size = sizes.get(file["name"])
     if size != file["size"]:
       found = "is missing" if size is None else f"has {size} bytes instead of {file['size']}"
-      raise UserError(f"{path} {found}: the prepared folder is damaged; run `jaxgpt data` again")
+      raise UserError(f"{epath.Path(folder) / file['name']} {found}: the prepared folder is "
+                      "damaged; run `jaxgpt data` again")
   return Split(folder, split, manifest)
 
 
@@ -96,9 +98,10 @@ class Split:
 
   def __init__(self, folder, split, manifest):
     """Use `open_split`, which checks what this takes for granted."""
-    self._folder, self.split, self.manifest = pathlib.Path(folder), split, manifest
+    self.split, self.manifest, self.digest = split, manifest, manifest["digest"]
+    self._files = remote.Files(folder, self.digest)
     entry = manifest["splits"][split]
-    self.digest = manifest["digest"]
+    self._sidecars = {file["name"]: file for file in entry["sidecars"]}
     self.bytes, self.num_documents = entry["bytes"], entry["documents"]
     self.kind, self.label_names = manifest["kind"], manifest["label_names"]
     self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -110,7 +113,7 @@ class Split:
     shard_records = [shard["records"] for shard in entry["shards"]]
     self._shard_ends = np.cumsum(shard_records)
     if len(stored) != self.num_documents or records.sum() != self._shard_ends[-1]:
-      raise UserError(f"{self._folder / split}.tokens.npy does not match the manifest; run "
+      raise UserError(f"{self._files.address}/{split}.tokens.npy does not match the manifest; run "
                       "`jaxgpt data` again")
     self.labels = self.second = self._trained = None
     if self.kind == "classification":
@@ -130,16 +133,19 @@ class Split:
     return self._trained[self._trained_offsets[doc]:self._trained_offsets[doc + 1]]
 
   def _sidecar(self, name):
-    path = self._folder / f"{self.split}.{name}.npy"
+    path = self._sidecar_path(f"{name}.npy")
     try:
       return np.load(path, allow_pickle=False)
     except (OSError, ValueError) as e:
       raise UserError(f"{path} can't be read ({e}); run `jaxgpt data` again") from e
 
+  def _sidecar_path(self, name):
+    return self._files.get(self._sidecars[f"{self.split}.{name}"])
+
   def source_name(self, doc):
     """Where document `doc` came from: 'folder/file.txt', 'folder/file.jsonl:12'."""
-    start, end = np.load(self._folder / f"{self.split}.sources.npy", mmap_mode="r")[doc:doc + 2]
-    with (self._folder / f"{self.split}.sources.txt").open("rb") as f:
+    start, end = np.load(self._sidecar_path("sources.npy"), mmap_mode="r")[doc:doc + 2]
+    with self._sidecar_path("sources.txt").open("rb") as f:
       f.seek(int(start))
       return os.fsdecode(f.read(int(end - start) - 1))
 
@@ -202,5 +208,5 @@ class Split:
     return out
 
   def _reader(self, shard):
-    name = self.manifest["splits"][self.split]["shards"][shard]["name"]
-    return _readers.get(str(self._folder / name), self.digest)
+    entry = self.manifest["splits"][self.split]["shards"][shard]
+    return _readers.get(str(self._files.get(entry)), self.digest)

@@ -227,16 +227,17 @@ def filesystem_of(address):
     extra = _EXTRAS.get(scheme, "data")
     raise UserError(f"{address!r}: {e}; it comes with pip install 'jaxgpt[{extra}]'") from e
   except Exception as e:  # an unknown scheme, or what the service's own library says
-    raise _remote_error(address, e) from e
+    raise remote_error(address, e) from e
 
 
-def _remote_error(address, error):
+def remote_error(address, error, verb="reached"):
+  """The UserError for what a service's own library raised, where an address can't be `verb`."""
   scheme = scheme_of(address)
   cause = error.__cause__
   if isinstance(error, FileNotFoundError) and cause and not isinstance(cause, FileNotFoundError):
     error = cause  # fsspec calls a server that can't be reached a missing file
   what = (": no such file or folder" if isinstance(error, FileNotFoundError) else
-          f" can't be reached ({type(error).__name__}: {str(error)[:300]})")
+          f" can't be {verb} ({type(error).__name__}: {str(error)[:300]})")
   way_out = _WAYS_OUT.get({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme), "check the address")
   return UserError(f"{address!r}{what}; {way_out}")
 
@@ -259,7 +260,7 @@ def _expand_remote(given, suffixes):
         found = filesystem.find(path, detail=True)
         root = tuple(path.rstrip("/").split("/"))
   except Exception as e:  # each service has exceptions of its own
-    raise _remote_error(given, e) from e
+    raise remote_error(given, e) from e
   if not found:
     raise UserError(f"path {given!r}: nothing is there; check the spelling")
   for name, info in sorted(found.items()):

@@ -28,9 +28,11 @@ import pathlib
 
 import numpy as np
 from array_record.python import array_record_module
+from etils import epath
 
 import jaxgpt
 from jaxgpt.errors import UserError
+from jaxgpt.text import remote
 
 FORMAT = 2
 RECORD_TOKENS = 65_536
@@ -226,12 +228,13 @@ def read_manifest(folder):
   Raises:
     UserError: there is none, it is damaged, or it has a format that this version does not read.
   """
-  path = pathlib.Path(folder, MANIFEST)
+  remote.check(folder)
+  path = epath.Path(folder) / MANIFEST
   if not path.is_file():
     raise UserError(f"data.path={os.fspath(folder)!r} is no prepared data folder: it has no "
                     f"{MANIFEST}; run `jaxgpt data` first, or set --config.data.path")
   try:
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = json.loads(path.read_text())
     version, digest = manifest["format"], manifest["digest"]
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(f"{path} is damaged ({e}); run `jaxgpt data` again") from e
