@@ -15,8 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxgpt import distributed, tree
+from jaxgpt import distributed, mirror, tree
 from jaxgpt.errors import UserError
+from jaxgpt.text import remote
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`

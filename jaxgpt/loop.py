@@ -352,6 +352,7 @@ class _Run:
 
   def _save(self):
     self._read_metrics()
+    self._writers.flush()  # a checkpoint vouches for the metrics before it
     with self._timer.paused(), jax.transfer_guard("allow"):
       self._checkpoints.save(self._state, {"means": self._means.state()})
 

@@ -19,6 +19,7 @@ from etils import epath
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
+from jaxgpt.text import remote
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
@@ -44,6 +45,7 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
     UserError: the folder can't be written, or holds a run of another config or other data.
   """
   folder = epath.Path(folder)
+  remote.check(folder)
   try:
     if (folder / _CONFIG).exists():
       _check(folder, c, data_digest)
@@ -70,6 +72,9 @@ def is_run(folder):
 
 def write_whole(path, text):
   """Writes a file so that a kill leaves the old one or the new one."""
+  if remote.is_remote(path):  # an object is replaced as a whole
+    path.write_text(text)
+    return
   part = path.with_name(path.name + ".part")
   part.write_text(text)
   part.replace(path)
@@ -141,6 +146,7 @@ def read_config(folder):
   Raises:
     UserError: the folder holds no run, or its config.json is broken.
   """
+  remote.check(folder)
   path = epath.Path(folder) / _CONFIG
   if not path.exists():
     raise UserError(f"--workdir={folder} holds no run ({_CONFIG} is missing); "

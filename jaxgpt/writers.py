@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import time
 
 from etils import epath
 from rich import console, progress
 
 from jaxgpt import distributed, workdir
 from jaxgpt.errors import UserError
+from jaxgpt.text import remote
 
 JSONL = "metrics.jsonl"
+_REMOTE_SECONDS = 10.0  # between two writes of the file to a bucket
 
 
 class Terminal:
@@ -67,19 +70,25 @@ def _clock(seconds):
 
 
 class Jsonl:
-  """One JSON object a line in the run folder: step, kind, and the metrics at full precision."""
+  """One JSON object a line in the run folder: step, kind, and the metrics at full precision.
+
+  In a bucket, where nothing can be appended to, the file is written anew, but seldom.
+  """
 
   def __init__(self, folder, start):
     """Args: folder: the run's. start: the step at which it goes on; later lines are dropped."""
     self._path = epath.Path(folder) / JSONL
-    self._newest = {}
+    self._newest, self._lines = {}, ""
+    self._file, self._said = None, time.monotonic()
     with self._named_errors():
       if self._path.exists():
         records = [_record(line) for line in self._path.read_text().splitlines()]
         records = [r for r in records if r and r["step"] <= start]
         self._newest = {r["kind"]: r for r in records}
-        workdir.write_whole(self._path, "".join(json.dumps(r) + "\n" for r in records))
-      self._file = self._path.open("a")
+        self._lines = "".join(json.dumps(r) + "\n" for r in records)
+        workdir.write_whole(self._path, self._lines)
+      if not remote.is_remote(self._path):
+        self._file = self._path.open("a")
 
   def newest(self, step, kind):
     """The metrics that were written for a step, if they are the newest of their kind; or None."""
@@ -89,13 +98,28 @@ class Jsonl:
   def write(self, step, kind, metrics):
     """See `Writers.write`."""
     self._newest[kind] = {"step": step, "kind": kind, **metrics}
+    line = json.dumps(self._newest[kind]) + "\n"
+    if self._file is None:
+      self._lines += line
+      if time.monotonic() - self._said > _REMOTE_SECONDS:
+        self.flush()
+      return
     with self._named_errors():
-      self._file.write(json.dumps(self._newest[kind]) + "\n")
+      self._file.write(line)
       self._file.flush()
+
+  def flush(self):
+    """Returns when all lines are in the file."""
+    self._said = time.monotonic()
+    if self._file is None and self._lines:
+      with self._named_errors():
+        workdir.write_whole(self._path, self._lines)
 
   def close(self):
     """Closes the file."""
-    self._file.close()
+    self.flush()
+    if self._file is not None:
+      self._file.close()
 
   @contextlib.contextmanager
   def _named_errors(self):
@@ -140,7 +164,7 @@ class Writers:
   """Several writers as one."""
 
   def __init__(self, jsonl, *others):
-    self.newest = jsonl.newest
+    self.newest, self.flush = jsonl.newest, jsonl.flush
     self._writers = (jsonl, *others)
 
   def write(self, step, kind, metrics):
@@ -162,6 +186,9 @@ class Silent:
 
   def write(self, step, kind, metrics):
     """See `Writers.write`."""
+
+  def flush(self):
+    """See `Jsonl.flush`."""
 
   def close(self):
     """Nothing is open."""

@@ -27,6 +27,7 @@ from jaxgpt.text import (
   dedup,
   examples,
   read,
+  remote,
   shards,
   stages,
   tasks,
@@ -98,7 +99,8 @@ def prepare(paths, out, *, overwrite=False, report=None, executor=None, **option
 
   Args:
     paths: files, folders and glob patterns, as `read.find` takes them.
-    out: the folder to make.
+    out: the folder to make, local or in a bucket; for a bucket the work is done in the cache on
+      this machine (`remote.cache_folder`), and what comes out is copied.
     overwrite: replace a prepared folder that is there. A folder of anything else is never
       touched.
     report: called with a line of text at each stage, and every 10 s; default: nobody.
@@ -114,11 +116,14 @@ def prepare(paths, out, *, overwrite=False, report=None, executor=None, **option
   """
   options = Options(**options)
   report = report or (lambda line: None)
+  address = os.fspath(out) if remote.is_remote(out) else None
   out = pathlib.Path(os.path.abspath(out))
+  if address:
+    out = remote.cache_folder().joinpath("out", *address.rstrip("/").replace("://", "/").split("/"))
   files = read.find(paths, options.exclude)
   _check_options(options, files)
   try:
-    return _prepare(files, out, overwrite, options, report, executor)
+    return _prepare(files, out, overwrite, options, report, executor, address)
   except OSError as e:
     raise UserError(f"--out={out} can't be written ({e.strerror or e}); name another folder, make "
                     "room or change its permissions") from e
@@ -148,12 +153,14 @@ def _given_digest(options):
     return None
 
 
-def _prepare(files, out, overwrite, options, report, executor):
+def _prepare(files, out, overwrite, options, report, executor, address):
   inputs = _digest([[file.source, file.size, file.version] for file in files])
   fingerprint = _digest([inputs, dataclasses.asdict(options), _versions()])
   folder = out.with_name(f"{out.name}.unfinished")
+  if address:
+    _check_free_bucket(address, overwrite)
   if not folder.exists():
-    _check_free(out, overwrite)
+    _check_free(out, overwrite or address)
   out.parent.mkdir(parents=True, exist_ok=True)
   with (stages.Work(folder, {"out": out.name, **_versions()}) as work,
         _say_what_is_left(work, report)):
@@ -163,18 +170,42 @@ def _prepare(files, out, overwrite, options, report, executor):
     if _is_published(published, fingerprint, out):
       manifest = shards.read_manifest(out)
     else:
-      _check_free(out, overwrite)
+      _check_free(out, overwrite or address)
       published.unlink(missing_ok=True)
       if work.found:
         report(f"going on with the unfinished run in {folder}")
       manifest = _Run(work, options, report, executor).prepare(files, inputs)
       published.write_text(json.dumps([fingerprint, manifest["digest"]]), encoding="utf-8")
-      _check_free(out, overwrite)
+      _check_free(out, overwrite or address)
       if out.exists():
         out.rename(folder / "replaced")
       (folder / "publish").rename(out)
+    if address:
+      _copy(out, address, overwrite, report)
     work.remove()
   return manifest
+
+
+def _check_free_bucket(address, overwrite):
+  there = remote.names(address)
+  if not there or remote.UNFINISHED in there:  # or what a killed run has copied of its work
+    return
+  if shards.MANIFEST not in there:
+    raise UserError(f"--out={address} is not empty and no prepared data folder; name another, or "
+                    "delete it yourself")
+  if not overwrite:
+    raise UserError(f"--out={address} holds prepared data; give --overwrite to replace it, or name "
+                    "another folder")
+
+
+def _copy(out, address, overwrite, report):
+  """Puts a prepared folder into a bucket, in the place of what was there."""
+  report(f"copying to {address}")
+  _check_free_bucket(address, overwrite)
+  if remote.names(address):
+    remote.remove(address)
+  remote.upload(out, address, last=shards.MANIFEST)
+  shutil.rmtree(out)
 
 
 @contextlib.contextmanager

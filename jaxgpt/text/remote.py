@@ -13,6 +13,8 @@ import pathlib
 from jaxgpt.errors import UserError
 from jaxgpt.text import files
 
+UNFINISHED = "unfinished"  # marks a remote folder that is being written
+
 
 def is_remote(path):
   """Whether a path is an address, such as s3://bucket/folder."""
@@ -125,20 +127,42 @@ def download(address, path):
         out.write(data)
 
 
+def names(folder):
+  """Names of what is in a remote folder: none where there is no such folder."""
+  filesystem, inside = files.filesystem_of(folder)
+  with named_errors(folder, "listed"):
+    filesystem.invalidate_cache()
+    if not filesystem.exists(inside):
+      return []
+    return [pathlib.PurePosixPath(path).name for path in filesystem.ls(inside, detail=False)]
+
+
+def remove(folder):
+  """Deletes a remote folder with all in it."""
+  filesystem, inside = files.filesystem_of(folder)
+  with named_errors(folder, "deleted"):
+    filesystem.rm(inside, recursive=True)
+
+
 def upload(folder, address, last=None):
   """Copies a local folder with all below it, and `last`, the file that vouches for it, last.
 
   Args:
     folder: a pathlib.Path.
     address: of the remote folder. What it holds of other names stays.
-    last: a file's name, deleted there before anything else is written; None: there is none.
+    last: a file's name, deleted there before anything else is written; until it is written, there
+      is a file `UNFINISHED` too. None: there is none.
   """
   filesystem, inside = files.filesystem_of(address)
   inside = inside.rstrip("/")
-  names = sorted((path.relative_to(folder).as_posix() for path in folder.rglob("*")
+  found = sorted((path.relative_to(folder).as_posix() for path in folder.rglob("*")
                   if path.is_file()), key=lambda name: (name == last, name))
   with named_errors(address, "written"):
-    if last and filesystem.exists(f"{inside}/{last}"):
-      filesystem.rm_file(f"{inside}/{last}")
-    for name in names:
+    if last:
+      filesystem.pipe_file(f"{inside}/{UNFINISHED}", b"being copied\n")
+      if filesystem.exists(f"{inside}/{last}"):
+        filesystem.rm_file(f"{inside}/{last}")
+    for name in found:
       filesystem.put_file(str(folder / name), f"{inside}/{name}")
+    if last:
+      filesystem.rm_file(f"{inside}/{UNFINISHED}")
