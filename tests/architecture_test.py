@@ -24,14 +24,9 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["model.ops", "model.rope", "model.attention", "model.layers", "model.moe", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
-<<<<<<< HEAD
      "hf.families", "hf.convert", "hf.adapters"],
-    ["checkpoint", "timer", "workdir", "writers", "hf.safetensors", "hf.weights", "hf.parity"],
-=======
-     "hf.families", "hf.convert"],
     ["mirror", "checkpoint", "timer", "workdir", "writers",
      "hf.safetensors", "hf.weights", "hf.parity"],
->>>>>>> ac848d3 (Buckets: data written there, runs and checkpoints there, metrics rewritten whole)
     ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
