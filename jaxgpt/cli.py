@@ -33,7 +33,7 @@ def main(argv=None):
   args, rest = parser.parse_known_args(argv)
   overrides = [a for a in rest if a.startswith(("--config.", "--noconfig."))]
   unknown = [a for a in rest if a not in overrides]
-  if unknown or (overrides and args.command != "train"):
+  if unknown or (overrides and args.command not in ("train", "doctor")):
     parser.error(f"unknown argument {(unknown or overrides)[0]!r} for {args.command!r}; see "
                  f"jaxgpt {args.command} --help")
   args.overrides = overrides
@@ -71,6 +71,12 @@ def _parser():
                  help="the experiment; overrides follow as --config.KEY=VALUE")
   p.add_argument("--workdir", required=True, help="run folder: checkpoints, metrics, config")
   _add_processes(p)
+  p = command("doctor", _doctor, "look for what would go wrong with a run, before it is started")
+  p.add_argument("--config", metavar="FILE.py[:ARG]",
+                 help="the experiment; overrides follow as --config.KEY=VALUE")
+  p.add_argument("--workdir", help="run folder: can it be written, is there room")
+  p.add_argument("--no-step", action="store_true", help="don't compile and run a step")
+  p.add_argument("--json", action="store_true", help="one JSON object instead of lines")
   p = command("evaluate", _evaluate, "loss and bits per byte of a run on held-out text")
   _add_run(p)
   p.add_argument("--split", default="validation", choices=("train", "validation", "test"),
@@ -324,6 +330,35 @@ def _train(args):
         "the same command goes on")
     return 128 + stopped
   say(f"done: {args.workdir} holds {step} steps; validation {evaluate.describe(result)}")
+
+
+def _doctor(args):
+  import json
+
+  from jaxgpt import config, doctor, machine
+  _start_backend()
+  load = (lambda: _resolved(config, args)) if args.config else None
+  if args.overrides and not args.config:
+    raise UserError(f"{args.overrides[0]} needs --config=FILE.py beside it")
+  findings = []
+  for finding in doctor.examine(load, args.workdir, not args.no_step):
+    findings.append(finding)
+    if not args.json:
+      print(f"{finding.status:<8} {finding.topic:<9} {finding.text}", flush=True)
+  problems = sum(finding.status == machine.PROBLEM for finding in findings)
+  if args.json:
+    print(json.dumps({"ok": not problems, "findings": [f._asdict() for f in findings]}, indent=1))
+  elif problems:
+    print(f"{problems} problem{'s' if problems > 1 else ''}: a run would fail")
+  else:
+    print("no problem found")
+  return 2 if problems else 0
+
+
+def _resolved(config, args):
+  c, _ = config.load(args.config, args.overrides)
+  config.resolve(c)
+  return c
 
 
 def _evaluate(args):

@@ -49,7 +49,7 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
   try:
     if (folder / _CONFIG).exists():
       _check(folder, c, data_digest)
-    elif folder.exists() and not {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG:
+    elif holds_something_else(folder):
       raise UserError(f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
                       "choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +68,12 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
 def is_run(folder):
   """Whether a folder holds a run."""
   return (epath.Path(folder) / _CONFIG).exists()
+
+
+def holds_something_else(folder):
+  """Whether a folder that is no run's holds more than a start that was killed leaves behind."""
+  folder = epath.Path(folder)
+  return folder.exists() and not {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG
 
 
 def write_whole(path, text):

@@ -27,7 +27,8 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "hf.families", "hf.convert", "hf.adapters"],
     ["mirror", "checkpoint", "timer", "workdir", "writers",
      "hf.safetensors", "hf.weights", "hf.parity"],
-    ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference", "cli", "__main__"],
+    ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference",
+     "machine", "doctor", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", "processes", "lifeline",
