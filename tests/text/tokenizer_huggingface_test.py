@@ -167,10 +167,12 @@ def test_a_batch_is_its_texts_one_by_one(qwen):
     assert ids.dtype == np.int32 and ids.tolist() == t.encode(text)
 
 
-def test_transformers_encodes_the_same(qwen):
+def test_transformers_reads_a_saved_one_and_encodes_the_same(qwen, tmp_path):
   transformers = pytest.importorskip("transformers")
-  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(qwen)
   t = tokenizer.load(qwen)
+  t.save(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert (theirs.eos_token_id, theirs.pad_token_id) == (t.eos_id, t.pad_id)
   assert t.encode(TEXT[:2000]) == theirs.encode(TEXT[:2000], add_special_tokens=False)
   marked = "<|im_start|>user\nhi<|im_end|>\n"
   assert t.encode(marked, specials=True) == theirs.encode(marked, add_special_tokens=False)
