@@ -10,7 +10,7 @@ import threading
 import time
 
 from jaxgpt.errors import UserError, optional
-from jaxgpt.text import stages
+from jaxgpt.text import stages, tokenizer_base
 
 KINDS = ("process", "local", "slurm", "ray")
 _OURS = ("self", "pipeline", "tasks", "workers", "logging_dir", "skip_completed", "depends")
@@ -42,7 +42,7 @@ def make(kind, workers=0, options=None, report=None):
   if workers < 0:
     raise UserError(f"--workers={workers} must be at least 1, or 0 for one a core")
   if kind == "local":
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or tokenizer_base.cores()
   if kind == "process" or (kind == "local" and workers == 1):
     _check_options(kind, options, ())
     return None
@@ -75,8 +75,11 @@ def _executor_class(kind):
   return getattr(module, f"{kind.capitalize()}PipelineExecutor")
 
 
-def make_step(stage, ranks):
-  """The stage as a step of a datatrove pipeline, whose task i is our task ranks[i]."""
+def make_step(stage, ranks, threads):
+  """The stage as a step of a datatrove pipeline, whose task i is our task ranks[i].
+
+  Its process has so many threads to itself.
+  """
   optional("loguru", "data", "this executor").logger.disable("datatrove")
 
   class Step(optional("datatrove.pipeline.base", "data", "this executor").PipelineStep):
@@ -85,6 +88,8 @@ def make_step(stage, ranks):
 
     def run(self, data, rank=0, world_size=1):
       del data, world_size
+      os.environ[tokenizer_base.THREADS] = str(threads)
+      os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
       with self.track_time():
         stages.run_task_or_note(stage, ranks[rank])
 
@@ -92,14 +97,15 @@ def make_step(stage, ranks):
       return self.run(data, rank, world_size)
 
     def __reduce__(self):  # so that a worker's log is quiet from the start
-      return make_step, (stage, ranks)
+      return make_step, (stage, ranks, threads)
 
   return Step()
 
 
 def _make(cls, stage, ranks, **options):
   logs = stage.folder.parent / "logs" / stage.folder.name
-  return cls([make_step(stage, ranks)], tasks=len(ranks), logging_dir=str(logs),
+  step = make_step(stage, ranks, options.get("cpus_per_task", 1))
+  return cls([step], tasks=len(ranks), logging_dir=str(logs),
              skip_completed=False, **options)
 
 

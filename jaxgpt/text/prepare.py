@@ -159,23 +159,22 @@ def _prepare(files, out, overwrite, options, report, executor, address):
   folder = out.with_name(f"{out.name}.unfinished")
   if address:
     _check_free_bucket(address, overwrite)
-  if not folder.exists():
+  if not folder.exists() or not any(folder.iterdir()):
     _check_free(out, overwrite or address)
   out.parent.mkdir(parents=True, exist_ok=True)
   with (stages.Work(folder, {"out": out.name, **_versions()}) as work,
         _say_what_is_left(work, report)):
-    published = folder / "published.json"
     if (folder / "replaced").exists() and not out.exists():  # killed between two renames
       (folder / "replaced").rename(out)
-    if _is_published(published, fingerprint, out):
+    if work.published and work.published == [fingerprint, _digest_of(out)]:  # killed after the last
       manifest = shards.read_manifest(out)
     else:
       _check_free(out, overwrite or address)
-      published.unlink(missing_ok=True)
+      work.publish(None)
       if work.found:
         report(f"going on with the unfinished run in {folder}")
       manifest = _Run(work, options, report, executor).prepare(files, inputs)
-      published.write_text(json.dumps([fingerprint, manifest["digest"]]), encoding="utf-8")
+      work.publish([fingerprint, manifest["digest"]])
       _check_free(out, overwrite or address)
       if out.exists():
         out.rename(folder / "replaced")
@@ -218,13 +217,12 @@ def _say_what_is_left(work, report):
     raise
 
 
-def _is_published(path, fingerprint, out):
-  """Whether a run with this fingerprint was killed after its folder had become `out`."""
+def _digest_of(out):
+  """The digest of a prepared folder, or None where there is none."""
   try:
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return told == [fingerprint, shards.read_manifest(out)["digest"]]
-  except (OSError, ValueError, UserError):
-    return False
+    return shards.read_manifest(out)["digest"]
+  except UserError:
+    return None
 
 
 def _versions():
@@ -314,8 +312,10 @@ class _Run:
     pairs, _ = self._stage("buckets", dedup.bucket_tasks(config), tasks.fill_buckets,
                            (signed, config), [])
     found, accounts = self._stage("duplicates", 1, tasks.cluster, (signed, pairs, config), [])
-    self._report("duplicates: " + ", ".join(f"{count:,} by rule {rule!r}"
-                                            for rule, count in accounts[0].items()))
+    asked = (config.exact, config.near)
+    self._report("duplicates: " + ", ".join(
+        f"{count:,} by rule {rule!r}" for (rule, count), options in zip(accounts[0].items(), asked)
+        if options))
     return found[0]
 
   def _contaminated(self, stores, clusters):

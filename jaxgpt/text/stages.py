@@ -1,6 +1,7 @@
 """Stages of tasks that may be killed at any moment and go on where they were.
 
     WORK/state.json                 marks a folder as ours
+    WORK/published.json             what came out has its name: only this folder is left over
     WORK/NAME-KEY/00012/            the outputs of task 12 of a stage, renamed into place whole
     WORK/NAME-KEY/00012/done.json   its account and the sizes of its files, written last
     WORK/NAME-KEY/.00012-PID-…/     a task at work, or what a killed one left
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from jaxgpt.errors import UserError
 
 _STATE = "state.json"
+_PUBLISHED = "published.json"
 _DONE = "done.json"
 _PROGRESS = "progress"
 _REPORT_SECONDS = 10.0
@@ -83,8 +85,8 @@ class Work:
       UserError: the folder is something else, or another run is at work in it.
     """
     self.folder = folder
-    self.found = folder.exists()
-    if self.found and not (folder / _STATE).is_file() and any(folder.iterdir()):
+    self.found = folder.exists() and any(folder.iterdir())
+    if self.found and not any((folder / name).is_file() for name in (_STATE, _PUBLISHED)):
       raise UserError(f"{folder} is in the way: it is where unfinished work goes, and no run of "
                       "jaxgpt left it; move it, or name another --out")
     folder.mkdir(exist_ok=True)
@@ -121,9 +123,25 @@ class Work:
     folder.mkdir(exist_ok=True)
     return Stage(name, tasks, run, folder)
 
+  @property
+  def published(self):
+    """What the last `publish` was told, or None."""
+    try:
+      return json.loads((self.folder / _PUBLISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+      return None
+
+  def publish(self, told):
+    """Notes what is about to get its name, a JSON-able value; None: it is another run's."""
+    if told is None:
+      (self.folder / _PUBLISHED).unlink(missing_ok=True)
+    else:
+      (self.folder / _PUBLISHED).write_text(json.dumps(told), encoding="utf-8")
+
   def remove(self):
-    """Deletes everything, the mark of the folder last."""
-    for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _STATE):
+    """Deletes everything, what tells a rerun that all is done last."""
+    for path in sorted(self.folder.iterdir(), key=lambda path: (path.name == _PUBLISHED,
+                                                                path.name == _STATE)):
       if path.is_dir():
         shutil.rmtree(path)
       else:

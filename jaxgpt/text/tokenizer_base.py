@@ -3,6 +3,7 @@
 import abc
 import hashlib
 import json
+import os
 import re
 
 import numpy as np
@@ -19,6 +20,19 @@ SPEC = "jaxgpt_tokenizer.json"
 CONFIG = "tokenizer_config.json"
 HF_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
             "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model")
+
+
+THREADS = "JAXGPT_THREADS"  # environment variable: threads that `encode_batch` uses; else all cores
+
+
+def threads():
+  """Threads that `encode_batch` may use."""
+  return int(os.environ.get(THREADS) or cores())
+
+
+def cores():
+  """Cores that this process may run on."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Tokenizer(abc.ABC):
@@ -72,7 +86,7 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode_batch(self, texts):
-    """Token ids of each text, as int32 arrays, without bos and eos; uses all cores."""
+    """Token ids of each text, as int32 arrays, without bos and eos; on `threads()`."""
 
   def decode(self, ids, specials=False):
     """The text of ids.

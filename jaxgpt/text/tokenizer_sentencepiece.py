@@ -3,7 +3,6 @@
 import hashlib
 import io
 import itertools
-import os
 import re
 
 import numpy as np
@@ -111,7 +110,7 @@ class SentencePieceTokenizer(base.Tokenizer):
                         for i in ids))
 
   def _encode_lists(self, texts):
-    return self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+    return self._processor.encode(texts, num_threads=base.threads())
 
   def _make_spelled(self):
     """{text: ids} of the texts that SentencePiece would read as something else than text."""
@@ -138,7 +137,7 @@ class SentencePieceTokenizer(base.Tokenizer):
         runs.extend(chunks)
       ends.append(len(plan))
     encoded = self._words(runs) if self._words else self._processor.encode(
-        runs, return_type="numpy", num_threads=os.cpu_count() or 1)
+        runs, return_type="numpy", num_threads=base.threads())
     ids = [encoded[item] if isinstance(item, int) else item for item in plan]
     return [ids[start] if end - start == 1 else np.concatenate(ids[start:end])
             for start, end in zip([0, *ends[:-1]], ends)]
@@ -194,7 +193,7 @@ def train_sentencepiece(texts, *, vocab_size, model_type="bpe", sample_bytes=4_0
         byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
         add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
         split_digits=True, split_by_unicode_script=False, max_sentencepiece_length=24,
-        max_sentence_length=1 << 24, num_threads=os.cpu_count() or 1, minloglevel=3)
+        max_sentence_length=1 << 24, num_threads=base.threads(), minloglevel=3)
   except (RuntimeError, ValueError) as e:  # ValueError: more than its 32 bits hold
     raise _training_error(str(e), vocab_size, model_type, 9 + len(symbols)) from e
   return SentencePieceTokenizer(model.getvalue())

@@ -64,7 +64,7 @@ class TiktokenTokenizer(base.Tokenizer):
     self.pad_id, self.mask_id = pick("pad"), pick("mask", base.MASK)
 
   def encode_batch(self, texts):
-    ids = self._inner.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+    ids = self._inner.encode_ordinary_batch(list(texts), num_threads=base.threads())
     return [np.array(i, np.int32) for i in ids]
 
   def _decode(self, ids):
