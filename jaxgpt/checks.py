@@ -19,7 +19,7 @@ CHOICES = {
     "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots", "save_qkv", "save_attention"),
-    "model.attention": ("auto", "reference", "batched"),
+    "model.attention": ("auto", "reference", "batched", "splash", "cudnn"),
     "data.packing": ("best_fit", "concat", "one_per_row"),
     "optim.name": ("adamw", "lion", "adafactor", "muon"),
     "schedule.name": ("cosine", "linear", "wsd", "inverse_sqrt", "constant"),

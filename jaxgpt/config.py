@@ -94,9 +94,9 @@ def base():
   c.mesh = h = ml_collections.ConfigDict()
   h.data = 1  # devices that hold copies of the model and share the batch
   h.fsdp = -1  # devices that share the batch and shard the parameters; -1: what is left
-  h.seq = 1  # devices that share the sequence (reserved)
-  h.tensor = 1  # devices that split heads and MLP columns (reserved)
-  h.expert = 1  # devices that split the experts (reserved)
+  h.seq = 1  # devices that share each row's tokens: for long contexts
+  h.tensor = 1  # devices that split heads, MLP columns and vocabulary
+  h.expert = 1  # devices that split the experts; they share the batch too
   h.stage = 1  # pipeline stages (reserved)
   return c.lock()
 
@@ -141,7 +141,7 @@ def _model(c):
   m.dropout = 0.0  # drop rate on the embeddings and on each residual branch while training
   m.init_std = 0.02  # standard deviation of initial weights; 1/sqrt(2 * num_layers) of it into the residual stream
   m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax, loss stay float32
-  m.attention = "auto"  # auto (by backend) | reference | batched (the form for CPUs)
+  m.attention = "auto"  # auto (by backend) | reference | batched (CPUs) | splash (TPUs) | cudnn (GPUs, bfloat16)
   m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
   m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention
 

@@ -34,7 +34,7 @@ from jaxgpt import workdir as workdir_lib
 from jaxgpt import writers as writers_lib
 from jaxgpt.data import masking, pipeline
 from jaxgpt.errors import UserError
-from jaxgpt.model import transformer
+from jaxgpt.model import attention, transformer
 from jaxgpt.text import tokenizer as tokenizer_lib
 
 
@@ -57,7 +57,11 @@ def build(c, mesh):
   Raises:
     UserError: the mesh does not divide a parameter, or a pattern of parameters matches none.
   """
-  model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
+  fields = c.model.copy_and_resolve_references()
+  fields.attention = attention.choose(
+      fields.attention, mesh.devices.flat[0].platform, length=c.data.seq_len, dtype=fields.dtype,
+      softcap=fields.attn_softcap)
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(fields))
   schedule = schedules.make(c.schedule, c.train.steps)
   shapes, axes = transformer.abstract(model)
   trained = optim.trained(c.optim, axes)

@@ -15,7 +15,7 @@ from jaxgpt.errors import UserError
 # glibc's mallopt (malloc.h): one arena, nothing mapped on its own, nothing trimmed.
 _MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-_RESERVED = ("seq", "tensor", "expert", "stage")
+_RESERVED = ("stage",)
 
 
 def axis_sizes(c_mesh, num_devices):
@@ -48,8 +48,7 @@ def axis_sizes(c_mesh, num_devices):
                     "set one axis to -1 to take what is left")
   for axis in _RESERVED:
     if sizes[axis] != 1:
-      raise UserError(f"mesh.{axis}={sizes[axis]}: only mesh.data and mesh.fsdp work so far; "
-                      f"set mesh.{axis}=1")
+      raise UserError(f"mesh.{axis}={sizes[axis]}: pipelines don't work so far; set mesh.{axis}=1")
   return sizes
 
 
@@ -77,9 +76,10 @@ def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
     accumulate: microbatches the batch is cut into.
     key: config key to name in the message.
   """
-  shards = sizes["data"] * sizes["fsdp"]
+  rows = ("data", "fsdp", "expert")
+  shards = math.prod(sizes[axis] for axis in rows)
   if batch_size % (shards * accumulate):
-    parts = f"mesh.data={sizes['data']} x mesh.fsdp={sizes['fsdp']}"
+    parts = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in rows if sizes[axis] > 1)
     if accumulate > 1:
       parts += f" x optim.accumulate={accumulate}"
     raise UserError(f"{key}={batch_size} is no multiple of {parts} = {shards * accumulate}; "

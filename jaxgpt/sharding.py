@@ -29,8 +29,10 @@ RULES = {
     "labels": None,
     "layers": "stage",
     # Activations and batches.
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": "seq",
+    "residual_length": ("seq", "tensor"),  # between the blocks, where no head and no column is
+    "expert_batch": ("data", "fsdp"),  # rows that were sent to the experts
     "act_embed": None,
     "act_mlp": "tensor",
     "act_heads": "tensor",
@@ -48,12 +50,26 @@ def constrain(x, *axes):
 
   Args:
     x: an array.
-    *axes: a logical axis for each of its dimensions, or None.
+    *axes: a logical axis for each of its dimensions, or None. A dimension that the mesh does not
+      divide, such as the one token of a decoding step, stays whole.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(axes))
+  return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, x.shape, axes))
+
+
+def fitting_spec(mesh, shape, axes):
+  """As `spec`, but a dimension that the mesh does not divide stays whole."""
+  return spec(axis if size % num_shards(mesh, axis) == 0 else None
+              for axis, size in zip(axes, shape, strict=True))
+
+
+def num_shards(mesh, axis):
+  """Parts that a dimension of a logical axis (or None) is cut into."""
+  names = RULES[axis] if axis else None
+  names = (names,) if isinstance(names, str) else names or ()
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def is_axes(x):
@@ -80,9 +96,8 @@ def params_shardings(axes, shapes, mesh):
   """
   def one(name, names, shape):
     for axis, size in zip(names, shape.shape, strict=True):
-      mesh_axis = RULES[axis]
-      if mesh_axis and size % mesh.shape[mesh_axis]:
-        raise UserError(f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} does not divide dimension "
+      if size % num_shards(mesh, axis):
+        raise UserError(f"mesh.{RULES[axis]}={num_shards(mesh, axis)} does not divide dimension "
                         f"{axis!r} = {size} of parameter {name}")
     return NamedSharding(mesh, spec(names))
 

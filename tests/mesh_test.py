@@ -23,7 +23,7 @@ def test_minus_one_takes_what_is_left():
     (dict(data=3, fsdp=1), "mesh.data=3: the axes multiply to 3, but there are 8 devices"),
     (dict(data=-1), "only one axis may be -1"),
     (dict(data=0), "mesh.data=0.*at least 1"),
-    (dict(tensor=2), "mesh.tensor=2.*only mesh.data and mesh.fsdp"),
+    (dict(stage=2), "mesh.stage=2.*pipelines"),
 ])
 def test_a_mesh_that_does_not_fit_is_named(sizes, words):
   with pytest.raises(UserError, match=words):
@@ -33,7 +33,7 @@ def test_a_mesh_that_does_not_fit_is_named(sizes, words):
 def test_a_batch_must_divide():
   sizes = mesh.axis_sizes(section(data=2, fsdp=4), 8)
   mesh.check_batch(sizes, 16, 2)
-  with pytest.raises(UserError, match=r"data.batch_size=12 .*= 8; choose a multiple"):
+  with pytest.raises(UserError, match=r"data.batch_size=12 .*mesh.data=2 x mesh.fsdp=4 = 8; choose a multiple"):
     mesh.check_batch(sizes, 12)
   with pytest.raises(UserError, match=r"optim.accumulate=4 = 32"):
     mesh.check_batch(sizes, 16, 4)

@@ -4,10 +4,18 @@ B batch, T query position, S key position, N heads, K key/value heads, G = N / K
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash_kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jaxgpt import sharding
 from jaxgpt.model import ops
 
 _MASKED = -1e30  # finite, so that a row with no visible key has no NaN in its gradient
@@ -134,23 +142,117 @@ def _chunked_bwd(scale, chunks, saved, dout):
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _reference(*args, causal, **kwargs):
-  del causal  # the mask says it
-  return reference(*args, **kwargs)
+def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causal=False,
+           window=None, interpret=False):
+  """Splash attention, the Pallas kernel for TPUs, which skips what a mask hides block by block.
 
-
-FORMS = {"reference": _reference, "batched": batched}
-
-
-def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=None, causal=False):
-  """Attention by the named form; 'auto' takes the one that the default backend runs best.
+  Under a mesh each device takes its rows, heads and queries; keys and values of a row are gathered.
 
   Args:
-    form: a key of `FORMS`, or 'auto'.
+    q_BTNH, k_BSKH, v_BSKH, scale, softcap: as in `reference`; T = S.
+    segment_ids_BT: 1, 2, … for the documents of a row, 0 for padding, which sees other padding.
+    causal, window: see `ops.visible`.
+    interpret: runs the kernel's definition on any backend, slowly.
+
+  Returns:
+    As `reference`, but for padding.
+  """
+  T, N = q_BTNH.shape[1:3]
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = {axis: 1 if mesh.empty else sharding.num_shards(mesh, axis)
+            for axis in ("batch", "act_heads", "length")}
+  block = math.gcd(T // shards["length"], _SPLASH_BLOCK)
+  sizes = splash_kernel.BlockSizes(
+      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+      block_kv_dq=block)
+  kernel = splash_kernel.make_splash_mha(
+      splash_mask.MultiHeadMask([_splash_mask(T, causal, window)] * N), block_sizes=sizes,
+      head_shards=shards["act_heads"], q_seq_shards=shards["length"],
+      attn_logits_soft_cap=softcap, interpret=interpret)
+  pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % _LANES)])
+  q, k, v = (pad(x.swapaxes(1, 2)) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
+
+  def local(kernel, q, k, v, of_queries, of_keys):
+    ids = lambda q_ids, kv_ids: splash_kernel.SegmentIds(q=q_ids, kv=kv_ids)
+    one = lambda q, k, v, q_ids, kv_ids: kernel(q, k, v, segment_ids=ids(q_ids, kv_ids))
+    return jax.vmap(one)(q, k, v, of_queries, of_keys)
+
+  if not mesh.empty and mesh.size > 1:
+    rows, heads, length = (P(sharding.RULES[a])[0] for a in ("batch", "act_heads", "length"))
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(heads, length)))
+    queries, keys = P(rows, heads, length), P(rows, heads)
+    local = jax.shard_map(local, in_specs=(of_kernel, queries, keys, keys, P(rows, length), P(rows)),
+                          out_specs=queries, check_vma=False)
+  out = local(kernel, q, k, v, segment_ids_BT, segment_ids_BT)
+  return out[..., :v_BSKH.shape[-1]].swapaxes(1, 2).astype(q_BTNH.dtype)
+
+
+_SPLASH_BLOCK = 512
+_LANES = 128  # of a TPU's vector registers, which a head has to fill
+
+
+def _splash_mask(T, causal, window):
+  if window is not None:
+    return splash_mask.LocalMask((T, T), (window - 1, 0 if causal else window - 1), 0)
+  return splash_mask.CausalMask((T, T)) if causal else splash_mask.FullMask((T, T))
+
+
+def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale):
+  """cuDNN's flash attention, for GPUs: 16-bit types, no softcap.
+
+  Args and returns: as `reference`.
+  """
+  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale,
+                                      implementation="cudnn")
+
+
+FORMS = ("reference", "batched", "splash", "cudnn")
+_NEED_NO_MASK = ("splash",)
+
+
+def choose(form, platform, *, length, dtype, softcap):
+  """The form that 'auto' stands for.
+
+  Args:
+    form: one of `FORMS`, which is returned as it is, or 'auto'.
+    platform: of the devices: 'cpu', 'tpu', 'gpu' or 'cuda'.
+    length: tokens a row.
+    dtype: of the queries.
+    softcap: on the logits, or None.
+  """
+  if form != "auto":
+    return form
+  if platform == "cpu":
+    return "batched"
+  if platform == "tpu" and length % _LANES == 0:
+    return "splash"
+  if platform in ("gpu", "cuda", "rocm") and jnp.dtype(dtype).itemsize == 2 and softcap is None:
+    return "cudnn"
+  return "reference"
+
+
+def needs_mask(form):
+  """Whether a form reads `mask_BTS`, and not the segments that it is made of."""
+  return form not in _NEED_NO_MASK
+
+
+def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale, softcap=None,
+           causal=False, window=None):
+  """Attention by the named form.
+
+  Args:
+    form: one of `FORMS`.
+    mask_BTS: see `reference`; None where `needs_mask` says so.
+    segment_ids_BT, window: what the mask is made of, see `ops.visible`.
     causal: whether `mask_BTS` hides every key after its query (and T = S).
 
   The other arguments and the result are those of `reference`.
   """
-  if form == "auto":
-    form = "batched" if jax.default_backend() == "cpu" else "reference"
-  return FORMS[form](q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap, causal=causal)
+  if form == "splash":
+    return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, softcap=softcap,
+                  causal=causal, window=window)
+  if form == "cudnn" and softcap is None:
+    return cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale)
+  if form == "batched":
+    return batched(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap, causal=causal)
+  return reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap)

@@ -60,6 +60,13 @@ class Module(nn.Module):
     return y + jnp.tensordot(thin, b.astype(self.dtype), 1) * (lora.alpha / lora.rank)
 
   @property
+  def form(self):
+    """The form of attention; 'auto', where nobody has chosen by the devices, goes by the backend."""
+    cfg = self.cfg
+    return attention.choose(cfg.attention, jax.default_backend(), length=cfg.max_len,
+                            dtype=cfg.dtype, softcap=cfg.attn_softcap)
+
+  @property
   def dtype(self):
     return jnp.dtype(self.cfg.dtype)
 
@@ -96,9 +103,11 @@ class Attention(Module):
     here = shared[self.kind]  # mask, window and rotary angles of layers of this kind
     make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
     (q, k, v), cache = make(x_BTD, here, shared["positions"], cache, lora_key)
-    out = attention.attend(cfg.attention, q, k, v, here["mask"], scale=cfg.attn_scale,
-                           softcap=cfg.attn_softcap,
-                           causal=cfg.causal and cache is None)
+    form = "reference" if cache is not None else self.form
+    out = attention.attend(form, q, k, v, here["mask"], shared["segments"],
+                           scale=cfg.attn_scale, softcap=cfg.attn_softcap,
+                           causal=cfg.causal and cache is None,
+                           window=cfg.window if self.kind == "local" else None)
     out = checkpoint_name(out, "attention")
     _, _, N, H = out.shape
     y = self.linear("o", out, (N, H, cfg.width), ("heads", "head_dim", "embed"), self.residual_std,
@@ -169,9 +178,13 @@ class Attention(Module):
 
 
 def named(q, k, v):
-  """Pins queries, keys and values to the mesh, and names them for remat policies."""
-  return tuple(checkpoint_name(constrain(x, "batch", "length", "act_heads", None), name)
-               for x, name in zip((q, k, v), QKV, strict=True))
+  """Pins queries, keys and values to the mesh, and names them for remat policies.
+
+  Each device has its own part of the queries of a row, and all of its keys and values.
+  """
+  lengths = ("length", None, None)
+  return tuple(checkpoint_name(constrain(x, "batch", length, "act_heads", None), name)
+               for x, name, length in zip((q, k, v), QKV, lengths, strict=True))
 
 
 def written(cache, new, positions_BT):

@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from jaxgpt.model import layers, ops
-from jaxgpt.sharding import constrain
+from jaxgpt.sharding import RULES, constrain, fitting_spec
 
 
 def route(logits, bias, c_moe):
@@ -118,19 +119,36 @@ class MoE(layers.Module):
     return act(checkpoint_name(project("gate"), "gate")) * up
 
   def _dropless(self, x_BTD, weights, experts, w):
-    B, T, D = x_BTD.shape
-    X, E = experts.shape[-1], self.cfg.moe.experts
-    expert = experts.reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    rows = x_BTD.reshape(-1, D)[order // X]
-    sizes = jnp.bincount(expert, length=E).astype(jnp.int32)
-    h = self._activated(lambda name: jax.lax.ragged_dot(rows, w[name], sizes))
-    out = jax.lax.ragged_dot(h, w["down"], sizes)
-    out = jnp.zeros_like(out).at[order].set(out).reshape(B, T, X, D)
-    return jnp.einsum("BTXD,BTX->BTD", out, weights.astype(out.dtype))
+    """Each device sorts its own tokens, and has all experts, or its columns of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    several = not mesh.empty and mesh.size > 1
+    columns = RULES["mlp"]
+
+    def local(x_BTD, weights, experts, w):
+      B, T, D = x_BTD.shape
+      X, E = experts.shape[-1], self.cfg.moe.experts
+      expert = experts.reshape(-1)
+      order = jnp.argsort(expert, stable=True)
+      rows = x_BTD.reshape(-1, D)[order // X]
+      sizes = jnp.bincount(expert, length=E).astype(jnp.int32)
+      h = self._activated(lambda name: jax.lax.ragged_dot(rows, w[name], sizes))
+      out = jax.lax.ragged_dot(h, w["down"], sizes)
+      out = jnp.zeros_like(out).at[order].set(out).reshape(B, T, X, D)
+      y = jnp.einsum("BTXD,BTX->BTD", out, weights.astype(out.dtype))
+      return jax.lax.psum(y, columns) if several else y
+
+    if several:
+      tokens = fitting_spec(mesh, x_BTD.shape[:2], ("batch", "length"))
+      of_weights = {name: P(None, columns) if name == "down" else P(None, None, columns)
+                    for name in w}
+      local = jax.shard_map(local, in_specs=(tokens, tokens, tokens, of_weights),
+                            out_specs=tokens, check_vma=False)
+    return local(x_BTD, weights, experts, w)
 
   def _with_capacity(self, x_BTD, weights, experts, real_BT, w):
     B, T, D = x_BTD.shape
+    whole = lambda x: constrain(x, "batch", *[None] * (x.ndim - 1))  # rows of one device
+    x_BTD, weights, experts, real_BT = map(whole, (x_BTD, weights, experts, real_BT))
     c = self.cfg.moe
     X, E = c.per_token, c.experts
     C = min(math.ceil(c.capacity * T * X / E), T)
@@ -147,9 +165,9 @@ class MoE(layers.Module):
       return jnp.zeros((E * C + 1, D), x_TD.dtype).at[slot_TX.reshape(-1)].set(rows)[:-1]
 
     sent = jax.vmap(scatter)(x_BTD, slot).reshape(B, E, C, D)
-    sent = constrain(sent, "batch", "experts", None, "act_embed")
+    sent = constrain(sent, "expert_batch", "experts", None, "act_embed")
     h = self._activated(lambda name: jnp.einsum("BECD,EDF->BECF", sent, w[name]))
-    h = constrain(h, "batch", "experts", None, "act_mlp")
+    h = constrain(h, "expert_batch", "experts", None, "act_mlp")
     out = jnp.einsum("BECF,EFD->BECD", h, w["down"])
     out = constrain(out, "batch", None, None, "act_embed").reshape(B, E * C, D)
     picked = jax.vmap(lambda rows, at: rows.at[at].get(mode="fill", fill_value=0))(out, slot)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import tree
-from jaxgpt.model import layers, moe, ops, rope
+from jaxgpt.model import attention, layers, moe, ops, rope
 from jaxgpt.sharding import constrain
 
 _SAVEABLE = jax.checkpoint_policies
@@ -89,13 +89,13 @@ class Block(layers.Module):
   @nn.compact
   def __call__(self, x_BTD, shared, layer):
     cfg = self.cfg
-    attention, mlp = self.kind
+    kind, mlp = self.kind
     key = layer["key"]
     keys = (None, None) if key is None else jax.random.split(key)
     lora_key = key if key is not None and cfg.lora.dropout else None
 
     def attend(y):
-      return layers.Attention(cfg, attention, name="attn")(y, shared, layer["cache"], lora_key)
+      return layers.Attention(cfg, kind, name="attn")(y, shared, layer["cache"], lora_key)
 
     def feed(y):
       if mlp == "moe":
@@ -121,7 +121,7 @@ class Block(layers.Module):
     x_BTD += ops.dropout(y, cfg.dropout, key)
     if cfg.norm_placement == "post":
       x_BTD = norm("_norm")(x_BTD)
-    return constrain(x_BTD, "batch", "length", "act_embed"), extra
+    return constrain(x_BTD, "batch", "residual_length", "act_embed"), extra
 
 
 class Period(layers.Module):
@@ -185,12 +185,12 @@ class Transformer(layers.Module):
     x = self._embedded(table, tokens_BT, positions_BT, token_types_BT)
     if layers_key is not None:
       x = ops.dropout(x, cfg.dropout, dropout_key)
-    x = constrain(x, "batch", "length", "act_embed")
+    x = constrain(x, "batch", "residual_length", "act_embed")
     shared = self._shared(tokens_BT, positions_BT, segment_ids_BT, cache)
     x, cache, router, outputs = self._layers(x, shared, cache, layers_key, layer_outputs)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
-    at = x
+    at = x = constrain(x, "batch", "length", "act_embed")
     if logits_at_B is not None:
       at = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
     return Output(self._head(at, table, shared["real"]), x, cache, router, outputs)
@@ -217,14 +217,14 @@ class Transformer(layers.Module):
     cfg = self.cfg
     if cache is not None:
       context = jax.tree.leaves(cache)[0].shape[2]
-      real = jnp.ones_like(tokens_BT, bool)
+      segments = jnp.ones_like(tokens_BT)
       mask = lambda window: ops.visible_slots(positions_BT, context, window=window)
     else:
       context = tokens_BT.shape[1]
       segments = jnp.ones_like(tokens_BT) if segment_ids_BT is None else segment_ids_BT
-      real = segments != 0
-      mask = lambda window: ops.visible(segments, causal=cfg.causal, window=window)
-    shared = {"positions": positions_BT, "real": real}
+      mask = lambda window: (ops.visible(segments, causal=cfg.causal, window=window)
+                             if attention.needs_mask(self.form) else None)
+    shared = {"positions": positions_BT, "segments": segments, "real": segments != 0}
     for kind in sorted(set(cfg.attention_pattern)):
       local = kind == "local"
       rotary = None
