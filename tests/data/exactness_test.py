@@ -169,7 +169,7 @@ def test_each_token_comes_once_an_epoch(tmp_path_factory, data, seq_len, seed, o
   assert all((u == 1).all() for of_source in used for u in of_source)
 
 
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(deadline=None, max_examples=8)
 @hypothesis.given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1),
                   st.integers(0, 9))
 def test_no_document_is_in_two_splits(tmp_path_factory, texts, salt):
