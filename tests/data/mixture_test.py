@@ -132,7 +132,7 @@ def test_a_source_has_its_own_order(three):
   for step in range(10):
     for row in same.rows(step):
       order[row.source].append(row.row)
-  assert order[0] != order[1]
+  assert order[0][:30] != order[1][:30]
   alone = make(path)
   assert order[0][:8] == [r.row for r in alone.rows(0)]
 
