@@ -7,6 +7,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxgpt.config import MESH_AXES
@@ -56,15 +57,40 @@ def make(c_mesh, devices=None):
   """A mesh over `devices` (default: all there are) with all of `MESH_AXES`.
 
   Raises:
-    UserError: see `axis_sizes`.
+    UserError: see `axis_sizes` and `over_slices`.
   """
-  if devices is not None:
-    sizes = axis_sizes(c_mesh, len(devices))
-    grid = np.asarray(devices).reshape(tuple(sizes.values()))
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-  sizes = axis_sizes(c_mesh, jax.device_count())
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES,
-                       axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  there = jax.devices() if devices is None else devices
+  sizes = axis_sizes(c_mesh, len(there))
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  if len({getattr(d, "slice_index", 0) for d in there}) > 1:
+    return Mesh(over_slices(sizes, there), MESH_AXES, axis_types=types)
+  if devices is None:
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types)
+  return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=types)
+
+
+def over_slices(sizes, devices):
+  """The devices of several TPU slices as a grid whose first axis that can goes over the slices.
+
+  Between slices is the data center's network, far slower than the links within: `data` crosses it
+  with gradients alone, `fsdp`, where `data` is no multiple of the slices, with gathered weights.
+
+  Args:
+    sizes: {axis: size} from `axis_sizes`.
+    devices: each with its `slice_index`.
+
+  Raises:
+    UserError: neither axis is a multiple of the slices.
+  """
+  slices = len({d.slice_index for d in devices})
+  across = next((axis for axis in ("data", "fsdp") if sizes[axis] % slices == 0), None)
+  if across is None:
+    raise UserError(f"mesh.data={sizes['data']}, mesh.fsdp={sizes['fsdp']}: the {slices} slices need "
+                    f"a multiple of {slices} in one of them, best in mesh.data")
+  within = {axis: size // slices if axis == across else size for axis, size in sizes.items()}
+  between = {axis: slices if axis == across else 1 for axis in sizes}
+  return mesh_utils.create_hybrid_device_mesh(
+      tuple(within.values()), tuple(between.values()), devices, allow_split_physical_axes=True)
 
 
 def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):

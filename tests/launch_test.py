@@ -210,6 +210,7 @@ def test_the_jobset_is_one_and_its_numbers_fit_together():
   assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
   assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
   assert container["command"] == ["jaxgpt", "train"]
+  assert f"--config.mesh.data={jobset['spec']['replicatedJobs'][0]['replicas']}" in container["args"]
 
 
 def test_the_skypilot_task_is_one_and_ends_in_the_same_command(tmp_path):

@@ -1,4 +1,5 @@
 import jax
+import numpy as np
 import pytest
 
 from jaxgpt import config, mesh
@@ -37,3 +38,29 @@ def test_a_batch_must_divide():
     mesh.check_batch(sizes, 12)
   with pytest.raises(UserError, match=r"optim.accumulate=4 = 32"):
     mesh.check_batch(sizes, 16, 4)
+
+
+class Chip:
+  """What a mesh over slices asks of a device."""
+  platform = device_kind = "cpu"
+
+  def __init__(self, number):
+    self.id, self.process_index, self.slice_index = number, number // 2, number // 4
+
+
+@pytest.mark.parametrize("sizes, across", [
+    (dict(data=2, fsdp=4), "data"), (dict(data=1, fsdp=8), "fsdp"), (dict(data=8, fsdp=1), "data")])
+def test_one_axis_goes_over_the_slices(sizes, across):
+  made = mesh.make(section(**sizes), [Chip(i) for i in range(8)])
+  assert {axis: size for axis, size in made.shape.items() if size > 1} == {
+      axis: size for axis, size in sizes.items() if size > 1}
+  grid = made.devices.reshape(sizes["data"], sizes["fsdp"])
+  first, second = np.split(grid, 2, axis=0 if across == "data" else 1)
+  assert {d.slice_index for d in first.flat} == {0} and {d.slice_index for d in second.flat} == {1}
+
+
+def test_slices_that_no_axis_divides_are_named():
+  chips = [Chip(i) for i in range(12)]  # three slices
+  sizes = mesh.axis_sizes(section(data=2, fsdp=2, tensor=1), 4)
+  with pytest.raises(UserError, match="the 3 slices need a multiple of 3"):
+    mesh.over_slices(sizes, chips)
