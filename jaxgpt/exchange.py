@@ -49,7 +49,9 @@ def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=Non
   origin = {key: "config.json" if key.removeprefix("model.") in found else "base"
             for key in config.flatten(c)}
   workdir.enter(folder, c, origin, device_mesh, "", tokens)
-  checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS)
+  largest = max(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
+  checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS,
+                                       writing_gb=(largest + 1e6) / 1e9)
   if checkpoints.latest() is not None:
     raise UserError(f"--workdir={folder} holds this model already; choose another folder")
   params = weights.complete(weights.load(match.pairs, abstract), abstract)
