@@ -24,7 +24,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["model.ops", "model.rope", "model.attention", "model.layers", "model.moe", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
-     "hf.families", "hf.convert", "hf.adapters"],
+     "hf.families", "hf.tokenizer", "hf.convert", "hf.adapters"],
     ["mirror", "checkpoint", "timer", "workdir", "writers",
      "hf.safetensors", "hf.weights", "hf.parity"],
     ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference",
