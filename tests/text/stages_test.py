@@ -155,6 +155,25 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, workers):
   assert digests(tmp_path / "local") == digests(tmp_path / "process")
 
 
+def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
+  pytest.importorskip("datatrove")
+  write_corpus(tmp_path / "in", files=4, documents=60, words=200)
+  more = ["--task-bytes=20000"]
+  process = subprocess.Popen(command(tmp_path / "in", tmp_path / "out", *more),
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  for line in process.stdout:
+    if line.startswith(b"tokenizer:"):  # the next stage begins
+      break
+  time.sleep(0.5)
+  process.kill()
+  process.wait()
+  subprocess.run(command(tmp_path / "in", tmp_path / "out", *more), check=True,
+                 capture_output=True)
+  options = {**OPTIONS, "task_bytes": 20_000}
+  prepare.prepare([tmp_path / "in"], tmp_path / "again", **options)
+  assert digests(tmp_path / "out") == digests(tmp_path / "again")
+
+
 def _stage(tmp_path, run, tasks=3):
   work = stages.Work(tmp_path / "work", {})
   return work.stage("some", tasks, run, [], print)
