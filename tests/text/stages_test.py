@@ -107,7 +107,7 @@ def command(folder, out, *more):
 def kill_at_random(tmp_path, kills, *more):
   """Kills the whole process group of `jaxgpt data` so many times, running it again and again."""
   pytest.importorskip("datatrove")
-  write_corpus(tmp_path / "in", files=4)
+  write_corpus(tmp_path / "in", files=2)
   start = time.monotonic()
   subprocess.run(command(tmp_path / "in", tmp_path / "whole", *more), check=True,
                  capture_output=True)
@@ -145,12 +145,11 @@ def test_three_kills_of_the_whole_process_group(tmp_path):
   kill_at_random(tmp_path, 3)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_the_bytes_do_not_depend_on_the_workers(tmp_path, workers):
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=5)
   prepare.prepare([tmp_path / "in"], tmp_path / "process", **OPTIONS)
-  subprocess.run(command(tmp_path / "in", tmp_path / "local", f"--workers={workers}"), check=True,
+  subprocess.run(command(tmp_path / "in", tmp_path / "local", "--workers=3"), check=True,
                  capture_output=True)
   assert digests(tmp_path / "local") == digests(tmp_path / "process")
 
