@@ -306,9 +306,9 @@ class Monitor:
       done = self._stage.tasks - len(self._stage.missing())
       documents = num_bytes = 0
       for path in self._stage.folder.glob(f".*/{_PROGRESS}"):
-        with contextlib.suppress(OSError, ValueError):
-          counts = path.read_text(encoding="utf-8").split()
-          documents, num_bytes = documents + int(counts[0]), num_bytes + int(counts[1])
+        with contextlib.suppress(OSError, ValueError):  # it may be gone, or half written
+          more, size = map(int, path.read_text(encoding="utf-8").split())
+          documents, num_bytes = documents + more, num_bytes + size
       line = f"{self._stage.name}: {done} of {self._stage.tasks} tasks done"
       if documents:
         line += f", at work on {documents:,} documents, {num_bytes / 1e6:,.0f} MB"

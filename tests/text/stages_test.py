@@ -221,6 +221,24 @@ def test_a_task_whose_outputs_are_damaged_is_done_again(tmp_path):
   assert (stage.task_folder(1) / "out.txt").read_text() == "1 " * 10
 
 
+def test_progress_is_told_though_a_file_is_half_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(stages, "_REPORT_SECONDS", 0.02)
+  monkeypatch.setattr(stages, "_PROGRESS_SECONDS", -1)
+
+  def slow(rank, folder, progress):
+    progress(2, 3_000_000)
+    half = folder.with_name(".half-1-2")
+    half.mkdir(exist_ok=True)
+    (half / "progress").write_text("")
+    time.sleep(0.3)
+    return {}
+
+  lines = []
+  stages.run(_stage(tmp_path, slow), None, lines.append)
+  assert any("0 of 3 tasks done, at work on 2 documents, 3 MB" in line for line in lines)
+  assert any("2 of 3 tasks done, at work on 2 documents, 3 MB" in line for line in lines)
+
+
 @pytest.mark.parametrize("args, message", [
     (("cloud",), "--executor=cloud: choose one of process"), (("local", -1), "--workers=-1"),
     (("process", 0, {"time": 1}), "process has no such option"),
