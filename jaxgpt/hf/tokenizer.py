@@ -7,6 +7,7 @@ as a tokenizer.json, and only if it gives the same ids on texts that try it.
 import base64
 import json
 
+import numpy as np
 import sentencepiece
 
 from jaxgpt.text import tokenizer_base as base
@@ -40,22 +41,24 @@ def files(tokenizer, max_len):
     import tokenizers
   except ImportError:
     return {}, "the tokenizers library is not installed: pip install 'jaxgpt[data]'"
-  found = []
-  for make in _MAKERS[tokenizer.kind]:
-    inner = make(tokenizers, own)
-    _add_specials(tokenizers, inner, tokenizer)
-    found = _differences(inner, tokenizer)
-    if not found:
-      return {huggingface.MODEL: inner.to_str().encode()} | _config(tokenizer, max_len), ""
+  inner = _MAKERS[tokenizer.kind](tokenizers, own)
+  _add_specials(tokenizers, inner, tokenizer)
+  found = _differences(inner, tokenizer)
+  if not found:
+    return {huggingface.MODEL: inner.to_str().encode()} | _config(tokenizer, max_len), ""
   return {}, (f"a tokenizer.json would not be exact: it splits {found[0][:60]!r} in another way; "
               "encode with jaxgpt, or with the library that the tokenizer came from")
 
 
 def _differences(inner, tokenizer):
-  """Probes that the two encode to other ids."""
-  theirs = inner.encode_batch(list(PROBES), add_special_tokens=False)
-  ours = tokenizer.encode_batch(list(PROBES))
-  return [text for text, a, b in zip(PROBES, theirs, ours, strict=True) if a.ids != b.tolist()]
+  """Texts that the two encode to other ids, of the probes and of random tokens in a row."""
+  rng = np.random.default_rng(0)
+  drawn = rng.integers(0, tokenizer.vocab_size, (64, 256))
+  texts = [*PROBES, *map(tokenizer.decode, drawn)]
+  texts = [text.replace("▁", "") for text in texts]  # SentencePiece's space, which it can't tell
+  theirs = inner.encode_batch(texts, add_special_tokens=False)
+  ours = tokenizer.encode_batch(texts)
+  return [text for text, a, b in zip(texts, theirs, ours, strict=True) if a.ids != b.tolist()]
 
 
 def _config(tokenizer, max_len):
@@ -107,8 +110,12 @@ def _spaces(tokenizers, inner):
   return inner
 
 
-def _sentencepiece_bpe(tokenizers, own):
+def _sentencepiece(tokenizers, own):
+  """BPE, whose scores are whole numbers, or unigram, whose scores are logarithms."""
   names, scores, no_text, unk = _pieces(own)
+  if not all(s.is_integer() for name, s in zip(names, scores, strict=True) if name not in no_text):
+    return _spaces(tokenizers, tokenizers.Tokenizer(tokenizers.models.Unigram(
+        list(zip(names, scores, strict=True)), unk, byte_fallback=True)))
   rank = {name: (-scores[i], i) for i, name in enumerate(names) if name not in no_text}
   merges = [(rank[name], rank[name[:k]], (name[:k], name[k:])) for name in rank
             for k in range(1, len(name)) if name[:k] in rank and name[k:] in rank]
@@ -116,12 +123,6 @@ def _sentencepiece_bpe(tokenizers, own):
   vocab = {name: i for i, name in enumerate(names)}
   return _spaces(tokenizers, tokenizers.Tokenizer(tokenizers.models.BPE(
       vocab, merges, unk_token=names[unk], fuse_unk=True, byte_fallback=True)))
-
-
-def _sentencepiece_unigram(tokenizers, own):
-  names, scores, _, unk = _pieces(own)
-  return _spaces(tokenizers, tokenizers.Tokenizer(tokenizers.models.Unigram(
-      list(zip(names, scores, strict=True)), unk, byte_fallback=True)))
 
 
 def _tiktoken(tokenizers, own):
@@ -160,6 +161,5 @@ def _byte_letters():
   return {b: chr(b) for b in printed} | {b: chr(0x100 + i) for i, b in enumerate(others)}
 
 
-_MAKERS = {base.ByteTokenizer.kind: (_bytes,),
-           pieces.SentencePieceTokenizer.kind: (_sentencepiece_bpe, _sentencepiece_unigram),
-           tiktoken.TiktokenTokenizer.kind: (_tiktoken,)}
+_MAKERS = {base.ByteTokenizer.kind: _bytes, pieces.SentencePieceTokenizer.kind: _sentencepiece,
+           tiktoken.TiktokenTokenizer.kind: _tiktoken}
