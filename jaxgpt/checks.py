@@ -6,7 +6,7 @@ import math
 from jaxgpt.errors import UserError
 
 CHOICES = {
-    "objective.name": ("causal_lm", "masked_lm", "classification", "preference"),
+    "objective.name": ("causal_lm", "masked_lm", "classification"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.norm_placement": ("pre", "branch", "both", "post"),
     "model.position": ("learned", "rotary", "none"),
@@ -18,12 +18,14 @@ CHOICES = {
     "model.moe.router": ("softmax", "sigmoid"),
     "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "full", "dots", "save_qkv", "save_attention"),
     "model.attention": ("auto", "reference", "batched", "splash", "cudnn"),
     "data.packing": ("best_fit", "concat", "one_per_row"),
     "optim.name": ("adamw", "lion", "adafactor", "muon"),
     "schedule.name": ("cosine", "linear", "wsd", "inverse_sqrt", "constant"),
 }
+
+REMAT = ("none", "full", "dots", "save_qkv", "save_attention")
+SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # what model.remat='save:…' names
 
 PATTERNS = {  # keys whose value is a tuple of these
     "model.attention_pattern": ("global", "local", "nope"),
@@ -68,7 +70,7 @@ def values(flat):
   for key in ("model.norm_eps", "model.init_std", "model.logit_softcap", "model.attn_softcap",
               "model.attn_scale", "model.embed_scale", "model.rope.theta", "model.rope.local_theta",
               "model.rope.fraction", "model.rope.factor", "model.rope.attention_factor",
-              "model.moe.scale", "model.lora.alpha", "optim.layer_decay", "objective.beta", "optim.eps"):
+              "model.moe.scale", "model.lora.alpha", "optim.layer_decay", "optim.eps"):
     if flat[key] is not None and flat[key] <= 0:
       raise UserError(f"{key}={flat[key]} must be above 0")
   for key in ("schedule.decay_fraction", "schedule.final_ratio", "objective.mask_rate",
@@ -81,6 +83,7 @@ def values(flat):
     if not 0 <= flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
   _weights(flat)
+  _remat(flat["model.remat"])
   for key, names in PATTERNS.items():
     if not flat[key] or set(flat[key]) - set(names):
       raise UserError(f"{key}={flat[key]!r}: a tuple of one or more of {', '.join(names)}")
@@ -88,6 +91,14 @@ def values(flat):
     if flat[key] not in names:
       raise UserError(f"{key}={flat[key]!r}: {nearest(str(flat[key]), names)}"
                       f"choose one of {', '.join(names)}")
+
+
+def _remat(value):
+  names = value.removeprefix("save:").split(",")
+  if value not in REMAT and (not value.startswith("save:") or set(names) - set(SAVED)):
+    raise UserError(f"model.remat={value!r}: {nearest(value, REMAT)}choose one of "
+                    f"{', '.join(REMAT)}, or save: and some of {','.join(SAVED)}, such as "
+                    "'save:q,k,v,attention'")
 
 
 def _weights(flat):
@@ -114,16 +125,13 @@ def combinations(c):
     raise UserError(f"model.num_kv_heads={m.num_kv_heads} does not divide "
                     f"model.num_heads={m.num_heads}")
   _model(m)
-  if c.objective.name in ("causal_lm", "preference") and not m.causal:
-    raise UserError(f"objective.name={c.objective.name!r} needs model.causal=True: otherwise each "
-                    "token reads the one it is to predict")
+  if c.objective.name == "causal_lm" and not m.causal:
+    raise UserError("objective.name='causal_lm' needs model.causal=True: otherwise each token "
+                    "reads the one it is to predict")
   o = c.objective
   if o.mask_replace + o.mask_random > 1:
     raise UserError(f"objective.mask_replace={o.mask_replace} and objective.mask_random="
                     f"{o.mask_random} are shares of the same tokens; their sum must not exceed 1")
-  if o.name == "preference" and not m.lora.rank:
-    raise UserError("objective.name='preference' compares the model with itself without adapters: "
-                    "set model.lora.rank, such as 16")
   head = "classifier" if c.objective.name == "classification" else "lm"
   if m.head in ("lm", "classifier") and m.head != head:
     raise UserError(f"objective.name={c.objective.name!r} needs model.head={head!r}, not {m.head!r}")

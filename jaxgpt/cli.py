@@ -33,7 +33,7 @@ def main(argv=None):
   args, rest = parser.parse_known_args(argv)
   overrides = [a for a in rest if a.startswith(("--config.", "--noconfig."))]
   unknown = [a for a in rest if a not in overrides]
-  if unknown or (overrides and args.command not in ("train", "doctor")):
+  if unknown or (overrides and args.command not in ("train", "doctor", "plan")):
     parser.error(f"unknown argument {(unknown or overrides)[0]!r} for {args.command!r}; see "
                  f"jaxgpt {args.command} --help")
   args.overrides = overrides
@@ -77,6 +77,7 @@ def _parser():
   p.add_argument("--workdir", help="run folder: can it be written, is there room")
   p.add_argument("--no-step", action="store_true", help="don't compile and run a step")
   p.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+  _add_plan(command("plan", _plan, "what a config takes on a TPU topology, compiled without one"))
   p = command("evaluate", _evaluate, "loss and bits per byte of a run on held-out text")
   _add_run(p)
   p.add_argument("--split", default="validation", choices=("train", "validation", "test"),
@@ -223,6 +224,18 @@ def _add_processes(p):
                      help="how long to wait for the others")
 
 
+def _add_plan(p):
+  p.add_argument("--config", required=True, metavar="FILE.py[:ARG]",
+                 help="the experiment; overrides follow as --config.KEY=VALUE")
+  p.add_argument("--topology", required=True, metavar="NAME",
+                 help="v5e-256, v5p-128 (cores), v6e-64x2 (two slices), v5p:4x4x8, …")
+  p.add_argument("--price", type=float, help="of a chip-hour, in any currency")
+  p.add_argument("--json", metavar="FILE", help="write all figures there")
+  p.add_argument("--golden", metavar="FILE",
+                 help="compare the collectives with this budget; written where there is none")
+  p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text there")
+
+
 def _add_run(p):
   p.add_argument("--workdir", required=True, help="run folder")
   p.add_argument("--step", type=_count(0), help="which checkpoint; default: the newest")
@@ -361,6 +374,14 @@ def _resolved(config, args):
   return c
 
 
+def _plan(args):
+  from jaxgpt.plan import environment
+  environment.prepare()
+  from jaxgpt.plan import command
+  return command.plan(args.config, args.overrides, args.topology, price=args.price, out=args.json,
+                      golden=args.golden, save_text=args.hlo)
+
+
 def _evaluate(args):
   from jaxgpt import evaluate, runs
   _start_backend()
@@ -411,8 +432,6 @@ def _export(args):
       args.workdir, args.to, step=args.step, dtype=args.dtype,
       shard_bytes=int(args.shard_gb * 1e9), family=args.family, certify=not args.no_check)
   print(f"wrote {args.to} ({family}, {args.dtype}): {', '.join(files)}")
-  if certificate["tokenizer"]["why_not"]:
-    print(f"no tokenizer beside it: {certificate['tokenizer']['why_not']}")
   if not certificate["checked"]:
     print(f"not checked against transformers: {certificate['why_not']}")
     return

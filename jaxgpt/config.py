@@ -44,8 +44,7 @@ def base():
   d.prefetch = 4  # batches kept ready a host
 
   c.objective = o = ml_collections.ConfigDict()
-  o.name = "causal_lm"  # causal_lm | masked_lm | classification | preference (DPO, of adapters)
-  o.beta = 0.1  # preference: how far the model may move from the one without adapters; less is further
+  o.name = "causal_lm"  # causal_lm | masked_lm | classification
   o.mask_rate = 0.15  # masked_lm: share of the tokens that are to be guessed
   o.mask_replace = 0.8  # masked_lm: share of these that the mask stands for
   o.mask_random = 0.1  # masked_lm: share of these that become any token; the others stay
@@ -99,6 +98,7 @@ def base():
   h.tensor = 1  # devices that split heads, MLP columns and vocabulary
   h.expert = 1  # devices that split the experts; they share the batch too
   h.stage = 1  # pipeline stages (reserved)
+  h.compiler_options = ()  # XLA options of the train step as "name=value", such as "xla_tpu_enable_async_collective_fusion=true"
   return c.lock()
 
 
@@ -144,7 +144,7 @@ def _model(c):
   m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax, loss stay float32
   m.attention = "auto"  # auto (by backend) | reference | batched (CPUs) | splash (TPUs) | cudnn (GPUs, bfloat16)
   m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
-  m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention
+  m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention | save:q,k,v,attention,o,gate,up,down (some of these)
 
   m.rope = r = ml_collections.ConfigDict()
   r.theta = 10_000.0  # base of the rotary frequencies

@@ -135,7 +135,7 @@ def dry_step(found):
     with jax.set_mesh(mesh):
       before = time.monotonic()
       step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
-      compiled = train_step.compile(step, parts.state, shapes, mesh)
+      compiled = train_step.compile(step, parts.state, shapes, mesh, c.mesh.compiler_options)
       compiling = time.monotonic() - before
       state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
       jax.block_until_ready(state)

@@ -301,7 +301,8 @@ class _Run:
     host, rows = host_part(self._mesh), c.data.batch_size
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
                           self._data.batch(self._step, **host))
-    compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh)
+    compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh,
+                                  c.mesh.compiler_options)
     batches = self._data.iterate(self._step, threads=c.data.threads, prefetch=c.data.prefetch,
                                  **host)
     if self._is_due(c.eval.every):  # a stop may have come between the save and the evaluation

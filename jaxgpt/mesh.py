@@ -6,7 +6,6 @@ import math
 import os
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -17,6 +16,7 @@ from jaxgpt.errors import UserError
 _MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 _RESERVED = ("stage",)
+_ROWS = ("data", "fsdp", "expert")  # axes that share a batch's rows
 
 
 def axis_sizes(c_mesh, num_devices):
@@ -64,9 +64,12 @@ def make(c_mesh, devices=None):
   types = (AxisType.Auto,) * len(MESH_AXES)
   if len({getattr(d, "slice_index", 0) for d in there}) > 1:
     return Mesh(over_slices(sizes, there), MESH_AXES, axis_types=types)
-  if devices is None:
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types)
-  return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=types)
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+
+
+def num_batch_shards(sizes):
+  """Parts that the rows of a batch are cut into, of {axis: size}."""
+  return math.prod(sizes[axis] for axis in _ROWS)
 
 
 def over_slices(sizes, devices):
@@ -102,10 +105,9 @@ def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
     accumulate: microbatches the batch is cut into.
     key: config key to name in the message.
   """
-  rows = ("data", "fsdp", "expert")
-  shards = math.prod(sizes[axis] for axis in rows)
+  shards = num_batch_shards(sizes)
   if batch_size % (shards * accumulate):
-    parts = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in rows if sizes[axis] > 1)
+    parts = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in _ROWS if sizes[axis] > 1)
     if accumulate > 1:
       parts += f" x optim.accumulate={accumulate}"
     raise UserError(f"{key}={batch_size} is no multiple of {parts} = {shards * accumulate}; "

@@ -168,7 +168,7 @@ def accumulated(objective, num_microbatches):
   return f
 
 
-def compile(train_step, state, batch, mesh):
+def compile(train_step, state, batch, mesh, options=()):
   """Compiles the step for a mesh; the state's buffers are donated.
 
   Args:
@@ -176,6 +176,7 @@ def compile(train_step, state, batch, mesh):
     state: from `abstract_state`.
     batch: the global batch as a tree of ShapeDtypeStructs.
     mesh: the device mesh.
+    options: of XLA, each "name=value".
 
   Returns:
     The compiled function (state, batch) -> (state, metrics).
@@ -184,4 +185,5 @@ def compile(train_step, state, batch, mesh):
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
   out = (jax.tree.map(lambda s: s.sharding, state), NamedSharding(mesh, P()))
   with jax.set_mesh(mesh):
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+    lowered = jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch)
+  return lowered.compile(dict(option.split("=", 1) for option in options))

@@ -24,11 +24,12 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["model.ops", "model.rope", "model.attention", "model.layers", "model.moe", "model.transformer"],
     ["objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
-     "hf.families", "hf.tokenizer", "hf.convert", "hf.adapters"],
+     "hf.families", "hf.convert", "hf.adapters", "plan.environment", "plan.chips", "plan.topology",
+     "plan.hlo", "plan.cost", "plan.golden"],
     ["mirror", "checkpoint", "timer", "workdir", "writers",
      "hf.safetensors", "hf.weights", "hf.parity"],
     ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference",
-     "machine", "doctor", "cli", "__main__"],
+     "machine", "doctor", "plan.lower", "plan.explain", "plan.report", "plan.command", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", "processes", "lifeline",

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as splash_kernel,
 )
@@ -168,7 +169,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
   kernel = splash_kernel.make_splash_mha(
       splash_mask.MultiHeadMask([_splash_mask(T, causal, window)] * N), block_sizes=sizes,
       head_shards=shards["act_heads"], q_seq_shards=shards["length"],
-      attn_logits_soft_cap=softcap, interpret=interpret)
+      attn_logits_soft_cap=softcap, interpret=interpret, residual_checkpoint_name=OUTPUT)
   pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % _LANES)])
   q, k, v = (pad(x.swapaxes(1, 2)) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
 
@@ -187,6 +188,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
   return out[..., :v_BSKH.shape[-1]].swapaxes(1, 2).astype(q_BTNH.dtype)
 
 
+OUTPUT = "attention"  # name of what attention puts out, and its kernels' statistics, for remat
 _SPLASH_BLOCK = 512
 _LANES = 128  # of a TPU's vector registers, which a head has to fill
 
@@ -238,7 +240,7 @@ def needs_mask(form):
 
 def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale, softcap=None,
            causal=False, window=None):
-  """Attention by the named form.
+  """Attention by the named form; the result is named `OUTPUT` for remat policies.
 
   Args:
     form: one of `FORMS`.
@@ -252,7 +254,9 @@ def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale
     return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, softcap=softcap,
                   causal=causal, window=window)
   if form == "cudnn" and softcap is None:
-    return cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale)
-  if form == "batched":
-    return batched(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap, causal=causal)
-  return reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap)
+    out = cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale)
+  elif form == "batched":
+    out = batched(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap, causal=causal)
+  else:
+    out = reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap)
+  return checkpoint_name(out, OUTPUT)

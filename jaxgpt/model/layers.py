@@ -108,13 +108,12 @@ class Attention(Module):
                            scale=cfg.attn_scale, softcap=cfg.attn_softcap,
                            causal=cfg.causal and cache is None,
                            window=cfg.window if self.kind == "local" else None)
-    out = checkpoint_name(out, "attention")
     _, _, N, H = out.shape
     y = self.linear("o", out, (N, H, cfg.width), ("heads", "head_dim", "embed"), self.residual_std,
                     num_in=2, key=lora_key)
     if cfg.bias:
       y += self.vector("o_bias", (cfg.width,), ("norm",)).astype(self.dtype)
-    return y, cache
+    return checkpoint_name(y, "o"), cache
 
   def _heads(self, name, x, heads, size, head_axis, key, in_axis="embed"):
     """x [B, T, in] -> [B, T, heads, size], by one weight and perhaps a bias."""
@@ -227,4 +226,5 @@ class MLP(Module):
     else:
       h = act(checkpoint_name(inwards("up"), "up"))
     h = constrain(h, "batch", "length", "act_mlp")
-    return project("down", h, (F, D), ("mlp", "embed"), self.residual_std, "norm")
+    return checkpoint_name(
+        project("down", h, (F, D), ("mlp", "embed"), self.residual_std, "norm"), "down")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from jaxgpt import tree
@@ -18,10 +19,19 @@ from jaxgpt.sharding import constrain
 _SAVEABLE = jax.checkpoint_policies
 REMAT = {  # what the backward pass finds saved; everything else is computed again
     "full": _SAVEABLE.nothing_saveable,
-    "dots": _SAVEABLE.dots_with_no_batch_dims_saveable,
+    "dots": _SAVEABLE.save_from_both_policies(  # a kernel is no dot
+        _SAVEABLE.dots_with_no_batch_dims_saveable,
+        _SAVEABLE.save_only_these_names(attention.OUTPUT)),
     "save_qkv": _SAVEABLE.save_only_these_names(*layers.QKV),
-    "save_attention": _SAVEABLE.save_only_these_names(*layers.QKV, "attention"),
+    "save_attention": _SAVEABLE.save_only_these_names(*layers.QKV, attention.OUTPUT),
 }
+
+
+def remat_policy(remat):
+  """What `model.remat` saves: a key of `REMAT`, or 'save:' and names that `checks.SAVED` lists."""
+  if remat.startswith("save:"):
+    return _SAVEABLE.save_only_these_names(*remat.removeprefix("save:").split(","))
+  return REMAT[remat]
 
 
 class Output(NamedTuple):
@@ -134,7 +144,8 @@ class Period(layers.Module):
     """Args: layer: for each block its key, cache and so on. Returns: (x_BTD, a tuple of each)."""
     block = Block
     if self.cfg.remat != "none":
-      block = nn.remat(Block, policy=REMAT[self.cfg.remat], prevent_cse=self._is_unrolled())
+      block = nn.remat(Block, policy=remat_policy(self.cfg.remat),
+                       prevent_cse=self._is_unrolled())
     out = []
     for i, (kind, of_block) in enumerate(zip(self.kinds, layer, strict=True)):
       one = block(self.cfg, kind, name=str(i))
@@ -312,7 +323,9 @@ def _is_box(x):
 
 
 def _init_boxed(model, key):
-  tokens = jnp.zeros((1, 1), jnp.int32)
+  tokens = jnp.zeros((1, 1), jnp.int32)  # too short for kernels, whose choice makes no parameter
+  plain = ml_collections.FrozenConfigDict(model.cfg.to_dict() | {"attention": "reference"})
+  model = model.clone(cfg=plain)
   return model.init(key, tokens, tokens)["params"]
 
 

@@ -215,7 +215,8 @@ def test_prefill_and_decode_equal_the_full_forward(style):
     np.testing.assert_allclose(out.logits[:, 0], full[:, t], atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "save_qkv", "save_attention"])
+@pytest.mark.parametrize("remat", ["full", "dots", "save_qkv", "save_attention",
+                                   "save:q,k,v,attention,o,gate,up,down"])
 def test_recomputation_and_unrolling_change_no_gradient(remat):
   tokens, positions = tokens_and_positions()
 

@@ -1,0 +1,184 @@
+"""Compiles the very train step of a config for a topology, and says what memory it takes."""
+
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgpt import config, loop, train_step
+from jaxgpt import mesh as mesh_lib
+from jaxgpt.data import layouts
+from jaxgpt.errors import UserError
+from jaxgpt.plan import topology as topology_lib
+
+GIB = 1 << 30
+
+
+class Memory(NamedTuple):
+  """Bytes on one device while a step runs.
+
+  Attributes:
+    parameters, optimizer, average, batch: what the step is given; see `train_step`.
+    padding: what the layouts of these arrays add.
+    temporaries: saved activations, gradients, gathered weights and whatever is in flight.
+    outputs: results that are not written over what was given.
+    code: the program.
+  """
+  parameters: int
+  optimizer: int
+  average: int
+  batch: int
+  padding: int
+  temporaries: int
+  outputs: int
+  code: int
+
+  @property
+  def total(self):
+    return sum(self)
+
+
+class Compiled(NamedTuple):
+  """A compiled step.
+
+  Attributes:
+    c: the resolved config.
+    mesh: of devices that only compile.
+    executable: `jax.stages.Compiled`.
+    memory: a `Memory`.
+    attention: the form of attention in it.
+    seconds: how long the compiler took.
+  """
+  c: Any
+  mesh: Any
+  executable: Any
+  memory: Memory
+  attention: str
+  seconds: float
+
+
+class Buffer(NamedTuple):
+  """One of the largest allocations of a program that does not fit."""
+  bytes: int
+  shape: str
+  op_name: str
+
+
+class OutOfMemory(Exception):
+  """The program needs more memory than a device has.
+
+  Attributes:
+    needed, limit: bytes.
+    buffers: the largest `Buffer`s, as far as the compiler names them.
+  """
+
+  def __init__(self, needed, limit, buffers):
+    super().__init__(f"{needed / 2**30:.2f} GiB needed, {limit / 2**30:.2f} GiB there")
+    self.needed, self.limit, self.buffers = needed, limit, buffers
+
+
+def resolve(c):
+  """The config as training resolves it, but for the tokenizer, which no plan needs.
+
+  Raises:
+    UserError: no vocabulary size, or what `config.resolve` finds.
+  """
+  if c.model.vocab_size is None:
+    raise UserError("model.vocab_size is not set, and a plan reads no tokenizer; add "
+                    "--config.model.vocab_size=N")
+  return config.resolve(c)
+
+
+def batch_shapes(c):
+  """The global batch of a resolved config as a tree of ShapeDtypeStructs."""
+  layout = layouts.OBJECTIVES[c.objective.name]
+  if layout is layouts.MaskedLM:
+    layout = layout(None)
+  elif layout is layouts.Classification:
+    layout = layout(c.model.num_labels > 1)
+  else:
+    layout = layout()
+  one = layout.batch([], 1, c.data.seq_len)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype),
+                      one)
+
+
+def compile_step(c, topology):
+  """Compiles the train step for a topology.
+
+  Args:
+    c: from `resolve`.
+    topology: a `topology.Topology`.
+
+  Returns:
+    A `Compiled`.
+
+  Raises:
+    UserError: the config does not fit the topology's devices.
+    OutOfMemory: the program does not fit their memory.
+  """
+  mesh = topology_lib.mesh(c.mesh, topology)
+  mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
+  parts = loop.build(c, mesh)
+  step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
+  batch = batch_shapes(c)
+  began = time.monotonic()
+  try:
+    executable = train_step.compile(step, parts.state, batch, mesh, c.mesh.compiler_options)
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    raise read_out_of_memory(str(e), topology.chip.hbm_limit) from e
+  return Compiled(c, mesh, executable, memory(executable, parts.state, batch, mesh),
+                  parts.model.cfg.attention, time.monotonic() - began)
+
+
+def device_bytes(tree):
+  """Bytes of a tree of sharded ShapeDtypeStructs on one device, without padding."""
+  return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+             for x in jax.tree.leaves(tree))
+
+
+def memory(executable, state, batch, mesh):
+  """The `Memory` of a compiled step, from the compiler's own figures.
+
+  Args:
+    executable: from `train_step.compile`.
+    state: from `train_step.abstract_state`.
+    batch: the global batch's shapes.
+    mesh: the device mesh.
+  """
+  found = executable.memory_analysis()
+  rows = mesh_lib.num_batch_shards(mesh.shape)
+  kinds = {"parameters": device_bytes([state["params"], state.get("frozen", {})]),
+           "optimizer": device_bytes(state["opt"]), "average": device_bytes(state.get("ema", {})),
+           "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // rows}
+  return Memory(**kinds, padding=found.argument_size_in_bytes - sum(kinds.values()),
+                temporaries=found.temp_size_in_bytes,
+                outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+                code=found.generated_code_size_in_bytes)
+
+
+_SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def read_out_of_memory(text, limit):
+  """An `OutOfMemory` from the compiler's words."""
+  sizes = re.search(r"\(?([\d.]+)([KMGT]?)B?\)? exceeds available HBM \(([\d.]+)([KMGT])\)", text)
+  sizes = sizes or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
+  needed = _bytes(*sizes.groups()[:2]) if sizes else 0
+  limit = _bytes(*sizes.groups()[2:]) if sizes else limit
+  buffers = []
+  for part in re.split(r"\n\s*\d+\. Size: ", text)[1:]:
+    size = re.match(r"([\d.]+)([KMGT]?)", part)
+    name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', part)
+    shape = re.search(r"Shape: (\S+)", part)
+    buffers.append(Buffer(_bytes(*size.groups()), shape[1] if shape else "",
+                          name[1].replace("\\'", "'") if name else ""))
+  return OutOfMemory(needed, limit, buffers)
+
+
+def _bytes(number, unit):
+  return int(float(number) * _SIZES[unit])

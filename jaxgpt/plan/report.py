@@ -1,0 +1,128 @@
+"""A plan as figures, and the figures as a table."""
+
+from jaxgpt import metrics
+from jaxgpt.plan import cost as cost_lib
+from jaxgpt.plan import hlo
+
+GIB = 1 << 30
+_KERNEL_RATE = 0.5  # share of the peak that an attention kernel is taken to reach
+_BLOCK = 512  # of splash attention, which skips what is masked block by block
+
+
+def figures(compiled, topology, price=None):
+  """What is known of a step before it ran, as plain numbers.
+
+  Args:
+    compiled: from `lower.compile_step`.
+    topology: a `topology.Topology`.
+    price: of a chip-hour, or None.
+
+  Returns:
+    A dict for `json.dump`; times in seconds, sizes in bytes, of one device unless the name says
+    otherwise.
+  """
+  c, chip = compiled.c, topology.chip
+  program = hlo.parse(compiled.executable.as_text())
+  cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
+  memory = compiled.memory._asdict() | {"total": compiled.memory.total, "limit": chip.hbm_limit,
+                                        "fits": compiled.memory.total <= chip.hbm_limit}
+  tokens = c.data.batch_size * c.data.seq_len
+  model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
+  kernel_flops = sum(work for _, work in cost.kernels.values()) * visible_share(c)
+  seconds = {"matmul": cost.cycles["matmul"] / chip.clock,
+             "other": cost.cycles["other"] / chip.clock,
+             "kernels": kernel_flops / (chip.peak_flops * _KERNEL_RATE),
+             "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
+             "unhidden": cost.unhidden_bytes / chip.ici_bandwidth}
+  merit = seconds["matmul"] + seconds["other"] + seconds["exposed"]
+  step = sum(seconds.values())
+  mine = tokens / topology.num_devices
+  budget = c.train.steps * step * topology.num_chips / 3600
+  return {
+      "topology": topology.name, "chips": topology.num_chips, "devices": topology.num_devices,
+      "chip": chip.name, "mesh": dict(compiled.mesh.shape), "attention": compiled.attention,
+      "batch_size": c.data.batch_size, "seq_len": c.data.seq_len,
+      "accumulate": c.optim.accumulate, "remat": c.model.remat, "memory": memory,
+      "cycles": dict(cost.cycles), "matmul_flops": cost.flops, "kernel_flops": kernel_flops,
+      "model_flops": model_flops, "seconds": seconds | {"step": step},
+      "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
+      "collectives": [dict(zip(("opcode", "dtype", "phase"), key)) | {"calls": calls, "bytes": size}
+                      for key, (calls, size) in sorted(cost.collectives.items())],
+      "exposed_bytes": cost.bytes("exposed"), "overlapped_bytes": cost.bytes("overlapped"),
+      "merit": merit / mine, "mfu": model_flops / step / chip.peak_flops,
+      "hardware_utilisation": (cost.flops + kernel_flops) / step / chip.peak_flops,
+      "tokens_per_second": tokens / step,
+      "tokens_per_second_per_chip": tokens / step / topology.num_chips,
+      "steps": c.train.steps, "tokens": tokens * c.train.steps, "chip_hours": budget,
+      "cost": None if price is None else budget * price, "compile_seconds": compiled.seconds}
+
+
+def visible_share(c):
+  """Share of the pairs of positions that attention's kernels compute, over the layers."""
+  T = c.data.seq_len
+  causal = min((T + _BLOCK) / (2 * T), 1) if c.model.causal else 1
+  local = min((c.model.window + _BLOCK) / T, causal) if c.model.window else causal
+  pattern = c.model.attention_pattern
+  return sum(local if kind == "local" else causal for kind in pattern) / len(pattern)
+
+
+def table(f):
+  """Lines that say it to people.
+
+  Args:
+    f: from `figures`.
+  """
+  mesh = " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items() if size > 1) or "1 device"
+  halves = "" if f["devices"] == f["chips"] else f" ({f['devices']} devices)"
+  yield (f"{f['topology']}: {f['chips']} chips{halves}, mesh {mesh}; {f['batch_size']} rows of "
+         f"{f['seq_len']:,} tokens, accumulate {f['accumulate']}, remat {f['remat']}, attention "
+         f"{f['attention']}; compiled in {f['compile_seconds']:.0f} s")
+  yield from _memory_lines(f["memory"])
+  yield from _time_lines(f)
+  yield from _collective_lines(f)
+  s = f["seconds"]
+  yield ""
+  yield (f"estimated step  {s['step']:.3f} s, MFU {f['mfu']:.1%}, hardware utilisation "
+         f"{f['hardware_utilisation']:.1%}")
+  yield (f"throughput      {f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, "
+         f"{f['tokens_per_second']:,.0f} in all")
+  yield (f"the run         {f['steps']:,} steps, {f['tokens'] / 1e9:,.1f}B tokens, "
+         f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} chip-hours"
+         + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}"))
+  yield f"figure of merit {f['merit'] * 1e6:.2f} µs a token and device, kernels left out"
+
+
+def _memory_lines(m):
+  yield ""
+  yield "HBM of a device       GiB"
+  names = {"parameters": "parameters", "optimizer": "optimizer state", "average": "average (EMA)",
+           "batch": "batch", "padding": "padding of these", "temporaries": "activations, temps",
+           "outputs": "results", "code": "program"}
+  for key, name in names.items():
+    if m[key] >= GIB / 1000:
+      yield f"  {name:<18} {m[key] / GIB:>6.2f}"
+  verdict = "fits" if m["fits"] else "DOES NOT FIT"
+  yield f"  {'total':<18} {m['total'] / GIB:>6.2f} of {m['limit'] / GIB:.2f}: {verdict}"
+
+
+def _time_lines(f):
+  s = f["seconds"]
+  yield ""
+  yield "time of a step         s     what"
+  yield (f"  {'matmul':<14} {s['matmul']:>8.4f}     {f['matmul_flops']:.3g} FLOPs "
+         f"(the model's: {f['model_flops']:.3g}), {f['cycles'].get('matmul', 0):.3g} cycles")
+  yield f"  {'other compute':<14} {s['other']:>8.4f}     {f['cycles'].get('other', 0):.3g} cycles"
+  kernels = ", ".join(f"{calls} x {name}" for name, calls in f["kernels"].items()) or "none"
+  yield f"  {'kernels':<14} {s['kernels']:>8.4f}     {kernels}; assumed at {_KERNEL_RATE:.0%} of peak"
+  yield f"  {'exposed':<14} {s['exposed']:>8.4f}     {f['exposed_bytes']:.3g} bytes of collectives"
+  yield (f"  {'not hidden':<14} {s['unhidden']:>8.4f}     of {f['overlapped_bytes']:.3g} bytes that "
+         "overlap with compute")
+
+
+def _collective_lines(f):
+  yield ""
+  yield "collectives of a step"
+  for row in f["collectives"]:
+    if row["bytes"] >= 1e6:
+      yield (f"  {row['opcode']:<18} {row['dtype']:<5} {row['phase']:<10} {row['calls']:>6} "
+             f"{row['bytes'] / 1e9:>9.3f} GB")

@@ -1,0 +1,92 @@
+"""From a name such as `v5e-256` to devices that only compile, and a mesh of them."""
+
+import math
+import re
+from typing import NamedTuple
+
+from jax.experimental import topologies
+
+from jaxgpt import mesh as mesh_lib
+from jaxgpt.errors import UserError
+from jaxgpt.plan import chips
+
+_NAME = re.compile(r"(?P<chip>v\d+[a-z]*|tpu7x)(-(?P<size>\d+)|:(?P<shape>\d+(x\d+)+))"
+                   r"(?:x(?P<slices>\d+))?")
+_HELP = ("write CHIP-SIZE such as v5e-256 or v5p-128 (cores, as Google Cloud counts them), "
+         "v6e-64x2 for two slices, or CHIP:SHAPE such as v5p:4x4x8")
+
+
+class Topology(NamedTuple):
+  """A slice, or several equal ones.
+
+  Attributes:
+    name: as the user wrote it.
+    chip: a `chips.Chip`.
+    shape: of the torus of a slice.
+    slices: how many.
+  """
+  name: str
+  chip: chips.Chip
+  shape: tuple
+  slices: int
+
+  @property
+  def num_devices(self):
+    """Devices of all slices, as JAX counts them."""
+    return self.num_chips * self.chip.devices
+
+  @property
+  def num_chips(self):
+    return math.prod(self.shape) * self.slices
+
+
+def parse(name):
+  """The topology of a name; nothing is loaded.
+
+  Raises:
+    UserError: not a name, no such chip, or no slice of this size.
+  """
+  found = _NAME.fullmatch(name)
+  if not found:
+    raise UserError(f"--topology={name}: {_HELP}")
+  chip = chips.find(found["chip"])
+  if found["shape"]:
+    shape = tuple(map(int, found["shape"].split("x")))
+    if len(shape) != chip.torus:
+      raise UserError(f"--topology={name}: the interconnect of {chip.name} has {chip.torus} "
+                      f"dimensions; write it as {chip.name}:{'x'.join(['4'] * chip.torus)}")
+    return Topology(name, chip, shape, 1)
+  size, slices = int(found["size"]), int(found["slices"] or 1)
+  if size % chip.cores or not size or not slices:
+    raise UserError(f"--topology={name}: {chip.name} is counted in cores, {chip.cores} a chip; {_HELP}")
+  return Topology(name, chip, chips.torus_shape(chip, size // chip.cores), slices)
+
+
+def devices(topology):
+  """Devices of a topology that programs can be compiled for.
+
+  Raises:
+    UserError: libtpu is not installed, or does not know the topology.
+  """
+  shape = "x".join(map(str, topology.shape))
+  options = dict(topology.chip.options)
+  if topology.slices > 1:
+    options["num_slices"] = topology.slices
+  try:
+    found = topologies.get_topology_desc(f"{topology.chip.libtpu}:{shape}", "tpu", **options)
+  except Exception as e:  # of JAX's runtime, or whatever loading a library raises
+    if "libtpu" in str(e) or isinstance(e, (ImportError, OSError)):
+      raise UserError("a plan for TPUs needs libtpu, their compiler: "
+                      "pip install 'jaxgpt[tpu]' (Linux; no TPU is needed)") from e
+    raise UserError(f"--topology={topology.name}: libtpu knows no {topology.chip.libtpu}:{shape}: "
+                    f"{str(e).splitlines()[0]}") from e
+  return found.devices
+
+
+def mesh(c_mesh, topology):
+  """The mesh that a config asks for, over the devices of a topology.
+
+  Raises:
+    UserError: see `devices` and `mesh.axis_sizes`.
+  """
+  return mesh_lib.make(c_mesh, devices(topology))
