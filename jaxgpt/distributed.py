@@ -10,6 +10,7 @@ import json
 import secrets
 import socket
 import threading
+import time
 import traceback
 
 import jax
@@ -22,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import lifeline, sharding
 from jaxgpt.errors import UserError
 
+_CALLS = 100  # at most so many between two questions of an agreement
 _BARRIER = 600  # seconds; a process may be busy reading a large index
 _numbers = itertools.count()  # agreements have names of their own: their order is the same in all
 
@@ -199,25 +201,58 @@ def check_same(what, value, cure):
 
 
 class Agreement:
-  """A number that any process may raise, and that all read at the same place of the program."""
+  """A number that any process may raise, and that all see raised at the same place of the program.
+
+  An all-reduce of a few bytes, whose answer is read a call later, so that nobody waits for what is
+  in flight; and about once a second, because with small steps even that takes a share of the time.
+  How many calls that is follows from the slowest process's time, which the same message carries.
+  """
+  seconds = 1.0  # between two questions
 
   def __init__(self, mesh):
     """Args: mesh: over the devices of all processes."""
-    everywhere = NamedSharding(mesh, P(mesh.axis_names))
-    self._rows = everywhere
-    self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+    self._rows = NamedSharding(mesh, P(mesh.axis_names))
+    self._max = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(mesh, P()))
+    self._largest = 0
+    self._asked = None  # the answer on the devices
+    self._calls, self._every, self._since = 0, 1, time.monotonic()
 
-  def ask(self, number):
-    """Starts to find the largest `number` of all processes; called by all, never waits.
+  def soon(self, number):
+    """The largest `number` of all processes some calls ago; called by all at the same places.
 
-    Returns:
-      An array on the devices for `answer`, or the number itself where this process is alone.
+    Where this process is alone, the largest so far.
     """
     if jax.process_count() == 1:
-      return number
-    mine = np.full(jax.local_device_count(), number, np.int32)
-    return self._max(sharding.global_array(self._rows, mine, jax.process_count()))
+      self._largest = max(self._largest, number)
+      return self._largest
+    self._read()
+    self._calls += 1
+    if self._calls >= self._every:
+      self._ask(number)
+    return self._largest
 
-  def answer(self, asked):
-    """The number, once it is there."""
-    return int(jax.device_get(asked))
+  def now(self, number):
+    """As `soon`, but of this moment: waits for all. What follows may have another pace."""
+    self.soon(number)
+    if jax.process_count() > 1:
+      self._read()
+      self._ask(number)
+      self._read()
+      self._every = 1
+    return self._largest
+
+  def _ask(self, number):
+    now = time.monotonic()
+    milliseconds = 1 + int((now - self._since) * 1000 / max(self._calls, 1))
+    self._calls, self._since = 0, now
+    mine = np.tile(np.array([number, milliseconds], np.int32), (jax.local_device_count(), 1))
+    self._asked = self._max(sharding.global_array(self._rows, mine, jax.process_count()))
+
+  def _read(self):
+    if self._asked is None:
+      return
+    number, milliseconds = (int(x) for x in jax.device_get(self._asked))
+    self._asked = None
+    self._largest = max(self._largest, number)
+    # Carefully, for the next calls may take longer: a late answer can cost a run its last save.
+    self._every = max(1, min(2 * self._every, _CALLS, int(self.seconds * 1000) // milliseconds))

@@ -234,7 +234,7 @@ class _Run:
     self._c, self._folder, self._mesh, self._parts = c, folder, mesh, parts
     self._data, self._held_out = data
     self._checkpoints, self._stop, self._tokenizer = checkpoints, stop, tokenizer
-    self._agreement, self._asked, self._stopped = distributed.Agreement(mesh), None, None
+    self._agreement, self._stopped = distributed.Agreement(mesh), None
     self._means = metrics_lib.Means()
     self._state = self._first_state()
     self._step = int(self._state["step"])
@@ -277,23 +277,16 @@ class _Run:
     return self._step, last, None if last else self._stopped
 
   def _stop_soon(self):
-    """The signal that some process got, or None; called by all, once a step.
-
-    Among several processes the answer is to the question of the call before, so that nobody waits
-    for the step in flight, and all stop after the same one.
-    """
-    asked = self._agreement.ask(self._stop.received or 0)
-    if jax.process_count() > 1:
-      asked, self._asked = self._asked, asked
-    if self._stopped is None and asked is not None:
-      number = self._agreement.answer(asked)
-      self._stopped = signal.Signals(number) if number else None
-    return self._stopped
+    """The signal that some process got, or None; called by all, and they stop at the same step."""
+    return self._signal(self._agreement.soon(self._stop.received or 0))
 
   def _stop_now(self):
     """As `_stop_soon`, but up to date."""
-    self._stop_soon()
-    return self._stopped or self._stop_soon()
+    return self._signal(self._agreement.now(self._stop.received or 0))
+
+  def _signal(self, number):
+    self._stopped = signal.Signals(number) if number else None
+    return self._stopped
 
   def _train(self):
     c = self._c
@@ -348,6 +341,7 @@ class _Run:
     result = distributed.share(self._writers.newest(self._step, "validation"))
     if result is None:
       with self._timer.paused(), jax.transfer_guard("allow"):
+        self._stop_now()  # batches have another pace than steps
         result = evaluate_on(self._held_out, self._mesh, self._c.data, self._eval_step,
                              train_step.weights(self._state), limit, lambda: not self._stop_soon())
         if self._stop_now():

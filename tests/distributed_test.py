@@ -17,7 +17,9 @@ from jaxgpt import distributed, workdir, writers
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """import os, signal
-from jaxgpt import config, loop
+from jaxgpt import config, distributed, loop
+
+distributed.Agreement.seconds = 0  # asked at each step, for runs of a few
 
 def get_config():
   c = config.base()
@@ -224,19 +226,50 @@ with distributed.joined(processes.find()):
 """
 
 
-def test_a_barrier_names_who_did_not_come(site):
+def several(program, count=2):
+  """Processes that run a text of Python and find each other."""
   port, out = free_port(), []
-  for i in range(2):
-    env = os.environ | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
-                        "JAX_PROCESS_ID": str(i), "PYTHONPATH": str(ROOT)}
-    out.append(subprocess.Popen([sys.executable, "-c", BARRIER], env=env, text=True,
+  for i in range(count):
+    env = os.environ | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT),
+                        "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i), "XLA_FLAGS": ""}
+    out.append(subprocess.Popen([sys.executable, "-c", program], env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-  (code, _, err), (other_code, _, _) = finish(out)
+  return out
+
+
+def test_a_barrier_names_who_did_not_come(site):
+  (code, _, err), (other_code, _, _) = finish(several(BARRIER))
   assert code == other_code == 75
   assert f"process 1 of 2 ({socket.gethostname()}) did not come to 'the data' within 1 s" in err
 
 
 def test_agreement_of_one_process_is_its_own_number():
-  mesh = jax.make_mesh((8,), ("data",))
-  agreement = distributed.Agreement(mesh)
-  assert agreement.answer(agreement.ask(15)) == 15 and agreement.answer(agreement.ask(0)) == 0
+  agreement = distributed.Agreement(jax.make_mesh((8,), ("data",)))
+  assert [agreement.soon(n) for n in (0, 15, 0)] == [0, 15, 15] and agreement.now(2) == 15
+
+
+AGREEMENT = """import time
+from jaxgpt import distributed, processes
+with distributed.joined(processes.find()):
+  import jax
+  agreement = distributed.Agreement(jax.make_mesh((2,), ("data",)))
+  asked, ask = [], agreement._ask
+  agreement._ask = lambda number: (asked.append(1), ask(number))
+  first = None
+  for call in range(300):
+    number = 15 if call >= 50 and not distributed.is_first() else 0
+    if first is None and agreement.soon(number):
+      first = call
+    time.sleep(0.005 if distributed.is_first() else 0.01)
+  print("seen", first, "asked", len(asked), "now", agreement.now(2))
+"""
+
+
+def test_processes_see_a_number_at_the_same_call_and_ask_about_once_a_second(site):
+  """The second process raises it at call 50; calls take 10 ms, so 100 of them are a second."""
+  first, second = finish(several(AGREEMENT))
+  assert first[0] == second[0] == 0, first
+  line, = [line for line in first[1].splitlines() if line.startswith("seen")]
+  assert line in second[1].splitlines()
+  _, seen, _, asked, _, now = line.split()
+  assert 50 < int(seen) < 299 and 4 <= int(asked) <= 20 and now == "15"
