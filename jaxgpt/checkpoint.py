@@ -21,13 +21,15 @@ from jaxgpt.text import remote
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
+_CHUNK = 16 << 20  # bytes of an array that are written at a time where memory is short
 _FROZEN = "frozen"  # part of the state, and its folder in the run's
 
 
 class Checkpoints:
   """The checkpoints of one run, in `folder`."""
 
-  def __init__(self, folder, keep=None, keep_every=0, read_only=False):
+  def __init__(self, folder, keep=None, keep_every=0, read_only=False,
+               writing_gb=None):
     """Opens the folder, and makes it where there is none.
 
     Args:
@@ -35,6 +37,10 @@ class Checkpoints:
       keep: how many of the newest are kept; None: all.
       keep_every: checkpoints whose step is a multiple of it are kept too; 0: none.
       read_only: nothing is made or cleaned up, so a run that is being trained can be read.
+
+      writing_gb: GB of arrays that are on their way to the disk at a time, no less than the largest
+        has; in chunks and files of their own, so that next to no memory is needed beside the
+        arrays. None: all at once, which is faster.
 
     Raises:
       UserError: read_only, and there is no such folder.
@@ -47,9 +53,12 @@ class Checkpoints:
       raise UserError(f"no checkpoint in {self.folder}; train first")
     self._mirror = (mirror.Mirror(self.folder, keep, keep_every, read_only)
                     if mirror.is_needed(self.folder) else None)
-    handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+    self._chunk = None if writing_gb is None else _CHUNK
+    limit = {} if writing_gb is None else {"save_concurrent_gb": writing_gb, "use_ocdbt": False}
+    handlers = {name: ocp.StandardCheckpointHandler(**limit) for name in _ITEMS}
     self._manager = ocp.CheckpointManager(
-        self._mirror.folder if self._mirror else self.folder, item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
+        self._mirror.folder if self._mirror else self.folder,
+        item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, read_only=read_only,
             create=not read_only, cleanup_tmp_directories=not read_only))
@@ -76,7 +85,8 @@ class Checkpoints:
         self._save(step, state, extra or {})
 
   def _save(self, step, state, extra):
-    items = {name: ocp.args.StandardSave(part) for name, part in state.items()
+    how = lambda part: jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk), part)
+    items = {name: ocp.args.StandardSave(part, how(part)) for name, part in state.items()
              if name in _ITEMS}
     meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))

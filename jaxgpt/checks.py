@@ -6,7 +6,7 @@ import math
 from jaxgpt.errors import UserError
 
 CHOICES = {
-    "objective.name": ("causal_lm", "masked_lm", "classification"),
+    "objective.name": ("causal_lm", "masked_lm", "classification", "preference"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.norm_placement": ("pre", "branch", "both", "post"),
     "model.position": ("learned", "rotary", "none"),
@@ -70,7 +70,7 @@ def values(flat):
   for key in ("model.norm_eps", "model.init_std", "model.logit_softcap", "model.attn_softcap",
               "model.attn_scale", "model.embed_scale", "model.rope.theta", "model.rope.local_theta",
               "model.rope.fraction", "model.rope.factor", "model.rope.attention_factor",
-              "model.moe.scale", "model.lora.alpha", "optim.layer_decay", "optim.eps"):
+              "model.moe.scale", "model.lora.alpha", "optim.layer_decay", "objective.beta", "optim.eps"):
     if flat[key] is not None and flat[key] <= 0:
       raise UserError(f"{key}={flat[key]} must be above 0")
   for key in ("schedule.decay_fraction", "schedule.final_ratio", "objective.mask_rate",
@@ -125,13 +125,16 @@ def combinations(c):
     raise UserError(f"model.num_kv_heads={m.num_kv_heads} does not divide "
                     f"model.num_heads={m.num_heads}")
   _model(m)
-  if c.objective.name == "causal_lm" and not m.causal:
-    raise UserError("objective.name='causal_lm' needs model.causal=True: otherwise each token "
-                    "reads the one it is to predict")
+  if c.objective.name in ("causal_lm", "preference") and not m.causal:
+    raise UserError(f"objective.name={c.objective.name!r} needs model.causal=True: otherwise each "
+                    "token reads the one it is to predict")
   o = c.objective
   if o.mask_replace + o.mask_random > 1:
     raise UserError(f"objective.mask_replace={o.mask_replace} and objective.mask_random="
                     f"{o.mask_random} are shares of the same tokens; their sum must not exceed 1")
+  if o.name == "preference" and not m.lora.rank:
+    raise UserError("objective.name='preference' compares the model with itself without adapters: "
+                    "set model.lora.rank, such as 16")
   head = "classifier" if c.objective.name == "classification" else "lm"
   if m.head in ("lm", "classifier") and m.head != head:
     raise UserError(f"objective.name={c.objective.name!r} needs model.head={head!r}, not {m.head!r}")

@@ -432,6 +432,8 @@ def _export(args):
       args.workdir, args.to, step=args.step, dtype=args.dtype,
       shard_bytes=int(args.shard_gb * 1e9), family=args.family, certify=not args.no_check)
   print(f"wrote {args.to} ({family}, {args.dtype}): {', '.join(files)}")
+  if certificate["tokenizer"]["why_not"]:
+    print(f"no tokenizer beside it: {certificate['tokenizer']['why_not']}")
   if not certificate["checked"]:
     print(f"not checked against transformers: {certificate['why_not']}")
     return

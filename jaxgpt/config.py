@@ -44,7 +44,8 @@ def base():
   d.prefetch = 4  # batches kept ready a host
 
   c.objective = o = ml_collections.ConfigDict()
-  o.name = "causal_lm"  # causal_lm | masked_lm | classification
+  o.name = "causal_lm"  # causal_lm | masked_lm | classification | preference (DPO, of adapters)
+  o.beta = 0.1  # preference: how far the model may move from the one without adapters; less is further
   o.mask_rate = 0.15  # masked_lm: share of the tokens that are to be guessed
   o.mask_replace = 0.8  # masked_lm: share of these that the mask stands for
   o.mask_random = 0.1  # masked_lm: share of these that become any token; the others stay

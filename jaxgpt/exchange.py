@@ -9,6 +9,7 @@ from etils import epath
 from jaxgpt import checkpoint, config, initial, lora, optim, runs, tree, workdir
 from jaxgpt.errors import UserError
 from jaxgpt.hf import adapters, convert, parity, safetensors, weights
+from jaxgpt.hf import tokenizer as hf_tokenizer
 from jaxgpt.text import tokenizer as tokenizer_lib
 
 CONTEXT = 2048  # longest rows that an imported run evaluates and samples, unless told otherwise
@@ -49,7 +50,9 @@ def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=Non
   origin = {key: "config.json" if key.removeprefix("model.") in found else "base"
             for key in config.flatten(c)}
   workdir.enter(folder, c, origin, device_mesh, "", tokens)
-  checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS)
+  largest = max(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
+  checkpoints = checkpoint.Checkpoints(folder / workdir.CHECKPOINTS,
+                                       writing_gb=(largest + 1e6) / 1e9)
   if checkpoints.latest() is not None:
     raise UserError(f"--workdir={folder} holds this model already; choose another folder")
   params = weights.complete(weights.load(match.pairs, abstract), abstract)
@@ -117,9 +120,13 @@ def export_run(folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, 
     hf = ids | hf if "pad_token_id" in hf else hf | ids
     _write_json(part / "config.json", hf)
     _write_json(part / "generation_config.json", {"_from_model_config": True, **ids})
-    files += ["config.json", "generation_config.json"]
+    of_tokenizer, why_not = hf_tokenizer.files(run.tokenizer, c.model.max_len)
+    for name, data in of_tokenizer.items():
+      (part / name).write_bytes(data)
+    files += ["config.json", "generation_config.json", *of_tokenizer]
     certificate = parity.certify(part, c.model, weights.rounded(run.params, dtype),
                                  run.tokenizer, dtype, certify)
+    certificate["tokenizer"]["why_not"] = why_not
     parity.write(part, certificate)
   return family.model_type, [*files, parity.JSON, parity.TEXT], certificate
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.model import moe
-from jaxgpt.tree import merge
+from jaxgpt.tree import map_named, merge
 
 
 @jax.custom_vjp
@@ -102,6 +102,39 @@ def classification(model, c_objective):
   return objective
 
 
+def preference(model, c_objective):
+  """Direct preference optimisation (arXiv:2305.18290, eq. 7): the chosen answer over the rejected.
+
+  The reference model is the model itself without its adapters (LoRA), which are all that is
+  trained. A row of `batch['chosen']` and of `batch['rejected']` is one pair.
+
+  Args and returns: as `language_model`; a pair weighs 1. The aux has also 'correct': whether the
+  adapters have raised the chosen answer more than the rejected one.
+  """
+  def log_likelihood(params, frozen, rows, key):
+    out = _apply(model, params, frozen, rows, key)
+    nll_BT, _ = cross_entropy(out.logits, rows["targets"])
+    return -(nll_BT * rows["loss_weights"]).sum(-1)
+
+  def objective(params, frozen, batch, key):
+    without = jax.lax.stop_gradient(_without_adapters(params))
+    gain_B = 0.0
+    for sign, rows in ((1, batch["chosen"]), (-1, batch["rejected"])):
+      gain_B += sign * (log_likelihood(params, frozen, rows, key)
+                        - log_likelihood(without, frozen, rows, None))
+    weights_B = batch["chosen"]["loss_weights"].max(-1)  # 0 in rows that only fill a batch up
+    loss = (jax.nn.softplus(-c_objective.beta * gain_B) * weights_B).sum()
+    return loss, weights_B.sum(), {"nll": loss, "correct": ((gain_B > 0) * weights_B).sum(),
+                                   "margin": (c_objective.beta * gain_B * weights_B).sum()}
+
+  return objective
+
+
+def _without_adapters(params):
+  zero = lambda path, x: jnp.zeros_like(x) if path.endswith("_lora_b") else x
+  return map_named(zero, params)
+
+
 def _apply(model, params, frozen, batch, key):
   return model.apply({"params": merge(params, frozen)}, batch["tokens"], batch["positions"],
                      batch["segment_ids"], token_types_BT=batch.get("token_types"),
@@ -120,7 +153,7 @@ def _router_terms(c_moe, stats, weight):
 
 
 OBJECTIVES = {"causal_lm": language_model, "masked_lm": language_model,
-              "classification": classification}
+              "classification": classification, "preference": preference}
 
 
 def make(model, c_objective):

@@ -57,6 +57,10 @@ _PHI3 = _LLAMA | dict(vocab_size=32064, max_len=4096, attention_pattern=("local"
 _OLMO2 = _LLAMA | dict(  # arXiv:2501.00656
     vocab_size=100352, max_len=4096, norm_eps=1e-6, norm_placement="branch", qk_norm="all",
     rope=dict(theta=500_000.0))
+_STARCODER2 = dict(  # arXiv:2402.19173
+    vocab_size=49152, max_len=16384, norm="layernorm", norm_eps=1e-5, position="rotary",
+    activation="gelu", gated=False, bias=True, tie_embeddings=True,
+    attention_pattern=("local",), window=4096)
 _SMOLLM2 = _LLAMA | dict(  # arXiv:2502.02737
     vocab_size=49152, max_len=8192, tie_embeddings=True, rope=dict(theta=100_000.0))
 
@@ -135,6 +139,9 @@ PRESETS = {
     **_sizes("olmo2", _OLMO2,
              **{"1b": (16, 2048, 16, 16, 8192, {}), "7b": (32, 4096, 32, 32, 11008, {}),
                 "13b": (40, 5120, 40, 40, 13824, {}), "32b": (64, 5120, 40, 8, 27648, {})}),
+    **_sizes("starcoder2", _STARCODER2,
+             **{"3b": (30, 3072, 24, 2, 12288, dict(rope=dict(theta=999_999.4420358813))),
+                "7b": (32, 4608, 36, 4, 18432, dict(rope=dict(theta=1e6)))}),
     **_sizes("smollm2", _SMOLLM2,
              **{"135m": (30, 576, 9, 3, 1536, {}), "360m": (32, 960, 15, 5, 2560, {}),
                 "1_7b": (24, 2048, 32, 32, 8192, dict(rope=dict(theta=130_000.0)))}),

@@ -156,9 +156,9 @@ def host_slice(mesh, process=None):
     held.setdefault(device.process_index, set()).add(part.indices(shards)[0])
   parts = sorted({tuple(sorted(numbers)) for numbers in held.values()})
   if len({len(p) for p in parts}) != 1 or sum(len(p) for p in parts) != shards:
-    raise UserError("mesh.data and mesh.fsdp cut the batch so that hosts hold unequal parts of it: "
-                    f"{dict(mesh.shape)} over {len(held)} processes; choose sizes whose product is "
-                    "a multiple or a divisor of the number of processes")
+    axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
+    raise UserError(f"{axes} cut the batch so that the {len(held)} processes hold unequal parts of "
+                    "it; choose sizes whose product is a multiple or a divisor of their number")
   return parts.index(tuple(sorted(held[process]))), len(parts)
 
 

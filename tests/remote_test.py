@@ -66,6 +66,8 @@ def _gs_server(patch, url):
       response["x-goog-generation"] = found["generation"]
   patch.setattr(objects, "download", with_generation)
   patch.setattr("http.server.BaseHTTPRequestHandler.log_message", lambda *_: None)
+  # One thread would wait for ever for a connection that its client keeps in reserve.
+  patch.setattr("http.server.HTTPServer", http.server.ThreadingHTTPServer)
   server = emulator.create_server("localhost", PORTS["gs"], in_memory=True,
                                   default_bucket="bucket")
   server.start()

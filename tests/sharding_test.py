@@ -1,11 +1,11 @@
 """Which rows of a batch a process reads, for meshes over pretended processes."""
 
-import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
 from jaxgpt import config, sharding
+from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
 
 
@@ -29,6 +29,7 @@ def mesh(processes, **sizes):
     ([0, 1, 0, 1], dict(fsdp=4), [(0, 2), (1, 2)]),  # rows 0 and 2, rows 1 and 3
     ([0, 0, 1, 1], dict(fsdp=2, tensor=2), [(0, 2), (1, 2)]),
     ([0, 0, 1, 1], dict(tensor=4), [(0, 1), (0, 1)]),  # copies of all rows
+    ([0, 0, 1, 1], dict(fsdp=2, expert=2), [(0, 2), (1, 2)]),  # experts share the batch out too
     ([0, 0, 1, 1, 2, 2, 3, 3], dict(data=2, tensor=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
 ])
 def test_processes_share_out_the_rows_that_their_devices_hold(processes, sizes, want):
@@ -43,4 +44,4 @@ def test_unequal_parts_are_refused(processes):
 
 
 def test_one_process_holds_all():
-  assert sharding.host_slice(jax.make_mesh((8, 1), ("data", "fsdp"))) == (0, 1)
+  assert sharding.host_slice(mesh_lib.make(config.base().mesh)) == (0, 1)

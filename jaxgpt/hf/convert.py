@@ -136,8 +136,8 @@ def family_of(c_model, name=None):
 
   Args:
     c_model: the resolved `model` section.
-    name: which family; None: the one that it was imported from (`preset`) if it still has its
-      fields, else the first that has.
+    name: which family; None: the one that `preset` names, if it still has its fields, else the
+      first that has.
 
   Raises:
     UserError: none has, with what each lacks; or there is no such family.
@@ -146,7 +146,8 @@ def family_of(c_model, name=None):
     raise UserError(f"no family {name!r}; {checks.nearest(name, families.FAMILIES)}there are: "
                     f"{', '.join(families.FAMILIES)}")
   against = {}
-  for family in sorted(families.FAMILIES.values(), key=lambda f: f.model_type != c_model.preset):
+  likely = lambda family: c_model.preset.startswith(family.model_type)
+  for family in sorted(families.FAMILIES.values(), key=likely, reverse=True):
     if name in (None, family.model_type):
       against[family.model_type] = difference(family, c_model)
       if against[family.model_type] is None:

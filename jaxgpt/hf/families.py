@@ -167,6 +167,18 @@ def _olmo2():
       _MLP, norm(_L + "post_feedforward_layernorm", "layers/mlp_post_norm"), _FINAL, _HEAD))
 
 
+def _starcoder2():
+  return Family(
+      "starcoder2", (
+          classes(Starcoder2ForCausalLM=_LM, Starcoder2Model=_BARE),
+          ours(norm="layernorm", position="rotary", gated=False, bias=True, causal=True), _SIZES,
+          _KV_HEADS, _DERIVED_HEAD_DIM, same("norm_epsilon", "norm_eps", 1e-5),
+          activation("hidden_act", "gelu_pytorch_tanh"), must("use_bias", True), rope(),
+          same("tie_word_embeddings", "tie_embeddings", True), _mistral_window()),
+      flat(_EMBED, _NORMS, _QKV, _O, dense(_L + "mlp.c_fc", "layers/mlp/up"),
+           dense(_L + "mlp.c_proj", "layers/mlp/down"), _FINAL, _HEAD), ignored=(_FREQUENCIES,))
+
+
 # --- Gemma: scales of norms are stored less one, embeddings are multiplied by the root of the width.
 
 def _gemma(kind, causal, bare, rows, *config, **fields):
@@ -449,7 +461,7 @@ FAMILIES = {f.model_type: f for f in (
                 must("attention_bias", False), bias=False, qk_norm="head"),
     _llama_like("smollm3", "SmolLM3", _DERIVED_HEAD_DIM, rope(2e6), _smollm3_positions(),
                 must("use_sliding_window", False), biases(), tied=True),
-    *_gemmas(), _phi3(), _olmo2(), _mixtral(), _qwen3_moe(),
+    _starcoder2(), *_gemmas(), _phi3(), _olmo2(), _mixtral(), _qwen3_moe(),
     _deepseek("deepseek_v2", "DeepseekV2", _groups("topk_method"), must("mlp_bias", False),
               moe__router="softmax", moe__normalize=False),
     _deepseek("deepseek_v3", "DeepseekV3", _groups(), must("rope_interleave", True),

@@ -38,6 +38,8 @@ class Layout:
 
   Attributes:
     their_shape, our_shape: tuples.
+    outer: which of our dimensions runs along the rows of theirs, so that a part of it is a part of
+      the file.
   """
 
   def __init__(self, pattern, our_shape, **given):
@@ -47,6 +49,7 @@ class Layout:
     size = lambda group: math.prod(self._sizes[x] for x in group)
     self.our_shape = tuple(map(size, self._ours))
     self.their_shape = tuple(map(size, self._theirs))
+    self.outer = next(i for i, group in enumerate(self._ours) if self._theirs[0][0] in group)
 
   @property
   def starts_alike(self):

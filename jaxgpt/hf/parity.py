@@ -41,9 +41,10 @@ def certify(folder, c_model, params, tokenizer, dtype, compare=True):
 
   Returns:
     A dict of plain values: 'checked', 'why_not' or the figures ('logits', 'layers', 'greedy'),
+    'tokenizer' ('equal': whether AutoTokenizer makes the same ids of the prompts, or None),
     'dtypes', 'versions', 'files' (their sha256).
   """
-  out = {"checked": False, "dtypes": {"files": dtype, "compared_in": "float32"},
+  out = {"checked": False, "tokenizer": {"equal": None, "why_not": ""}, "dtypes": {"files": dtype, "compared_in": "float32"},
          "versions": {"python": platform.python_version(),
                       **{name: _version(name) for name in _PACKAGES}},
          "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())}}
@@ -54,12 +55,22 @@ def certify(folder, c_model, params, tokenizer, dtype, compare=True):
     return out | {"why_not": f"{' and '.join(missing)} not installed; pip install "
                              "'jaxgpt[bench]'"}
   prompts = encode(tokenizer, min(LENGTH, c_model.max_len - NEW))
+  out["tokenizer"]["equal"] = _same_tokens(folder, tokenizer)
   return out | {"checked": True, **_compare(folder, c_model, params, prompts)}
 
 
 def encode(tokenizer, length):
   """The fixed prompts as lists of token ids."""
   return [[tokenizer.bos_id, *tokenizer.encode(text)][:length] for text in PROMPTS]
+
+
+def _same_tokens(folder, tokenizer):
+  import transformers
+  if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    return None
+  theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+  return all(theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+             for text in PROMPTS)
 
 
 def _compare(folder, c_model, params, prompts):
@@ -198,6 +209,12 @@ def describe(c):
     lines += [f"- {g['prompt']!r}: "
               + ("equal" if g["equal"] else f"ours {g['ours']}, theirs {g['theirs']}")
               for g in greedy["continuations"]]
+  of_tokenizer = c["tokenizer"]
+  if of_tokenizer["why_not"]:
+    lines += ["", f"No tokenizer: {of_tokenizer['why_not']}."]
+  elif of_tokenizer["equal"] is not None:
+    lines += ["", "AutoTokenizer makes the same token ids of the prompts."
+              if of_tokenizer["equal"] else "AutoTokenizer makes OTHER token ids of the prompts."]
   lines += ["", f"Files are in {c['dtypes']['files']}. "
             + ", ".join(f"{k} {v or 'not installed'}" for k, v in c["versions"].items()) + ".", "",
             "| file | sha256 |", "|---|---|"]

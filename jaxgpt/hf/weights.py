@@ -5,6 +5,7 @@ parameter is allocated once, and is filled layer by layer with the part of the f
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jaxgpt.hf import safetensors
 
 DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16),
           "float16": np.dtype("float16")}
+
+_BLOCK = 8 << 20  # bytes of a tensor that are on the host at a time
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -67,12 +70,26 @@ def _array(leaf, pieces):
     for piece, published, tensor in pieces:
       outer, inner = bounds[:len(piece.lead)], bounds[len(piece.lead):]
       if all(a <= i < b for i, (a, b) in zip(piece.lead, outer, strict=True)):
-        part = read_part(piece, published, tensor, inner)
-        start = [np.int32(i - a) for i, (a, _) in zip(piece.lead, outer, strict=True)]
-        start += [np.int32(0)] * len(inner)
-        buffers = [_place(b, jax.device_put(part, b.device), start, piece.plus) for b in buffers]
+        first = [i - a for i, (a, _) in zip(piece.lead, outer, strict=True)]
+        for block in _blocks(piece.layout, inner, tensor.dtype.itemsize):
+          part = read_part(piece, published, tensor, block)
+          start = first + [a - b for (a, _), (b, _) in zip(block, inner, strict=True)]
+          buffers = [_place(b, jax.device_put(part, b.device), np.array(start, np.int32), piece.plus)
+                     for b in buffers]
+          jax.block_until_ready(buffers)  # else blocks that wait their turn pile up
     shards += buffers
   return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def _blocks(layout, bounds, itemsize):
+  """The part of ours within `bounds`, cut so that each piece is some `_BLOCK` bytes of the file."""
+  start, stop = bounds[layout.outer]
+  if len(bounds) == 1:
+    return [bounds]
+  row = math.prod(b - a for i, (a, b) in enumerate(bounds) if i != layout.outer) * itemsize
+  step = max(1, _BLOCK // max(1, row))
+  return [(*bounds[:layout.outer], (a, min(a + step, stop)), *bounds[layout.outer + 1:])
+          for a in range(start, stop, step)]
 
 
 def read_part(piece, published, tensor, bounds):

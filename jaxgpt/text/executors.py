@@ -173,7 +173,7 @@ def _run_slurm(cls, stage, ranks, workers, options):
     raise UserError(f"--executor=slurm can't submit a job with sbatch ({e}); run this where "
                     "Slurm's commands are, and check --executor-option") from e
   gone = 0
-  while gone < 3 and stage.missing() and not list(stage.folder.glob(".failed-*")):
+  while gone < 3 and stage.missing() and not stage.failures():
     time.sleep(_POLL_SECONDS)
     # The file system may show a task's outputs a while after its job has left the queue.
     gone = 0 if _is_queued(executor.job_id) else gone + 1

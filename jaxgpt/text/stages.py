@@ -12,6 +12,7 @@ writes nowhere but into folders of its own key.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -20,6 +21,8 @@ import os
 import pathlib
 import secrets
 import shutil
+import signal
+import sys
 import threading
 import time
 import traceback
@@ -35,6 +38,23 @@ _REPORT_SECONDS = 10.0
 _PROGRESS_SECONDS = 2.0
 
 
+_locks = set()  # file descriptors of the locks that this process holds
+
+
+def _leave_run():
+  """In a process that was forked from a run: it holds no lock, and doesn't outlive the run.
+
+  datatrove's executor forks one that would wait for ever where its parent was killed.
+  """
+  if _locks and sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+  while _locks:
+    os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_run)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """What is done, task by task, and where its outputs are.
@@ -46,11 +66,13 @@ class Stage:
       returns its account, a JSON-able dict. It can be pickled, and depends on nothing but what
       the key covers. `progress(documents, bytes)` is to be called now and then.
     folder: where the outputs are, in folders named by `task_folder`.
+    run_id: of the run that works on it; a process that outlived another run has another.
   """
   name: str
   tasks: int
   run: Callable
   folder: pathlib.Path
+  run_id: str
 
   def task_folder(self, rank):
     return self.folder / f"{rank:05d}"
@@ -65,6 +87,10 @@ class Stage:
     except (OSError, ValueError, KeyError):
       pass
     return None
+
+  def failures(self):
+    """Files of the tasks that failed in this run."""
+    return sorted(self.folder.glob(f".failed-{self.run_id}-*"))
 
   def missing(self):
     """Ranks of the tasks that are not done."""
@@ -99,13 +125,15 @@ class Work:
       os.close(self._lock)
       raise UserError(f"another run is at work in {folder}; wait for it, or name another "
                       "--out") from e
+    _locks.add(self._lock)
     (folder / _STATE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    self._key = ""
+    self._key, self._run_id = "", secrets.token_hex(4)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
+    _locks.discard(self._lock)
     os.close(self._lock)
 
   def stage(self, name, tasks, run, depends, report):
@@ -121,7 +149,7 @@ class Work:
         report(f"{name}: inputs, options or versions are not those of the unfinished run; anew")
         shutil.rmtree(other)
     folder.mkdir(exist_ok=True)
-    return Stage(name, tasks, run, folder)
+    return Stage(name, tasks, run, folder, self._run_id)
 
   @property
   def published(self):
@@ -191,14 +219,16 @@ def run_task_or_note(stage, rank):
 
   After a failure the tasks that have not begun are left undone, so that the run ends soon.
   """
-  if list(stage.folder.glob(".failed-*")):
+  if stage.failures():
     return
   try:
     run_task(stage, rank)
   except Exception as e:
     failure = {"user": isinstance(e, UserError), "message": str(e),
                "traceback": traceback.format_exc()}
-    (stage.folder / f".failed-{rank:05d}").write_text(json.dumps(failure), encoding="utf-8")
+    path = stage.folder / f".failed-{stage.run_id}-{rank:05d}"
+    with contextlib.suppress(FileNotFoundError):  # a later run has deleted the stage
+      path.write_text(json.dumps(failure), encoding="utf-8")
 
 
 def run(stage, executor, report):
@@ -247,7 +277,7 @@ def run(stage, executor, report):
 
 
 def _raise_failures(stage):
-  for path in sorted(stage.folder.glob(".failed-*")):
+  for path in stage.failures():
     failure = json.loads(path.read_text(encoding="utf-8"))
     if failure["user"]:
       raise UserError(failure["message"])
@@ -276,9 +306,9 @@ class Monitor:
       done = self._stage.tasks - len(self._stage.missing())
       documents = num_bytes = 0
       for path in self._stage.folder.glob(f".*/{_PROGRESS}"):
-        with contextlib.suppress(OSError, ValueError):
-          counts = path.read_text(encoding="utf-8").split()
-          documents, num_bytes = documents + int(counts[0]), num_bytes + int(counts[1])
+        with contextlib.suppress(OSError, ValueError):  # it may be gone, or half written
+          more, size = map(int, path.read_text(encoding="utf-8").split())
+          documents, num_bytes = documents + more, num_bytes + size
       line = f"{self._stage.name}: {done} of {self._stage.tasks} tasks done"
       if documents:
         line += f", at work on {documents:,} documents, {num_bytes / 1e6:,.0f} MB"

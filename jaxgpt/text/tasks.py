@@ -17,7 +17,7 @@ from jaxgpt.text import chat, clean, decontaminate, dedup, examples, formats, re
 from jaxgpt.text import tokenizer as tokenizers
 
 HELD_OUT = "held-out"  # in the place of a path to decontaminate from: this corpus's other splits
-_BATCH_CHARS = 4_000_000  # characters tokenized in one call
+_BATCH_CHARS = 1_000_000  # characters tokenized in one call
 _BATCH_DOCUMENTS = 4_096
 _MOST_TASKS = 512
 _MOST_LABELS = 100_000

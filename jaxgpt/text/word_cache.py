@@ -12,7 +12,7 @@ import numpy as np
 
 _WORDS = re.compile(" *[^ ]+| +")
 _LONGEST = 32  # characters of a word that is kept
-_MOST = 400_000  # words that are kept: about 60 MB
+_MOST = 250_000  # words that are kept: about 50 MB
 
 
 class WordCache:

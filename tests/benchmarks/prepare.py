@@ -133,16 +133,20 @@ def run_peer(corpus):
 def main(megabytes, more):
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    write_corpus(corpus, megabytes * 1_000_000)
-    manifest, seconds, peak = run_ours(corpus, folder / "out", more)
+    peaks = {}
+    for size in (megabytes // 10, megabytes):
+      corpus = folder / f"corpus{size}"
+      corpus.mkdir()
+      write_corpus(corpus, size * 1_000_000)
+      manifest, seconds, peak = run_ours(corpus, folder / f"out{size}", more)
+      peaks[size] = f"{peak / 1e6:,.0f} MB"
+      print(f"peak memory of all processes: {peaks}", flush=True)
     total = manifest["total"]
     tokens, peer_seconds = run_peer(corpus)
   size = total["bytes"] / 1e6
   print(f"{size:,.0f} MB of text, {total['documents']:,} documents, {os.cpu_count()} cores")
   print(f"jaxgpt data, all of it:       {seconds:7.1f} s  {size / seconds:6.2f} MB/s  "
-        f"{total['tokens'] / seconds:10,.0f} tokens/s  peak memory {peak / 1e6:,.0f} MB")
+        f"{total['tokens'] / seconds:10,.0f} tokens/s")
   print(f"tokenizers {tokenizers.__version__}, encode_batch: {peer_seconds:7.1f} s  "
         f"{size / peer_seconds:6.2f} MB/s  {tokens / peer_seconds:10,.0f} tokens/s")
   print(f"ratio of MB/s: {peer_seconds / seconds:.2f}; of tokens/s: "
@@ -150,4 +154,4 @@ def main(megabytes, more):
 
 
 if __name__ == "__main__":
-  main(int(sys.argv[1]) if len(sys.argv) > 1 else 100, sys.argv[2:])
+  main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000, sys.argv[2:])

@@ -107,7 +107,7 @@ def command(folder, out, *more):
 def kill_at_random(tmp_path, kills, *more):
   """Kills the whole process group of `jaxgpt data` so many times, running it again and again."""
   pytest.importorskip("datatrove")
-  write_corpus(tmp_path / "in", files=4)
+  write_corpus(tmp_path / "in", files=2)
   start = time.monotonic()
   subprocess.run(command(tmp_path / "in", tmp_path / "whole", *more), check=True,
                  capture_output=True)
@@ -145,14 +145,32 @@ def test_three_kills_of_the_whole_process_group(tmp_path):
   kill_at_random(tmp_path, 3)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_the_bytes_do_not_depend_on_the_workers(tmp_path, workers):
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=5)
   prepare.prepare([tmp_path / "in"], tmp_path / "process", **OPTIONS)
-  subprocess.run(command(tmp_path / "in", tmp_path / "local", f"--workers={workers}"), check=True,
+  subprocess.run(command(tmp_path / "in", tmp_path / "local", "--workers=3"), check=True,
                  capture_output=True)
   assert digests(tmp_path / "local") == digests(tmp_path / "process")
+
+
+def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
+  pytest.importorskip("datatrove")
+  write_corpus(tmp_path / "in", files=4, documents=60, words=200)
+  more = ["--task-bytes=20000"]
+  process = subprocess.Popen(command(tmp_path / "in", tmp_path / "out", *more),
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  for line in process.stdout:
+    if line.startswith(b"tokenizer:"):  # the next stage begins
+      break
+  time.sleep(0.5)
+  process.kill()
+  process.wait()
+  subprocess.run(command(tmp_path / "in", tmp_path / "out", *more), check=True,
+                 capture_output=True)
+  options = {**OPTIONS, "task_bytes": 20_000}
+  prepare.prepare([tmp_path / "in"], tmp_path / "again", **options)
+  assert digests(tmp_path / "out") == digests(tmp_path / "again")
 
 
 def _stage(tmp_path, run, tasks=3):
@@ -201,6 +219,24 @@ def test_a_task_whose_outputs_are_damaged_is_done_again(tmp_path):
   stages.run(stage, None, print)
   assert calls == [0, 1, 2, 1]
   assert (stage.task_folder(1) / "out.txt").read_text() == "1 " * 10
+
+
+def test_progress_is_told_though_a_file_is_half_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(stages, "_REPORT_SECONDS", 0.02)
+  monkeypatch.setattr(stages, "_PROGRESS_SECONDS", -1)
+
+  def slow(rank, folder, progress):
+    progress(2, 3_000_000)
+    half = folder.with_name(".half-1-2")
+    half.mkdir(exist_ok=True)
+    (half / "progress").write_text("")
+    time.sleep(0.3)
+    return {}
+
+  lines = []
+  stages.run(_stage(tmp_path, slow), None, lines.append)
+  assert any("0 of 3 tasks done, at work on 2 documents, 3 MB" in line for line in lines)
+  assert any("2 of 3 tasks done, at work on 2 documents, 3 MB" in line for line in lines)
 
 
 @pytest.mark.parametrize("args, message", [
