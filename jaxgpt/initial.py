@@ -133,12 +133,15 @@ def _from_published(folder, family, c_model, abstract):
 
 def check_tokenizer(given, tokenizer, c):
   """Raises a UserError where the data's tokens mean something else to the source's weights."""
-  if given.tokenizer is None or given.tokenizer.digest == tokenizer.digest:
-    return
-  if given.tokenizer.encode(_PROBE) != tokenizer.encode(_PROBE):
+  if given.tokenizer is not None and not same_tokens(given.tokenizer, tokenizer):
     raise UserError(f"data.path={c.data.path!r} was tokenized with another tokenizer than the "
                     f"weights in init_from={c.init_from!r} were trained with; prepare it with "
                     f"jaxgpt data --tokenizer={c.init_from}/tokenizer")
+
+
+def same_tokens(a, b):
+  """Whether two tokenizers make the same ids of text; they may have other specials."""
+  return a.digest == b.digest or a.encode(_PROBE) == b.encode(_PROBE)
 
 
 def describe(report):

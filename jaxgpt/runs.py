@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from jaxgpt import checkpoint, config, evaluate, generate, loop, tree, workdir
+from jaxgpt import checkpoint, config, evaluate, generate, initial, loop, tree, workdir
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
 from jaxgpt.text import tokenizer as tokenizer_lib
@@ -88,7 +88,7 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
   rows = batch_size or run.c.eval.batch_size
   batches = loop.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
   if not run.data_digest:  # an imported model has no data of its own
-    if loop.load_tokenizer_and_config(c)[0].digest != run.tokenizer.digest:
+    if not initial.same_tokens(loop.load_tokenizer_and_config(c)[0], run.tokenizer):
       raise UserError(f"{c.data.path} was tokenized with another tokenizer than the imported "
                       "model's; prepare it with jaxgpt data --tokenizer=RUN/tokenizer")
   else:

@@ -64,7 +64,7 @@ def write(family, c_model):
   """config.json of a model.
 
   Args:
-    family: a Family that `difference` finds nothing against.
+    family: a Family that `differences` finds nothing against.
     c_model: the resolved `model` section.
   """
   out, flat = {"model_type": family.model_type}, config.flatten(c_model)
@@ -117,18 +117,16 @@ def architecture(c_model):
   return {k: v for k, v in flat.items() if not k.startswith(tuple(idle))}
 
 
-def difference(family, c_model):
-  """What keeps a model from being of a family: the first field's name, value and demand, or None."""
+def differences(family, c_model):
+  """What keeps a model from being of a family: each field's name, value and demand, as text."""
   try:
     _, found = read(write(family, c_model))
     back = architecture(configured(found).model)
   except UserError as e:
-    return str(e).removeprefix("config.json: ")
+    return [str(e).removeprefix("config.json: ")]
   mine = architecture(c_model)
-  for key in mine:
-    if key not in back or not fields.close(back[key], mine[key]):
-      return f"model.{key}={mine[key]!r}, where the family has {back.get(key)!r}"
-  return None
+  return [f"model.{key}={mine[key]!r}, where the family has {back.get(key)!r}" for key in mine
+          if key not in back or not fields.close(back[key], mine[key])]
 
 
 def family_of(c_model, name=None):
@@ -140,7 +138,7 @@ def family_of(c_model, name=None):
       first that has.
 
   Raises:
-    UserError: none has, with what each lacks; or there is no such family.
+    UserError: none has, with what the closest lack; or there is no such family.
   """
   if name is not None and name not in families.FAMILIES:
     raise UserError(f"no family {name!r}; {checks.nearest(name, families.FAMILIES)}there are: "
@@ -149,11 +147,12 @@ def family_of(c_model, name=None):
   likely = lambda family: c_model.preset.startswith(family.model_type)
   for family in sorted(families.FAMILIES.values(), key=likely, reverse=True):
     if name in (None, family.model_type):
-      against[family.model_type] = difference(family, c_model)
-      if against[family.model_type] is None:
+      against[family.model_type] = differences(family, c_model)
+      if not against[family.model_type]:
         return family
-  raise UserError("no published family has this model's fields: " +
-                  "; ".join(f"{k}: {v}" for k, v in against.items()))
+  closest = sorted(against.items(), key=lambda item: len(item[1]))[:3]
+  raise UserError("no published family has this model's fields; closest are " +
+                  "; ".join(f"{kind}: {', '.join(found[:4])}" for kind, found in closest))
 
 
 class _Place(NamedTuple):

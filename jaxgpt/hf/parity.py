@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxgpt import generate
+from jaxgpt import __version__, generate
 from jaxgpt.model import transformer
 
 JSON, TEXT = "parity.json", "parity.md"
@@ -25,7 +25,7 @@ PROMPTS = (
     "In 1905 Albert Einstein published four papers; the third, on the electrodynamics of",
 )
 LENGTH, NEW = 48, 16  # tokens of a prompt at most; tokens generated
-_PACKAGES = ("jaxgpt", "jax", "torch", "transformers")
+_PACKAGES = ("jax", "torch", "transformers")
 
 
 def certify(folder, c_model, params, tokenizer, dtype, compare=True):
@@ -46,7 +46,7 @@ def certify(folder, c_model, params, tokenizer, dtype, compare=True):
   """
   out = {"checked": False, "tokenizer": {"equal": None, "why_not": ""}, "dtypes": {"files": dtype, "compared_in": "float32"},
          "versions": {"python": platform.python_version(),
-                      **{name: _version(name) for name in _PACKAGES}},
+                      "jaxgpt": __version__, **{name: _version(name) for name in _PACKAGES}},
          "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())}}
   if not compare:
     return out | {"why_not": "it was not asked for"}
