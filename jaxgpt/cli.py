@@ -233,6 +233,11 @@ def _add_plan(p):
   p.add_argument("--json", metavar="FILE", help="write all figures there")
   p.add_argument("--golden", metavar="FILE",
                  help="compare the collectives with this budget; written where there is none")
+  p.add_argument("--search", action="store_true",
+                 help="look for the mesh, the rows a device and what is saved that are fastest")
+  p.add_argument("--finalists", type=_count(1), default=4, help="of a search: plans to compile")
+  p.add_argument("--keep-batch", action="store_true",
+                 help="of a search: keep data.batch_size, by accumulation")
   p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text there")
 
 
@@ -378,6 +383,9 @@ def _plan(args):
   from jaxgpt.plan import environment
   environment.prepare()
   from jaxgpt.plan import command
+  if args.search:
+    return command.search(args.config, args.overrides, args.topology, finalists=args.finalists,
+                          keep_batch=args.keep_batch, out=args.json)
   return command.plan(args.config, args.overrides, args.topology, price=args.price, out=args.json,
                       golden=args.golden, save_text=args.hlo)
 

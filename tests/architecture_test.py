@@ -25,11 +25,12 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
      "hf.families", "hf.tokenizer", "hf.convert", "hf.adapters", "plan.environment", "plan.chips",
-     "plan.topology", "plan.hlo", "plan.cost", "plan.golden"],
+     "plan.topology", "plan.hlo", "plan.cost", "plan.golden", "plan.estimate"],
     ["mirror", "checkpoint", "timer", "workdir", "writers",
      "hf.safetensors", "hf.weights", "hf.parity"],
     ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference",
-     "machine", "doctor", "plan.lower", "plan.explain", "plan.report", "plan.command", "cli", "__main__"],
+     "machine", "doctor", "plan.lower", "plan.report", "plan.search",
+     "plan.explain", "plan.command", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "presets", "processes", "lifeline",

@@ -1,5 +1,6 @@
 """`jaxgpt plan`: what a config takes on a topology, before it is rented."""
 
+import itertools
 import json
 import pathlib
 
@@ -7,6 +8,7 @@ from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.plan import explain, lower, report
 from jaxgpt.plan import golden as golden_lib
+from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
 
 
@@ -33,7 +35,8 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
   try:
     compiled = lower.compile_step(c, where)
   except lower.OutOfMemory as e:
-    print("\n".join(explain.out_of_memory(e, c, where)))
+    for line in itertools.chain(explain.out_of_memory(e, c, where), explain.remedies(c, where)):
+      print(line, flush=True)
     return 1
   if save_text:
     _write(save_text, compiled.executable.as_text())
@@ -44,6 +47,33 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
   if golden:
     return golden_lib.check(golden, found)
   return 0 if found["memory"]["fits"] else 1
+
+
+def search(path, overrides, topology, *, finalists=4, keep_batch=False, out=None):
+  """Looks for the fastest plan that fits, and prints those that were compiled.
+
+  Args:
+    path, overrides, topology, out: as in `plan`.
+    finalists: how many plans to compile.
+    keep_batch: whether data.batch_size stays.
+
+  Returns:
+    An exit code: 1 where nothing fits.
+
+  Raises:
+    UserError: as `plan`.
+  """
+  c = lower.resolve(config.load(path, overrides)[0])
+  where = topology_lib.parse(topology)
+  results = search_lib.search(c, where, finalists, keep_batch,
+                              say=lambda line: print(line, flush=True))
+  print("\n".join(search_lib.table(results, where)), flush=True)
+  if out:
+    _write(out, json.dumps([{"changes": r.candidate.changes, "estimated_bytes": r.candidate.bytes,
+                             "figures": r.figures,
+                             "needed_bytes": r.error.needed if r.error else None}
+                            for r in results], indent=2))
+  return 0 if results[0].fits else 1
 
 
 def _write(path, text):

@@ -59,24 +59,16 @@ class Compiled(NamedTuple):
   seconds: float
 
 
-class Buffer(NamedTuple):
-  """One of the largest allocations of a program that does not fit."""
-  bytes: int
-  shape: str
-  op_name: str
-
-
 class OutOfMemory(Exception):
   """The program needs more memory than a device has.
 
   Attributes:
-    needed, limit: bytes.
-    buffers: the largest `Buffer`s, as far as the compiler names them.
+    needed, limit: bytes; `needed` is 0 where the compiler does not say.
   """
 
-  def __init__(self, needed, limit, buffers):
+  def __init__(self, needed, limit):
     super().__init__(f"{needed / 2**30:.2f} GiB needed, {limit / 2**30:.2f} GiB there")
-    self.needed, self.limit, self.buffers = needed, limit, buffers
+    self.needed, self.limit = needed, limit
 
 
 def resolve(c):
@@ -170,14 +162,7 @@ def read_out_of_memory(text, limit):
   sizes = sizes or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
   needed = _bytes(*sizes.groups()[:2]) if sizes else 0
   limit = _bytes(*sizes.groups()[2:]) if sizes else limit
-  buffers = []
-  for part in re.split(r"\n\s*\d+\. Size: ", text)[1:]:
-    size = re.match(r"([\d.]+)([KMGT]?)", part)
-    name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', part)
-    shape = re.search(r"Shape: (\S+)", part)
-    buffers.append(Buffer(_bytes(*size.groups()), shape[1] if shape else "",
-                          name[1].replace("\\'", "'") if name else ""))
-  return OutOfMemory(needed, limit, buffers)
+  return OutOfMemory(needed, limit)
 
 
 def _bytes(number, unit):

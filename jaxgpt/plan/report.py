@@ -49,7 +49,7 @@ def figures(compiled, topology, price=None):
       "collectives": [dict(zip(("opcode", "dtype", "phase"), key)) | {"calls": calls, "bytes": size}
                       for key, (calls, size) in sorted(cost.collectives.items())],
       "exposed_bytes": cost.bytes("exposed"), "overlapped_bytes": cost.bytes("overlapped"),
-      "merit": merit / mine, "mfu": model_flops / step / chip.peak_flops,
+      "merit": merit / mine, "merit_with_kernels": step / mine, "mfu": model_flops / step / chip.peak_flops,
       "hardware_utilisation": (cost.flops + kernel_flops) / step / chip.peak_flops,
       "tokens_per_second": tokens / step,
       "tokens_per_second_per_chip": tokens / step / topology.num_chips,

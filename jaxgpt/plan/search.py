@@ -1,0 +1,251 @@
+"""Looks for the mesh, what to save, and the rows a device that make a step fastest per token.
+
+All candidates are ranked by `estimate`; the best that should fit are compiled, and so is the best of
+those that should not, to show that it does not.
+"""
+
+import collections
+import itertools
+from typing import Any, NamedTuple
+
+from jaxgpt import mesh as mesh_lib
+from jaxgpt.errors import UserError
+from jaxgpt.plan import estimate, lower, report
+
+REMATS = ("full", "save:attention", "save:q,k,v,attention", "save:q,k,v,attention,o",
+          "save:q,k,v,attention,up", "save:q,k,v,attention,gate,up",
+          "save:q,k,v,attention,o,gate,up")  # in this order each saves more
+_TENSORS = (1, 2, 4, 8)
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
+_ACCUMULATE = (1, 2, 4, 8, 16)
+_SLACK = 1.02  # the arithmetic is wrong by a few per cent: so much above the limit is still tried
+
+
+class Candidate(NamedTuple):
+  """A plan by arithmetic.
+
+  Attributes:
+    c: the config with the changes.
+    changes: {key: value}.
+    bytes: of a device.
+    merit: seconds a token and device.
+  """
+  c: Any
+  changes: dict
+  bytes: float
+  merit: float
+
+
+class Result(NamedTuple):
+  """What compiling a candidate gave: figures of `report`, or why it does not fit."""
+  candidate: Candidate
+  figures: dict | None
+  error: lower.OutOfMemory | None
+
+  @property
+  def fits(self):
+    return self.figures is not None and self.figures["memory"]["fits"]
+
+
+def changed(c, changes):
+  """A resolved config with other values.
+
+  Raises:
+    UserError: the values exclude each other.
+  """
+  c = c.copy_and_resolve_references()
+  c.unlock()
+  c.update_from_flattened_dict(changes)
+  c.eval.batch_size = c.data.batch_size
+  return lower.resolve(c.lock())
+
+
+def candidates(c, topology, keep_batch=False):
+  """All `Candidate`s of a config on a topology, the best estimate first.
+
+  Args:
+    c: a resolved config.
+    topology: a `topology.Topology`.
+    keep_batch: whether data.batch_size stays as it is, by accumulation.
+  """
+  m, num, counts = c.model, topology.num_devices, estimate.count(c)
+  out = []
+  for tensor, remat in itertools.product(_TENSORS, REMATS):
+    if m.num_kv_heads % tensor or m.mlp_width % tensor or m.vocab_size % tensor or num % tensor:
+      continue
+    sizes = {"data": topology.slices, "fsdp": num // tensor // topology.slices, "seq": 1,
+             "tensor": tensor, "expert": 1, "stage": 1}
+    if m.width % sizes["fsdp"]:
+      continue
+    shards = mesh_lib.num_batch_shards(sizes)
+    for rows, accumulate in itertools.product(_ROWS, _ACCUMULATE if keep_batch else (1,)):
+      batch = rows * shards * accumulate
+      if keep_batch and batch != c.data.batch_size:
+        continue
+      changes = {f"mesh.{axis}": sizes[axis] for axis in ("data", "fsdp", "tensor")}
+      changes |= {"model.remat": remat, "data.batch_size": batch, "optim.accumulate": accumulate}
+      one = changed(c, changes)
+      took = estimate.seconds(one, sizes, counts, topology.chip)
+      out.append(Candidate(one, changes, estimate.memory(estimate.buffers(one, sizes, counts)),
+                           sum(took.values()) * num / batch / c.data.seq_len))
+  return sorted(out, key=lambda one: one.merit)
+
+
+def choose(found, limit, finalists):
+  """(candidates to compile, the smallest of the better ones that should not fit, or None).
+
+  Of each mesh and rows a device the two best by what they save: where the compiler finds memory
+  scarce it recomputes by itself, and the one that saves less is faster.
+
+  Args:
+    found: from `candidates`.
+    limit: bytes of a device.
+    finalists: how many to compile.
+  """
+  fitting, seen = [], collections.Counter()
+  for one in found:
+    kind = tuple(v for k, v in one.changes.items() if k != "model.remat")
+    if one.bytes <= limit * _SLACK and seen[kind] < 2:
+      seen[kind] += 1
+      fitting.append(one)
+  beyond = [one for one in found if one.bytes > limit * _SLACK
+            and (not fitting or one.merit < fitting[0].merit)]
+  return fitting[:finalists], min(beyond, key=lambda one: one.bytes, default=None)
+
+
+def search(c, topology, finalists=4, keep_batch=False, say=print):
+  """Compiles the most promising plans.
+
+  Args:
+    c: a resolved config.
+    topology: a `topology.Topology`.
+    finalists: how many to compile.
+    keep_batch: see `candidates`.
+    say: is told what goes on.
+
+  Returns:
+    `Result`s: those that fit, the best first, then the others.
+
+  Raises:
+    UserError: nothing can fit.
+  """
+  found = candidates(c, topology, keep_batch)
+  if not found:
+    raise UserError(f"no mesh over {topology.num_devices} devices suits this model and "
+                    f"data.batch_size={c.data.batch_size}"
+                    + ("; leave --keep-batch out" if keep_batch else ""))
+  chosen, beyond = choose(found, topology.chip.hbm_limit, finalists)
+  say(f"{len(found)} plans, {sum(1 for o in found if o.bytes <= topology.chip.hbm_limit)} should "
+      f"fit; compiling {len(chosen)}" + (" and one that should not" if beyond else ""))
+  results = []
+  for one in chosen + ([beyond] if beyond else []):
+    results.append(compiled(one, topology))
+    say(f"  {describe(one.changes, topology)}: {verdict(results[-1])}")
+  if not any(r.fits for r in results):  # the arithmetic was too hopeful: save less until it fits
+    results += _retreat(found, results, topology, say)
+  order = lambda r: (not r.fits, r.figures["merit_with_kernels"] if r.fits else r.candidate.merit)
+  return sorted(results, key=order)
+
+
+def _retreat(found, results, topology, say, tries=3):
+  tried = [r.candidate for r in results]
+  least = min((one.bytes for one in tried), default=0)
+  out = []
+  for one in [o for o in found if o.bytes < 0.93 * least][:tries]:
+    out.append(compiled(one, topology))
+    say(f"  {describe(one.changes, topology)}: {verdict(out[-1])}")
+    if out[-1].fits:
+      break
+  return out
+
+
+def remedies(c, topology):
+  """Changes to a config that does not fit, each the least of its kind that should: `Candidate`s.
+
+  Less is saved; or the batch is cut into more microbatches; or rows are taken away.
+  """
+  sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
+  counts, limit = estimate.count(c), topology.chip.hbm_limit
+  per_device = c.data.batch_size // mesh_lib.num_batch_shards(sizes) // c.optim.accumulate
+  halves = [2**i for i in range(1, 8) if per_device % 2**i == 0]
+  kinds = (
+      [{"model.remat": remat} for remat in reversed(REMATS)],
+      [{"optim.accumulate": c.optim.accumulate * n} for n in halves],
+      [{"data.batch_size": c.data.batch_size // n} for n in halves])
+  for ways in kinds:
+    for changes in ways:
+      one = changed(c, changes)
+      size = estimate.memory(estimate.buffers(one, sizes, counts))
+      if size <= limit * 0.98:
+        yield Candidate(one, changes, size, 0.0)
+        break
+
+
+def compiled(candidate, topology):
+  """The `Result` of compiling a candidate."""
+  try:
+    return Result(candidate, report.figures(lower.compile_step(candidate.c, topology), topology),
+                  None)
+  except lower.OutOfMemory as e:
+    return Result(candidate, None, e)
+
+
+def describe(changes, topology):
+  """A candidate in a few words."""
+  axes = " x ".join(f"{k.removeprefix('mesh.')} {v}" for k, v in changes.items()
+                    if k.startswith("mesh.") and v > 1)
+  rows = changes["data.batch_size"] // changes["optim.accumulate"]
+  rows //= topology.num_devices // changes["mesh.tensor"]
+  again = f" x {changes['optim.accumulate']}" if changes["optim.accumulate"] > 1 else ""
+  return f"{axes or 'one device'}, {rows}{again} rows, {changes['model.remat']}"
+
+
+def verdict(result):
+  """What compiling said, in a few words."""
+  if result.error:
+    return (f"does not fit, needs {result.error.needed / lower.GIB:.2f} of "
+            f"{result.error.limit / lower.GIB:.2f} GiB")
+  f = result.figures
+  return (f"{f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, MFU {f['mfu']:.1%}, "
+          f"{f['memory']['total'] / lower.GIB:.2f} GiB" + ("" if f["memory"]["fits"] else
+                                                          ", does not fit"))
+
+
+def why(result, best):
+  """Why a result lost against the best: the part of a token's time that grew most."""
+  if not result.fits:
+    return "too much memory"
+  a, b = (r.figures for r in (best, result))
+  per_token = lambda f, key: f["seconds"][key] / f["batch_size"] * 1e6
+  key = max(("matmul", "other", "kernels", "exposed", "unhidden"),
+            key=lambda k: per_token(b, k) - per_token(a, k))
+  word = {"matmul": "slower or repeated matmuls", "other": "more that is no matmul",
+          "kernels": "attention kernels run more often", "exposed": "more exposed collectives",
+          "unhidden": "gathers longer than the compute beside them"}[key]
+  return f"{b['merit_with_kernels'] / a['merit_with_kernels'] - 1:+.1%}: {word}"
+
+
+def table(results, topology):
+  """Lines: the results, and what to paste for the best.
+
+  Args:
+    results: from `search`.
+    topology: a `topology.Topology`.
+  """
+  best = results[0]
+  yield ""
+  yield f"{'plan':<62} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'est.':>6}  "
+  for r in results:
+    f = r.figures
+    found = (f"{f['tokens_per_second_per_chip']:>9,.0f} {f['mfu']:>6.1%} "
+             f"{f['memory']['total'] / lower.GIB:>6.2f}" if f
+             else f"{'-':>9} {'-':>6} {r.error.needed / lower.GIB:>6.2f}")
+    note = "best" if r is best and r.fits else why(r, best)
+    yield (f"{describe(r.candidate.changes, topology):<62} {found} "
+           f"{r.candidate.bytes / lower.GIB:>6.2f}  {note}")
+  yield ""
+  if not best.fits:
+    yield "nothing that was tried fits: take a larger slice, or shorter rows"
+    return
+  yield "to train with the best, add:"
+  yield " ".join(f"--config.{key}={value}" for key, value in best.candidate.changes.items())
