@@ -233,6 +233,8 @@ def _add_plan(p):
   p.add_argument("--json", metavar="FILE", help="write all figures there")
   p.add_argument("--golden", metavar="FILE",
                  help="compare the collectives with this budget; written where there is none")
+  p.add_argument("--top", type=_count(0), default=0,
+                 help="print so many of the heaviest instructions")
   p.add_argument("--search", action="store_true",
                  help="look for the mesh, the rows a device and what is saved that are fastest")
   p.add_argument("--finalists", type=_count(1), default=4, help="of a search: plans to compile")
@@ -387,7 +389,7 @@ def _plan(args):
     return command.search(args.config, args.overrides, args.topology, finalists=args.finalists,
                           keep_batch=args.keep_batch, out=args.json)
   return command.plan(args.config, args.overrides, args.topology, price=args.price, out=args.json,
-                      golden=args.golden, save_text=args.hlo)
+                      golden=args.golden, save_text=args.hlo, top=args.top)
 
 
 def _evaluate(args):

@@ -6,13 +6,14 @@ import pathlib
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
-from jaxgpt.plan import explain, lower, report
+from jaxgpt.plan import cost, explain, hlo, lower, report
 from jaxgpt.plan import golden as golden_lib
 from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
 
 
-def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_text=None):
+def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_text=None,
+         top=0):
   """Compiles a config's train step for a topology and prints what it takes.
 
   Args:
@@ -22,6 +23,7 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
     out: file for the figures as JSON, or None.
     golden: file with a communication budget to compare with, or None; written where there is none.
     save_text: file for the compiled program's text, or None.
+    top: how many of the heaviest instructions to print.
 
   Returns:
     An exit code: 0, or 1 where the program does not fit or exceeds its budget.
@@ -38,10 +40,14 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
     for line in itertools.chain(explain.out_of_memory(e, c, where), explain.remedies(c, where)):
       print(line, flush=True)
     return 1
+  text = compiled.executable.as_text()
   if save_text:
-    _write(save_text, compiled.executable.as_text())
+    _write(save_text, text)
   found = report.figures(compiled, where, price)
   print("\n".join(report.table(found)), flush=True)
+  if top:
+    lines = cost.heaviest(hlo.parse(text), top)
+    print("\n".join(report.heaviest_lines(lines, where.chip)), flush=True)
   if out:
     _write(out, json.dumps(found, indent=2))
   if golden:

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 from jaxgpt.plan import hlo
 
@@ -65,6 +66,40 @@ def of_program(program, bytes_per_cycle=0.0):
   return _Walk(program, bytes_per_cycle).of(program.entry)
 
 
+class Line(NamedTuple):
+  """An instruction of the schedule, with all of its runs in a step.
+
+  Attributes:
+    name, op_name: see `hlo.Instruction`.
+    runs: how often it runs.
+    cycles, flops: of all of them.
+    shapes: of its results, as text.
+  """
+  name: str
+  op_name: str
+  runs: int
+  cycles: int
+  flops: float
+  shapes: str
+
+
+def heaviest(program, most):
+  """The `Line`s with the most cycles, at most so many."""
+  walk, lines = _Walk(program, 0.0), []
+
+  def visit(name, runs):
+    for made in program.computations[name]:
+      if made.opcode == "while":
+        visit(made.attribute("body").lstrip("%"), runs * hlo.trip_count(program, name, made))
+      elif made.cycles:
+        shapes = " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in made.arrays[:2])
+        lines.append(Line(made.name, made.op_name, runs, made.cycles * runs,
+                          walk.flops(name, made) * runs, shapes))
+
+  visit(program.entry, 1)
+  return sorted(lines, key=lambda line: -line.cycles)[:most]
+
+
 class _Walk:
   """Costs of computations, each worked out once."""
 
@@ -99,6 +134,10 @@ class _Walk:
     cost.add(inner)
     self._costs[name] = cost
     return cost
+
+  def flops(self, computation, made):
+    """FLOPs of one run of an instruction."""
+    return self._inside(computation, made)[0]
 
   def _inside(self, computation, made):
     """(FLOPs, [(kernel, FLOPs)], [(channel, piece)]) of an instruction and what it is fused from."""

@@ -92,6 +92,23 @@ def table(f):
   yield f"figure of merit {f['merit'] * 1e6:.2f} µs a token and device, kernels left out"
 
 
+def heaviest_lines(lines, chip):
+  """Lines of a table of the heaviest instructions.
+
+  Args:
+    lines: from `cost.heaviest`.
+    chip: a `chips.Chip`.
+  """
+  yield ""
+  yield "heaviest instructions: cycles of a step, runs, share of the peak, results, place"
+  for line in lines:
+    share = line.flops / chip.flops_per_cycle / line.cycles
+    place = "/".join(part for part in line.op_name.split("/")[-5:])
+    yield (f"  {line.cycles / 1e6:>8.1f}M x{line.runs:<4} "
+           + (f"{share:>4.0%}" if share else "    ")
+           + f"  {line.shapes[:56]:<56}  {place[-70:] or line.name}")
+
+
 def _memory_lines(m):
   yield ""
   yield "HBM of a device       GiB"

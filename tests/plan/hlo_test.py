@@ -151,3 +151,10 @@ ENTRY %main (q: bf16[2,8,256,128], k: bf16[2,2,512,128]) -> bf16[2,8,256,128] {
 """
   found = cost.of_program(hlo.parse(text))
   assert found.kernels == {"splash_mha_fwd_segmented": [1, 2 * 2 * 2 * 8 * 256 * 512 * 128]}
+
+
+def test_the_heaviest_instructions_are_those_of_all_trips():
+  program = hlo.parse(LOOP)
+  (line,) = cost.heaviest(program, 3)
+  assert (line.name, line.runs, line.cycles, line.shapes) == ("y", 4, 40, "f32[4]")
+  assert cost.heaviest(program, 0) == []
