@@ -51,15 +51,18 @@ def encode_batch(documents, kind, tokenizer, template=None, label_names=()):
     label_names: classification: names of the classes, in their order; (): labels are numbers.
 
   Returns:
-    For each document the list of its `Encoded`.
+    For each document the list of its `Encoded`, or the UserError with which the template
+    refused it.
 
   Raises:
     UserError: a label that is not in label_names, or is no number.
   """
   plans = [_plan(document, kind, template) for document in documents]
-  texts = [p.text for plan in plans for pieces in plan for p in pieces if not p.special]
+  texts = [p.text for plan in plans if not isinstance(plan, UserError)
+           for pieces in plan for p in pieces if not p.special]
   tokens = iter(tokenizer.encode_batch(texts))
-  return [[_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in plan]
+  return [plan if isinstance(plan, UserError) else
+          [_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in plan]
           for document, plan in zip(documents, plans)]
 
 
@@ -77,7 +80,10 @@ def label_names(labels):
 
 
 def _plan(document, kind, template):
-  """The pieces of each stored document that a document becomes; bos and eos are not among them."""
+  """The pieces of each stored document that a document becomes; bos and eos are not among them.
+
+  A UserError in their place says why the template has none.
+  """
   f = document.fields if kind != "text" else {}
   if kind == "text":
     return [[Piece(document.text)]]
@@ -86,7 +92,10 @@ def _plan(document, kind, template):
   if kind == "seq2seq":
     return [[Piece(f["input"] + "\n"), Piece(f["target"], trained=True)]]
   if kind == "chat":
-    return [template(f["messages"])]
+    try:
+      return [template(f["messages"])]
+    except UserError as e:
+      return e
   prompt = [Piece(f["prompt"])] if f.get("prompt") is not None else []
   return [[*prompt, Piece(f[name], trained=True)] for name in ("chosen", "rejected")]
 

@@ -72,7 +72,8 @@ def find(paths, exclude=(), suffixes=()):
     paths: files, folders (with all below them) and glob patterns of files (`**` crosses
       folders), local or remote, or one of them; an http address is one file. They are listed in
       the given order, each sorted by path; a file met twice is listed once. Hidden files, hidden
-      folders and `__pycache__` are left out, unless a path names them.
+      folders and `__pycache__` are left out, unless a path names them, and so are folders that
+      `jaxgpt data` wrote: its output may lie in the folder that is read.
     exclude: patterns as in a shell. A file is left out where one matches its path below the given
       folder, or any part of that: 'test*' leaves out 'a/tests/b.py' and 'a/test_c.py'.
     suffixes: what a folder is searched for, after `suffix`; files and patterns may name others.
@@ -88,17 +89,22 @@ def find(paths, exclude=(), suffixes=()):
   exclude = [exclude] if isinstance(exclude, str) else list(exclude)
   seen, files = set(), []
   for given in map(os.fspath, paths):
-    scheme = scheme_of(given)
-    expand = _expand_remote if scheme else _expand_local
-    for root, parts, file, key in expand(given.removeprefix("file://"), suffixes):
-      if key not in seen and not _excluded(parts, exclude):
+    if not given:
+      raise UserError("path '' is empty; name the folder to read, '.' for this one")
+    expand = _expand_remote if scheme_of(given) else _expand_local
+    found = list(expand(given.removeprefix("file://"), suffixes))
+    prepared = _prepared({parts for _, parts, _, _ in found})
+    for root, parts, file, key in found:
+      if (key not in seen and not _excluded(parts, exclude)
+          and not any(parts[:n] in prepared for n in range(len(parts)))):
         seen.add(key)
         files.append(file._replace(source=_printable("/".join((*root, *parts)))))
   if not files:
     given = ", ".join(repr(os.fspath(p)) for p in paths) or "no path"
     raise UserError(f"no file to read in {given}; folders are searched for "
-                    f"{' '.join(sorted(suffixes))}, hidden files and exclude={exclude} left out; "
-                    "name files or a glob pattern to read other suffixes")
+                    f"{' '.join(sorted(suffixes))}, hidden files, what jaxgpt data wrote and "
+                    f"exclude={exclude} left out; name files or a glob pattern to read other "
+                    "suffixes")
   return files
 
 
@@ -129,6 +135,14 @@ def _wanted(parts, suffixes):
   """Whether a folder's listing takes a file with these parts below the folder."""
   return (not any(part.startswith(".") or part in _IGNORED for part in parts)
           and suffix(parts[-1]) in suffixes)
+
+
+def _prepared(found):
+  """The folders among the parts that `jaxgpt data` wrote, or left unfinished."""
+  return ({parts[:-1] for parts in found if parts[-1] == "manifest.json"
+           and (*parts[:-1], "card.json") in found and (*parts[:-1], "train.sources.txt") in found}
+          | {parts[:-1] for parts in found if parts[-1] == "state.json"
+             and parts[-2:-1] and parts[-2].endswith(".unfinished")})
 
 
 def _literal_parts(parts):

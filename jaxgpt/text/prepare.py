@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
@@ -22,6 +21,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.text import (
   assemble,
   card,
+  chat,
   clean,
   decontaminate,
   dedup,
@@ -34,9 +34,6 @@ from jaxgpt.text import (
 )
 from jaxgpt.text import tokenizer as tokenizers
 
-_FEW_DOCUMENTS = 100
-_CUT_INTO = 400  # documents that few are cut into: enough for 5 % of them to be a fair sample
-_LEAST_CUT = 100  # characters
 # What outputs depend on, besides this package.
 _LIBRARIES = ("sentencepiece", "tokenizers", "tiktoken", "datatrove", "ftfy", "trafilatura")
 
@@ -86,6 +83,12 @@ class Options:
     if self.cut_chars and self.kind != "text":
       raise UserError(f"cut_chars={self.cut_chars} is for kind=text: an example of "
                       f"kind={self.kind} can't be cut; leave it out")
+    if self.template and self.kind != "chat":
+      raise UserError(f"template={self.template!r} is for kind=chat, this is kind={self.kind}; "
+                      "leave it out")
+    if self.decontaminate_options and not self.decontaminate:
+      raise UserError(f"decontaminate_options={self.decontaminate_options!r} says how, "
+                      "decontaminate=PATH or held-out from what; give both")
 
 
 def prepare(paths, out, *, overwrite=False, report=None, executor=None, **options):
@@ -136,19 +139,24 @@ def _check_options(options, files):
   clean.make(options.clean)
   dedup.make(options.dedup)
   decontaminate.make(options.decontaminate_options)
-  _given_digest(options)
+  for path in options.decontaminate:
+    if path != tasks.HELD_OUT:
+      read.find(path)
+  tokenizer = _given_tokenizer(options)
+  if options.kind == "chat":  # one that is trained gets the marks that bytes have
+    chat.load(options.template, tokenizer or tokenizers.ByteTokenizer())
 
 
 class _SampleIsWanted(Exception):
   """The tokenizer is one that has to be trained."""
 
 
-def _given_digest(options):
-  """What tells a given tokenizer from another one of that name; None for one to be trained."""
+def _given_tokenizer(options):
+  """The tokenizer that is named, or None where one is to be trained."""
   def sample():
     raise _SampleIsWanted
   try:
-    return tokenizers.from_spec(options.tokenizer, sample, symbols=options.symbols).digest
+    return tokenizers.from_spec(options.tokenizer, sample, symbols=options.symbols)
   except _SampleIsWanted:
     return None
 
@@ -263,13 +271,18 @@ class _Run:
       dropped.merge(account["dropped"])
     cleaned = accounts
     dropped.check(options.max_errors)
+    if not dropped.kept:
+      for line in dropped.lines():
+        self._report(line)
+      raise tasks.nothing_to_train_on(options)
     label_names = examples.label_names(
         label for account in accounts for label in account["labels"])
     clusters = self._duplicates(stores) if options.dedup else None
     contaminated = self._contaminated(stores, clusters) if options.decontaminate else None
     corpus = tasks.Corpus(stores, clusters, contaminated)
+    given = _given_tokenizer(options)
     made, _ = self._stage("tokenizer", 1, tasks.make_tokenizer, (corpus, options),
-                          [options.tokenizer, _given_digest(options), options.sample_bytes,
+                          [options.tokenizer, given and given.digest, options.sample_bytes,
                            options.symbols, options.validation, options.test])
     saved = made[0] / "tokenizer"
     written, accounts = self._stage("tokenize", len(stores), tasks.tokenize,
@@ -298,7 +311,7 @@ class _Run:
     options = self._options
     listed, accounts = self._stage("inputs", 1, tasks.list_inputs, (files, options.task_bytes),
                                    [inputs, options.task_bytes, _versions()])
-    cut_chars = _cut_chars(files, options, self._report)
+    cut_chars = tasks.cut_chars(files, options, self._report)
     return self._stage("read", accounts[0]["tasks"], tasks.read_and_clean,
                        (listed[0], options, cut_chars),
                        [options.kind, options.fields, options.format, options.max_record_bytes,
@@ -379,22 +392,3 @@ def _sum(accounts):
       else:
         out[key] = so_far + value
   return out
-
-
-def _cut_chars(files, options, report):
-  """The length to cut at: the one given, or, where the corpus has too few documents to fill the
-  splits, one that cuts them into enough; 0: don't."""
-  if options.cut_chars is not None or not options.validation + options.test:
-    return options.cut_chars or 0
-  if options.kind != "text":
-    return 0
-  documents = read.documents(files, fields=dict(options.fields), form=options.format,
-                             max_bytes=options.max_record_bytes)
-  lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
-  if len(lengths) == _FEW_DOCUMENTS:
-    return 0
-  size = max(sum(lengths) // _CUT_INTO, _LEAST_CUT)
-  if any(length > size for length in lengths):
-    report(f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
-           "there is something to hold out (--cut-chars=0: don't)")
-  return size

@@ -38,6 +38,7 @@ _REPORT_SECONDS = 10.0
 _PROGRESS_SECONDS = 2.0
 
 
+_TOLD = (UserError, OSError)  # failures of a task that are told without a traceback
 _locks = set()  # file descriptors of the locks that this process holds
 
 
@@ -199,7 +200,7 @@ def run_task(stage, rank):
   folder = stage.folder / f".{rank:05d}-{os.getpid()}-{secrets.token_hex(4)}"
   folder.mkdir()
   try:
-    account = stage.run(rank, folder, Progress(folder))
+    account = _run_in(folder, stage, rank)
     (folder / _PROGRESS).unlink(missing_ok=True)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size
              for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -214,6 +215,16 @@ def run_task(stage, rank):
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _run_in(folder, stage, rank):
+  """The account of a task; a file that can't be written is an OSError, whoever writes it."""
+  try:
+    return stage.run(rank, folder, Progress(folder))
+  except RuntimeError as e:  # array_record's, such as of a full disk: it names the file
+    if str(folder) in str(e):
+      raise OSError(str(e)) from e
+    raise
+
+
 def run_task_or_note(stage, rank):
   """`run_task` for a process whose exceptions nobody sees: a failure becomes a file.
 
@@ -224,7 +235,8 @@ def run_task_or_note(stage, rank):
   try:
     run_task(stage, rank)
   except Exception as e:
-    failure = {"user": isinstance(e, UserError), "message": str(e),
+    kind = next((cls.__name__ for cls in _TOLD if isinstance(e, cls)), None)
+    failure = {"kind": kind, "message": getattr(e, "strerror", None) or str(e),
                "traceback": traceback.format_exc()}
     path = stage.folder / f".failed-{stage.run_id}-{rank:05d}"
     with contextlib.suppress(FileNotFoundError):  # a later run has deleted the stage
@@ -244,7 +256,7 @@ def run(stage, executor, report):
     The accounts of all tasks, in the order of their ranks.
 
   Raises:
-    UserError: what a task raised.
+    UserError, OSError: what a task raised.
     RuntimeError: a task failed otherwise, in another process.
   """
   missing = stage.missing()
@@ -268,7 +280,8 @@ def run(stage, executor, report):
   if lost:
     raise UserError(f"{len(lost)} of {stage.tasks} tasks of the stage {stage.name} ended without a "
                     f"result (the first: {lost[0]}); their processes were ended from outside, "
-                    f"often for want of memory: give fewer --workers. Their logs are in "
+                    f"often for want of memory (give fewer --workers) or of room on the disk. "
+                    f"Their logs are in "
                     f"{stage.folder.parent}/logs; the same command goes on")
   if missing:
     report(f"{stage.name}: {stage.tasks} task{'s' * (stage.tasks > 1)}, "
@@ -279,8 +292,9 @@ def run(stage, executor, report):
 def _raise_failures(stage):
   for path in stage.failures():
     failure = json.loads(path.read_text(encoding="utf-8"))
-    if failure["user"]:
-      raise UserError(failure["message"])
+    for cls in _TOLD:
+      if failure["kind"] == cls.__name__:
+        raise cls(failure["message"])
     raise RuntimeError(f"task {path.name[-5:]} of stage {stage.name} failed:\n"
                        f"{failure['traceback']}")
 

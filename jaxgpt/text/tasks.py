@@ -6,6 +6,7 @@ and returns its account. `stores` are the folders of cleaned documents, by rank.
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import pickle
@@ -19,6 +20,9 @@ from jaxgpt.text import tokenizer as tokenizers
 HELD_OUT = "held-out"  # in the place of a path to decontaminate from: this corpus's other splits
 _BATCH_CHARS = 1_000_000  # characters tokenized in one call
 _BATCH_DOCUMENTS = 4_096
+_FEW_DOCUMENTS = 100
+_CUT_INTO = 400  # documents that few are cut into: enough for 5 % of them to be a fair sample
+_LEAST_CUT = 100  # characters
 _MOST_TASKS = 512
 _MOST_LABELS = 100_000
 
@@ -77,6 +81,25 @@ class SizedDropped(read.Dropped):
       self.at_hand = len(document.text.encode())
       yield document
       self.at_hand = 0
+
+
+def cut_chars(files, options, report):
+  """The length to cut at: the one given, or, where the corpus has too few documents to fill the
+  splits, one that cuts them into enough; 0: don't."""
+  if options.cut_chars is not None or not options.validation + options.test:
+    return options.cut_chars or 0
+  if options.kind != "text":
+    return 0
+  documents = read.documents(files, fields=dict(options.fields), form=options.format,
+                             max_bytes=options.max_record_bytes)
+  lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
+  if len(lengths) == _FEW_DOCUMENTS:
+    return 0
+  size = max(sum(lengths) // _CUT_INTO, _LEAST_CUT)
+  if any(length > size for length in lengths):
+    report(f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
+           "there is something to hold out (--cut-chars=0: don't)")
+  return size
 
 
 def _cut(document, chars):
@@ -263,6 +286,10 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
       stored = examples.encode_batch([document for _, _, document in batch], options.kind,
                                      tokenizer, template, label_names)
       for (split, num_bytes, document), parts in zip(batch, stored):
+        if isinstance(parts, UserError):
+          dropped.at_hand = num_bytes
+          dropped.add("chat template", document.source, str(parts))
+          continue
         encoded += 1
         count = sources.setdefault(_source_group(document.source), [0, 0])
         count[0], count[1] = count[0] + 1, count[1] + num_bytes

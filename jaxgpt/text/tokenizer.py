@@ -13,6 +13,7 @@ from jaxgpt.text.tokenizer_base import ByteTokenizer, Tokenizer
 from jaxgpt.text.tokenizer_sentencepiece import (
   MODEL,
   SentencePieceTokenizer,
+  check_training,
   train_sentencepiece,
 )
 
@@ -49,6 +50,7 @@ def from_spec(spec, sample, *, sample_bytes=4_000_000, symbols=()) -> Tokenizer:
   if not size.isdecimal():
     raise UserError(f"tokenizer={spec!r} names no vocabulary size; write it as "
                     "sentencepiece:4096 or sentencepiece:4096:unigram")
+  check_training(model_type or "bpe", symbols)
   return train_sentencepiece(sample(), vocab_size=int(size), model_type=model_type or "bpe",
                              sample_bytes=sample_bytes, symbols=tuple(symbols))
 

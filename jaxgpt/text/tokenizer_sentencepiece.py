@@ -176,9 +176,7 @@ def train_sentencepiece(texts, *, vocab_size, model_type="bpe", sample_bytes=4_0
     UserError: no text, or a vocab_size that is too small for the characters of the text or
       larger than what its repetitions support (but for 'char'), with the limit.
   """
-  if model_type not in ("bpe", "unigram", "char"):
-    raise UserError(f"tokenizer model type {model_type!r}: choose one of bpe, unigram, char")
-  _check_symbols(symbols)
+  check_training(model_type, symbols)
   sentences = _sentences(texts, sample_bytes)
   first = next(sentences, None)
   if first is None:
@@ -214,7 +212,10 @@ def _sentences(texts, sample_bytes):
         return
 
 
-def _check_symbols(symbols):
+def check_training(model_type, symbols):
+  """Raises the UserError of `train_sentencepiece` that needs no text."""
+  if model_type not in ("bpe", "unigram", "char"):
+    raise UserError(f"tokenizer model type {model_type!r}: choose one of bpe, unigram, char")
   for i, symbol in enumerate(symbols):
     if not symbol or symbol in symbols[:i] or symbol in _RESERVED or _SPACE_MARK in symbol:
       why = ("is empty" if not symbol else "is given twice" if symbol in symbols[:i] else

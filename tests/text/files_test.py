@@ -67,6 +67,13 @@ def test_nothing_to_read_is_an_error(tmp_path, path, message):
     read.find([os.path.join(tmp_path, path)])
 
 
+def test_an_empty_path_is_not_this_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "a.txt").write_text("x")
+  with pytest.raises(UserError, match="path '' is empty"):
+    files.find([""], (), (".txt",))
+
+
 @pytest.mark.parametrize("address, suffix", [
     ("a/B.JSONL.gz", ".jsonl"), ("a.txt", ".txt"), ("a.gz", ""), ("a", ""), ("a.b/c", ""),
     ("x.warc.wet.gz", ".wet"),

@@ -197,11 +197,17 @@ def test_one_long_text_is_cut_into_all_splits(tmp_path):
 @pytest.mark.parametrize("options, message", [
     ({"validation": 1.5}, "validation=1.5"), ({"validation": 0.6, "test": 0.4}, "below 1"),
     ({"tokenizer": "sentencepiece"}, "names no vocabulary size"),
-    ({"tokenizer": "gpt2"}, "'gpt2' is neither"), ({"shard_tokens": 0}, "shard_tokens=0")])
-def test_bad_options_are_named(corpus, tmp_path, options, message):
+    ({"tokenizer": "gpt2"}, "'gpt2' is neither"), ({"shard_tokens": 0}, "shard_tokens=0"),
+    ({"tokenizer": "sentencepiece:300:wordpiece"}, "model type 'wordpiece'"),
+    ({"template": "simple"}, "template='simple' is for kind=chat"),
+    ({"kind": "chat", "template": "simpel"}, "no chat template 'simpel'"),
+    ({"kind": "chat", "template": "chatml", "tokenizer": "bytes"}, "needs <.im_start.>"),
+    ({"decontaminate": ["nowhere.jsonl"]}, "nowhere.jsonl"),
+    ({"decontaminate_options": "words=5"}, "decontaminate_options='words=5'")])
+def test_bad_options_are_named_before_anything_is_done(corpus, tmp_path, options, message):
   with pytest.raises(UserError, match=message):
     prepare.prepare([corpus], tmp_path / "out", **options)
-  assert not (tmp_path / "out").exists()
+  assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece:300"])
@@ -218,6 +224,28 @@ def test_dropped_documents_are_in_the_manifest_and_the_report(corpus, tmp_path):
   manifest = prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append)
   assert manifest["dropped"] == {"invalid json": 2}
   assert any("in/bad.jsonl:2" in line for line in lines)
+
+
+def test_a_corpus_that_is_not_what_was_said_ends_with_the_account(corpus, tmp_path):
+  lines = []
+  with pytest.raises(UserError, match="no document for the training split"):
+    prepare.prepare([corpus], tmp_path / "out", kind="chat", report=lines.append)
+  assert any("300 by rule 'missing field'" in line for line in lines)
+  assert any("corpus.jsonl:1: no 'messages' in 'text'" in line for line in lines)
+
+
+def test_what_was_written_into_the_folder_that_is_read_is_not_read(corpus, tmp_path):
+  first = prepare.prepare([corpus], corpus / "out", tokenizer="bytes")
+  (corpus / "b.unfinished").mkdir()
+  (corpus / "b.unfinished" / "state.json").write_text('{"text": "x"}')
+  (corpus / "mine").mkdir()
+  again = prepare.prepare([corpus], corpus / "out", tokenizer="bytes", overwrite=True)
+  assert again == first and first["read"] == len(DOCUMENTS)
+  with pytest.raises(UserError, match="what jaxgpt data wrote"):
+    prepare.prepare([corpus / "out"], tmp_path / "b", tokenizer="bytes")
+  (corpus / "mine" / "manifest.json").write_text('{"text": "a text of this name is read"}')
+  more = prepare.prepare([corpus], tmp_path / "c", tokenizer="bytes")
+  assert more["read"] == len(DOCUMENTS) + 1
 
 
 @pytest.mark.parametrize("vocab, dtype", [(65_536, "uint16"), (65_537, "uint32")])

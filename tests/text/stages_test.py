@@ -173,6 +173,23 @@ def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
   assert digests(tmp_path / "out") == digests(tmp_path / "again")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_message_and_the_run_goes_on(tmp_path, workers):
+  """A limit on the size of files stands in for it."""
+  pytest.importorskip("datatrove")
+  write_corpus(tmp_path / "in", files=3, documents=200, words=200)
+  options = [f"--workers={workers}", "--task-bytes=100000"]
+  run = command(tmp_path / "in", tmp_path / "out", *options)
+  limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "-", *run]
+  done = subprocess.run(limited, capture_output=True, text=True, check=False)
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert "can't be written" in done.stderr and "make room" in done.stderr
+  subprocess.run(run, check=True, capture_output=True)
+  subprocess.run(command(tmp_path / "in", tmp_path / "whole", *options), check=True,
+                 capture_output=True)
+  assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def _stage(tmp_path, run, tasks=3):
   work = stages.Work(tmp_path / "work", {})
   return work.stage("some", tasks, run, [], print)

@@ -70,6 +70,21 @@ def test_what_is_learned_of_a_kind(tmp_path, kind, row, learned):
   assert t.decode(split.read(3, int(start), int(end - start))) == learned
 
 
+def test_conversations_that_a_template_has_no_place_for_are_counted(tmp_path):
+  def row(role, i):
+    return {"messages": [{"role": role, "content": "question"},
+                         {"role": "assistant", "content": f"answer {i}"}]}
+  manifest = run(tmp_path, [row("tool" if i % 3 == 0 else "user", i) for i in range(60)],
+                 "--kind=chat", "--validation=0", "--test=0")
+  assert manifest["dropped"] == {"chat template": 20}
+  assert (manifest["read"], manifest["kept"]) == (60, 40)
+  split = source.open_split(tmp_path / "out", "train")
+  assert split.num_documents == 40
+  card = json.loads((tmp_path / "out" / "card.json").read_text())
+  assert "no place for a message of role 'tool'" in card["dropped"]["chat template"]["examples"][0]
+  assert split.source_name(0).endswith(":2"), "the others keep their order"
+
+
 def test_preferences_are_pairs(tmp_path):
   rows = [{"prompt": f"{sentence(i, 4)}\n", "chosen": f"yes {i}", "rejected": "no"}
           for i in range(60)]
