@@ -190,7 +190,7 @@ def _add_tokens(g):
                  help="bytes | sentencepiece:SIZE[:bpe|unigram|char] | a .model, .tiktoken or "
                       "tokenizer.json file | a folder with one, or that this command wrote")
   g.add_argument("--template", default="",
-                 help="kind chat: simple, chatml, llama3, gemma, …, or tokenizer for the one that "
+                 help="kinds chat and preference: simple, chatml, llama3, gemma, …, or tokenizer for the one that "
                       "came with it; default: the first that fits the tokenizer")
   g.add_argument("--sample-bytes", type=int, default=4_000_000,
                  help="bytes of text that the tokenizer is trained on")

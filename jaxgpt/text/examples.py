@@ -41,13 +41,14 @@ def encode_batch(documents, kind, tokenizer, template=None, label_names=()):
   chat            the messages as the template writes them, special tokens and all; what it says
                   the assistant says is predicted
   preference      two stored documents, prompt + chosen and prompt + rejected; the answers are
-                  predicted
+                  predicted. Where one of them is a list of messages, each is a `conversation`
+                  as the template has it, and its last message is predicted
 
   Args:
     documents: of `read.documents`, with the `fields` of their kind.
     kind: one of `KINDS`.
     tokenizer: from `tokenizer.load`.
-    template: chat: a function (messages) -> [Piece], such as of `chat.load`.
+    template: chat, preference: a function (messages) -> [Piece], such as of `chat.load`.
     label_names: classification: names of the classes, in their order; (): labels are numbers.
 
   Returns:
@@ -91,19 +92,49 @@ def _plan(document, kind, template):
     return [[Piece(f[name]) for name in ("text", "text_pair") if f.get(name) is not None]]
   if kind == "seq2seq":
     return [[Piece(f["input"] + "\n"), Piece(f["target"], trained=True)]]
-  if kind == "chat":
+  if is_chat(document, kind):
     try:
-      return [template(f["messages"])]
+      return [template(messages) for messages in
+              ([f["messages"]] if kind == "chat" else conversations(f))]
     except UserError as e:
       return e
   prompt = [Piece(f["prompt"])] if f.get("prompt") is not None else []
   return [[*prompt, Piece(f[name], trained=True)] for name in ("chosen", "rejected")]
 
 
+def is_chat(document, kind):
+  """Whether a document's messages are written by a template."""
+  return kind == "chat" or (kind == "preference" and any(
+      isinstance(value, list) for value in document.fields.values()))
+
+
+def conversations(fields):
+  """The messages of the two answers of a preference, of which only the last are learned.
+
+  Each of prompt, chosen and rejected is a text or a list of messages. An answer that begins with
+  another message than the assistant's holds the prompt.
+
+  Raises:
+    UserError: an answer does not end with a message of the assistant.
+  """
+  out = []
+  for name in ("chosen", "rejected"):
+    prompt, answer = fields.get("prompt", ""), fields[name]
+    if isinstance(prompt, str):
+      prompt = [{"role": "user", "content": prompt}] if prompt else []
+    if isinstance(answer, str):
+      answer = [{"role": "assistant", "content": answer}]
+    if not answer or answer[-1]["role"] != "assistant":
+      raise UserError(f"{name} does not end with a message of role 'assistant'")
+    messages = answer if answer[0]["role"] != "assistant" else [*prompt, *answer]
+    out.append([*({**message, "weight": 0} for message in messages[:-1]), messages[-1]])
+  return out
+
+
 def _join(pieces, tokens, tokenizer, kind, document, names):
   """The `Encoded` of pieces whose tokens come next."""
   bos, eos = ([np.array([i], np.int32)] for i in (tokenizer.bos_id, tokenizer.eos_id))
-  framed = kind != "chat"  # a template writes its own ends
+  framed = not is_chat(document, kind)  # a template writes its own ends
   parts, trained, second, at = list(bos) if framed else [], [], None, int(framed)
   for number, piece in enumerate(pieces):
     if kind == "classification" and number:

@@ -57,7 +57,7 @@ class Options:
   # bytes | sentencepiece:SIZE | sentencepiece:SIZE:MODEL_TYPE (bpe, unigram, char), or what
   # `tokenizer.load` takes: another prepared folder, Hugging Face's, tiktoken's, a .model file
   tokenizer: str = "sentencepiece:4096"
-  template: str = ""  # kind chat: as `chat.load` takes it
+  template: str = ""  # kinds chat and preference: as `chat.load` takes it
   sample_bytes: int = 4_000_000  # bytes of training documents that the tokenizer learns from
   symbols: tuple = ()  # texts that are one token each wherever they occur
   validation: float = 0.05  # share of the documents that go to the validation split
@@ -83,9 +83,9 @@ class Options:
     if self.cut_chars and self.kind != "text":
       raise UserError(f"cut_chars={self.cut_chars} is for kind=text: an example of "
                       f"kind={self.kind} can't be cut; leave it out")
-    if self.template and self.kind != "chat":
-      raise UserError(f"template={self.template!r} is for kind=chat, this is kind={self.kind}; "
-                      "leave it out")
+    if self.template and self.kind not in ("chat", "preference"):
+      raise UserError(f"template={self.template!r} is for kind=chat and preference, this is "
+                      f"kind={self.kind}; leave it out")
     if self.decontaminate_options and not self.decontaminate:
       raise UserError(f"decontaminate_options={self.decontaminate_options!r} says how, "
                       "decontaminate=PATH or held-out from what; give both")
@@ -143,7 +143,7 @@ def _check_options(options, files):
     if path != tasks.HELD_OUT:
       read.find(path)
   tokenizer = _given_tokenizer(options)
-  if options.kind == "chat":  # one that is trained gets the marks that bytes have
+  if options.kind == "chat" or options.template:  # one that is trained gets the marks that bytes have
     chat.load(options.template, tokenizer or tokenizers.ByteTokenizer())
 
 
@@ -370,8 +370,9 @@ class _Run:
     if not splits["train"]["documents"]:
       raise tasks.nothing_to_train_on(self._options)
     shutil.copytree(saved, folder / "tokenizer")
+    template = next((a["template"] for a in accounts if a["template"]), None)
     manifest = shards.make_manifest(tokenizers.load(saved), splits, dropped, self._options.kind,
-                                    label_names, accounts[0]["template"])
+                                    label_names, template)
     shards.write_manifest(folder, manifest)
     for split, entry in splits.items():
       self._report(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "

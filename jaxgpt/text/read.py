@@ -212,6 +212,8 @@ def _document(record, kind, columns):
     found = {name: value for name, value in found.items() if value is not None}
     name = str(found.pop("id", record.id))
     checked = {key: _CHECKS.get(key, _string)(key, value) for key, value in found.items()}
+    if kind == "preference" and type(checked["chosen"]) is not type(checked["rejected"]):
+      raise TypeError("one of chosen and rejected is a text, the other one messages")
     text = "\n".join(part for key in checked for part in _texts(key, checked[key]))
     for part in (text, name, str(checked.get("label", ""))):
       part.encode()  # "\ud800" is valid JSON, but stands for no character: it has no UTF-8 form
@@ -239,7 +241,7 @@ def _value(values, column, optional):
 
 def _texts(name, value):
   """The texts in a field, for a document's text."""
-  if name == "messages":
+  if isinstance(value, list):
     return [message["content"] for message in value]
   return [] if name == "label" else [value]
 
@@ -272,4 +274,9 @@ def _messages(name, value):
   return value
 
 
-_CHECKS = {"label": _label, "messages": _messages}
+def _text_or_messages(name, value):
+  return _messages(name, value) if isinstance(value, list) else _string(name, value)
+
+
+_CHECKS = {"label": _label, "messages": _messages, "prompt": _text_or_messages,
+           "chosen": _text_or_messages, "rejected": _text_or_messages}

@@ -276,8 +276,9 @@ def _load_tokenizer(saved):
 def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   """Cleaned documents to shards of each split."""
   tokenizer = _load_tokenizer(saved)
-  template = chat.load(options.template, tokenizer) if options.kind == "chat" else None
-  dropped, sources = SizedDropped(), {}
+  template = (chat.load(options.template, tokenizer) if options.kind in ("chat", "preference")
+              else None)
+  dropped, sources, templated = SizedDropped(), {}, False
   writers = {split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens,
                                        options.kind) for split in shards.SPLITS}
   encoded = 0
@@ -291,6 +292,7 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
           dropped.add("chat template", document.source, str(parts))
           continue
         encoded += 1
+        templated |= examples.is_chat(document, options.kind)
         count = sources.setdefault(_source_group(document.source), [0, 0])
         count[0], count[1] = count[0] + 1, count[1] + num_bytes
         sizes = [num_bytes] if len(parts) == 1 else _answer_bytes(document)
@@ -303,7 +305,7 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   return {"splits": {split: writer.finish() for split, writer in writers.items()},
           "dropped": dropped.to_json(), "dropped_bytes": dropped.bytes, "encoded": encoded,
           "sources": sources,
-          "template": template and template.name}
+          "template": template.name if templated else None}
 
 
 def _kept(corpus, rank, options, dropped):
@@ -336,6 +338,9 @@ def _source_group(source):
 
 def _answer_bytes(document):
   """UTF-8 bytes of the two texts of a preference: the prompt with each of its answers."""
+  if examples.is_chat(document, "preference"):
+    return [sum(len(message["content"].encode()) for message in messages)
+            for messages in examples.conversations(document.fields)]
   prompt = len(document.fields.get("prompt", "").encode())
   return [prompt + len(document.fields[name].encode()) for name in ("chosen", "rejected")]
 

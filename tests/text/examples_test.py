@@ -5,7 +5,7 @@ import pytest
 
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text import examples, read, shards, tokenizer
+from jaxgpt.text import chat, examples, read, shards, tokenizer
 
 T = tokenizer.ByteTokenizer()
 
@@ -48,6 +48,39 @@ def test_preferences_are_two_documents_with_one_prompt():
   assert (text(rejected.ids), trained(rejected)) == ("<Q no>", ["no>"])
   chosen, _ = encode("preference", {"chosen": "yes", "rejected": "no"})
   assert (text(chosen.ids), trained(chosen)) == ("<yes>", ["yes>"])
+
+
+def named(ids):
+  """The text with the names of special tokens."""
+  names = {i: name for name, i in T.special_ids.items()}
+  return "".join(names.get(i) or T.decode([i]) for i in ids.tolist())
+
+
+def turns(*pairs):
+  return [{"role": role, "content": content} for role, content in pairs]
+
+
+@pytest.mark.parametrize("prompt, chosen, rejected", [
+    (turns(("user", "Q")), turns(("assistant", "yes")), turns(("assistant", "no"))),
+    ("Q", turns(("assistant", "yes")), turns(("assistant", "no"))),
+    ("other", turns(("user", "Q"), ("assistant", "yes")), turns(("user", "Q"), ("assistant", "no"))),
+    (turns(("user", "Q")), "yes", "no")])
+def test_preferences_of_messages_go_through_the_template(prompt, chosen, rejected):
+  fields = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+  a, b = encode("preference", fields, template=chat.load("simple", T))
+  assert named(a.ids) == "<s><|user|>Q<|end|><|assistant|>yes<|end|>"
+  assert [named(x.ids[slice(*x.trained[0])]) for x in (a, b)] == ["yes<|end|>", "no<|end|>"]
+
+
+def test_of_preferences_only_the_last_answer_is_learned():
+  both = turns(("user", "Q"), ("assistant", "A"), ("user", "R"))
+  a, b = encode("preference", {"prompt": "", "chosen": [*both, *turns(("assistant", "yes"))],
+                               "rejected": [*both, *turns(("assistant", "no"))]},
+                template=chat.load("simple", T))
+  assert len(a.trained) == len(b.trained) == 1
+  assert [named(x.ids[slice(*x.trained[0])]) for x in (a, b)] == ["yes<|end|>", "no<|end|>"]
+  error = encode("preference", {"chosen": both, "rejected": both}, template=chat.load("simple", T))
+  assert "chosen does not end with a message of role 'assistant'" in str(error)
 
 
 def test_a_conversation_is_stored_as_its_template_writes_it():

@@ -199,7 +199,7 @@ def test_one_long_text_is_cut_into_all_splits(tmp_path):
     ({"tokenizer": "sentencepiece"}, "names no vocabulary size"),
     ({"tokenizer": "gpt2"}, "'gpt2' is neither"), ({"shard_tokens": 0}, "shard_tokens=0"),
     ({"tokenizer": "sentencepiece:300:wordpiece"}, "model type 'wordpiece'"),
-    ({"template": "simple"}, "template='simple' is for kind=chat"),
+    ({"template": "simple"}, "template='simple' is for kind=chat and pref"),
     ({"kind": "chat", "template": "simpel"}, "no chat template 'simpel'"),
     ({"kind": "chat", "template": "chatml", "tokenizer": "bytes"}, "needs <.im_start.>"),
     ({"decontaminate": ["nowhere.jsonl"]}, "nowhere.jsonl"),

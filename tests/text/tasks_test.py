@@ -95,6 +95,26 @@ def test_preferences_are_pairs(tmp_path):
   assert manifest["total"]["bytes"] == sum(len(text) for text in got)
 
 
+def test_preferences_of_messages(tmp_path):
+  def answer(content):
+    return [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": content}]
+  rows = [{"prompt": "Why?", "chosen": answer(f"é {i}"), "rejected": answer("no")}
+          for i in range(20)]
+  rows += [{"chosen": answer("x"), "rejected": "x"},  # neither the one nor the other
+           {"chosen": answer("x")[:1], "rejected": answer("x")[:1]}]
+  manifest = run(tmp_path, rows, "--kind=preference", "--validation=0", "--test=0",
+                 "--clean=unicode", "--template=simple")
+  assert manifest["dropped"] == {"wrong type": 1, "chat template": 1}
+  assert (manifest["kept"], manifest["chat_template"]) == (20, "simple")
+  split, t = source.open_split(tmp_path / "out", "train"), tokenizer.load(tmp_path / "out")
+  for i, want in ((0, "é 0"), (1, "no")):
+    (start, end), = split.trained(i)
+    ids = split.read(i, int(start), int(end - start))
+    assert (t.decode(ids[:-1]), ids[-1]) == (want, t.special_ids["<|end|>"])
+  assert manifest["total"]["bytes"] == sum(
+      8 + len(f"é {i}".encode()) + len("no") for i in range(20))
+
+
 def test_the_account_adds_up_and_names_its_rules(tmp_path):
   bench = [sentence(1000 + i) for i in range(3)]
   write(tmp_path / "bench.jsonl", [{"q": text} for text in bench])
