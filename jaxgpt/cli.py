@@ -162,6 +162,8 @@ def _add_reading(g):
                  help="longer records are dropped, longer text files cut")
   g.add_argument("--max-errors", type=_count(0),
                  help="broken records after which to give up; default: never")
+  g.add_argument("--examples", type=_count(0), default=5, metavar="N",
+                 help="how many dropped documents are named, of each rule")
 
 
 def _add_cleaning(g):
@@ -303,20 +305,17 @@ def _data(args):
     print(line, flush=True)
 
   options = dict(_key_value("--executor-option", text) for text in args.executor_option)
-  manifest = prepare.prepare(
+  prepare.prepare(
       args.paths, args.out, overwrite=args.overwrite, report=report,
       executor=executors.make(args.executor, args.workers, options, report),
       kind=args.kind, fields=tuple(_key_value("--field", text, str) for text in args.field),
       format=args.format, exclude=tuple(args.exclude), max_record_bytes=args.max_record_bytes,
-      max_errors=args.max_errors, clean=tuple(args.clean), dedup=tuple(args.dedup),
+      max_errors=args.max_errors, examples=args.examples, clean=tuple(args.clean), dedup=tuple(args.dedup),
       decontaminate=tuple(args.decontaminate), decontaminate_options=args.decontaminate_options,
       decontaminate_field=args.decontaminate_field, tokenizer=args.tokenizer, template=args.template,
       sample_bytes=args.sample_bytes, symbols=tuple(args.symbol), validation=args.validation,
       test=args.test, salt=args.salt, cut_chars=args.cut_chars, shard_tokens=args.shard_tokens,
       task_bytes=args.task_bytes)
-  for split, entry in manifest["splits"].items():
-    print(f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
-          f"{entry['bytes']:>14,} bytes")
   print(f"wrote {args.out}; train with --config.data.path={args.out}")
 
 

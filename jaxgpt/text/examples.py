@@ -77,7 +77,7 @@ def label_names(labels):
   if any(isinstance(x, float) for x in found):
     return ()
   # Integers in the order of their values, before any text.
-  return tuple(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x)))
+  return tuple(dict.fromkeys(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x))))
 
 
 def _plan(document, kind, template):

@@ -47,6 +47,7 @@ class Options:
   exclude: tuple = ()  # shell patterns of files and folders to leave out
   max_record_bytes: int = read.MAX_BYTES  # longer records are dropped, longer text files are cut
   max_errors: int | None = None  # broken records after which to give up; None: any number is fine
+  examples: int = read.EXAMPLES  # dropped documents that are named, of each rule
   clean: tuple = ()  # steps in order, as `clean.make` takes them
   dedup: tuple = ()  # exact, near, as `dedup.make` takes them
   # files of benchmarks, and 'held-out' for the validation and test splits: training documents that
@@ -77,7 +78,7 @@ class Options:
       raise UserError(f"validation={self.validation} and test={self.test} leave nothing to train "
                       "on; their sum must be below 1")
     for key, least in (("sample_bytes", 1), ("shard_tokens", 1), ("task_bytes", 1),
-                       ("cut_chars", 0), ("max_errors", 0)):
+                       ("cut_chars", 0), ("max_errors", 0), ("examples", 0)):
       if getattr(self, key) is not None and getattr(self, key) < least:
         raise UserError(f"{key}={getattr(self, key)} must be at least {least}")
     if self.cut_chars and self.kind != "text":
@@ -265,7 +266,7 @@ class _Run:
 
   def prepare(self, files, inputs):
     """All stages; returns the manifest, which is in WORK/publish with all it names."""
-    options, dropped = self._options, read.Dropped()
+    options, dropped = self._options, read.Dropped(self._options.examples)
     stores, accounts = self._documents(files, inputs)
     for account in accounts:
       dropped.merge(account["dropped"])
@@ -287,7 +288,7 @@ class _Run:
     saved = made[0] / "tokenizer"
     written, accounts = self._stage("tokenize", len(stores), tasks.tokenize,
                                     (corpus, saved, label_names, options),
-                                    [options.shard_tokens, options.template])
+                                    [options.shard_tokens, options.template, options.examples])
     for account in accounts:
       dropped.merge(account["dropped"])
     for line in dropped.lines():
@@ -315,7 +316,7 @@ class _Run:
     return self._stage("read", accounts[0]["tasks"], tasks.read_and_clean,
                        (listed[0], options, cut_chars),
                        [options.kind, options.fields, options.format, options.max_record_bytes,
-                        cut_chars, options.clean, options.salt])
+                        cut_chars, options.clean, options.salt, options.examples])
 
   def _duplicates(self, stores):
     """The folder that says which documents are duplicates."""
@@ -375,8 +376,8 @@ class _Run:
                                     label_names, template)
     shards.write_manifest(folder, manifest)
     for split, entry in splits.items():
-      self._report(f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
-                   f"{entry['bytes'] / 1e6:,.2f} MB")
+      self._report(f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
+                   f"{entry['bytes']:>14,} bytes")
     return manifest
 
 

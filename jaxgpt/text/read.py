@@ -1,6 +1,7 @@
 """Files, folders, patterns and URLs to documents, in an order that no machine changes."""
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -253,8 +254,10 @@ def _string(name, value):
 
 
 def _label(name, value):
-  if not isinstance(value, str | int | float) or value != value:
+  if not isinstance(value, str | int | float):
     raise TypeError(f"{name} is {str(value)[:50]!r}, neither a string nor a number")
+  if not isinstance(value, str) and not abs(value) <= sys.float_info.max:
+    raise TypeError(f"{name} is {str(value)[:50]}, which is no number that one can learn")
   return int(value) if isinstance(value, bool) else value
 
 

@@ -46,7 +46,7 @@ def list_inputs(files, task_bytes, rank, folder, progress):
 
 def read_and_clean(inputs, options, cut_chars, rank, folder, progress):
   """Files to cleaned documents. Parts of a document that is cut count as one document each."""
-  dropped = SizedDropped()
+  dropped = SizedDropped(options.examples)
   documents = read.documents(
       pickle.loads((inputs / f"{rank:05d}").read_bytes()), kind=options.kind,
       fields=dict(options.fields), form=options.format, max_bytes=options.max_record_bytes,
@@ -67,8 +67,8 @@ def read_and_clean(inputs, options, cut_chars, rank, folder, progress):
 class SizedDropped(read.Dropped):
   """An account that knows the UTF-8 bytes of what is dropped, where there is a document at all."""
 
-  def __init__(self):
-    super().__init__()
+  def __init__(self, limit):
+    super().__init__(limit)
     self.bytes = {}
     self.at_hand = 0  # bytes of the document that is being looked at
 
@@ -278,7 +278,7 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   tokenizer = _load_tokenizer(saved)
   template = (chat.load(options.template, tokenizer) if options.kind in ("chat", "preference")
               else None)
-  dropped, sources, templated = SizedDropped(), {}, False
+  dropped, sources, templated = SizedDropped(options.examples), {}, False
   writers = {split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens,
                                        options.kind) for split in shards.SPLITS}
   encoded = 0

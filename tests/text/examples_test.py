@@ -112,7 +112,7 @@ def test_classes_get_the_numbers_of_their_names():
 
 
 @pytest.mark.parametrize("labels, names", [
-    ([3, 1, 10], ("1", "3", "10")), ([0.5, 1], ()), (["b", "a"], ("a", "b"))])
+    ([3, 1, 10], ("1", "3", "10")), (["1", 1, "0"], ("1", "0")), ([0.5, 1], ()), (["b", "a"], ("a", "b"))])
 def test_what_labels_are_called(labels, names):
   assert examples.label_names(labels) == names
   [e] = encode("classification", {"text": "", "label": labels[0]}, label_names=names)

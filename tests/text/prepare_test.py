@@ -224,6 +224,12 @@ def test_dropped_documents_are_in_the_manifest_and_the_report(corpus, tmp_path):
   manifest = prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append)
   assert manifest["dropped"] == {"invalid json": 2}
   assert any("in/bad.jsonl:2" in line for line in lines)
+  (corpus / "bad.jsonl").write_text("{\n" * 30)
+  for examples in (0, 1, 12):
+    lines.clear()
+    prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append,
+                    overwrite=True, examples=examples)
+    assert sum("bad.jsonl:" in line for line in lines) == examples
 
 
 def test_a_corpus_that_is_not_what_was_said_ends_with_the_account(corpus, tmp_path):
