@@ -50,6 +50,7 @@ def values(flat):
               "model.scan_unroll", "model.window", "model.num_labels", "model.rope.original_len",
               "model.moe.per_token", "model.moe.width", "model.moe.groups", "model.moe.top_groups",
               "model.latent.rope_dim", "model.latent.v_dim", "data.seq_len", "data.batch_size",
+              "data.stream_window",
               "data.threads", "data.prefetch", "optim.accumulate", "train.steps", "eval.batch_size", "log.every",
               "checkpoint.every", "checkpoint.keep")
   for key in positive:
@@ -135,6 +136,12 @@ def combinations(c):
   if o.name == "preference" and not m.lora.rank:
     raise UserError("objective.name='preference' compares the model with itself without adapters: "
                     "set model.lora.rank, such as 16")
+  if c.data.stream and o.name != "causal_lm":
+    raise UserError(f"data.stream={c.data.stream!r} is for objective.name='causal_lm', not "
+                    f"{o.name!r}; prepare the files with `jaxgpt data`")
+  if c.data.stream and (c.data.weights or c.data.weight_changes):
+    raise UserError("data.weights and data.weight_changes mix prepared folders, and data.stream="
+                    f"{c.data.stream!r} takes the place of their training splits; leave them out")
   head = "classifier" if c.objective.name == "classification" else "lm"
   if m.head in ("lm", "classifier") and m.head != head:
     raise UserError(f"objective.name={c.objective.name!r} needs model.head={head!r}, not {m.head!r}")

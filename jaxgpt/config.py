@@ -36,6 +36,9 @@ def base():
   d.path = ""  # folder written by `jaxgpt data`; several, separated by commas, are mixed
   d.weights = ()  # share of the rows from each folder; (): in proportion to its rows
   d.weight_changes = ()  # a curriculum, ((step, weights), …): the weights from those steps on
+  d.stream = ""  # files to read and tokenize while training, in place of path's training split; addresses as `jaxgpt data` takes them, separated by commas
+  d.stream_field = "text"  # stream: the column that holds the text, in files that have columns
+  d.stream_window = 512  # stream: rows that are packed and shuffled together, a host
   d.seq_len = 256  # tokens a row (T)
   d.batch_size = 8  # rows a step, over all hosts and accumulation steps (global B)
   d.packing = "best_fit"  # best_fit (whole documents together) | concat (one stream) | one_per_row

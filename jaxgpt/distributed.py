@@ -193,6 +193,28 @@ def share(value):
                     exit_code=lifeline.EXIT_LOST) from e
 
 
+def gather(value):
+  """What each process has, plain JSON values by their numbers, in the first; None in others.
+
+  Raises:
+    UserError: in the first, that one did not come in time.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  key, client = f"jaxgpt/gather/{next(_numbers)}", global_state.client
+  client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+  if not is_first():
+    return None
+  out = []
+  for i in range(jax.process_count()):
+    try:
+      out.append(json.loads(client.blocking_key_value_get(f"{key}/{i}", _BARRIER * 1000)))
+    except RuntimeError as e:
+      raise UserError(f"{_name(i)} sent nothing within {_BARRIER} s; look at what it printed last",
+                      exit_code=lifeline.EXIT_LOST) from e
+  return out
+
+
 def check_same(what, value, cure):
   """Raises a UserError where `value`, a string, differs from that of the first process."""
   of_first = share(value)

@@ -13,7 +13,7 @@ from etils import epath
 
 from jaxgpt import config, loop, machine, train_step, workdir
 from jaxgpt import mesh as mesh_lib
-from jaxgpt.data import pipeline
+from jaxgpt.data import pipeline, stream
 from jaxgpt.machine import OK, PROBLEM, WARNING, Finding, size_text, tried, within
 from jaxgpt.text import shards
 
@@ -76,10 +76,13 @@ def data(c, found):
 
 def _first_batch(split, found):
   """Reads it; keeps that of the training split in `found`."""
-  before = time.monotonic()
-  batches, finding = tried("data", lambda: loop.split_batches(found["c"], split))
+  before, c = time.monotonic(), found["c"]
+  batches, finding = tried("data", lambda: loop.training_data(c) if split == "train" else
+                           loop.split_batches(c, split))
   if finding:
     return finding
+  if isinstance(batches, stream.Stream):
+    return _first_of_stream(batches, found)
   try:
     batch = batches.batch(0)
   except Exception as e:  # ArrayRecord, zstd and the file system share no class
@@ -91,6 +94,18 @@ def _first_batch(split, found):
   return Finding(OK, "data", f"{split}: shards have their sizes; index and first batch took "
                  f"{time.monotonic() - before:.1f} s; an epoch has {batches.steps_per_epoch:,} "
                  "steps")
+
+
+def _first_of_stream(batches, found):
+  before, iterator = time.monotonic(), batches.iterate(prefetch=1)
+  batch, finding = tried("data", lambda: next(iterator))
+  iterator.close()
+  if finding:
+    return finding
+  found["batch"] = batch
+  return Finding(OK, "data", f"data.stream: {len(batches.files):,} files; the first batch took "
+                 f"{time.monotonic() - before:.1f} s: "
+                 + batches.account()[0].removeprefix("data.stream: "))
 
 
 def model(found, step):

@@ -33,6 +33,10 @@ def inspect(folder, step, row=None, data=None, chars=300):
   digest = workdir.read_starts(folder)[0]["data_digest"]
   if not digest:
     raise UserError(f"{folder} was imported: no step of it is known")
+  if c.data.stream:
+    raise UserError(f"{folder} was trained on data.stream={c.data.stream!r}, a stream, which has "
+                    "no random access: which documents were in a step is not known. Prepare the "
+                    "files with `jaxgpt data` and train on that folder to know it")
   if row is not None and row >= c.data.batch_size:
     raise UserError(f"--row={row}: the rows of a step are 0 to {c.data.batch_size - 1}")
   batches = loop.split_batches(c, "train")

@@ -32,7 +32,7 @@ from jaxgpt import mesh as mesh_lib
 from jaxgpt import metrics as metrics_lib
 from jaxgpt import workdir as workdir_lib
 from jaxgpt import writers as writers_lib
-from jaxgpt.data import masking, pipeline
+from jaxgpt.data import masking, pipeline, stream
 from jaxgpt.errors import UserError
 from jaxgpt.model import attention, transformer
 from jaxgpt.text import tokenizer as tokenizer_lib
@@ -126,6 +126,17 @@ def split_batches(c, split, batch_size=None):
   return data
 
 
+def training_data(c):
+  """What the config trains on: `pipeline.Batches`, or a `stream.Stream`."""
+  d = c.data
+  if not d.stream:
+    return split_batches(c, "train")
+  tokenizer = tokenizer_lib.load(pipeline.folders(d.path)[0])
+  return stream.make(d.stream, d.path, tokenizer, field=d.stream_field, seq_len=d.seq_len,
+                     batch_size=d.batch_size, packing=d.packing, window=d.stream_window,
+                     seed=c.seed, shuffle=d.shuffle)
+
+
 def to_devices(batch, mesh):
   """This process's rows of a batch as part of a global array, by an explicit transfer."""
   rows, count = sharding.batch_sharding(mesh), sharding.host_slice(mesh)[1]
@@ -198,11 +209,15 @@ def train(c, folder, origin):
     mesh = mesh_lib.make(c.mesh)
     mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
-    data, held_out = split_batches(c, "train"), split_batches(c, "validation",
-                                                                 c.eval.batch_size)
+    data, held_out = training_data(c), split_batches(c, "validation", c.eval.batch_size)
     if data.num_cut and distributed.is_first():
       print(f"{data.num_cut:,} of {data.num_documents:,} documents are longer than data.seq_len="
             f"{c.data.seq_len} and lose an end", flush=True)
+    if isinstance(data, stream.Stream):
+      distributed.check_same(f"the digest of the files of data.stream={c.data.stream!r}",
+                             data.files_digest, "point data.stream at the same files on all hosts")
+      if distributed.is_first():
+        print("\n".join(data.describe(sharding.host_slice(mesh)[1])), flush=True)
     parts = build(c, mesh)
     _enter(folder, c, origin, mesh, data.digest, tokenizer)
     checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
@@ -250,6 +265,8 @@ class _Run:
     if latest is not None:
       state, extra = self._checkpoints.restore(self._parts.state, latest)
       self._means = metrics_lib.Means(**extra["means"])
+      if isinstance(self._data, stream.Stream):
+        self._data.set_state(extra["stream"], **host_part(self._mesh))
       return state | checkpoint.load_frozen(self._folder, self._parts.state)
     given = self._given() if self._c.init_from else None
     state = train_step.first_state(self._parts.model, self._parts.tx, self._c.seed,
@@ -293,7 +310,7 @@ class _Run:
     step_fn = train_step.make(self._parts.objective, self._parts.tx, self._parts.schedule, c)
     host, rows = host_part(self._mesh), c.data.batch_size
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-                          self._data.batch(self._step, **host))
+                          self._data.blank(1))
     compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh,
                                   c.mesh.compiler_options)
     batches = self._data.iterate(self._step, threads=c.data.threads, prefetch=c.data.prefetch,
@@ -315,6 +332,12 @@ class _Run:
           self._evaluate(c.eval.batches)
     self._read_metrics()
     batches.close()
+    self._tell_account()
+
+  def _tell_account(self):
+    """What was left out of a stream, so far."""
+    if isinstance(self._data, stream.Stream) and distributed.is_first():
+      print("\n".join(self._data.account()), flush=True)
 
   def _is_due(self, every):
     return every and self._step and self._step % every == 0
@@ -353,7 +376,15 @@ class _Run:
     self._read_metrics()
     self._writers.flush()  # a checkpoint vouches for the metrics before it
     with self._timer.paused(), jax.transfer_guard("allow"):
-      self._checkpoints.save(self._state, {"means": self._means.state()})
+      self._checkpoints.save(self._state, {"means": self._means.state()} | self._data_state())
+
+  def _data_state(self):
+    """What a checkpoint keeps of the data beside the step: nothing, but for a stream."""
+    if not isinstance(self._data, stream.Stream):
+      return {}
+    number, _ = sharding.host_slice(self._mesh)
+    states = distributed.gather([number, self._data.get_state()])
+    return {"stream": self._data.saved([state for _, state in sorted(dict(states or []).items())])}
 
   def _stop_at_nonfinite(self, step, metrics):
     where = self._folder / f"nonfinite_{step}"

@@ -273,3 +273,27 @@ def test_processes_see_a_number_at_the_same_call_and_ask_about_once_a_second(sit
   assert line in second[1].splitlines()
   _, seen, _, asked, _, now = line.split()
   assert 50 < int(seen) < 299 and 4 <= int(asked) <= 20 and now == "15"
+
+  mesh = jax.make_mesh((8,), ("data",))
+  agreement = distributed.Agreement(mesh)
+  assert agreement.answer(agreement.ask(15)) == 15 and agreement.answer(agreement.ask(0)) == 0
+
+
+@pytest.mark.slow
+def test_a_stream_is_read_by_each_process_and_goes_on_exactly_on_as_many(site):
+  raw = site / "raw"
+  raw.mkdir()
+  for name in "abcde":
+    (raw / f"{name}.txt").write_text("".join(f"{name}{i} " for i in range(2000)))
+  of_stream = lambda i: [f"--config.data.stream={raw}", "--config.data.stream_window=24"]
+  whole = train(site, "stream", 2, args=of_stream)
+  assert [code for code, _, _ in whole] == [0, 0], whole
+  assert "read and tokenized while training, by 2 hosts" in whole[0][1]
+  assert "data.stream" not in whole[1][1]
+  term = {"TEST_SIGNAL": f"0 {signal.SIGTERM:d} 3"}
+  assert {r[0] for r in train(site, "stream_cut", 2, env=term, args=of_stream)} == {143}
+  (code, _, err), = train(site, "stream_cut", 1, args=of_stream)
+  assert code == 2 and "on 2 hosts and can't go on with it on 1" in err
+  assert [r[0] for r in train(site, "stream_cut", 2, args=of_stream)] == [0, 0]
+  for key in ("loss", "grad_norm", "epochs/stream"):
+    assert column(site, "stream_cut", key) == column(site, "stream", key)

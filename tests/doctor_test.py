@@ -39,6 +39,16 @@ def test_a_config_that_does_not_fit_is_a_problem(tiny, change, topic, words):
   assert words in said(findings, PROBLEM, topic), findings
 
 
+def test_a_stream_is_read_up_to_its_first_batch(tiny, tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n{broken\n')
+  c = tiny(data__stream=str(tmp_path))
+  findings = list(doctor.examine(lambda: c, step=False))
+  assert {f.status for f in findings} == {OK}, findings
+  assert "1 files; the first batch took" in said(findings, OK, "data")
+  (tmp_path / "a.jsonl").write_text("{}")
+  assert "no document with text" in said(doctor.examine(lambda: c, step=False), PROBLEM, "data")
+
+
 def test_damaged_data_is_a_problem(tiny, corpus, tmp_path):
   folder = shutil.copytree(corpus, tmp_path / "data")
   shard, = folder.glob("train-*.arrayrecord")

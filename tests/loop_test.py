@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxgpt import checkpoint, config, loop, runs, workdir, writers
+from jaxgpt import checkpoint, config, ledger, loop, runs, workdir, writers
 from jaxgpt.errors import UserError
 
 TIMES = ("tokens_per_second", "step_time", "input_wait")
@@ -157,6 +157,29 @@ def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   want, got = ([r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
                for name in ("whole", "moved"))
   np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_a_run_on_a_stream_goes_on_exactly_where_it_stopped(tiny, tmp_path, capsys):
+  """Stopped inside an epoch's window; then losses are those of a run that was never stopped."""
+  raw = tmp_path / "raw"
+  raw.mkdir()
+  for name in "abcd":
+    lines_ = [json.dumps({"text": f"{name}{i} " * (i * i % 37)}) for i in range(30)]
+    (raw / f"{name}.jsonl").write_text("\n".join([*lines_, "{broken"]))
+  c = tiny(data__stream=str(raw), data__stream_window=24, train__steps=14, checkpoint__every=5)
+  train(c, tmp_path / "whole")
+  cut(c, tmp_path / "cut", at=7)
+  out = capsys.readouterr().out
+  assert "a stream has no random access" in out and "'invalid json'" in out
+  c.data.prefetch = 1
+  steps, result, _ = train(c, tmp_path / "cut")
+  assert steps == 14 and "bits_per_byte" in result
+  assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+  with pytest.raises(UserError, match="no random access.*jaxgpt data"):
+    ledger.inspect(tmp_path / "cut", 3)
+  (raw / "a.jsonl").write_text("{}")
+  with pytest.raises(UserError, match="their names or sizes have changed"):
+    train(c, tmp_path / "cut")
 
 
 def cut(c, folder, at):

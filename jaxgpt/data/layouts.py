@@ -39,12 +39,18 @@ class CausalLM:
     return _predictions(_read(items, 1), num_rows, seq_len)
 
 
-def _predictions(rows, num_rows, seq_len):
-  """The arrays of `CausalLM` for rows of `_read`, each with one token more a span."""
+def packed(rows, num_rows, seq_len):
+  """The arrays of `CausalLM` for rows of which all predictions are learned.
+
+  Args:
+    rows: for each a list of int arrays: the tokens of a span and the one after it.
+    num_rows: of the arrays; those without pieces are padding.
+    seq_len: T.
+  """
   out = _zeros(num_rows, seq_len, "tokens", "targets", "segment_ids", "positions",
                floats=("loss_weights",))
   places = np.arange(seq_len, dtype=np.int32)
-  for i, (split, spans, pieces) in enumerate(rows):
+  for i, pieces in enumerate(rows):
     tokens_T, targets_T, weights_T, segment_ids_T, positions_T = (
         out[key][i] for key in ("tokens", "targets", "loss_weights", "segment_ids", "positions"))
     at = 0
@@ -55,10 +61,17 @@ def _predictions(rows, num_rows, seq_len):
       segment_ids_T[at:end] = segment
       positions_T[at:end] = places[:end - at]
       at = end
-    if split.kind == "text":
-      weights_T[:at] = 1
-    else:
-      _weigh(weights_T, split, spans)
+    weights_T[:at] = 1
+  return out
+
+
+def _predictions(rows, num_rows, seq_len):
+  """The arrays of `CausalLM` for rows of `_read`, each with one token more a span."""
+  out = packed([pieces for _, _, pieces in rows], num_rows, seq_len)
+  for i, (split, spans, _) in enumerate(rows):
+    if split.kind != "text":
+      out["loss_weights"][i] = 0
+      _weigh(out["loss_weights"][i], split, spans)
   return out
 
 

@@ -226,6 +226,10 @@ class Batches:
     rows = self.rows(step, host_index, host_count)
     return self._assemble([(r.source, r.row, r.position) for r in rows], len(rows))
 
+  def blank(self, rows):
+    """A batch of padding, whose shapes and dtypes are those of all batches of so many rows."""
+    return self.layout.batch([], rows, self.seq_len)
+
   def iterate(self, start_step=0, *, stop_step=None, host_index=0, host_count=1, threads=4,
               prefetch=4):
     """Iterates over `batch(start_step)`, `batch(start_step + 1)`, … made ahead of time.
