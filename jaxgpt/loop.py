@@ -318,7 +318,8 @@ class _Run:
     if self._is_due(c.eval.every):  # a stop may have come between the save and the evaluation
       self._evaluate(c.eval.batches)
     self._timer.start()
-    with jax.transfer_guard("disallow"):  # transfers are explicit, or they are bugs
+    # Transfers are explicit, or they are bugs.
+    with contextlib.closing(batches), jax.transfer_guard("disallow"):
       while self._step < c.train.steps and not self._stop_soon():
         with self._timer.waiting():
           batch = next(batches)
@@ -331,7 +332,6 @@ class _Run:
         if self._is_due(c.eval.every) and self._step < c.train.steps:
           self._evaluate(c.eval.batches)
     self._read_metrics()
-    batches.close()
     self._tell_account()
 
   def _tell_account(self):
