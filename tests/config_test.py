@@ -49,6 +49,7 @@ def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
     ("--config.optim.lr=nan", "optim.lr=nan"),
     ("--config.model.dropout=1.0", "model.dropout=1.0"),
     ("--config.optim.eps=nan", "optim.eps=nan"),
+    ("--config.data.stream_window=0", "data.stream_window=0"),
     ("--config.schedule.final_ratio=2", "final_ratio=2"),
     ("--config.model.init_std=-1", "init_std=-1"),
     ("--config.seed=100000000000000000000", "seed=1000"),
@@ -57,6 +58,19 @@ def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
 def test_bad_values_are_named(tmp_path, override, words):
   with pytest.raises(UserError, match=words):
     config.resolve(config.load(write(tmp_path, "pass"), [override])[0])
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"objective.name": "masked_lm", "model.causal": False}, "data.stream='x' is for .*causal_lm"),
+    ({"data.weights": (0.5, 0.5)}, "mix prepared folders, and data.stream='x'"),
+])
+def test_what_a_stream_can_not_do_is_named(change, words):
+  c = config.base()
+  c.update_from_flattened_dict(change)
+  config.resolve(c, vocab_size=8)
+  c.data.stream = "x"
+  with pytest.raises(UserError, match=words):
+    config.resolve(c, vocab_size=8)
 
 
 @pytest.mark.parametrize("body, words", [
