@@ -87,8 +87,9 @@ class Stream:
     """What a user should know before it starts, in lines."""
     size = sum(file.size for file in self.files)
     return [
-        f"data.stream: {len(self.files):,} files, {size / 1e6:,.1f} MB, are read and tokenized "
-        f"while training, by {host_count} host{'s' * (host_count > 1)}",
+        f"data.stream: {len(self.files):,} file{'s' * (len(self.files) > 1)} of "
+        f"{size / 1e6:,.1f} MB, read and tokenized while training, by {host_count} "
+        f"host{'s' * (host_count > 1)}",
         "  a stream has no random access, so less is promised than for a prepared folder: it is "
         f"shuffled by file and within {self._reading.window} rows only; which documents were in a "
         "step can't be looked up; the run goes on exactly, but only on as many hosts and with "
