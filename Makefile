@@ -19,7 +19,7 @@ test-all: $(VENV)/installed-$(EXTRAS)
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
-bench: $(VENV)/installed-test,bench
+bench: $(VENV)/installed-test,bench,data
 	for f in tests/benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
 docs: $(VENV)/installed
