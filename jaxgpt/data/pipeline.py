@@ -98,6 +98,7 @@ def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffl
   if packing not in packings.PACKINGS:
     raise UserError(f"data.packing={packing!r}: choose one of {', '.join(packings.PACKINGS)}")
   found = check_sources(path)
+  digest = digest_of([shards.read_manifest(folder)["digest"] for folder in found])
   if split != "train":
     found = [f for f in found if shards.read_manifest(f)["splits"][split]["documents"]] or found[:1]
     weights = weight_changes = ()
@@ -112,7 +113,7 @@ def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffl
     num_cut += cut
   mix = mixture.Mixture(len(sources), weights or [s.pack.num_rows for s in sources],
                         [(step * batch_size, w) for step, w in weight_changes], seed)
-  return Batches(sources, mix, batch_size, layout, num_cut)
+  return Batches(sources, mix, batch_size, layout, num_cut, digest)
 
 
 def _names(found):
@@ -147,16 +148,16 @@ class Batches:
     steps_per_epoch: ceil(len_rows / B).
     bytes: UTF-8 bytes of the texts, which bits per byte are counted over.
     predictions: predictions of all sources.
-    digest: of the manifest, or of all manifests.
+    digest: of the manifest, or of all manifests of `data.path`, whichever have the split.
     predicts_all: whether an epoch predicts each token once, so that bits per byte have a meaning.
     num_documents: documents of all sources.
     num_cut: documents that lost an end to fit into a row.
   """
 
-  def __init__(self, sources, mix, batch_size, layout, num_cut):
+  def __init__(self, sources, mix, batch_size, layout, num_cut, digest):
     """Use `make`."""
     self.sources, self._mixture, self.batch_size = sources, mix, batch_size
-    self.layout, self.num_cut = layout, num_cut
+    self.layout, self.num_cut, self.digest = layout, num_cut, digest
     self.seq_len = sources[0].pack.seq_len
     self._ends = np.cumsum([s.pack.num_rows for s in sources])
     self.len_rows = int(self._ends[-1])
@@ -166,12 +167,12 @@ class Batches:
     self.predictions = sum(int(s.split.lengths.sum()) for s in sources)
     self.predicts_all = (isinstance(layout, layouts.CausalLM)
                          and all(s.split.kind == "text" for s in sources))
-    self.digest = digest_of([s.split.digest for s in sources])
 
   def by_source(self):
     """{name: Batches of that source alone}, for what looks at each on its own."""
     alone = mixture.Mixture(1, [1])
-    return {s.name: Batches([s], alone, self.batch_size, self.layout, 0) for s in self.sources}
+    return {s.name: Batches([s], alone, self.batch_size, self.layout, 0, s.split.digest)
+            for s in self.sources}
 
   def check_labels(self, num_labels):
     """Raises a UserError where a model with so many labels can't learn those of the data."""

@@ -196,3 +196,15 @@ def test_two_hundred_sources_need_neither_threads_nor_files(three, monkeypatch):
   assert seen == 200
   assert threads <= one_threads + 4, "threads that end late; ArrayRecord has one pool for all files"
   assert files <= one_files + 16 + 8, "open ones, and those of 4 threads and prefetched batches"
+
+
+def test_the_digest_names_all_folders_whichever_have_the_split(tmp_path):
+  for name, validation in (("a", 0.3), ("b", 0.0)):
+    (tmp_path / f"{name}.jsonl").write_text(
+        "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(60)))
+    prepare.prepare(tmp_path / f"{name}.jsonl", tmp_path / name, tokenizer="bytes",
+                    validation=validation, test=0.0, cut_chars=0)
+  path = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+  train, held_out = (pipeline.make(path, split, seq_len=16, batch_size=2)
+                     for split in ("train", "validation"))
+  assert len(held_out.sources) == 1 and held_out.digest == train.digest

@@ -3,10 +3,10 @@
 import sys
 
 import pytest
-import tokenizer_huggingface_test as hf_test
 
 from jaxgpt.errors import UserError
 from jaxgpt.text import chat, examples, tokenizer
+from tests.text import tokenizer_huggingface_test as hf_test
 
 MARKS = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
          "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")

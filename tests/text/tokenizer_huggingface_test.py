@@ -9,10 +9,10 @@ import sys
 import hypothesis
 import numpy as np
 import pytest
-import tokenizer_test
 
 from jaxgpt.errors import UserError
 from jaxgpt.text import tokenizer
+from tests.text import tokenizer_test
 
 tokenizers = pytest.importorskip("tokenizers")
 tiktoken = pytest.importorskip("tiktoken")
