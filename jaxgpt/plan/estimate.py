@@ -112,6 +112,8 @@ def buffers(c, sizes, counts):
         "mesh.tensor")
     add("embed", "loss", f"[{vocab:g},{m.width}]", vocab * m.width * wide, "mesh.tensor")
   own = counts.of_layer / s.tensor
+  add("layers (gathered ahead of the backward pass)", "loss", "part of a layer",
+      own * wide * 0.35, "mesh.tensor")
   add("layers (gathered, and gradients)", "layer", "one layer, and parts of the next",
       own * wide * 1.5 + tokens * (4 * m.mlp_width / s.tensor + 8 * m.width) * wide, "mesh.tensor")
   state = 4 / shards

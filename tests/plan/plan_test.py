@@ -110,6 +110,10 @@ def test_remedies_are_the_least_that_should_fit():
 @pytest.mark.parametrize("where, overrides, gib", [
     ("v5e-256", ("--config.data.seq_len=2048", "--config.data.batch_size=512",
                  "--config.model.remat=save:q,k,v,attention,gate,up"), 12.80),
+    ("v5e-256", ("--config.data.seq_len=2048", "--config.data.batch_size=512",
+                 "--config.model.remat=save:q,k,v,attention,o,gate,up"), 13.96),
+    ("v5e-256", ("--config.data.seq_len=2048", "--config.data.batch_size=256",
+                 "--config.model.remat=save:q,k,v,attention,o,gate,up"), 7.92),
     ("v5e-16", ("--config.model.num_layers=2", "--config.data.seq_len=1024",
                 "--config.data.batch_size=32",
                 "--config.model.remat=save:q,k,v,attention,gate,up"), 1.96),
