@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import loop, sharding, train_step, tree
+from jaxgpt import config, loop, sharding, train_step, tree
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
 
@@ -19,7 +19,7 @@ TOLERANCE = 2e-4
 def start(c):
   """(mesh, compiled step, first state, data) of a config."""
   _, c = loop.load_tokenizer_and_config(c)
-  sizes = [n for n in c.mesh.values() if n > 0]
+  sizes = [c.mesh[axis] for axis in config.MESH_AXES if c.mesh[axis] > 0]
   mesh = mesh_lib.make(c.mesh, jax.devices()[:int(np.prod(sizes))])
   parts = loop.build(c, mesh)
   data = loop.split_batches(c, "train")
