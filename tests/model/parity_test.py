@@ -50,7 +50,7 @@ def gpt2():
       "embed": one("transformer.wte.weight"), "pos_embed": one("transformer.wpe.weight"),
       "final_norm": {"scale": one("transformer.ln_f.weight"), "bias": one("transformer.ln_f.bias")},
       "layers": {"attn_norm": norm("ln_1"), "mlp_norm": norm("ln_2"), "attn": attn, "mlp": mlp}}
-  return model, params, dict(config.preset("gpt2_124m"), mlp_width=4 * D)
+  return model, params, dict(config.preset("gpt2_124m"), num_kv_heads=N, mlp_width=4 * D)
 
 
 def llama():
