@@ -18,6 +18,7 @@ CHOICES = {
     "model.moe.router": ("softmax", "sigmoid"),
     "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.materialize": ("none", "values", "gradients"),
     "model.attention": ("auto", "reference", "batched", "splash", "cudnn"),
     "data.packing": ("best_fit", "concat", "one_per_row"),
     "optim.name": ("adamw", "lion", "adafactor", "muon"),

@@ -149,6 +149,7 @@ def _model(c):
   m.attention = "auto"  # auto (by backend) | reference | batched (CPUs) | splash (TPUs) | cudnn (GPUs, bfloat16)
   m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
   m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention | save:q,k,v,attention,o,gate,up,down (some of these)
+  m.materialize = "values"  # on TPUs, what is written before matmuls read it: none | values (of norms, the MLP's product) | gradients (theirs too)
 
   m.rope = r = ml_collections.ConfigDict()
   r.theta = 10_000.0  # base of the rotary frequencies

@@ -225,6 +225,6 @@ class MLP(Module):
       h = act(checkpoint_name(inwards("gate"), "gate")) * checkpoint_name(inwards("up"), "up")
     else:
       h = act(checkpoint_name(inwards("up"), "up"))
-    h = ops.materialized(constrain(h, "batch", "length", "act_mlp"))
+    h = ops.materialized(constrain(h, "batch", "length", "act_mlp"), cfg.materialize)
     return checkpoint_name(
         project("down", h, (F, D), ("mlp", "embed"), self.residual_std, "norm"), "down")

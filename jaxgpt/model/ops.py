@@ -67,17 +67,28 @@ def rms_norm(x, scale, eps):
   return y.astype(x.dtype)
 
 
-@jax.custom_vjp
-def materialized(x):
+def materialized(x, what):
   """x, written to memory once instead of being computed anew inside each matmul that reads it.
 
   XLA's TPU compiler fuses elementwise work into the matmuls around it, which then run at half of
-  their rate (docs/log.md). The gradient passes as it is.
+  their rate (docs/log.md).
+
+  Args:
+    x: any array.
+    what: 'none', 'values' or 'gradients', of which the last is values too.
   """
+  return x if what == "none" else _materialized(x, what == "gradients")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _materialized(x, gradient):
+  del gradient
   return jax.lax.optimization_barrier(x)
 
 
-materialized.defvjp(lambda x: (jax.lax.optimization_barrier(x), None), lambda _, dy: (dy,))
+_materialized.defvjp(
+    lambda x, gradient: (jax.lax.optimization_barrier(x), None),
+    lambda gradient, _, dy: (jax.lax.optimization_barrier(dy) if gradient else dy,))
 
 
 def dropout(x, rate, key):

@@ -122,7 +122,7 @@ class Block(layers.Module):
     norm = lambda suffix: layers.Norm(cfg, cfg.norm, cfg.width, name=f"{name}{suffix}")
     y = x_BTD
     if cfg.norm_placement in ("pre", "both"):
-      y = ops.materialized(norm("_norm")(y))
+      y = ops.materialized(norm("_norm")(y), cfg.materialize)
       if skip_norm is not None:
         y = jnp.where(skip_norm, x_BTD, y)
     y, extra = f(y)
