@@ -138,6 +138,23 @@ def test_a_search_ranks_what_fits_and_what_nearly_does():
   assert {one.changes["optim.accumulate"] for one in kept} >= {1, 2, 4}
 
 
+def test_a_search_compiles_the_best_with_other_barriers_too(monkeypatch):
+  c, t, seen = llama("--config.data.seq_len=2048"), topology.parse("v5e-256"), []
+  def compiled(candidate, _):
+    seen.append(candidate)
+    if candidate.bytes > t.chip.hbm_limit:
+      return search.Result(candidate, None, lower.OutOfMemory(20 << 30, 16 << 30))
+    faster = candidate.c.model.materialize == "gradients"
+    return search.Result(candidate, {
+        "merit_with_kernels": candidate.merit * (0.9 if faster else 1), "mfu": 0.5,
+        "tokens_per_second_per_chip": 1.0, "memory": {"total": 1, "fits": True}}, None)
+  monkeypatch.setattr(search, "compiled", compiled)
+  results = search.search(c, t, finalists=2, say=lambda _: None)
+  assert len(seen) == 4 and [r.fits for r in results] == [True, True, True, False]
+  assert results[0].candidate.changes["model.materialize"] == "gradients"
+  assert results[0].candidate.c.model.remat == results[1].candidate.c.model.remat
+
+
 def test_the_table_of_a_search_says_why_others_lost():
   c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
   a, b, beyond = search.candidates(c, t)[:3]
