@@ -118,20 +118,32 @@ def _run_local(cls, stage, ranks, workers, options):
     executor.run()
 
 
+class _WorkerLost(BaseException):
+  """Raised in the main thread, out of whatever it waits for."""
+
+
 class _WatchWorkers:
   """Ends the run where a worker was killed: a pool would wait for its task for ever."""
 
+  _SIGNAL = signal.SIGUSR1  # not SIGINT, which a shell's background jobs ignore
+
   def __init__(self, stage):
-    self._stage, self._stop, self._lost = stage, threading.Event(), False
+    self._stage, self._stop = stage, threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
   def __enter__(self):
+    self._old = signal.signal(self._SIGNAL, self._raise)
     self._thread.start()
+
+  def _raise(self, *_):
+    if not self._stop.is_set():
+      raise _WorkerLost
 
   def __exit__(self, kind, *_):
     self._stop.set()
     self._thread.join()
-    return self._lost and kind is KeyboardInterrupt  # ours: `stages.run` says what is missing
+    signal.signal(self._SIGNAL, self._old)
+    return kind is _WorkerLost  # `stages.run` says what is missing
 
   def _watch(self):
     suspects = set()
@@ -139,8 +151,7 @@ class _WatchWorkers:
       dead = {path for path in self._stage.folder.glob(".0*-*-*")
               if not _is_alive(int(path.name.split("-")[1])) and path.exists()}
       if dead & suspects:
-        self._lost = True
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, self._SIGNAL)
         return
       suspects = dead
 

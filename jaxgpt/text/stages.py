@@ -39,6 +39,7 @@ _PROGRESS_SECONDS = 2.0
 
 
 _TOLD = (UserError, OSError)  # failures of a task that are told without a traceback
+_LOCK_TRIES = 25  # of 0.2 s
 _locks = set()  # file descriptors of the locks that this process holds
 
 
@@ -98,6 +99,17 @@ class Stage:
     return [rank for rank in range(self.tasks) if self.account(rank) is None]
 
 
+def _lock(descriptor):
+  """Locks a file; children of a run that was just killed hold it for a moment yet."""
+  for left in reversed(range(_LOCK_TRIES)):
+    try:
+      return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if not left:
+        raise
+      time.sleep(0.2)
+
+
 class Work:
   """The folder of a run's unfinished work, locked against other runs. A context manager."""
 
@@ -119,7 +131,7 @@ class Work:
     folder.mkdir(exist_ok=True)
     self._lock = os.open(folder, os.O_RDONLY)
     try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _lock(self._lock)
       if not os.path.samestat(os.fstat(self._lock), folder.stat()):
         raise FileNotFoundError
     except (BlockingIOError, FileNotFoundError) as e:

@@ -156,16 +156,16 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
 
 def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
   pytest.importorskip("datatrove")
-  write_corpus(tmp_path / "in", files=4, documents=60, words=200)
+  write_corpus(tmp_path / "in", files=4, documents=400, words=200)
   more = ["--task-bytes=20000"]
   process = subprocess.Popen(command(tmp_path / "in", tmp_path / "out", *more),
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
   for line in process.stdout:
     if line.startswith(b"tokenizer:"):  # the next stage begins
       break
-  time.sleep(0.5)
+  time.sleep(0.1)
   process.kill()
-  process.wait()
+  assert process.wait() == -signal.SIGKILL  # it was still at work
   subprocess.run(command(tmp_path / "in", tmp_path / "out", *more), check=True,
                  capture_output=True)
   options = {**OPTIONS, "task_bytes": 20_000}
