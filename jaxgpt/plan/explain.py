@@ -4,6 +4,8 @@ from jaxgpt import mesh as mesh_lib
 from jaxgpt.plan import estimate, search
 from jaxgpt.plan.lower import GIB
 
+_TRIES = 3  # of each kind of change: arithmetic may be too hopeful
+
 
 def out_of_memory(error, c, topology):
   """Lines that say what takes the memory; the sizes are those of arithmetic.
@@ -34,6 +36,10 @@ def remedies(c, topology):
   """
   yield ""
   yield "changes that should make it fit, compiled:"
-  for candidate in search.remedies(c, topology):
-    flags = " ".join(f"--config.{key}={value}" for key, value in candidate.changes.items())
-    yield f"  {flags}: {search.verdict(search.compiled(candidate, topology))}"
+  for ways in search.remedies(c, topology):
+    for candidate in ways[:_TRIES]:
+      flags = " ".join(f"--config.{key}={value}" for key, value in candidate.changes.items())
+      result = search.compiled(candidate, topology)
+      yield f"  {flags}: {search.verdict(result)}"
+      if result.fits:
+        break

@@ -169,7 +169,7 @@ def _retreat(found, results, topology, say, tries=3):
 
 
 def remedies(c, topology):
-  """Changes to a config that does not fit, each the least of its kind that should: `Candidate`s.
+  """Changes to a config that does not fit: for each kind the `Candidate`s that should, the least first.
 
   Less is saved; or the batch is cut into more microbatches; or rows are taken away.
   """
@@ -182,12 +182,10 @@ def remedies(c, topology):
       [{"optim.accumulate": c.optim.accumulate * n} for n in halves],
       [{"data.batch_size": c.data.batch_size // n} for n in halves])
   for ways in kinds:
-    for changes in ways:
-      one = changed(c, changes)
-      size = estimate.memory(estimate.buffers(one, sizes, counts))
-      if size <= limit * 0.98:
-        yield Candidate(one, changes, size, 0.0)
-        break
+    made = [(changed(c, changes), changes) for changes in ways]
+    sized = [Candidate(one, changes, estimate.memory(estimate.buffers(one, sizes, counts)), 0.0)
+             for one, changes in made]
+    yield [one for one in sized if one.bytes <= limit * 0.98]
 
 
 def compiled(candidate, topology):

@@ -4,7 +4,7 @@ import math
 import jax
 import pytest
 
-from jaxgpt import config, loop, mesh, metrics
+from jaxgpt import config, loop, mesh, metrics, sharding
 from jaxgpt.errors import UserError
 from jaxgpt.plan import (
   chips,
@@ -101,9 +101,25 @@ def test_out_of_memory_is_said_in_words_of_the_config():
 def test_remedies_are_the_least_that_should_fit():
   c = llama("--config.data.seq_len=2048", "--config.data.batch_size=1024",
             "--config.model.remat=save:q,k,v,attention,gate,up")
-  got = [r.changes for r in search.remedies(c, topology.parse("v5e-256"))]
+  got = [ways[0].changes for ways in search.remedies(c, topology.parse("v5e-256"))]
   assert got == [{"model.remat": "save:q,k,v,attention,o"}, {"optim.accumulate": 2},
                  {"data.batch_size": 512}]
+
+
+def test_remedies_are_compiled_until_one_fits(monkeypatch):
+  c = llama("--config.data.seq_len=2048", "--config.data.batch_size=1024",
+            "--config.model.remat=save:q,k,v,attention,gate,up")
+  def compiled(candidate, _):
+    fits = candidate.bytes < 12 * 2**30
+    error = None if fits else lower.OutOfMemory(20 << 30, 16 << 30)
+    return search.Result(candidate, {
+        "mfu": 0.5, "tokens_per_second_per_chip": 1.0, "memory": {"total": 1, "fits": True}}
+        if fits else None, error)
+  monkeypatch.setattr(search, "compiled", compiled)
+  lines = list(explain.remedies(c, topology.parse("v5e-256")))
+  assert [line.split(":")[0].strip() + (" no" if "does not fit" in line else "")
+          for line in lines if "accumulate" in line] == [
+              "--config.optim.accumulate=2 no", "--config.optim.accumulate=4"]
 
 
 # Llama-2-7B and parts of it on v5e: what libtpu allocated (docs/benchmarks.md).
@@ -210,3 +226,18 @@ def test_a_plan_of_a_small_model(tmp_path, capsys):
       "splash_mha_fwd": 4, "splash_mha_dq": 2, "splash_mha_dkv": 2}
   text = capsys.readouterr().out
   assert "fits" in text and "chip-hours" in text and "cost" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis, rule", [("fsdp", "embed"), ("tensor", "mlp")])
+def test_a_lost_sharding_rule_breaks_the_budget(axis, rule, tmp_path, monkeypatch):
+  pytest.importorskip("libtpu")
+  size = {"fsdp": "4", "tensor": "2"}[axis]
+  flags = [*SMALL, f"--config.mesh.{axis}={size}", "--config.mesh.data=-1"]
+  if axis != "fsdp":
+    flags.append("--config.mesh.fsdp=2")
+  def run():
+    return command.plan(LLAMA, flags, "v5e-4", golden=tmp_path / "golden.json")
+  assert run() == 0 and run() == 0
+  monkeypatch.setitem(sharding.RULES, rule, None)
+  assert run() == 1
