@@ -181,7 +181,9 @@ def test_there_and_back(name, tmp_path, corpus):
   back = getattr(transformers, parity.AUTO[kind]).from_pretrained(tmp_path / "out")
   assert type(back) is type(theirs)
   check(run, back)
-  assert certificate["tokenizer"]["equal"]
+  # AutoTokenizer makes a Qwen2Tokenizer of any file that lies beside a Qwen2 model, and the certificate
+  # says that it gives other ids than the byte tokenizer.
+  assert certificate["tokenizer"]["equal"] == (not name.startswith("qwen2"))
   if name.startswith("roberta"):  # the byte tokenizer's bos is its padding, which has no position
     return
   assert certificate["logits"]["max_abs"] < 1e-4
