@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from jaxgpt import __version__
+from jaxgpt import __version__, flags
 from jaxgpt.errors import UserError
 
 _EPILOG = """config overrides: any key of the config as --config.SECTION.KEY=VALUE, for example
@@ -63,144 +63,35 @@ def _parser():
     sub.set_defaults(run=run)
     return sub
 
-  _add_data(command("data", _data, "turn text files into tokenized shards"))
-  _add_inspect(command("data inspect", _inspect, "the documents of a step of a run, as it saw them"))
-  _add_show(command("data show", _show, "rows of a prepared folder, as a model sees them"))
+  flags.add_data(command("data", _data, "turn text files into tokenized shards"))
+  flags.add_inspect(command("data inspect", _inspect, "the documents of a step of a run, as it saw them"))
+  flags.add_show(command("data show", _show, "rows of a prepared folder, as a model sees them"))
   p = command("train", _train, "train a model, or go on with an interrupted run")
   p.add_argument("--config", required=True, metavar="FILE.py[:ARG]",
                  help="the experiment; overrides follow as --config.KEY=VALUE")
   p.add_argument("--workdir", required=True, help="run folder: checkpoints, metrics, config")
-  _add_processes(p)
+  flags.add_processes(p)
   p = command("doctor", _doctor, "look for what would go wrong with a run, before it is started")
   p.add_argument("--config", metavar="FILE.py[:ARG]",
                  help="the experiment; overrides follow as --config.KEY=VALUE")
   p.add_argument("--workdir", help="run folder: can it be written, is there room")
   p.add_argument("--no-step", action="store_true", help="don't compile and run a step")
   p.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-  _add_plan(command("plan", _plan, "what a config takes on a TPU topology, compiled without one"))
+  flags.add_plan(command("plan", _plan, "what a config takes on a TPU topology, compiled without one"))
   p = command("evaluate", _evaluate, "loss and bits per byte of a run on held-out text")
-  _add_run(p)
+  flags.add_run(p)
   p.add_argument("--split", default="validation", choices=("train", "validation", "test"),
                  help="which documents")
   p.add_argument("--data", metavar="DIR", help="where the run's data is now, if it was moved")
-  p.add_argument("--batches", type=_count(0), default=0,
+  p.add_argument("--batches", type=flags.count(0), default=0,
                  help="batches to evaluate; 0: the whole split")
-  p.add_argument("--batch-size", type=_count(1), help="rows a batch; default: the run's")
-  _add_generate(command("generate", _generate, "continue a prompt with a run's model"))
-  _add_import(command("import", _import, "make a run of a model in Hugging Face's format"))
-  _add_export(command("export", _export, "write a run's model in Hugging Face's format"))
+  p.add_argument("--batch-size", type=flags.count(1), help="rows a batch; default: the run's")
+  flags.add_generate(command("generate", _generate, "continue a prompt with a run's model"))
+  flags.add_import(command("import", _import, "make a run of a model in Hugging Face's format"))
+  flags.add_export(command("export", _export, "write a run's model in Hugging Face's format"))
   p = command("demo", _demo, "train and sample a small model on Python's standard library")
   p.add_argument("--dir", default="runs/demo", help="folder for the data and the run")
   return parser
-
-
-def _count(least):
-  """An argument type: an integer in [least, 2^31)."""
-  def parse(text):
-    value = int(text)
-    if not least <= value < 2**31:
-      raise argparse.ArgumentTypeError(f"{text} must be at least {least}, and below 2^31")
-    return value
-  parse.__name__ = "integer"
-  return parse
-
-
-def _add_data(p):
-  p.add_argument("paths", nargs="+", metavar="PATH",
-                 help="files, folders, glob patterns or URLs (s3://, gs://, hf://, https://)")
-  p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-  p.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
-  _add_reading(p.add_argument_group("what is read"))
-  _add_cleaning(p.add_argument_group("what is left out"))
-  _add_tokens(p.add_argument_group("splits and tokens"))
-  g = p.add_argument_group("who does the work")
-  g.add_argument("--executor", default="local", metavar="KIND",
-                 help="process (this one) | local (all cores) | slurm | ray")
-  g.add_argument("--workers", type=_count(0), default=0,
-                 help="tasks at the same time; 0: one a core, or as many as a cluster takes")
-  g.add_argument("--executor-option", action="append", default=[], metavar="KEY=VALUE",
-                 help="for datatrove's executor of this kind, such as partition=cpu and "
-                      "time=20:00:00 of slurm; may be repeated")
-  g.add_argument("--task-bytes", type=_count(1), default=16_000_000,
-                 help="inputs are divided into tasks of about so many bytes, 512 at most")
-
-
-def _add_inspect(p):
-  p.add_argument("workdir", metavar="RUN", help="run folder")
-  p.add_argument("--step", type=_count(0), required=True, help="which step; the first is 0")
-  p.add_argument("--row", type=_count(0), help="which row of it; default: all")
-  p.add_argument("--data", metavar="DIR", help="where the run's data is now, if it was moved")
-  _add_chars(p)
-
-
-def _add_show(p):
-  p.add_argument("path", metavar="DIR", help="prepared folder; several, separated by commas, are "
-                                             "mixed")
-  p.add_argument("--split", default="train", choices=("train", "validation", "test"),
-                 help="which documents")
-  p.add_argument("--rows", type=_count(1), default=3, help="rows to show")
-  p.add_argument("--seed", type=_count(0), default=0, help="of the draw")
-  p.add_argument("--seq-len", type=_count(1), default=256, help="places in a row")
-  _add_chars(p)
-
-
-def _add_chars(p):
-  p.add_argument("--chars", type=_count(0), default=300, help="of each text to show; 0: all")
-
-
-def _add_reading(g):
-  g.add_argument("--kind", default="text", metavar="KIND",
-                 help="text | classification | seq2seq | chat | preference")
-  g.add_argument("--field", action="append", default=[], metavar="NAME=COLUMN",
-                 help="column of text, id, text_pair, label, input, target, messages, prompt, "
-                      "chosen or rejected, where it isn't called so; may be repeated")
-  g.add_argument("--format", help="of all files: text, jsonl, csv, parquet, …; default: by the "
-                                  "suffix of each")
-  g.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
-                 help="shell pattern of files or folders to leave out; may be repeated")
-  g.add_argument("--max-record-bytes", type=_count(1), default=64 << 20,
-                 help="longer records are dropped, longer text files cut")
-  g.add_argument("--max-errors", type=_count(0),
-                 help="broken records after which to give up; default: never")
-  g.add_argument("--examples", type=_count(0), default=5, metavar="N",
-                 help="how many dropped documents are named, of each rule")
-
-
-def _add_cleaning(g):
-  g.add_argument("--clean", action="append", default=[], metavar="STEP[:KEY=VALUE,…]",
-                 help="a cleaning step, such as ftfy, html, length:min_chars=200, gopher_quality; "
-                      "may be repeated, and is carried out in order")
-  g.add_argument("--dedup", action="append", default=[], metavar="exact|near[:KEY=VALUE,…]",
-                 help="remove duplicates, near ones such as near:threshold=0.65; may be repeated")
-  g.add_argument("--decontaminate", action="append", default=[], metavar="PATH|held-out",
-                 help="remove training documents that share runs of words with these files, or "
-                      "with the held-out splits; may be repeated")
-  g.add_argument("--decontaminate-options", default="", metavar="KEY=VALUE,…",
-                 help="such as words=13,runs=1,share=0,common=10,remove=true")
-  g.add_argument("--decontaminate-field", default="text", metavar="COLUMN",
-                 help="column of the text in these files")
-
-
-def _add_tokens(g):
-  g.add_argument("--validation", type=float, default=0.05, help="share of held-out documents")
-  g.add_argument("--test", type=float, default=0.05, help="share of documents for a last test")
-  g.add_argument("--salt", default="", help="another salt draws other held-out documents")
-  g.add_argument("--cut-chars", type=int, metavar="N",
-                 help="cut longer documents after a line; 0: never; default: only where there are "
-                      "too few documents to hold some out")
-  g.add_argument("--tokenizer", default="sentencepiece:4096", metavar="SPEC",
-                 help="bytes | sentencepiece:SIZE[:bpe|unigram|char] | a .model, .tiktoken or "
-                      "tokenizer.json file | a folder with one, or that this command wrote")
-  g.add_argument("--template", default="",
-                 help="kinds chat and preference: simple, chatml, llama3, gemma, …, or tokenizer for the one that "
-                      "came with it; default: the first that fits the tokenizer")
-  g.add_argument("--sample-bytes", type=int, default=4_000_000,
-                 help="bytes of text that the tokenizer is trained on")
-  g.add_argument("--symbol", action="append", default=[], metavar="TEXT",
-                 help="a text that is one token wherever it occurs, of a tokenizer that is "
-                      "trained; may be repeated")
-  g.add_argument("--shard-tokens", type=_count(1), default=1 << 27,
-                 help="tokens after which a task begins another file")
 
 
 def _key_value(flag, text, parse=json.loads):
@@ -212,82 +103,6 @@ def _key_value(flag, text, parse=json.loads):
     return key, parse(value)
   except ValueError:
     return key, value
-
-
-def _add_processes(p):
-  group = p.add_argument_group(
-      "several processes", "SLURM, Open MPI and Cloud TPU (also GKE) need none of these; elsewhere "
-      "start the same command once a process. The run folder and the data must be visible to all.")
-  group.add_argument("--coordinator", metavar="HOST:PORT",
-                     help="where process 0 is (or JAX_COORDINATOR_ADDRESS)")
-  group.add_argument("--num-processes", metavar="N", help="how many (or JAX_NUM_PROCESSES)")
-  group.add_argument("--process-id", metavar="I", help="this one, from 0 (or JAX_PROCESS_ID)")
-  group.add_argument("--join-timeout", type=_count(1), default=300, metavar="SECONDS",
-                     help="how long to wait for the others")
-
-
-def _add_plan(p):
-  p.add_argument("--config", required=True, metavar="FILE.py[:ARG]",
-                 help="the experiment; overrides follow as --config.KEY=VALUE")
-  p.add_argument("--topology", required=True, metavar="NAME",
-                 help="v5e-256, v5p-128 (cores), v6e-64x2 (two slices), v5p:4x4x8, …")
-  p.add_argument("--price", type=float, help="of a chip-hour, in any currency")
-  p.add_argument("--json", metavar="FILE", help="write all figures there")
-  p.add_argument("--golden", metavar="FILE",
-                 help="compare the collectives with this budget; written where there is none")
-  p.add_argument("--top", type=_count(0), default=0,
-                 help="print so many of the heaviest instructions")
-  p.add_argument("--search", action="store_true",
-                 help="look for the mesh, the rows a device and what is saved that are fastest")
-  p.add_argument("--finalists", type=_count(1), default=4, help="of a search: plans to compile")
-  p.add_argument("--keep-batch", action="store_true",
-                 help="of a search: keep data.batch_size, by accumulation")
-  p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text there")
-
-
-def _add_run(p):
-  p.add_argument("--workdir", required=True, help="run folder")
-  p.add_argument("--step", type=_count(0), help="which checkpoint; default: the newest")
-
-
-def _add_generate(p):
-  _add_run(p)
-  p.add_argument("--prompt", default="", help="text to continue; @FILE reads a file")
-  p.add_argument("--samples", type=_count(1), default=1, help="texts to draw")
-  p.add_argument("--max-new", type=_count(1), default=200, help="new tokens at most")
-  p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-  p.add_argument("--top-k", type=_count(0), default=0, help="draw from the k likeliest; 0: all")
-  p.add_argument("--top-p", type=float, default=1.0,
-                 help="draw from the likeliest that reach this probability together")
-  p.add_argument("--min-p", type=float, default=0.0,
-                 help="draw from tokens at least this times as likely as the likeliest")
-  p.add_argument("--seed", type=_count(0), default=0, help="of the draws")
-
-
-def _add_import(p):
-  p.add_argument("--from", required=True, metavar="DIR", dest="source",
-                 help="folder with config.json, safetensors files and the tokenizer's files")
-  p.add_argument("--workdir", required=True, help="run folder to make")
-  p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                 help="what the run computes in; parameters are float32")
-  p.add_argument("--seq-len", type=_count(1), metavar="N",
-                 help="longest rows of evaluate and generate; default: the model's context, at "
-                      "most 2048")
-  p.add_argument("--tokenizer", metavar="PATH", help="file or folder, where DIR holds none")
-
-
-def _add_export(p):
-  _add_run(p)
-  p.add_argument("--to", required=True, metavar="DIR", help="folder to make")
-  p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                 help="of the weights in the files")
-  p.add_argument("--shard-gb", type=float, default=5.0, help="GB of a file at most")
-  p.add_argument("--family", help="model_type to export as; default: the first that fits")
-  p.add_argument("--no-check", action="store_true", help="don't compare with transformers")
-  p.add_argument("--adapter", action="store_true",
-                 help="write the LoRA adapters alone, as peft loads them; else they are merged")
-  p.add_argument("--base", metavar="ADDRESS",
-                 help="with --adapter: the model it refers to; default: the run's init_from")
 
 
 def _start_backend(several=False):
@@ -310,8 +125,8 @@ def _data(args):
       executor=executors.make(args.executor, args.workers, options, report),
       kind=args.kind, fields=tuple(_key_value("--field", text, str) for text in args.field),
       format=args.format, exclude=tuple(args.exclude), max_record_bytes=args.max_record_bytes,
-      max_errors=args.max_errors, examples=args.examples, clean=tuple(args.clean), dedup=tuple(args.dedup),
-      decontaminate=tuple(args.decontaminate), decontaminate_options=args.decontaminate_options,
+      max_errors=args.max_errors, examples=args.examples, clean=tuple(args.clean),
+      dedup=tuple(args.dedup), decontaminate=tuple(args.decontaminate), decontaminate_options=args.decontaminate_options,
       decontaminate_field=args.decontaminate_field, tokenizer=args.tokenizer, template=args.template,
       sample_bytes=args.sample_bytes, symbols=tuple(args.symbol), validation=args.validation,
       test=args.test, salt=args.salt, cut_chars=args.cut_chars, shard_tokens=args.shard_tokens,
@@ -352,8 +167,6 @@ def _train(args):
 
 
 def _doctor(args):
-  import json
-
   from jaxgpt import config, doctor, machine
   _start_backend()
   load = (lambda: _resolved(config, args)) if args.config else None

@@ -78,6 +78,11 @@ def base():
   s.decay_fraction = 0.2  # wsd: last share of the run in which the rate falls
   s.final_ratio = 0.1  # rate at the end, as a share of the peak (cosine, linear, wsd)
 
+  _run(c)
+  return c.lock()
+
+
+def _run(c):
   c.train = t = ml_collections.ConfigDict()
   t.steps = 1000  # optimizer steps
 
@@ -103,7 +108,6 @@ def base():
   h.expert = 1  # devices that split the experts; they share the batch too
   h.stage = 1  # pipeline stages (reserved)
   h.compiler_options = ()  # XLA options of the train step as "name=value", such as "xla_tpu_enable_async_collective_fusion=true"
-  return c.lock()
 
 
 def _model(c):
@@ -150,7 +154,10 @@ def _model(c):
   m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
   m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention | save:q,k,v,attention,o,gate,up,down (some of these)
   m.materialize = "values"  # on TPUs, what is written before matmuls read it: none | values (of norms, the MLP's product) | gradients (theirs too)
+  _parts_of_model(m)
 
+
+def _parts_of_model(m):
   m.rope = r = ml_collections.ConfigDict()
   r.theta = 10_000.0  # base of the rotary frequencies
   r.local_theta = config_dict.placeholder(float)  # base in local layers, which then have no scaling; default: as global

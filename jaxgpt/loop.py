@@ -24,6 +24,7 @@ from jaxgpt import (
   optim,
   schedules,
   sharding,
+  stop_signal,
   timer,
   train_step,
   tree,
@@ -70,26 +71,6 @@ def build(c, mesh):
                   select(transformer.depths(c.model, shapes)))
   return Parts(model, objectives.make(model, c.objective), tx, schedule,
                train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh))
-
-
-class StopSignal:
-  """Turns the first SIGINT or SIGTERM into a flag; a second one ends the program at once."""
-
-  _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-  def __enter__(self):
-    self.received = None
-    self._old = {s: signal.signal(s, self._handle) for s in self._SIGNALS}
-    return self
-
-  def _handle(self, number, _):
-    self.received = signal.Signals(number)
-    for s, old in self._old.items():
-      signal.signal(s, old)
-
-  def __exit__(self, *_):
-    for s, old in self._old.items():
-      signal.signal(s, old)
 
 
 def load_tokenizer_and_config(c):
@@ -204,7 +185,7 @@ def train(c, folder, origin):
     UserError: bad input, or a loss that is not finite.
   """
   folder = epath.Path(folder)
-  with StopSignal() as stop:
+  with stop_signal.StopSignal() as stop:
     tokenizer, c = load_tokenizer_and_config(c)
     mesh = mesh_lib.make(c.mesh)
     mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)

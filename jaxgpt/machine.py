@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxgpt import processes
+from jaxgpt import packages, processes
 from jaxgpt.errors import UserError
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -47,21 +47,14 @@ def size_text(num_bytes):
 
 def versions():
   """The installed packages, and whether JAX's parts fit together."""
-  have = {name: _version(name) for name in (*_PACKAGES, *_PLUGINS)}
+  have = {name: packages.version(name) for name in (*_PACKAGES, *_PLUGINS)}
   text = ", ".join(f"{name} {version}" for name, version in have.items() if version)
-  yield Finding(OK, "versions", f"jaxgpt {_version('jaxgpt') or '(a checkout)'}, Python "
+  yield Finding(OK, "versions", f"jaxgpt {packages.version('jaxgpt') or '(a checkout)'}, Python "
                                 f"{platform.python_version()}, {text}")
   for name, wanted in jax_requirements().items():
     if have.get(name) and not fits(have[name], wanted):
       yield Finding(PROBLEM, "versions", f"{name} {have[name]} does not fit jax {have['jax']}, "
                     f"which needs {name}{wanted}: pip install '{name}{wanted}'")
-
-
-def _version(name):
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return None
 
 
 def jax_requirements():
@@ -122,11 +115,11 @@ def devices():
   platforms = {d.platform for d in found}
   if processes.has_tpu_chips() and "tpu" not in platforms:
     yield from _unused_tpu(chosen)
-  elif _version("libtpu") and not processes.has_tpu_chips() and chosen != "cpu":
+  elif packages.version("libtpu") and not processes.has_tpu_chips() and chosen != "cpu":
     yield Finding(WARNING, "devices", "libtpu is installed, but this machine has no TPU chip: JAX "
                   "looks for one at each start; set JAX_PLATFORMS=cpu")
   if glob.glob("/dev/nvidia[0-9]*") and not platforms & {"cuda", "gpu"}:
-    plugin = _version("jax-cuda13-plugin") or _version("jax-cuda12-plugin")
+    plugin = packages.version("jax-cuda13-plugin") or packages.version("jax-cuda12-plugin")
     why = ("JAX_PLATFORMS leaves it out: unset it" if plugin and chosen and "cuda" not in chosen
            else "its driver and JAX's CUDA plugin don't fit: run nvidia-smi, update the driver"
            if plugin else "JAX has no CUDA plugin: pip install 'jaxgpt[cuda]'")
@@ -134,7 +127,7 @@ def devices():
 
 
 def _unused_tpu(chosen):
-  if not _version("libtpu"):
+  if not packages.version("libtpu"):
     yield Finding(WARNING, "devices", "there are TPU chips that would not be used: "
                   "pip install 'jaxgpt[tpu]'")
   elif chosen and "tpu" not in chosen:

@@ -7,7 +7,6 @@ RUN/metrics.jsonl  see `writers`
 RUN/checkpoints/   see `checkpoint`
 """
 
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -17,7 +16,7 @@ import time
 import jax
 from etils import epath
 
-from jaxgpt import config
+from jaxgpt import config, packages
 from jaxgpt.errors import UserError
 from jaxgpt.text import remote
 
@@ -114,7 +113,7 @@ def _start(c, mesh, data_digest):
       "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
       "command": sys.argv,
       "python": platform.python_version(),
-      "packages": {name: _version(name) for name in _PACKAGES},
+      "packages": {name: packages.version(name) for name in _PACKAGES},
       "git": _git(),
       "device_kind": device.device_kind,
       "platform": device.platform,
@@ -123,13 +122,6 @@ def _start(c, mesh, data_digest):
       "data_digest": data_digest,
       "config": free,  # the keys that may differ from config.json
   }
-
-
-def _version(name):
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return None
 
 
 def _git():

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "jaxgpt"
 
 FLOORS = [  # each floor's rooms in the order in which they may import each other
-    ["errors", "presets", "checks", "config", "tree", "mesh", "sharding", "processes",
+    ["errors", "packages", "presets", "checks", "config", "tree", "mesh", "sharding", "processes",
      "lifeline", "distributed"],
     ["text.files", "text.remote", "text.streams", "text.records", "text.tables", "text.warc",
      "text.formats",
@@ -26,14 +26,14 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
      "hf.families", "hf.tokenizer", "hf.convert", "hf.adapters", "plan.environment", "plan.chips",
      "plan.topology", "plan.hlo", "plan.cost", "plan.golden", "plan.estimate"],
-    ["mirror", "checkpoint", "timer", "workdir", "writers",
+    ["mirror", "checkpoint", "timer", "stop_signal", "workdir", "writers",
      "hf.safetensors", "hf.weights", "hf.parity"],
     ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference",
      "machine", "doctor", "plan.lower", "plan.report", "plan.search",
-     "plan.explain", "plan.command", "cli", "__main__"],
+     "plan.explain", "plan.command", "flags", "cli", "__main__"],
 ]
 ORDER = [room for floor in FLOORS for room in floor]
-PLAIN = ("errors", "presets", "processes", "lifeline",
+PLAIN = ("errors", "packages", "presets", "processes", "lifeline",
          *(room for room in ORDER if room.startswith("text.")))
 OPTIONAL = {"tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
 NO_JAX = PLAIN + ("checks", "config", *(room for room in ORDER if room.startswith("data.")))

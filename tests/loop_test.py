@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxgpt import checkpoint, config, ledger, loop, runs, workdir, writers
+from jaxgpt import checkpoint, config, ledger, loop, runs, stop_signal, workdir, writers
 from jaxgpt.errors import UserError
 
 TIMES = ("tokens_per_second", "step_time", "input_wait")
@@ -126,7 +126,7 @@ def test_a_signal_at_any_stage_changes_no_number(finished, tmp_path, stage):
 
 def test_a_second_signal_is_not_held_back():
   old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-  with loop.StopSignal() as stop:
+  with stop_signal.StopSignal() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     signal.sigtimedwait([], 1)  # another thread may have caught it, and this one hears of it soon
     assert stop.received == signal.SIGINT

@@ -6,7 +6,6 @@ the mathematics, and not the rounding of the files.
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import platform
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxgpt import __version__, generate
+from jaxgpt import __version__, generate, packages
 from jaxgpt.model import transformer
 
 JSON, TEXT = "parity.json", "parity.md"
@@ -46,7 +45,7 @@ def certify(folder, c_model, params, tokenizer, dtype, compare=True):
   """
   out = {"checked": False, "tokenizer": {"equal": None, "why_not": ""}, "dtypes": {"files": dtype, "compared_in": "float32"},
          "versions": {"python": platform.python_version(),
-                      "jaxgpt": __version__, **{name: _version(name) for name in _PACKAGES}},
+                      "jaxgpt": __version__, **{name: packages.version(name) for name in _PACKAGES}},
          "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())}}
   if not compare:
     return out | {"why_not": "it was not asked for"}
@@ -170,19 +169,9 @@ def _worst(figures):
           "scale": max(f["scale"] for f in figures)}
 
 
-def _version(name):
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return None
-
-
 def _sha256(path):
-  digest = hashlib.sha256()
   with path.open("rb") as f:
-    while block := f.read(1 << 24):
-      digest.update(block)
-  return digest.hexdigest()
+    return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write(folder, certificate):

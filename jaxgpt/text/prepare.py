@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
 import shutil
 
 import jaxgpt
+from jaxgpt import packages
 from jaxgpt.errors import UserError
 from jaxgpt.text import (
   assemble,
@@ -235,11 +235,9 @@ def _digest_of(out):
 
 
 def _versions():
-  versions = {"jaxgpt": jaxgpt.__version__, "format": shards.FORMAT}
-  for name in _LIBRARIES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[name] = importlib.metadata.version(name)
-  return versions
+  found = {name: packages.version(name) for name in _LIBRARIES}
+  return {"jaxgpt": jaxgpt.__version__, "format": shards.FORMAT,
+          **{name: version for name, version in found.items() if version}}
 
 
 def _digest(value):
