@@ -197,6 +197,8 @@ def _plan(args):
   from jaxgpt.plan import environment
   environment.prepare()
   from jaxgpt.plan import command
+  if args.shardings:
+    return command.draw(args.config, args.overrides, args.topology)
   if args.search:
     return command.search(args.config, args.overrides, args.topology, finalists=args.finalists,
                           keep_batch=args.keep_batch, out=args.json)

@@ -140,6 +140,8 @@ def add_plan(p):
                  help="compare the collectives with this budget; written where there is none")
   p.add_argument("--top", type=count(0), default=0,
                  help="print so many of the heaviest instructions")
+  p.add_argument("--shardings", action="store_true",
+                 help="draw how parameters and activations are cut over the mesh; compile nothing")
   p.add_argument("--search", action="store_true",
                  help="look for the mesh, the rows a device and what is saved that are fastest")
   p.add_argument("--finalists", type=count(1), default=4, help="of a search: plans to compile")

@@ -25,7 +25,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
      "hf.families", "hf.tokenizer", "hf.convert", "hf.adapters", "plan.environment", "plan.chips",
-     "plan.topology", "plan.hlo", "plan.cost", "plan.golden", "plan.estimate"],
+     "plan.topology", "plan.shardings", "plan.hlo", "plan.cost", "plan.golden", "plan.estimate"],
     ["mirror", "checkpoint", "timer", "stop_signal", "workdir", "writers",
      "hf.safetensors", "hf.weights", "hf.parity"],
     ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference",

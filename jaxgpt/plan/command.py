@@ -5,8 +5,9 @@ import json
 import pathlib
 
 from jaxgpt import config
+from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
-from jaxgpt.plan import cost, explain, hlo, lower, report
+from jaxgpt.plan import cost, explain, hlo, lower, report, shardings
 from jaxgpt.plan import golden as golden_lib
 from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
@@ -53,6 +54,22 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
   if golden:
     return golden_lib.check(golden, found)
   return 0 if found["memory"]["fits"] else 1
+
+
+def draw(path, overrides, topology):
+  """Prints how a config's arrays are cut over the mesh it asks for; compiles nothing.
+
+  Args:
+    path, overrides, topology: as in `plan`; no compiler is needed.
+
+  Raises:
+    UserError: as `plan`, or `mesh.axis_sizes`.
+  """
+  c = lower.resolve(config.load(path, overrides)[0])
+  sizes = mesh_lib.axis_sizes(c.mesh, topology_lib.parse(topology).num_devices)
+  mesh_lib.check_batch(sizes, c.data.batch_size, c.optim.accumulate)
+  print("\n".join(shardings.describe(c, sizes)))
+  return 0
 
 
 def search(path, overrides, topology, *, finalists=4, keep_batch=False, out=None):

@@ -1,0 +1,74 @@
+"""The drawn shardings are those that JAX makes of the same mesh."""
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+
+from jaxgpt import config, mesh, sharding, tree
+from jaxgpt.model import transformer
+from jaxgpt.plan import command, lower, shardings
+
+SMALL = ["--config.model.num_layers=2", "--config.model.width=64", "--config.model.num_heads=4",
+         "--config.model.num_kv_heads=4", "--config.model.mlp_width=128",
+         "--config.model.vocab_size=256", "--config.data.seq_len=32", "--config.data.batch_size=8"]
+LLAMA = "configs/llama3_8b.py:llama2_7b"
+
+
+def _resolved(*overrides):
+  return lower.resolve(config.load(LLAMA, [*SMALL, *overrides])[0])
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2},
+                                  {"seq": 2, "fsdp": 4}, {"tensor": 4, "seq": 2}])
+def test_each_device_holds_what_jax_gives_it(axes):
+  axes = {"fsdp": 1} | axes
+  c = _resolved(*(f"--config.mesh.{axis}={size}" for axis, size in axes.items()))
+  where, sizes = mesh.make(c.mesh), mesh.axis_sizes(c.mesh, 8)
+  numbers = {device: i for i, device in enumerate(where.devices.flat)}
+  for array in shardings.parameters(c) + shardings.activations(c):
+    shape = tuple(size for _, size in array.dims)
+    spec = sharding.fitting_spec(where, shape, [axis for axis, _ in array.dims])
+    cuts = shardings.cut(array, sizes)
+    part = [size // one.parts for size, one in zip(shape, cuts, strict=True)]
+    expected = {}
+    for device, slices in NamedSharding(where, spec).devices_indices_map(shape).items():
+      index = tuple(s.indices(n)[0] // p for s, n, p in zip(slices, shape, part, strict=True))
+      expected.setdefault(index, []).append(numbers[device])
+    found = shardings.holders(array, sizes)
+    assert found == {index: sorted(held) for index, held in expected.items()}, array.name
+
+
+def test_all_parameters_are_listed_with_their_bytes():
+  c = _resolved()
+  shapes, _ = transformer.abstract(transformer.Transformer(c.model))
+  names = {array.name: array for array in shardings.parameters(c)}
+  assert names.keys() == tree.flatten(shapes).keys()
+  lines = shardings.table([names["layers/mlp/up"]], mesh.axis_sizes(c.mesh, 8))
+  assert lines[1].split() == ["layers/mlp/up", "layers", "2", "x", "embed", "64", "x", "mlp", "128",
+                              "embed:", "fsdp", "[2,8,128]", f"{2 * 8 * 128 * 4 / 2**20:.2f}"]
+
+
+def test_a_picture_of_copies_and_one_of_many_parts():
+  array = shardings.Array("w", (("embed", 64), ("mlp", 128)), 4)
+  sizes = {"data": 2, "fsdp": 8, "seq": 1, "tensor": 2, "expert": 1, "stage": 1}
+  assert shardings.picture(array, sizes) == [
+      "w [64, 128]   ↓ embed over fsdp   → mlp over tensor",
+      "┌───────┬───────┐",
+      "│ 0 16  │ 1 17  │",
+      "├───────┼───────┤",
+      "│ 2 18  │ 3 19  │",
+      "├───────┼───────┤",
+      "│ …     │ …     │",
+      "├───────┼───────┤",
+      "│ 14 30 │ 15 31 │",
+      "└───────┴───────┘"]
+  whole = shardings.Array("scale", (("norm", 64),), 4)
+  assert shardings.picture(whole, sizes)[::2] == [
+      "scale [64]   whole on each", "│ 0-31 │"]
+
+
+def test_shardings_are_drawn_without_a_compiler(capsys, monkeypatch):
+  monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", None)
+  overrides = [*SMALL, "--config.data.batch_size=64", "--config.mesh.data=2"]
+  assert command.draw(LLAMA, overrides, "v5e-32x2") == 0
+  assert capsys.readouterr().out.startswith("mesh: data 2, fsdp 32\n")
