@@ -244,7 +244,7 @@ def dump(folder, state, batch, metrics):
 
   Args:
     folder: made if need be.
-    state: the state before the step.
+    state: the state that the step left behind, see `train_step`.
     batch: {name: array} of the step.
     metrics: plain floats.
   """

@@ -369,12 +369,14 @@ class _Run:
 
   def _stop_at_nonfinite(self, step, metrics):
     where = self._folder / f"nonfinite_{step}"
+    with jax.transfer_guard("allow"):
+      side = "before" if int(self._state["step"]) == step else "after"
     try:
       with jax.transfer_guard("allow"):
         checkpoint.dump(where, self._state, self._data.batch(step), metrics)
-      evidence = f"{where} has the state before it, its batch and its metrics"
+      evidence = f"{where} has the state {side} it, its batch and its metrics"
     except (OSError, UserError) as e:
-      evidence = f"the state before it could not be saved ({e})"
+      evidence = f"the state {side} it could not be saved ({e})"
     raise UserError(
         f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
         f"weights' norm {metrics['param_norm']}; {evidence}. A lower optim.lr, a longer "

@@ -2,9 +2,11 @@
 
 The state is a dict of arrays: 'step' (updates so far), 'params' (those that are
 trained), 'frozen' (those that are not, if any), 'opt' (the optimizer's), 'ema' (where it is on) and
-'nonfinite_step'. At the first step whose loss, gradient or new weights are not
-finite the state freezes, and 'nonfinite_step' says which step it was: the loop, which reads the
-metrics one step late, finds the weights as they were before the accident.
+'nonfinite_step', -1 or the first step that was not finite, at which the state freezes: the
+loop, which reads the metrics one step late, finds it as the accident left it. A loss or gradient that
+is not finite is not applied at all, and the state is the one before the step. Weights
+that an update from finite gradients has made infinite stay: to take them back, old and new
+state would have to be held together, up to 12 bytes a parameter.
 """
 
 import jax
@@ -98,6 +100,19 @@ def make(objective, tx, schedule, c):
   """
   gradients = accumulated(objective, c.optim.accumulate)
 
+  # Two branches and no select: XLA then writes the new state over the old one on every backend.
+  def update(state, grads):
+    updates, opt = tx.update(grads, state["opt"], state["params"])
+    new = dict(state, params=optax.apply_updates(state["params"], updates), opt=opt,
+               step=state["step"] + 1)
+    if c.optim.ema:
+      new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - c.optim.ema)
+    return new, optax.tree.norm(new["params"])
+
+  def left_alone(state, grads):
+    del grads
+    return dict(state), optax.tree.norm(state["params"])
+
   def train_step(state, batch):
     frozen = {"frozen": state["frozen"]} if "frozen" in state else {}
     state = {name: part for name, part in state.items() if name != "frozen"}
@@ -110,17 +125,11 @@ def make(objective, tx, schedule, c):
     if c.optim.clip_norm:
       shrink = jnp.minimum(1, c.optim.clip_norm / (norm + 1e-9))
       grads = jax.tree.map(lambda g: g * shrink, grads)
-    updates, opt = tx.update(grads, state["opt"], state["params"])
-    new = dict(state, params=optax.apply_updates(state["params"], updates), opt=opt,
-               step=step + 1)
-    if c.optim.ema:
-      new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - c.optim.ema)
-    param_norm = optax.tree.norm(new["params"])
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(param_norm)
-    alive = finite & (state["nonfinite_step"] < 0)
-    new = jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, state)
-    new["nonfinite_step"] = jnp.where(finite | (state["nonfinite_step"] >= 0),
-                                      state["nonfinite_step"], step)
+    first_bad = state["nonfinite_step"]
+    applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (first_bad < 0)
+    new, param_norm = jax.lax.cond(applied, update, left_alone, state, grads)
+    fine = applied & jnp.isfinite(param_norm)
+    new["nonfinite_step"] = jnp.where(fine | (first_bad >= 0), first_bad, step)
     metrics = {"loss": loss * mean, **{k: v * mean for k, v in aux.items()}, "tokens": weight,
                "grad_norm": norm, "param_norm": param_norm,
                "lr": c.optim.lr * schedule(step), "nonfinite_step": new["nonfinite_step"]}

@@ -231,8 +231,8 @@ def test_the_guard_would_catch_a_hidden_transfer(tiny, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, tmp_path):
-  c = tiny(optim__lr=1e30, optim__clip_norm=0.0, schedule__warmup_steps=0, log__every=1)
-  with pytest.raises(UserError, match=r"step \d+ is not finite: loss"):
+  c = tiny(optim__lr=1e16, optim__clip_norm=0.0, schedule__warmup_steps=0, log__every=1)
+  with pytest.raises(UserError, match=r"step \d+ is not finite: loss .* the state before it"):
     train(c, tmp_path / "run")
   where, = (tmp_path / "run").glob("nonfinite_*")
   step = int(where.name.split("_")[1])
@@ -246,6 +246,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, t
   state, _ = checkpoint.Checkpoints(where / "state").restore(loop.build(resolved, mesh).state)
   assert int(state["step"]) == step
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
+
+
+def test_of_an_update_that_overflows_the_state_after_it_is_kept(tiny, tmp_path):
+  c = tiny(optim__lr=1e38, optim__weight_decay=1e6, schedule__warmup_steps=0)
+  with pytest.raises(UserError, match=r"step 0 is not finite: .* the state after it"):
+    train(c, tmp_path / "run")
 
 
 def test_checkpoints_are_kept_by_number_and_by_period(tiny, tmp_path):
