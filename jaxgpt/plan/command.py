@@ -72,7 +72,7 @@ def draw(path, overrides, topology):
   return 0
 
 
-def search(path, overrides, topology, *, finalists=4, keep_batch=False, out=None):
+def search(path, overrides, topology, *, finalists=6, keep_batch=False, out=None):
   """Looks for the fastest plan that fits, and prints those that were compiled.
 
   Args:
@@ -90,7 +90,7 @@ def search(path, overrides, topology, *, finalists=4, keep_batch=False, out=None
   where = topology_lib.parse(topology)
   results = search_lib.search(c, where, finalists, keep_batch,
                               say=lambda line: print(line, flush=True))
-  print("\n".join(search_lib.table(results, where)), flush=True)
+  print("\n".join(search_lib.table(results)), flush=True)
   if out:
     _write(out, json.dumps([{"changes": r.candidate.changes, "estimated_bytes": r.candidate.bytes,
                              "figures": r.figures,

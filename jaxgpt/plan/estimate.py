@@ -3,7 +3,9 @@
 Compiled figures decide; `docs/benchmarks.md` says how far these are from them.
 """
 
+import collections
 import math
+import types
 from typing import NamedTuple
 
 import ml_collections
@@ -12,6 +14,7 @@ from jaxgpt import mesh as mesh_lib
 from jaxgpt import optim, sharding, tree
 from jaxgpt.model import transformer
 
+_LANES = 128  # of a TPU's vector registers: the last dimension is padded to them
 _DOTS = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 _MATMUL_RATE = 0.85  # share of the peak that matmuls reach
 _OTHER_SHARE = 0.12  # time of what is no matmul, as a share of the matmuls'
@@ -22,7 +25,7 @@ class Buffer(NamedTuple):
 
   Attributes:
     name: where it is in the model.
-    kind: 'saved', 'loss', 'layer', 'parameters', 'optimizer' or 'gradients'.
+    kind: 'saved', 'head', 'layer', 'gradients', 'parameters' or 'optimizer'; see `memory`.
     shape: on one device, as text.
     bytes: its size.
     keys: what in the config makes it smaller.
@@ -34,23 +37,47 @@ class Buffer(NamedTuple):
   keys: str
 
 
+class Weight(NamedTuple):
+  """A parameter: its shape, its logical axes, and whether it is trained."""
+  shape: tuple
+  axes: tuple
+  trained: bool
+
+  def numbers(self, sizes, gathered=False):
+    """Numbers of it on a device of a mesh {axis: size}, or of all that fsdp cuts it into."""
+    mesh = types.SimpleNamespace(shape=sizes | {"fsdp": 1} if gathered else sizes)
+    return math.prod(self.shape) / math.prod(sharding.num_shards(mesh, a) for a in self.axes)
+
+
 class Counts(NamedTuple):
-  """Parameters of a model: all, those of one layer, and those that are trained."""
-  all: int
-  of_layer: float
-  trained: int
+  """A model's `Weight`s: those stacked over the layers, and the others by name."""
+  layers: tuple
+  others: dict
+
+  @property
+  def all(self):
+    """How many numbers they are."""
+    return sum(math.prod(w.shape) for w in (*self.layers, *self.others.values()))
+
+  def held(self, sizes, trained=False):
+    """Numbers on a device; of those that are trained, or of all."""
+    return sum(w.numbers(sizes) for w in (*self.layers, *self.others.values())
+               if w.trained or not trained)
+
+  def of_layer(self, sizes, num_layers):
+    """Numbers of a layer on a device, gathered over fsdp."""
+    return sum(w.numbers(sizes, gathered=True) for w in self.layers) / num_layers
 
 
 def count(c):
   """The `Counts` of a resolved config."""
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   shapes, axes = transformer.abstract(model)
-  counts = {name: math.prod(x.shape) for name, x in tree.flatten(shapes).items()}
-  stacked = [name for name, a in tree.flatten(axes, is_leaf=sharding.is_axes).items()
-             if "layers" in a]
-  trained = optim.trained(c.optim, axes)
-  return Counts(sum(counts.values()), sum(counts[n] for n in stacked) / c.model.num_layers,
-                sum(counts[n] for n in counts if n in trained))
+  axes, trained = tree.flatten(axes, is_leaf=sharding.is_axes), optim.trained(c.optim, axes)
+  weights = {name: Weight(x.shape, axes[name], name in trained)
+             for name, x in tree.flatten(shapes).items()}
+  stacked = {name: w for name, w in weights.items() if "layers" in w.axes}
+  return Counts(tuple(stacked.values()), {n: w for n, w in weights.items() if n not in stacked})
 
 
 class _Part(NamedTuple):
@@ -69,7 +96,8 @@ def saved_names(remat):
   """Names of results that a value of `model.remat` keeps, of those the model names."""
   if remat.startswith("save:"):
     return tuple(remat.removeprefix("save:").split(","))
-  return {"full": (), "save_qkv": _DOTS[:3], "save_attention": _DOTS[:4]}.get(remat, _DOTS)
+  kept = {"full": (), "save_qkv": _DOTS[:3], "save_attention": _DOTS[:4], "dots": _DOTS[:-1]}
+  return kept.get(remat, _DOTS)
 
 
 def buffers(c, sizes, counts):
@@ -80,91 +108,131 @@ def buffers(c, sizes, counts):
     sizes: of the mesh, {axis: size}.
     counts: from `count`.
   """
+  found = [*_saved(c, sizes), *_of_head(c, sizes), *_of_layer(c, sizes, counts)]
+  fewer = "mesh.fsdp, mesh.tensor"
+  found.append(Buffer("parameters", "parameters", f"{counts.all:,} in float32",
+                      4 * counts.held(sizes), fewer))
+  moments = {"adamw": 2, "lion": 1, "muon": 1.2, "adafactor": 0.01}[c.optim.name]
+  mine = 4 * counts.held(sizes, trained=True)
+  found.append(Buffer("opt", "optimizer", f"{moments:g} per parameter", mine * moments,
+                      "mesh.fsdp, optim.name"))
+  if c.optim.ema:
+    found.append(Buffer("ema", "optimizer", "1 per parameter", mine, "mesh.fsdp, optim.ema=0"))
+  copies = 2 if c.optim.accumulate > 1 else 1
+  found.append(Buffer("gradients", "gradients", f"{copies:g} per parameter", mine * copies, fewer))
+  return sorted(found, key=lambda b: -b.bytes)
+
+
+_FEWER = "data.batch_size (fewer rows), optim.accumulate (more microbatches)"
+
+
+def _saved(c, sizes):
+  """What the forward pass keeps of all layers."""
   m, s = c.model, _part(c, sizes)
-  wide = 2 if m.dtype == "bfloat16" else 4
-  tokens, shards = s.rows * s.length, sizes["fsdp"] * s.tensor * sizes["expert"]
-  widths = _widths(m)
-  out = []
+  wide, rows = _wide(m), f"{s.rows:g},{s.length:g}"
+  each = m.num_layers * s.rows * s.length
 
-  def add(name, kind, shape, size, keys):
-    out.append(Buffer(name, kind, shape, size, keys))
+  def one(name, width, size, keys=_FEWER):
+    return Buffer(name, "saved", f"[{m.num_layers},{rows},{width:g}]", each * width * size, keys)
 
-  rows = f"{s.rows:g},{s.length:g}"
-  fewer = "data.batch_size (fewer rows), optim.accumulate (more microbatches)"
-  add("layers (input of each)", "saved", f"[{m.num_layers},{rows},{m.width}]",
-      m.num_layers * tokens * m.width * wide / s.tensor, fewer)
-  names = saved_names(m.remat)
+  yield one("layers (input of each)", m.width / s.tensor, wide)
+  names, widths = saved_names(m.remat), _widths(m, padded=True)
   for name in names:
     across = 1 if name in ("o", "down") else s.tensor
-    add(f"layers/{'mlp' if name in ('gate', 'up', 'down') else 'attn'}/{name}", "saved",
-        f"[{m.num_layers},{rows},{widths[name] // across}]",
-        m.num_layers * tokens * widths[name] * wide / across, f"model.remat without {name!r}; {fewer}")
+    where = "mlp" if name in ("gate", "up", "down") else "attn"
+    yield one(f"layers/{where}/{name}", widths[name] / across, wide,
+              f"model.remat without {name!r}; {_FEWER}")
+  if "attention" in names:
+    yield one("layers/attn (statistics)", m.num_heads / s.tensor, 4)
   if m.remat == "none":
-    add("layers (norms, activations)", "saved", f"[{m.num_layers},{rows},…]",
-        m.num_layers * tokens * (6 * m.width + 4 * m.mlp_width / s.tensor) * wide,
-        "model.remat=save:q,k,v,attention,gate,up")
-  if m.head == "lm":
-    vocab = m.vocab_size / s.tensor
-    add("head/logits", "loss", f"[{rows},{vocab:g}]", tokens * vocab * 4,
-        f"mesh.tensor; {fewer}")
-    # Gathered, and its gradient in float32.
-    add("head/weight", "loss", f"[{m.width},{vocab:g}]", m.width * vocab * (4 + wide),
-        "mesh.tensor")
-    add("embed", "loss", f"[{vocab:g},{m.width}]", vocab * m.width * wide, "mesh.tensor")
-  own = counts.of_layer / s.tensor
-  add("layers (gathered ahead of the backward pass)", "loss", "part of a layer",
-      own * wide * 0.35, "mesh.tensor")
-  add("layers (gathered, and gradients)", "layer", "one layer, and parts of the next",
-      own * wide * 1.5 + tokens * (4 * m.mlp_width / s.tensor + 8 * m.width) * wide, "mesh.tensor")
-  state = 4 / shards
-  add("parameters", "parameters", f"{counts.all:,} in float32", counts.all * state,
-      "mesh.fsdp, mesh.tensor")
-  moments = {"adamw": 2, "lion": 1, "muon": 1.2, "adafactor": 0.01}[c.optim.name]
-  add("opt", "optimizer", f"{moments:g} per parameter", counts.trained * moments * state,
-      "mesh.fsdp, optim.name")
-  if c.optim.ema:
-    add("ema", "optimizer", "1 per parameter", counts.trained * state, "mesh.fsdp, optim.ema=0")
-  copies = 2 if c.optim.accumulate > 1 else 1
-  add("gradients", "gradients", f"{counts.trained:,}", counts.trained * state * copies, "mesh.fsdp")
-  return sorted(out, key=lambda b: -b.bytes)
+    yield one("layers (norms, activations)", 6 * m.width + 4 * m.mlp_width / s.tensor, wide,
+              "model.remat=save:q,k,v,attention,gate,up")
+
+
+def _of_head(c, sizes):
+  """What the head holds, of one microbatch."""
+  m, s = c.model, _part(c, sizes)
+  if m.head != "lm":
+    return
+  vocab, rows = m.vocab_size / s.tensor, f"{s.rows:g},{s.length:g}"
+  yield Buffer("head/logits", "head", f"[{rows},{vocab:g}]", s.rows * s.length * vocab * 4,
+               f"mesh.tensor; {_FEWER}")
+  # Gathered, and its gradient in float32.
+  yield Buffer("head/weight", "head", f"[{m.width},{vocab:g}]", m.width * vocab * (4 + _wide(m)),
+               "mesh.tensor")
+  yield Buffer("embed", "head", f"[{vocab:g},{m.width}]", vocab * m.width * _wide(m),
+               "mesh.tensor")
+
+
+def _of_layer(c, sizes, counts):
+  """What the backward pass of a layer holds, and what is gathered ahead of it."""
+  m, s = c.model, _part(c, sizes)
+  wide, own = _wide(m), counts.of_layer(sizes, m.num_layers)
+  tokens = s.rows * s.length
+  yield Buffer("layers (gathered ahead of the backward pass)", "head", "part of a layer",
+               own * wide * 0.35, "mesh.tensor")
+  yield Buffer("layers (gathered, and gradients)", "layer", "one layer, and parts of the next",
+               own * wide * 1.5 + tokens * (4 * m.mlp_width / s.tensor + 8 * m.width) * wide,
+               "mesh.tensor")
 
 
 def memory(found):
   """Bytes of a device at the worst moment, of `buffers`."""
-  kinds = {}
+  kinds = collections.Counter()
   for buffer in found:
-    kinds[buffer.kind] = kinds.get(buffer.kind, 0) + buffer.bytes
-  worst = max(kinds.get("loss", 0), kinds["layer"] + kinds["gradients"])
-  return kinds.get("saved", 0) + worst + kinds["parameters"] + kinds["optimizer"]
+    kinds[buffer.kind] += buffer.bytes
+  worst = max(kinds["head"], kinds["layer"] + kinds["gradients"])
+  return kinds["saved"] + worst + kinds["parameters"] + kinds["optimizer"]
 
 
-def seconds(c, sizes, counts, chip):
-  """Rough seconds of a step: {'matmul', 'other', 'exposed'}. It ranks; the compiler decides.
+def seconds(c, sizes, counts, topology):
+  """Rough seconds of a step: {'matmul', 'other', 'exposed', 'between'}. It ranks; compiling decides.
 
   Args:
     c, sizes, counts: as in `buffers`.
-    chip: a `chips.Chip`.
+    topology: a `topology.Topology`.
+
+  Returns:
+    Times by kind; 'between' is what slices wait for each other.
   """
-  m, s = c.model, _part(c, sizes)
+  m, s, chip = c.model, _part(c, sizes), topology.chip
   tokens = s.rows * s.length * c.optim.accumulate
-  names = saved_names(m.remat)
-  weights = _layer_weights(m)
+  wide, names, weights = _wide(m), saved_names(m.remat), _layer_weights(m)
   again = sum(weights[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in names)
-  active = m.num_layers * sum(weights.values()) + m.width * m.vocab_size
-  flops = tokens * (6 * active + 2 * m.num_layers * again) / s.tensor
-  attention = 0 if "attention" in names else 2 * m.num_layers * c.data.seq_len * widest(m) * tokens
-  matmul = (flops + attention / s.tensor) / (chip.peak_flops * _MATMUL_RATE)
-  wide = 2 if m.dtype == "bfloat16" else 4
-  gathered = counts.all / s.tensor * wide
-  passes = c.optim.accumulate
-  hidden = 2 * gathered * passes / chip.ici_bandwidth  # forward and backward
-  reduced = gathered * passes
+  head = m.width * m.vocab_size if m.head == "lm" else 0
+  active = m.num_layers * sum(weights.values()) + head
+  flops = tokens * (6 * active + 2 * m.num_layers * again)
+  if "attention" not in names:
+    flops += 2 * m.num_layers * c.data.seq_len * widest(m) * tokens
+  matmul = flops / s.tensor / (chip.peak_flops * _MATMUL_RATE)
+  # Logits are written once, and read and written again on the way back.
+  passes = 4 * 4 * tokens * m.vocab_size / s.tensor if head else 0
+  other = matmul * _OTHER_SHARE * (1 if s.tensor == 1 else 1.3) + passes / chip.hbm_bandwidth
+  held = counts.held(sizes)
+  gathered = held * sizes["fsdp"] * wide * (sizes["fsdp"] > 1)
+  times = c.optim.accumulate
+  hidden = 2 * gathered * times / chip.ici_bandwidth  # forward and backward
+  exposed = (max(gathered, held * wide * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
+             + _between_devices(c, sizes, tokens)) / chip.ici_bandwidth
   between = 0
-  if s.tensor > 1:  # a gather and a scatter of the activations for each branch, both ways
-    between = 8 * m.num_layers * tokens * m.width * wide
-  exposed = (reduced + between) / chip.ici_bandwidth + max(hidden - matmul, 0)
-  return {"matmul": matmul, "other": matmul * _OTHER_SHARE * (1 if s.tensor == 1 else 1.3),
-          "exposed": exposed}
+  if topology.slices > 1:  # the sum of gradients, once; with fsdp over slices the weights too
+    bytes_ = 2 * held * wide if sizes["data"] % topology.slices == 0 else 3 * gathered * times
+    between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
+  return {"matmul": matmul, "other": other, "exposed": exposed + max(hidden - matmul, 0),
+          "between": between}
+
+
+def _between_devices(c, sizes, tokens):
+  """Bytes of activations that a device waits for in a step."""
+  m, wide = c.model, _wide(c.model)
+  each, total = m.num_layers * tokens * wide, 0
+  if sizes["tensor"] > 1:  # a gather and a scatter for each branch, both ways
+    total += 8 * each * m.width
+  if sizes["seq"] > 1:  # keys and values of the whole row, forward and backward, and their gradients
+    total += 3 * each * sizes["seq"] * (_widths(m)["k"] + _widths(m)["v"]) / sizes["tensor"]
+  if sizes["expert"] > 1:  # there and back, both ways
+    total += 4 * each * m.width * m.moe.per_token * max(m.moe.capacity, 1)
+  return total
 
 
 def widest(m):
@@ -172,13 +240,19 @@ def widest(m):
   return m.num_heads * m.head_dim
 
 
-def _widths(m):
-  """Numbers a token of each named result."""
-  used = m.moe.per_token + m.moe.shared if "moe" in m.mlp_pattern else 1
+def _wide(m):
+  return 2 if m.dtype == "bfloat16" else 4
+
+
+def _widths(m, padded=False):
+  """Numbers a token of each named result; `padded` as TPUs lay them out, whose lanes a head fills."""
+  used = m.moe.per_token * max(m.moe.capacity, 1) + m.moe.shared if "moe" in m.mlp_pattern else 1
   hidden = m.moe.width * used if "moe" in m.mlp_pattern else m.mlp_width
-  return {"q": m.num_heads * m.head_dim, "k": m.num_kv_heads * m.head_dim,
-          "v": m.num_kv_heads * m.latent.v_dim, "attention": m.num_heads * m.latent.v_dim,
-          "o": m.width, "gate": hidden if m.gated else 0, "up": hidden, "down": m.width}
+  size = lambda n: -(-n // _LANES) * _LANES if padded else n
+  key, value = size(m.head_dim), size(m.latent.v_dim)
+  return {"q": m.num_heads * key, "k": m.num_kv_heads * key, "v": m.num_kv_heads * value,
+          "attention": m.num_heads * value, "o": m.width, "gate": hidden if m.gated else 0,
+          "up": hidden, "down": m.width}
 
 
 def _layer_weights(m):

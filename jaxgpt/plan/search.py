@@ -17,6 +17,9 @@ REMATS = ("full", "save:attention", "save:q,k,v,attention", "save:q,k,v,attentio
           "save:q,k,v,attention,o,gate,up")  # in this order each saves more
 _MATERIALIZE = ("values", "gradients")
 _TENSORS = (1, 2, 4, 8)
+_SEQS = (1, 2, 4, 8, 16)
+_SEQ_UNIT = 256  # tokens of a row that a device has at least
+_EXPERTS = (1, 2, 4, 8, 16)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 _ACCUMULATE = (1, 2, 4, 8, 16)
 _SLACK = 1.02  # the arithmetic is wrong by a few per cent: so much above the limit is still tried
@@ -61,6 +64,33 @@ def changed(c, changes):
   return lower.resolve(c.lock())
 
 
+def meshes(c, topology):
+  """Sizes of the mesh axes that suit a model and a topology: [{axis: size}].
+
+  `data` goes over the slices, and over devices that fsdp cannot use; the others
+  stay within a slice.
+
+  Args:
+    c: a resolved config.
+    topology: a `topology.Topology`.
+  """
+  m, within = c.model, topology.num_devices // topology.slices
+  experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if m.moe.capacity else [1]
+  lengths = [n for n in _SEQS if c.data.seq_len % (_SEQ_UNIT * n) == 0 or n == 1]
+  out = []
+  for tensor, seq, expert in itertools.product(_TENSORS, lengths, experts):
+    if m.num_kv_heads % tensor or m.mlp_width % tensor or m.vocab_size % tensor:
+      continue
+    left = within // (tensor * seq * expert)
+    if left * tensor * seq * expert != within:
+      continue
+    whole = next(n for n in range(left, 0, -1) if left % n == 0 and m.width % n == 0)
+    for fsdp in sorted({whole, 1}):
+      out.append({"data": topology.slices * left // fsdp, "fsdp": fsdp, "seq": seq,
+                  "tensor": tensor, "expert": expert, "stage": 1})
+  return out
+
+
 def candidates(c, topology, keep_batch=False):
   """All `Candidate`s of a config on a topology, the best estimate first.
 
@@ -69,24 +99,21 @@ def candidates(c, topology, keep_batch=False):
     topology: a `topology.Topology`.
     keep_batch: whether data.batch_size stays as it is, by accumulation.
   """
-  m, num, counts = c.model, topology.num_devices, estimate.count(c)
+  num, counts = topology.num_devices, estimate.count(c)
   out = []
-  for tensor, remat in itertools.product(_TENSORS, REMATS):
-    if m.num_kv_heads % tensor or m.mlp_width % tensor or m.vocab_size % tensor or num % tensor:
-      continue
-    sizes = {"data": topology.slices, "fsdp": num // tensor // topology.slices, "seq": 1,
-             "tensor": tensor, "expert": 1, "stage": 1}
-    if m.width % sizes["fsdp"]:
-      continue
+  for sizes, remat in itertools.product(meshes(c, topology), REMATS):
     shards = mesh_lib.num_batch_shards(sizes)
     for rows, accumulate in itertools.product(_ROWS, _ACCUMULATE if keep_batch else (1,)):
       batch = rows * shards * accumulate
       if keep_batch and batch != c.data.batch_size:
         continue
-      changes = {f"mesh.{axis}": sizes[axis] for axis in ("data", "fsdp", "tensor")}
+      changes = {f"mesh.{axis}": size for axis, size in sizes.items()}
       changes |= {"model.remat": remat, "data.batch_size": batch, "optim.accumulate": accumulate}
-      one = changed(c, changes)
-      took = estimate.seconds(one, sizes, counts, topology.chip)
+      try:
+        one = changed(c, changes)
+      except UserError:  # such as a pattern of layers that does not suit the mesh
+        continue
+      took = estimate.seconds(one, sizes, counts, topology)
       out.append(Candidate(one, changes, estimate.memory(estimate.buffers(one, sizes, counts)),
                            sum(took.values()) * num / batch / c.data.seq_len))
   return sorted(out, key=lambda one: one.merit)
@@ -114,7 +141,7 @@ def choose(found, limit, finalists):
   return fitting[:finalists], min(beyond, key=lambda one: one.bytes, default=None)
 
 
-def search(c, topology, finalists=4, keep_batch=False, say=print):
+def search(c, topology, finalists=6, keep_batch=False, say=print, run=None):
   """Compiles the most promising plans.
 
   Args:
@@ -123,6 +150,7 @@ def search(c, topology, finalists=4, keep_batch=False, say=print):
     finalists: how many to compile.
     keep_batch: see `candidates`.
     say: is told what goes on.
+    run: compiles a candidate; default: `compiled`.
 
   Returns:
     `Result`s: those that fit, the best first, then the others.
@@ -130,6 +158,7 @@ def search(c, topology, finalists=4, keep_batch=False, say=print):
   Raises:
     UserError: nothing can fit.
   """
+  run = run or compiled
   found = candidates(c, topology, keep_batch)
   if not found:
     raise UserError(f"no mesh over {topology.num_devices} devices suits this model and "
@@ -140,8 +169,8 @@ def search(c, topology, finalists=4, keep_batch=False, say=print):
       f"fit; compiling {len(chosen)}" + (" and one that should not" if beyond else ""))
   results = []
   for one in chosen + ([beyond] if beyond else []):
-    results.append(compiled(one, topology))
-    say(f"  {describe(one.changes, topology)}: {verdict(results[-1])}")
+    results.append(run(one, topology))
+    say(f"  {describe(one.changes)}: {verdict(results[-1])}")
   order = lambda r: (not r.fits, r.figures["merit_with_kernels"] if r.fits else r.candidate.merit)
   best = min(results, key=order)
   if best.fits:  # no arithmetic says which of these suits a generation
@@ -149,20 +178,20 @@ def search(c, topology, finalists=4, keep_batch=False, say=print):
       if value != best.candidate.c.model.materialize:
         changes = best.candidate.changes | {"model.materialize": value}
         one = best.candidate._replace(c=changed(best.candidate.c, changes), changes=changes)
-        results.append(compiled(one, topology))
-        say(f"  {describe(changes, topology)}: {verdict(results[-1])}")
+        results.append(run(one, topology))
+        say(f"  {describe(changes)}: {verdict(results[-1])}")
   if not any(r.fits for r in results):  # the arithmetic was too hopeful: save less until it fits
-    results += _retreat(found, results, topology, say)
+    results += _retreat(found, results, topology, say, run)
   return sorted(results, key=order)
 
 
-def _retreat(found, results, topology, say, tries=3):
+def _retreat(found, results, topology, say, run, tries=3):
   tried = [r.candidate for r in results]
   least = min((one.bytes for one in tried), default=0)
   out = []
   for one in [o for o in found if o.bytes < 0.93 * least][:tries]:
-    out.append(compiled(one, topology))
-    say(f"  {describe(one.changes, topology)}: {verdict(out[-1])}")
+    out.append(run(one, topology))
+    say(f"  {describe(one.changes)}: {verdict(out[-1])}")
     if out[-1].fits:
       break
   return out
@@ -197,12 +226,12 @@ def compiled(candidate, topology):
     return Result(candidate, None, e)
 
 
-def describe(changes, topology):
-  """A candidate in a few words."""
-  axes = " x ".join(f"{k.removeprefix('mesh.')} {v}" for k, v in changes.items()
-                    if k.startswith("mesh.") and v > 1)
+def describe(changes):
+  """A candidate in a few words; its rows are those of a group of devices that share them."""
+  sizes = {k.removeprefix("mesh."): v for k, v in changes.items() if k.startswith("mesh.")}
+  axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
   rows = changes["data.batch_size"] // changes["optim.accumulate"]
-  rows //= topology.num_devices // changes["mesh.tensor"]
+  rows //= mesh_lib.num_batch_shards(sizes)
   again = f" x {changes['optim.accumulate']}" if changes["optim.accumulate"] > 1 else ""
   return f"{axes or 'one device'}, {rows}{again} rows, {changes['model.remat']}" + (
       f", {changes['model.materialize']} written" if "model.materialize" in changes else "")
@@ -233,12 +262,11 @@ def why(result, best):
   return f"{b['merit_with_kernels'] / a['merit_with_kernels'] - 1:+.1%}: {word}"
 
 
-def table(results, topology):
+def table(results):
   """Lines: the results, and what to paste for the best.
 
   Args:
     results: from `search`.
-    topology: a `topology.Topology`.
   """
   best = results[0]
   yield ""
@@ -249,7 +277,7 @@ def table(results, topology):
              f"{f['memory']['total'] / lower.GIB:>6.2f}" if f
              else f"{'-':>9} {'-':>6} {r.error.needed / lower.GIB:>6.2f}")
     note = "best" if r is best and r.fits else why(r, best)
-    yield (f"{describe(r.candidate.changes, topology):<62} {found} "
+    yield (f"{describe(r.candidate.changes):<62} {found} "
            f"{r.candidate.bytes / lower.GIB:>6.2f}  {note}")
   yield ""
   if not best.fits:

@@ -1,0 +1,98 @@
+"""Budgets of communication: what each axis of the mesh moves, and that a lost rule is noticed."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import config, loop, mesh, sharding, train_step
+from jaxgpt.errors import UserError
+from jaxgpt.plan import command, cost, golden, hlo, lower
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+SMALL = {"model.num_layers": 2, "model.width": 256, "model.num_heads": 2, "model.num_kv_heads": 2,
+         "model.mlp_width": 512, "model.vocab_size": 1024, "model.head_dim": 128,
+         "data.seq_len": 256, "data.batch_size": 8}
+EXPERTS = {"model.moe.experts": 4, "model.moe.capacity": 1.25, "model.moe.width": 512}
+# axis -> (preset, overrides, the rule that is taken away)
+AXES = {
+    "fsdp": ("llama2_7b", {"mesh.fsdp": 4}, "embed"),
+    "tensor": ("llama2_7b", {"mesh.fsdp": 2, "mesh.tensor": 2, "model.mlp_width": 1536}, "mlp"),
+    "expert": ("mixtral_8x7b", EXPERTS | {"mesh.fsdp": 2, "mesh.expert": 2}, "experts"),
+    "seq": ("llama2_7b", {"mesh.fsdp": 2, "mesh.seq": 2}, "length"),
+}
+
+
+def plan_of(axis):
+  preset, values, _ = AXES[axis]
+  return f"configs/llama3_8b.py:{preset}", [f"--config.{k}={v}" for k, v in (SMALL | values).items()]
+
+
+def figures(**collectives):
+  return {"collectives": [
+      {"opcode": name.replace("_", "-"), "dtype": "bf16", "phase": "exposed", "calls": calls,
+       "bytes": size} for name, (calls, size) in collectives.items()]}
+
+
+def test_a_budget_of_communication_is_written_and_then_kept(tmp_path, capsys):
+  path = tmp_path / "golden.json"
+  assert golden.check(path, figures(all_gather=(10, 2e9))) == 0
+  assert golden.check(path, figures(all_gather=(10, 2.01e9))) == 0
+  assert golden.check(path, figures(all_gather=(10, 2e9), all_reduce=(4, 1e9))) == 1
+  out = capsys.readouterr().out
+  assert "all-reduce bf16: 0 calls, 0.000 GB in the budget; now 4 calls, 1.000 GB" in out
+  assert golden.check(path, figures(all_gather=(20, 2e9))) == 1
+  path.write_text("[3]")
+  with pytest.raises(UserError, match="no communication budget"):
+    golden.check(path, figures())
+
+
+def test_of_another_compiler_all_bytes_are_compared(tmp_path, capsys, monkeypatch):
+  path = tmp_path / "golden.json"
+  monkeypatch.setattr(golden, "compilers", lambda: {"libtpu": "1"})
+  assert golden.check(path, figures(all_gather=(10, 2e9))) == 0
+  monkeypatch.setattr(golden, "compilers", lambda: {"libtpu": "2"})
+  assert golden.check(path, figures(all_gather=(4, 1e9), collective_permute=(99, 0.9e9))) == 0
+  assert "the budget is of libtpu 1, this program of libtpu 2" in capsys.readouterr().out
+  assert golden.check(path, figures(all_gather=(10, 1.7e9))) == 1
+  assert "all collectives: 2.000 GB in the budget; now 1.700 GB" in capsys.readouterr().out
+
+
+def budget_on_pretended_devices(axis):
+  c = lower.resolve(config.load(*plan_of(axis))[0])
+  where = mesh.make(c.mesh, jax.devices()[:4])
+  parts = loop.build(c, where)
+  step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
+  compiled = train_step.compile(step, parts.state, lower.batch_shapes(c), where)
+  found = cost.of_program(hlo.parse(compiled.as_text())).collectives
+  return golden.budget({"collectives": [
+      {"opcode": opcode, "dtype": dtype, "calls": calls, "bytes": size}
+      for (opcode, dtype, _), (calls, size) in found.items()]})
+
+
+@pytest.mark.parametrize("axis", ["fsdp", *(
+    pytest.param(axis, marks=pytest.mark.slow) for axis in AXES if axis != "fsdp")])
+def test_a_lost_rule_breaks_the_budget_of_pretended_devices(axis, monkeypatch):
+  want = budget_on_pretended_devices(axis)
+  assert want
+  monkeypatch.setitem(sharding.RULES, AXES[axis][2], None)
+  got = budget_on_pretended_devices(axis)
+  assert list(golden.differences(want, got))
+  assert list(golden.differences(want, got, same_compiler=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", AXES)
+def test_a_lost_rule_breaks_the_golden_budget_of_a_tpu(axis, monkeypatch, capsys):
+  pytest.importorskip("libtpu")
+  path = GOLDENS / f"{axis}.json"
+  before = path.read_text()
+  run = lambda: command.plan(*plan_of(axis), "v5e-4", golden=path)
+  assert run() == 0, capsys.readouterr().out
+  monkeypatch.setitem(sharding.RULES, AXES[axis][2], None)
+  assert run() == 1
+  assert path.read_text() == before
+  stored = json.loads(before)["collectives"]
+  assert stored and all(np.isfinite(entry["bytes"]) for entry in stored.values())
