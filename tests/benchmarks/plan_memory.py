@@ -45,6 +45,7 @@ def case(name, where, rows, length, remat, **values):
 CASES = [
     case("gpt2_124m,data", "v5e-8", 64, 1024, "none", mesh__data=8, mesh__fsdp=1,
          model__vocab_size=50304),
+    case("llama2_7b", "v5p-128", 256, 4096, SAVE),
     case("llama32_1b", "v5e-8", 16, 2048, SAVE, mesh__fsdp=8),
     case("qwen25_0_5b,accumulate", "v5e-8", 64, 2048, SAVE, optim__accumulate=4),
     case("llama2_7b", "v5e-256", 512, 2048, SAVE),
@@ -59,7 +60,6 @@ CASES = [
     case("llama3_8b,slices", "v6e-64x2", 128, 4096, SAVE, mesh__data=2, mesh__fsdp=64),
     case("gpt2_1558m", "v5e-16", 64, 1024, "save:q,k,v,attention,up", optim__name="lion",
          model__vocab_size=50304),
-    case("llama2_7b", "v5p-128", 256, 4096, SAVE),
     case("qwen3_0_6b,adafactor", "v6e-8", 32, 4096, "save:q,k,v,attention",
          optim__name="adafactor"),
     case("qwen25_1_5b", "v5e-16", 32, 4096, "save:attention"),
