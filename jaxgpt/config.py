@@ -103,7 +103,7 @@ def _run(c):
   c.mesh = h = ml_collections.ConfigDict()
   h.data = 1  # devices that hold copies of the model and share the batch
   h.fsdp = -1  # devices that share the batch and shard the parameters; -1: what is left
-  h.seq = 1  # devices that share each row's tokens: for long contexts
+  h.seq = 1  # devices that share each row's tokens, for long contexts; 2 * seq divides data.seq_len, with splash attention 256 * seq
   h.tensor = 1  # devices that split heads, MLP columns and vocabulary
   h.expert = 1  # devices that split the experts; they share the batch too
   h.stage = 1  # pipeline stages (reserved)

@@ -56,12 +56,13 @@ def build(c, mesh):
     mesh: the device mesh.
 
   Raises:
-    UserError: the mesh does not divide a parameter, or a pattern of parameters matches none.
+    UserError: the mesh does not divide a parameter or the rows, or a pattern of parameters matches none.
   """
   fields = c.model.copy_and_resolve_references()
   fields.attention = attention.choose(
       fields.attention, mesh.devices.flat[0].platform, length=c.data.seq_len, dtype=fields.dtype,
       softcap=fields.attn_softcap)
+  mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
   model = transformer.Transformer(ml_collections.FrozenConfigDict(fields))
   schedule = schedules.make(c.schedule, c.train.steps)
   shapes, axes = transformer.abstract(model)

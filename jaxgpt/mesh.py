@@ -114,6 +114,23 @@ def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
                     f"choose a multiple, or a smaller mesh")
 
 
+def check_length(sizes, seq_len, form):
+  """Raises a UserError where the rows cannot be cut over the mesh, each device with two chunks.
+
+  Args:
+    sizes: {axis: size} from `axis_sizes`.
+    seq_len: tokens a row.
+    form: of attention.
+  """
+  n = sizes["seq"]
+  unit = 2 * n * (128 if form == "splash" else 1)  # the kernel's smallest block
+  if n > 1 and seq_len % unit:
+    near = max(round(seq_len / unit), 1) * unit
+    raise UserError(f"data.seq_len={seq_len} is no multiple of {unit}, which mesh.seq={n} needs with "
+                    f"model.attention={form!r}: each device has two chunks of a row; set "
+                    f"data.seq_len={near}, or mesh.seq=1")
+
+
 def prepare_cpu(several=False):
   """Prepares the process for XLA's CPU backend, where that is what runs; before JAX is started.
 

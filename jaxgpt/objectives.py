@@ -11,7 +11,7 @@ B batch, T position, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model import moe
+from jaxgpt.model import context, moe
 from jaxgpt.tree import map_named, merge
 
 
@@ -138,7 +138,7 @@ def _without_adapters(params):
 def _apply(model, params, frozen, batch, key):
   return model.apply({"params": merge(params, frozen)}, batch["tokens"], batch["positions"],
                      batch["segment_ids"], token_types_BT=batch.get("token_types"),
-                     dropout_key=key)
+                     dropout_key=key, balanced=True)
 
 
 def _router_terms(c_moe, stats, weight):
@@ -157,5 +157,10 @@ OBJECTIVES = {"causal_lm": language_model, "masked_lm": language_model,
 
 
 def make(model, c_objective):
-  """The objective that the config names."""
-  return OBJECTIVES[c_objective.name](model, c_objective)
+  """The objective that the config names, of batches whose tokens are in the order of their rows."""
+  objective = OBJECTIVES[c_objective.name](model, c_objective)
+  if not model.cfg.causal:
+    return objective
+  balanced = lambda x: context.balance(x) if x.ndim > 1 else x
+  return lambda params, frozen, batch, key: objective(
+      params, frozen, jax.tree.map(balanced, batch), key)

@@ -4,7 +4,6 @@ B batch, T query position, S key position, N heads, K key/value heads, G = N / K
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as splash_kernel,
 )
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import sharding
-from jaxgpt.model import ops
+from jaxgpt.model import context, ops, pairs
 
 _MASKED = -1e30  # finite, so that a row with no visible key has no NaN in its gradient
 
@@ -147,7 +145,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
            window=None, interpret=False):
   """Splash attention, the Pallas kernel for TPUs, which skips what a mask hides block by block.
 
-  Under a mesh each device takes its rows, heads and queries; keys and values of a row are gathered.
+  Under a mesh each device takes its rows and heads; see `in_parts` for rows that are cut.
 
   Args:
     q_BTNH, k_BSKH, v_BSKH, scale, softcap: as in `reference`; T = S.
@@ -160,43 +158,26 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
   """
   T, N = q_BTNH.shape[1:3]
   mesh = jax.sharding.get_abstract_mesh()
-  shards = {axis: 1 if mesh.empty else sharding.num_shards(mesh, axis)
-            for axis in ("batch", "act_heads", "length")}
-  block = math.gcd(T // shards["length"], _SPLASH_BLOCK)
-  sizes = splash_kernel.BlockSizes(
-      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
-      block_kv_dq=block)
-  kernel = splash_kernel.make_splash_mha(
-      splash_mask.MultiHeadMask([_splash_mask(T, causal, window)] * N), block_sizes=sizes,
-      head_shards=shards["act_heads"], q_seq_shards=shards["length"],
-      attn_logits_soft_cap=softcap, interpret=interpret, residual_checkpoint_name=OUTPUT)
-  pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % _LANES)])
-  q, k, v = (pad(x.swapaxes(1, 2)) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
+  shards = 1 if mesh.empty else sharding.num_shards(mesh, "act_heads")
+  kernel = pairs.splash_of(pairs.Band(causal, window), N, T, T,
+                           pairs.Kernel("splash", softcap, interpret), OUTPUT, shards)
+  q, k, v = pairs.padded(*(x.swapaxes(1, 2) for x in (q_BTNH * scale, k_BSKH, v_BSKH)))
 
-  def local(kernel, q, k, v, of_queries, of_keys):
-    ids = lambda q_ids, kv_ids: splash_kernel.SegmentIds(q=q_ids, kv=kv_ids)
-    one = lambda q, k, v, q_ids, kv_ids: kernel(q, k, v, segment_ids=ids(q_ids, kv_ids))
-    return jax.vmap(one)(q, k, v, of_queries, of_keys)
+  def local(kernel, q, k, v, ids_BT):
+    one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(q=ids, kv=ids))
+    return jax.vmap(one)(q, k, v, ids_BT)
 
   if not mesh.empty and mesh.size > 1:
-    rows, heads, length = (P(sharding.RULES[a])[0] for a in ("batch", "act_heads", "length"))
-    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(heads, length)))
-    queries, keys = P(rows, heads, length), P(rows, heads)
-    local = jax.shard_map(local, in_specs=(of_kernel, queries, keys, keys, P(rows, length), P(rows)),
-                          out_specs=queries, check_vma=False)
-  out = local(kernel, q, k, v, segment_ids_BT, segment_ids_BT)
+    rows, heads = (P(sharding.RULES[a])[0] for a in ("batch", "act_heads"))
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(heads, None)))
+    whole = P(rows, heads)
+    local = jax.shard_map(local, in_specs=(of_kernel, whole, whole, whole, P(rows)),
+                          out_specs=whole, check_vma=False)
+  out = local(kernel, q, k, v, segment_ids_BT)
   return out[..., :v_BSKH.shape[-1]].swapaxes(1, 2).astype(q_BTNH.dtype)
 
 
 OUTPUT = "attention"  # name of what attention puts out, and its kernels' statistics, for remat
-_SPLASH_BLOCK = 512
-_LANES = 128  # of a TPU's vector registers, which a head has to fill
-
-
-def _splash_mask(T, causal, window):
-  if window is not None:
-    return splash_mask.LocalMask((T, T), (window - 1, 0 if causal else window - 1), 0)
-  return splash_mask.CausalMask((T, T)) if causal else splash_mask.FullMask((T, T))
 
 
 def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale):
@@ -208,8 +189,43 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale):
                                       implementation="cudnn")
 
 
+def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, causal, window,
+             interpret=False):
+  """Attention where the mesh cuts rows over devices: see `context`.
+
+  Args:
+    form: 'splash', 'cudnn', which reads gathered keys, or any other: by definition.
+    causal: whether a token reads only what came before; tokens are then in `context.balance`'s
+      order.
+
+  The other arguments and the result are those of `splash`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  kernel = pairs.Kernel("splash" if form == "splash" else "plain", softcap, interpret)
+  axis = sharding.RULES["length"]
+  plan = context.Plan(kernel, causal, window, axis, mesh.shape[axis], OUTPUT)
+  first = lambda x: x.swapaxes(1, 2)
+  run, args = context.attend, (first(q_BTNH * scale), first(k_BTKH), first(v_BTKH))
+  order = ("batch", "act_heads", "length", None)
+  if form == "cudnn" and softcap is None:
+    run, args = _cudnn_in_parts, (q_BTNH * scale, k_BTKH, v_BTKH)
+    order = ("batch", "length", "act_heads", None)
+  ids = segment_ids_BT[:, None]
+  specs = [sharding.fitting_spec(mesh, x.shape, order) for x in args]
+  specs.append(sharding.fitting_spec(mesh, ids.shape, ("batch", None, "length")))
+  out = jax.shard_map(functools.partial(run, plan), in_specs=tuple(specs), out_specs=specs[0],
+                      check_vma=False)(*args, ids)
+  return first(out) if run is context.attend else out
+
+
+def _cudnn_in_parts(plan, q_BTNH, k_BTKH, v_BTKH, ids_B1T):
+  """cuDNN takes no part of a softmax: a device's queries read keys that are gathered."""
+  gather = lambda x, axis: jax.lax.all_gather(x, plan.axis, axis=axis, tiled=True)
+  mask = context.mask_of(plan, ids_B1T[:, 0], gather(ids_B1T[:, 0], 1))
+  return cudnn(q_BTNH, gather(k_BTKH, 1), gather(v_BTKH, 1), mask, scale=1.0)
+
+
 FORMS = ("reference", "batched", "splash", "cudnn")
-_NEED_NO_MASK = ("splash",)
 
 
 def choose(form, platform, *, length, dtype, softcap):
@@ -226,16 +242,16 @@ def choose(form, platform, *, length, dtype, softcap):
     return form
   if platform == "cpu":
     return "batched"
-  if platform == "tpu" and length % _LANES == 0:
+  if platform == "tpu" and length % pairs.LANES == 0:
     return "splash"
   if platform in ("gpu", "cuda", "rocm") and jnp.dtype(dtype).itemsize == 2 and softcap is None:
     return "cudnn"
   return "reference"
 
 
-def needs_mask(form):
-  """Whether a form reads `mask_BTS`, and not the segments that it is made of."""
-  return form not in _NEED_NO_MASK
+def needs_mask(form, length):
+  """Whether a form reads `mask_BTS` for rows of so many tokens, and not what it is made of."""
+  return form != "splash" and context.parts(length) == 1
 
 
 def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale, softcap=None,
@@ -246,13 +262,15 @@ def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale
     form: one of `FORMS`.
     mask_BTS: see `reference`; None where `needs_mask` says so.
     segment_ids_BT, window: what the mask is made of, see `ops.visible`.
-    causal: whether `mask_BTS` hides every key after its query (and T = S).
+    causal: whether the mask hides every key after its query (and T = S). Where the mesh cuts
+      rows, tokens are then in the order of `context.balance`.
 
   The other arguments and the result are those of `reference`.
   """
-  if form == "splash":
-    return splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, softcap=softcap,
-                  causal=causal, window=window)
+  if mask_BTS is None:
+    run = functools.partial(in_parts, form) if context.parts(q_BTNH.shape[1]) > 1 else splash
+    return run(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, softcap=softcap,
+               causal=causal, window=window)
   if form == "cudnn" and softcap is None:
     out = cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale)
   elif form == "batched":

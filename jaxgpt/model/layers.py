@@ -177,13 +177,9 @@ class Attention(Module):
 
 
 def named(q, k, v):
-  """Pins queries, keys and values to the mesh, and names them for remat policies.
-
-  Each device has its own part of the queries of a row, and all of its keys and values.
-  """
-  lengths = ("length", None, None)
-  return tuple(checkpoint_name(constrain(x, "batch", length, "act_heads", None), name)
-               for x, name, length in zip((q, k, v), QKV, lengths, strict=True))
+  """Pins queries, keys and values to the mesh, and names them for remat policies."""
+  return tuple(checkpoint_name(constrain(x, "batch", "length", "act_heads", None), name)
+               for x, name in zip((q, k, v), QKV, strict=True))
 
 
 def written(cache, new, positions_BT):

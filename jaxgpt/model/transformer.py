@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from jaxgpt import tree
-from jaxgpt.model import attention, layers, moe, ops, rope
+from jaxgpt.model import attention, context, layers, moe, ops, rope
 from jaxgpt.sharding import constrain
 
 _SAVEABLE = jax.checkpoint_policies
@@ -168,7 +168,8 @@ class Transformer(layers.Module):
 
   @nn.compact
   def __call__(self, tokens_BT, positions_BT, segment_ids_BT=None, *, token_types_BT=None,
-               cache=None, dropout_key=None, logits_at_B=None, layer_outputs=False):
+               cache=None, dropout_key=None, logits_at_B=None, layer_outputs=False,
+               balanced=False):
     """Applies the model to a batch.
 
     Args:
@@ -182,6 +183,8 @@ class Transformer(layers.Module):
       dropout_key: PRNG key while training, None otherwise.
       logits_at_B: for each row the one index into T whose logits are wanted; None: all.
       layer_outputs: whether the output of every block is wanted too.
+      balanced: whether the caller has put the tokens of a causal model in the order of
+        `context.balance`, where the mesh cuts rows, and wants what follows from them in that order.
 
     Returns:
       An `Output`.
@@ -190,6 +193,10 @@ class Transformer(layers.Module):
     layers_key = None
     if dropout_key is not None and (cfg.dropout or cfg.lora.dropout):
       dropout_key, layers_key = jax.random.split(dropout_key)
+    reorder = cfg.causal and cache is None and not balanced
+    if reorder:
+      tokens_BT, positions_BT, segment_ids_BT, token_types_BT = map(
+          context.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT))
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
     # Gathered once, for the lookup and for a tied head; a lookup in shards would move activations.
     table = constrain(table.astype(self.dtype), "act_vocab", "act_embed")
@@ -201,10 +208,15 @@ class Transformer(layers.Module):
     x, cache, router, outputs = self._layers(x, shared, cache, layers_key, layer_outputs)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
-    at = x = constrain(x, "batch", "length", "act_embed")
+    x = constrain(x, "batch", "length", "act_embed")
+    real = shared["real"]
+    if reorder:
+      x, real = context.restore(x), context.restore(real)
+      outputs = None if outputs is None else context.restore(outputs, 2)
+    at = x
     if logits_at_B is not None:
       at = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
-    return Output(self._head(at, table, shared["real"]), x, cache, router, outputs)
+    return Output(self._head(at, table, real), x, cache, router, outputs)
 
   def _embedded(self, table, tokens_BT, positions_BT, token_types_BT):
     cfg = self.cfg
@@ -227,14 +239,14 @@ class Transformer(layers.Module):
     """What layers read: masks and rotary angles by kind of attention, the positions."""
     cfg = self.cfg
     if cache is not None:
-      context = jax.tree.leaves(cache)[0].shape[2]
+      length = jax.tree.leaves(cache)[0].shape[2]
       segments = jnp.ones_like(tokens_BT)
-      mask = lambda window: ops.visible_slots(positions_BT, context, window=window)
+      mask = lambda window: ops.visible_slots(positions_BT, length, window=window)
     else:
-      context = tokens_BT.shape[1]
+      length = tokens_BT.shape[1]
       segments = jnp.ones_like(tokens_BT) if segment_ids_BT is None else segment_ids_BT
       mask = lambda window: (ops.visible(segments, causal=cfg.causal, window=window)
-                             if attention.needs_mask(self.form) else None)
+                             if attention.needs_mask(self.form, length) else None)
     shared = {"positions": positions_BT, "segments": segments, "real": segments != 0}
     for kind in sorted(set(cfg.attention_pattern)):
       local = kind == "local"
@@ -243,7 +255,7 @@ class Transformer(layers.Module):
         own = local and cfg.rope.local_theta is not None
         rotary = rope.angles(positions_BT, rotated_size(cfg), cfg.rope,
                              cfg.rope.local_theta if own else cfg.rope.theta,
-                             "none" if own else cfg.rope.scaling, context)
+                             "none" if own else cfg.rope.scaling, length)
       shared[kind] = {"mask": mask(cfg.window if local else None), "rotary": rotary}
     return shared
 

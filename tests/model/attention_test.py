@@ -102,7 +102,7 @@ def test_the_kernel_for_tpus_under_a_mesh():
   segments = jnp.ones((4, 256), jnp.int32).at[:, 200:].set(2)
   run = jax.jit(functools.partial(attention.splash, scale=0.3, causal=True, interpret=True))
   c = config.base().mesh
-  c.update(dict(data=2, fsdp=1, seq=2, tensor=2))
+  c.update(dict(data=4, fsdp=1, tensor=2))
   with jax.set_mesh(mesh_lib.make(c)):
     got = run(q, k, v, segments)
   want = attention.reference(q, k, v, ops.visible(segments, causal=True), scale=0.3)

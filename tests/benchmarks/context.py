@@ -1,0 +1,85 @@
+"""Memory of a chip as rows of 131,072 tokens are cut over more of them: Llama-3-8B on v5p.
+
+  python tests/benchmarks/context.py [--step]      (needs jaxgpt[tpu]; no TPU)
+
+Compiles attention of one layer, forward and backward, for 16 chips of which 2, 4, 8 or 16 share a
+row, and prints what the compiler allocates beside the queries, keys and values themselves; with
+`--step`, of whole train steps of two layers too, a minute or two each.
+"""
+
+import sys
+
+from jaxgpt.plan import environment
+
+environment.prepare()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+
+from jaxgpt import config, sharding  # noqa: E402
+from jaxgpt.errors import UserError  # noqa: E402
+from jaxgpt.model import attention  # noqa: E402
+from jaxgpt.plan import lower, topology  # noqa: E402
+
+LENGTH = 131_072
+CHIPS = 16
+WHERE = "v5p-32"
+
+
+def resolved(seq, layers):
+  """The config of rows over `seq` chips, a row for each group of them."""
+  overrides = [f"--config.{key}={value}" for key, value in {
+      "model.num_layers": layers, "model.max_len": LENGTH, "data.seq_len": LENGTH,
+      "data.batch_size": CHIPS // seq, "mesh.seq": seq}.items()]
+  return lower.resolve(config.load("configs/llama3_8b.py", overrides)[0])
+
+
+def of_attention(c, mesh):
+  """(bytes of q, k, v and their gradients, what else the compiler allocates) on a chip."""
+  m, rows = c.model, c.data.batch_size
+
+  def backward(q, k, v, segments, dout):
+    f = lambda q, k, v: attention.attend("splash", q, k, v, None, segments, scale=m.attn_scale,
+                                         causal=True)
+    out, vjp = jax.vjp(f, q, k, v)
+    return out, vjp(dout)
+
+  def shaped(heads, dtype=jnp.bfloat16):
+    shape = (rows, LENGTH, *((heads, m.head_dim) if heads else ()))
+    axes = ("batch", "length", "act_heads", None)[:len(shape)]
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.spec(axes)))
+
+  q, k = shaped(m.num_heads), shaped(m.num_kv_heads)
+  with jax.set_mesh(mesh):
+    found = jax.jit(backward, out_shardings=(q.sharding, (q.sharding, k.sharding, k.sharding))).lower(
+        q, k, k, shaped(0, jnp.int32), q).compile().memory_analysis()
+  return (found.argument_size_in_bytes + found.output_size_in_bytes, found.temp_size_in_bytes)
+
+
+def main():
+  where = topology.parse(WHERE)
+  print(f"{WHERE}, {CHIPS} chips, rows of {LENGTH:,} tokens, a row on `seq` chips; MiB of a chip")
+  print("seq   q, k, v, out, gradients   attention's own")
+  for seq in (2, 4, 8, 16):
+    c = resolved(seq, 2)
+    try:
+      given, own = of_attention(c, topology.mesh(c.mesh, where))
+    except UserError as e:
+      sys.exit(str(e))
+    print(f"{seq:>3}   {given / 2**20:>25,.0f}   {own / 2**20:>15,.0f}", flush=True)
+  if "--step" not in sys.argv[1:]:
+    return
+  print("\nseq   parameters, optimizer   activations, temps   (a step, 2 layers)")
+  for seq in (2, 4, 8, 16):
+    try:
+      memory = lower.compile_step(resolved(seq, 2), where).memory
+    except lower.OutOfMemory as e:
+      print(f"{seq:>3}   does not fit: {e}", flush=True)
+      continue
+    print(f"{seq:>3}   {(memory.parameters + memory.optimizer) / 2**20:>21,.0f}   "
+          f"{memory.temporaries / 2**20:>18,.0f}", flush=True)
+
+
+if __name__ == "__main__":
+  main()
