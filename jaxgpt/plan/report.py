@@ -28,7 +28,8 @@ def figures(compiled, topology, price=None):
                                         "fits": compiled.memory.total <= chip.hbm_limit}
   tokens = c.data.batch_size * c.data.seq_len
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
-  kernel_flops = sum(work for _, work in cost.kernels.values()) * visible_share(c)
+  share = visible_share(c, compiled.mesh.shape["seq"])
+  kernel_flops = sum(work for _, work in cost.kernels.values()) * share
   seconds = {"matmul": cost.cycles["matmul"] / chip.clock,
              "other": cost.cycles["other"] / chip.clock,
              "kernels": kernel_flops / (chip.peak_flops * _KERNEL_RATE),
@@ -57,11 +58,21 @@ def figures(compiled, topology, price=None):
       "cost": None if price is None else budget * price, "compile_seconds": compiled.seconds}
 
 
-def visible_share(c):
-  """Share of the pairs of positions that attention's kernels compute, over the layers."""
-  T = c.data.seq_len
-  causal = min((T + _BLOCK) / (2 * T), 1) if c.model.causal else 1
-  local = min((c.model.window + _BLOCK) / T, causal) if c.model.window else causal
+def visible_share(c, seq=1):
+  """Share of the pairs of positions that attention's kernels compute, over the layers.
+
+  Args:
+    c: the resolved config.
+    seq: devices that share a row, and so the pairs that kernels are given (see `model.context`).
+  """
+  T = c.data.seq_len / seq
+  # A device's own pairs, and beside them half as many of each other device's, all of them visible.
+  causal = (min((T + _BLOCK) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
+  local = causal
+  if c.model.window:
+    size = T if seq == 1 else T / 2  # of the pieces that meet; beside them neighbours' ends
+    far = 0 if seq == 1 else min(c.model.window / size, seq) * (1 if c.model.causal else 2)
+    local = min((c.model.window + _BLOCK) / (size * (1 + far)), causal)
   pattern = c.model.attention_pattern
   return sum(local if kind == "local" else causal for kind in pattern) / len(pattern)
 
