@@ -228,8 +228,8 @@ def _between_devices(c, sizes, tokens):
   each, total = m.num_layers * tokens * wide, 0
   if sizes["tensor"] > 1:  # a gather and a scatter for each branch, both ways
     total += 8 * each * m.width
-  if sizes["seq"] > 1:  # keys and values of the whole row, forward and backward, and their gradients
-    total += 3 * each * sizes["seq"] * (_widths(m)["k"] + _widths(m)["v"]) / sizes["tensor"]
+  if sizes["seq"] > 1:  # a hop of keys and values both ways, and of their gradients; others are hidden
+    total += 3 * each * (_widths(m)["k"] + _widths(m)["v"]) / sizes["tensor"]
   if sizes["expert"] > 1:  # there and back, both ways
     total += 4 * each * m.width * m.moe.per_token * max(m.moe.capacity, 1)
   return total
