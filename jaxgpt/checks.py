@@ -18,10 +18,13 @@ CHOICES = {
     "model.moe.router": ("softmax", "sigmoid"),
     "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.grad_dtype": ("compute", "float32"),
     "model.materialize": ("none", "values", "gradients"),
     "model.attention": ("auto", "reference", "batched", "splash", "cudnn"),
     "data.packing": ("best_fit", "concat", "one_per_row"),
     "optim.name": ("adamw", "lion", "adafactor", "muon"),
+    "optim.first_dtype": ("float32", "bfloat16"),
+    "optim.second_dtype": ("float32", "bfloat16"),
     "schedule.name": ("cosine", "linear", "wsd", "inverse_sqrt", "constant"),
 }
 
@@ -62,7 +65,7 @@ def values(flat):
                 "model.moe.z_loss", "model.lora.rank", "model.latent.kv_rank",
                 "model.latent.q_rank", "schedule.warmup_steps", "eval.every", "eval.batches",
                 "checkpoint.keep_every", "optim.clip_norm", "optim.weight_decay", "optim.lr", "optim.adam_lr",
-                "objective.z_loss")
+                "objective.z_loss", "objective.loss_chunk")
   for key in at_least_0:
     if flat[key] is not None and flat[key] < 0:
       raise UserError(f"{key}={flat[key]} must be at least 0")
@@ -137,6 +140,9 @@ def combinations(c):
   if o.name == "preference" and not m.lora.rank:
     raise UserError("objective.name='preference' compares the model with itself without adapters: "
                     "set model.lora.rank, such as 16")
+  if o.loss_chunk and o.name not in ("causal_lm", "masked_lm"):
+    raise UserError(f"objective.loss_chunk={o.loss_chunk} is for causal_lm and masked_lm, not for "
+                    f"objective.name={o.name!r}; set it to 0")
   if c.data.stream and o.name != "causal_lm":
     raise UserError(f"data.stream={c.data.stream!r} is for objective.name='causal_lm', not "
                     f"{o.name!r}; prepare the files with `jaxgpt data`")
@@ -149,6 +155,7 @@ def combinations(c):
   if c.data.seq_len > m.max_len:
     raise UserError(f"data.seq_len={c.data.seq_len} is longer than the model's context "
                     f"model.max_len={m.max_len}")
+  _moments(c.optim)
   if c.data.batch_size % c.optim.accumulate:
     raise UserError(f"optim.accumulate={c.optim.accumulate} does not divide "
                     f"data.batch_size={c.data.batch_size}")
@@ -183,6 +190,22 @@ def _model(m):
                     f"{m.head_dim}; only latent attention (model.latent.kv_rank) can do that")
   if m.head == "pooler" and m.head_transform == "none":
     raise UserError("model.head='pooler' needs model.head_transform='tanh' or 'norm'")
+
+
+_KEEPS = {"adamw": ("first_dtype", "second_dtype"), "muon": ("first_dtype", "second_dtype"),
+          "lion": ("first_dtype",), "adafactor": ()}  # moments of a parameter's size
+_LARGEST_B2 = 0.98  # what a step adds is then 1/50 of the moment, ten half units of bfloat16
+
+
+def _moments(o):
+  for key in ("first_dtype", "second_dtype"):
+    if o[key] != "float32" and key not in _KEEPS[o.name]:
+      raise UserError(f"optim.{key}={o[key]!r}: optim.name={o.name!r} keeps no such moment; leave "
+                      "it at 'float32'")
+  if o.second_dtype == "bfloat16" and o.b2 > _LARGEST_B2:
+    raise UserError(f"optim.second_dtype='bfloat16' rounds away what a step changes where "
+                    f"optim.b2={o.b2} is above {_LARGEST_B2}; set optim.b2=0.95, or keep it in "
+                    "'float32'")
 
 
 def _moe(x, num_layers):

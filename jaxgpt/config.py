@@ -53,6 +53,7 @@ def base():
   o.mask_replace = 0.8  # masked_lm: share of these that the mask stands for
   o.mask_random = 0.1  # masked_lm: share of these that become any token; the others stay
   o.mask_whole_words = False  # masked_lm: choose words, with all of their tokens
+  o.loss_chunk = 0  # causal_lm, masked_lm: tokens of a device whose logits exist at once, such as 2048; 0: all
   o.z_loss = 0.0  # weight of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM: 1e-4)
 
   c.optim = p = ml_collections.ConfigDict()
@@ -62,6 +63,8 @@ def base():
   p.b1 = 0.9  # decay of the first moment: adamw, lion, and what adamw updates beside muon
   p.b2 = 0.95  # decay of the second moment (of lion: of its momentum); adafactor has its own
   p.eps = 1e-8  # added to the root of the second moment: adamw, also beside muon
+  p.first_dtype = "float32"  # float32 | bfloat16: what adamw, lion and muon keep the first moment in
+  p.second_dtype = "float32"  # float32 | bfloat16: what adamw keeps the second moment in; bfloat16 asks for b2 of at most 0.98
   p.muon_momentum = 0.95  # muon: decay of the momentum that is orthogonalised
   p.weight_decay = 0.1  # decoupled, times the learning rate; on matrices, not on norms and biases
   p.clip_norm = 1.0  # gradients are scaled down to this global norm; 0: off
@@ -150,6 +153,7 @@ def _model(c):
   m.dropout = 0.0  # drop rate on the embeddings and on each residual branch while training
   m.init_std = 0.02  # standard deviation of initial weights; 1/sqrt(2 * num_layers) of it into the residual stream
   m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax, loss stay float32
+  m.grad_dtype = "compute"  # compute (as dtype) | float32: what weights' gradients leave the matmuls in and are summed over devices in; experts: compute
   m.attention = "auto"  # auto (by backend) | reference | batched (CPUs) | splash (TPUs) | cudnn (GPUs, bfloat16)
   m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
   m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention | save:q,k,v,attention,o,gate,up,down (some of these)

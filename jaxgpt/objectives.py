@@ -11,6 +11,7 @@ B batch, T position, V vocabulary.
 import jax
 import jax.numpy as jnp
 
+from jaxgpt import head_loss
 from jaxgpt.model import context, moe
 from jaxgpt.tree import map_named, merge
 
@@ -66,14 +67,26 @@ def language_model(model, c_objective):
   Returns:
     An objective. Its aux has 'nll', the loss without further terms, and `_router_terms`.
   """
-  def objective(params, frozen, batch, key):
+  def sums(params, frozen, batch, key):
+    """(loss, nll, the model's output)."""
+    weights_BT = batch["loss_weights"]
+    if c_objective.loss_chunk:
+      terms = head_loss.Terms(c_objective.loss_chunk, model.cfg.logit_softcap, c_objective.z_loss,
+                              model.cfg.grad_dtype == "float32")
+      project = lambda x, w, bias: head_loss.loss_sums(x, w, bias, batch["targets"], weights_BT,
+                                                       terms)
+      out = _apply(model, params, frozen, batch, key, project)
+      return *out.logits, out
     out = _apply(model, params, frozen, batch, key)
     nll_BT, log_z_BT = cross_entropy(out.logits, batch["targets"])
-    weights_BT = batch["loss_weights"]
-    nll = (nll_BT * weights_BT).sum()
-    loss = nll
+    nll = loss = (nll_BT * weights_BT).sum()
     if c_objective.z_loss:
       loss += c_objective.z_loss * (jnp.square(log_z_BT) * weights_BT).sum()
+    return loss, nll, out
+
+  def objective(params, frozen, batch, key):
+    weights_BT = batch["loss_weights"]
+    loss, nll, out = sums(params, frozen, batch, key)
     extra, aux = _router_terms(model.cfg.moe, out.router, weights_BT.sum())
     return loss + extra, weights_BT.sum(), {"nll": nll} | aux
 
@@ -135,10 +148,10 @@ def _without_adapters(params):
   return map_named(zero, params)
 
 
-def _apply(model, params, frozen, batch, key):
+def _apply(model, params, frozen, batch, key, project=None):
   return model.apply({"params": merge(params, frozen)}, batch["tokens"], batch["positions"],
                      batch["segment_ids"], token_types_BT=batch.get("token_types"),
-                     dropout_key=key, balanced=True)
+                     dropout_key=key, balanced=True, project=project)
 
 
 def _router_terms(c_moe, stats, weight):

@@ -104,14 +104,32 @@ def matrix_axes(axes):
   return ((hub,), others) if hub < others[0] else (others, (hub,))
 
 
+def _kept_in(tx, **dtypes):
+  """The transformation with fields of its state, such as `mu`, stored in other dtypes.
+
+  It computes in float32 all the same; only what is kept for the next step is rounded, to nearest.
+  """
+  def cast(state, dtypes):
+    return state._replace(**{
+        field: jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), getattr(state, field))
+        for field, dtype in dtypes.items()})
+
+  def update(updates, state, params=None):
+    state = cast(state, dict.fromkeys(dtypes, "float32"))
+    updates, state = tx.update(updates, state, params)
+    return updates, cast(state, dtypes)
+
+  return optax.GradientTransformation(lambda params: cast(tx.init(params), dtypes), update)
+
+
 def _adam(o, axes):
   del axes
-  return optax.scale_by_adam(o.b1, o.b2, o.eps)
+  return _kept_in(optax.scale_by_adam(o.b1, o.b2, o.eps), mu=o.first_dtype, nu=o.second_dtype)
 
 
 def _lion(o, axes):
   del axes
-  return optax.scale_by_lion(o.b1, o.b2)
+  return _kept_in(optax.scale_by_lion(o.b1, o.b2), mu=o.first_dtype)
 
 
 def _adafactor(o, axes):
@@ -142,7 +160,9 @@ def _muon(o, axes):
 
   return optax.partition(
       {"muon": optax.chain(
-          optax.contrib.scale_by_muon(beta=o.muon_momentum, weight_dimension_numbers=numbers),
+          _kept_in(optax.contrib.scale_by_muon(beta=o.muon_momentum,
+                                               weight_dimension_numbers=numbers),
+                   mu=o.first_dtype),
           optax.stateless(match_rms)),
        "adam": optax.chain(_adam(o, axes), optax.scale(o.adam_lr / o.lr if o.lr else 1.0))},
       labels)

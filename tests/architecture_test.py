@@ -22,7 +22,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "data.source", "data.mixture", "data.masking", "data.layouts",
      "data.pipeline", "data.stream"],
     ["model.ops", "model.rope", "model.pairs", "model.context", "model.attention", "model.layers", "model.moe", "model.transformer"],
-    ["objectives", "schedules", "optim", "metrics", "train_step"],
+    ["head_loss", "objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
      "hf.families", "hf.tokenizer", "hf.convert", "hf.adapters", "plan.environment", "plan.chips",
      "plan.topology", "plan.shardings", "plan.hlo", "plan.cost", "plan.golden", "plan.estimate"],

@@ -73,6 +73,25 @@ def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
   np.testing.assert_allclose(named["embed"], -0.1 * want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_moments_are_rounded_only_for_the_next_step(name):
+  """The first update from rounded moments is the one from exact ones: they start as zero."""
+  params, _, exact = setup(name=name)
+  _, _, rounded = setup(name=name, first_dtype="bfloat16", b2=0.95)
+  grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+               rounded(grads, params), exact(grads, params))
+
+
+@pytest.mark.parametrize("fields, want", [
+    (dict(name="adafactor", first_dtype="bfloat16"), "keeps no such moment"),
+    (dict(name="lion", second_dtype="bfloat16"), "keeps no such moment"),
+    (dict(second_dtype="bfloat16", b2=0.999), "rounds away what a step changes")])
+def test_moments_that_bfloat16_cannot_hold_are_refused(fields, want):
+  with pytest.raises(UserError, match=want):
+    setup(**fields)
+
+
 def test_rates_fall_from_layer_to_layer_and_by_pattern():
   params, _, update = setup(name="lion", lr=1.0, weight_decay=0.0, layer_decay=0.5,
                             lr_scales=(("layers/mlp/*", 0.1), ("head", 3.0)))

@@ -10,6 +10,7 @@ import pytest
 from jaxgpt import config, loop, sharding, train_step, tree
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
+from jaxgpt.model import transformer
 
 STEPS = 20
 # Relative difference that the order of float32 sums may make over 20 steps.
@@ -188,6 +189,53 @@ def test_z_loss_adds_the_squared_log_normaliser(tiny):
   with_z, _ = trajectory(tiny(mesh__data=1, objective__z_loss=0.1), steps=1)
   # At the start the logits are small, so log Z is about log 264.
   assert with_z[0, 0] - plain[0, 0] == pytest.approx(0.1 * np.log(264) ** 2, rel=0.05)
+
+
+@pytest.mark.parametrize("fields, axes", [
+    (dict(tie_embeddings=True), dict(data=1, fsdp=2, tensor=2)),
+    (dict(tie_embeddings=False, head_bias=True, logit_softcap=5.0), dict(data=2, seq=2))])
+def test_a_loss_in_chunks_is_the_same_loss(tiny, fields, axes):
+  """Of rows of 8 x 32 tokens, 64 or fewer a device: 24 at once leaves a rest."""
+  def losses(**overrides):
+    c = tiny(objective__z_loss=0.01, **overrides)
+    c.model.update(fields)
+    return trajectory(c, 3)[0]
+  got = losses(objective__loss_chunk=24, **{f"mesh__{k}": v for k, v in axes.items()})
+  np.testing.assert_allclose(got, losses(mesh__data=1), rtol=TOLERANCE)
+
+
+def test_moments_in_bfloat16_follow_those_in_float32(tiny):
+  both = dict(optim__first_dtype="bfloat16", optim__second_dtype="bfloat16")
+  got, state = trajectory(tiny(mesh__data=1, mesh__fsdp=2, **both))
+  want, _ = trajectory(tiny(mesh__data=1))
+  np.testing.assert_allclose(got[:, 0], want[:, 0], rtol=0.02)
+  assert want[-1, 0] < want[0, 0] - 0.5, "it learns"
+  moments = jax.tree.leaves((state["opt"][0].mu, state["opt"][0].nu))
+  assert {m.dtype for m in moments} == {jnp.dtype("bfloat16")}
+  assert state["opt"][0].mu["layers"]["mlp"]["up"].sharding.spec[1] == "fsdp"
+
+
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_gradients_leave_the_matmuls_in_float32_where_it_is_asked_for(tiny, chunk):
+  """Numbers that went through bfloat16 have 16 bits of zeros; the first moment is a tenth of them."""
+  def rounded(**fields):
+    c = tiny(mesh__data=1, optim__b1=0.0, optim__clip_norm=0.0, model__dtype="bfloat16",
+             objective__loss_chunk=chunk, **fields)
+    c.model.update(tie_embeddings=False)
+    _, c = loop.load_tokenizer_and_config(c)
+    parts = loop.build(c, mesh_lib.make(c.mesh, jax.devices()[:1]))
+    batch = jax.tree.map(jnp.asarray, loop.split_batches(c, "train").batch(0))
+    params = transformer.init(parts.model, jax.random.key(0))
+    grads = jax.jit(jax.grad(lambda p: parts.objective(p, None, batch, None)[0]))(params)
+    named = {name: g[g != 0] for name, g in tree.flatten(grads).items()
+             if g.ndim > 2 or name in ("embed", "head")}
+    return {name: float((g == g.astype(jnp.bfloat16).astype(jnp.float32)).mean())
+            for name, g in named.items()}
+  narrow, wide = rounded(), rounded(model__grad_dtype="float32")
+  assert narrow.keys() == wide.keys() and len(wide) > 6
+  assert all(share == 1 for share in narrow.values()), narrow
+  # A token that is in a row once has but one gradient, which is rounded.
+  assert all(share < (0.5 if name == "embed" else 0.1) for name, share in wide.items()), wide
 
 
 def test_frozen_parameters_are_read_and_not_differentiated():

@@ -46,8 +46,7 @@ class Module(nn.Module):
       key: PRNG key of LoRA's dropout; None: no dropout.
     """
     lora = self.cfg.lora
-    w = self.weight(name, shape, axes, std).astype(self.dtype)
-    y = jnp.tensordot(x, w, num_in)
+    y = self.times(x, self.weight(name, shape, axes, std), num_in)
     if not lora.rank or not any(fnmatch.fnmatchcase(name, target) for target in lora.targets):
       return y
     a = self.weight(f"{name}_lora_a", (*shape[:num_in], lora.rank), (*axes[:num_in], "rank"),
@@ -56,8 +55,11 @@ class Module(nn.Module):
                       nn.initializers.zeros)
     if key is not None:
       x = ops.dropout(x, lora.dropout, jax.random.fold_in(key, sum(name.encode())))
-    thin = jnp.tensordot(x, a.astype(self.dtype), num_in)
-    return y + jnp.tensordot(thin, b.astype(self.dtype), 1) * (lora.alpha / lora.rank)
+    return y + self.times(self.times(x, a, num_in), b, 1) * (lora.alpha / lora.rank)
+
+  def times(self, x, w, num_in, out_dtype=None):
+    """`ops.times` of a weight, with the gradient that `model.grad_dtype` says."""
+    return ops.times(x, w, num_in, wide_gradient=self.has_wide_gradients, out_dtype=out_dtype)
 
   @property
   def form(self):
@@ -65,6 +67,10 @@ class Module(nn.Module):
     cfg = self.cfg
     return attention.choose(cfg.attention, jax.default_backend(), length=cfg.max_len,
                             dtype=cfg.dtype, softcap=cfg.attn_softcap)
+
+  @property
+  def has_wide_gradients(self):
+    return self.cfg.grad_dtype == "float32" and self.cfg.dtype != "float32"
 
   @property
   def dtype(self):

@@ -67,6 +67,57 @@ def rms_norm(x, scale, eps):
   return y.astype(x.dtype)
 
 
+def times(x, w, num_in, *, wide_gradient, out_dtype=None):
+  """x times a weight, over x's last and w's first `num_in` dimensions, in x's dtype.
+
+  Args:
+    x: activations.
+    w: float32; cast before it is multiplied, and with that before it is gathered from devices.
+    num_in: how many dimensions.
+    wide_gradient: whether w's gradient leaves its matmul, and is summed over devices, in float32.
+      Otherwise it is rounded to x's dtype before, which moves half of the bytes.
+    out_dtype: of the result; None: x's.
+  """
+  if wide_gradient:
+    return _wide_times(x, w, num_in, out_dtype)
+  return jnp.tensordot(x, w.astype(x.dtype), num_in, preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _wide_times(x, w, num_in, out_dtype):
+  return jnp.tensordot(x, w.astype(x.dtype), num_in, preferred_element_type=out_dtype)
+
+
+def _wide_times_bwd(num_in, out_dtype, saved, dy):
+  del out_dtype
+  x, w = saved
+  dy = dy.astype(x.dtype)
+  num_rows, num_out = x.ndim - num_in, w.ndim - num_in
+  last = lambda a: tuple(range(a.ndim - num_out, a.ndim))
+  first = tuple(range(num_rows))
+  dx = jax.lax.dot_general(dy, w.astype(x.dtype), ((last(dy), last(w)), ((), ())))
+  dw = jax.lax.dot_general(x, dy, ((first, first), ((), ())), preferred_element_type=w.dtype)
+  return dx, dw
+
+
+_wide_times.defvjp(lambda x, w, num_in, out_dtype: (_wide_times(x, w, num_in, out_dtype), (x, w)),
+                   _wide_times_bwd)
+
+
+@jax.custom_vjp
+def widely_summed(table_VD, narrow_VD, ids):
+  """Rows `ids` of `narrow_VD`, a cast of `table_VD`, whose gradients are added up in float32."""
+  del table_VD
+  return jnp.take(narrow_VD, ids, axis=0)
+
+
+widely_summed.defvjp(
+    lambda table_VD, narrow_VD, ids: (widely_summed(table_VD, narrow_VD, ids),
+                                      (table_VD, narrow_VD, ids)),
+    lambda saved, dy: (jnp.zeros_like(saved[0]).at[saved[2]].add(dy.astype(saved[0].dtype)),
+                       jnp.zeros_like(saved[1]), None))
+
+
 def materialized(x, what):
   """x, written to memory once instead of being computed anew inside each matmul that reads it.
 

@@ -169,7 +169,7 @@ class Transformer(layers.Module):
   @nn.compact
   def __call__(self, tokens_BT, positions_BT, segment_ids_BT=None, *, token_types_BT=None,
                cache=None, dropout_key=None, logits_at_B=None, layer_outputs=False,
-               balanced=False):
+               balanced=False, project=None):
     """Applies the model to a batch.
 
     Args:
@@ -185,6 +185,8 @@ class Transformer(layers.Module):
       layer_outputs: whether the output of every block is wanted too.
       balanced: whether the caller has put the tokens of a causal model in the order of
         `context.balance`, where the mesh cuts rows, and wants what follows from them in that order.
+      project: of an 'lm' head, what takes the place of its product:
+        f(hidden states, float32 weight [D, V], bias [V] or None), whose result stands for logits.
 
     Returns:
       An `Output`.
@@ -199,8 +201,10 @@ class Transformer(layers.Module):
           context.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT))
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
     # Gathered once, for the lookup and for a tied head; a lookup in shards would move activations.
-    table = constrain(table.astype(self.dtype), "act_vocab", "act_embed")
-    x = self._embedded(table, tokens_BT, positions_BT, token_types_BT)
+    gathered = constrain(table.astype(self.dtype), "act_vocab", "act_embed")
+    x = (ops.widely_summed(table, gathered, tokens_BT) if self.has_wide_gradients
+         else jnp.take(gathered, tokens_BT, axis=0))
+    x = self._embedded(x, positions_BT, token_types_BT)
     if layers_key is not None:
       x = ops.dropout(x, cfg.dropout, dropout_key)
     x = constrain(x, "batch", "residual_length", "act_embed")
@@ -216,11 +220,12 @@ class Transformer(layers.Module):
     at = x
     if logits_at_B is not None:
       at = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
-    return Output(self._head(at, table, real), x, cache, router, outputs)
+    narrow = project is None and not self.has_wide_gradients
+    logits = self._head(at, gathered if narrow else table, real, project)
+    return Output(logits, x, cache, router, outputs)
 
-  def _embedded(self, table, tokens_BT, positions_BT, token_types_BT):
+  def _embedded(self, x, positions_BT, token_types_BT):
     cfg = self.cfg
-    x = jnp.take(table, tokens_BT, axis=0)
     if cfg.embed_scale != 1:
       x *= jnp.asarray(cfg.embed_scale, self.dtype)
     if cfg.position == "learned":
@@ -291,7 +296,7 @@ class Transformer(layers.Module):
                    in_axes=(nn.broadcast, 0), length=stack.repeats, unroll=unroll,
                    metadata_params={nn.PARTITION_NAME: "layers"})
 
-  def _head(self, x, table_VD, real_BT):
+  def _head(self, x, table_VD, real_BT, project):
     """The logits, or what else `head` names, of hidden states [B, T, D] or [B, D]."""
     cfg = self.cfg
     if cfg.head == "none":
@@ -305,10 +310,13 @@ class Transformer(layers.Module):
     if cfg.head == "lm" and cfg.tie_embeddings:
       w = table_VD.T
     else:
-      w = self.weight("head", (cfg.width, size), ("embed", axis), cfg.init_std).astype(self.dtype)
-    logits = jnp.einsum("...D,DV->...V", x, w, preferred_element_type=jnp.float32)
-    if cfg.head_bias:
-      logits += self.vector("head_bias", (size,), (axis,))
+      w = self.weight("head", (cfg.width, size), ("embed", axis), cfg.init_std)
+    bias = self.vector("head_bias", (size,), (axis,)) if cfg.head_bias else None
+    if project is not None:
+      return project(x, w, bias)
+    logits = self.times(x, w, 1, jnp.float32)
+    if bias is not None:
+      logits += bias
     return ops.softcap(logits, cfg.logit_softcap)
 
   def _transformed(self, x):
@@ -317,7 +325,7 @@ class Transformer(layers.Module):
     if cfg.head_transform == "none":
       return x
     w = self.weight("head_dense", (cfg.width, cfg.width), ("embed", "norm"), cfg.init_std)
-    x = x @ w.astype(self.dtype)
+    x = self.times(x, w, 1)
     if cfg.bias:
       x += self.vector("head_dense_bias", (cfg.width,), ("norm",)).astype(self.dtype)
     if cfg.head_transform == "tanh":

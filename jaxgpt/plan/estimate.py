@@ -112,15 +112,22 @@ def buffers(c, sizes, counts):
   fewer = "mesh.fsdp, mesh.tensor"
   found.append(Buffer("parameters", "parameters", f"{counts.all:,} in float32",
                       4 * counts.held(sizes), fewer))
-  moments = {"adamw": 2, "lion": 1, "muon": 1.2, "adafactor": 0.01}[c.optim.name]
   mine = 4 * counts.held(sizes, trained=True)
-  found.append(Buffer("opt", "optimizer", f"{moments:g} per parameter", mine * moments,
-                      "mesh.fsdp, optim.name"))
+  bytes_ = _moment_bytes(c.optim)
+  found.append(Buffer("opt", "optimizer", f"{bytes_:g} bytes per parameter", mine / 4 * bytes_,
+                      "mesh.fsdp, optim.name, optim.first_dtype, optim.second_dtype"))
   if c.optim.ema:
     found.append(Buffer("ema", "optimizer", "1 per parameter", mine, "mesh.fsdp, optim.ema=0"))
   copies = 2 if c.optim.accumulate > 1 else 1
   found.append(Buffer("gradients", "gradients", f"{copies:g} per parameter", mine * copies, fewer))
   return sorted(found, key=lambda b: -b.bytes)
+
+
+def _moment_bytes(o):
+  """Bytes of the optimizer's state for a parameter."""
+  first, second = (2 if dtype == "bfloat16" else 4 for dtype in (o.first_dtype, o.second_dtype))
+  return {"adamw": first + second, "lion": first, "muon": first + 0.2 * second,
+          "adafactor": 0.04}[o.name]
 
 
 _FEWER = "data.batch_size (fewer rows), optim.accumulate (more microbatches)"
@@ -154,9 +161,11 @@ def _of_head(c, sizes):
   m, s = c.model, _part(c, sizes)
   if m.head != "lm":
     return
-  vocab, rows = m.vocab_size / s.tensor, f"{s.rows:g},{s.length:g}"
-  yield Buffer("head/logits", "head", f"[{rows},{vocab:g}]", s.rows * s.length * vocab * 4,
-               f"mesh.tensor; {_FEWER}")
+  vocab, tokens, rows = m.vocab_size / s.tensor, s.rows * s.length, f"{s.rows:g},{s.length:g}"
+  if 0 < c.objective.loss_chunk < tokens:
+    tokens, rows = c.objective.loss_chunk, f"{c.objective.loss_chunk}"
+  yield Buffer("head/logits", "head", f"[{rows},{vocab:g}]", tokens * vocab * 4,
+               f"objective.loss_chunk, mesh.tensor; {_FEWER}")
   # Gathered, and its gradient in float32.
   yield Buffer("head/weight", "head", f"[{m.width},{vocab:g}]", m.width * vocab * (4 + _wide(m)),
                "mesh.tensor")

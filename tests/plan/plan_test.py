@@ -140,6 +140,19 @@ def test_memory_by_arithmetic_is_near_the_compilers(where, overrides, gib):
   assert got == pytest.approx(gib, rel=0.1)
 
 
+def test_arithmetic_knows_of_narrow_moments_and_of_chunks_of_the_loss():
+  def bytes_of(name, *overrides):
+    c, t = llama("--config.data.seq_len=2048", *overrides), topology.parse("v5e-256")
+    found = estimate.buffers(c, mesh.axis_sizes(c.mesh, t.num_devices), estimate.count(c))
+    return next(b.bytes for b in found if b.name == name)
+  narrow = bytes_of("opt", "--config.optim.first_dtype=bfloat16")
+  assert narrow == pytest.approx(bytes_of("opt") * 0.75)
+  rows = bytes_of("head/logits", "--config.data.batch_size=512")
+  in_chunks = bytes_of("head/logits", "--config.data.batch_size=512",
+                       "--config.objective.loss_chunk=1024")
+  assert in_chunks == pytest.approx(rows / 4)
+
+
 def test_a_search_ranks_what_fits_and_what_nearly_does():
   c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
   found = search.candidates(c, t)
