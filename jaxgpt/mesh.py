@@ -64,7 +64,9 @@ def make(c_mesh, devices=None):
   types = (AxisType.Auto,) * len(MESH_AXES)
   if len({getattr(d, "slice_index", 0) for d in there}) > 1:
     return Mesh(over_slices(sizes, there), MESH_AXES, axis_types=types)
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+  # A mesh axis is whole axes of the torus where there are such, and parts of them where not.
+  grid = mesh_utils.create_device_mesh(tuple(sizes.values()), there, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def num_batch_shards(sizes):

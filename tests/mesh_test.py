@@ -48,6 +48,22 @@ class Chip:
     self.id, self.process_index, self.slice_index = number, number // 2, number // 4
 
 
+class TorusChip:
+  """What a mesh over a torus of 4 x 4 x 4 asks of a device."""
+  platform, device_kind, core_on_chip, slice_index = "tpu", "TPU v5", 0, 0
+
+  def __init__(self, number):
+    self.id, self.process_index = number, number // 4
+    self.coords = (number % 4, number // 4 % 4, number // 16)
+
+
+@pytest.mark.parametrize("seq", [4, 8, 16])
+def test_an_axis_may_be_part_of_the_torus(seq):
+  made = mesh.make(section(seq=seq), [TorusChip(i) for i in range(64)])
+  assert (made.shape["fsdp"], made.shape["seq"]) == (64 // seq, seq)
+  assert len({d.id for d in made.devices.flat}) == 64
+
+
 @pytest.mark.parametrize("sizes, across", [
     (dict(data=2, fsdp=4), "data"), (dict(data=1, fsdp=8), "fsdp"), (dict(data=8, fsdp=1), "data")])
 def test_one_axis_goes_over_the_slices(sizes, across):

@@ -1,11 +1,10 @@
 """Context parallelism: the tokens of a row are cut over devices, and attention joins them again.
 
 With n devices a row is 2n chunks. Under a causal mask device i holds chunks i and 2n-1-i, an early
-and a late one, so that all devices compute equally much; `balance` puts tokens in that order, once,
-before the model reads them. Keys and values go around the ring of devices, and while a device's
-queries read those that are there, the next ones are on their way (arXiv:2310.01889; the order is
-that of arXiv:2311.09431's kind, in chunks that are whole, so that windows stay local). Of local
-layers only neighbouring chunks meet.
+and a late one (Llama 3, arXiv:2407.21783, section 3.3.2), so that all devices compute equally much;
+`balance` puts tokens in that order, once, before the model reads them. Keys and values go around
+the ring of devices, and while a device's queries read those that are there, the next ones are on
+their way (arXiv:2310.01889). In local layers only the ends of neighbouring chunks move.
 
 B batch, N heads, K key/value heads, T token, H head size; arrays have their tokens on axis 2.
 """

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt import mesh as mesh_lib
-from jaxgpt.model import attention, context, ops, pairs
+from jaxgpt.model import attention, context, layers, ops, pairs, transformer
 
 
 def mesh_of(seq, **axes):
@@ -138,6 +138,21 @@ def test_in_the_rows_own_order_the_last_device_has_most():
   n, T = 4, 64
   places = np.arange(T).reshape(n, -1)
   assert np.ptp((places + 1).sum(1)) > 10 * (T // (2 * n)) ** 2
+
+
+def test_attention_that_is_saved_does_not_go_around_again():
+  q, _, _, segments = inputs(32, N=2)
+
+  def exponentials(remat):
+    def layer(x, _):
+      qkv = layers.named(x * 2, x * 3, x * 4)
+      return attention.attend("batched", *qkv, None, segments, scale=0.3, causal=True), None
+    layer = jax.checkpoint(layer, policy=transformer.remat_policy(remat))
+    run = lambda x: jax.lax.scan(layer, x, None, length=2)[0].sum()
+    return jax.jit(jax.grad(run)).lower(q).compile().as_text().count(" exponential(")
+
+  with jax.set_mesh(mesh_of(2)):
+    assert exponentials("save_attention") < exponentials("save_qkv")
 
 
 def test_no_array_of_all_pairs_of_positions():
