@@ -114,7 +114,9 @@ def _start_backend(several=False):
 
 
 def _data(args):
-  from jaxgpt.text import executors, prepare
+  from jaxgpt.text import executors, heap, prepare
+
+  heap.give_back()
 
   def report(line):
     print(line, flush=True)

@@ -15,6 +15,7 @@ from jaxgpt.text import shards
 
 _SEQ_LENS = (512, 2048, 8192)
 _PACKED_DOCUMENTS = 1 << 20  # more than these are not packed for an estimate
+_PART = 1 << 15  # documents that are looked at, or packed, at once
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -70,9 +71,9 @@ def _lengths(stored):
   """Stored tokens of documents: quantiles, and a histogram whose bars end at powers of two."""
   if not len(stored):
     return {"histogram": []}
-  ends = np.ceil(np.log2(np.asarray(stored, np.int64))).astype(int)
-  low, high = int(ends.min()), int(ends.max())
-  counts = np.bincount(ends, minlength=high + 1)
+  counts = sum(np.bincount(np.ceil(np.log2(part)).astype(int), minlength=33)
+               for part in _parts(stored))
+  low, high = np.flatnonzero(counts)[[0, -1]].tolist()
   return {"mean": round(float(np.mean(stored)), 1), "most": int(np.max(stored)),
           "quantiles": {str(q): int(x) for q, x in zip(
               _QUANTILES, np.quantile(stored, _QUANTILES, method="lower"))},
@@ -81,10 +82,20 @@ def _lengths(stored):
 
 def _packing(stored):
   """Share of a row's places that predictions fill, by packing and length of the rows."""
-  lengths = np.asarray(stored[:_PACKED_DOCUMENTS], np.int64) - 1
-  return {str(seq_len): {name: round(1 - packing.PACKINGS[name](lengths, seq_len).padding_share, 4)
-                         for name in ("best_fit", "one_per_row")}
-          for seq_len in _SEQ_LENS if len(lengths)}
+  stored = stored[:_PACKED_DOCUMENTS]
+  predictions = int(np.sum(stored, dtype=np.int64)) - len(stored)
+  rows = {seq_len: {name: sum(packing.PACKINGS[name](part - 1, seq_len).num_rows
+                              for part in _parts(stored))
+                    for name in ("best_fit", "one_per_row")}
+          for seq_len in _SEQ_LENS if len(stored)}
+  return {str(seq_len): {name: round(predictions / (count * seq_len), 4) if count else 1.0
+                         for name, count in counts.items()}
+          for seq_len, counts in rows.items()}
+
+
+def _parts(stored):
+  """int64 arrays of so many documents that memory stays flat."""
+  return (stored[start:start + _PART].astype(np.int64) for start in range(0, len(stored), _PART))
 
 
 def _labels(folder, manifest):

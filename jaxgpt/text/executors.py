@@ -1,6 +1,7 @@
 """What runs the tasks of a stage: this process, or datatrove on this machine, Slurm or Ray."""
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import os
@@ -10,7 +11,7 @@ import threading
 import time
 
 from jaxgpt.errors import UserError, optional
-from jaxgpt.text import stages, tokenizer_base
+from jaxgpt.text import heap, stages, tokenizer_base
 
 KINDS = ("process", "local", "slurm", "ray")
 _OURS = ("self", "pipeline", "tasks", "workers", "logging_dir", "skip_completed", "depends")
@@ -88,6 +89,7 @@ def make_step(stage, ranks, threads):
 
     def run(self, data, rank=0, world_size=1):
       del data, world_size
+      heap.give_back()
       os.environ[tokenizer_base.THREADS] = str(threads)
       os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
       with self.track_time():
@@ -111,11 +113,35 @@ def _make(cls, stage, ranks, **options):
 
 def _run_local(cls, stage, ranks, workers, options):
   executor = _make(cls, stage, ranks, workers=min(workers, len(ranks)), **options)
-  # One import for all stages: the server lives on, and its children are ready at once.
-  optional("multiprocess", "data", "this executor").set_forkserver_preload(
-      ["jaxgpt.text.tasks", "datatrove.executor.local"])
-  with _WatchWorkers(stage):
-    executor.run()
+  _start_server()
+  try:
+    with _WatchWorkers(stage):
+      executor.run()
+  except BaseException:  # an interrupt may come before the executor knows of what it has started
+    for child in optional("multiprocess", "data", "this executor").active_children():
+      child.terminate()
+    raise
+
+
+@functools.cache
+def _start_server():
+  """One import for all stages: the server lives on, and its children are ready at once.
+
+  They don't hear Ctrl-C, which a terminal sends to all: the pool ends them, and each would print
+  where it was. So would those of a pool that ends before the server has done its imports, which is
+  why these are waited for.
+  """
+  server = optional("multiprocess.forkserver", "data", "this executor")
+  server.set_forkserver_preload(["jaxgpt.text.tasks", "datatrove.executor.local"])
+  heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    server.ensure_running()
+  finally:
+    signal.signal(signal.SIGINT, heard)
+  first = optional("multiprocess.context", "data", "this executor").ForkServerProcess(
+      target=os.getpid)
+  first.start()
+  first.join()
 
 
 class _WorkerLost(BaseException):

@@ -1,11 +1,12 @@
 """Text to tokens: speed beside Hugging Face tokenizers alone, and memory as the input grows.
 
 The text is what this machine has (sources, documentation), over and over with other words in it, as
-JSON Lines. `jaxgpt data` does the whole way: reads, hashes, splits, trains a tokenizer, tokenizes,
+JSON Lines; the smaller corpus is the beginning of the larger one. Memory is the proportional share (PSS)
+of all processes, read ten times a second. `jaxgpt data` does the whole way: reads, hashes, splits, trains a tokenizer, tokenizes,
 writes shards, digests and the card. Its peer trains a BPE of the same size on a sample of the same
 length and does nothing but `encode_batch`, on all cores, of texts that are in memory.
 
-  python tests/benchmarks/prepare.py [megabytes] [options of `jaxgpt data`]
+  python tests/benchmarks/prepare.py [megabytes[,megabytes…]] [options of `jaxgpt data`]
 """
 
 import json
@@ -13,17 +14,19 @@ import os
 import pathlib
 import random
 import re
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 
-import psutil
 import tokenizers
 
 VOCAB = 32_000
 SAMPLE = 4_000_000
 FILE_BYTES = 48_000_000
+TEXT_BYTES = 200_000_000  # of this machine; more is those again with other words
+SAMPLE_SECONDS = 0.1
 BATCH_CHARS = 4_000_000
 SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst", "METADATA")
 
@@ -49,7 +52,7 @@ def machine_texts(limit):
 
 def write_corpus(folder, size):
   """`size` bytes of JSON Lines; later rounds have a tenth of the words changed."""
-  texts = list(machine_texts(min(size, 200_000_000)))
+  texts = list(machine_texts(TEXT_BYTES))
   draw, written, number, out = random.Random(0), 0, 0, None
   draw.shuffle(texts)
   round_ = 0
@@ -71,28 +74,60 @@ def write_corpus(folder, size):
 
 
 def run_ours(corpus, out, more):
-  """(manifest, seconds, peak memory of all processes in bytes) of `jaxgpt data`."""
-  start, peak = time.perf_counter(), 0
-  process = psutil.Popen(
+  """(manifest, seconds, `Memory`) of `jaxgpt data`."""
+  start = time.perf_counter()
+  process = subprocess.Popen(
       [sys.executable, "-m", "jaxgpt", "data", str(corpus), f"--out={out}",
        f"--tokenizer=sentencepiece:{VOCAB}", f"--sample-bytes={SAMPLE}", *more])
+  memory = Memory(process.pid)
   while process.poll() is None:
-    peak = max(peak, memory(process))
-    time.sleep(0.3)
+    memory.look()
+    time.sleep(SAMPLE_SECONDS)
   assert process.returncode == 0
   seconds = time.perf_counter() - start
-  return json.loads((out / "manifest.json").read_text()), seconds, peak
+  return json.loads((out / "manifest.json").read_text()), seconds, memory
 
 
-def memory(process):
-  """Bytes of a process and all below it; what they share counts once in all (PSS)."""
-  total = 0
-  try:
-    for each in [process, *process.children(recursive=True)]:
-      total += each.memory_full_info().pss
-  except psutil.Error:
-    pass
-  return total
+class Memory:
+  """The most memory of a process and all below it; what they share counts once in all (PSS).
+
+  Attributes:
+    peak: bytes of all of them together.
+    by_kind: {kind: bytes of one process}; a worker is a child of the server that forks workers.
+  """
+
+  def __init__(self, pid):
+    self._pid, self._kinds = pid, {pid: "command"}
+    self.peak, self.by_kind = 0, {}
+
+  def look(self):
+    total, waiting = 0, [(self._pid, None)]
+    while waiting:
+      pid, parent = waiting.pop()
+      try:
+        kind = self._kinds.get(pid) or self._kind(pid, parent)
+        rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+        size = int(re.search(r"^Pss: +([0-9]+) kB", rollup, re.M)[1]) * 1024
+        waiting += [(int(child), pid) for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+                    for child in path.read_text().split()]
+      except (OSError, TypeError):  # it has ended meanwhile
+        continue
+      total += size
+      self.by_kind[kind] = max(self.by_kind.get(kind, 0), size)
+    self.peak = max(self.peak, total)
+
+  def _kind(self, pid, parent):
+    command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    if parent != self._pid:
+      kind = "worker"
+    elif b"resource_tracker" in command:
+      kind = "tracker"
+    elif b"forkserver" in command:
+      kind = "server"
+    else:  # forked: holds the queue of datatrove's executor
+      kind = "manager"
+    self._kinds[pid] = kind
+    return kind
 
 
 def run_peer(corpus):
@@ -130,18 +165,23 @@ def run_peer(corpus):
   return tokens + count, seconds + spent
 
 
-def main(megabytes, more):
+def megabytes(count):
+  return f"{count / 1e6:,.0f} MB"
+
+
+def main(sizes, more):
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
-    peaks = {}
-    for size in (megabytes // 10, megabytes):
+    for size in sizes:
       corpus = folder / f"corpus{size}"
       corpus.mkdir()
       write_corpus(corpus, size * 1_000_000)
-      manifest, seconds, peak = run_ours(corpus, folder / f"out{size}", more)
-      peaks[size] = f"{peak / 1e6:,.0f} MB"
-      print(f"peak memory of all processes: {peaks}", flush=True)
-    total = manifest["total"]
+      manifest, seconds, memory = run_ours(corpus, folder / f"out{size}", more)
+      total = manifest["total"]
+      print(f"{size} MB: {seconds:.1f} s, {total['bytes'] / seconds / 1e6:.2f} MB/s of text; memory "
+            f"of all processes peaked at {megabytes(memory.peak)}; of one "
+            + ", ".join(f"{kind} {megabytes(most)}" for kind, most in memory.by_kind.items()),
+            flush=True)
     tokens, peer_seconds = run_peer(corpus)
   size = total["bytes"] / 1e6
   print(f"{size:,.0f} MB of text, {total['documents']:,} documents, {os.cpu_count()} cores")
@@ -154,4 +194,5 @@ def main(megabytes, more):
 
 
 if __name__ == "__main__":
-  main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000, sys.argv[2:])
+  main([int(size) for size in (sys.argv[1] if len(sys.argv) > 1 else "100,1000").split(",")],
+       sys.argv[2:])

@@ -154,6 +154,21 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
   assert digests(tmp_path / "local") == digests(tmp_path / "process")
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.3, 1.0])
+def test_ctrl_c_is_one_line_whoever_hears_it(tmp_path, delay):
+  pytest.importorskip("datatrove")
+  write_corpus(tmp_path / "in", files=4, documents=2000, words=200)
+  process = subprocess.Popen(command(tmp_path / "in", tmp_path / "out", "--task-bytes=20000"),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             start_new_session=True)
+  assert process.stdout.readline().startswith(b"inputs:")  # now workers are started
+  time.sleep(delay)
+  os.killpg(process.pid, signal.SIGINT)
+  _, errors = process.communicate(timeout=60)
+  assert (process.returncode, errors) == (130, b"jaxgpt: interrupted\n")
+  assert (tmp_path / "out.unfinished").is_dir()
+
+
 def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=4, documents=400, words=200)

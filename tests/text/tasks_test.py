@@ -5,12 +5,13 @@ import pickle
 import random
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
 from jaxgpt import cli
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text import prepare, read, shards, tasks, tokenizer
+from jaxgpt.text import card, prepare, read, shards, tasks, tokenizer
 
 WORDS = ["".join(chr(97 + (7 * i + j * j) % 26) for j in range(3 + i % 5)) for i in range(200)]
 
@@ -169,6 +170,24 @@ def test_too_many_errors_end_the_run(tmp_path):
     prepare.prepare(tmp_path / "in.jsonl", tmp_path / "out", max_errors=5, **options)
   manifest = prepare.prepare(tmp_path / "in.jsonl", tmp_path / "out", max_errors=6, **options)
   assert manifest["read"] == 56
+
+
+@pytest.mark.parametrize("total, size", [(900, 100), (20_000, 500), (100_000, 1000),
+                                         (400_000, 1000), (4_000_000, 10_000)])
+def test_parts_of_few_documents_are_no_snippets(tmp_path, total, size):
+  (tmp_path / "a.txt").write_text("x" * total)
+  options = prepare.Options(tokenizer="bytes")
+  assert tasks.cut_chars(read.find([tmp_path]), options, print) == size
+
+
+def test_a_card_of_parts_is_that_of_the_whole(monkeypatch):
+  stored = np.random.default_rng(0).integers(2, 3000, 2000).astype(np.uint32)
+  whole, packed = card._lengths(stored), card._packing(stored)
+  monkeypatch.setattr(card, "_PART", 300)
+  assert card._lengths(stored) == whole
+  for seq_len, shares in card._packing(stored).items():
+    assert shares == pytest.approx(packed[seq_len], abs=0.02)
+    assert shares["one_per_row"] == packed[seq_len]["one_per_row"]
 
 
 def test_a_card_says_what_is_in_the_folder(tmp_path):

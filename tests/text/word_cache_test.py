@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +49,17 @@ def test_what_does_not_fit_is_forgotten(monkeypatch, most):
       assert cache([text])[0].tolist() == [ord(c) for c in text]
     assert len(cache._numbers) == most
     assert all(len(word) <= word_cache._LONGEST for word in cache._numbers)
+
+
+def test_its_size_does_not_depend_on_what_is_forgotten(monkeypatch):
+  monkeypatch.setattr(word_cache, "_MOST", 1000)
+  cache = word_cache.WordCache(lambda words: [[ord(c) for c in word] for word in words])
+  sizes = set()
+  for start in range(0, 20_000, 100):
+    cache([" ".join(map(str, range(start, start + 100)))])
+    if start >= 1000:
+      sizes.add((sys.getsizeof(cache._numbers), len(cache._numbers.others), len(cache._pool)))
+  assert len(sizes) == 1, sizes
 
 
 @pytest.mark.parametrize("model_type, cut", [("bpe", True), ("unigram", False)])
