@@ -114,25 +114,23 @@ def _start_backend(several=False):
 
 
 def _data(args):
-  from jaxgpt.text import executors, heap, prepare
+  from jaxgpt.text import executors, heap, prepare, progress
 
   heap.give_back()
-
-  def report(line):
-    print(line, flush=True)
-
   options = dict(_key_value("--executor-option", text) for text in args.executor_option)
-  prepare.prepare(
-      args.paths, args.out, overwrite=args.overwrite, report=report,
-      executor=executors.make(args.executor, args.workers, options, report),
-      kind=args.kind, fields=tuple(_key_value("--field", text, str) for text in args.field),
-      format=args.format, exclude=tuple(args.exclude), max_record_bytes=args.max_record_bytes,
-      max_errors=args.max_errors, examples=args.examples, clean=tuple(args.clean),
-      dedup=tuple(args.dedup), decontaminate=tuple(args.decontaminate), decontaminate_options=args.decontaminate_options,
-      decontaminate_field=args.decontaminate_field, tokenizer=args.tokenizer, template=args.template,
-      sample_bytes=args.sample_bytes, symbols=tuple(args.symbol), validation=args.validation,
-      test=args.test, salt=args.salt, cut_chars=args.cut_chars, shard_tokens=args.shard_tokens,
-      task_bytes=args.task_bytes)
+  with progress.Terminal() as report:
+    prepare.prepare(
+        args.paths, args.out, overwrite=args.overwrite, report=report,
+        executor=executors.make(args.executor, args.workers, options, report),
+        kind=args.kind, fields=tuple(_key_value("--field", text, str) for text in args.field),
+        format=args.format, exclude=tuple(args.exclude), max_record_bytes=args.max_record_bytes,
+        max_errors=args.max_errors, examples=args.examples, clean=tuple(args.clean),
+        dedup=tuple(args.dedup), decontaminate=tuple(args.decontaminate),
+        decontaminate_options=args.decontaminate_options,
+        decontaminate_field=args.decontaminate_field, tokenizer=args.tokenizer,
+        template=args.template, sample_bytes=args.sample_bytes, symbols=tuple(args.symbol),
+        validation=args.validation, test=args.test, salt=args.salt, cut_chars=args.cut_chars,
+        shard_tokens=args.shard_tokens, task_bytes=args.task_bytes)
   print(f"wrote {args.out}; train with --config.data.path={args.out}")
 
 

@@ -18,7 +18,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "text.tokenizer_base", "text.word_cache", "text.tokenizer_sentencepiece", "text.tokenizer_huggingface",
      "text.tokenizer_tiktoken", "text.tokenizer",
      "text.examples", "text.chat_jinja", "text.chat", "text.shards", "text.assemble",
-     "text.store", "text.stages", "text.heap", "text.executors", "text.tasks", "data.packing", "text.card", "text.prepare",
+     "text.store", "text.progress", "text.stages", "text.heap", "text.executors", "text.tasks", "data.packing", "text.card", "text.prepare",
      "data.source", "data.mixture", "data.masking", "data.layouts",
      "data.pipeline", "data.stream"],
     ["model.ops", "model.rope", "model.pairs", "model.context", "model.attention", "model.layers", "model.moe", "model.transformer"],

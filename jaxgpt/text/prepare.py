@@ -107,7 +107,8 @@ def prepare(paths, out, *, overwrite=False, report=None, executor=None, **option
       this machine (`remote.cache_folder`), and what comes out is copied.
     overwrite: replace a prepared folder that is there. A folder of anything else is never
       touched.
-    report: called with a line of text at each stage, and every 10 s; default: nobody.
+    report: called with a line of text at each stage, and every 10 s; default: nobody. Where it has
+      a method `show`, that is called every second instead (`stages.Monitor`).
     executor: what runs the tasks, of `executors.make`; default: this process.
     **options: the fields of `Options`.
 

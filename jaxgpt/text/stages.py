@@ -27,6 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NamedTuple
 
 from jaxgpt.errors import UserError
 
@@ -35,6 +36,7 @@ _PUBLISHED = "published.json"
 _DONE = "done.json"
 _PROGRESS = "progress"
 _REPORT_SECONDS = 10.0
+_SHOW_SECONDS = 1.0
 _PROGRESS_SECONDS = 2.0
 
 
@@ -79,16 +81,22 @@ class Stage:
   def task_folder(self, rank):
     return self.folder / f"{rank:05d}"
 
-  def account(self, rank):
-    """What the finished task returned, or None."""
+  def done(self, rank):
+    """What the finished task left: {account, counts, files}, or None."""
     folder = self.task_folder(rank)
     try:
       done = json.loads((folder / _DONE).read_text(encoding="utf-8"))
-      if all((folder / name).stat().st_size == size for name, size in done["files"].items()):
-        return done["account"]
-    except (OSError, ValueError, KeyError):
+      if done.keys() == {"account", "counts", "files"} and all(
+          (folder / name).stat().st_size == size for name, size in done["files"].items()):
+        return done
+    except (OSError, ValueError, AttributeError):
       pass
     return None
+
+  def account(self, rank):
+    """What the finished task returned, or None."""
+    done = self.done(rank)
+    return done and done["account"]
 
   def failures(self):
     """Files of the tasks that failed in this run."""
@@ -195,13 +203,13 @@ class Progress:
 
   def __init__(self, folder):
     self._path, self._said = folder / _PROGRESS, time.monotonic()
-    self._documents = self._bytes = 0
+    self.counts = [0, 0]  # documents, bytes
 
   def __call__(self, documents, num_bytes):
-    self._documents, self._bytes = self._documents + documents, self._bytes + num_bytes
+    self.counts = [self.counts[0] + documents, self.counts[1] + num_bytes]
     if time.monotonic() - self._said > _PROGRESS_SECONDS:
       self._said = time.monotonic()
-      self._path.write_text(f"{self._documents} {self._bytes}", encoding="utf-8")
+      self._path.write_text("{} {}".format(*self.counts), encoding="utf-8")
 
 
 def run_task(stage, rank):
@@ -212,12 +220,14 @@ def run_task(stage, rank):
   folder = stage.folder / f".{rank:05d}-{os.getpid()}-{secrets.token_hex(4)}"
   folder.mkdir()
   try:
-    account = _run_in(folder, stage, rank)
+    progress = Progress(folder)
+    account = _run_in(folder, stage, rank, progress)
     (folder / _PROGRESS).unlink(missing_ok=True)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size
              for path in sorted(folder.rglob("*")) if path.is_file()}
-    (folder / _DONE).write_text(json.dumps({"account": account, "files": files}),
-                                encoding="utf-8")
+    (folder / _DONE).write_text(
+        json.dumps({"account": account, "counts": progress.counts, "files": files}),
+        encoding="utf-8")
     if stage.account(rank) is None:  # else a process that outlived its run was faster
       shutil.rmtree(final, ignore_errors=True)
       with contextlib.suppress(FileExistsError, OSError):
@@ -227,10 +237,10 @@ def run_task(stage, rank):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_in(folder, stage, rank):
+def _run_in(folder, stage, rank, progress):
   """The account of a task; a file that can't be written is an OSError, whoever writes it."""
   try:
-    return stage.run(rank, folder, Progress(folder))
+    return stage.run(rank, folder, progress)
   except RuntimeError as e:  # array_record's, such as of a full disk: it names the file
     if str(folder) in str(e):
       raise OSError(str(e)) from e
@@ -262,7 +272,7 @@ def run(stage, executor, report):
     stage: a Stage.
     executor: called as executor(stage, ranks) where more than one task is left, and returns when
       no more of them is going to be done; or None, to run all of them in this process.
-    report: called with a line of text every 10 s.
+    report: called with a line of text, every 10 s too, unless it has a method `show`: see `Monitor`.
 
   Returns:
     The accounts of all tasks, in the order of their ranks.
@@ -311,11 +321,27 @@ def _raise_failures(stage):
                        f"{failure['traceback']}")
 
 
+class Status(NamedTuple):
+  """How far a stage is: its name, tasks that are done of how many, documents that were gone
+  through, and bytes a second since this run began with it."""
+  stage: str
+  done: int
+  tasks: int
+  documents: int
+  rate: float
+
+
 class Monitor:
-  """Says every 10 s how far a stage is, from the files of its tasks. A context manager."""
+  """Says how far a stage is, from the files of its tasks. A context manager.
+
+  Every second to `report.show` where there is such a method, else a line every 10 s.
+  """
 
   def __init__(self, stage, report):
     self._stage, self._report = stage, report
+    self._show = getattr(report, "show", None)
+    self._left = set(range(stage.tasks))
+    self._documents = self._bytes = 0  # of finished tasks
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -328,14 +354,32 @@ class Monitor:
 
   def _watch(self):
     start = time.monotonic()
-    while not self._stop.wait(_REPORT_SECONDS):
-      done = self._stage.tasks - len(self._stage.missing())
-      documents = num_bytes = 0
-      for path in self._stage.folder.glob(f".*/{_PROGRESS}"):
-        with contextlib.suppress(OSError, ValueError):  # it may be gone, or half written
-          more, size = map(int, path.read_text(encoding="utf-8").split())
-          documents, num_bytes = documents + more, num_bytes + size
+    self._look()
+    before = self._bytes
+    while not self._stop.wait(_SHOW_SECONDS if self._show else _REPORT_SECONDS):
+      documents, num_bytes = self._look()
+      done, seconds = self._stage.tasks - len(self._left), time.monotonic() - start
+      if self._show:
+        self._show(Status(self._stage.name, done, self._stage.tasks, self._documents + documents,
+                          (self._bytes + num_bytes - before) / seconds))
+        continue
       line = f"{self._stage.name}: {done} of {self._stage.tasks} tasks done"
       if documents:
         line += f", at work on {documents:,} documents, {num_bytes / 1e6:,.0f} MB"
-      self._report(f"{line} ({time.monotonic() - start:.0f} s)")
+      self._report(f"{line} ({seconds:.0f} s)")
+    if self._show:
+      self._show(None)
+
+  def _look(self):
+    """(documents, bytes) of the tasks at work; those of the finished ones are added up."""
+    documents = num_bytes = 0
+    for path in self._stage.folder.glob(f".*/{_PROGRESS}"):
+      with contextlib.suppress(OSError, ValueError):  # it may be gone, or half written
+        more, size = map(int, path.read_text(encoding="utf-8").split())
+        documents, num_bytes = documents + more, num_bytes + size
+    for rank in sorted(self._left):
+      if (done := self._stage.done(rank)) is not None:
+        self._left.remove(rank)
+        self._documents += done["counts"][0]
+        self._bytes += done["counts"][1]
+    return documents, num_bytes

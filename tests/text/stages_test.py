@@ -271,6 +271,37 @@ def test_progress_is_told_though_a_file_is_half_written(tmp_path, monkeypatch):
   assert any("2 of 3 tasks done, at work on 2 documents, 3 MB" in line for line in lines)
 
 
+def test_a_terminal_is_shown_documents_and_bytes_a_second(tmp_path, monkeypatch):
+  monkeypatch.setattr(stages, "_SHOW_SECONDS", 0.02)
+  monkeypatch.setattr(stages, "_REPORT_SECONDS", 0.01)
+  monkeypatch.setattr(stages, "_PROGRESS_SECONDS", -1)
+
+  class Report(list):
+    def __init__(self):
+      self.shown = []
+
+    def __call__(self, line):
+      self.append(line)
+
+    def show(self, status):
+      self.shown.append(status)
+
+  def slow(rank, folder, progress):
+    progress(2, 3_000_000)
+    time.sleep(0.2)
+    return {}
+
+  stage, report = _stage(tmp_path, slow), Report()
+  stages.run_task(stage, 1)  # by an earlier run
+  stages.run(stage, None, report)
+  *shown, last = report.shown
+  assert last is None and not any("at work" in line for line in report)
+  assert {(s.done, s.tasks, s.documents) for s in shown} <= {
+      (1, 3, 2), (1, 3, 4), (2, 3, 4), (2, 3, 6), (3, 3, 6)}
+  assert (2, 3, 6) in {(s.done, s.tasks, s.documents) for s in shown}
+  assert 5e6 < shown[-1].rate < 6e6 / 0.35  # what was there before is not counted
+
+
 @pytest.mark.parametrize("args, message", [
     (("cloud",), "--executor=cloud: choose one of process"), (("local", -1), "--workers=-1"),
     (("process", 0, {"time": 1}), "process has no such option"),
