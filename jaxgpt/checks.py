@@ -98,12 +98,28 @@ def values(flat):
                       f"choose one of {', '.join(names)}")
 
 
+def kept(remat):
+  """(names saved on the device, names moved to the host) of 'save:a,b', 'offload:c' or both.
+
+  Both are joined by '+': 'save:gate,up+offload:q,k,v'. Anything else has no names.
+  """
+  names = {"save": (), "offload": ()}
+  for part in remat.split("+"):
+    where, _, some = part.partition(":")
+    if where in names and some:
+      names[where] += tuple(some.split(","))
+  return names["save"], names["offload"]
+
+
 def _remat(value):
-  names = value.removeprefix("save:").split(",")
-  if value not in REMAT and (not value.startswith("save:") or set(names) - set(SAVED)):
+  names = sum(kept(value), ())
+  parts = [part.partition(":") for part in value.split("+")]
+  are_named = all(where in ("save", "offload") and some for where, _, some in parts)
+  if value not in REMAT and (not are_named or set(names) - set(SAVED)
+                             or len(set(names)) < len(names)):
     raise UserError(f"model.remat={value!r}: {nearest(value, REMAT)}choose one of "
-                    f"{', '.join(REMAT)}, or save: and some of {','.join(SAVED)}, such as "
-                    "'save:q,k,v,attention'")
+                    f"{', '.join(REMAT)}, or save: and some of {','.join(SAVED)}, each once, such as "
+                    "'save:q,k,v,attention', or offload: and such names, or 'save:gate,up+offload:q'")
 
 
 def _weights(flat):

@@ -156,7 +156,7 @@ def _model(c):
   m.grad_dtype = "compute"  # compute (as dtype) | float32: what weights' gradients leave the matmuls in and are summed over devices in; experts: compute
   m.attention = "auto"  # auto (by backend) | reference | batched (CPUs) | splash (TPUs) | cudnn (GPUs, bfloat16)
   m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
-  m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention | save:q,k,v,attention,o,gate,up,down (some of these)
+  m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention | save:q,k,v,attention,o,gate,up,down (some of these) | offload:… (the same, to the memory of the host) | save:…+offload:…
   m.materialize = "values"  # on TPUs, what is written before matmuls read it: none | values (of norms, the MLP's product) | gradients (theirs too)
   _parts_of_model(m)
 

@@ -16,6 +16,7 @@ from etils import epath
 
 from jaxgpt import (
   checkpoint,
+  checks,
   config,
   distributed,
   evaluate,
@@ -63,6 +64,8 @@ def build(c, mesh):
       fields.attention, mesh.devices.flat[0].platform, length=c.data.seq_len, dtype=fields.dtype,
       softcap=fields.attn_softcap)
   mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
+  if checks.kept(fields.remat)[1]:
+    mesh_lib.check_memory(mesh, transformer.HOST_MEMORY, f"model.remat={fields.remat!r}")
   model = transformer.Transformer(ml_collections.FrozenConfigDict(fields))
   schedule = schedules.make(c.schedule, c.train.steps)
   shapes, axes = transformer.abstract(model)

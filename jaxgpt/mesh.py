@@ -133,6 +133,22 @@ def check_length(sizes, seq_len, form):
                     f"data.seq_len={near}, or mesh.seq=1")
 
 
+def check_memory(mesh, kind, key):
+  """Raises a UserError where a device has no memory of a kind.
+
+  Args:
+    mesh: the device mesh.
+    kind: such as 'pinned_host', the host's that devices reach by themselves.
+    key: config key and value to name in the message.
+  """
+  device = mesh.devices.flat[0]
+  kinds = [memory.kind for memory in device.addressable_memories()]
+  if kind not in kinds:
+    raise UserError(f"{key} needs memory of the kind {kind}, and {device.device_kind} has "
+                    f"{', '.join(kinds) or 'none that it names'}; choose what is saved or computed "
+                    "again, such as model.remat=save:q,k,v,attention")
+
+
 def prepare_cpu(several=False):
   """Prepares the process for XLA's CPU backend, where that is what runs; before JAX is started.
 

@@ -143,3 +143,13 @@ def test_resolving_leaves_the_config_as_it_was():
   c = config.base()
   config.resolve(c, 100)
   assert c.model.max_len is None and c.model.rope.original_len is None
+
+
+def test_names_that_are_saved_and_offloaded():
+  assert checks.kept("save:q,k+offload:gate") == (("q", "k"), ("gate",))
+  assert checks.kept("offload:o") == ((), ("o",)) and checks.kept("full") == ((), ())
+  for value in ("save:q+offload:q", "offload:", "offload:x", "save:q+full"):
+    c = config.base()
+    c.model.remat = value
+    with pytest.raises(UserError, match="such as 'save:q,k,v,attention', or offload: and such names"):
+      config.resolve(c, 10)

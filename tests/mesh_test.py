@@ -80,3 +80,10 @@ def test_slices_that_no_axis_divides_are_named():
   sizes = mesh.axis_sizes(section(data=2, fsdp=2, tensor=1), 4)
   with pytest.raises(UserError, match="the 3 slices need a multiple of 3"):
     mesh.over_slices(sizes, chips)
+
+
+def test_memory_that_a_device_lacks_is_named():
+  here = mesh.make(section(), jax.devices()[:1])
+  mesh.check_memory(here, "pinned_host", "model.remat='offload:q'")
+  with pytest.raises(UserError, match="model.remat='offload:q' needs memory of the kind tape, and cpu has"):
+    mesh.check_memory(here, "tape", "model.remat='offload:q'")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxgpt import tree
+from jaxgpt import checks, tree
 from jaxgpt.model import attention, context, layers, moe, ops, rope
 from jaxgpt.sharding import constrain
 
@@ -28,10 +28,18 @@ REMAT = {  # what the backward pass finds saved; everything else is computed aga
 
 
 def remat_policy(remat):
-  """What `model.remat` saves: a key of `REMAT`, or 'save:' and names that `checks.SAVED` lists."""
-  if remat.startswith("save:"):
-    return _SAVEABLE.save_only_these_names(*remat.removeprefix("save:").split(","))
-  return REMAT[remat]
+  """What `model.remat` saves: a key of `REMAT`, or names as `checks.kept` reads them."""
+  if remat in REMAT:
+    return REMAT[remat]
+  on_device, on_host = checks.kept(remat)
+  if not on_host:
+    return _SAVEABLE.save_only_these_names(*on_device)
+  return _SAVEABLE.save_and_offload_only_these_names(
+      names_which_can_be_saved=list(on_device), names_which_can_be_offloaded=list(on_host),
+      offload_src="device", offload_dst=HOST_MEMORY)
+
+
+HOST_MEMORY = "pinned_host"  # the kind that devices read and write by themselves
 
 
 class Output(NamedTuple):

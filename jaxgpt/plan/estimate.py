@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import ml_collections
 
+from jaxgpt import checks, optim, sharding, tree
 from jaxgpt import mesh as mesh_lib
-from jaxgpt import optim, sharding, tree
 from jaxgpt.model import transformer
 
 _LANES = 128  # of a TPU's vector registers: the last dimension is padded to them
@@ -93,9 +93,9 @@ def _part(c, sizes):
 
 
 def saved_names(remat):
-  """Names of results that a value of `model.remat` keeps, of those the model names."""
-  if remat.startswith("save:"):
-    return tuple(remat.removeprefix("save:").split(","))
+  """Names of results that `model.remat` keeps on the device, of those the model names."""
+  if remat.startswith(("save:", "offload:")):
+    return checks.kept(remat)[0]
   kept = {"full": (), "save_qkv": _DOTS[:3], "save_attention": _DOTS[:4], "dots": _DOTS[:-1]}
   return kept.get(remat, _DOTS)
 
@@ -206,7 +206,8 @@ def seconds(c, sizes, counts, topology):
   """
   m, s, chip = c.model, _part(c, sizes), topology.chip
   tokens = s.rows * s.length * c.optim.accumulate
-  wide, names, weights = _wide(m), saved_names(m.remat), _layer_weights(m)
+  wide, weights = _wide(m), _layer_weights(m)
+  names = saved_names(m.remat) + checks.kept(m.remat)[1]
   again = sum(weights[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in names)
   head = m.width * m.vocab_size if m.head == "lm" else 0
   active = m.num_layers * sum(weights.values()) + head

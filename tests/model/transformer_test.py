@@ -217,7 +217,8 @@ def test_prefill_and_decode_equal_the_full_forward(style):
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "save_qkv", "save_attention",
-                                   "save:q,k,v,attention,o,gate,up,down"])
+                                   "save:q,k,v,attention,o,gate,up,down",
+                                   "save:gate,up+offload:q,k,attention"])
 def test_recomputation_and_unrolling_change_no_gradient(remat):
   tokens, positions = tokens_and_positions()
 
@@ -228,6 +229,20 @@ def test_recomputation_and_unrolling_change_no_gradient(remat):
 
   got, want = gradient(remat=remat, scan_unroll=2 if remat == "full" else 1), gradient()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def test_what_is_offloaded_goes_to_the_host_and_comes_back():
+  tokens, positions = tokens_and_positions()
+
+  def moves(remat):
+    model, params = make(**STYLES["llama"] | dict(remat=remat))
+    loss = lambda p: jnp.square(logits_of(model, p, tokens, positions)).mean()
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    return text.count("MemorySpace.Host"), text.count("MemorySpace.Device")
+
+  assert moves("save:q,k") == (0, 0)
+  assert moves("offload:q,k") == (2, 2)
+  assert moves("save:q,k+offload:up") == (1, 1)
 
 
 def test_bfloat16_stays_close_to_float32():
