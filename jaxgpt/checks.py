@@ -55,7 +55,7 @@ def values(flat):
               "model.moe.per_token", "model.moe.width", "model.moe.groups", "model.moe.top_groups",
               "model.latent.rope_dim", "model.latent.v_dim", "data.seq_len", "data.batch_size",
               "data.stream_window",
-              "data.threads", "data.prefetch", "optim.accumulate", "train.steps", "eval.batch_size", "log.every",
+              "data.threads", "data.prefetch", "optim.accumulate", "mesh.stage_repeats", "train.steps", "eval.batch_size", "log.every",
               "checkpoint.every", "checkpoint.keep")
   for key in positive:
     if flat[key] is not None and flat[key] < 1:
@@ -65,7 +65,7 @@ def values(flat):
                 "model.moe.z_loss", "model.lora.rank", "model.latent.kv_rank",
                 "model.latent.q_rank", "schedule.warmup_steps", "eval.every", "eval.batches",
                 "checkpoint.keep_every", "optim.clip_norm", "optim.weight_decay", "optim.lr", "optim.adam_lr",
-                "objective.z_loss", "objective.loss_chunk")
+                "objective.z_loss", "objective.loss_chunk", "mesh.stage_microbatches")
   for key in at_least_0:
     if flat[key] is not None and flat[key] < 0:
       raise UserError(f"{key}={flat[key]} must be at least 0")

@@ -57,7 +57,8 @@ def build(c, mesh):
     mesh: the device mesh.
 
   Raises:
-    UserError: the mesh does not divide a parameter or the rows, or a pattern of parameters matches none.
+    UserError: the mesh does not divide a parameter, the rows or the layers, or a pattern of
+      parameters matches none.
   """
   fields = c.model.copy_and_resolve_references()
   fields.attention = attention.choose(
@@ -66,7 +67,8 @@ def build(c, mesh):
   mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
   if checks.kept(fields.remat)[1]:
     mesh_lib.check_memory(mesh, transformer.HOST_MEMORY, f"model.remat={fields.remat!r}")
-  model = transformer.Transformer(ml_collections.FrozenConfigDict(fields))
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(fields),
+                                  transformer.pipeline_of(c, mesh.shape))
   schedule = schedules.make(c.schedule, c.train.steps)
   shapes, axes = transformer.abstract(model)
   trained = optim.trained(c.optim, axes)

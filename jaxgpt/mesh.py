@@ -15,8 +15,7 @@ from jaxgpt.errors import UserError
 # glibc's mallopt (malloc.h): one arena, nothing mapped on its own, nothing trimmed.
 _MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-_RESERVED = ("stage",)
-_ROWS = ("data", "fsdp", "expert")  # axes that share a batch's rows
+_ROWS = ("data", "fsdp", "expert", "stage")  # axes that share a batch's rows
 
 
 def axis_sizes(c_mesh, num_devices):
@@ -47,9 +46,6 @@ def axis_sizes(c_mesh, num_devices):
   elif given != num_devices:
     raise UserError(f"{text}: the axes multiply to {given}, but there are {num_devices} devices; "
                     "set one axis to -1 to take what is left")
-  for axis in _RESERVED:
-    if sizes[axis] != 1:
-      raise UserError(f"mesh.{axis}={sizes[axis]}: pipelines don't work so far; set mesh.{axis}=1")
   return sizes
 
 

@@ -29,7 +29,9 @@ RULES = {
     "labels": None,
     "layers": "stage",
     # Activations and batches.
-    "batch": ("data", "fsdp", "expert"),
+    "rows": ("data", "fsdp", "expert", "stage"),  # of the batch, where all stages do the same
+    "batch": ("data", "fsdp", "expert"),  # rows within the layers, where a stage has its own
+    "stages": "stage",
     "length": "seq",
     "residual_length": ("seq", "tensor"),  # between the blocks, where no head and no column is
     "expert_batch": ("data", "fsdp"),  # rows that were sent to the experts
@@ -92,14 +94,15 @@ def params_shardings(axes, shapes, mesh):
     mesh: the device mesh.
 
   Raises:
-    UserError: a mesh axis does not divide the dimension that it shards.
+    UserError: a mesh axis does not divide the dimension that it shards. Only `stage` may: stacks
+      of a few layers, which are no part of a pipeline, are whole on each.
   """
   def one(name, names, shape):
     for axis, size in zip(names, shape.shape, strict=True):
-      if size % num_shards(mesh, axis):
+      if axis != "layers" and size % num_shards(mesh, axis):
         raise UserError(f"mesh.{RULES[axis]}={num_shards(mesh, axis)} does not divide dimension "
                         f"{axis!r} = {size} of parameter {name}")
-    return NamedSharding(mesh, spec(names))
+    return NamedSharding(mesh, fitting_spec(mesh, shape.shape, names))
 
   return tree.map_named(one, axes, shapes, is_leaf=is_axes)
 
@@ -131,7 +134,7 @@ def like_params(state_shapes, params_shapes, shardings, mesh):
 
 def batch_sharding(mesh):
   """NamedSharding of a batch's arrays: rows over the data shards, whatever follows kept whole."""
-  return NamedSharding(mesh, spec(("batch",)))
+  return NamedSharding(mesh, spec(("rows",)))
 
 
 def host_slice(mesh, process=None):
@@ -150,13 +153,13 @@ def host_slice(mesh, process=None):
   """
   process = jax.process_index() if process is None else process
   rows = batch_sharding(mesh)
-  shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  shards = math.prod(mesh.shape[axis] for axis in RULES["rows"])
   held = {}
   for device, (part,) in rows.devices_indices_map((shards,)).items():
     held.setdefault(device.process_index, set()).add(part.indices(shards)[0])
   parts = sorted({tuple(sorted(numbers)) for numbers in held.values()})
   if len({len(p) for p in parts}) != 1 or sum(len(p) for p in parts) != shards:
-    axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
+    axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES["rows"])
     raise UserError(f"{axes} cut the batch so that the {len(held)} processes hold unequal parts of "
                     "it; choose sizes whose product is a multiple or a divisor of their number")
   return parts.index(tuple(sorted(held[process]))), len(parts)

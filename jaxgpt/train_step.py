@@ -165,7 +165,7 @@ def accumulated(objective, num_microbatches):
 
     def body(total, xs):
       i, rows = xs
-      rows = jax.tree.map(lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), rows)
+      rows = jax.tree.map(lambda x: sharding.constrain(x, "rows", *[None] * (x.ndim - 1)), rows)
       part = value_and_grad(params, frozen, rows, jax.random.fold_in(key, i))
       return jax.tree.map(jnp.add, total, part), None
 

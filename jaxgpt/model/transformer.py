@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt import checks, tree
 from jaxgpt.model import attention, context, layers, moe, ops, rope
+from jaxgpt.model import pipeline as pipeline_lib
 from jaxgpt.sharding import constrain
 
 _SAVEABLE = jax.checkpoint_policies
@@ -27,11 +29,13 @@ REMAT = {  # what the backward pass finds saved; everything else is computed aga
 }
 
 
-def remat_policy(remat):
-  """What `model.remat` saves: a key of `REMAT`, or names as `checks.kept` reads them."""
+def remat_policy(remat, also=()):
+  """What `model.remat` saves, and other names: a key of `REMAT`, or names as `checks.kept` reads."""
   if remat in REMAT:
-    return REMAT[remat]
+    named = _SAVEABLE.save_only_these_names(*also)
+    return _SAVEABLE.save_from_both_policies(REMAT[remat], named)
   on_device, on_host = checks.kept(remat)
+  on_device = (*on_device, *also)
   if not on_host:
     return _SAVEABLE.save_only_these_names(*on_device)
   return _SAVEABLE.save_and_offload_only_these_names(
@@ -40,6 +44,20 @@ def remat_policy(remat):
 
 
 HOST_MEMORY = "pinned_host"  # the kind that devices read and write by themselves
+INPUT = "input"  # name of what a block reads
+
+
+def tick_policy(remat):
+  """What of a pipeline's tick is saved: what `remat_policy` saves of a block, and its input."""
+  if remat == "none":  # but for the weights of the tick, which would be saved for each
+    made_again = (jax.lax.gather_p, jax.lax.convert_element_type_p)
+    return lambda prim, *_, **__: prim not in made_again
+
+  def plain_dots(prim, *_, dimension_numbers=None, **__):  # with the stages' one batch dimension
+    return prim is jax.lax.dot_general_p and len(dimension_numbers[1][0]) <= 1
+
+  of_block = remat_policy(remat, (INPUT,))
+  return _SAVEABLE.save_from_both_policies(plain_dots, of_block) if remat == "dots" else of_block
 
 
 class Output(NamedTuple):
@@ -57,6 +75,9 @@ class Output(NamedTuple):
   cache: Any
   router: Any
   layers: Any
+
+
+PIPED = "layers"  # the stack that stages share; the others are short
 
 
 class Stack(NamedTuple):
@@ -98,6 +119,18 @@ def stacks(cfg):
       period = len(some)
     out.append(Stack(name, tuple(some[:period]), len(some) // period))
   return out
+
+
+def pipeline_of(c, sizes):
+  """The `pipeline.Pipeline` of a resolved config on a mesh of {axis: size}, or None; see there."""
+  piped = sum(stack.repeats for stack in stacks(c.model) if stack.name == PIPED)
+  return pipeline_lib.make(c, sizes, piped)
+
+
+def bubble(c, sizes):
+  """Share of a step's ticks in which a stage has nothing to do; 0 on a mesh without stages."""
+  pipe = pipeline_of(c, sizes)
+  return pipe.bubble if pipe else 0.0
 
 
 class Block(layers.Module):
@@ -159,6 +192,7 @@ class Period(layers.Module):
       one = block(self.cfg, kind, name=str(i))
       if len(self.kinds) == 1:  # 'layers/attn/q' and not 'layers/0/attn/q'
         nn.share_scope(self, one)
+      x_BTD = checkpoint_name(x_BTD, INPUT)
       x_BTD, (cache, router) = one(x_BTD, shared, of_block)
       out.append((cache, router, x_BTD if self.layer_outputs else None))
     return x_BTD, tuple(zip(*out, strict=True))
@@ -172,7 +206,9 @@ class Transformer(layers.Module):
 
   Attributes:
     cfg: the config's `model` section, resolved and frozen.
+    pipeline: a `pipeline.Pipeline` that whole batches go through, or None.
   """
+  pipeline: pipeline_lib.Pipeline | None = None
 
   @nn.compact
   def __call__(self, tokens_BT, positions_BT, segment_ids_BT=None, *, token_types_BT=None,
@@ -215,12 +251,14 @@ class Transformer(layers.Module):
     x = self._embedded(x, positions_BT, token_types_BT)
     if layers_key is not None:
       x = ops.dropout(x, cfg.dropout, dropout_key)
-    x = constrain(x, "batch", "residual_length", "act_embed")
-    shared = self._shared(tokens_BT, positions_BT, segment_ids_BT, cache)
+    x = constrain(x, "rows", "residual_length", "act_embed")
+    if segment_ids_BT is None or cache is not None:
+      segment_ids_BT = jnp.ones_like(tokens_BT)
+    shared = self._shared(positions_BT, segment_ids_BT, cache)
     x, cache, router, outputs = self._layers(x, shared, cache, layers_key, layer_outputs)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
-    x = constrain(x, "batch", "length", "act_embed")
+    x = constrain(x, "rows", "length", "act_embed")
     real = shared["real"]
     if reorder:
       x, real = context.restore(x), context.restore(real)
@@ -248,16 +286,14 @@ class Transformer(layers.Module):
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="embed_norm")(x)
     return x
 
-  def _shared(self, tokens_BT, positions_BT, segment_ids_BT, cache):
+  def _shared(self, positions_BT, segments, cache=None):
     """What layers read: masks and rotary angles by kind of attention, the positions."""
     cfg = self.cfg
     if cache is not None:
       length = jax.tree.leaves(cache)[0].shape[2]
-      segments = jnp.ones_like(tokens_BT)
       mask = lambda window: ops.visible_slots(positions_BT, length, window=window)
     else:
-      length = tokens_BT.shape[1]
-      segments = jnp.ones_like(tokens_BT) if segment_ids_BT is None else segment_ids_BT
+      length = positions_BT.shape[1]
       mask = lambda window: (ops.visible(segments, causal=cfg.causal, window=window)
                              if attention.needs_mask(self.form, length) else None)
     shared = {"positions": positions_BT, "segments": segments, "real": segments != 0}
@@ -287,8 +323,12 @@ class Transformer(layers.Module):
            "cache": here["cache"] and here["cache"][i],
            "is_first": None if here["is_first"] is None else part(here["is_first"])[:, i]}
           for i in range(p))
-      x, (filled, router, out) = self._scanned(stack)(
-          cfg, stack.kinds, layer_outputs, name=stack.name)(x, shared, of_blocks)
+      if self.pipeline and cache is None and not layer_outputs:
+        x, router = self._piped(stack, of_blocks, x, shared)
+        filled = None
+      else:
+        x, (filled, router, out) = self._scanned(stack)(
+            cfg, stack.kinds, layer_outputs, name=stack.name)(x, shared, of_blocks)
       caches[stack.name] = filled
       routers += [r for r in router if r is not None]
       if layer_outputs:
@@ -298,10 +338,41 @@ class Transformer(layers.Module):
     return (x, None if cache is None else caches, total,
             jnp.concatenate(outputs) if layer_outputs else None)
 
+  def _piped(self, stack, of_blocks, x, shared):
+    """A stack on a mesh with stages: (x, for each block the router's sums of its layers)."""
+    period = Period(self.cfg, stack.kinds, False, parent=None)
+
+    def turn(layers_K, x, rows, number):
+      shared = self._shared(rows["positions"], rows["segments"])
+
+      def one(x, layer):
+        params, of_blocks = layer
+        keys = [b["key"] if b["key"] is None else jax.random.fold_in(b["key"], number)
+                for b in of_blocks]
+        of_blocks = [b | {"key": key} for b, key in zip(of_blocks, keys, strict=True)]
+        x, (_, router, _) = period.apply({"params": params}, x, shared, of_blocks)
+        return x, router
+
+      x, router = jax.lax.scan(one, x, layers_K, unroll=self._unroll(stack))
+      return x, jax.tree.map(lambda v: v.sum(0, keepdims=True), router)
+
+    own = (self.variables["params"][stack.name], of_blocks)
+    rows = {name: shared[name] for name in ("positions", "segments")}
+    if stack.name != PIPED:
+      x, sums = pipeline_lib.spread(turn, own, x, rows, self.pipeline.stages)
+    else:
+      policy = tick_policy(self.cfg.remat)
+      if self.cfg.remat == "none" and self.pipeline.repeats == 1:
+        policy = None
+      x, sums = pipeline_lib.run(turn, own, x, rows, self.pipeline, policy)
+    return constrain(x, "rows", "residual_length", "act_embed"), sums
+
+  def _unroll(self, stack):
+    return min(max(self.cfg.scan_unroll // len(stack.kinds), 1), stack.repeats)
+
   def _scanned(self, stack):
-    unroll = min(max(self.cfg.scan_unroll // len(stack.kinds), 1), stack.repeats)
     return nn.scan(Period, variable_axes={"params": 0}, split_rngs={"params": True},
-                   in_axes=(nn.broadcast, 0), length=stack.repeats, unroll=unroll,
+                   in_axes=(nn.broadcast, 0), length=stack.repeats, unroll=self._unroll(stack),
                    metadata_params={nn.PARTITION_NAME: "layers"})
 
   def _head(self, x, table_VD, real_BT, project):
@@ -353,7 +424,7 @@ def _is_box(x):
 def _init_boxed(model, key):
   tokens = jnp.zeros((1, 1), jnp.int32)  # too short for kernels, whose choice makes no parameter
   plain = ml_collections.FrozenConfigDict(model.cfg.to_dict() | {"attention": "reference"})
-  model = model.clone(cfg=plain)
+  model = model.clone(cfg=plain, pipeline=None)
   return model.init(key, tokens, tokens)["params"]
 
 
