@@ -74,20 +74,22 @@ def over_slices(sizes, devices):
   """The devices of several TPU slices as a grid whose first axis that can goes over the slices.
 
   Between slices is the data center's network, far slower than the links within: `data` crosses it
-  with gradients alone, `fsdp`, where `data` is no multiple of the slices, with gathered weights.
+  with gradients alone, `stage`, where `data` is no multiple of the slices, with what one stage hands
+  to the next, and `fsdp`, where neither is, with gathered weights.
 
   Args:
     sizes: {axis: size} from `axis_sizes`.
     devices: each with its `slice_index`.
 
   Raises:
-    UserError: neither axis is a multiple of the slices.
+    UserError: none of them is a multiple of the slices.
   """
   slices = len({d.slice_index for d in devices})
-  across = next((axis for axis in ("data", "fsdp") if sizes[axis] % slices == 0), None)
+  across = next((axis for axis in ("data", "stage", "fsdp") if sizes[axis] % slices == 0), None)
   if across is None:
-    raise UserError(f"mesh.data={sizes['data']}, mesh.fsdp={sizes['fsdp']}: the {slices} slices need "
-                    f"a multiple of {slices} in one of them, best in mesh.data")
+    raise UserError(f"mesh.data={sizes['data']}, mesh.stage={sizes['stage']}, mesh.fsdp="
+                    f"{sizes['fsdp']}: the {slices} slices need a multiple of {slices} in one of "
+                    "them, best in mesh.data")
   within = {axis: size // slices if axis == across else size for axis, size in sizes.items()}
   between = {axis: slices if axis == across else 1 for axis in sizes}
   return mesh_utils.create_hybrid_device_mesh(

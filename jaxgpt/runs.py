@@ -52,10 +52,14 @@ def load(folder, step=None):
 
 
 def place(c):
-  """(mesh, parts) on the devices at hand: sharded where they divide the model, copies if not."""
+  """(mesh, parts) on the devices at hand: sharded where they divide the model, copies if not.
+
+  Without stages, which one token after the other could not keep busy.
+  """
   copies = config.base().mesh
   copies.update(dict(data=-1, fsdp=1))
-  for section in (c.mesh, config.base().mesh, copies):
+  own = [c.mesh] if c.mesh.stage == 1 else []
+  for section in (*own, config.base().mesh, copies):
     try:
       mesh = mesh_lib.make(section)
       return mesh, loop.build(c, mesh)

@@ -46,14 +46,14 @@ def activations(c):
   """The `Array`s that a microbatch makes on its way through the model."""
   m = c.model
   rows, wide = c.data.batch_size // c.optim.accumulate, 2 if m.dtype == "bfloat16" else 4
-  of = lambda name, length, *dims, itemsize=wide: Array(
-      name, (("batch", rows), (length, c.data.seq_len), *dims), itemsize)
-  out = [of("tokens", "length", itemsize=4),
-         of("between the blocks", "residual_length", ("act_embed", m.width)),
-         of("queries", "length", ("act_heads", m.num_heads), ("head_dim", m.head_dim)),
-         of("within the MLP", "length", ("act_mlp", m.mlp_width))]
+  of = lambda name, axis, length, *dims, itemsize=wide: Array(
+      name, ((axis, rows), (length, c.data.seq_len), *dims), itemsize)
+  out = [of("tokens", "rows", "length", itemsize=4),
+         of("between the blocks", "batch", "residual_length", ("act_embed", m.width)),
+         of("queries", "batch", "length", ("act_heads", m.num_heads), ("head_dim", m.head_dim)),
+         of("within the MLP", "batch", "length", ("act_mlp", m.mlp_width))]
   if m.head == "lm":
-    out.append(of("logits", "length", ("act_vocab", m.vocab_size), itemsize=4))
+    out.append(of("logits", "rows", "length", ("act_vocab", m.vocab_size), itemsize=4))
   return out
 
 
