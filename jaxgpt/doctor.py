@@ -131,7 +131,8 @@ def model(found, step):
   axes = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].shape.items() if size > 1)
   num = sum(x.size for x in jax.tree.leaves(train_step.weights(found["parts"].state)))
   yield Finding(OK, "mesh", f"{axes or 'one device'}; {num:,} parameters, "
-                f"{size_text(state_bytes(found['parts'].state))} of state in all")
+                f"{size_text(state_bytes(found['parts'].state))} of state in all"
+                + (f"; {pipe}" if (pipe := found["parts"].model.pipeline) else ""))
   if step and "batch" in found:
     yield dry_step(found)
 

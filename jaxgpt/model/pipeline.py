@@ -10,7 +10,9 @@ stages wait for the first microbatch and after the last.
 S stages, R repeats, K layers (repetitions of their pattern) of a turn, M microbatches in G = M / S
 groups, B rows of the batch, b of a microbatch, T position, D model.
 
-Layer (r S + s) K + k is the k-th of stage s in repeat r. The turn of stage s at tick t is turn
+Layer (r S + s) K + k is the k-th of stage s in repeat r; parameters lie in the order of the layers,
+a stage's part of them after the other, as on any mesh, and with R > 1 go to their stages once a
+step (an all-to-all of what a device holds, in the compute dtype; their gradients come back). The turn of stage s at tick t is turn
 n = t - s: of group n // (S R), in its repeat n % (S R) // S, with its microbatch n % S. So S
 microbatches make all their repeats before the next S begin, and a result of the last stage is just
 what the first one needs a tick later.
@@ -31,10 +33,21 @@ AXIS = "stage"
 
 
 class Pipeline(NamedTuple):
-  """How layers and rows are cut: `stages` x `repeats` parts, and `microbatches`."""
+  """How a batch goes through the layers.
+
+  Attributes:
+    stages: devices, or groups of them, that share the layers.
+    repeats: times that a microbatch goes round the stages.
+    microbatches: parts that the rows are cut into, a multiple of the stages.
+  """
   stages: int
   repeats: int
   microbatches: int
+
+  def __str__(self):
+    rounds = f" in {self.repeats} rounds" if self.repeats > 1 else ""
+    return (f"{self.microbatches} microbatches through {self.stages} stages{rounds}, which wait "
+            f"{self.bubble:.0%} of their time")
 
   @property
   def ticks(self):
@@ -71,6 +84,9 @@ def make(c, sizes, num_layers):
     raise UserError(f"mesh.stage={S} x mesh.stage_repeats={R} = {S * R} does not divide the "
                     f"{num_layers} repetitions of the layers' pattern; choose a product among "
                     f"{', '.join(map(str, can)) or 'none'}, or another model.num_layers")
+  if S % R and R % S:
+    raise UserError(f"mesh.stage_repeats={R} must divide mesh.stage={S}, or be a multiple of it: "
+                    "otherwise each step gathers all layers on each stage")
   mesh_lib.check_batch(sizes, c.data.batch_size, A)
   rows = c.data.batch_size // (mesh_lib.num_batch_shards(sizes) // S * A)
   M = c.mesh.stage_microbatches or rows

@@ -1,6 +1,7 @@
 """A plan as figures, and the figures as a table."""
 
 from jaxgpt import metrics
+from jaxgpt.model import transformer
 from jaxgpt.plan import cost as cost_lib
 from jaxgpt.plan import hlo
 
@@ -39,9 +40,12 @@ def figures(compiled, topology, price=None):
   step = sum(seconds.values())
   mine = tokens / topology.num_devices
   budget = c.train.steps * step * topology.num_chips / 3600
+  sizes = compiled.mesh.shape
   return {
       "topology": topology.name, "chips": topology.num_chips, "devices": topology.num_devices,
-      "chip": chip.name, "mesh": dict(compiled.mesh.shape), "attention": compiled.attention,
+      "chip": chip.name, "mesh": dict(sizes), "attention": compiled.attention,
+      "pipeline": str(transformer.pipeline_of(c, sizes) or ""),
+      "bubble": transformer.bubble(c, sizes),
       "batch_size": c.data.batch_size, "seq_len": c.data.seq_len,
       "accumulate": c.optim.accumulate, "remat": c.model.remat, "memory": memory,
       "cycles": dict(cost.cycles), "matmul_flops": cost.flops, "kernel_flops": kernel_flops,
@@ -88,6 +92,8 @@ def table(f):
   yield (f"{f['topology']}: {f['chips']} chips{halves}, mesh {mesh}; {f['batch_size']} rows of "
          f"{f['seq_len']:,} tokens, accumulate {f['accumulate']}, remat {f['remat']}, attention "
          f"{f['attention']}; compiled in {f['compile_seconds']:.0f} s")
+  if f["pipeline"]:
+    yield f["pipeline"]
   yield from _memory_lines(f["memory"])
   yield from _time_lines(f)
   yield from _collective_lines(f)

@@ -21,10 +21,12 @@ def make(**fields):
   c.model.update(dict(num_layers=4, width=16, num_heads=2, mlp_width=24, vocab_size=20, max_len=T,
                       norm="rmsnorm", position="rotary", bias=False) | fields)
   c.data.seq_len = T
+  c.objective.name = "classification" if c.model.head == "classifier" else "causal_lm"
   model = transformer.Transformer(ml_collections.FrozenConfigDict(config.resolve(c).model))
-  params = transformer.init(model, jax.random.key(1))
-  # Away from the initial values, where much is nearly zero.
-  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
+  shapes, _ = transformer.abstract(model)
+  draw = np.random.default_rng(1)  # not the initial values, of which much is nearly zero
+  params = jax.tree.map(lambda x: draw.normal(1, 0.2, x.shape).astype(np.float32) if x.ndim < 3 else
+                        draw.normal(0, 0.2, x.shape).astype(np.float32), shapes)
   segments, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
   for row in range(B):
     for number, (a, b) in enumerate([(0, 2 + row % 3), (2 + row % 3, 7), (7, T - row % 2)], 1):
@@ -52,24 +54,67 @@ def assert_same(got, want):
 
 
 MOE = dict(mlp_pattern=("moe",), moe=dict(experts=4, width=8))
+CASES = {
+    "one round": (dict(remat="dots"), (2, 1, 4)),
+    "two rounds": (dict(remat="save_qkv"), (2, 2, 8)),
+    # Two dense layers first, one more than the pattern divides last, each of them no part of it.
+    "more stacks": (MOE | dict(num_layers=7, mlp_pattern=("dense", "moe"), first_norm=False,
+                               moe=dict(MOE["moe"], first_dense=2), window=3,
+                               attention_pattern=("local", "global")), (2, 1, 2)),
+    "experts": (MOE | dict(num_layers=4, moe=dict(MOE["moe"], capacity=1.0)), (2, 2, 2)),
+    "classifier": (dict(num_layers=3, head="classifier", pooling="mean", causal=False,
+                        norm_placement="post", remat="full"), (3, 1, 3)),
+}
 
 
-@pytest.mark.parametrize("fields, stages, repeats, microbatches", [
-    (dict(), 2, 1, 2), (dict(), 4, 1, 8), (dict(), 2, 2, 4), (dict(scan_unroll=2), 2, 1, 4),
-    (dict(num_layers=6), 2, 3, 8), (dict(num_layers=6), 3, 1, 3),
-    (dict(num_layers=8, **MOE), 2, 2, 2),
-    # Two dense layers first, three more than the pattern divides last.
-    (MOE | dict(num_layers=9, mlp_pattern=("dense", "moe"), moe=dict(MOE["moe"], first_dense=2),
-                attention_pattern=("local", "global", "nope", "global"), window=3), 1, 1, 1),
-    (dict(num_layers=7, attention_pattern=("local", "global"), window=3, first_norm=False), 3, 1, 3),
-    (MOE | dict(num_layers=6, moe=dict(MOE["moe"], first_dense=2, capacity=1.0)), 2, 2, 4),
-    (dict(head="classifier", pooling="mean", causal=False, norm_placement="post"), 2, 2, 2)],
-    ids=lambda v: "-".join(map(str, v)) if isinstance(v, dict) else None)
-def test_a_pipeline_computes_what_the_layers_do(fields, stages, repeats, microbatches):
-  if stages == 1:
-    pytest.skip("placeholder")
+@pytest.mark.parametrize("case", CASES)
+def test_a_pipeline_computes_what_the_layers_do(case):
+  fields, pipe = CASES[case]
   model, params, batch = make(**fields)
-  piped = model.clone(pipeline=pipeline.Pipeline(stages, repeats, microbatches))
-  if B % microbatches:
-    batch = jax.tree.map(lambda x: x[:6], batch)
+  batch = jax.tree.map(lambda x: x[:B // pipe[2] * pipe[2]], batch)
+  piped = model.clone(pipeline=pipeline.Pipeline(*pipe))
   assert_same(loss_and_all(piped, params, batch), loss_and_all(model, params, batch))
+
+
+def test_each_microbatch_and_layer_draws_its_own_dropout():
+  model, params, batch = make(num_layers=2, dropout=0.5)
+  batch = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)  # the same row eight times
+  piped = model.clone(pipeline=pipeline.Pipeline(2, 1, 8))
+  apply = jax.jit(lambda key: piped.apply({"params": params}, *batch, dropout_key=key).hidden)
+  one = apply(jax.random.key(0))
+  assert all(np.abs(a - b).max() > 0.1 for a, b in itertools.combinations(one, 2))
+  np.testing.assert_array_equal(one, apply(jax.random.key(0)))
+
+
+SIZES = dict(data=2, fsdp=1, seq=1, tensor=1, expert=1, stage=4)
+
+
+def of_config(num_layers=8, **overrides):
+  c = config.base()
+  c.model.update(dict(num_layers=num_layers, vocab_size=20))
+  c.data.batch_size = 16
+  c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+  return transformer.pipeline_of(config.resolve(c), SIZES)
+
+
+def test_the_pipeline_of_a_config():
+  assert of_config() == (4, 1, 8)  # one row of each data shard at a time
+  assert of_config(mesh__stage_repeats=2, mesh__stage_microbatches=4) == (4, 2, 4)
+  assert of_config(optim__accumulate=2) == (4, 1, 4)
+  assert of_config().of_rows(12) == (4, 1, 4)  # of another batch
+  assert of_config().bubble == pytest.approx(3 / 11)
+  assert of_config(mesh__stage_repeats=2).bubble == pytest.approx(3 / 19)
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (dict(num_layers=6), "mesh.stage=4 x mesh.stage_repeats=1 = 4 does not divide the 6 repetitions "
+     "of the layers' pattern; choose a product among 2, 3, 6, or another model.num_layers"),
+    (dict(num_layers=12, mesh__stage_repeats=3), "mesh.stage_repeats=3 must divide mesh.stage=4"),
+    (dict(mesh__stage_microbatches=6), "stage_microbatches=6 must be a multiple of mesh.stage=4 and "
+     "divide the 8 rows of a data shard; choose one of 4, 8"),
+    (dict(data__batch_size=12), "data.batch_size=12 is no multiple of mesh.data=2 x mesh.stage=4 = 8"),
+])
+def test_what_does_not_divide_is_named(overrides, words):
+  with pytest.raises(UserError) as e:
+    of_config(**overrides)
+  assert words in str(e.value)
