@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxgpt import checkpoint, config, ledger, loop, runs, stop_signal, workdir, writers
+from jaxgpt import (
+  checkpoint,
+  config,
+  exchange,
+  ledger,
+  loop,
+  runs,
+  stop_signal,
+  workdir,
+  writers,
+)
 from jaxgpt.errors import UserError
 
 TIMES = ("tokens_per_second", "step_time", "input_wait")
@@ -146,13 +156,13 @@ def test_a_start_that_was_killed_before_its_config_was_written_is_made_good(
 
 
 def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
-  """Restored from fsdp=8 onto 2 devices, losses stay what they were but for the order of sums."""
-  c = tiny(mesh__data=1, mesh__fsdp=8)
-  train(c, tmp_path / "whole")
+  """Restored from fsdp=4 x stage=2 onto 2 devices, losses stay what they were but for the order of sums."""
+  c = tiny(mesh__data=1, mesh__fsdp=4, mesh__stage=2)
+  _, result, _ = train(c, tmp_path / "whole")
   half = config.from_dict(c.to_dict())
   cut(half, tmp_path / "moved", at=4)
   devices = jax.devices()[:2]
-  half.mesh.update(dict(data=2, fsdp=1))
+  half.mesh.update(dict(data=2, fsdp=1, stage=1))
   make = loop.mesh_lib.make
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.mesh_lib, "make", lambda c_mesh: make(c_mesh, devices))
@@ -160,6 +170,12 @@ def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   want, got = ([r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
                for name in ("whole", "moved"))
   np.testing.assert_allclose(got, want, rtol=1e-4)
+  run = runs.load(tmp_path / "whole")  # put to use, it has no stages
+  assert run.mesh.shape["stage"] == 1
+  assert runs.evaluate_run(run)["loss"] == pytest.approx(result["loss"], rel=1e-5)
+  assert len(runs.Sampler(run)("the cat", max_new=4, seed=1)) == 1
+  family, _, _ = exchange.export_run(tmp_path / "whole", tmp_path / "out", certify=False)
+  assert family == "llama"
 
 
 def test_a_run_on_a_stream_goes_on_exactly_where_it_stopped(tiny, tmp_path, capsys):

@@ -10,9 +10,11 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
-from jaxgpt import config, loop, sharding, train_step
+from jaxgpt import config, loop, train_step
 from jaxgpt import mesh as mesh_lib
+from tests.mesh_test import Chip
 
 STEPS, ROWS, LENGTH, VOCABULARY = 5, 8, 16, 32
 TOLERANCE = 5e-6  # relative: what the order of sums in float32 may make over five steps
@@ -88,6 +90,24 @@ def assert_equal_to_serial(model, mesh=None, **axes):
     ("moe with capacity", "seq tensor expert", {}), ("dense", "seq tensor stage", {})])
 def test_three_axes_together_compute_what_one_device_does(model, axes, more):
   assert_equal_to_serial(model, **dict.fromkeys(axes.split(), 2), **more)
+
+
+def over_two_slices(c):
+  """Eight devices as a mesh over two slices of four would have them."""
+  devices = jax.devices()
+  chips = mesh_lib.make(c.mesh, [Chip(i) for i in range(8)]).devices
+  types = (AxisType.Auto,) * len(config.MESH_AXES)
+  return Mesh(np.vectorize(lambda chip: devices[chip.id])(chips), config.MESH_AXES, axis_types=types)
+
+
+@pytest.mark.parametrize("model, axes", [
+    ("dense", dict(stage=2, fsdp=4)),
+    pytest.param("moe with capacity", dict(data=2, expert=4), marks=pytest.mark.slow),
+    pytest.param("moe", dict(data=2, fsdp=2, stage=2), marks=pytest.mark.slow),
+    pytest.param("dense", dict(fsdp=4, tensor=2), marks=pytest.mark.slow)])
+def test_two_slices_compute_what_one_device_does(model, axes):
+  mesh = over_two_slices(resolved(model, **axes))
+  assert_equal_to_serial(model, mesh, **axes)
 
 
 @pytest.mark.slow
