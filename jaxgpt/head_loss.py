@@ -77,7 +77,7 @@ def _on_mesh(x_BTD, w_DV, bias_V, targets_BT, weights_BT, terms, with_gradients)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return local(x_BTD, w_DV, bias_V, targets_BT, weights_BT, axes=_Axes())
-  tokens = sharding.fitting_spec(mesh, targets_BT.shape, ("batch", "length"))
+  tokens = sharding.fitting_spec(mesh, targets_BT.shape, ("rows", "length"))
   weight = sharding.spec(("embed", "vocab"))
   bias = None if bias_V is None else P(weight[1])
   x = P(*tokens, None)
