@@ -15,7 +15,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import sharding, tree
+from jaxgpt import compiler, sharding, tree
 from jaxgpt.model import transformer
 
 
@@ -185,7 +185,7 @@ def compile(train_step, state, batch, mesh, options=()):
     state: from `abstract_state`.
     batch: the global batch as a tree of ShapeDtypeStructs.
     mesh: the device mesh.
-    options: of XLA, each "name=value".
+    options: of XLA, each "name=value", beside and before those of `compiler.DEFAULTS`.
 
   Returns:
     The compiled function (state, batch) -> (state, metrics).
@@ -195,4 +195,4 @@ def compile(train_step, state, batch, mesh, options=()):
   out = (jax.tree.map(lambda s: s.sharding, state), NamedSharding(mesh, P()))
   with jax.set_mesh(mesh):
     lowered = jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch)
-  return lowered.compile(dict(option.split("=", 1) for option in options))
+  return lowered.compile(compiler.options(mesh.devices.flat[0].device_kind, options))

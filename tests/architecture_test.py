@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "jaxgpt"
 
 FLOORS = [  # each floor's rooms in the order in which they may import each other
-    ["errors", "packages", "presets", "checks", "config", "tree", "mesh", "sharding", "processes",
+    ["errors", "packages", "presets", "checks", "config", "tree", "compiler", "mesh", "sharding", "processes",
      "lifeline", "distributed"],
     ["text.files", "text.remote", "text.streams", "text.records", "text.tables", "text.warc",
      "text.formats",

@@ -1,6 +1,6 @@
 """A plan as figures, and the figures as a table."""
 
-from jaxgpt import metrics
+from jaxgpt import compiler, metrics
 from jaxgpt.model import transformer
 from jaxgpt.plan import cost as cost_lib
 from jaxgpt.plan import hlo
@@ -48,6 +48,8 @@ def figures(compiled, topology, price=None):
       "bubble": transformer.bubble(c, sizes),
       "batch_size": c.data.batch_size, "seq_len": c.data.seq_len,
       "accumulate": c.optim.accumulate, "remat": c.model.remat, "memory": memory,
+      "options": compiler.options(compiled.mesh.devices.flat[0].device_kind,
+                                  c.mesh.compiler_options),
       "cycles": dict(cost.cycles), "matmul_flops": cost.flops, "kernel_flops": kernel_flops,
       "model_flops": model_flops, "seconds": seconds | {"step": step},
       "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
@@ -107,6 +109,8 @@ def table(f):
          f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} chip-hours"
          + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}"))
   yield f"figure of merit {f['merit'] * 1e6:.2f} µs a token and device, kernels left out"
+  options = " ".join(f"{name}={value}" for name, value in f["options"].items())
+  yield f"XLA's options   {options or 'its own'}"
 
 
 def heaviest_lines(lines, chip):

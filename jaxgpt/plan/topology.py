@@ -12,6 +12,7 @@ from jaxgpt.plan import chips
 
 _NAME = re.compile(r"(?P<chip>v\d+[a-z]*|tpu7x)(-(?P<size>\d+)|:(?P<shape>\d+(x\d+)+))"
                    r"(?:x(?P<slices>\d+))?")
+_POD_SIDE = 16  # chips, of v5e and v6e
 _HELP = ("write CHIP-SIZE such as v5e-256 or v5p-128 (cores, as Google Cloud counts them), "
          "v6e-64x2 for two slices, or CHIP:SHAPE such as v5p:4x4x8")
 
@@ -38,6 +39,18 @@ class Topology(NamedTuple):
   @property
   def num_chips(self):
     return math.prod(self.shape) * self.slices
+
+  @property
+  def wraps(self):
+    """For each of three dimensions whether its ends are linked, as Google Cloud sells slices.
+
+    Three-dimensional slices are tori where all of their sides are multiples of 4, in two
+    dimensions a side is a ring where it is a whole pod's. libtpu knows neither by itself, and
+    gathers by an all-reduce over zeros where it sees no ring.
+    """
+    if self.chip.torus == 3:
+      return [all(side % 4 == 0 for side in self.shape)] * 3
+    return [side == _POD_SIDE for side in self.shape] + [False]
 
 
 def parse(name):
@@ -69,7 +82,7 @@ def devices(topology):
     UserError: libtpu is not installed, or does not know the topology.
   """
   shape = "x".join(map(str, topology.shape))
-  options = dict(topology.chip.options)
+  options = dict(topology.chip.options) | {"wrap": topology.wraps}
   if topology.slices > 1:
     options["num_slices"] = topology.slices
   try:

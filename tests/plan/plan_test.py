@@ -4,7 +4,7 @@ import math
 import jax
 import pytest
 
-from jaxgpt import config, loop, mesh, metrics
+from jaxgpt import compiler, config, loop, mesh, metrics
 from jaxgpt.errors import UserError
 from jaxgpt.plan import (
   chips,
@@ -37,6 +37,22 @@ def test_names_of_topologies(name, chip, shape, slices, num_chips, num_devices):
   t = topology.parse(name)
   assert (t.chip.name, t.shape, t.slices, t.num_chips, t.num_devices) == (
       chip, shape, slices, num_chips, num_devices)
+
+
+@pytest.mark.parametrize("name, wraps", [
+    ("v5p-128", [True] * 3), ("v4-32", [False] * 3), ("v5e-256", [True, True, False]),
+    ("v6e-128", [False, True, False]), ("v5e-64", [False] * 3),
+])
+def test_sides_whose_ends_are_linked(name, wraps):
+  assert topology.parse(name).wraps == wraps
+
+
+def test_options_of_the_compiler_are_the_chips_and_the_users_win():
+  for chip in ("TPU v5", "TPU v5 lite", "TPU v6 lite"):
+    assert int(compiler.options(chip)["xla_tpu_scoped_vmem_limit_kib"]) >= 65536
+  assert compiler.options("cpu") == {}
+  given = compiler.options("TPU v5", ("xla_tpu_scoped_vmem_limit_kib=16384", "xla_flag=a=b"))
+  assert given == {"xla_tpu_scoped_vmem_limit_kib": "16384", "xla_flag": "a=b"}
 
 
 @pytest.mark.parametrize("name, words", [
@@ -219,3 +235,4 @@ def test_a_plan_of_a_small_model(tmp_path, capsys):
       "splash_mha_fwd": 4, "splash_mha_dq": 2, "splash_mha_dkv": 2}
   text = capsys.readouterr().out
   assert "fits" in text and "chip-hours" in text and "cost" in text
+  assert "xla_tpu_scoped_vmem_limit_kib=65536" in text and f["options"]

@@ -1,0 +1,25 @@
+"""Options of XLA that the train step is compiled with: one table by kind of device.
+
+`train` and `plan` compile with the same ones; what each is worth is in docs/log.md.
+"""
+
+# By the name that JAX gives a device: how much of a core's fast memory a fused matmul may take for its
+# tiles. libtpu's own choice leaves the matmuls of a large model at two thirds of the peak.
+_VMEM = "xla_tpu_scoped_vmem_limit_kib"
+DEFAULTS = {
+    "TPU v5": {_VMEM: "65536"},  # v5p
+    "TPU v5p": {_VMEM: "65536"},
+    "TPU v5 lite": {_VMEM: "65536"},  # v5e
+    "TPU v6 lite": {_VMEM: "98304"},  # v6e
+    "TPU7x": {_VMEM: "65536"},
+}
+
+
+def options(device_kind, given=()):
+  """What to compile with: {name: value}.
+
+  Args:
+    device_kind: of a device, such as 'TPU v5 lite'.
+    given: the config's `mesh.compiler_options`, each "name=value"; they win over the table.
+  """
+  return DEFAULTS.get(device_kind, {}) | dict(option.split("=", 1) for option in given)
