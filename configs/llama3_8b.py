@@ -7,9 +7,7 @@
 Made for 256 TPU v5e chips or 64 GPUs of 80 GB: parameters and optimizer state are sharded over all
 devices (about 96 GB of them in float32), activations are recomputed from the saved q, k and v.
 A step is 256 rows of 8,192 tokens, 2.1 million in all. Expect a run of weeks; it has not been
-run. For rows of 131,072 tokens, cut over 8 chips each, on 64 chips of a TPU v5p:
---config.data.seq_len=131072 --config.model.max_len=131072 --config.data.batch_size=8
---config.mesh.seq=8 --config.model.remat=save_attention.
+run, but compiled for TPUs (docs/plan.md).
 """
 
 from jaxgpt import config
