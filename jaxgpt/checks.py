@@ -19,6 +19,7 @@ CHOICES = {
     "model.activation": ("gelu", "gelu_exact", "silu", "relu", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
     "model.grad_dtype": ("compute", "float32"),
+    "model.quantize": ("none", "int8", "fp8"),
     "model.materialize": ("none", "values", "gradients"),
     "model.attention": ("auto", "reference", "batched", "splash", "cudnn"),
     "data.packing": ("best_fit", "concat", "one_per_row"),
@@ -204,6 +205,11 @@ def _model(m):
   elif m.latent.v_dim != m.head_dim:
     raise UserError(f"model.latent.v_dim={m.latent.v_dim} differs from model.head_dim="
                     f"{m.head_dim}; only latent attention (model.latent.kv_rank) can do that")
+  if m.quantize_gradients and m.quantize == "none":
+    raise UserError("model.quantize_gradients=True needs model.quantize='int8' or 'fp8'")
+  if m.quantize != "none" and m.grad_dtype != "compute":
+    raise UserError(f"model.quantize={m.quantize!r} makes weights' gradients in model.dtype: set "
+                    f"model.grad_dtype='compute', not {m.grad_dtype!r}")
   if m.head == "pooler" and m.head_transform == "none":
     raise UserError("model.head='pooler' needs model.head_transform='tanh' or 'norm'")
 

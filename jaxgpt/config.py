@@ -156,6 +156,8 @@ def _model(c):
   m.init_std = 0.02  # standard deviation of initial weights; 1/sqrt(2 * num_layers) of it into the residual stream
   m.dtype = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax, loss stay float32
   m.grad_dtype = "compute"  # compute (as dtype) | float32: what weights' gradients leave the matmuls in and are summed over devices in; experts: compute
+  m.quantize = "none"  # none | int8 | fp8: the layers' products with weights, but experts', in eight bits (needs the extra [quant])
+  m.quantize_gradients = False  # quantize: the products of the gradients too
   m.attention = "auto"  # auto (by backend) | reference | batched (CPUs) | splash (TPUs) | cudnn (GPUs, bfloat16)
   m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
   m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention | save:q,k,v,attention,o,gate,up,down (some of these) | offload:… (the same, to the memory of the host) | save:…+offload:…

@@ -21,7 +21,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "text.store", "text.progress", "text.stages", "text.heap", "text.executors", "text.tasks", "data.packing", "text.card", "text.prepare",
      "data.source", "data.mixture", "data.masking", "data.layouts",
      "data.pipeline", "data.stream"],
-    ["model.ops", "model.rope", "model.pairs", "model.context", "model.attention", "model.layers", "model.moe", "model.pipeline",
+    ["model.ops", "model.rope", "model.pairs", "model.context", "model.attention", "model.quantized", "model.layers", "model.moe", "model.pipeline",
      "model.transformer"],
     ["head_loss", "objectives", "schedules", "optim", "metrics", "train_step"],
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
@@ -36,7 +36,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
 ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "packages", "presets", "processes", "lifeline",
          *(room for room in ORDER if room.startswith("text.")))
-OPTIONAL = {"tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
+OPTIONAL = {"qwix", "tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
 NO_JAX = PLAIN + ("checks", "config", *(room for room in ORDER if room.startswith("data.")))
 
 

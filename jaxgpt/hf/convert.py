@@ -11,7 +11,7 @@ from jaxgpt.model import transformer
 
 # Fields of `model` that say how it is trained or computed, and not what it is.
 FREE = ("preset", "dropout", "init_std", "dtype", "grad_dtype", "attention", "scan_unroll", "remat",
-        "materialize", "moe.balance_loss", "moe.z_loss", "moe.capacity", "lora.rank", "lora.alpha", "lora.dropout",
+        "materialize", "quantize", "quantize_gradients", "moe.balance_loss", "moe.z_loss", "moe.capacity", "lora.rank", "lora.alpha", "lora.dropout",
         "lora.targets")
 
 

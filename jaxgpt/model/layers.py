@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.model import attention, ops, rope
+from jaxgpt.model import attention, ops, quantized, rope
 from jaxgpt.sharding import constrain
 
 QKV = ("q", "k", "v")
@@ -46,7 +46,11 @@ class Module(nn.Module):
       key: PRNG key of LoRA's dropout; None: no dropout.
     """
     lora = self.cfg.lora
-    y = self.times(x, self.weight(name, shape, axes, std), num_in)
+    w = self.weight(name, shape, axes, std)
+    if self.cfg.quantize == "none":
+      y = self.times(x, w, num_in)
+    else:
+      y = quantized.times(x, w, num_in, self.cfg.quantize, self.cfg.quantize_gradients)
     if not lora.rank or not any(fnmatch.fnmatchcase(name, target) for target in lora.targets):
       return y
     a = self.weight(f"{name}_lora_a", (*shape[:num_in], lora.rank), (*axes[:num_in], "rank"),
