@@ -77,7 +77,7 @@ def _parser():
   p.add_argument("--workdir", help="run folder: can it be written, is there room")
   p.add_argument("--no-step", action="store_true", help="don't compile and run a step")
   p.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-  flags.add_plan(command("plan", _plan, "what a config takes on a TPU topology, compiled without one"))
+  flags.add_plan(command("plan", _plan, "what a config takes on TPUs or GPUs, compiled without any"))
   p = command("evaluate", _evaluate, "loss and bits per byte of a run on held-out text")
   flags.add_run(p)
   p.add_argument("--split", default="validation", choices=("train", "validation", "test"),

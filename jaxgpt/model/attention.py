@@ -178,15 +178,33 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
 
 
 OUTPUT = "attention"  # name of what attention puts out, and its kernels' statistics, for remat
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's name of the step that makes both at once
 
 
-def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale):
+def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, causal=False):
   """cuDNN's flash attention, for GPUs: 16-bit types, no softcap.
 
-  Args and returns: as `reference`.
+  Under a mesh each device takes its rows and heads; see `in_parts` for rows that are cut.
+
+  Args:
+    q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale: as in `reference`.
+    causal: whether `mask_BTS` hides every key after its query (and T = S); they are then skipped.
+
+  Returns:
+    As `reference`, but a row with no True has some average of the values.
   """
-  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale,
-                                      implementation="cudnn")
+  def local(q, k, v, mask):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, is_causal=causal,
+                                        implementation="cudnn")
+
+  args, mesh = (q_BTNH, k_BSKH, v_BSKH, mask_BTS), jax.sharding.get_abstract_mesh()
+  if mesh.size > 1 and not mesh.manual_axes:
+    # Left to itself, JAX would write the addresses of Python objects into the program.
+    specs = [sharding.fitting_spec(mesh, x.shape, ("batch", None, "act_heads", None))
+             for x in args[:3]]
+    specs.append(sharding.fitting_spec(mesh, mask_BTS.shape, ("batch", None, None)))
+    local = jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+  return local(*args)
 
 
 def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, causal, window,
@@ -272,7 +290,7 @@ def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale
     return run(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, softcap=softcap,
                causal=causal, window=window)
   if form == "cudnn" and softcap is None:
-    out = cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale)
+    out = cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, causal=causal)
   elif form == "batched":
     out = batched(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap, causal=causal)
   else:

@@ -19,13 +19,26 @@ from jaxgpt.model import pipeline as pipeline_lib
 from jaxgpt.sharding import constrain
 
 _SAVEABLE = jax.checkpoint_policies
+
+
+def _with_statistics(policy, names):
+  """With attention's output, where that is among the names, what its kernel keeps beside it."""
+  if attention.OUTPUT not in names:
+    return policy
+  return lambda primitive, *args, **params: (
+      primitive.name == attention.CUDNN_FORWARD or policy(primitive, *args, **params))
+
+
+def _named(*names):
+  return _with_statistics(_SAVEABLE.save_only_these_names(*names), names)
+
+
 REMAT = {  # what the backward pass finds saved; everything else is computed again
     "full": _SAVEABLE.nothing_saveable,
     "dots": _SAVEABLE.save_from_both_policies(  # a kernel is no dot
-        _SAVEABLE.dots_with_no_batch_dims_saveable,
-        _SAVEABLE.save_only_these_names(attention.OUTPUT)),
-    "save_qkv": _SAVEABLE.save_only_these_names(*layers.QKV),
-    "save_attention": _SAVEABLE.save_only_these_names(*layers.QKV, attention.OUTPUT),
+        _SAVEABLE.dots_with_no_batch_dims_saveable, _named(attention.OUTPUT)),
+    "save_qkv": _named(*layers.QKV),
+    "save_attention": _named(*layers.QKV, attention.OUTPUT),
 }
 
 
@@ -37,10 +50,10 @@ def remat_policy(remat, also=()):
   on_device, on_host = checks.kept(remat)
   on_device = (*on_device, *also)
   if not on_host:
-    return _SAVEABLE.save_only_these_names(*on_device)
-  return _SAVEABLE.save_and_offload_only_these_names(
+    return _named(*on_device)
+  return _with_statistics(_SAVEABLE.save_and_offload_only_these_names(
       names_which_can_be_saved=list(on_device), names_which_can_be_offloaded=list(on_host),
-      offload_src="device", offload_dst=HOST_MEMORY)
+      offload_src="device", offload_dst=HOST_MEMORY), on_device)
 
 
 HOST_MEMORY = "pinned_host"  # the kind that devices read and write by themselves

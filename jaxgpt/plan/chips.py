@@ -3,11 +3,13 @@
 A *device* is what JAX calls one: a chip, but half a chip of TPU7x. Figures are of one device.
 Sources: Cloud TPU's pages of the generations (peak rates, HBM, interconnect), JAX's scaling book
 (clock rates, bandwidths), libtpu for `hbm_limit`, which is what its compiler says is available.
+GPUs: NVIDIA's data sheets (dense bf16 rates, NVLink), DGX and HGX for the network of a host.
 """
 
 from typing import NamedTuple
 
 from jaxgpt.errors import UserError
+from jaxgpt.plan import gpus
 
 GIB = 1 << 30
 
@@ -23,12 +25,14 @@ class Chip(NamedTuple):
     hbm: bytes of memory.
     hbm_limit: bytes that a program may take.
     hbm_bandwidth: bytes a second.
-    ici_bandwidth: bytes a second to the neighbours, all links and both directions.
+    ici_bandwidth: bytes a second to the neighbours, all links and both directions; of a GPU, what it
+      sends over NVLink.
     dcn_bandwidth: bytes a second to other slices or hosts.
     torus: dimensions of the interconnect.
     cores: of a chip, as the number in a name such as 'v5p-128' counts them.
     devices: of a chip.
     options: libtpu's chip configuration.
+    gpu: a `gpus.Gpu`, or None.
   """
   name: str
   libtpu: str
@@ -43,11 +47,22 @@ class Chip(NamedTuple):
   cores: int = 1
   devices: int = 1
   options: tuple = ()
+  gpu: gpus.Gpu | None = None
 
   @property
   def peak_flops(self):
     """bf16 FLOP/s."""
     return self.clock * self.flops_per_cycle
+
+
+# What `launch/` lets XLA take; the rest is for CUDA, NCCL and cuDNN.
+_GPU_MEMORY_FRACTION = 0.92
+
+
+def _gpu(name, gpu, clock, flops, nvlink, network):
+  limit = int(gpu.memory * _GPU_MEMORY_FRACTION)
+  return Chip(name, "", clock, gpu.cores * flops, gpu.memory, limit, gpu.bandwidth, nvlink, network,
+              0, gpu=gpu)
 
 
 CHIPS = {chip.name: chip for chip in (
@@ -60,6 +75,13 @@ CHIPS = {chip.name: chip for chip in (
     Chip("v6e", "v6e", 1.75e9, 524_288, 32 * GIB, int(31.24 * GIB), 1.640e12, 448e9, 6.2e9, 2),
     Chip("tpu7x", "tpu7x", 2.2e9, 524_288, 96 * GIB, int(94.74 * GIB), 3.69e12, 600e9, 6.2e9, 3, cores=2,
          devices=2),
+    *(_gpu(*row) for row in (
+        # Dense bf16 FLOPs of a multiprocessor's cycle at the clock of the data sheet's rate; NVLink
+        # one way; a network card a GPU, of 200 Gbit/s in an A100's host and of 400 since.
+        ("a100", gpus.A100, 1.41e9, 2048, 300e9, 25e9),
+        ("h100", gpus.H100, 1.83e9, 4096, 450e9, 50e9),
+        ("h200", gpus.H200, 1.83e9, 4096, 450e9, 50e9),
+        ("b200", gpus.B200, 1.856e9, 8192, 900e9, 50e9))),
 )}
 
 # Chips of a slice -> their torus.

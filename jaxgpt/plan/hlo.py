@@ -58,7 +58,8 @@ class Instruction(NamedTuple):
   @property
   def calls(self):
     """Names of the computations that it is made of."""
-    names = [self.attribute("calls"), self.attribute("to_apply")]
+    names = [self.attribute(key) for key in ("calls", "to_apply", "true_computation",
+                                             "false_computation")]
     names += (self.attribute("branch_computations") or "").strip("{}").split(",")
     return [n.strip().lstrip("%") for n in names if n]
 
@@ -265,3 +266,42 @@ def _hits(size_in, size_out, size, low_pad, stride, dilate_in, dilate_window):
     return size_out
   at = (np.arange(size_out)[:, None] * stride + np.arange(size)[None] * dilate_window - low_pad)
   return int(((at % dilate_in == 0) & (at >= 0) & (at // dilate_in < size_in)).sum())
+
+
+def groups(made):
+  """Which partitions a collective exchanges between: an array [groups, members], or None.
+
+  From any of the forms in which XLA writes them: lists, a permuted range, axes of a mesh; of a
+  permutation the pairs.
+
+  Args:
+    made: the `Instruction`.
+  """
+  text = made.attributes
+  pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", text)
+  if pairs:
+    rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d, ]+)\}", pairs[1])]
+    return np.array(rows) if len({len(row) for row in rows}) == 1 else None
+  ranges = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+  if ranges:
+    shape, dims, order = ([int(n) for n in part.split(",")] if part else None
+                          for part in ranges.groups())
+    out = np.arange(math.prod(dims)).reshape(dims)
+    return (out.transpose(order) if order else out).reshape(shape)
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](, device_ids=\S*)? \{([^}]*)\}", text)
+  return _mesh_groups(mesh[1], mesh[3]) if mesh and not mesh[2] else None
+
+
+def _mesh_groups(mesh, axes):
+  """`groups` of "'a'=2,'b'=4" and "'a','b':(1)2", where part of an axis is (what is before it)size."""
+  sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", mesh)}
+  wanted = {name: (int(before or 1), int(size) if size else sizes[name])
+            for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes)}
+  dims, inside = [], []
+  for name, size in sizes.items():
+    before, part = wanted.get(name, (1, 1))
+    inside.append(len(dims) + 1)
+    dims += [before, part, size // before // part]
+  order = [d for d in range(len(dims)) if d not in inside] + inside
+  return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(
+      -1, math.prod(dims[d] for d in inside))

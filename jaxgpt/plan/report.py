@@ -3,7 +3,7 @@
 from jaxgpt import compiler, metrics
 from jaxgpt.model import transformer
 from jaxgpt.plan import cost as cost_lib
-from jaxgpt.plan import hlo
+from jaxgpt.plan import hlo, roofline
 
 GIB = 1 << 30
 _KERNEL_RATE = 0.5  # share of the peak that an attention kernel is taken to reach
@@ -24,18 +24,12 @@ def figures(compiled, topology, price=None):
   """
   c, chip = compiled.c, topology.chip
   program = hlo.parse(compiled.executable.as_text())
-  cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
+  took = (_by_roofline if chip.gpu else _by_cycles)(program, compiled, chip)
   memory = compiled.memory._asdict() | {"total": compiled.memory.total, "limit": chip.hbm_limit,
                                         "fits": compiled.memory.total <= chip.hbm_limit}
   tokens = c.data.batch_size * c.data.seq_len
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
-  share = visible_share(c, compiled.mesh.shape["seq"])
-  kernel_flops = sum(work for _, work in cost.kernels.values()) * share
-  seconds = {"matmul": cost.cycles["matmul"] / chip.clock,
-             "other": cost.cycles["other"] / chip.clock,
-             "kernels": kernel_flops / (chip.peak_flops * _KERNEL_RATE),
-             "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
-             "unhidden": cost.unhidden_bytes / chip.ici_bandwidth}
+  seconds = took["seconds"]
   merit = seconds["matmul"] + seconds["other"] + seconds["exposed"]
   step = sum(seconds.values())
   mine = tokens / topology.num_devices
@@ -49,19 +43,46 @@ def figures(compiled, topology, price=None):
       "batch_size": c.data.batch_size, "seq_len": c.data.seq_len,
       "accumulate": c.optim.accumulate, "remat": c.model.remat, "memory": memory,
       "options": compiler.options(compiled.mesh.devices.flat[0].device_kind,
-                                  c.mesh.compiler_options),
-      "cycles": dict(cost.cycles), "matmul_flops": cost.flops, "kernel_flops": kernel_flops,
+                                  c.mesh.compiler_options)} | took | {
       "model_flops": model_flops, "seconds": seconds | {"step": step},
-      "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
-      "collectives": [dict(zip(("opcode", "dtype", "phase"), key)) | {"calls": calls, "bytes": size}
-                      for key, (calls, size) in sorted(cost.collectives.items())],
-      "exposed_bytes": cost.bytes("exposed"), "overlapped_bytes": cost.bytes("overlapped"),
       "merit": merit / mine, "merit_with_kernels": step / mine, "mfu": model_flops / step / chip.peak_flops,
-      "hardware_utilisation": (cost.flops + kernel_flops) / step / chip.peak_flops,
+      "hardware_utilisation": (took["matmul_flops"] + took["kernel_flops"]) / step / chip.peak_flops,
       "tokens_per_second": tokens / step,
       "tokens_per_second_per_chip": tokens / step / topology.num_chips,
       "steps": c.train.steps, "tokens": tokens * c.train.steps, "chip_hours": budget,
       "cost": None if price is None else budget * price, "compile_seconds": compiled.seconds}
+
+
+def _by_cycles(program, compiled, chip):
+  """What the compiler's schedule says: seconds by kind, FLOPs, kernels, collectives."""
+  cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
+  share = visible_share(compiled.c, compiled.mesh.shape["seq"])
+  kernel_flops = sum(work for _, work in cost.kernels.values()) * share
+  seconds = {"matmul": cost.cycles["matmul"] / chip.clock,
+             "other": cost.cycles["other"] / chip.clock,
+             "kernels": kernel_flops / (chip.peak_flops * _KERNEL_RATE),
+             "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
+             "unhidden": cost.unhidden_bytes / chip.ici_bandwidth}
+  return {"estimate": "schedule", "seconds": seconds, "cycles": dict(cost.cycles),
+          "matmul_flops": cost.flops, "kernel_flops": kernel_flops,
+          "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
+          "collectives": [dict(zip(("opcode", "dtype", "phase"), key)) | {"calls": calls, "bytes": size}
+                          for key, (calls, size) in sorted(cost.collectives.items())],
+          "exposed_bytes": cost.bytes("exposed"), "overlapped_bytes": cost.bytes("overlapped")}
+
+
+def _by_roofline(program, compiled, chip):
+  """The same of a GPU's program, at best."""
+  hosts = [device.process_index for device in compiled.mesh.devices.flat]
+  roof = roofline.of_program(program, chip, hosts)
+  return {"estimate": "roofline", "seconds": roof.seconds, "memory_traffic": roof.traffic,
+          "matmul_flops": roof.flops, "kernel_flops": roof.kernel_flops,
+          "kernels": dict(sorted(roof.kernels.items())),
+          "collectives": [dict(zip(("opcode", "dtype", "link", "phase"), key))
+                          | {"calls": calls, "bytes": size}
+                          for key, (calls, size) in sorted(roof.collectives.items())],
+          "link_bytes": {link: roof.bytes(link=link) for link in (roofline.NVLINK, roofline.NETWORK)},
+          "exposed_bytes": roof.bytes("exposed"), "overlapped_bytes": roof.bytes("overlapped")}
 
 
 def visible_share(c, seq=1):
@@ -145,13 +166,19 @@ def _memory_lines(m):
 
 def _time_lines(f):
   s = f["seconds"]
+  by_schedule = f["estimate"] == "schedule"
+  note = "" if by_schedule else " (a roofline: all at its best, no compiler's schedule)"
   yield ""
-  yield "time of a step         s     what"
+  yield f"time of a step         s     what{note}"
   yield (f"  {'matmul':<14} {s['matmul']:>8.4f}     {f['matmul_flops']:.3g} FLOPs "
-         f"(the model's: {f['model_flops']:.3g}), {f['cycles'].get('matmul', 0):.3g} cycles")
-  yield f"  {'other compute':<14} {s['other']:>8.4f}     {f['cycles'].get('other', 0):.3g} cycles"
+         f"(the model's: {f['model_flops']:.3g})"
+         + (f", {f['cycles'].get('matmul', 0):.3g} cycles" if by_schedule else ""))
+  yield (f"  {'other compute':<14} {s['other']:>8.4f}     "
+         + (f"{f['cycles'].get('other', 0):.3g} cycles" if by_schedule
+            else f"{f['memory_traffic']:.3g} bytes read and written"))
   kernels = ", ".join(f"{calls} x {name}" for name, calls in f["kernels"].items()) or "none"
-  yield f"  {'kernels':<14} {s['kernels']:>8.4f}     {kernels}; assumed at {_KERNEL_RATE:.0%} of peak"
+  rate = f"; assumed at {_KERNEL_RATE:.0%} of peak" if by_schedule else ""
+  yield f"  {'kernels':<14} {s['kernels']:>8.4f}     {kernels}{rate}"
   yield f"  {'exposed':<14} {s['exposed']:>8.4f}     {f['exposed_bytes']:.3g} bytes of collectives"
   yield (f"  {'not hidden':<14} {s['unhidden']:>8.4f}     of {f['overlapped_bytes']:.3g} bytes that "
          "overlap with compute")
@@ -159,8 +186,9 @@ def _time_lines(f):
 
 def _collective_lines(f):
   yield ""
-  yield "collectives of a step"
+  yield "collectives of a step" + (", and the bytes that a GPU sends" if "link_bytes" in f else "")
   for row in f["collectives"]:
     if row["bytes"] >= 1e6:
-      yield (f"  {row['opcode']:<18} {row['dtype']:<5} {row['phase']:<10} {row['calls']:>6} "
+      link = f"{row['link']:<8} " if "link" in row else ""
+      yield (f"  {row['opcode']:<18} {row['dtype']:<5} {link}{row['phase']:<10} {row['calls']:>6} "
              f"{row['bytes'] / 1e9:>9.3f} GB")

@@ -8,22 +8,25 @@ from jax.experimental import topologies
 
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
-from jaxgpt.plan import chips
+from jaxgpt.plan import chips, gpus
 
 _NAME = re.compile(r"(?P<chip>v\d+[a-z]*|tpu7x)(-(?P<size>\d+)|:(?P<shape>\d+(x\d+)+))"
                    r"(?:x(?P<slices>\d+))?")
 _POD_SIDE = 16  # chips, of v5e and v6e
+_GPUS = re.compile(r"(?P<chip>[a-z]+\d+)x(?P<size>\d+)(?:x(?P<hosts>\d+))?")
 _HELP = ("write CHIP-SIZE such as v5e-256 or v5p-128 (cores, as Google Cloud counts them), "
-         "v6e-64x2 for two slices, or CHIP:SHAPE such as v5p:4x4x8")
+         "v6e-64x2 for two slices, CHIP:SHAPE such as v5p:4x4x8, or for GPUs h100x8, and h100x8x2 "
+         "for two hosts")
+_GPUS_OF_A_HOST = 8
 
 
 class Topology(NamedTuple):
-  """A slice, or several equal ones.
+  """A slice, or several equal ones; of GPUs, a host or several.
 
   Attributes:
     name: as the user wrote it.
     chip: a `chips.Chip`.
-    shape: of the torus of a slice.
+    shape: of the torus of a slice; of GPUs, how many a host has.
     slices: how many.
   """
   name: str
@@ -59,6 +62,9 @@ def parse(name):
   Raises:
     UserError: not a name, no such chip, or no slice of this size.
   """
+  found = _GPUS.fullmatch(name)
+  if found:
+    return _hosts(name, found)
   found = _NAME.fullmatch(name)
   if not found:
     raise UserError(f"--topology={name}: {_HELP}")
@@ -75,12 +81,37 @@ def parse(name):
   return Topology(name, chip, chips.torus_shape(chip, size // chip.cores), slices)
 
 
+def _hosts(name, found):
+  chip, size, hosts = chips.find(found["chip"]), int(found["size"]), int(found["hosts"] or 1)
+  if chip.gpu is None:
+    raise UserError(f"--topology={name}: {chip.name} is no GPU; {_HELP}")
+  if not 1 <= size <= _GPUS_OF_A_HOST or not hosts:
+    raise UserError(f"--topology={name}: a host has 1 to {_GPUS_OF_A_HOST} GPUs; {_HELP}")
+  return Topology(name, chip, (size,), hosts)
+
+
 def devices(topology):
   """Devices of a topology that programs can be compiled for.
 
   Raises:
-    UserError: libtpu is not installed, or does not know the topology.
+    UserError: the compiler is not installed, or does not know the topology.
   """
+  return _gpus(topology) if topology.chip.gpu else _tpus(topology)
+
+
+def _gpus(topology):
+  shape = f"1x{topology.slices}x{topology.shape[0]}"
+  try:
+    return topologies.get_topology_desc(
+        topology.chip.name, "cuda", topology=shape,
+        target_config=gpus.target_config(topology.chip.gpu)).devices
+  except Exception as e:  # of JAX's runtime, or whatever loading a library raises
+    raise UserError("a plan for GPUs needs JAX's CUDA plugin and NVIDIA's libraries: "
+                    "pip install 'jaxgpt[cuda]' (Linux; neither a GPU nor a driver is needed); JAX "
+                    f"says: {(str(e).splitlines() or ['?'])[0]}") from e
+
+
+def _tpus(topology):
   shape = "x".join(map(str, topology.shape))
   options = dict(topology.chip.options) | {"wrap": topology.wraps}
   if topology.slices > 1:
