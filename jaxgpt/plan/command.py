@@ -34,7 +34,7 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
   """
   c = lower.resolve(config.load(path, overrides)[0])
   where = topology_lib.parse(topology)
-  print(f"compiling for {where.num_chips} {where.chip.name} chips …", flush=True)
+  print(f"compiling for {where.num_chips} x {where.chip.name} …", flush=True)
   try:
     compiled = lower.compile_step(c, where)
   except lower.OutOfMemory as e:

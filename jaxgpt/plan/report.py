@@ -112,7 +112,8 @@ def table(f):
   """
   mesh = " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items() if size > 1) or "1 device"
   halves = "" if f["devices"] == f["chips"] else f" ({f['devices']} devices)"
-  yield (f"{f['topology']}: {f['chips']} chips{halves}, mesh {mesh}; {f['batch_size']} rows of "
+  kind = "chip" if f["estimate"] == "schedule" else "GPU"
+  yield (f"{f['topology']}: {f['chips']} {kind}s{halves}, mesh {mesh}; {f['batch_size']} rows of "
          f"{f['seq_len']:,} tokens, accumulate {f['accumulate']}, remat {f['remat']}, attention "
          f"{f['attention']}; compiled in {f['compile_seconds']:.0f} s")
   if f["pipeline"]:
@@ -124,10 +125,10 @@ def table(f):
   yield ""
   yield (f"estimated step  {s['step']:.3f} s, MFU {f['mfu']:.1%}, hardware utilisation "
          f"{f['hardware_utilisation']:.1%}")
-  yield (f"throughput      {f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, "
+  yield (f"throughput      {f['tokens_per_second_per_chip']:,.0f} tokens/s a {kind}, "
          f"{f['tokens_per_second']:,.0f} in all")
   yield (f"the run         {f['steps']:,} steps, {f['tokens'] / 1e9:,.1f}B tokens, "
-         f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} chip-hours"
+         f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} {kind}-hours"
          + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}"))
   yield f"figure of merit {f['merit'] * 1e6:.2f} µs a token and device, kernels left out"
   options = " ".join(f"{name}={value}" for name, value in f["options"].items())
