@@ -195,15 +195,26 @@ def _resolved(config, args):
 
 def _plan(args):
   from jaxgpt.plan import environment
-  environment.prepare()
+  here = args.topology == "here"
+  if here:
+    _start_backend()
+  else:
+    environment.prepare()
   from jaxgpt.plan import command
   if args.shardings:
     return command.draw(args.config, args.overrides, args.topology)
+  if here:
+    unused = [f"--{name}" for name in ("search", "json", "golden", "price", "top")
+              if getattr(args, name)]
+    if unused:
+      raise UserError(f"{unused[0]} needs a topology of the table, such as v5e-256 or h100x8; of this "
+                      "machine only memory is said")
+    return command.here(args.config, args.overrides, save_text=args.hlo, save=args.save)
   if args.search:
     return command.search(args.config, args.overrides, args.topology, finalists=args.finalists,
                           keep_batch=args.keep_batch, out=args.json)
   return command.plan(args.config, args.overrides, args.topology, price=args.price, out=args.json,
-                      golden=args.golden, save_text=args.hlo, top=args.top)
+                      golden=args.golden, save_text=args.hlo, top=args.top, save=args.save)
 
 
 def _evaluate(args):

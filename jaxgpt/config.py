@@ -112,6 +112,7 @@ def _run(c):
   h.stage = 1  # devices that split the layers, as stages of a pipeline; outside of the layers they share the batch
   h.stage_microbatches = 0  # parts of a batch, after accumulation, that go through the stages one after the other, a multiple of stage; of a step (stage - 1) / (stage_microbatches * stage_repeats + stage - 1) is waiting; 0: one row of each data shard a part
   h.stage_repeats = 1  # times that a part goes round the stages, with so many times fewer layers a turn: less waiting, more messages
+  h.compiled_step = ""  # file from `jaxgpt plan --save`: a start loads the step in place of compiling it, if it is the same
   h.compiler_options = ()  # XLA options of the train step as "name=value", before those that jaxgpt/compiler.py has for the chip
 
 

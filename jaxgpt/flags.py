@@ -134,7 +134,9 @@ def add_plan(p):
                  help="the experiment; overrides follow as --config.KEY=VALUE")
   p.add_argument("--topology", required=True, metavar="NAME",
                  help="v5e-256, v5p-128 (cores), v6e-64x2 (two slices), v5p:4x4x8, h100x8 (a host "
-                      "of GPUs), h100x8x2 (two hosts), …")
+                      "of GPUs), h100x8x2 (two hosts), …, or here (this machine: memory alone)")
+  p.add_argument("--save", metavar="FILE",
+                 help="write the compiled step there, for --config.mesh.compiled_step=FILE")
   p.add_argument("--price", type=float, help="of a chip-hour, in any currency")
   p.add_argument("--json", metavar="FILE", help="write all figures there")
   p.add_argument("--golden", metavar="FILE",

@@ -23,6 +23,7 @@ from jaxgpt import (
   initial,
   objectives,
   optim,
+  programs,
   schedules,
   sharding,
   stop_signal,
@@ -299,7 +300,7 @@ class _Run:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
                           self._data.blank(1))
     compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh,
-                                  c.mesh.compiler_options)
+                                  c.mesh.compiler_options, self._saved_step)
     batches = self._data.iterate(self._step, threads=c.data.threads, prefetch=c.data.prefetch,
                                  **host)
     if self._is_due(c.eval.every):  # a stop may have come between the save and the evaluation
@@ -320,6 +321,20 @@ class _Run:
           self._evaluate(c.eval.batches)
     self._read_metrics()
     self._tell_account()
+
+  def _saved_step(self, lowered):
+    """The compiled step of mesh.compiled_step, or None where there is none, or of another program."""
+    path = self._c.mesh.compiled_step
+    if not path:
+      return None
+    compiled, why = programs.load(path, lowered, self._mesh, self._c.mesh.compiler_options)
+    distributed.check_same(f"what becomes of mesh.compiled_step={path!r}", why or "it is used",
+                           "give all hosts the same file, versions and flags")
+    if distributed.is_first():
+      print(f"mesh.compiled_step={path!r} " + (
+          f"is of no use here, so the step is compiled: {why}" if why else
+          "is this very step: nothing is compiled"), flush=True)
+    return compiled
 
   def _tell_account(self):
     """What was left out of a stream, so far."""

@@ -177,22 +177,36 @@ def accumulated(objective, num_microbatches):
   return f
 
 
-def compile(train_step, state, batch, mesh, options=()):
-  """Compiles the step for a mesh; the state's buffers are donated.
+def lower(train_step, state, batch, mesh):
+  """The step for a mesh as a program that is not compiled yet; the state's buffers are donated.
 
   Args:
     train_step: from `make`.
     state: from `abstract_state`.
     batch: the global batch as a tree of ShapeDtypeStructs.
     mesh: the device mesh.
-    options: of XLA, each "name=value", beside and before those of `compiler.DEFAULTS`.
 
   Returns:
-    The compiled function (state, batch) -> (state, metrics).
+    What JAX calls `Lowered`, of (state, batch) -> (state, metrics).
   """
   rows = sharding.batch_sharding(mesh)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
   out = (jax.tree.map(lambda s: s.sharding, state), NamedSharding(mesh, P()))
   with jax.set_mesh(mesh):
-    lowered = jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch)
-  return lowered.compile(compiler.options(mesh.devices.flat[0].device_kind, options))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch)
+
+
+def compile(train_step, state, batch, mesh, options=(), instead=None):
+  """Compiles the step for a mesh.
+
+  Args:
+    train_step, state, batch, mesh: as in `lower`.
+    options: of XLA, each "name=value", beside and before those of `compiler.DEFAULTS`.
+    instead: is asked with what `lower` gives: returns a compiled function, or None.
+
+  Returns:
+    The compiled function (state, batch) -> (state, metrics).
+  """
+  lowered = lower(train_step, state, batch, mesh)
+  return (instead and instead(lowered)) or lowered.compile(
+      compiler.options(mesh.devices.flat[0].device_kind, options))

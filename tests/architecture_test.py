@@ -27,7 +27,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
     ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
      "hf.families", "hf.tokenizer", "hf.convert", "hf.adapters", "plan.environment", "plan.gpus", "plan.chips",
      "plan.topology", "plan.shardings", "plan.hlo", "plan.cost", "plan.roofline", "plan.golden", "plan.estimate"],
-    ["mirror", "checkpoint", "timer", "stop_signal", "workdir", "writers",
+    ["mirror", "checkpoint", "programs", "timer", "stop_signal", "workdir", "writers",
      "hf.safetensors", "hf.weights", "hf.parity"],
     ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference",
      "machine", "doctor", "plan.lower", "plan.report", "plan.search",

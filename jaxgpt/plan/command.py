@@ -4,7 +4,7 @@ import itertools
 import json
 import pathlib
 
-from jaxgpt import config
+from jaxgpt import config, programs
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
 from jaxgpt.plan import cost, explain, hlo, lower, report, shardings
@@ -14,7 +14,7 @@ from jaxgpt.plan import topology as topology_lib
 
 
 def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_text=None,
-         top=0):
+         top=0, save=None):
   """Compiles a config's train step for a topology and prints what it takes.
 
   Args:
@@ -25,15 +25,21 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
     golden: file with a communication budget to compare with, or None; written where there is none.
     save_text: file for the compiled program's text, or None.
     top: how many of the heaviest instructions to print.
+    save: file for the compiled step, which `mesh.compiled_step` names, or None.
 
   Returns:
     An exit code: 0, or 1 where the program does not fit or exceeds its budget.
 
   Raises:
-    UserError: see `config.load`, `topology.parse` and `lower.compile_step`.
+    UserError: see `config.load`, `topology.parse` and `lower.compile_step`; or a program for GPUs
+      is to be saved where there are none.
   """
   c = lower.resolve(config.load(path, overrides)[0])
   where = topology_lib.parse(topology)
+  if save and where.chip.gpu:
+    raise UserError(f"--save={save}: XLA tunes the matmuls of a GPU's program by measuring them, so "
+                    "one that was compiled without a GPU would be slow; save it on the GPUs with "
+                    f"--topology={topology_lib.HERE}")
   print(f"compiling for {where.num_chips} x {where.chip.name} …", flush=True)
   try:
     compiled = lower.compile_step(c, where)
@@ -44,6 +50,8 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
   text = compiled.executable.as_text()
   if save_text:
     _write(save_text, text)
+  if save:
+    _save(save, compiled)
   found = report.figures(compiled, where, price)
   print("\n".join(report.table(found)), flush=True)
   if top:
@@ -70,6 +78,31 @@ def draw(path, overrides, topology):
   mesh_lib.check_batch(sizes, c.data.batch_size, c.optim.accumulate)
   print("\n".join(shardings.describe(c, sizes)))
   return 0
+
+
+def here(path, overrides, *, save_text=None, save=None):
+  """Compiles a config's train step for the devices of this machine and prints what memory it takes.
+
+  Args:
+    path, overrides, save_text, save: as in `plan`.
+
+  Raises:
+    UserError: as `plan`.
+  """
+  c = lower.resolve(config.load(path, overrides)[0])
+  compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE))
+  print("\n".join(report.of_this_machine(compiled)), flush=True)
+  if save_text:
+    _write(save_text, compiled.executable.as_text())
+  if save:
+    _save(save, compiled)
+  return 0
+
+
+def _save(path, compiled):
+  made_from = programs.identity(compiled.lowered, compiled.mesh, compiled.c.mesh.compiler_options)
+  size = programs.save(path, compiled.executable, made_from)
+  print(f"wrote {path}, {size / 1e6:.1f} MB; train with --config.mesh.compiled_step={path}", flush=True)
 
 
 def search(path, overrides, topology, *, finalists=6, keep_batch=False, out=None):

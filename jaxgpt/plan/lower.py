@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxgpt import config, loop, train_step
+from jaxgpt import compiler, config, loop, train_step
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.data import layouts
 from jaxgpt.errors import UserError
@@ -46,6 +46,7 @@ class Compiled(NamedTuple):
   Attributes:
     c: the resolved config.
     mesh: of devices that only compile.
+    lowered: the program before that, see `train_step.lower`.
     executable: `jax.stages.Compiled`.
     memory: a `Memory`.
     attention: the form of attention in it.
@@ -53,6 +54,7 @@ class Compiled(NamedTuple):
   """
   c: Any
   mesh: Any
+  lowered: Any
   executable: Any
   memory: Memory
   attention: str
@@ -117,13 +119,15 @@ def compile_step(c, topology):
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   batch = batch_shapes(c)
   began = time.monotonic()
+  lowered = train_step.lower(step, parts.state, batch, mesh)
   try:
-    executable = train_step.compile(step, parts.state, batch, mesh, c.mesh.compiler_options)
+    executable = lowered.compile(compiler.options(mesh.devices.flat[0].device_kind,
+                                                    c.mesh.compiler_options))
   except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e):
+    if "RESOURCE_EXHAUSTED" not in str(e) or topology.chip is None:
       raise
     raise read_out_of_memory(str(e), topology.chip.hbm_limit) from e
-  return Compiled(c, mesh, executable, memory(executable, parts.state, batch, mesh),
+  return Compiled(c, mesh, lowered, executable, memory(executable, parts.state, batch, mesh),
                   parts.model.cfg.attention, time.monotonic() - began)
 
 

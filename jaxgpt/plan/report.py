@@ -135,6 +135,19 @@ def table(f):
   yield f"XLA's options   {options or 'its own'}"
 
 
+def of_this_machine(compiled):
+  """Lines of what is known without a table of the devices' rates: the program's memory.
+
+  Args:
+    compiled: from `lower.compile_step`.
+  """
+  devices = list(compiled.mesh.devices.flat)
+  yield (f"{len(devices)} x {devices[0].device_kind}, attention {compiled.attention}; compiled in "
+         f"{compiled.seconds:.0f} s")
+  yield from _memory_lines(compiled.memory._asdict() | {"total": compiled.memory.total,
+                                                        "limit": None})
+
+
 def heaviest_lines(lines, chip):
   """Lines of a table of the heaviest instructions.
 
@@ -161,8 +174,8 @@ def _memory_lines(m):
   for key, name in names.items():
     if m[key] >= GIB / 1000:
       yield f"  {name:<18} {m[key] / GIB:>6.2f}"
-  verdict = "fits" if m["fits"] else "DOES NOT FIT"
-  yield f"  {'total':<18} {m['total'] / GIB:>6.2f} of {m['limit'] / GIB:.2f}: {verdict}"
+  of = f" of {m['limit'] / GIB:.2f}: {'fits' if m['fits'] else 'DOES NOT FIT'}" if m["limit"] else ""
+  yield f"  {'total':<18} {m['total'] / GIB:>6.2f}{of}"
 
 
 def _time_lines(f):

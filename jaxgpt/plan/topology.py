@@ -4,6 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
+import jax
 from jax.experimental import topologies
 
 from jaxgpt import mesh as mesh_lib
@@ -15,8 +16,9 @@ _NAME = re.compile(r"(?P<chip>v\d+[a-z]*|tpu7x)(-(?P<size>\d+)|:(?P<shape>\d+(x\
 _POD_SIDE = 16  # chips, of v5e and v6e
 _GPUS = re.compile(r"(?P<chip>[a-z]+\d+)x(?P<size>\d+)(?:x(?P<hosts>\d+))?")
 _HELP = ("write CHIP-SIZE such as v5e-256 or v5p-128 (cores, as Google Cloud counts them), "
-         "v6e-64x2 for two slices, CHIP:SHAPE such as v5p:4x4x8, or for GPUs h100x8, and h100x8x2 "
-         "for two hosts")
+         "v6e-64x2 for two slices, CHIP:SHAPE such as v5p:4x4x8; for GPUs h100x8, and h100x8x2 "
+         "for two hosts; or here, for this machine's devices")
+HERE = "here"
 _GPUS_OF_A_HOST = 8
 
 
@@ -25,7 +27,7 @@ class Topology(NamedTuple):
 
   Attributes:
     name: as the user wrote it.
-    chip: a `chips.Chip`.
+    chip: a `chips.Chip`; None of this machine's devices.
     shape: of the torus of a slice; of GPUs, how many a host has.
     slices: how many.
   """
@@ -37,7 +39,7 @@ class Topology(NamedTuple):
   @property
   def num_devices(self):
     """Devices of all slices, as JAX counts them."""
-    return self.num_chips * self.chip.devices
+    return self.num_chips * (self.chip.devices if self.chip else 1)
 
   @property
   def num_chips(self):
@@ -57,11 +59,13 @@ class Topology(NamedTuple):
 
 
 def parse(name):
-  """The topology of a name; nothing is loaded.
+  """The topology of a name; nothing is loaded, but for 'here' JAX's backend.
 
   Raises:
     UserError: not a name, no such chip, or no slice of this size.
   """
+  if name == HERE:
+    return Topology(name, None, (jax.device_count(),), 1)
   found = _GPUS.fullmatch(name)
   if found:
     return _hosts(name, found)
@@ -96,6 +100,8 @@ def devices(topology):
   Raises:
     UserError: the compiler is not installed, or does not know the topology.
   """
+  if topology.chip is None:
+    return jax.devices()
   return _gpus(topology) if topology.chip.gpu else _tpus(topology)
 
 

@@ -1,0 +1,119 @@
+"""A step that `plan --save` wrote is what training runs; another one is not."""
+
+import json
+import re
+
+import jax
+import pytest
+
+from jaxgpt import cli, config, programs
+from jaxgpt.errors import UserError
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+FILE = """
+from jaxgpt import config
+
+def get_config():
+  c = config.base()
+  c.update_from_flattened_dict({values})
+  return c
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory):
+  """(config file, compiled step, a function that trains and says what was compiled)."""
+  folder = tmp_path_factory.mktemp("saved")
+  values = config.flatten(tiny(model__vocab_size=259, train__steps=3, mesh__fsdp=4, mesh__data=2))
+  path = folder / "tiny.py"
+  path.write_text(FILE.format(values={k: v for k, v in values.items() if v is not None}))
+  assert cli.main(["plan", f"--config={path}", "--topology=here", f"--save={folder / 'step'}"]) == 0
+
+  def train(name, *flags, step=folder / "step"):
+    names = []
+    listener = lambda event, _, **about: event == COMPILED and names.append(about["fun_name"])
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+      code = cli.main(["train", f"--config={path}", f"--workdir={folder / name}",
+                       f"--config.mesh.compiled_step={step}", *flags])
+    finally:
+      jax.monitoring.unregister_event_duration_listener(listener)
+    assert code == 0
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line).get("loss") for line in lines]
+    return losses, any("train_step" in name for name in names)
+
+  return path, folder / "step", train
+
+
+def test_a_start_with_a_saved_step_compiles_none_and_trains_the_same(saved, capsys):
+  _, _, train = saved
+  want, compiled = train("compiled", step="")
+  assert compiled and len(want) >= 3
+  got, compiled = train("loaded")
+  assert not compiled and got == want
+  assert "is this very step: nothing is compiled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--config.optim.lr=0.5"], "the program was"),
+    (["--config.data.batch_size=16"], "the program was"),
+    (["--config.mesh.fsdp=8", "--config.mesh.data=1"], "the mesh was data=2 fsdp=4, and is fsdp=8"),
+    (["--config.mesh.compiler_options=('xla_cpu_enable_fast_math=true',)"],
+     "the compiler's options was none, and is xla_cpu_enable_fast_math=true")])
+def test_another_step_is_compiled_and_the_reason_is_told(saved, capsys, flags, why):
+  _, _, train = saved
+  _, compiled = train(re.sub(r"\W", "", flags[0]), *flags)
+  assert compiled
+  out = capsys.readouterr().out
+  assert "is of no use here, so the step is compiled" in out and why in out
+
+
+def test_another_version_of_the_compiler_is_told(saved, monkeypatch, capsys):
+  _, _, train = saved
+  monkeypatch.setattr(programs.packages, "version", lambda name: "9.9.9" if name == "jaxlib" else None)
+  assert train("version")[1]
+  assert "the compiler was jaxlib" in capsys.readouterr().out
+
+
+def test_a_damaged_file_is_compiled_anew_and_another_kind_of_file_is_refused(saved, tmp_path, capsys):
+  path, step, train = saved
+  damaged = tmp_path / "damaged"
+  whole = step.read_bytes()
+  damaged.write_bytes(whole[:-100] + bytes(100))
+  assert train("damaged", step=damaged)[1] and "the file is damaged" in capsys.readouterr().out
+  for wrong, words in ((path, "is no compiled step"), (tmp_path / "nowhere", "cannot be read")):
+    code = cli.main(["train", f"--config={path}", f"--workdir={tmp_path / wrong.name}",
+                     f"--config.mesh.compiled_step={wrong}"])
+    assert code == 2 and words in capsys.readouterr().err
+
+
+def test_where_pallas_kernels_stand_in_the_source_is_no_part_of_a_program():
+  class Lowered:
+    def __init__(self, text):
+      self.as_text = lambda: text
+  mesh = jax.make_mesh((8,), ("data",))
+  text = r'{backend_config = "{\22debug_locations\22: \22AAAA==\22, \22body\22: \22BB\22}"}'
+  one, other, third = (programs.identity(Lowered(t), mesh)["the program"]
+                       for t in (text, text.replace("AAAA", "CCCC"), text.replace("BB", "DD")))
+  assert one == other != third
+
+
+def test_a_program_for_gpus_is_not_saved_where_there_are_none(saved, tmp_path, capsys):
+  code = cli.main(["plan", f"--config={saved[0]}", "--topology=h100x8", f"--save={tmp_path / 'x'}"])
+  assert code == 2 and "save it on the GPUs with --topology=here" in capsys.readouterr().err
+
+
+def test_here_takes_no_flags_that_need_a_table(saved, capsys):
+  for flag in ("--search", "--json=x", "--top=3"):
+    assert cli.main(["plan", f"--config={saved[0]}", "--topology=here", flag]) == 2
+    assert f"{flag.split('=')[0]} needs a topology" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_or_serialized_is_said(tmp_path):
+  compiled = jax.jit(lambda x: x + 1).lower(1.0).compile()
+  with pytest.raises(UserError, match="cannot be written"):
+    programs.save(tmp_path / "no" / "folder", compiled, {})
+  with pytest.raises(UserError, match="cannot be saved: AttributeError"):
+    programs.save(tmp_path / "x", object(), {})
