@@ -42,7 +42,7 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
                     f"--topology={topology_lib.HERE}")
   print(f"compiling for {where.num_chips} x {where.chip.name} …", flush=True)
   try:
-    compiled = lower.compile_step(c, where)
+    compiled = lower.compile_step(c, where, anew=bool(save))
   except lower.OutOfMemory as e:
     for line in itertools.chain(explain.out_of_memory(e, c, where), explain.remedies(c, where)):
       print(line, flush=True)
@@ -90,7 +90,7 @@ def here(path, overrides, *, save_text=None, save=None):
     UserError: as `plan`.
   """
   c = lower.resolve(config.load(path, overrides)[0])
-  compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE))
+  compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE), anew=bool(save))
   print("\n".join(report.of_this_machine(compiled)), flush=True)
   if save_text:
     _write(save_text, compiled.executable.as_text())

@@ -1,11 +1,13 @@
 """Compiles the very train step of a config for a topology, and says what memory it takes."""
 
+import contextlib
 import re
 import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgpt import compiler, config, loop, train_step
 from jaxgpt import mesh as mesh_lib
@@ -99,12 +101,26 @@ def batch_shapes(c):
                       one)
 
 
-def compile_step(c, topology):
+@contextlib.contextmanager
+def _no_cache():
+  """JAX asks the compiler alone: what its cache gives loses functions when it is written again."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # whether there is one is asked but once
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
+def compile_step(c, topology, anew=False):
   """Compiles the train step for a topology.
 
   Args:
     c: from `resolve`.
     topology: a `topology.Topology`.
+    anew: whether JAX's compilation cache is left alone, as it must be for `programs.save`.
 
   Returns:
     A `Compiled`.
@@ -121,7 +137,8 @@ def compile_step(c, topology):
   began = time.monotonic()
   lowered = train_step.lower(step, parts.state, batch, mesh)
   try:
-    executable = lowered.compile(compiler.options(mesh.devices.flat[0].device_kind,
+    with _no_cache() if anew else contextlib.nullcontext():
+      executable = lowered.compile(compiler.options(mesh.devices.flat[0].device_kind,
                                                     c.mesh.compiler_options))
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e) or topology.chip is None:
