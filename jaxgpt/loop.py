@@ -37,7 +37,7 @@ from jaxgpt import workdir as workdir_lib
 from jaxgpt import writers as writers_lib
 from jaxgpt.data import masking, pipeline, stream
 from jaxgpt.errors import UserError
-from jaxgpt.model import attention, transformer
+from jaxgpt.model import attention, remat, stacks, transformer
 from jaxgpt.text import tokenizer as tokenizer_lib
 
 
@@ -67,9 +67,9 @@ def build(c, mesh):
       softcap=fields.attn_softcap)
   mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
   if checks.kept(fields.remat)[1]:
-    mesh_lib.check_memory(mesh, transformer.HOST_MEMORY, f"model.remat={fields.remat!r}")
+    mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
   model = transformer.Transformer(ml_collections.FrozenConfigDict(fields),
-                                  transformer.pipeline_of(c, mesh.shape))
+                                  stacks.pipeline_of(c, mesh.shape))
   schedule = schedules.make(c.schedule, c.train.steps)
   shapes, axes = transformer.abstract(model)
   trained = optim.trained(c.optim, axes)

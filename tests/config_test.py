@@ -7,7 +7,7 @@ import pytest
 from jaxgpt import checks, config, objectives, optim, reference, schedules
 from jaxgpt.data import packing
 from jaxgpt.errors import UserError
-from jaxgpt.model import attention, ops, transformer
+from jaxgpt.model import attention, ops, remat
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -124,7 +124,7 @@ def test_every_choice_is_implemented_and_named_in_its_comment():
       "schedule.name": schedules.SHAPES}
   for key, table in tables.items():
     assert set(checks.CHOICES[key]) == set(table), key
-  assert set(checks.REMAT) == {"none", *transformer.REMAT}
+  assert set(checks.REMAT) == {"none", *remat.REMAT}
   comments = {f"{section}.{key}": comment for section, key, _, comment in reference.entries()}
   for key, names in checks.CHOICES.items():
     assert all(name in comments[key] for name in names), key

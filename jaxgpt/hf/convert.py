@@ -7,7 +7,7 @@ from jaxgpt import checks, config, tree
 from jaxgpt.errors import UserError
 from jaxgpt.hf import families, fields
 from jaxgpt.hf.layout import Layout
-from jaxgpt.model import transformer
+from jaxgpt.model import stacks
 
 # Fields of `model` that say how it is trained or computed, and not what it is.
 FREE = ("preset", "dropout", "init_std", "dtype", "grad_dtype", "attention", "scan_unroll", "remat",
@@ -165,7 +165,7 @@ class _Place(NamedTuple):
 def _places(c_model):
   facts = {c_model.head, "q_rank" if c_model.latent.q_rank else "no q_rank"}
   places = []
-  for stack in transformer.stacks(c_model):
+  for stack in stacks.of(c_model):
     for repeat in range(stack.repeats):
       for i, (_, mlp) in enumerate(stack.kinds):
         prefix = stack.name + (f"/{i}" if len(stack.kinds) > 1 else "")

@@ -3,7 +3,6 @@
 B batch, T query position, S cache slot, D model, V vocabulary (or labels), E experts.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,64 +12,10 @@ import ml_collections
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt import checks, tree
-from jaxgpt.model import attention, context, layers, moe, ops, rope
+from jaxgpt import tree
+from jaxgpt.model import attention, context, layers, moe, ops, remat, rope, stacks
 from jaxgpt.model import pipeline as pipeline_lib
 from jaxgpt.sharding import constrain
-
-_SAVEABLE = jax.checkpoint_policies
-
-
-def _with_statistics(policy, names):
-  """With attention's output, where that is among the names, what its kernel keeps beside it."""
-  if attention.OUTPUT not in names:
-    return policy
-  return lambda primitive, *args, **params: (
-      primitive.name == attention.CUDNN_FORWARD or policy(primitive, *args, **params))
-
-
-def _named(*names):
-  return _with_statistics(_SAVEABLE.save_only_these_names(*names), names)
-
-
-REMAT = {  # what the backward pass finds saved; everything else is computed again
-    "full": _SAVEABLE.nothing_saveable,
-    "dots": _SAVEABLE.save_from_both_policies(  # a kernel is no dot
-        _SAVEABLE.dots_with_no_batch_dims_saveable, _named(attention.OUTPUT)),
-    "save_qkv": _named(*layers.QKV),
-    "save_attention": _named(*layers.QKV, attention.OUTPUT),
-}
-
-
-def remat_policy(remat, also=()):
-  """What `model.remat` saves, and other names: a key of `REMAT`, or names as `checks.kept` reads."""
-  if remat in REMAT:
-    named = _SAVEABLE.save_only_these_names(*also)
-    return _SAVEABLE.save_from_both_policies(REMAT[remat], named)
-  on_device, on_host = checks.kept(remat)
-  on_device = (*on_device, *also)
-  if not on_host:
-    return _named(*on_device)
-  return _with_statistics(_SAVEABLE.save_and_offload_only_these_names(
-      names_which_can_be_saved=list(on_device), names_which_can_be_offloaded=list(on_host),
-      offload_src="device", offload_dst=HOST_MEMORY), on_device)
-
-
-HOST_MEMORY = "pinned_host"  # the kind that devices read and write by themselves
-INPUT = "input"  # name of what a block reads
-
-
-def tick_policy(remat):
-  """What of a pipeline's tick is saved: what `remat_policy` saves of a block, and its input."""
-  if remat == "none":  # but for the weights of the tick, which would be saved for each
-    made_again = (jax.lax.gather_p, jax.lax.convert_element_type_p)
-    return lambda prim, *_, **__: prim not in made_again
-
-  def plain_dots(prim, *_, dimension_numbers=None, **__):  # with the stages' one batch dimension
-    return prim is jax.lax.dot_general_p and len(dimension_numbers[1][0]) <= 1
-
-  of_block = remat_policy(remat, (INPUT,))
-  return _SAVEABLE.save_from_both_policies(plain_dots, of_block) if remat == "dots" else of_block
 
 
 class Output(NamedTuple):
@@ -88,62 +33,6 @@ class Output(NamedTuple):
   cache: Any
   router: Any
   layers: Any
-
-
-PIPED = "layers"  # the stack that stages share; the others are short
-
-
-class Stack(NamedTuple):
-  """Layers whose parameters are stacked: `repeats` times the blocks of `kinds`.
-
-  A kind is (attention, mlp), such as ('local', 'dense').
-  """
-  name: str
-  kinds: tuple
-  repeats: int
-
-  @property
-  def num_layers(self):
-    return len(self.kinds) * self.repeats
-
-
-def stacks(cfg):
-  """The layers as stacks of repeated patterns, in their order.
-
-  Leading dense layers of a mixture of experts, and what is left over when the pattern does not
-  divide the layers, are stacks of their own.
-  """
-  kinds = [(cfg.attention_pattern[i % len(cfg.attention_pattern)],
-            "dense" if i < cfg.moe.first_dense else cfg.mlp_pattern[i % len(cfg.mlp_pattern)])
-           for i in range(cfg.num_layers)]
-  first = cfg.moe.first_dense if "moe" in cfg.mlp_pattern else 0
-  period = math.lcm(len(cfg.attention_pattern), len(cfg.mlp_pattern))
-  body = (cfg.num_layers - first) // period * period
-  cuts = [("first_layers", kinds[:first], len(cfg.attention_pattern)),
-          ("layers", kinds[first:first + body], period),
-          ("last_layers", kinds[first + body:], 1)]
-  out = []
-  for name, some, period in cuts:
-    if not some:
-      continue
-    if len(set(some)) == 1:
-      period = 1
-    elif len(some) % period or name == "last_layers":
-      period = len(some)
-    out.append(Stack(name, tuple(some[:period]), len(some) // period))
-  return out
-
-
-def pipeline_of(c, sizes):
-  """The `pipeline.Pipeline` of a resolved config on a mesh of {axis: size}, or None; see there."""
-  piped = sum(stack.repeats for stack in stacks(c.model) if stack.name == PIPED)
-  return pipeline_lib.make(c, sizes, piped)
-
-
-def bubble(c, sizes):
-  """Share of a step's ticks in which a stage has nothing to do; 0 on a mesh without stages."""
-  pipe = pipeline_of(c, sizes)
-  return pipe.bubble if pipe else 0.0
 
 
 class Block(layers.Module):
@@ -198,14 +87,14 @@ class Period(layers.Module):
     """Args: layer: for each block its key, cache and so on. Returns: (x_BTD, a tuple of each)."""
     block = Block
     if self.cfg.remat != "none":
-      block = nn.remat(Block, policy=remat_policy(self.cfg.remat),
+      block = nn.remat(Block, policy=remat.policy(self.cfg.remat),
                        prevent_cse=self._is_unrolled())
     out = []
     for i, (kind, of_block) in enumerate(zip(self.kinds, layer, strict=True)):
       one = block(self.cfg, kind, name=str(i))
       if len(self.kinds) == 1:  # 'layers/attn/q' and not 'layers/0/attn/q'
         nn.share_scope(self, one)
-      x_BTD = checkpoint_name(x_BTD, INPUT)
+      x_BTD = checkpoint_name(x_BTD, remat.INPUT)
       x_BTD, (cache, router) = one(x_BTD, shared, of_block)
       out.append((cache, router, x_BTD if self.layer_outputs else None))
     return x_BTD, tuple(zip(*out, strict=True))
@@ -326,7 +215,7 @@ class Transformer(layers.Module):
     cfg = self.cfg
     keys = None if key is None else jax.random.split(key, cfg.num_layers)
     caches, routers, outputs, at = {}, [], [], 0
-    for stack in stacks(cfg):
+    for stack in stacks.of(cfg):
       here = {"key": keys, "cache": cache and cache[stack.name],
               "is_first": None if cfg.first_norm else jnp.arange(cfg.num_layers) == 0}
       n, p = stack.repeats, len(stack.kinds)
@@ -371,12 +260,10 @@ class Transformer(layers.Module):
 
     own = (self.variables["params"][stack.name], of_blocks)
     rows = {name: shared[name] for name in ("positions", "segments")}
-    if stack.name != PIPED:
+    if stack.name != stacks.PIPED:
       x, sums = pipeline_lib.spread(turn, own, x, rows, self.pipeline.stages)
     else:
-      policy = tick_policy(self.cfg.remat)
-      if self.cfg.remat == "none" and self.pipeline.repeats == 1:
-        policy = None
+      policy = remat.tick_policy(self.cfg.remat, self.pipeline.repeats)
       x, sums = pipeline_lib.run(turn, own, x, rows, self.pipeline, policy)
     return constrain(x, "rows", "residual_length", "act_embed"), sums
 
@@ -470,7 +357,7 @@ def depths(cfg, params):
     stacked parameter an array of the layers' numbers.
   """
   first, layers_before = {}, 0
-  for stack in stacks(cfg):
+  for stack in stacks.of(cfg):
     first[stack.name] = (layers_before, len(stack.kinds))
     layers_before += stack.num_layers
 
@@ -488,4 +375,4 @@ def init_cache(cfg, batch_size, num_slots):
   """An empty cache for `num_slots` tokens a row: {stack: (a layer's cache, stacked, …)}."""
   one = layers.empty_cache(cfg, batch_size, num_slots)
   stacked = lambda n: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)
-  return {s.name: tuple(stacked(s.repeats) for _ in s.kinds) for s in stacks(cfg)}
+  return {s.name: tuple(stacked(s.repeats) for _ in s.kinds) for s in stacks.of(cfg)}

@@ -1,7 +1,7 @@
 """A plan as figures, and the figures as a table."""
 
 from jaxgpt import compiler, metrics
-from jaxgpt.model import transformer
+from jaxgpt.model import stacks
 from jaxgpt.plan import cost as cost_lib
 from jaxgpt.plan import hlo, roofline
 
@@ -38,8 +38,8 @@ def figures(compiled, topology, price=None):
   return {
       "topology": topology.name, "chips": topology.num_chips, "devices": topology.num_devices,
       "chip": chip.name, "mesh": dict(sizes), "attention": compiled.attention,
-      "pipeline": str(transformer.pipeline_of(c, sizes) or ""),
-      "bubble": transformer.bubble(c, sizes),
+      "pipeline": str(stacks.pipeline_of(c, sizes) or ""),
+      "bubble": stacks.bubble(c, sizes),
       "batch_size": c.data.batch_size, "seq_len": c.data.seq_len,
       "accumulate": c.optim.accumulate, "remat": c.model.remat, "memory": memory,
       "options": compiler.options(compiled.mesh.devices.flat[0].device_kind,

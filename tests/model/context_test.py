@@ -9,7 +9,8 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt import mesh as mesh_lib
-from jaxgpt.model import attention, context, layers, ops, pairs, transformer
+from jaxgpt.model import attention, context, layers, ops, pairs
+from jaxgpt.model import remat as remat_lib
 
 
 def mesh_of(seq, **axes):
@@ -147,7 +148,7 @@ def test_attention_that_is_saved_does_not_go_around_again():
     def layer(x, _):
       qkv = layers.named(x * 2, x * 3, x * 4)
       return attention.attend("batched", *qkv, None, segments, scale=0.3, causal=True), None
-    layer = jax.checkpoint(layer, policy=transformer.remat_policy(remat))
+    layer = jax.checkpoint(layer, policy=remat_lib.policy(remat))
     run = lambda x: jax.lax.scan(layer, x, None, length=2)[0].sum()
     return jax.jit(jax.grad(run)).lower(q).compile().as_text().count(" exponential(")
 

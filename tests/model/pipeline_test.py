@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt import config, tree
 from jaxgpt.errors import UserError
-from jaxgpt.model import pipeline, transformer
+from jaxgpt.model import pipeline, stacks, transformer
 
 B, T = 8, 12
 
@@ -94,7 +94,7 @@ def of_config(num_layers=8, **overrides):
   c.model.update(dict(num_layers=num_layers, vocab_size=20))
   c.data.batch_size = 16
   c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
-  return transformer.pipeline_of(config.resolve(c), SIZES)
+  return stacks.pipeline_of(config.resolve(c), SIZES)
 
 
 def test_the_pipeline_of_a_config():
@@ -104,6 +104,8 @@ def test_the_pipeline_of_a_config():
   assert of_config().of_rows(12) == (4, 1, 4)  # of another batch
   assert of_config().bubble == pytest.approx(3 / 11)
   assert of_config(mesh__stage_repeats=2).bubble == pytest.approx(3 / 19)
+  assert str(of_config(mesh__stage_repeats=2)) == (
+      "8 microbatches through 4 stages in 2 rounds, which wait 16% of their time")
 
 
 @pytest.mark.parametrize("overrides, words", [

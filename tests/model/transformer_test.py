@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config, presets, tree
-from jaxgpt.model import transformer
+from jaxgpt.model import stacks, transformer
 
 STYLES = {
     "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True),
@@ -133,7 +133,7 @@ def test_an_encoder_reads_both_ways(style):
 
 def test_layers_are_scanned_over_the_periods_of_their_pattern():
   def names(**fields):
-    return [(s.name, s.kinds, s.repeats) for s in transformer.stacks(make(**fields)[0].cfg)]
+    return [(s.name, s.kinds, s.repeats) for s in stacks.of(make(**fields)[0].cfg)]
   local, full = ("local", "dense"), ("global", "dense")
   assert names(num_layers=3) == [("layers", (full,), 3)]
   pattern = dict(attention_pattern=("local", "local", "global"), window=4)
