@@ -193,6 +193,12 @@ def _shifted(plan, xs):
   return jax.tree.map(lambda x: jax.lax.ppermute(x, plan.axis, ring), xs)
 
 
+def _in_turn(*xs):
+  """The same arrays, none before the others: else a compiler runs all blocks before it adds them up,
+  and what they give has to fit in memory together."""
+  return jax.lax.optimization_barrier(xs)
+
+
 def _around(n, visit, carry):
   """carry after visit(carry, s, is_first, is_last) for s = 1, …, n - 1; those between are a loop."""
   carry = visit(carry, 1, True, n == 2)
@@ -210,8 +216,8 @@ def _ring_forward(plan, q, k, v, ids):
 
   def visit(carry, s, is_first, is_last):
     del is_first
-    (k, v, of_keys), total = carry
     there = None if is_last else _shifted(plan, carry[0])
+    (k, v, of_keys), total = _in_turn(*carry)
     meet = _Visit(plan, s)
     part = pairs.forward(plan.kernel, pairs.Band(), meet.queries(q), meet.keys(k), meet.keys(v),
                          meet.queries(ids), meet.keys(of_keys))
@@ -227,6 +233,7 @@ def _ring_backward(plan, q, k, v, ids, out, log_z, dout):
     keys, dq, dkv = carry
     there = None if is_last else _shifted(plan, keys)
     dkv = None if is_first else _shifted(plan, dkv)
+    keys, dq = _in_turn(keys, dq)
     meet = _Visit(plan, s)
     k, v, of_keys = map(meet.keys, keys)
     of_queries = map(meet.queries, (q, ids, out, log_z, dout))
@@ -239,6 +246,7 @@ def _ring_backward(plan, q, k, v, ids, out, log_z, dout):
   start = (_shifted(plan, (k, v, ids)), jnp.zeros(q.shape, jnp.float32), None)
   _, dq, dkv = _around(plan.size, visit, start)
   dk, dv = _shifted(plan, dkv)  # while the device's own are read
+  (k, v), dq = _in_turn((k, v), dq)
   own = pairs.backward(plan.kernel, pairs.Band(plan.causal), q, k, v, ids, ids, out, log_z, dout)
   return dq + own[0], dk + own[1], dv + own[2]
 
@@ -315,6 +323,7 @@ def _near_forward(plan, q, k, v, ids):
   out, log_z = pairs.forward(plan.kernel, _own_band(plan), q2, k2, v2, ids2, ids2)
   total = out.astype(jnp.float32), log_z
   for meet, *keys, of_keys in met:
+    keys, total = _in_turn(keys, total)
     part = pairs.forward(plan.kernel, meet.band, meet.queries(q), *keys, meet.queries(ids), of_keys)
     total = pairs.join(total, (meet.filled(part[0], 0), meet.filled(part[1], pairs.NOTHING)))
   return tuple(jnp.concatenate(jnp.split(x, 2), _T) for x in total)

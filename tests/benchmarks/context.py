@@ -1,9 +1,9 @@
 """Memory of a chip as rows of 131,072 tokens are cut over more of them: Llama-3-8B on v5p.
 
-  python tests/benchmarks/context.py [--step]      (needs jaxgpt[tpu]; no TPU)
+  python tests/benchmarks/context.py [--step] [SEQ…]      (needs jaxgpt[tpu]; no TPU)
 
 Compiles attention of one layer, forward and backward, for 16 chips of which 2, 4, 8 or 16 share a
-row, and prints what the compiler allocates beside the queries, keys and values themselves; with
+row, or those given, and prints what the compiler allocates beside the queries, keys and values themselves; with
 `--step`, of whole train steps of two layers too, a minute or two each.
 """
 
@@ -58,10 +58,11 @@ def of_attention(c, mesh):
 
 
 def main():
+  counts = [int(arg) for arg in sys.argv[1:] if arg.isdigit()] or (2, 4, 8, 16)
   where = topology.parse(WHERE)
   print(f"{WHERE}, {CHIPS} chips, rows of {LENGTH:,} tokens, a row on `seq` chips; MiB of a chip")
   print("seq   q, k, v, out, gradients   attention's own")
-  for seq in (2, 4, 8, 16):
+  for seq in counts:
     c = resolved(seq, 2)
     try:
       given, own = of_attention(c, topology.mesh(c.mesh, where))
@@ -71,7 +72,7 @@ def main():
   if "--step" not in sys.argv[1:]:
     return
   print("\nseq   parameters, optimizer   activations, temps   (a step, 2 layers)")
-  for seq in (2, 4, 8, 16):
+  for seq in counts:
     try:
       memory = lower.compile_step(resolved(seq, 2), where).memory
     except lower.OutOfMemory as e:
