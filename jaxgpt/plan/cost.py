@@ -29,7 +29,8 @@ class Cost:
     flops: of the matmuls, as the program computes them (recomputation included).
     kernels: {name: [calls, FLOPs]} of custom kernels, for which the compiler has no estimate; of
       those of attention the FLOPs of all pairs of positions, of others 0.
-    collectives: {(opcode, dtype, 'exposed' or 'overlapped'): [calls, bytes]}.
+    collectives: {(opcode, dtype, 'exposed', 'overlapped' or 'between'): [calls, bytes]}; the last
+      go to other slices, over the data center's network.
     unhidden_bytes: of overlapped collectives, those that move for longer than there is something
       to compute beside them, in their computation.
   """
@@ -52,7 +53,7 @@ class Cost:
         entry[1] += size * times
 
   def bytes(self, phase):
-    """Bytes of the collectives that are 'exposed' or 'overlapped'."""
+    """Bytes of the collectives that are 'exposed', 'overlapped' or 'between' slices."""
     return sum(size for (_, _, p), (_, size) in self.collectives.items() if p == phase)
 
 
@@ -146,6 +147,10 @@ class _Walk:
     base = made.opcode.removesuffix("-start")
     if base in COLLECTIVES:
       return 0, [], [_piece(made, base)]
+    between = re.search(r'_xla_megascale_transfer_type="(\w+)"', made.attributes)
+    if made.opcode == "send" and between:  # (what is sent, a context, a token)
+      return 0, [], [(made.name, {"opcode": between[1].lower().replace("_", "-"), "phase": "between",
+                                  "dtype": made.arrays[0].dtype, "bytes": made.arrays[0].bytes})]
     if made.opcode == "custom-call" and "tpu_custom_call" in made.attributes:
       return 0, [self._kernel(computation, made)], []
     if made.opcode not in _INLINE:
@@ -208,7 +213,9 @@ def _add_collective(cost, pieces):
   """Counts the pieces of one collective, which may be spread over several fusions, once each."""
   starts = [p for p in pieces if p["phase"] == "start"]
   wholes = [p for p in pieces if p["phase"] == "whole"]
-  for piece, phase in [(p, "overlapped") for p in starts] + [(p, "exposed") for p in wholes]:
+  between = [p for p in pieces if p["phase"] == "between"]
+  for piece, phase in [*((p, "overlapped") for p in starts), *((p, "exposed") for p in wholes),
+                       *((p, "between") for p in between)]:
     entry = cost.collectives.setdefault((piece["opcode"], piece["dtype"], phase), [0, 0.0])
     entry[0] += 1
     entry[1] += piece["bytes"]

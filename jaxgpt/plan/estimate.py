@@ -25,7 +25,8 @@ class Buffer(NamedTuple):
 
   Attributes:
     name: where it is in the model.
-    kind: 'saved', 'head', 'layer', 'gradients', 'parameters' or 'optimizer'; see `memory`.
+    kind: 'saved', 'layers', 'head', 'layer', 'gradients', 'update', 'parameters' or 'optimizer';
+      see `memory`.
     shape: on one device, as text.
     bytes: its size.
     keys: what in the config makes it smaller.
@@ -108,6 +109,7 @@ def buffers(c, sizes, counts):
     sizes: of the mesh, {axis: size}.
     counts: from `count`.
   """
+  m = c.model
   found = [*_saved(c, sizes), *_of_head(c, sizes), *_of_layer(c, sizes, counts)]
   fewer = "mesh.fsdp, mesh.tensor"
   found.append(Buffer("parameters", "parameters", f"{counts.all:,} in float32",
@@ -120,6 +122,11 @@ def buffers(c, sizes, counts):
     found.append(Buffer("ema", "optimizer", "1 per parameter", mine, "mesh.fsdp, optim.ema=0"))
   copies = 2 if c.optim.accumulate > 1 else 1
   found.append(Buffer("gradients", "gradients", f"{copies:g} per parameter", mine * copies, fewer))
+  new = 1 + 1 + moments + (1 if c.optim.ema else 0)
+  found.append(Buffer("updates and new state", "update", f"{new:g} per parameter", mine * new, fewer))
+  if _wide(m) < 4:  # cast before the loop over the layers, so that half as much is gathered
+    size = _wide(m) * sum(w.numbers(sizes) for w in counts.layers)
+    found.append(Buffer("layers (weights as they are gathered)", "layers", "shards", size, fewer))
   return sorted(found, key=lambda b: -b.bytes)
 
 
@@ -186,12 +193,24 @@ def _of_layer(c, sizes, counts):
 
 
 def memory(found):
-  """Bytes of a device at the worst moment, of `buffers`."""
+  """Bytes of a device at the worst moment, of `buffers`.
+
+  The moments: the head, when all of the layers' results are saved; the backward pass of the last
+  layer, whose gradients are made while those are still there; the update, where old and new state meet.
+  """
   kinds = collections.Counter()
   for buffer in found:
     kinds[buffer.kind] += buffer.bytes
-  worst = max(kinds["head"], kinds["layer"] + kinds["gradients"])
-  return kinds["saved"] + worst + kinds["parameters"] + kinds["optimizer"]
+  backward = kinds["saved"] + kinds["layers"] + max(
+      kinds["head"], kinds["layer"] + kinds["gradients"])
+  update = kinds["gradients"] + kinds["update"]
+  return max(backward, update) + kinds["parameters"] + kinds["optimizer"]
+
+
+def total(c, num_devices):
+  """As `memory`, of a resolved config on so many devices."""
+  sizes = mesh_lib.axis_sizes(c.mesh, num_devices)
+  return memory(buffers(c, sizes, count(c)))
 
 
 def seconds(c, sizes, counts, topology):

@@ -30,7 +30,7 @@ def figures(compiled, topology, price=None):
   tokens = c.data.batch_size * c.data.seq_len
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
   seconds = took["seconds"]
-  merit = seconds["matmul"] + seconds["other"] + seconds["exposed"]
+  merit = sum(seconds[kind] for kind in ("matmul", "other", "exposed", "between"))
   step = sum(seconds.values())
   mine = tokens / topology.num_devices
   budget = c.train.steps * step * topology.num_chips / 3600
@@ -62,12 +62,14 @@ def _by_cycles(program, compiled, chip):
              "other": cost.cycles["other"] / chip.clock,
              "kernels": kernel_flops / (chip.peak_flops * _KERNEL_RATE),
              "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
-             "unhidden": cost.unhidden_bytes / chip.ici_bandwidth}
+             "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
+             "between": cost.bytes("between") / chip.dcn_bandwidth}
   return {"estimate": "schedule", "seconds": seconds, "cycles": dict(cost.cycles),
           "matmul_flops": cost.flops, "kernel_flops": kernel_flops,
           "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
           "collectives": [dict(zip(("opcode", "dtype", "phase"), key)) | {"calls": calls, "bytes": size}
                           for key, (calls, size) in sorted(cost.collectives.items())],
+          "between_bytes": cost.bytes("between"),
           "exposed_bytes": cost.bytes("exposed"), "overlapped_bytes": cost.bytes("overlapped")}
 
 
@@ -75,7 +77,8 @@ def _by_roofline(program, compiled, chip):
   """The same of a GPU's program, at best."""
   hosts = [device.process_index for device in compiled.mesh.devices.flat]
   roof = roofline.of_program(program, chip, hosts)
-  return {"estimate": "roofline", "seconds": roof.seconds, "memory_traffic": roof.traffic,
+  return {"estimate": "roofline", "seconds": roof.seconds | {"between": 0.0}, "between_bytes": 0.0,
+          "memory_traffic": roof.traffic,
           "matmul_flops": roof.flops, "kernel_flops": roof.kernel_flops,
           "kernels": dict(sorted(roof.kernels.items())),
           "collectives": [dict(zip(("opcode", "dtype", "link", "phase"), key))
@@ -196,6 +199,9 @@ def _time_lines(f):
   yield f"  {'exposed':<14} {s['exposed']:>8.4f}     {f['exposed_bytes']:.3g} bytes of collectives"
   yield (f"  {'not hidden':<14} {s['unhidden']:>8.4f}     of {f['overlapped_bytes']:.3g} bytes that "
          "overlap with compute")
+  if f["between_bytes"]:
+    yield (f"  {'between slices':<14} {s['between']:>8.4f}     {f['between_bytes']:.3g} bytes over the "
+           "data center's network")
 
 
 def _collective_lines(f):

@@ -254,11 +254,12 @@ def why(result, best):
     return "too much memory"
   a, b = (r.figures for r in (best, result))
   per_token = lambda f, key: f["seconds"][key] / f["batch_size"] * 1e6
-  key = max(("matmul", "other", "kernels", "exposed", "unhidden"),
+  key = max(("matmul", "other", "kernels", "exposed", "unhidden", "between"),
             key=lambda k: per_token(b, k) - per_token(a, k))
   word = {"matmul": "slower or repeated matmuls", "other": "more that is no matmul",
           "kernels": "attention kernels run more often", "exposed": "more exposed collectives",
-          "unhidden": "gathers longer than the compute beside them"}[key]
+          "unhidden": "gathers longer than the compute beside them",
+          "between": "more between slices"}[key]
   return f"{b['merit_with_kernels'] / a['merit_with_kernels'] - 1:+.1%}: {word}"
 
 
