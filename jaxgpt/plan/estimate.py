@@ -122,8 +122,9 @@ def buffers(c, sizes, counts):
     found.append(Buffer("ema", "optimizer", "1 per parameter", mine, "mesh.fsdp, optim.ema=0"))
   copies = 2 if c.optim.accumulate > 1 else 1
   found.append(Buffer("gradients", "gradients", f"{copies:g} per parameter", mine * copies, fewer))
-  new = 1 + 1 + moments + (1 if c.optim.ema else 0)
-  found.append(Buffer("updates and new state", "update", f"{new:g} per parameter", mine * new, fewer))
+  new = 4 + 4 + bytes_ + 4 * (c.optim.ema > 0)
+  found.append(Buffer("updates and new state", "update", f"{new:g} bytes per parameter",
+                      mine / 4 * new, fewer))
   if _wide(m) < 4:  # cast before the loop over the layers, so that half as much is gathered
     size = _wide(m) * sum(w.numbers(sizes) for w in counts.layers)
     found.append(Buffer("layers (weights as they are gathered)", "layers", "shards", size, fewer))

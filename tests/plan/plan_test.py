@@ -9,6 +9,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.plan import (
   chips,
   command,
+  estimate,
   explain,
   lower,
   report,
