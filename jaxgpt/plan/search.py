@@ -20,6 +20,7 @@ _TENSORS = (1, 2, 4, 8)
 _SEQS = (1, 2, 4, 8, 16)
 _SEQ_UNIT = 256  # tokens of a row that a device has at least
 _EXPERTS = (1, 2, 4, 8, 16)
+_STAGES = (1, 2, 4)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 _ACCUMULATE = (1, 2, 4, 8, 16)
 _SLACK = 1.02  # the arithmetic is wrong by a few per cent: so much above the limit is still tried
@@ -68,7 +69,7 @@ def meshes(c, topology):
   """Sizes of the mesh axes that suit a model and a topology: [{axis: size}].
 
   `data` goes over the slices, and over devices that fsdp cannot use; the others
-  stay within a slice.
+  stay within a slice, and beside fsdp and data at most two of them are used.
 
   Args:
     c: a resolved config.
@@ -78,16 +79,19 @@ def meshes(c, topology):
   experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if m.moe.capacity else [1]
   lengths = [n for n in _SEQS if c.data.seq_len % (_SEQ_UNIT * n) == 0 or n == 1]
   out = []
-  for tensor, seq, expert in itertools.product(_TENSORS, lengths, experts):
+  stages = [n for n in _STAGES if m.num_layers % n == 0]
+  for tensor, seq, expert, stage in itertools.product(_TENSORS, lengths, experts, stages):
     if m.num_kv_heads % tensor or m.mlp_width % tensor or m.vocab_size % tensor:
       continue
-    left = within // (tensor * seq * expert)
-    if left * tensor * seq * expert != within:
+    if sum(n > 1 for n in (tensor, seq, expert, stage)) > 2:
+      continue
+    left = within // (tensor * seq * expert * stage)
+    if left * tensor * seq * expert * stage != within:
       continue
     whole = next(n for n in range(left, 0, -1) if left % n == 0 and m.width % n == 0)
     for fsdp in sorted({whole, 1}):
       out.append({"data": topology.slices * left // fsdp, "fsdp": fsdp, "seq": seq,
-                  "tensor": tensor, "expert": expert, "stage": 1})
+                  "tensor": tensor, "expert": expert, "stage": stage})
   return out
 
 
@@ -111,9 +115,9 @@ def candidates(c, topology, keep_batch=False):
       changes |= {"model.remat": remat, "data.batch_size": batch, "optim.accumulate": accumulate}
       try:
         one = changed(c, changes)
+        took = estimate.seconds(one, sizes, counts, topology)
       except UserError:  # such as a pattern of layers that does not suit the mesh
         continue
-      took = estimate.seconds(one, sizes, counts, topology)
       out.append(Candidate(one, changes, estimate.memory(estimate.buffers(one, sizes, counts)),
                            sum(took.values()) * num / batch / c.data.seq_len))
   return sorted(out, key=lambda one: one.merit)
