@@ -13,7 +13,7 @@ import ml_collections
 
 from jaxgpt import checks, optim, sharding, tree
 from jaxgpt import mesh as mesh_lib
-from jaxgpt.model import transformer
+from jaxgpt.model import stacks, transformer
 
 # libtpu's total exceeds its own plan of the memory by 0.4 to 2 times the parameters in six dumps (why,
 # is not known): a share that is near most of the figures in tests/plan/memory.json.
@@ -247,7 +247,7 @@ def seconds(c, sizes, counts, topology):
   flops = tokens * (6 * active + 2 * m.num_layers * again)
   if "attention" not in names:
     flops += 2 * m.num_layers * c.data.seq_len * widest(m) * tokens
-  pipe = transformer.pipeline_of(c, sizes)
+  pipe = stacks.pipeline_of(c, sizes)
   matmul = flops / s.tensor / (chip.peak_flops * _MATMUL_RATE) / (1 - (pipe.bubble if pipe else 0))
   # Logits are written once, and read and written again on the way back.
   passes = 4 * 4 * tokens * m.vocab_size / s.tensor if head else 0
