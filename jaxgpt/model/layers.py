@@ -142,7 +142,7 @@ class Attention(Module):
     if cfg.qk_norm != "none":
       q, k = self._normed("q_norm", q), self._normed("k_norm", k)
     if here["rotary"]:
-      q, k = rope.rotate(q, *here["rotary"]), rope.rotate(k, *here["rotary"])
+      q, k = (rope.rotate(x, *here["rotary"], by_matmul=self.form == "splash") for x in (q, k))
     q, k, v = named(q, k, v)
     if cache is not None:
       cache = written(cache, {"k": k, "v": v}, positions_BT)

@@ -5,6 +5,7 @@ B batch, T position, N heads, H head size, R rotated part of a head.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,20 +30,40 @@ def angles(positions_BT, rotated, c_rope, theta, scaling, context):
   return jnp.sin(angle) * factor, jnp.cos(angle) * factor
 
 
-def rotate(x_BTNH, sin, cos):
+def rotate(x_BTNH, sin, cos, *, by_matmul=False):
   """Rotates the first R entries of each head; entry i is paired with i + R/2, as in Llama.
 
   Args:
     x_BTNH: queries or keys.
     sin, cos: from `angles`.
+    by_matmul: swaps the halves of a head by a matmul, where R = H and x is bfloat16: for TPUs, whose
+      vector units would work on half-filled lanes. The values are the same.
 
   Returns:
     [B, T, N, H] in x's dtype.
   """
   half = sin.shape[-1]
+  if by_matmul and x_BTNH.shape[-1] == 2 * half and x_BTNH.dtype == jnp.bfloat16:
+    return _rotated_whole(x_BTNH, sin, cos)
   a, b = (x_BTNH[..., i:i + half].astype(jnp.float32) for i in (0, half))
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
   return jnp.concatenate([rotated, x_BTNH[..., 2 * half:]], -1)
+
+
+@jax.custom_vjp
+def _rotated_whole(x_BTNH, sin, cos):
+  half = sin.shape[-1]
+  swap = np.roll(np.eye(2 * half), half, axis=1)  # a permutation: its products are exact
+  swapped = jnp.einsum("...H,HG->...G", x_BTNH, jnp.asarray(swap, x_BTNH.dtype))
+  twice = lambda a, b: jnp.concatenate([a, b], -1)
+  y = x_BTNH.astype(jnp.float32) * twice(cos, cos)
+  return (y + swapped.astype(jnp.float32) * twice(-sin, sin)).astype(x_BTNH.dtype)
+
+
+# The gradient is the rotation back. The derived one would round the halves before they are added.
+_rotated_whole.defvjp(
+    lambda x, sin, cos: (_rotated_whole(x, sin, cos), (sin, cos)),
+    lambda saved, dy: (_rotated_whole(dy, -saved[0], saved[1]), None, None))
 
 
 def _plain(theta, rotated, c_rope, context):

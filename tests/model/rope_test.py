@@ -35,6 +35,19 @@ def test_a_fraction_of_the_head_is_rotated():
   assert not np.allclose(y[..., :4], x[..., :4])
 
 
+def test_a_rotation_by_matmul_is_the_same():
+  x, dy = (jax.random.normal(jax.random.key(i), (2, 5, 3, 8), jnp.bfloat16) for i in (0, 1))
+  turns = angles(np.arange(10).reshape(2, 5))
+  made = []
+  for by_matmul in (False, True):
+    y, back = jax.vjp(lambda x, by=by_matmul: rope.rotate(x, *turns, by_matmul=by), x)
+    made.append((y, *back(dy)))
+  for plain, fast in zip(*made, strict=True):
+    np.testing.assert_array_equal(plain.astype(np.float32), fast.astype(np.float32))
+  text = jax.jit(lambda x: rope.rotate(x, *turns, by_matmul=True)).lower(x).as_text()
+  assert "dot_general" in text
+
+
 def test_linear_scaling_divides_positions():
   for a, b in zip(angles([[3]]), angles([[12]], "linear", factor=4.0), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
