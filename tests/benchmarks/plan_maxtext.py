@@ -1,0 +1,138 @@
+"""Seconds a token and chip by the TPU compiler's schedule: our plans beside MaxText's tuned recipes.
+
+  python tests/benchmarks/plan_maxtext.py [WORKLOAD…]
+
+Needs libtpu and no TPU; with `pip install 'maxtext[tpu]==0.2.5'` (Python 3.12) in the same environment
+MaxText's recipes are compiled by the same compiler, otherwise its column is empty. Each of the up to
+twelve programs takes minutes. The figure is (cycles / clock + exposed bytes / interconnect) by the
+tokens of a chip; attention kernels carry no estimate and are left out on both sides.
+"""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from jaxgpt import config  # noqa: E402
+from jaxgpt.plan import cost, hlo, lower, topology  # noqa: E402
+
+# The recipes' flags; of v5p's without those that libtpu refuses there ("continuation fusion").
+_COMMON = ("xla_tpu_enable_data_parallel_all_reduce_opt", "xla_tpu_data_parallel_opt_different_sized_ops",
+           "xla_tpu_overlap_compute_collective_tc", "xla_enable_async_all_gather")
+_FUSION = "xla_tpu_enable_async_collective_fusion"
+_V5E = [f"--{name}=true" for name in (*_COMMON, _FUSION, f"{_FUSION}_fuse_all_gather",
+                                      f"{_FUSION}_multiple_steps")]
+_V5P = [f"--{name}=true" for name in (*_COMMON, "xla_enable_async_collective_permute",
+                                      "xla_tpu_enable_ag_backward_pipelining")]
+_V5P.append("--xla_tpu_megacore_fusion_allow_ags=false")
+
+
+class Workload(NamedTuple):
+  """A model on a topology.
+
+  Attributes:
+    preset: ours.
+    where: topology.
+    length: tokens a row.
+    theirs: (rows a chip, remat policy) of MaxText's recipe.
+    same: the value of model.remat that saves the same.
+    ours: (rows a chip, model.remat) of the plan that --search finds.
+  """
+  preset: str
+  where: str
+  length: int
+  theirs: tuple
+  same: str
+  ours: tuple
+
+
+WORKLOADS = {
+    "v5e_7b": Workload("llama2_7b", "v5e-256", 2048, (4, "save_qkv_proj"), "save:q,k,v",
+                       (2, "save:q,k,v,attention,gate,up")),
+    "v5e_7b_full": Workload("llama2_7b", "v5e-256", 2048, (2, "full"), "full",
+                            (2, "save:q,k,v,attention,gate,up")),
+    "v5p_7b": Workload("llama2_7b", "v5p-128", 4096, (4, "minimal"), "save:q,k,v,o,gate,up,down",
+                       (4, "save:q,k,v,attention,gate,up")),
+    "v5p_70b": Workload("llama2_70b", "v5p-128", 4096, (2, "save_dot_except_mlpwi"),
+                        "save:q,k,v,o,down", (2, "save:q,k,v,attention,up")),
+}
+
+_RUN_MAXTEXT = """
+import os, pathlib, sys
+import maxtext
+from maxtext.trainers.pre_train import train_compile
+out, *arguments = sys.argv[1:]
+compile_step = train_compile.jit_and_compile
+def keep(*args, **kwargs):
+  compiled = compile_step(*args, **kwargs)
+  pathlib.Path(out).write_text(compiled.as_text())
+  return compiled
+train_compile.jit_and_compile = keep
+base = os.path.join(os.path.dirname(maxtext.__file__), "configs", "base.yml")
+train_compile.main(["", base, *arguments])
+"""
+
+
+def merit(text, where, tokens):
+  """µs a token and chip of a compiled program's text."""
+  found = cost.of_program(hlo.parse(text))
+  seconds = sum(found.cycles.values()) / where.chip.clock
+  return (seconds + found.bytes("exposed") / where.chip.ici_bandwidth) / tokens * 1e6
+
+
+def ours(work, rows, remat):
+  """(µs, GiB) of our step."""
+  where = topology.parse(work.where)
+  overrides = {"data.seq_len": work.length, "data.batch_size": rows * where.num_devices,
+               "model.remat": remat}
+  c = lower.resolve(config.load(f"{ROOT}/configs/llama3_8b.py:{work.preset}",
+                                [f"--config.{k}={v}" for k, v in overrides.items()])[0])
+  compiled = lower.compile_step(c, where)
+  return (merit(compiled.executable.as_text(), where, rows * work.length),
+          compiled.memory.total / lower.GIB)
+
+
+def maxtext(work):
+  """µs of MaxText's step, or None where it is not installed."""
+  if not importlib.util.find_spec("maxtext"):
+    return None
+  rows, remat = work.theirs
+  flags = _V5E if work.where.startswith("v5e") else _V5P
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder, "step.txt")
+    subprocess.run(
+        [sys.executable, "-c", _RUN_MAXTEXT, str(out), f"compile_topology={work.where}",
+         "compile_topology_num_slices=1", "run_name=plan", f"base_output_directory={folder}",
+         "dataset_type=synthetic", "enable_checkpointing=false", "use_iota_embed=true",
+         f"model_name={work.preset.replace('_', '-')}", f"remat_policy={remat}",
+         f"per_device_batch_size={rows}", f"max_target_length={work.length}"],
+        env=os.environ | {"LIBTPU_INIT_ARGS": " ".join(flags)}, cwd=folder, check=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return merit(out.read_text(), topology.parse(work.where), rows * work.length)
+
+
+def main(names):
+  for name in names or WORKLOADS:
+    work = WORKLOADS[name]
+    theirs = maxtext(work)
+    if theirs is None:
+      print("MaxText is not installed here: pip install 'maxtext[tpu]==0.2.5' (Python 3.12)")
+    else:
+      print(f"{name}: MaxText, {work.theirs[0]} rows, {work.theirs[1]}: {theirs:.1f} µs")
+    for word, (rows, remat) in (("same", (work.theirs[0], work.same)), ("best", work.ours)):
+      took, memory = ours(work, rows, remat)
+      ratio = f", {took / theirs:.3f} of MaxText's" if theirs else ""
+      print(f"{name}: ours, {word}, {rows} rows, {remat}: {took:.1f} µs, {memory:.1f} GiB{ratio}",
+            flush=True)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
