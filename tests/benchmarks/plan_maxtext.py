@@ -120,6 +120,9 @@ def maxtext(work):
 
 
 def main(names):
+  if not importlib.util.find_spec("libtpu"):
+    print("libtpu is not installed here, nothing was compiled: pip install 'jaxgpt[tpu]' (Linux)")
+    return
   for name in names or WORKLOADS:
     work = WORKLOADS[name]
     theirs = maxtext(work)
