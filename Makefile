@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 EXTRAS ?= test
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-all lint bench docs clean
+PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_search.py plan_maxtext.py)
+
+.PHONY: demo test test-all lint bench bench-plan docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/jaxgpt demo
@@ -20,7 +22,14 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
 bench: $(VENV)/installed-test,bench,data
-	for f in tests/benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+	for f in $(filter-out $(PLANNING),$(wildcard tests/benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
+
+bench-plan: $(VENV)/installed-test,tpu
+	mkdir -p runs
+	$(BIN)/python tests/benchmarks/context.py
+	$(BIN)/python tests/benchmarks/plan_memory.py
+	$(BIN)/python tests/benchmarks/plan_maxtext.py
+	$(BIN)/python tests/benchmarks/plan_search.py --cache=runs/plan_search.json
 
 docs: $(VENV)/installed
 	$(BIN)/python -m jaxgpt.reference > docs/config.md
