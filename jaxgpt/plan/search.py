@@ -126,20 +126,19 @@ def candidates(c, topology, keep_batch=False):
 def choose(found, limit, finalists):
   """(candidates to compile, the smallest of the better ones that should not fit, or None).
 
-  Of each mesh and rows a device the two best by what they save: where the compiler finds memory
-  scarce it recomputes by itself, and the one that saves less is faster.
+  Of each mesh and rows a device the two best by what they save, one after the other: where the
+  compiler finds memory scarce it recomputes by itself, and the one that saves less is faster.
 
   Args:
     found: from `candidates`.
     limit: bytes of a device.
     finalists: how many to compile.
   """
-  fitting, seen = [], collections.Counter()
+  kinds = collections.defaultdict(list)
   for one in found:
-    kind = tuple(v for k, v in one.changes.items() if k != "model.remat")
-    if one.bytes <= limit * _SLACK and seen[kind] < 2:
-      seen[kind] += 1
-      fitting.append(one)
+    if one.bytes <= limit * _SLACK:
+      kinds[tuple(v for k, v in one.changes.items() if k != "model.remat")].append(one)
+  fitting = [one for same in kinds.values() for one in same[:2]]
   beyond = [one for one in found if one.bytes > limit * _SLACK
             and (not fitting or one.merit < fitting[0].merit)]
   return fitting[:finalists], min(beyond, key=lambda one: one.bytes, default=None)
