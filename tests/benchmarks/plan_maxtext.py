@@ -44,7 +44,7 @@ class Workload(NamedTuple):
     length: tokens a row.
     theirs: (rows a chip, remat policy) of MaxText's recipe.
     same: the value of model.remat that saves the same.
-    ours: (rows a chip, model.remat) of the plan that --search finds.
+    ours: (rows a chip, model.remat) of our best plan.
   """
   preset: str
   where: str
@@ -62,7 +62,7 @@ WORKLOADS = {
     "v5p_7b": Workload("llama2_7b", "v5p-128", 4096, (4, "minimal"), "save:q,k,v,o,gate,up,down",
                        (4, "save:q,k,v,attention,gate,up")),
     "v5p_70b": Workload("llama2_70b", "v5p-128", 4096, (2, "save_dot_except_mlpwi"),
-                        "save:q,k,v,o,down", (2, "save:q,k,v,attention,up")),
+                        "save:q,k,v,o,down", (1, "save:q,k,v,attention,gate,up")),
 }
 
 _RUN_MAXTEXT = """
