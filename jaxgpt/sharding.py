@@ -67,11 +67,15 @@ def fitting_spec(mesh, shape, axes):
               for axis, size in zip(axes, shape, strict=True))
 
 
+def mesh_axes(axis):
+  """The mesh axes that a dimension of a logical axis (or None) is cut over, as a tuple."""
+  names = RULES[axis] if axis else None
+  return (names,) if isinstance(names, str) else names or ()
+
+
 def num_shards(mesh, axis):
   """Parts that a dimension of a logical axis (or None) is cut into."""
-  names = RULES[axis] if axis else None
-  names = (names,) if isinstance(names, str) else names or ()
-  return math.prod(mesh.shape[name] for name in names)
+  return math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
 def is_axes(x):

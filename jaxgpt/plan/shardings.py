@@ -66,9 +66,7 @@ def cut(array, sizes):
   """
   out = []
   for axis, size in array.dims:
-    names = sharding.RULES[axis] if axis else ()
-    names = (names,) if isinstance(names, str) else names or ()
-    names = tuple(name for name in names if sizes[name] > 1)
+    names = tuple(name for name in sharding.mesh_axes(axis) if sizes[name] > 1)
     parts = math.prod(sizes[name] for name in names)
     out.append(Cut(names, parts) if size % parts == 0 else Cut((), 1))
   return out
