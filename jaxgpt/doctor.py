@@ -13,6 +13,7 @@ from etils import epath
 
 from jaxgpt import config, loop, machine, train_step, workdir
 from jaxgpt import mesh as mesh_lib
+from jaxgpt import parts as parts_lib
 from jaxgpt.data import pipeline, stream
 from jaxgpt.machine import OK, PROBLEM, WARNING, Finding, size_text, tried, within
 from jaxgpt.text import shards
@@ -121,7 +122,7 @@ def model(found, step):
     mesh = mesh_lib.make(c.mesh)
     mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
-    return mesh, loop.build(c, mesh)
+    return mesh, parts_lib.build(c, mesh)
 
   both, finding = tried("mesh", build)
   if finding:

@@ -8,76 +8,30 @@ import contextlib
 import itertools
 import json
 import signal
-from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 from etils import epath
 
 from jaxgpt import (
   checkpoint,
-  checks,
   config,
   distributed,
   evaluate,
   initial,
-  objectives,
-  optim,
   programs,
-  schedules,
   sharding,
   stop_signal,
   timer,
   train_step,
-  tree,
 )
 from jaxgpt import mesh as mesh_lib
 from jaxgpt import metrics as metrics_lib
+from jaxgpt import parts as parts_lib
 from jaxgpt import workdir as workdir_lib
 from jaxgpt import writers as writers_lib
 from jaxgpt.data import masking, pipeline, stream
 from jaxgpt.errors import UserError
-from jaxgpt.model import attention, remat, stacks, transformer
 from jaxgpt.text import tokenizer as tokenizer_lib
-
-
-class Parts(NamedTuple):
-  """What a config and a mesh determine, before any number is computed."""
-  model: transformer.Transformer
-  objective: Any
-  tx: Any
-  schedule: Any
-  state: Any  # shapes and shardings
-
-
-def build(c, mesh):
-  """The model, its objective and optimizer, and the shape of the state on the mesh.
-
-  Args:
-    c: a resolved config.
-    mesh: the device mesh.
-
-  Raises:
-    UserError: the mesh does not divide a parameter, the rows or the layers, or a pattern of
-      parameters matches none.
-  """
-  fields = c.model.copy_and_resolve_references()
-  fields.attention = attention.choose(
-      fields.attention, mesh.devices.flat[0].platform, length=c.data.seq_len, dtype=fields.dtype,
-      softcap=fields.attn_softcap)
-  mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
-  if checks.kept(fields.remat)[1]:
-    mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
-  model = transformer.Transformer(ml_collections.FrozenConfigDict(fields),
-                                  stacks.pipeline_of(c, mesh.shape))
-  schedule = schedules.make(c.schedule, c.train.steps)
-  shapes, axes = transformer.abstract(model)
-  trained = optim.trained(c.optim, axes)
-  select = lambda named, is_leaf=None: tree.split(named, trained, is_leaf)[0]
-  tx = optim.make(c.optim, schedule, select(axes, sharding.is_axes),
-                  select(transformer.depths(c.model, shapes)))
-  return Parts(model, objectives.make(model, c.objective), tx, schedule,
-               train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh))
 
 
 def load_tokenizer_and_config(c):
@@ -206,7 +160,7 @@ def train(c, folder, origin):
                              data.files_digest, "point data.stream at the same files on all hosts")
       if distributed.is_first():
         print("\n".join(data.describe(sharding.host_slice(mesh)[1])), flush=True)
-    parts = build(c, mesh)
+    parts = parts_lib.build(c, mesh)
     _enter(folder, c, origin, mesh, data.digest, tokenizer)
     checkpoints = checkpoint.Checkpoints(folder / workdir_lib.CHECKPOINTS, c.checkpoint.keep,
                                          c.checkpoint.keep_every)

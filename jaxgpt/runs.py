@@ -9,6 +9,7 @@ from etils import epath
 
 from jaxgpt import checkpoint, config, evaluate, generate, initial, loop, tree, workdir
 from jaxgpt import mesh as mesh_lib
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 from jaxgpt.text import tokenizer as tokenizer_lib
 
@@ -16,7 +17,7 @@ from jaxgpt.text import tokenizer as tokenizer_lib
 class Run(NamedTuple):
   """What is needed to use a trained model."""
   c: ml_collections.ConfigDict
-  parts: loop.Parts
+  parts: parts_lib.Parts
   mesh: jax.sharding.Mesh
   params: Any
   step: int
@@ -62,7 +63,7 @@ def place(c):
   for section in (*own, config.base().mesh, copies):
     try:
       mesh = mesh_lib.make(section)
-      return mesh, loop.build(c, mesh)
+      return mesh, parts_lib.build(c, mesh)
     except UserError:
       if section is copies:
         raise

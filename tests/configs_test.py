@@ -6,7 +6,8 @@ import jax
 import ml_collections
 import pytest
 
-from jaxgpt import config, loop, mesh, tree
+from jaxgpt import config, mesh, tree
+from jaxgpt import parts as parts_lib
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer)
@@ -30,7 +31,7 @@ def test_a_config_builds_and_has_its_size(name):
   c = config.resolve(c, vocab_size)
   sizes = mesh.axis_sizes(c.mesh, 8)
   mesh.check_batch(sizes, c.data.batch_size, c.optim.accumulate)
-  parts = loop.build(c, mesh.make(c.mesh))
+  parts = parts_lib.build(c, mesh.make(c.mesh))
   assert tree.count(parts.state["params"]) == count
   batch = jax.ShapeDtypeStruct((8, c.data.seq_len), "int32")
   logits = jax.eval_shape(lambda p, t: parts.model.apply({"params": p}, t, t).logits,

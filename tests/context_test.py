@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import evaluate, loop, mesh, train_step
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 from tests.train_step_test import TOLERANCE, start, trajectory
 
@@ -44,7 +45,7 @@ def test_evaluation_and_the_model_alone_do_not_know_of_the_order(tiny):
   for seq in (1, 4):
     c = loop.load_tokenizer_and_config(tiny(mesh__data=1, mesh__seq=seq))[1]
     made = mesh.make(c.mesh, jax.devices()[:seq])
-    parts = loop.build(c, made)
+    parts = parts_lib.build(c, made)
     batch = loop.split_batches(c, "train").batch(0)
     with jax.set_mesh(made):
       state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)

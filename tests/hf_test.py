@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config, exchange, initial, loop, runs
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 from jaxgpt.hf import parity
 
@@ -276,7 +277,7 @@ def test_starting_from_part_of_a_model(llama, tmp_path, corpus, capsys):
   for source in (tmp_path / "run", llama[0]):
     c = train_config(run, corpus, source)
     c.model.update(dict(tie_embeddings=True, bias=True))
-    given = initial.load(source, config.resolve(c).model, loop.build(
+    given = initial.load(source, config.resolve(c).model, parts_lib.build(
         config.resolve(c), run.mesh).state["params"])
     assert "layers/attn/o_bias" in given.report["initialized"]
     assert given.report["left"] in (["head"], ["lm_head.weight"])
@@ -284,7 +285,7 @@ def test_starting_from_part_of_a_model(llama, tmp_path, corpus, capsys):
     np.testing.assert_array_equal(given.params["embed"], run.params["embed"])
   c.model.width = 64
   with pytest.raises(UserError, match="of the wrong shape"):
-    initial.load(llama[0], config.resolve(c).model, loop.build(
+    initial.load(llama[0], config.resolve(c).model, parts_lib.build(
         config.resolve(c), run.mesh).state["params"])
 
 

@@ -20,6 +20,7 @@ from jaxgpt import (
   workdir,
   writers,
 )
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 
 TIMES = ("tokens_per_second", "step_time", "input_wait")
@@ -259,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, t
   metrics = json.loads((where / "metrics.json").read_text())
   assert not np.isfinite([metrics[k] for k in ("loss", "grad_norm", "param_norm")]).all()
   mesh = loop.mesh_lib.make(resolved.mesh)
-  state, _ = checkpoint.Checkpoints(where / "state").restore(loop.build(resolved, mesh).state)
+  state, _ = checkpoint.Checkpoints(where / "state").restore(parts_lib.build(resolved, mesh).state)
   assert int(state["step"]) == step
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
 
@@ -280,7 +281,7 @@ def test_a_saved_state_is_not_touched_by_the_steps_that_go_on_meanwhile(tiny, tm
   """The save is asynchronous and the state is donated: on disk is still what was saved."""
   _, c = loop.load_tokenizer_and_config(tiny(model__width=256, model__mlp_width=2048))
   mesh = loop.mesh_lib.make(c.mesh)
-  parts, data = loop.build(c, mesh), loop.split_batches(c, "train")
+  parts, data = parts_lib.build(c, mesh), loop.split_batches(c, "train")
   with jax.set_mesh(mesh):
     state = loop.train_step.first_state(parts.model, parts.tx, 0, parts.state)
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}

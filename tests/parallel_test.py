@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxgpt import config, loop, train_step
 from jaxgpt import mesh as mesh_lib
+from jaxgpt import parts as parts_lib
 from tests.mesh_test import Chip
 
 STEPS, ROWS, LENGTH, VOCABULARY = 5, 8, 16, 32
@@ -56,7 +57,7 @@ def batch(step):
 
 def trajectory(c, mesh):
   """[(loss, gradient norm)] of the first steps."""
-  parts = loop.build(c, mesh)
+  parts = parts_lib.build(c, mesh)
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch(0))
   compiled = train_step.compile(step, parts.state, shapes, mesh)

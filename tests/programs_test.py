@@ -5,8 +5,9 @@ import json
 import jax
 import pytest
 
-from jaxgpt import cli, config, loop, programs, train_step
+from jaxgpt import cli, config, programs, train_step
 from jaxgpt import mesh as mesh_lib
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 from jaxgpt.plan import lower
 
@@ -61,7 +62,7 @@ def load(path, step, *flags):
   """What `programs.load` says for a config with these flags; nothing is compiled."""
   c = lower.resolve(config.load(path, flags)[0])
   mesh = mesh_lib.make(c.mesh)
-  parts = loop.build(c, mesh)
+  parts = parts_lib.build(c, mesh)
   made = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   lowered = train_step.lower(made, parts.state, lower.batch_shapes(c), mesh)
   return programs.load(str(step), lowered, mesh, c.mesh.compiler_options)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxgpt import config, loop, sharding, train_step, tree
 from jaxgpt import mesh as mesh_lib
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
 
@@ -22,7 +23,7 @@ def start(c):
   _, c = loop.load_tokenizer_and_config(c)
   sizes = [c.mesh[axis] for axis in config.MESH_AXES if c.mesh[axis] > 0]
   mesh = mesh_lib.make(c.mesh, jax.devices()[:int(np.prod(sizes))])
-  parts = loop.build(c, mesh)
+  parts = parts_lib.build(c, mesh)
   data = loop.split_batches(c, "train")
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
@@ -198,7 +199,7 @@ def test_gradients_leave_the_matmuls_in_float32_where_it_is_asked_for(tiny, chun
              objective__loss_chunk=chunk, **fields)
     c.model.update(tie_embeddings=False)
     _, c = loop.load_tokenizer_and_config(c)
-    parts = loop.build(c, mesh_lib.make(c.mesh, jax.devices()[:1]))
+    parts = parts_lib.build(c, mesh_lib.make(c.mesh, jax.devices()[:1]))
     batch = jax.tree.map(jnp.asarray, loop.split_batches(c, "train").batch(0))
     params = transformer.init(parts.model, jax.random.key(0))
     grads = jax.jit(jax.grad(lambda p: parts.objective(p, None, batch, None)[0]))(params)

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxgpt import compiler, config, loop, train_step
+from jaxgpt import compiler, config, train_step
 from jaxgpt import mesh as mesh_lib
+from jaxgpt import parts as parts_lib
 from jaxgpt.data import layouts
 from jaxgpt.errors import UserError
 from jaxgpt.plan import topology as topology_lib
@@ -131,7 +132,7 @@ def compile_step(c, topology, anew=False):
   """
   mesh = topology_lib.mesh(c.mesh, topology)
   mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
-  parts = loop.build(c, mesh)
+  parts = parts_lib.build(c, mesh)
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   batch = batch_shapes(c)
   began = time.monotonic()

@@ -7,6 +7,7 @@ import pytest
 
 from jaxgpt import config, loop, train_step
 from jaxgpt import mesh as mesh_lib
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 from jaxgpt.model import quantized
 
@@ -49,7 +50,7 @@ def test_products_are_made_of_eight_bits(gradients, want):
 def losses(c, steps=20):
   _, c = loop.load_tokenizer_and_config(c)
   mesh = mesh_lib.make(c.mesh, jax.devices()[:2])
-  parts, data = loop.build(c, mesh), loop.split_batches(c, "train")
+  parts, data = parts_lib.build(c, mesh), loop.split_batches(c, "train")
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   compiled = train_step.compile(step, parts.state, shapes, mesh)

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import config, loop, mesh, sharding, train_step
+from jaxgpt import config, mesh, sharding, train_step
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 from jaxgpt.plan import command, cost, golden, hlo, lower
 
@@ -63,7 +64,7 @@ def test_of_another_compiler_all_bytes_are_compared(tmp_path, capsys, monkeypatc
 def budget_on_pretended_devices(axis):
   c = lower.resolve(config.load(*plan_of(axis))[0])
   where = mesh.make(c.mesh, jax.devices()[:4])
-  parts = loop.build(c, where)
+  parts = parts_lib.build(c, where)
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   compiled = train_step.compile(step, parts.state, lower.batch_shapes(c), where)
   found = cost.of_program(hlo.parse(compiled.as_text())).collectives

@@ -4,7 +4,8 @@ import math
 import jax
 import pytest
 
-from jaxgpt import compiler, config, loop, mesh, metrics
+from jaxgpt import compiler, config, mesh, metrics
+from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
 from jaxgpt.plan import (
   chips,
@@ -79,7 +80,7 @@ def test_shapes_of_the_batch_are_those_of_the_data():
 def test_memory_of_a_step_on_pretended_devices():
   c = lower.resolve(config.load(LLAMA, SMALL)[0])
   where = mesh.make(c.mesh)
-  parts = loop.build(c, where)
+  parts = parts_lib.build(c, where)
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(parts.state["params"]))
   small = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(parts.state["params"])
                   if len(x.shape) == 1 or x.shape[-1] == x.shape[0])

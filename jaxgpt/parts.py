@@ -1,0 +1,48 @@
+"""What a config and a mesh determine, before any number is computed: the parts of a train step."""
+
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from jaxgpt import checks, objectives, optim, schedules, sharding, train_step, tree
+from jaxgpt import mesh as mesh_lib
+from jaxgpt.model import attention, remat, stacks, transformer
+
+
+class Parts(NamedTuple):
+  """A model and what trains it."""
+  model: transformer.Transformer
+  objective: Any
+  tx: Any
+  schedule: Any
+  state: Any  # shapes and shardings
+
+
+def build(c, mesh):
+  """The model, its objective and optimizer, and the shape of the state on the mesh.
+
+  Args:
+    c: a resolved config.
+    mesh: the device mesh.
+
+  Raises:
+    UserError: the mesh does not divide a parameter, the rows or the layers, or a pattern of
+      parameters matches none.
+  """
+  fields = c.model.copy_and_resolve_references()
+  fields.attention = attention.choose(
+      fields.attention, mesh.devices.flat[0].platform, length=c.data.seq_len, dtype=fields.dtype,
+      softcap=fields.attn_softcap)
+  mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
+  if checks.kept(fields.remat)[1]:
+    mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(fields),
+                                  stacks.pipeline_of(c, mesh.shape))
+  schedule = schedules.make(c.schedule, c.train.steps)
+  shapes, axes = transformer.abstract(model)
+  trained = optim.trained(c.optim, axes)
+  select = lambda named, is_leaf=None: tree.split(named, trained, is_leaf)[0]
+  tx = optim.make(c.optim, schedule, select(axes, sharding.is_axes),
+                  select(transformer.depths(c.model, shapes)))
+  return Parts(model, objectives.make(model, c.objective), tx, schedule,
+               train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh))
