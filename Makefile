@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 EXTRAS ?= test
 export JAX_PLATFORMS ?= cpu
 
+# Tests in two processes: each compiles on a core of its own.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
 PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_search.py plan_maxtext.py)
 
 .PHONY: demo test test-all lint bench bench-plan docs clean
@@ -13,10 +15,10 @@ demo: $(VENV)/installed
 	$(BIN)/jaxgpt demo
 
 test: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
