@@ -22,6 +22,9 @@ _LANES = 128  # of a TPU's vector registers: the last dimension is padded to the
 _DOTS = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 _MATMUL_RATE = 0.85  # share of the peak that matmuls reach
 _OTHER_SHARE = 0.12  # time of what is no matmul, as a share of the matmuls'
+# How often a hop of a ring reads or writes something of the size of its queries, or of its keys and
+# values, in float32: measured where those are equal (Llama-2-7B, v5e, rows cut by 2 and by 4).
+_RING_PASSES = 27
 
 
 class Buffer(NamedTuple):
@@ -252,6 +255,10 @@ def seconds(c, sizes, counts, topology):
   # Logits are written once, and read and written again on the way back.
   passes = 4 * 4 * tokens * m.vocab_size / s.tensor if head else 0
   other = matmul * _OTHER_SHARE * (1 if s.tensor == 1 else 1.3) + passes / chip.hbm_bandwidth
+  if sizes["seq"] > 1:  # the parts of the output are added up, and so are those of the gradients
+    widths = _widths(m)
+    each = 4 * (widths["q"] + widths["k"] + widths["v"]) / s.tensor * tokens * m.num_layers
+    other += (sizes["seq"] - 1) * _RING_PASSES * each / chip.hbm_bandwidth
   held = counts.held(sizes)
   gathered = held * sizes["fsdp"] * wide * (sizes["fsdp"] > 1)
   times = c.optim.accumulate * (pipe.ticks if pipe else 1)  # a stage gathers its layers for each tick
