@@ -32,6 +32,25 @@ CHOICES = {
 REMAT = ("none", "full", "dots", "save_qkv", "save_attention")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # what model.remat='save:…' names
 
+FIXED_RULES = {  # rows of the table of logical axes that code is written for: (mesh axes, by what)
+    # Of the batch, where all stages do the same; within the layers, where a stage has its own.
+    "rows": (("data", "fsdp", "expert", "stage"), "the readers of batches"),
+    "batch": (("data", "fsdp", "expert"), "the pipeline"),
+    "stages": (("stage",), "the pipeline"),
+    "layers": (("stage",), "the pipeline"),
+    "length": (("seq",), "the ring of context parallelism"),
+}
+_ACTIVATIONS = {  # what each is cut by, for which mesh axes no two rows may share
+    "what goes between the blocks": ("rows", "residual_length", "act_embed"),
+    "what the head reads": ("rows", "length", "act_embed"),
+    "the logits": ("rows", "length", "act_vocab"),
+    "the gathered embeddings": ("act_vocab", "act_embed"),
+    "the heads": ("rows", "length", "act_heads"),
+    "the MLP's columns": ("rows", "length", "act_mlp"),
+    "what the experts read": ("stages", "expert_batch", "experts", "act_embed"),
+    "the experts' columns": ("stages", "expert_batch", "experts", "act_mlp"),
+}
+
 PATTERNS = {  # keys whose value is a tuple of these
     "model.attention_pattern": ("global", "local", "nope"),
     "model.mlp_pattern": ("dense", "moe"),
@@ -121,6 +140,51 @@ def _remat(value):
     raise UserError(f"model.remat={value!r}: {nearest(value, REMAT)}choose one of "
                     f"{', '.join(REMAT)}, or save: and some of {','.join(SAVED)}, each once, such as "
                     "'save:q,k,v,attention', or offload: and such names, or 'save:gate,up+offload:q'")
+
+
+def mesh_axes_of(rule):
+  """The mesh axes of a value of `mesh.rules`, ('fsdp', 'tensor') of 'fsdp,tensor', () of 'none'."""
+  return () if rule == "none" else tuple(rule.split(","))
+
+
+def rules(section, mesh_axes):
+  """Raises a UserError where a row of `mesh.rules` is none, or cuts an activation twice by one axis.
+
+  Args:
+    section: the config's `mesh.rules`.
+    mesh_axes: names of all mesh axes.
+  """
+  table = {axis: names for axis, (names, _) in FIXED_RULES.items()}
+  for axis, rule in section.items():
+    table[axis] = names = mesh_axes_of(rule)
+    unknown = [name for name in names if name not in mesh_axes]
+    if unknown:
+      raise UserError(f"mesh.rules.{axis}={rule!r}: no mesh axis {unknown[0]!r}; "
+                      f"{nearest(unknown[0], mesh_axes)}give some of {', '.join(mesh_axes)} joined "
+                      "by commas, or none")
+    cut_once(table, (axis,), "a dimension")
+  for what, axes in _ACTIVATIONS.items():
+    cut_once(table, axes, what)
+
+
+def cut_once(table, axes, what):
+  """Raises a UserError where a mesh axis cuts two dimensions of an array, or one of them twice.
+
+  Args:
+    table: {logical axis: mesh axes}.
+    axes: the array's logical axes, or None.
+    what: it is, for the message.
+  """
+  seen = {}
+  for axis in filter(None, axes):
+    for name in table[axis]:
+      if name in seen:
+        ours = [a for a in dict.fromkeys((axis, seen[name])) if a not in FIXED_RULES]
+        rows = " and ".join(f"mesh.rules.{a}={','.join(table[a])!r}" for a in ours)
+        fixed = "" if seen[name] in ours else f" (its {seen[name]!r} always is)"
+        raise UserError(f"{rows}: {what} would be cut by the mesh axis {name!r} twice{fixed}; "
+                        f"take {name!r} out of mesh.rules.{ours[0]}, or name another mesh axis")
+      seen[name] = axis
 
 
 def _weights(flat):

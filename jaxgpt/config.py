@@ -114,6 +114,29 @@ def _run(c):
   h.stage_repeats = 1  # times that a part goes round the stages, with so many times fewer layers a turn: less waiting, more messages
   h.compiled_step = ""  # file from `jaxgpt plan --save`: a start loads the step in place of compiling it, if it is the same
   h.compiler_options = ()  # XLA options of the train step as "name=value", before those that jaxgpt/compiler.py has for the chip
+  _rules(h)
+
+
+def _rules(h):
+  h.rules = u = ml_collections.ConfigDict()
+  u.vocab = "tensor"  # parameters: the rows of the vocabulary. Each value: mesh axes that cut it, joined by commas, or none
+  u.positions = "none"  # parameters: learned positions, types of tokens
+  u.embed = "fsdp"  # parameters: the residual stream's dimension
+  u.mlp = "tensor"  # parameters: columns of MLPs and experts
+  u.heads = "tensor"  # parameters: query heads
+  u.kv_heads = "tensor"  # parameters: key/value heads
+  u.head_dim = "none"  # parameters: entries of a head
+  u.norm = "none"  # parameters: scales of norms, biases of the residual stream
+  u.experts = "expert"  # parameters and activations: experts
+  u.router = "none"  # parameters: a router's columns
+  u.rank = "none"  # parameters: LoRA's and latent attention's ranks
+  u.labels = "none"  # parameters: a classifier's classes
+  u.residual_length = "seq,tensor"  # activations between the blocks: tokens of a row
+  u.expert_batch = "data,fsdp"  # activations: rows that were sent to the experts
+  u.act_embed = "none"  # activations: the residual stream's dimension
+  u.act_mlp = "tensor"  # activations: columns of MLPs and experts
+  u.act_heads = "tensor"  # activations: heads, of queries, keys and values alike
+  u.act_vocab = "tensor"  # activations: the vocabulary, of logits and of embeddings that are looked up
 
 
 def _model(c):
@@ -279,6 +302,11 @@ def load(path, overrides=()):
   flat = flatten(base())
   for item in overrides:
     key = _overridden(item)
+    row = key.removeprefix("mesh.rules.")
+    if row != key and row in checks.FIXED_RULES:
+      names, by = checks.FIXED_RULES[row]
+      raise UserError(f"--config.{key} cannot be set: {by} is written for {row!r} over "
+                      f"{' x '.join(f'mesh.{name}' for name in names)}; set the sizes of these")
     if key not in flat and not any(k.startswith(key + ".") for k in flat):
       raise UserError(f"unknown config key --config.{key}; {checks.nearest(key, flat)}"
                       "docs/config.md lists them all")
@@ -370,6 +398,7 @@ def resolve(c, vocab_size=None):
       (c.eval, "batch_size", lambda: c.data.batch_size),
   ]
   checks.values(flatten(c))
+  checks.rules(c.mesh.rules, MESH_AXES)
   if m.head_dim is None and m.width % m.num_heads:
     raise UserError(f"model.num_heads={m.num_heads} does not divide model.width={m.width}; "
                     "choose a divisor, or set model.head_dim")

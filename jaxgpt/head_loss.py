@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import sharding
+from jaxgpt.sharding import Rules, part, without
 
 
 class Terms(NamedTuple):
@@ -26,11 +26,13 @@ class Terms(NamedTuple):
     softcap: of the logits, or None.
     z_loss: weight of log(Z)^2.
     wide_gradient: whether the weight's gradient is summed over devices in float32.
+    rules: how the mesh cuts tokens and the weight.
   """
   chunk: int
   softcap: float | None
   z_loss: float
   wide_gradient: bool
+  rules: Rules
 
 
 class _Axes(NamedTuple):
@@ -77,8 +79,10 @@ def _on_mesh(x_BTD, w_DV, bias_V, targets_BT, weights_BT, terms, with_gradients)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return local(x_BTD, w_DV, bias_V, targets_BT, weights_BT, axes=_Axes())
-  tokens = sharding.fitting_spec(mesh, targets_BT.shape, ("rows", "length"))
-  weight = sharding.spec(("embed", "vocab"))
+  tokens = terms.rules.fitting_spec(mesh, targets_BT.shape, ("rows", "length"))
+  # Devices with other tokens have nothing to add up: over their axes the vocabulary is gathered.
+  vocab = without(terms.rules.mesh_axes("vocab"), tokens)
+  weight = P(part(terms.rules.mesh_axes("embed")), part(vocab))
   bias = None if bias_V is None else P(weight[1])
   x = P(*tokens, None)
   local = functools.partial(local, axes=_Axes(_names(tokens), *(_names([a]) for a in weight)))

@@ -9,13 +9,14 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jaxgpt.checks import FIXED_RULES
 from jaxgpt.config import MESH_AXES
 from jaxgpt.errors import UserError
 
 # glibc's mallopt (malloc.h): one arena, nothing mapped on its own, nothing trimmed.
 _MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-_ROWS = ("data", "fsdp", "expert", "stage")  # axes that share a batch's rows
+_ROWS = FIXED_RULES["rows"][0]  # axes that share a batch's rows
 
 
 def axis_sizes(c_mesh, num_devices):

@@ -72,7 +72,7 @@ def language_model(model, c_objective):
     weights_BT = batch["loss_weights"]
     if c_objective.loss_chunk:
       terms = head_loss.Terms(c_objective.loss_chunk, model.cfg.logit_softcap, c_objective.z_loss,
-                              model.cfg.grad_dtype == "float32")
+                              model.cfg.grad_dtype == "float32", model.rules)
       project = lambda x, w, bias: head_loss.loss_sums(x, w, bias, batch["targets"], weights_BT,
                                                        terms)
       out = _apply(model, params, frozen, batch, key, project)

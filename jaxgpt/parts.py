@@ -6,6 +6,7 @@ import ml_collections
 
 from jaxgpt import checks, objectives, optim, schedules, sharding, train_step, tree
 from jaxgpt import mesh as mesh_lib
+from jaxgpt.errors import UserError
 from jaxgpt.model import attention, remat, stacks, transformer
 
 
@@ -26,7 +27,7 @@ def build(c, mesh):
     mesh: the device mesh.
 
   Raises:
-    UserError: the mesh does not divide a parameter, the rows or the layers, or a pattern of
+    UserError: the mesh does not divide a parameter, the rows, heads or the layers, or a pattern of
       parameters matches none.
   """
   fields = c.model.copy_and_resolve_references()
@@ -37,12 +38,24 @@ def build(c, mesh):
   if checks.kept(fields.remat)[1]:
     mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
   model = transformer.Transformer(ml_collections.FrozenConfigDict(fields),
-                                  stacks.pipeline_of(c, mesh.shape))
+                                  stacks.pipeline_of(c, mesh.shape), sharding.rules(c.mesh))
   schedule = schedules.make(c.schedule, c.train.steps)
   shapes, axes = transformer.abstract(model)
   trained = optim.trained(c.optim, axes)
   select = lambda named, is_leaf=None: tree.split(named, trained, is_leaf)[0]
   tx = optim.make(c.optim, schedule, select(axes, sharding.is_axes),
                   select(transformer.depths(c.model, shapes)))
-  return Parts(model, objectives.make(model, c.objective), tx, schedule,
-               train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh))
+  state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh)
+  _check_heads(model, mesh)
+  return Parts(model, objectives.make(model, c.objective), tx, schedule, state)
+
+
+def _check_heads(model, mesh):
+  """Raises a UserError where devices would not have the key/value heads that their queries read."""
+  shards = model.rules.num_shards(mesh, "act_heads")
+  for key in ("num_heads", "num_kv_heads"):
+    if model.cfg[key] % shards:
+      axes = model.rules.mesh_axes("act_heads")
+      sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+      raise UserError(f"{sizes} does not divide model.{key}={model.cfg[key]}, and "
+                      f"mesh.rules.act_heads={','.join(axes)!r} cuts heads so; set it to none")

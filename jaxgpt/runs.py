@@ -63,7 +63,9 @@ def place(c):
   for section in (*own, config.base().mesh, copies):
     try:
       mesh = mesh_lib.make(section)
-      return mesh, parts_lib.build(c, mesh)
+      here = c.copy_and_resolve_references()
+      here.mesh.update(section)
+      return mesh, parts_lib.build(here, mesh)
     except UserError:
       if section is copies:
         raise

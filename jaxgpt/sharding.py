@@ -1,81 +1,86 @@
 """From logical axes to the mesh: one table, read for parameters and activations alike.
 
 A parameter is declared once with its logical axes, in `model`. The tree of those axes decides how
-it is sharded, whether it decays and whether Muon treats it as a matrix.
+it is sharded, whether it decays and whether Muon treats it as a matrix. The table is the config's
+`mesh.rules`, and `checks.FIXED_RULES`, which no config may change.
 """
 
+import dataclasses
 import math
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import tree
+from jaxgpt import checks, config, tree
 from jaxgpt.errors import UserError
 
-RULES = {
-    # Parameters.
-    "vocab": "tensor",
-    "positions": None,
-    "embed": "fsdp",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "norm": None,
-    "experts": "expert",
-    "router": None,
-    "rank": None,
-    "labels": None,
-    "layers": "stage",
-    # Activations and batches.
-    "rows": ("data", "fsdp", "expert", "stage"),  # of the batch, where all stages do the same
-    "batch": ("data", "fsdp", "expert"),  # rows within the layers, where a stage has its own
-    "stages": "stage",
-    "length": "seq",
-    "residual_length": ("seq", "tensor"),  # between the blocks, where no head and no column is
-    "expert_batch": ("data", "fsdp"),  # rows that were sent to the experts
-    "act_embed": None,
-    "act_mlp": "tensor",
-    "act_heads": "tensor",
-    "act_vocab": "tensor",
-}
 
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """The table, as a value that a model carries.
 
-def spec(axes):
-  """PartitionSpec of a tuple of logical axes (None: not sharded)."""
-  return P(*(RULES[axis] if axis else None for axis in axes))
-
-
-def constrain(x, *axes):
-  """Pins an activation to the mesh that `jax.set_mesh` has set; without a mesh, `x` as it is.
-
-  Args:
-    x: an array.
-    *axes: a logical axis for each of its dimensions, or None. A dimension that the mesh does not
-      divide, such as the one token of a decoding step, stays whole.
+  Attributes:
+    table: ((logical axis, mesh axes that cut it), …).
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return x
-  return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, x.shape, axes))
+  table: tuple
+
+  def mesh_axes(self, axis):
+    """The mesh axes that a dimension of a logical axis (or None) is cut over, as a tuple."""
+    return dict(self.table)[axis] if axis else ()
+
+  def num_shards(self, mesh, axis):
+    """Parts that a dimension of a logical axis (or None) is cut into."""
+    return math.prod(mesh.shape[name] for name in self.mesh_axes(axis))
+
+  def spec(self, axes):
+    """PartitionSpec of a tuple of logical axes (None: not sharded)."""
+    return P(*(part(self.mesh_axes(axis)) for axis in axes))
+
+  def fitting_spec(self, mesh, shape, axes):
+    """As `spec`, but a dimension that the mesh does not divide stays whole."""
+    return self.spec(axis if size % self.num_shards(mesh, axis) == 0 else None
+                     for axis, size in zip(axes, shape, strict=True))
+
+  def constrain(self, x, *axes):
+    """Pins an activation to the mesh that `jax.set_mesh` has set; without a mesh, `x` as it is.
+
+    Args:
+      x: an array.
+      *axes: a logical axis for each of its dimensions, or None. A dimension that the mesh does not
+        divide, such as the one token of a decoding step, stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+      return x
+    return jax.lax.with_sharding_constraint(x, self.fitting_spec(mesh, x.shape, axes))
+
+  def check(self, name, axes):
+    """Raises a UserError where a mesh axis would cut a parameter of these logical axes twice."""
+    checks.cut_once(dict(self.table), axes, f"parameter {name}")
 
 
-def fitting_spec(mesh, shape, axes):
-  """As `spec`, but a dimension that the mesh does not divide stays whole."""
-  return spec(axis if size % num_shards(mesh, axis) == 0 else None
-              for axis, size in zip(axes, shape, strict=True))
+def part(names):
+  """Mesh axes, a tuple, as an entry of a PartitionSpec."""
+  return names[0] if len(names) == 1 else names or None
 
 
-def mesh_axes(axis):
-  """The mesh axes that a dimension of a logical axis (or None) is cut over, as a tuple."""
-  names = RULES[axis] if axis else None
-  return (names,) if isinstance(names, str) else names or ()
+def without(names, spec):
+  """Those of some mesh axes that a PartitionSpec does not name."""
+  named = {name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())}
+  return tuple(name for name in names if name not in named)
 
 
-def num_shards(mesh, axis):
-  """Parts that a dimension of a logical axis (or None) is cut into."""
-  return math.prod(mesh.shape[name] for name in mesh_axes(axis))
+FIXED = Rules(tuple((axis, names) for axis, (names, _) in checks.FIXED_RULES.items()))
+
+
+def rules(c_mesh):
+  """The `Rules` of the config's `mesh` section."""
+  own = ((axis, checks.mesh_axes_of(rule)) for axis, rule in c_mesh.rules.items())
+  return Rules((*FIXED.table, *own))
+
+
+DEFAULT = rules(config.base().mesh)
 
 
 def is_axes(x):
@@ -89,24 +94,27 @@ def is_weight(axes):
   return ("embed" in inner or "rank" in inner) and len(inner) > 1
 
 
-def params_shardings(axes, shapes, mesh):
+def params_shardings(axes, shapes, mesh, rules):
   """NamedShardings for a tree of parameters.
 
   Args:
     axes: tree of tuples of logical axes.
     shapes: the same tree of `ShapeDtypeStruct`s.
     mesh: the device mesh.
+    rules: a `Rules`.
 
   Raises:
-    UserError: a mesh axis does not divide the dimension that it shards. Only `stage` may: stacks
-      of a few layers, which are no part of a pipeline, are whole on each.
+    UserError: a mesh axis does not divide the dimension that it shards, which only `stage` may
+      (stacks of a few layers, which are no part of a pipeline, are whole on each), or cuts two.
   """
   def one(name, names, shape):
+    rules.check(name, names)
     for axis, size in zip(names, shape.shape, strict=True):
-      if axis != "layers" and size % num_shards(mesh, axis):
-        raise UserError(f"mesh.{RULES[axis]}={num_shards(mesh, axis)} does not divide dimension "
-                        f"{axis!r} = {size} of parameter {name}")
-    return NamedSharding(mesh, fitting_spec(mesh, shape.shape, names))
+      shards = rules.num_shards(mesh, axis)
+      if axis != "layers" and size % shards:
+        cut = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in rules.mesh_axes(axis))
+        raise UserError(f"{cut} does not divide dimension {axis!r} = {size} of parameter {name}")
+    return NamedSharding(mesh, rules.fitting_spec(mesh, shape.shape, names))
 
   return tree.map_named(one, axes, shapes, is_leaf=is_axes)
 
@@ -138,7 +146,7 @@ def like_params(state_shapes, params_shapes, shardings, mesh):
 
 def batch_sharding(mesh):
   """NamedSharding of a batch's arrays: rows over the data shards, whatever follows kept whole."""
-  return NamedSharding(mesh, spec(("rows",)))
+  return NamedSharding(mesh, FIXED.spec(("rows",)))
 
 
 def host_slice(mesh, process=None):
@@ -157,17 +165,16 @@ def host_slice(mesh, process=None):
   """
   process = jax.process_index() if process is None else process
   rows = batch_sharding(mesh)
-  shards = math.prod(mesh.shape[axis] for axis in RULES["rows"])
+  shards = FIXED.num_shards(mesh, "rows")
   held = {}
   for device, (part,) in rows.devices_indices_map((shards,)).items():
     held.setdefault(device.process_index, set()).add(part.indices(shards)[0])
   parts = sorted({tuple(sorted(numbers)) for numbers in held.values()})
   if len({len(p) for p in parts}) != 1 or sum(len(p) for p in parts) != shards:
-    axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in RULES["rows"])
+    axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in FIXED.mesh_axes("rows"))
     raise UserError(f"{axes} cut the batch so that the {len(held)} processes hold unequal parts of "
                     "it; choose sizes whose product is a multiple or a divisor of their number")
   return parts.index(tuple(sorted(held[process]))), len(parts)
-
 
 
 def global_array(rows, part, count):

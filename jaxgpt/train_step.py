@@ -74,11 +74,11 @@ def abstract_state(model, tx, ema, trained, mesh):
     A tree of `ShapeDtypeStruct`s with NamedShardings on `mesh`: what a checkpoint is restored to.
 
   Raises:
-    UserError: the mesh does not divide a parameter.
+    UserError: the mesh does not divide a parameter, or cuts it twice by one axis.
   """
   shapes = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0), ema, trained))
   params, axes = transformer.abstract(model)
-  of_params = sharding.params_shardings(axes, params, mesh)
+  of_params = sharding.params_shardings(axes, params, mesh, model.rules)
   of_state = sharding.like_params(shapes, params, of_params, mesh)
   return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
                       shapes, of_state)
@@ -165,7 +165,8 @@ def accumulated(objective, num_microbatches):
 
     def body(total, xs):
       i, rows = xs
-      rows = jax.tree.map(lambda x: sharding.constrain(x, "rows", *[None] * (x.ndim - 1)), rows)
+      pin = lambda x: sharding.FIXED.constrain(x, "rows", *[None] * (x.ndim - 1))
+      rows = jax.tree.map(pin, rows)
       part = value_and_grad(params, frozen, rows, jax.random.fold_in(key, i))
       return jax.tree.map(jnp.add, total, part), None
 

@@ -54,6 +54,16 @@ def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
     ("--config.model.init_std=-1", "init_std=-1"),
     ("--config.seed=100000000000000000000", "seed=1000"),
     ("--config.model.causal=False", "causal_lm.*model.causal=True"),
+    ("--config.mesh.rules.mpl=none", "mesh.rules.mpl; did you mean 'mesh.rules.mlp'"),
+    ("--config.mesh.rules.mlp=tensr", "mesh.rules.mlp='tensr'.*did you mean 'tensor'"),
+    ("--config.mesh.rules.mlp=", "mesh.rules.mlp='': no mesh axis ''; give .*or none"),
+    ("--config.mesh.rules.embed=fsdp,fsdp", "mesh.rules.embed='fsdp,fsdp': .*'fsdp' twice"),
+    ("--config.mesh.rules.act_heads=fsdp",
+     "mesh.rules.act_heads='fsdp': the heads .*'fsdp' twice .its 'rows' always is.; take 'fsdp' out"),
+    ("--config.mesh.rules.act_embed=tensor", "mesh.rules.act_embed='tensor' and mesh.rules."
+     "residual_length='seq,tensor': what goes between the blocks"),
+    ("--config.mesh.rules.layers=none", "rules.layers cannot be set: the pipeline .*mesh.stage;"),
+    ("--config.mesh.rules.length=tensor", "rules.length cannot be set: the ring .*mesh.seq;"),
 ])
 def test_bad_values_are_named(tmp_path, override, words):
   with pytest.raises(UserError, match=words):

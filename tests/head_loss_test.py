@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import config, head_loss, objectives
+from jaxgpt import config, head_loss, objectives, sharding
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
 
@@ -32,18 +32,20 @@ def by_definition(x, w, bias, targets, weights, softcap, z_loss):
 
 @pytest.mark.parametrize("softcap, z_loss, has_bias, chunk", [
     (None, 0.0, False, 5), (5.0, 0.1, True, 3), (None, 0.1, False, 10**6)])
-@pytest.mark.parametrize("axes", [{}, dict(fsdp=4, tensor=2), dict(data=2, seq=2, fsdp=2),
-                                  dict(expert=2, tensor=4)])
-def test_value_and_gradients_are_those_of_the_definition(arrays, axes, softcap, z_loss, has_bias,
-                                                         chunk):
+@pytest.mark.parametrize("axes, rules", [
+    ({}, {}), (dict(fsdp=4, tensor=2), {}), (dict(data=2, seq=2, fsdp=2), {}),
+    (dict(expert=2, tensor=4), {}), (dict(fsdp=4, tensor=2), dict(vocab="fsdp", embed="tensor")),
+    (dict(fsdp=2, tensor=2, seq=2), dict(vocab="tensor,seq,fsdp", embed="none"))])
+def test_value_and_gradients_are_those_of_the_definition(arrays, axes, rules, softcap, z_loss,
+                                                         has_bias, chunk):
   x, w, bias, targets, weights = arrays
   bias = bias if has_bias else None
   what = (0, 1, 2) if has_bias else (0, 1)
-  terms = head_loss.Terms(chunk, softcap, z_loss, False)
   chunked = lambda x, w, bias: head_loss.loss_sums(x, w, bias, targets, weights, terms)
   plain = lambda x, w, bias: by_definition(x, w, bias, targets, weights, softcap, z_loss)
   c = config.base().mesh
-  c.update(dict(fsdp=1) | axes)
+  c.update(dict(fsdp=1, rules=rules) | axes)
+  terms = head_loss.Terms(chunk, softcap, z_loss, False, sharding.rules(c))
   mesh = mesh_lib.make(c, jax.devices()[:8 if axes else 1])
   with jax.set_mesh(mesh):
     tripled = lambda f: jax.jit(jax.grad(lambda *args: 3 * f(*args)[0], what))
@@ -61,7 +63,7 @@ def test_memory_is_that_of_a_chunk(arrays):
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  terms = head_loss.Terms(64, None, 0.0, False)
+  terms = head_loss.Terms(64, None, 0.0, False, sharding.DEFAULT)
   in_chunks = temporaries(
       lambda x, w: head_loss.loss_sums(x, w, None, targets, weights, terms)[0])
   whole = temporaries(lambda x, w: objectives.cross_entropy(x @ w, targets)[0].sum())

@@ -93,6 +93,20 @@ def test_three_axes_together_compute_what_one_device_does(model, axes, more):
   assert_equal_to_serial(model, **dict.fromkeys(axes.split(), 2), **more)
 
 
+# Weights cut another way, activations too: over axes that share the batch, several, or none.
+@pytest.mark.parametrize("model, axes, rules", [
+    ("dense", dict(fsdp=2, tensor=4), dict(
+        embed="none", mlp="fsdp,tensor", heads="fsdp", kv_heads="fsdp", head_dim="tensor",
+        vocab="tensor,fsdp", residual_length="seq", act_embed="tensor", act_heads="none")),
+    ("moe", dict(fsdp=2, tensor=2, expert=2), dict(
+        embed="tensor", mlp="fsdp,expert", experts="none", heads="none", kv_heads="none",
+        vocab="expert")),
+    ("moe with capacity", dict(fsdp=2, expert=2, stage=2), dict(
+        embed="none", mlp="none", experts="expert,fsdp", expert_batch="data", vocab="stage"))])
+def test_other_rules_compute_what_one_device_does(model, axes, rules):
+  assert_equal_to_serial(model, **axes, rules=rules)
+
+
 def over_two_slices(c):
   """Eight devices as a mesh over two slices of four would have them."""
   devices = jax.devices()

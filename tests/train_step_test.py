@@ -225,6 +225,24 @@ def test_frozen_parameters_are_read_and_not_differentiated():
   assert {k: float(v) for k, v in grads.items()} == {"a": 18.0}
 
 
+@pytest.mark.parametrize("rules, words", [
+    (dict(embed="tensor"), "mesh.rules.embed='tensor' and mesh.rules.vocab='tensor': parameter "
+     "embed .*'tensor' twice; take 'tensor' out of mesh.rules.embed"),
+    (dict(norm="stage", kv_heads="none"), "mesh.rules.norm='stage': parameter layers.*'layers' always is"),
+    (dict(mlp="fsdp,tensor", embed="none", act_heads="tensor,stage", heads="none", kv_heads="none"),
+     "mesh.rules.act_heads='tensor,stage'"),
+    (dict(head_dim="tensor,fsdp", heads="none", kv_heads="none", embed="none"),
+     "mesh.tensor=4 x mesh.fsdp=2 does not divide dimension 'head_dim' = 4"),
+    (dict(kv_heads="none"), "mesh.tensor=4 does not divide model.num_kv_heads=2, and mesh.rules."
+     "act_heads='tensor' .*set it to none")])
+def test_rules_that_cut_no_array_are_refused(rules, words):
+  with pytest.raises(UserError, match=words):
+    c = config.base()
+    c.model.update(dict(num_layers=2, width=16, num_heads=4, num_kv_heads=2, vocab_size=32))
+    c.mesh.update(dict(fsdp=2, tensor=4, rules=rules))
+    parts_lib.build(config.resolve(c), mesh_lib.make(c.mesh))
+
+
 def test_constrain_without_a_mesh_is_nothing():
   x = jnp.ones((2, 2))
-  assert sharding.constrain(x, "batch", None) is x
+  assert sharding.DEFAULT.constrain(x, "batch", None) is x

@@ -142,7 +142,7 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
 def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causal=False,
-           window=None, interpret=False):
+           window=None, interpret=False, rules=sharding.DEFAULT):
   """Splash attention, the Pallas kernel for TPUs, which skips what a mask hides block by block.
 
   Under a mesh each device takes its rows and heads; see `in_parts` for rows that are cut.
@@ -152,13 +152,14 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
     segment_ids_BT: 1, 2, … for the documents of a row, 0 for padding, which sees other padding.
     causal, window: see `ops.visible`.
     interpret: runs the kernel's definition on any backend, slowly.
+    rules: a `sharding.Rules`.
 
   Returns:
     As `reference`, but for padding.
   """
   T, N = q_BTNH.shape[1:3]
   mesh = jax.sharding.get_abstract_mesh()
-  shards = 1 if mesh.empty else sharding.num_shards(mesh, "act_heads")
+  shards = 1 if mesh.empty else rules.num_shards(mesh, "act_heads")
   kernel = pairs.splash_of(pairs.Band(causal, window), N, T, T,
                            pairs.Kernel("splash", softcap, interpret), OUTPUT, shards)
   q, k, v = pairs.padded(*(x.swapaxes(1, 2) for x in (q_BTNH * scale, k_BSKH, v_BSKH)))
@@ -168,7 +169,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
     return jax.vmap(one)(q, k, v, ids_BT)
 
   if not mesh.empty and mesh.size > 1:
-    rows, heads = (P(sharding.RULES[a])[0] for a in ("batch", "act_heads"))
+    rows, heads = rules.spec(("batch", "act_heads"))
     of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(heads, None)))
     whole = P(rows, heads)
     local = jax.shard_map(local, in_specs=(of_kernel, whole, whole, whole, P(rows)),
@@ -181,7 +182,7 @@ OUTPUT = "attention"  # name of what attention puts out, and its kernels' statis
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's name of the step that makes both at once
 
 
-def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, causal=False):
+def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, causal=False, rules=sharding.DEFAULT):
   """cuDNN's flash attention, for GPUs: 16-bit types, no softcap.
 
   Under a mesh each device takes its rows and heads; see `in_parts` for rows that are cut.
@@ -189,6 +190,7 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, causal=False):
   Args:
     q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale: as in `reference`.
     causal: whether `mask_BTS` hides every key after its query (and T = S); they are then skipped.
+    rules: a `sharding.Rules`.
 
   Returns:
     As `reference`, but a row with no True has some average of the values.
@@ -200,15 +202,15 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, causal=False):
   args, mesh = (q_BTNH, k_BSKH, v_BSKH, mask_BTS), jax.sharding.get_abstract_mesh()
   if mesh.size > 1 and not mesh.manual_axes:
     # Left to itself, JAX would write the addresses of Python objects into the program.
-    specs = [sharding.fitting_spec(mesh, x.shape, ("batch", None, "act_heads", None))
+    specs = [rules.fitting_spec(mesh, x.shape, ("batch", None, "act_heads", None))
              for x in args[:3]]
-    specs.append(sharding.fitting_spec(mesh, mask_BTS.shape, ("batch", None, None)))
+    specs.append(rules.fitting_spec(mesh, mask_BTS.shape, ("batch", None, None)))
     local = jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
   return local(*args)
 
 
 def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, causal, window,
-             interpret=False):
+             interpret=False, rules=sharding.DEFAULT):
   """Attention where the mesh cuts rows over devices: see `context`.
 
   Args:
@@ -220,7 +222,7 @@ def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, ca
   """
   mesh = jax.sharding.get_abstract_mesh()
   kernel = pairs.Kernel("splash" if form == "splash" else "plain", softcap, interpret)
-  axis = sharding.RULES["length"]
+  axis, = sharding.FIXED.mesh_axes("length")
   plan = context.Plan(kernel, causal, window, axis, mesh.shape[axis], OUTPUT)
   first = lambda x: x.swapaxes(1, 2)
   run, args = context.attend, (first(q_BTNH * scale), first(k_BTKH), first(v_BTKH))
@@ -229,8 +231,8 @@ def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, ca
     run, args = _cudnn_in_parts, (q_BTNH * scale, k_BTKH, v_BTKH)
     order = ("batch", "length", "act_heads", None)
   ids = segment_ids_BT[:, None]
-  specs = [sharding.fitting_spec(mesh, x.shape, order) for x in args]
-  specs.append(sharding.fitting_spec(mesh, ids.shape, ("batch", None, "length")))
+  specs = [rules.fitting_spec(mesh, x.shape, order) for x in args]
+  specs.append(rules.fitting_spec(mesh, ids.shape, ("batch", None, "length")))
   out = jax.shard_map(functools.partial(run, plan), in_specs=tuple(specs), out_specs=specs[0],
                       check_vma=False)(*args, ids)
   return first(out) if run is context.attend else out
@@ -273,7 +275,7 @@ def needs_mask(form, length):
 
 
 def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale, softcap=None,
-           causal=False, window=None):
+           causal=False, window=None, rules=sharding.DEFAULT):
   """Attention by the named form; the result is named `OUTPUT` for remat policies.
 
   Args:
@@ -282,15 +284,16 @@ def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale
     segment_ids_BT, window: what the mask is made of, see `ops.visible`.
     causal: whether the mask hides every key after its query (and T = S). Where the mesh cuts
       rows, tokens are then in the order of `context.balance`.
+    rules: a `sharding.Rules`, by which each device takes its rows and heads.
 
   The other arguments and the result are those of `reference`.
   """
   if mask_BTS is None:
     run = functools.partial(in_parts, form) if context.parts(q_BTNH.shape[1]) > 1 else splash
     return run(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, softcap=softcap,
-               causal=causal, window=window)
+               causal=causal, window=window, rules=rules)
   if form == "cudnn" and softcap is None:
-    out = cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, causal=causal)
+    out = cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, causal=causal, rules=rules)
   elif form == "batched":
     out = batched(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap, causal=causal)
   else:

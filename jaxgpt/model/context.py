@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 def parts(length):
   """How many devices of the mesh that `jax.set_mesh` has set share a row of so many tokens."""
   mesh = jax.sharding.get_abstract_mesh()
-  n = 1 if mesh.empty else sharding.num_shards(mesh, "length")
+  n = 1 if mesh.empty else sharding.FIXED.num_shards(mesh, "length")
   return n if length % (2 * n) == 0 else 1
 
 
@@ -76,7 +76,7 @@ def _reordered(x, axis, which):
     return x
   cut = x.reshape(*x.shape[:axis], 2 * n, -1, *x.shape[axis + 1:])
   x = jnp.take(cut, which(chunks(n, True).reshape(-1)), axis=axis).reshape(x.shape)
-  of_tokens = sharding.spec(("length",))[0]
+  of_tokens = sharding.FIXED.spec(("length",))[0]
   return jax.lax.with_sharding_constraint(
       x, P(*(of_tokens if i == axis else P.UNCONSTRAINED for i in range(x.ndim))))
 

@@ -15,7 +15,7 @@ import ml_collections
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.model import attention, ops, quantized, rope
-from jaxgpt.sharding import constrain
+from jaxgpt.sharding import Rules
 
 QKV = ("q", "k", "v")
 
@@ -105,6 +105,7 @@ class Attention(Module):
 
   `kind` is 'global', 'local' (within `window`) or 'nope' (global, without positions).
   """
+  rules: Rules
   kind: str
 
   @nn.compact
@@ -117,7 +118,8 @@ class Attention(Module):
     out = attention.attend(form, q, k, v, here["mask"], shared["segments"],
                            scale=cfg.attn_scale, softcap=cfg.attn_softcap,
                            causal=cfg.causal and cache is None,
-                           window=cfg.window if self.kind == "local" else None)
+                           window=cfg.window if self.kind == "local" else None,
+                           rules=self.rules)
     _, _, N, H = out.shape
     y = self.linear("o", out, (N, H, cfg.width), ("heads", "head_dim", "embed"), self.residual_std,
                     num_in=2, key=lora_key)
@@ -143,7 +145,7 @@ class Attention(Module):
       q, k = self._normed("q_norm", q), self._normed("k_norm", k)
     if here["rotary"]:
       q, k = (rope.rotate(x, *here["rotary"], by_matmul=self.form == "splash") for x in (q, k))
-    q, k, v = named(q, k, v)
+    q, k, v = named(self.rules, q, k, v)
     if cache is not None:
       cache = written(cache, {"k": k, "v": v}, positions_BT)
       k, v = cache["k"], cache["v"]
@@ -183,12 +185,12 @@ class Attention(Module):
     k = self._heads("k", latent_BTC, N, plain, "heads", key, "rank")
     v = self._heads("v", latent_BTC, N, lat.v_dim, "heads", key, "rank")
     k = jnp.concatenate([k, jnp.broadcast_to(shared_key, (*k.shape[:3], R))], -1)
-    return named(q, k, v), cache
+    return named(self.rules, q, k, v), cache
 
 
-def named(q, k, v):
+def named(rules, q, k, v):
   """Pins queries, keys and values to the mesh, and names them for remat policies."""
-  return tuple(checkpoint_name(constrain(x, "batch", "length", "act_heads", None), name)
+  return tuple(checkpoint_name(rules.constrain(x, "batch", "length", "act_heads", None), name)
                for x, name in zip((q, k, v), QKV, strict=True))
 
 
@@ -212,6 +214,7 @@ def empty_cache(cfg, batch_size, num_slots):
 
 class MLP(Module):
   """activation(x up) down, or (activation(x gate) * x up) down where `gated` (arXiv:2002.05202)."""
+  rules: Rules
   size: int
 
   @nn.compact
@@ -231,6 +234,7 @@ class MLP(Module):
       h = act(checkpoint_name(inwards("gate"), "gate")) * checkpoint_name(inwards("up"), "up")
     else:
       h = act(checkpoint_name(inwards("up"), "up"))
-    h = ops.materialized(constrain(h, "batch", "length", "act_mlp"), cfg.materialize)
+    h = self.rules.constrain(h, "batch", "length", "act_mlp")
+    h = ops.materialized(h, cfg.materialize)
     return checkpoint_name(
         project("down", h, (F, D), ("mlp", "embed"), self.residual_std, "norm"), "down")

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.model import context, layers, ops
-from jaxgpt.sharding import RULES, constrain, fitting_spec
+from jaxgpt.sharding import Rules, part, without
 
 
 def route(logits, bias, c_moe):
@@ -86,6 +86,7 @@ class MoE(layers.Module):
   ragged groups. Otherwise an expert has room for capacity * T * X / E tokens of a row; tokens
   beyond that, in the row's order, pass it by, which is what static shapes on many chips cost.
   """
+  rules: Rules
 
   @nn.compact
   def __call__(self, x_BTD, real_BT, lora_key=None):
@@ -108,7 +109,7 @@ class MoE(layers.Module):
     else:
       y, stats["dropped"] = self._dropless(x_BTD, weights, experts, w), jnp.zeros(())
     if c.shared:
-      y += layers.MLP(cfg, c.shared * F, name="shared")(x_BTD, lora_key)
+      y += layers.MLP(cfg, self.rules, c.shared * F, name="shared")(x_BTD, lora_key)
     return y, stats
 
   def _activated(self, project):
@@ -122,7 +123,9 @@ class MoE(layers.Module):
     """Each device sorts its own tokens, and has all experts, or its columns of them."""
     mesh = jax.sharding.get_abstract_mesh()
     several = not mesh.empty and mesh.size > 1
-    columns = RULES["mlp"]
+    tokens = self.rules.fitting_spec(mesh, x_BTD.shape[:2], ("batch", "length")) if several else ()
+    # Devices with other tokens have nothing to add up: over their axes columns are gathered.
+    columns = without(self.rules.mesh_axes("mlp"), tokens)
 
     def local(x_BTD, weights, experts, w):
       B, T, D = x_BTD.shape
@@ -135,18 +138,18 @@ class MoE(layers.Module):
       out = jax.lax.ragged_dot(h, w["down"], sizes)
       out = jnp.zeros_like(out).at[order].set(out).reshape(B, T, X, D)
       y = jnp.einsum("BTXD,BTX->BTD", out, weights.astype(out.dtype))
-      return jax.lax.psum(y, columns) if several else y
+      return jax.lax.psum(y, columns) if several and columns else y
 
     if several:
-      tokens = fitting_spec(mesh, x_BTD.shape[:2], ("batch", "length"))
-      of_weights = {name: P(None, columns) if name == "down" else P(None, None, columns)
-                    for name in w}
+      cut = part(columns)
+      of_weights = {name: P(None, cut) if name == "down" else P(None, None, cut) for name in w}
       local = jax.shard_map(local, in_specs=(tokens, tokens, tokens, of_weights),
                             out_specs=tokens, check_vma=False)
     return local(x_BTD, weights, experts, w)
 
   def _with_capacity(self, x_BTD, weights, experts, real_BT, w):
     B, T, D = x_BTD.shape
+    constrain = self.rules.constrain
     whole = lambda x: constrain(x, "batch", *[None] * (x.ndim - 1))  # rows of one device
     x_BTD, weights, experts, real_BT = map(whole, (x_BTD, weights, experts, real_BT))
     c = self.cfg.moe

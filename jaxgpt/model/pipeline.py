@@ -27,7 +27,6 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import mesh as mesh_lib
 from jaxgpt import sharding
 from jaxgpt.errors import UserError
-from jaxgpt.sharding import constrain
 
 AXIS = "stage"
 
@@ -98,7 +97,7 @@ def make(c, sizes, num_layers):
   return Pipeline(S, R, M)
 
 
-def run(stage, layers, x_BTD, rows, pipe, policy):
+def run(stage, layers, x_BTD, rows, pipe, policy, rules):
   """Applies all layers to a batch.
 
   Args:
@@ -109,15 +108,16 @@ def run(stage, layers, x_BTD, rows, pipe, policy):
     rows: tree of arrays [B, …] that go with it.
     pipe: a `Pipeline`.
     policy: what of a tick is saved for the backward pass, see `jax.checkpoint`; None: all.
+    rules: a `sharding.Rules`.
 
   Returns:
     (x_BTD, `sums` over all layers and microbatches).
   """
   mesh = jax.sharding.get_abstract_mesh()
-  shards = 1 if mesh.empty else sharding.num_shards(mesh, "batch")
+  shards = 1 if mesh.empty else sharding.FIXED.num_shards(mesh, "batch")
   pipe = pipe.of_rows(x_BTD.shape[0] // shards)
   S, R, M = pipe
-  pinned = lambda x: constrain(x, "stages", "batch", "residual_length", "act_embed")
+  pinned = lambda x: rules.constrain(x, "stages", "batch", "residual_length", "act_embed")
   layers = jax.tree.map(lambda w: _by_repeat(w, S, R), layers)
   rows = jax.tree.map(lambda a: _everywhere(_split(a, shards, S, M // S)), rows)
 
@@ -126,8 +126,8 @@ def run(stage, layers, x_BTD, rows, pipe, policy):
     real = (turn >= 0) & (turn < R * M)  # the others are the bubble
     turn = jnp.clip(turn, 0, R * M - 1)
     number = turn // (S * R) * S + turn % S
-    here = jax.tree.map(lambda a: constrain(jnp.take(a, number, axis=0), "stages", "batch",
-                                            *[None] * (a.ndim - 2)), rows)
+    here = jax.tree.map(lambda a: sharding.FIXED.constrain(
+        jnp.take(a, number, axis=0), "stages", "batch", *[None] * (a.ndim - 2)), rows)
     mine = jax.tree.map(lambda w: _of_repeat(w, turn % (S * R) // S), layers)
     x_SbTD, sums = jax.vmap(stage, spmd_axis_name=AXIS)(mine, x_SbTD, here, number)
     of_real = lambda v: jnp.where(real.reshape(S, *[1] * (v.ndim - 1)), v, 0).sum(0)
@@ -138,21 +138,21 @@ def run(stage, layers, x_BTD, rows, pipe, policy):
 
   def body(carry, tick):
     x, belt, batch, sums = carry
-    x, belt, batch = _exchange(x, belt, batch, tick, pipe)
+    x, belt, batch = _exchange(x, belt, batch, tick, pipe, pinned)
     x, new = work(layers, pinned(x), rows, tick)
     return (pinned(jnp.roll(x, 1, 0)), belt, batch, jax.tree.map(jnp.add, sums, new)), None
 
   batch = _split(x_BTD, shards, S, M // S)
-  batch = constrain(batch, None, "stages", "batch", "residual_length", "act_embed")
+  batch = rules.constrain(batch, None, "stages", "batch", "residual_length", "act_embed")
   x = jnp.zeros_like(batch[0])
   shapes = jax.eval_shape(work, layers, x, rows, jnp.int32(0))[1]
   sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   (x, belt, batch, sums), _ = jax.lax.scan(body, (x, x, batch, sums), jnp.arange(pipe.ticks))
-  _, _, batch = _exchange(x, belt, batch, pipe.ticks, pipe)
+  _, _, batch = _exchange(x, belt, batch, pipe.ticks, pipe, pinned)
   return _merge(batch, shards), sums
 
 
-def _exchange(x_SbTD, belt_SbTD, batch_GSbTD, tick, pipe):
+def _exchange(x_SbTD, belt_SbTD, batch_GSbTD, tick, pipe, pinned):
   """New microbatches for the first stage, in exchange for those that have passed all layers.
 
   A group lies on the belt with one microbatch a stage. In the S ticks in which the first stage
@@ -165,6 +165,7 @@ def _exchange(x_SbTD, belt_SbTD, batch_GSbTD, tick, pipe):
     batch_GSbTD: all groups, before or after the layers.
     tick: the tick to come.
     pipe: the `Pipeline`.
+    pinned: pins an array of all stages to the mesh.
 
   Returns:
     The three after the exchange; x_SbTD is now the input of the tick.
@@ -175,25 +176,26 @@ def _exchange(x_SbTD, belt_SbTD, batch_GSbTD, tick, pipe):
   belt = jnp.where(turn == 0, at(jnp.minimum(group, M // S - 1)), belt_SbTD)
   swaps = (turn < S) & (jnp.arange(S) == 0)[:, None, None, None]
   x, belt = jnp.where(swaps, belt, x_SbTD), jnp.where(swaps, x_SbTD, belt)
-  belt = constrain(jnp.roll(belt, -1, 0), "stages", "batch", "residual_length", "act_embed")
+  belt = pinned(jnp.roll(belt, -1, 0))
   before = jnp.maximum(group - 1, 0)  # in the first group's time there is none; it is on the belt
   done = jnp.where(turn == S - 1, belt, at(before))
   return x, belt, jax.lax.dynamic_update_index_in_dim(batch_GSbTD, done, before, 0)
 
 
-def spread(stage, layers, x_BTD, rows, stages):
+def spread(stage, layers, x_BTD, rows, stages, rules):
   """Applies layers that are no part of a pipeline, the stages sharing the rows.
 
   Args:
     stage, layers, x_BTD, rows: as in `run`, with any number of layers.
     stages: parts that the rows are cut into.
+    rules: a `sharding.Rules`.
 
   Returns:
     As `run`.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  shards = 1 if mesh.empty else sharding.num_shards(mesh, "batch")
-  cut = lambda a, *axes: constrain(_split(a, shards, stages, 1)[0], "stages", "batch", *axes)
+  shards = 1 if mesh.empty else sharding.FIXED.num_shards(mesh, "batch")
+  cut = lambda a, *axes: rules.constrain(_split(a, shards, stages, 1)[0], "stages", "batch", *axes)
   rows = jax.tree.map(lambda a: cut(a, *[None] * (a.ndim - 1)), rows)
   x, sums = jax.vmap(stage, in_axes=(None, 0, 0, 0), spmd_axis_name=AXIS)(
       layers, cut(x_BTD, "residual_length", "act_embed"), rows, jnp.arange(stages))
@@ -215,7 +217,8 @@ def _merge(x, shards):
 
 def _everywhere(x):
   """[G, S, b, …] -> [G S, b, …], the same on each stage."""
-  return constrain(x.reshape(-1, *x.shape[2:]), None, "batch", *[None] * (x.ndim - 3))
+  x = x.reshape(-1, *x.shape[2:])
+  return sharding.FIXED.constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
 
 def _by_repeat(w, S, R):

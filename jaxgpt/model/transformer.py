@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgpt import tree
 from jaxgpt.model import attention, context, layers, moe, ops, remat, rope, stacks
 from jaxgpt.model import pipeline as pipeline_lib
-from jaxgpt.sharding import constrain
+from jaxgpt.sharding import DEFAULT, Rules
 
 
 class Output(NamedTuple):
@@ -37,6 +37,7 @@ class Output(NamedTuple):
 
 class Block(layers.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)), with the norms where `norm_placement` says."""
+  rules: Rules
   kind: tuple
 
   @nn.compact
@@ -48,12 +49,13 @@ class Block(layers.Module):
     lora_key = key if key is not None and cfg.lora.dropout else None
 
     def attend(y):
-      return layers.Attention(cfg, kind, name="attn")(y, shared, layer["cache"], lora_key)
+      attention_of = layers.Attention(cfg, self.rules, kind, name="attn")
+      return attention_of(y, shared, layer["cache"], lora_key)
 
     def feed(y):
       if mlp == "moe":
-        return moe.MoE(cfg, name="mlp")(y, shared["real"], lora_key)
-      return layers.MLP(cfg, cfg.mlp_width, name="mlp")(y, lora_key), None
+        return moe.MoE(cfg, self.rules, name="mlp")(y, shared["real"], lora_key)
+      return layers.MLP(cfg, self.rules, cfg.mlp_width, name="mlp")(y, lora_key), None
 
     x_BTD, cache = self._branch("attn", x_BTD, attend, keys[0], layer.get("is_first"))
     x_BTD, router = self._branch("mlp", x_BTD, feed, keys[1])
@@ -74,11 +76,12 @@ class Block(layers.Module):
     x_BTD += ops.dropout(y, cfg.dropout, key)
     if cfg.norm_placement == "post":
       x_BTD = norm("_norm")(x_BTD)
-    return constrain(x_BTD, "batch", "residual_length", "act_embed"), extra
+    return self.rules.constrain(x_BTD, "batch", "residual_length", "act_embed"), extra
 
 
 class Period(layers.Module):
   """The blocks of one repetition of the layers' pattern."""
+  rules: Rules
   kinds: tuple
   layer_outputs: bool
 
@@ -91,7 +94,7 @@ class Period(layers.Module):
                        prevent_cse=self._is_unrolled())
     out = []
     for i, (kind, of_block) in enumerate(zip(self.kinds, layer, strict=True)):
-      one = block(self.cfg, kind, name=str(i))
+      one = block(self.cfg, self.rules, kind, name=str(i))
       if len(self.kinds) == 1:  # 'layers/attn/q' and not 'layers/0/attn/q'
         nn.share_scope(self, one)
       x_BTD = checkpoint_name(x_BTD, remat.INPUT)
@@ -109,8 +112,10 @@ class Transformer(layers.Module):
   Attributes:
     cfg: the config's `model` section, resolved and frozen.
     pipeline: a `pipeline.Pipeline` that whole batches go through, or None.
+    rules: how a mesh cuts what is computed.
   """
   pipeline: pipeline_lib.Pipeline | None = None
+  rules: Rules = DEFAULT
 
   @nn.compact
   def __call__(self, tokens_BT, positions_BT, segment_ids_BT=None, *, token_types_BT=None,
@@ -147,20 +152,20 @@ class Transformer(layers.Module):
           context.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT))
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
     # Gathered once, for the lookup and for a tied head; a lookup in shards would move activations.
-    gathered = constrain(table.astype(self.dtype), "act_vocab", "act_embed")
+    gathered = self.rules.constrain(table.astype(self.dtype), "act_vocab", "act_embed")
     x = (ops.widely_summed(table, gathered, tokens_BT) if self.has_wide_gradients
          else jnp.take(gathered, tokens_BT, axis=0))
     x = self._embedded(x, positions_BT, token_types_BT)
     if layers_key is not None:
       x = ops.dropout(x, cfg.dropout, dropout_key)
-    x = constrain(x, "rows", "residual_length", "act_embed")
+    x = self.rules.constrain(x, "rows", "residual_length", "act_embed")
     if segment_ids_BT is None or cache is not None:
       segment_ids_BT = jnp.ones_like(tokens_BT)
     shared = self._shared(positions_BT, segment_ids_BT, cache)
     x, cache, router, outputs = self._layers(x, shared, cache, layers_key, layer_outputs)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
-    x = constrain(x, "rows", "length", "act_embed")
+    x = self.rules.constrain(x, "rows", "length", "act_embed")
     real = shared["real"]
     if reorder:
       x, real = context.restore(x), context.restore(real)
@@ -230,7 +235,7 @@ class Transformer(layers.Module):
         filled = None
       else:
         x, (filled, router, out) = self._scanned(stack)(
-            cfg, stack.kinds, layer_outputs, name=stack.name)(x, shared, of_blocks)
+            cfg, self.rules, stack.kinds, layer_outputs, name=stack.name)(x, shared, of_blocks)
       caches[stack.name] = filled
       routers += [r for r in router if r is not None]
       if layer_outputs:
@@ -242,7 +247,7 @@ class Transformer(layers.Module):
 
   def _piped(self, stack, of_blocks, x, shared):
     """A stack on a mesh with stages: (x, for each block the router's sums of its layers)."""
-    period = Period(self.cfg, stack.kinds, False, parent=None)
+    period = Period(self.cfg, self.rules, stack.kinds, False, parent=None)
 
     def turn(layers_K, x, rows, number):
       shared = self._shared(rows["positions"], rows["segments"])
@@ -261,11 +266,11 @@ class Transformer(layers.Module):
     own = (self.variables["params"][stack.name], of_blocks)
     rows = {name: shared[name] for name in ("positions", "segments")}
     if stack.name != stacks.PIPED:
-      x, sums = pipeline_lib.spread(turn, own, x, rows, self.pipeline.stages)
+      x, sums = pipeline_lib.spread(turn, own, x, rows, self.pipeline.stages, self.rules)
     else:
       policy = remat.tick_policy(self.cfg.remat, self.pipeline.repeats)
-      x, sums = pipeline_lib.run(turn, own, x, rows, self.pipeline, policy)
-    return constrain(x, "rows", "residual_length", "act_embed"), sums
+      x, sums = pipeline_lib.run(turn, own, x, rows, self.pipeline, policy, self.rules)
+    return self.rules.constrain(x, "rows", "residual_length", "act_embed"), sums
 
   def _unroll(self, stack):
     return min(max(self.cfg.scan_unroll // len(stack.kinds), 1), stack.repeats)

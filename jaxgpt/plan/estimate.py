@@ -6,7 +6,6 @@ Compiled figures decide; `docs/benchmarks.md` says how far these are from them.
 import collections
 import functools
 import math
-import types
 from typing import NamedTuple
 
 import ml_collections
@@ -46,15 +45,15 @@ class Buffer(NamedTuple):
 
 
 class Weight(NamedTuple):
-  """A parameter: its shape, its logical axes, and whether it is trained."""
+  """A parameter: its shape, the mesh axes that cut it, and whether it is trained."""
   shape: tuple
-  axes: tuple
+  cuts: tuple
   trained: bool
 
   def numbers(self, sizes, gathered=False):
     """Numbers of it on a device of a mesh {axis: size}, or of all that fsdp cuts it into."""
-    mesh = types.SimpleNamespace(shape=sizes | {"fsdp": 1} if gathered else sizes)
-    return math.prod(self.shape) / math.prod(sharding.num_shards(mesh, a) for a in self.axes)
+    sizes = sizes | {"fsdp": 1} if gathered else sizes
+    return math.prod(self.shape) / math.prod(sizes[name] for name in self.cuts)
 
 
 class Counts(NamedTuple):
@@ -87,22 +86,30 @@ def count(c):
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   shapes, axes = transformer.abstract(model)
   axes, trained = tree.flatten(axes, is_leaf=sharding.is_axes), optim.trained(c.optim, axes)
-  weights = {name: Weight(x.shape, axes[name], name in trained)
-             for name, x in tree.flatten(shapes).items()}
-  return Counts(tuple(w for w in weights.values() if "layers" in w.axes),
-                tuple(w for w in weights.values() if "layers" not in w.axes))
+  rules, stacked, others = sharding.rules(c.mesh), [], []
+  for name, x in tree.flatten(shapes).items():
+    cuts = sum(map(rules.mesh_axes, axes[name]), ())
+    (stacked if "layers" in axes[name] else others).append(Weight(x.shape, cuts, name in trained))
+  return Counts(tuple(stacked), tuple(others))
 
 
 class _Part(NamedTuple):
-  """A device's part of a microbatch, and of the heads and columns."""
+  """A device's part of a microbatch, and what cuts the other dimensions of its arrays."""
   rows: float
   length: float
-  tensor: int
+  residual: float
+  heads: int
+  mlp: int
+  vocab: int
 
 
 def _part(c, sizes):
   shards = mesh_lib.num_batch_shards(sizes) * c.optim.accumulate
-  return _Part(c.data.batch_size / shards, c.data.seq_len / sizes["seq"], sizes["tensor"])
+  rules = sharding.rules(c.mesh)
+  parts = lambda axis: math.prod(sizes[name] for name in rules.mesh_axes(axis))
+  return _Part(c.data.batch_size / shards, c.data.seq_len / parts("length"),
+               parts("residual_length") * parts("act_embed") / parts("length"),
+               parts("act_heads"), parts("act_mlp"), parts("act_vocab"))
 
 
 def saved_names(remat):
@@ -162,17 +169,17 @@ def _saved(c, sizes):
   def one(name, width, size, keys=_FEWER):
     return Buffer(name, "saved", f"[{m.num_layers},{rows},{width:g}]", each * width * size, keys)
 
-  yield one("layers (input of each)", m.width / s.tensor, wide)
+  yield one("layers (input of each)", m.width / s.residual, wide)
   names, widths = saved_names(m.remat), _widths(m, padded=True)
   for name in names:
-    across = 1 if name in ("o", "down") else s.tensor
     where = "mlp" if name in ("gate", "up", "down") else "attn"
+    across = 1 if name in ("o", "down") else s.mlp if where == "mlp" else s.heads
     yield one(f"layers/{where}/{name}", widths[name] / across, wide,
               f"model.remat without {name!r}; {_FEWER}")
   if "attention" in names:
-    yield one("layers/attn (statistics)", m.num_heads / s.tensor, 4)
+    yield one("layers/attn (statistics)", m.num_heads / s.heads, 4)
   if m.remat == "none":
-    yield one("layers (norms, activations)", 6 * m.width + 4 * m.mlp_width / s.tensor, wide,
+    yield one("layers (norms, activations)", 6 * m.width + 4 * m.mlp_width / s.mlp, wide,
               "model.remat=save:q,k,v,attention,gate,up")
 
 
@@ -181,7 +188,7 @@ def _of_head(c, sizes):
   m, s = c.model, _part(c, sizes)
   if m.head != "lm":
     return
-  vocab, tokens, rows = m.vocab_size / s.tensor, s.rows * s.length, f"{s.rows:g},{s.length:g}"
+  vocab, tokens, rows = m.vocab_size / s.vocab, s.rows * s.length, f"{s.rows:g},{s.length:g}"
   if 0 < c.objective.loss_chunk < tokens:
     tokens, rows = c.objective.loss_chunk, f"{c.objective.loss_chunk}"
   yield Buffer("head/logits", "head", f"[{rows},{vocab:g}]", tokens * vocab * 4,
@@ -201,7 +208,7 @@ def _of_layer(c, sizes, counts):
   yield Buffer("layers (gathered ahead of the backward pass)", "head", "part of a layer",
                own * wide * 0.35, "mesh.tensor")
   yield Buffer("layers (gathered, and gradients)", "layer", "one layer, and parts of the next",
-               own * wide * 1.5 + tokens * (4 * m.mlp_width / s.tensor + 8 * m.width) * wide,
+               own * wide * 1.5 + tokens * (4 * m.mlp_width / s.mlp + 8 * m.width) * wide,
                "mesh.tensor")
 
 
@@ -244,27 +251,28 @@ def seconds(c, sizes, counts, topology):
   tokens = s.rows * s.length * c.optim.accumulate
   wide, weights = _wide(m), _layer_weights(m)
   names = saved_names(m.remat) + checks.kept(m.remat)[1]
+  weights = {n: w / (s.mlp if n in ("gate", "up", "down") else s.heads) for n, w in weights.items()}
   again = sum(weights[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in names)
-  head = m.width * m.vocab_size if m.head == "lm" else 0
+  head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
   active = m.num_layers * sum(weights.values()) + head
   flops = tokens * (6 * active + 2 * m.num_layers * again)
   if "attention" not in names:
-    flops += 2 * m.num_layers * c.data.seq_len * widest(m) * tokens
+    flops += 2 * m.num_layers * c.data.seq_len * widest(m) / s.heads * tokens
   pipe = stacks.pipeline_of(c, sizes)
-  matmul = flops / s.tensor / (chip.peak_flops * _MATMUL_RATE) / (1 - (pipe.bubble if pipe else 0))
+  matmul = flops / (chip.peak_flops * _MATMUL_RATE) / (1 - (pipe.bubble if pipe else 0))
   # Logits are written once, and read and written again on the way back.
-  passes = 4 * 4 * tokens * m.vocab_size / s.tensor if head else 0
-  other = matmul * _OTHER_SHARE * (1 if s.tensor == 1 else 1.3) + passes / chip.hbm_bandwidth
+  passes = 4 * 4 * tokens * m.vocab_size / s.vocab if head else 0
+  other = matmul * _OTHER_SHARE * (1 if s.heads * s.mlp == 1 else 1.3) + passes / chip.hbm_bandwidth
   if sizes["seq"] > 1:  # the parts of the output are added up, and so are those of the gradients
     widths = _widths(m)
-    each = 4 * (widths["q"] + widths["k"] + widths["v"]) / s.tensor * tokens * m.num_layers
+    each = 4 * (widths["q"] + widths["k"] + widths["v"]) / s.heads * tokens * m.num_layers
     other += (sizes["seq"] - 1) * _RING_PASSES * each / chip.hbm_bandwidth
   held = counts.held(sizes)
   gathered = held * sizes["fsdp"] * wide * (sizes["fsdp"] > 1)
   times = c.optim.accumulate * (pipe.ticks if pipe else 1)  # a stage gathers its layers for each tick
   hidden = 2 * gathered * times / chip.ici_bandwidth  # forward and backward
   exposed = (max(gathered, held * wide * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
-             + _between_devices(c, sizes, tokens)) / chip.ici_bandwidth
+             + _between_devices(c, sizes, s, tokens)) / chip.ici_bandwidth
   between = 0
   if topology.slices > 1:  # the sum of gradients, once; with fsdp over slices the weights too
     bytes_ = 2 * held * wide if sizes["data"] % topology.slices == 0 else 3 * gathered * times
@@ -273,14 +281,14 @@ def seconds(c, sizes, counts, topology):
           "between": between}
 
 
-def _between_devices(c, sizes, tokens):
+def _between_devices(c, sizes, s, tokens):
   """Bytes of activations that a device waits for in a step."""
   m, wide = c.model, _wide(c.model)
   each, total = m.num_layers * tokens * wide, 0
-  if sizes["tensor"] > 1:  # a gather and a scatter for each branch, both ways
+  if s.heads * s.mlp > 1:  # a gather and a scatter for each branch, both ways
     total += 8 * each * m.width
   if sizes["seq"] > 1:  # a hop of keys and values both ways, and of their gradients; others are hidden
-    total += 3 * each * (_widths(m)["k"] + _widths(m)["v"]) / sizes["tensor"]
+    total += 3 * each * (_widths(m)["k"] + _widths(m)["v"]) / s.heads
   if sizes["expert"] > 1:  # there and back, both ways
     total += 4 * each * m.width * m.moe.per_token * max(m.moe.capacity, 1)
   return total

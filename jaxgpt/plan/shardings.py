@@ -19,7 +19,7 @@ class Array(NamedTuple):
 
   Attributes:
     name: path of a parameter, or what an activation is.
-    dims: (logical axis, size) of each dimension.
+    dims: (logical axis or None, size) of each dimension.
     itemsize: bytes of a number.
   """
   name: str
@@ -50,34 +50,35 @@ def activations(c):
       name, ((axis, rows), (length, c.data.seq_len), *dims), itemsize)
   out = [of("tokens", "rows", "length", itemsize=4),
          of("between the blocks", "batch", "residual_length", ("act_embed", m.width)),
-         of("queries", "batch", "length", ("act_heads", m.num_heads), ("head_dim", m.head_dim)),
+         of("queries", "batch", "length", ("act_heads", m.num_heads), (None, m.head_dim)),
          of("within the MLP", "batch", "length", ("act_mlp", m.mlp_width))]
   if m.head == "lm":
     out.append(of("logits", "rows", "length", ("act_vocab", m.vocab_size), itemsize=4))
   return out
 
 
-def cut(array, sizes):
+def cut(array, sizes, rules):
   """For each dimension of an `Array` its `Cut`.
 
   Args:
     array: an `Array`.
     sizes: of the mesh, {axis: size}.
+    rules: a `sharding.Rules`.
   """
   out = []
   for axis, size in array.dims:
-    names = tuple(name for name in sharding.mesh_axes(axis) if sizes[name] > 1)
+    names = tuple(name for name in rules.mesh_axes(axis) if sizes[name] > 1)
     parts = math.prod(sizes[name] for name in names)
     out.append(Cut(names, parts) if size % parts == 0 else Cut((), 1))
   return out
 
 
-def holders(array, sizes):
+def holders(array, sizes, rules):
   """Which devices hold which part: {index of the part in each dimension: [device, …]}.
 
   Devices are numbered by their place in the mesh, the last axis running fastest.
   """
-  cuts, out = cut(array, sizes), {}
+  cuts, out = cut(array, sizes, rules), {}
   for place in np.ndindex(*(sizes[axis] for axis in MESH_AXES)):
     at = dict(zip(MESH_AXES, place, strict=True))
     index = []
@@ -91,11 +92,11 @@ def holders(array, sizes):
   return out
 
 
-def table(arrays, sizes):
+def table(arrays, sizes, rules):
   """Lines: for each `Array` its dimensions, what they are cut over, and what a device holds."""
   rows = [("array", "dimensions", "cut over", "on a device", "MiB")]
   for array in arrays:
-    cuts = cut(array, sizes)
+    cuts = cut(array, sizes, rules)
     part = [size // one.parts for (_, size), one in zip(array.dims, cuts, strict=True)]
     rows.append((
         array.name, " x ".join(f"{axis or '-'} {size}" for axis, size in array.dims),
@@ -107,12 +108,12 @@ def table(arrays, sizes):
           + "  " + row[-1].rjust(widths[-1]) for row in rows]
 
 
-def picture(array, sizes):
+def picture(array, sizes, rules):
   """Lines: a box for each part of an `Array`, with the devices that hold it.
 
   The last two dimensions that are cut are drawn; of others, the first part.
   """
-  cuts, parts = cut(array, sizes), holders(array, sizes)
+  cuts, parts = cut(array, sizes, rules), holders(array, sizes, rules)
   dims = [i for i, one in enumerate(cuts) if one.parts > 1][-2:]
   down, across = ([None] * (2 - len(dims)) + dims)
   if len(dims) == 1 and dims[0] != len(cuts) - 1:
@@ -146,13 +147,16 @@ def picture(array, sizes):
 
 def describe(c, sizes):
   """Lines: the tables of all arrays of a resolved config on a mesh, and pictures of some."""
-  weights, values = parameters(c), activations(c)
+  weights, values, rules = parameters(c), activations(c), sharding.rules(c.mesh)
+  for array in weights:
+    rules.check(array.name, [axis for axis, _ in array.dims])
   used = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
-  lines = [f"mesh: {used}", "", *table(weights, sizes), "", *table(values, sizes)]
+  lines = [f"mesh: {used}", "", *table(weights, sizes, rules), "",
+           *table(values, sizes, rules)]
   drawn = [array for end in _DRAWN for array in weights
            if array.name == end or array.name.endswith("/" + end)]
   for array in drawn + values:
-    lines += ["", *picture(array, sizes)]
+    lines += ["", *picture(array, sizes, rules)]
   return lines
 
 

@@ -48,7 +48,8 @@ def of_attention(c, mesh):
   def shaped(heads, dtype=jnp.bfloat16):
     shape = (rows, LENGTH, *((heads, m.head_dim) if heads else ()))
     axes = ("batch", "length", "act_heads", None)[:len(shape)]
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.spec(axes)))
+    cut = NamedSharding(mesh, sharding.DEFAULT.spec(axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
 
   q, k = shaped(m.num_heads), shaped(m.num_kv_heads)
   with jax.set_mesh(mesh):

@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from jaxgpt import config
+from jaxgpt import config, sharding
 from jaxgpt.model import moe, ops
 
 B, T, D = 2, 6, 8
@@ -23,7 +23,7 @@ def section(**fields):
 
 def run(cfg, real=None, seed=0):
   """(parameters, input, output, statistics) of a layer with random weights."""
-  layer = moe.MoE(cfg)
+  layer = moe.MoE(cfg, sharding.DEFAULT)
   x = jax.random.normal(jax.random.key(seed), (B, T, D))
   real = jnp.ones((B, T), bool) if real is None else real
   params = jax.tree.map(lambda box: box.value, layer.init(jax.random.key(1), x, real)["params"],
@@ -99,7 +99,7 @@ def test_padding_takes_no_place_and_is_not_counted():
 
 
 def test_gradients_reach_the_router_and_every_expert():
-  layer = moe.MoE(section())
+  layer = moe.MoE(section(), sharding.DEFAULT)
   params, x, _, _ = run(section())
   loss = lambda p: jnp.square(layer.apply({"params": p}, x, jnp.ones((B, T), bool))[0]).sum()
   grads = jax.grad(loss)(params)

@@ -19,22 +19,26 @@ def _resolved(*overrides):
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2},
-                                  {"seq": 2, "fsdp": 4}, {"tensor": 4, "seq": 2}])
+                                  {"seq": 2, "fsdp": 4}, {"tensor": 4, "seq": 2},
+                                  {"fsdp": 2, "tensor": 4, "rules.embed": "tensor,fsdp",
+                                   "rules.mlp": "none", "rules.act_heads": "none",
+                                   "rules.vocab": "none", "rules.heads": "none",
+                                   "rules.kv_heads": "none"}])
 def test_each_device_holds_what_jax_gives_it(axes):
   axes = {"fsdp": 1} | axes
   c = _resolved(*(f"--config.mesh.{axis}={size}" for axis, size in axes.items()))
-  where, sizes = mesh.make(c.mesh), mesh.axis_sizes(c.mesh, 8)
+  where, sizes, rules = mesh.make(c.mesh), mesh.axis_sizes(c.mesh, 8), sharding.rules(c.mesh)
   numbers = {device: i for i, device in enumerate(where.devices.flat)}
   for array in shardings.parameters(c) + shardings.activations(c):
     shape = tuple(size for _, size in array.dims)
-    spec = sharding.fitting_spec(where, shape, [axis for axis, _ in array.dims])
-    cuts = shardings.cut(array, sizes)
+    spec = rules.fitting_spec(where, shape, [axis for axis, _ in array.dims])
+    cuts = shardings.cut(array, sizes, rules)
     part = [size // one.parts for size, one in zip(shape, cuts, strict=True)]
     expected = {}
     for device, slices in NamedSharding(where, spec).devices_indices_map(shape).items():
       index = tuple(s.indices(n)[0] // p for s, n, p in zip(slices, shape, part, strict=True))
       expected.setdefault(index, []).append(numbers[device])
-    found = shardings.holders(array, sizes)
+    found = shardings.holders(array, sizes, rules)
     assert found == {index: sorted(held) for index, held in expected.items()}, array.name
 
 
@@ -43,7 +47,8 @@ def test_all_parameters_are_listed_with_their_bytes():
   shapes, _ = transformer.abstract(transformer.Transformer(c.model))
   names = {array.name: array for array in shardings.parameters(c)}
   assert names.keys() == tree.flatten(shapes).keys()
-  lines = shardings.table([names["layers/mlp/up"]], mesh.axis_sizes(c.mesh, 8))
+  lines = shardings.table([names["layers/mlp/up"]], mesh.axis_sizes(c.mesh, 8),
+                          sharding.DEFAULT)
   assert lines[1].split() == ["layers/mlp/up", "layers", "2", "x", "embed", "64", "x", "mlp", "128",
                               "embed:", "fsdp", "[2,8,128]", f"{2 * 8 * 128 * 4 / 2**20:.2f}"]
 
@@ -51,7 +56,7 @@ def test_all_parameters_are_listed_with_their_bytes():
 def test_a_picture_of_copies_and_one_of_many_parts():
   array = shardings.Array("w", (("embed", 64), ("mlp", 128)), 4)
   sizes = {"data": 2, "fsdp": 8, "seq": 1, "tensor": 2, "expert": 1, "stage": 1}
-  assert shardings.picture(array, sizes) == [
+  assert shardings.picture(array, sizes, sharding.DEFAULT) == [
       "w [64, 128]   ↓ embed over fsdp   → mlp over tensor",
       "┌───────┬───────┐",
       "│ 0 16  │ 1 17  │",
@@ -63,7 +68,7 @@ def test_a_picture_of_copies_and_one_of_many_parts():
       "│ 14 30 │ 15 31 │",
       "└───────┴───────┘"]
   whole = shardings.Array("scale", (("norm", 64),), 4)
-  assert shardings.picture(whole, sizes)[::2] == [
+  assert shardings.picture(whole, sizes, sharding.DEFAULT)[::2] == [
       "scale [64]   whole on each", "│ 0-31 │"]
 
 
