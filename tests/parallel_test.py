@@ -97,7 +97,8 @@ def test_three_axes_together_compute_what_one_device_does(model, axes, more):
 @pytest.mark.parametrize("model, axes, rules", [
     ("dense", dict(fsdp=2, tensor=4), dict(
         embed="none", mlp="fsdp,tensor", heads="fsdp", kv_heads="fsdp", head_dim="tensor",
-        vocab="tensor,fsdp", residual_length="seq", act_embed="tensor", act_heads="none")),
+        vocab="tensor,fsdp", residual_length="seq", act_embed="tensor", act_heads="none",
+        act_vocab="none")),
     ("moe", dict(fsdp=2, tensor=2, expert=2), dict(
         embed="tensor", mlp="fsdp,expert", experts="none", heads="none", kv_heads="none",
         vocab="expert")),
