@@ -184,16 +184,16 @@ def test_a_run_goes_on_and_is_used_under_other_rules(tiny, tmp_path):
   c = tiny(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   train(c, tmp_path / "whole")
   other = config.from_dict(c.to_dict())
-  cut(other, tmp_path / "moved", at=4)
   other.mesh.rules.update(dict(embed="none", mlp="tensor,fsdp", vocab="fsdp", head_dim="tensor",
                                heads="none", kv_heads="none", act_heads="none"))
-  train(other, tmp_path / "moved")
+  cut(other, tmp_path / "moved", at=4)
+  train(c, tmp_path / "moved")  # put to use, it has the rules that it began with
   want, got = ([r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
                for name in ("whole", "moved"))
   np.testing.assert_allclose(got, want, rtol=1e-4)
   used = [runs.load(tmp_path / name) for name in ("whole", "moved")]
   specs = [run.params["layers"]["mlp"]["up"].sharding.spec for run in used]
-  assert specs == [P(None, "fsdp", "tensor"), P(None, None, ("tensor", "fsdp"))]
+  assert specs == [P("stage", "fsdp", "tensor"), P("stage", None, ("tensor", "fsdp"))]
   losses = [runs.evaluate_run(run)["loss"] for run in used]
   assert losses[0] == pytest.approx(losses[1], rel=1e-4)
   texts = [runs.Sampler(run)("the cat", max_new=4, seed=1) for run in used]
