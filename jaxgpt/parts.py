@@ -33,7 +33,7 @@ def build(c, mesh):
   fields = c.model.copy_and_resolve_references()
   fields.attention = attention.choose(
       fields.attention, mesh.devices.flat[0].platform, length=c.data.seq_len, dtype=fields.dtype,
-      softcap=fields.attn_softcap)
+      softcap=fields.attn_softcap, heads=(fields.head_dim, fields.latent.v_dim))
   mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
   if checks.kept(fields.remat)[1]:
     mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import sharding
+from jaxgpt.errors import UserError
 from jaxgpt.model import context, ops, pairs
 
 _MASKED = -1e30  # finite, so that a row with no visible key has no NaN in its gradient
@@ -248,7 +249,7 @@ def _cudnn_in_parts(plan, q_BTNH, k_BTKH, v_BTKH, ids_B1T):
 FORMS = ("reference", "batched", "splash", "cudnn")
 
 
-def choose(form, platform, *, length, dtype, softcap):
+def choose(form, platform, *, length, dtype, softcap, heads):
   """The form that 'auto' stands for.
 
   Args:
@@ -257,16 +258,37 @@ def choose(form, platform, *, length, dtype, softcap):
     length: tokens a row.
     dtype: of the queries.
     softcap: on the logits, or None.
+    heads: (size of a head's queries and keys, of its values).
+
+  Raises:
+    UserError: cuDNN is asked for, and its kernels take no such heads.
   """
+  if form == "cudnn" and not _cudnn_takes(*heads):
+    raise UserError(f"model.attention='cudnn': cuDNN has no kernel for heads of {heads[0]} (values "
+                    f"{heads[1]}) on {_gpu() or 'a GPU that is not here'}; leave model.attention=auto")
   if form != "auto":
     return form
   if platform == "cpu":
     return "batched"
   if platform == "tpu" and length % pairs.LANES == 0:
     return "splash"
-  if platform in ("gpu", "cuda", "rocm") and jnp.dtype(dtype).itemsize == 2 and softcap is None:
+  is_gpu = platform in ("gpu", "cuda", "rocm")
+  if is_gpu and jnp.dtype(dtype).itemsize == 2 and softcap is None and _cudnn_takes(*heads):
     return "cudnn"
   return "reference"
+
+
+def _cudnn_takes(of_keys, of_values):
+  """Whether JAX has cuDNN's kernels for heads of these sizes, which depends on the GPU that is here."""
+  is_new = _gpu() and float(jax.local_devices()[0].compute_capability) >= 9.0
+  return (of_keys % 8 == 0 and of_values % 8 == 0 and of_keys <= (256 if is_new else 128)
+          and (of_keys == of_values or is_new))
+
+
+def _gpu():
+  """The name of the GPU that is here, or None."""
+  device = jax.local_devices()[0]
+  return device.device_kind if device.platform == "gpu" else None
 
 
 def needs_mask(form, length):

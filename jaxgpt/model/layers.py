@@ -70,7 +70,8 @@ class Module(nn.Module):
     """The form of attention; 'auto', where nobody has chosen by the devices, goes by the backend."""
     cfg = self.cfg
     return attention.choose(cfg.attention, jax.default_backend(), length=cfg.max_len,
-                            dtype=cfg.dtype, softcap=cfg.attn_softcap)
+                            dtype=cfg.dtype, softcap=cfg.attn_softcap,
+                            heads=(cfg.head_dim, cfg.latent.v_dim))
 
   @property
   def has_wide_gradients(self):

@@ -1,6 +1,7 @@
 """Every form of attention against a loop over queries."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt import mesh as mesh_lib
+from jaxgpt.errors import UserError
 from jaxgpt.model import attention, ops
 
 
@@ -112,8 +114,22 @@ def test_the_kernel_for_tpus_under_a_mesh():
 @pytest.mark.parametrize("platform, more, form", [
     ("cpu", {}, "batched"), ("tpu", {}, "splash"), ("tpu", dict(length=100), "reference"),
     ("gpu", {}, "cudnn"), ("gpu", dict(dtype="float32"), "reference"),
-    ("gpu", dict(softcap=30.0), "reference")])
+    ("gpu", dict(softcap=30.0), "reference"), ("gpu", dict(heads=(256, 256)), "reference"),
+    ("gpu", dict(heads=(100, 100)), "reference"), ("gpu", dict(heads=(128, 64)), "reference")])
 def test_auto_goes_by_the_platform(platform, more, form):
-  fields = dict(length=1024, dtype="bfloat16", softcap=None) | more
+  fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(64, 64)) | more
   assert attention.choose("auto", platform, **fields) == form
   assert attention.choose("batched", platform, **fields) == "batched"
+
+
+def test_heads_go_to_cudnn_where_the_gpu_has_kernels_for_them(monkeypatch):
+  fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(256, 128))
+  with pytest.raises(UserError, match=r"no kernel for heads of 256 \(values 128\) on a GPU that is not"):
+    attention.choose("cudnn", "gpu", **fields)
+  gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+  monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+  assert attention.choose("auto", "gpu", **fields) == "cudnn"
+  assert attention.choose("cudnn", "gpu", **fields) == "cudnn"
+  gpu.compute_capability = "8.0"
+  with pytest.raises(UserError, match="on NVIDIA H100; leave model.attention=auto"):
+    attention.choose("cudnn", "gpu", **fields)
