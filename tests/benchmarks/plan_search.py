@@ -96,6 +96,12 @@ def changes_of(axes, rows, accumulate, remat, num_devices):
 def compare(name, cache):
   """Compiles both sides for a topology and prints them."""
   c, where = lower.resolve(config.load(CONFIG)[0]), topology.parse(name)
+  print(f"\n{name}: the search", flush=True)
+  cache.seconds, began = 0.0, time.monotonic()
+  found = search.search(c, where, run=cache.compiled, say=lambda line: print(line, flush=True))
+  print("\n".join(search.table(found)), flush=True)
+  took, now = cache.seconds, time.monotonic() - began
+  print(f"it compiled for {took / 60:.1f} minutes, {now / 60:.1f} of them now", flush=True)
   print(f"\n{name}: made by hand", flush=True)
   by_hand = []
   for row in HAND_MADE[name]:
@@ -103,15 +109,10 @@ def compare(name, cache):
     one = search.Candidate(search.changed(c, changes), changes, 0.0, 0.0)
     by_hand.append(cache.compiled(one, where))
     print(f"  {search.describe(changes)}: {search.verdict(by_hand[-1])}", flush=True)
-  cache.seconds, began = 0.0, time.monotonic()
-  print(f"{name}: the search", flush=True)
-  found = search.search(c, where, run=cache.compiled, say=lambda line: print(line, flush=True))
-  print("\n".join(search.table(found)), flush=True)
   rate = lambda results: max((r.figures["tokens_per_second_per_chip"] for r in results if r.fits),
                              default=math.nan)
   print(f"\n{name}: {rate(found):,.0f} tokens/s a chip by the search, {rate(by_hand):,.0f} by the best "
-        f"of ten hands, ratio {rate(found) / rate(by_hand):.3f}; the search compiled for "
-        f"{cache.seconds / 60:.1f} minutes, {time.monotonic() - began:.0f} s of them now", flush=True)
+        f"of ten hands, ratio {rate(found) / rate(by_hand):.3f}", flush=True)
 
 
 def main():
