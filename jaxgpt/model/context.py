@@ -4,7 +4,8 @@ With n devices a row is 2n chunks. Under a causal mask device i holds chunks i a
 and a late one (Llama 3, arXiv:2407.21783, section 3.3.2), so that all devices compute equally much;
 `balance` puts tokens in that order, once, before the model reads them. Keys and values go around
 the ring of devices, and while a device's queries read those that are there, the next ones are on
-their way (arXiv:2310.01889). In local layers only the ends of neighbouring chunks move.
+their way (arXiv:2310.01889), for some heads after the others. In local layers only the ends of
+neighbouring chunks move.
 
 B batch, N heads, K key/value heads, T token, H head size; arrays have their tokens on axis 2.
 """
@@ -23,6 +24,7 @@ from jaxgpt import sharding
 from jaxgpt.model import pairs
 
 _T = 2
+_HEADS_BYTES = 2**22  # of queries, which read for so long that to start them costs little
 
 
 class Plan(NamedTuple):
@@ -118,18 +120,53 @@ def attend(plan, q, k, v, ids):
 
 def _forward(plan, q, k, v, ids):
   run = _near_forward if plan.window is not None else _ring_forward
-  out, log_z = run(plan, q, k, v, ids)
-  out = checkpoint_name(out.astype(q.dtype), plan.name)
-  return out, (q, k, v, ids, out, checkpoint_name(log_z, plan.name))
+
+  def of_heads(q, k, v):
+    out, log_z = run(plan, q, k, v, ids)
+    return out.astype(q.dtype), log_z
+
+  out, log_z = (checkpoint_name(x, plan.name) for x in _by_heads(of_heads, q, k, v))
+  return out, (q, k, v, ids, out, log_z)
 
 
 def _backward(plan, saved, dout):
   run = _near_backward if plan.window is not None else _ring_backward
-  grads = run(plan, *saved, dout)
-  return (*(d.astype(x.dtype) for d, x in zip(grads, saved)), None)
+  q, k, v, ids, *of_out = saved
+
+  def of_heads(q, k, v, *of_out):
+    grads = run(plan, q, k, v, ids, *of_out)
+    return tuple(d.astype(x.dtype) for d, x in zip(grads, (q, k, v)))
+
+  return (*_by_heads(of_heads, q, k, v, *of_out, dout), None)
 
 
 attend.defvjp(_forward, _backward)
+
+
+def _by_heads(run, q, k, *others):
+  """run(q, k, *others), some heads after the others: it takes memory for those alone.
+
+  Args:
+    run: a function of arrays with heads on axis 1, all results such arrays.
+    q, k: queries and keys, see `attend`; a key head and the queries that read it stay together.
+  """
+  K, most = k.shape[1], max(q.size * q.dtype.itemsize // _HEADS_BYTES, 1)
+  turns = max(n for n in range(1, K + 1) if K % n == 0 and n <= most)
+  if turns == 1:
+    return run(q, k, *others)
+
+  def of_turn(i, xs):
+    sizes = [x.shape[1] // turns for x in xs]
+    return [jax.lax.dynamic_slice_in_dim(x, i * n, n, 1) for x, n in zip(xs, sizes)]
+
+  def turn(i, whole):
+    got = run(*of_turn(i, (q, k, *others)))
+    put = jax.lax.dynamic_update_slice_in_dim
+    return tuple(put(w, x, i * x.shape[1], 1) for w, x in zip(whole, got))
+
+  shapes = jax.eval_shape(lambda: run(*of_turn(0, (q, k, *others))))
+  wide = lambda x: (x.shape[0], x.shape[1] * turns, *x.shape[2:])
+  return jax.lax.fori_loop(0, turns, turn, tuple(jnp.zeros(wide(x), x.dtype) for x in shapes))
 
 
 def _halves(x):
@@ -149,30 +186,54 @@ class _Visit:
     self._causal = plan.causal
     self._earlier = jax.lax.axis_index(plan.axis) >= s  # the keys are of chunks before all queries
 
-  def queries(self, x):
-    """The queries that read, one or two chunks to the batch; linear."""
-    if not self._causal:
-      return x
-    early, late = _halves(x)
-    return jnp.concatenate([late, jnp.where(self._earlier, early, late)])
+  def _pair(self, always, early, late):
+    """One chunk that always takes part and one of two others, stacked along the batch."""
+    return jnp.concatenate([always, jnp.where(self._earlier, early, late)])
+
+  def _dealt(self, pair, nothing):
+    """What `_pair` stacked, each in its place: (always, early, late), float32 or `nothing`."""
+    always, either = jnp.split(pair.astype(jnp.float32), 2)
+    here = self._earlier
+    return always, jnp.where(here, either, nothing), jnp.where(here, nothing, either)
+
+  def queries(self, parts):
+    """The queries that read, of `_parts`: one or two chunks to the batch."""
+    return self._pair(parts[1], *parts) if self._causal else parts[0]
 
   def keys(self, x):
-    """The keys that are read; linear."""
+    """The keys that are read."""
     if not self._causal:
       return x
     early, late = _halves(x)
-    return jnp.concatenate([early, jnp.where(self._earlier, early, late)])
+    return self._pair(early, early, late)
 
   def joined(self, total, part):
-    """The (out, log_z) of the device's queries, with those of `queries` joined."""
+    """The (out, log_z) of the `_parts` of the device's queries, with those of `queries` joined."""
     if not self._causal:
-      return pairs.join(total, part)
-    early, late = zip(*map(_halves, total))
-    first, second = zip(*(jnp.split(x, 2) for x in part))
-    only = lambda here: (second[0], jnp.where(here, second[1], pairs.NOTHING))
-    early = pairs.join(early, only(self._earlier))
-    late = pairs.join(pairs.join(late, first), only(~self._earlier))
-    return tuple(jnp.concatenate(both, _T) for both in zip(early, late))
+      return (pairs.join(total[0], part),)
+    first, at_early, at_late = zip(*(
+        self._dealt(x, nothing) for x, nothing in zip(part, (0, pairs.NOTHING))))
+    early, late = total
+    return pairs.join(early, at_early), pairs.join(pairs.join(late, first), at_late)
+
+  def added(self, parts, d):
+    """Sums at the `_parts` of the device's queries, with those at `queries` added."""
+    if not self._causal:
+      return (parts[0] + d,)
+    first, at_early, at_late = self._dealt(d, 0)
+    return parts[0] + at_early, parts[1] + first + at_late
+
+  def at_keys(self, d):
+    """What is at `keys` at the places of the device's keys, float32."""
+    if not self._causal:
+      return d.astype(jnp.float32)
+    first, at_early, at_late = self._dealt(d, 0)
+    return jnp.concatenate([first + at_early, at_late], _T)
+
+
+def _parts(plan, x):
+  """The chunks of the device's queries that a `_Visit` tells apart, cut once for all visits."""
+  return _halves(x) if plan.causal else (x,)
 
 
 def _put_back(take, like, x):
@@ -219,11 +280,13 @@ def _ring_forward(plan, q, k, v, ids):
     there = None if is_last else _shifted(plan, carry[0])
     (k, v, of_keys), total = _in_turn(*carry)
     meet = _Visit(plan, s)
-    part = pairs.forward(plan.kernel, pairs.Band(), meet.queries(q), meet.keys(k), meet.keys(v),
-                         meet.queries(ids), meet.keys(of_keys))
+    part = pairs.forward(plan.kernel, pairs.Band(), meet.queries(q_parts), meet.keys(k),
+                         meet.keys(v), meet.queries(ids_parts), meet.keys(of_keys))
     return there, meet.joined(total, part)
 
-  return _around(plan.size, visit, (there, (out.astype(jnp.float32), log_z)))[1]
+  q_parts, ids_parts, *own = (_parts(plan, x) for x in (q, ids, out.astype(jnp.float32), log_z))
+  _, total = _around(plan.size, visit, (there, tuple(zip(*own))))
+  return tuple(jnp.concatenate(x, _T) for x in zip(*total))
 
 
 def _ring_backward(plan, q, k, v, ids, out, log_z, dout):
@@ -236,15 +299,15 @@ def _ring_backward(plan, q, k, v, ids, out, log_z, dout):
     keys, dq = _in_turn(keys, dq)
     meet = _Visit(plan, s)
     k, v, of_keys = map(meet.keys, keys)
-    of_queries = map(meet.queries, (q, ids, out, log_z, dout))
-    q_here, ids_here, *saved = of_queries
+    q_here, ids_here, *saved = map(meet.queries, of_queries)
     got = pairs.backward(plan.kernel, pairs.Band(), q_here, k, v, ids_here, of_keys, *saved)
-    dq += _put_back(meet.queries, q, got[0])
-    new = tuple(_put_back(meet.keys, x, d) for x, d in zip(keys, got[1:]))
-    return there, dq, new if is_first else jax.tree.map(jnp.add, dkv, new)
+    new = tuple(map(meet.at_keys, got[1:]))
+    return there, meet.added(dq, got[0]), new if is_first else jax.tree.map(jnp.add, dkv, new)
 
-  start = (_shifted(plan, (k, v, ids)), jnp.zeros(q.shape, jnp.float32), None)
-  _, dq, dkv = _around(plan.size, visit, start)
+  of_queries = [_parts(plan, x) for x in (q, ids, out, log_z, dout)]
+  nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in of_queries[0])
+  _, dq, dkv = _around(plan.size, visit, (_shifted(plan, (k, v, ids)), nothing, None))
+  dq = jnp.concatenate(dq, _T)
   dk, dv = _shifted(plan, dkv)  # while the device's own are read
   (k, v), dq = _in_turn((k, v), dq)
   own = pairs.backward(plan.kernel, pairs.Band(plan.causal), q, k, v, ids, ids, out, log_z, dout)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import config
+from jaxgpt import config, sharding
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.model import attention, context, layers, ops, pairs
 from jaxgpt.model import remat as remat_lib
@@ -71,6 +71,24 @@ def test_rows_that_are_cut_attend_as_whole_ones(seq, fields):
 
 def test_rows_and_heads_are_cut_too():
   agree(mesh_of(2, data=2, tensor=2), 32, "batched", causal=True, window=9)
+
+
+@pytest.mark.parametrize("seq, axes, window", [(4, {}, None), (2, dict(data=2), 9)])
+def test_some_heads_after_the_others(seq, axes, window, monkeypatch):
+  monkeypatch.setattr(context, "_HEADS_BYTES", 1)  # as many turns as there are key heads
+  agree(mesh_of(seq, **axes), 64, "batched", causal=True, window=window)
+
+
+def test_heads_take_their_turn_where_there_is_much_of_them():
+  def turns(T, N, K):
+    q, k = (jax.ShapeDtypeStruct((1, heads, T, 128), jnp.bfloat16) for heads in (N, K))
+    counted = jax.make_jaxpr(lambda q, k: context._by_heads(lambda q, k: (q, k), q, k))(q, k)
+    loops = [e.params["length"] for e in counted.eqns if e.primitive.name == "scan"]
+    return loops or [1]
+
+  assert turns(16_384, 32, 8) == turns(4096, 32, 8) == [8]
+  assert turns(1024, 32, 8) == [2]
+  assert turns(512, 32, 8) == turns(16_384, 8, 1) == [1]
 
 
 @pytest.mark.parametrize("fields", [
@@ -146,7 +164,7 @@ def test_attention_that_is_saved_does_not_go_around_again():
 
   def exponentials(remat):
     def layer(x, _):
-      qkv = layers.named(x * 2, x * 3, x * 4)
+      qkv = layers.named(sharding.DEFAULT, x * 2, x * 3, x * 4)
       return attention.attend("batched", *qkv, None, segments, scale=0.3, causal=True), None
     layer = jax.checkpoint(layer, policy=remat_lib.policy(remat))
     run = lambda x: jax.lax.scan(layer, x, None, length=2)[0].sum()
