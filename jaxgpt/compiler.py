@@ -3,6 +3,10 @@
 `train` and `plan` compile with the same ones; what each is worth is in docs/log.md.
 """
 
+import jax
+
+from jaxgpt.errors import UserError
+
 # By the name that JAX gives a device: how much of a core's fast memory a fused matmul may take for its
 # tiles. libtpu's own choice leaves the matmuls of a large model at two thirds of the peak.
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
@@ -23,3 +27,24 @@ def options(device_kind, given=()):
     given: the config's `mesh.compiler_options`, each "name=value"; they win over the table.
   """
   return DEFAULTS.get(device_kind, {}) | dict(option.split("=", 1) for option in given)
+
+
+def compile(lowered, mesh, given=()):
+  """A lowered function's executable.
+
+  Args:
+    lowered: from a jitted function's `lower`.
+    mesh: of the devices that it is for.
+    given: as in `options`.
+
+  Raises:
+    UserError: an option is unknown to XLA, or not for these devices.
+    jax.errors.JaxRuntimeError: anything else that XLA refuses, such as too little memory.
+  """
+  try:
+    return lowered.compile(options(mesh.devices.flat[0].device_kind, given))
+  except jax.errors.JaxRuntimeError as e:
+    if not given or not str(e).startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION")):
+      raise
+    raise UserError(f"XLA refuses to compile with mesh.compiler_options={tuple(given)}: "
+                    f"{str(e).splitlines()[0]}") from e

@@ -209,5 +209,4 @@ def compile(train_step, state, batch, mesh, options=(), instead=None):
     The compiled function (state, batch) -> (state, metrics).
   """
   lowered = lower(train_step, state, batch, mesh)
-  return (instead and instead(lowered)) or lowered.compile(
-      compiler.options(mesh.devices.flat[0].device_kind, options))
+  return (instead and instead(lowered)) or compiler.compile(lowered, mesh, options)

@@ -127,7 +127,7 @@ def compile_step(c, topology, anew=False):
     A `Compiled`.
 
   Raises:
-    UserError: the config does not fit the topology's devices.
+    UserError: the config does not fit the topology's devices, or XLA refuses an option.
     OutOfMemory: the program does not fit their memory.
   """
   mesh = topology_lib.mesh(c.mesh, topology)
@@ -139,8 +139,7 @@ def compile_step(c, topology, anew=False):
   lowered = train_step.lower(step, parts.state, batch, mesh)
   try:
     with _no_cache() if anew else contextlib.nullcontext():
-      executable = lowered.compile(compiler.options(mesh.devices.flat[0].device_kind,
-                                                    c.mesh.compiler_options))
+      executable = compiler.compile(lowered, mesh, c.mesh.compiler_options)
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e) or topology.chip is None:
       raise

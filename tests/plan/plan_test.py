@@ -56,6 +56,16 @@ def test_options_of_the_compiler_are_the_chips_and_the_users_win():
   assert given == {"xla_tpu_scoped_vmem_limit_kib": "16384", "xla_flag": "a=b"}
 
 
+@pytest.mark.parametrize("option, why", [
+    ("xla_nonsense=1", "No such compile option: 'xla_nonsense'"),
+    ("xla_cpu_enable_fast_math=maybe", "'maybe' is not a valid bool")])
+def test_an_option_that_xla_refuses_is_named(option, why):
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+  with pytest.raises(UserError, match=rf"mesh.compiler_options=\('{option}',\).*{why}"):
+    compiler.compile(lowered, mesh.make(config.base().mesh), (option,))
+
+
+
 @pytest.mark.parametrize("name, words", [
     ("pod", "write CHIP-SIZE"), ("v5e-24", "slices of 1, 4, 8"), ("v9-8", "no chip 'v9'"),
     ("v5p-7", "counted in cores, 2 a chip"), ("v5e:4x4x4", "2 dimensions"), ("v5e-0", "write"),
