@@ -25,6 +25,7 @@ from jaxgpt.plan import estimate, lower, topology  # noqa: E402
 
 FILE = pathlib.Path(__file__).parents[1] / "plan" / "memory.json"
 SAVE = "save:q,k,v,attention,gate,up"
+SAVE_O = "save:q,k,v,attention,o,gate,up"
 
 
 def case(name, where, rows, length, remat, **values):
@@ -99,10 +100,40 @@ CASES = [
          **narrow(384)),
     case("llama3_8b,narrow wide vocabulary", "v5e-16", 32, 256, SAVE, **narrow(576, vocab=32768)),
     case("llama2_7b", "v5e-256", 512, 2048, SAVE),
+    case("llama2_7b", "v5e-256", 512, 2048, SAVE_O),
+    case("llama2_7b,gradients", "v5e-256", 512, 2048, SAVE, model__materialize="gradients"),
+    case("llama2_7b", "v5e-256", 512, 2048, "full"),
+    case("llama2_7b,seq", "v5e-256", 512, 2048, SAVE, mesh__fsdp=128, mesh__seq=2),
+    case("llama2_7b,seq", "v5e-256", 512, 2048, SAVE_O, mesh__fsdp=128, mesh__seq=2),
+    case("llama2_7b,seq 4", "v5e-256", 512, 2048, SAVE, mesh__fsdp=64, mesh__seq=4),
+    case("llama2_7b,seq 4", "v5e-256", 512, 2048, SAVE_O, mesh__fsdp=64, mesh__seq=4),
+    case("llama2_7b", "v5p-128", 192, 4096, SAVE),
+    case("llama2_7b", "v5p-128", 192, 4096, SAVE_O),
     case("llama2_7b", "v5p-128", 256, 4096, SAVE),
+    case("llama2_7b", "v5p-128", 256, 4096, SAVE_O),
+    case("llama2_7b", "v5p-128", 256, 4096, "save:q,k,v,o,gate,up,down"),
+    case("llama2_7b", "v5p-128", 384, 4096, SAVE),
+    case("llama2_7b", "v5p-128", 384, 4096, SAVE_O),
+    case("llama2_70b", "v5p-128", 64, 4096, SAVE),
+    case("llama2_70b", "v5p-128", 64, 4096, SAVE_O),
+    case("llama2_70b", "v5p-128", 128, 4096, "save:q,k,v,o,down"),
+    case("llama2_70b,seq", "v5p-128", 64, 4096, SAVE, mesh__fsdp=32, mesh__seq=2),
+    case("llama2_70b,seq", "v5p-128", 64, 4096, "save:q,k,v,attention,up", mesh__fsdp=32,
+         mesh__seq=2),
+    case("llama2_70b,tensor", "v5p-128", 64, 4096, SAVE, mesh__fsdp=32, mesh__tensor=2),
+    case("llama2_70b,tensor", "v5p-128", 64, 4096, SAVE_O, mesh__fsdp=32, mesh__tensor=2),
     case("llama3_8b,tensor", "v6e-64", 64, 8192, SAVE, mesh__fsdp=32, mesh__tensor=2),
     case("llama3_8b", "v6e-64", 64, 8192, SAVE),
     case("llama3_8b", "v5e-256", 256, 8192, "save_attention"),
+    case("llama3_8b", "v5p-64", 64, 8192, SAVE),
+    case("qwen3_8b", "v6e-64", 128, 4096, QKVA),
+    case("gemma2_9b", "v5e-64", 64, 4096, "full"),
+    case("mixtral_8x7b,expert", "v5p-128", 128, 4096, QKVA, mesh__fsdp=8, mesh__expert=8),
+    case("gpt2_1558m", "v5e-16", 64, 1024, "save:q,k,v,attention,up"),
+    case("llama32_1b", "v5e-16", 32, 4096, QKVA),
+    case("gemma3_1b,chunks", "v5e-16", 32, 4096, QKVA, objective__loss_chunk=1024),
+    case("bert_base,data masked", "v5e-4", 128, 512, "save:q,k,v,attention,up",
+         objective__name="masked_lm", mesh__data=4, mesh__fsdp=1),
 ]
 
 
