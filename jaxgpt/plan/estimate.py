@@ -199,19 +199,22 @@ def _of_head(c, sizes):
   # The gradient of the head's weight is made after the layers' backward pass.
   yield Buffer("head/logits", "logits", f"[{rows},{vocab:g}]", tokens * vocab * 4,
                f"objective.loss_chunk, mesh.tensor; {_FEWER}")
-  yield Buffer("final_norm (input, result, gradient)", "logits", f"[{s.rows:g},{s.length:g},{m.width}]",
-               hidden, _FEWER)
+  yield Buffer("final_norm (input, result, gradient)", "logits",
+               f"[{s.rows:g},{s.length:g},{m.width}]", hidden, _FEWER)
   yield Buffer("head/weight", "head", f"[{m.width},{vocab:g}]", m.width * vocab * _wide(m),
                "mesh.tensor")
 
 
 def _of_layer(c, sizes, counts):
-  """What the backward pass of a layer holds: its weights, and results that wait for their gradients."""
+  """What the backward pass of a layer holds: weights, and what waits for weights' gradients."""
   m, s = c.model, _part(c, sizes)
   wide, w = _wide(m), _widths(m, padded=True)
   tokens = s.rows * s.length
+  # Where no token is dropped, a device has the weights of all experts.
+  cut = sizes if m.moe.capacity else sizes | {"expert": 1}
   yield Buffer("layers (gathered)", "layer", "one layer",
-               counts.of_layer(sizes, m.num_layers) * wide, "mesh.tensor")
+               counts.of_layer(cut, m.num_layers) * wide,
+               "moe.capacity, mesh.tensor" if cut != sizes else "mesh.tensor")
   # Queries, keys, values and attention's output, the MLP's insides: with their gradients.
   inside = (2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 3 * w["up"] / s.mlp
             + 4 * m.width)
