@@ -196,12 +196,13 @@ def _of_head(c, sizes):
   hidden = tokens * m.width * (2 * _wide(m) + 4)
   if 0 < c.objective.loss_chunk < tokens:
     tokens, rows = c.objective.loss_chunk, f"{c.objective.loss_chunk}"
-  # The gradient of the head's weight is made after the layers' backward pass.
+  # The gradient of the head's weight is made at once (v5e, v6e), or after the layers' backward pass
+  # (v5p), through which the logits then live. Nothing here knows the chip: both are counted.
   yield Buffer("head/logits", "logits", f"[{rows},{vocab:g}]", tokens * vocab * 4,
                f"objective.loss_chunk, mesh.tensor; {_FEWER}")
   yield Buffer("final_norm (input, result, gradient)", "logits",
                f"[{s.rows:g},{s.length:g},{m.width}]", hidden, _FEWER)
-  yield Buffer("head/weight", "head", f"[{m.width},{vocab:g}]", m.width * vocab * _wide(m),
+  yield Buffer("head/weight (gradient)", "head", f"[{m.width},{vocab:g}]", m.width * vocab * 4,
                "mesh.tensor")
 
 
@@ -225,9 +226,8 @@ def _of_layer(c, sizes, counts):
 def memory(found):
   """Bytes of a device at the worst moment, of `buffers`.
 
-  The moments: the head, when all of the layers' results are saved; the backward pass of the last
-  layer, when those are still there, as is what the gradient of the head's weight needs. The update
-  is in place.
+  The moments: the head's backward pass, when all of the layers' results are saved; that of the last
+  layer, when those are still there, and perhaps the logits. The update is in place.
   """
   kinds = collections.Counter()
   for buffer in found:
