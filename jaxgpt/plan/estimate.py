@@ -193,17 +193,23 @@ def _of_head(c, sizes):
   if m.head != "lm":
     return
   vocab, tokens, rows = m.vocab_size / s.vocab, s.rows * s.length, f"{s.rows:g},{s.length:g}"
-  hidden = tokens * m.width * (2 * _wide(m) + 4)
+  weight = m.width * vocab
+  yield Buffer("final_norm (input, result, gradient)", "logits", f"[{rows},{m.width}]",
+               tokens * m.width * (2 * _wide(m) + 4), _FEWER)
   if 0 < c.objective.loss_chunk < tokens:
     tokens, rows = c.objective.loss_chunk, f"{c.objective.loss_chunk}"
-  # The gradient of the head's weight is made at once (v5e, v6e), or after the layers' backward pass
-  # (v5p), through which the logits then live. Nothing here knows the chip: both are counted.
-  yield Buffer("head/logits", "logits", f"[{rows},{vocab:g}]", tokens * vocab * 4,
+    # Made with the loss, and scaled after the layers' backward pass.
+    yield Buffer("head/weight (gathered, and gradient)", "logits", f"[{m.width},{vocab:g}]",
+                 weight * (4 + _wide(m)), "mesh.tensor")
+    logits = "head"
+  else:
+    # The gradient of the head's weight is made at once (v5e, v6e), or after the layers' backward
+    # pass (v5p), through which the logits then live. Nothing here knows the chip: both are counted.
+    yield Buffer("head/weight (gradient)", "head", f"[{m.width},{vocab:g}]", weight * 4,
+                 "mesh.tensor")
+    logits = "logits"
+  yield Buffer("head/logits", logits, f"[{rows},{vocab:g}]", tokens * vocab * 4,
                f"objective.loss_chunk, mesh.tensor; {_FEWER}")
-  yield Buffer("final_norm (input, result, gradient)", "logits",
-               f"[{s.rows:g},{s.length:g},{m.width}]", hidden, _FEWER)
-  yield Buffer("head/weight (gradient)", "head", f"[{m.width},{vocab:g}]", m.width * vocab * 4,
-               "mesh.tensor")
 
 
 def _of_layer(c, sizes, counts):
@@ -219,15 +225,17 @@ def _of_layer(c, sizes, counts):
   # Queries, keys, values and attention's output, the MLP's insides: with their gradients.
   inside = (2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 3 * w["up"] / s.mlp
             + 4 * m.width)
-  yield Buffer("layers (backward pass of one)", "layer", f"[{s.rows:g},{s.length:g},…]",
-               tokens * inside * wide, f"mesh.tensor; {_FEWER}")
+  several = max(len(stack.kinds) for stack in stacks.of(m))  # that a turn of the loop goes through
+  yield Buffer(f"layers (backward pass of {several})", "layer",
+               f"[{several},{s.rows:g},{s.length:g},…]",
+               several * tokens * inside * wide, f"mesh.tensor; {_FEWER}")
 
 
 def memory(found):
   """Bytes of a device at the worst moment, of `buffers`.
 
   The moments: the head's backward pass, when all of the layers' results are saved; that of the last
-  layer, when those are still there, and perhaps the logits. The update is in place.
+  layers, when those are still there, and perhaps the logits. The update is in place.
   """
   kinds = collections.Counter()
   for buffer in found:
