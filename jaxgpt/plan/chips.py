@@ -31,6 +31,8 @@ class Chip(NamedTuple):
     torus: dimensions of the interconnect.
     cores: of a chip, as the number in a name such as 'v5p-128' counts them.
     devices: of a chip.
+    matmul_rate: share of the peak that the matmuls of compiled models reach, see `estimate`.
+    overlaps_gathers: whether its compiler runs weights' gathers beside compute.
     options: libtpu's chip configuration.
     gpu: a `gpus.Gpu`, or None.
   """
@@ -46,6 +48,8 @@ class Chip(NamedTuple):
   torus: int
   cores: int = 1
   devices: int = 1
+  matmul_rate: float = 0.95
+  overlaps_gathers: bool = False
   options: tuple = ()
   gpu: gpus.Gpu | None = None
 
@@ -62,17 +66,19 @@ _GPU_MEMORY_FRACTION = 0.92
 def _gpu(name, gpu, clock, flops, nvlink, network):
   limit = int(gpu.memory * _GPU_MEMORY_FRACTION)
   return Chip(name, "", clock, gpu.cores * flops, gpu.memory, limit, gpu.bandwidth, nvlink, network,
-              0, gpu=gpu)
+              0, matmul_rate=0.85, overlaps_gathers=True, gpu=gpu)
 
 
 CHIPS = {chip.name: chip for chip in (
     # A host's network (100 to 400 Gbit/s) is shared by its 4 or 8 chips.
     Chip("v4", "v4", 1.05e9, 262_144, 32 * GIB, int(30.75 * GIB), 1.228e12, 300e9, 3.1e9, 3,
          cores=2, options=(("chip_config_name", "megacore"),)),
-    Chip("v5e", "v5e", 1.5e9, 131_072, 16 * GIB, int(15.75 * GIB), 0.819e12, 200e9, 3.1e9, 2),
+    Chip("v5e", "v5e", 1.5e9, 131_072, 16 * GIB, int(15.75 * GIB), 0.819e12, 200e9, 3.1e9, 2,
+         overlaps_gathers=True),
     Chip("v5p", "v5p", 1.75e9, 262_144, 96 * GIB, int(95.73 * GIB), 2.765e12, 600e9, 6.2e9, 3,
          cores=2),
-    Chip("v6e", "v6e", 1.75e9, 524_288, 32 * GIB, int(31.24 * GIB), 1.640e12, 448e9, 6.2e9, 2),
+    Chip("v6e", "v6e", 1.75e9, 524_288, 32 * GIB, int(31.24 * GIB), 1.640e12, 448e9, 6.2e9, 2,
+         matmul_rate=0.82),
     Chip("tpu7x", "tpu7x", 2.2e9, 524_288, 96 * GIB, int(94.74 * GIB), 3.69e12, 600e9, 6.2e9, 3, cores=2,
          devices=2),
     *(_gpu(*row) for row in (

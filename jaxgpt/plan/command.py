@@ -44,8 +44,7 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
   try:
     compiled = lower.compile_step(c, where, anew=bool(save))
   except lower.OutOfMemory as e:
-    for line in itertools.chain(explain.out_of_memory(e, c, where), explain.remedies(c, where)):
-      print(line, flush=True)
+    _explain(e, c, where)
     return 1
   text = compiled.executable.as_text()
   if save_text:
@@ -59,9 +58,13 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
     print("\n".join(report.heaviest_lines(lines, where.chip)), flush=True)
   if out:
     _write(out, json.dumps(found, indent=2))
-  if golden:
-    return golden_lib.check(golden, found)
-  return 0 if found["memory"]["fits"] else 1
+  differs = golden_lib.check(golden, found) if golden else 0
+  memory = found["memory"]
+  if not memory["fits"]:  # compilers of GPUs' programs don't refuse it
+    print(flush=True)
+    _explain(lower.OutOfMemory(memory["total"], memory["limit"]), c, where)
+    return 1
+  return differs
 
 
 def draw(path, overrides, topology):
@@ -99,6 +102,11 @@ def here(path, overrides, *, save_text=None, save=None):
   return 0
 
 
+def _explain(error, c, where):
+  for line in itertools.chain(explain.out_of_memory(error, c, where), explain.remedies(c, where)):
+    print(line, flush=True)
+
+
 def _save(path, compiled):
   made_from = programs.identity(compiled.lowered, compiled.mesh, compiled.c.mesh.compiler_options)
   size = programs.save(path, compiled.executable, made_from)
@@ -121,13 +129,15 @@ def search(path, overrides, topology, *, finalists=6, keep_batch=False, out=None
   """
   c = lower.resolve(config.load(path, overrides)[0])
   where = topology_lib.parse(topology)
+  topology_lib.devices(where)  # that there is a compiler is asked once, not for each plan
   results = search_lib.search(c, where, finalists, keep_batch,
                               say=lambda line: print(line, flush=True))
   print("\n".join(search_lib.table(results)), flush=True)
   if out:
     _write(out, json.dumps([{"changes": r.candidate.changes, "estimated_bytes": r.candidate.bytes,
                              "figures": r.figures,
-                             "needed_bytes": r.error.needed if r.error else None}
+                             "needed_bytes": getattr(r.error, "needed", None),
+                             "refused": str(r.error) if isinstance(r.error, UserError) else None}
                             for r in results], indent=2))
   return 0 if results[0].fits else 1
 

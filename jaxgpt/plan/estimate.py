@@ -16,11 +16,16 @@ from jaxgpt.model import stacks, transformer
 
 _LANES = 128  # of a TPU's vector registers: the last dimension is padded to them
 _DOTS = ("q", "k", "v", "attention", "o", "gate", "up", "down")
-_MATMUL_RATE = 0.85  # share of the peak that matmuls reach
-_OTHER_SHARE = 0.12  # time of what is no matmul, as a share of the matmuls'
-# How often a hop of a ring reads or writes something of the size of its queries, or of its keys and
-# values, in float32: measured where those are equal (Llama-2-7B, v5e, rows cut by 2 and by 4).
-_RING_PASSES = 27
+KERNEL_RATE = 0.5  # share of the peak that an attention kernel is taken to reach
+_BLOCK = 512  # of splash attention, which skips what is masked block by block
+_KERNEL_BACKWARD = 3.5  # times the forward kernel's work
+# How often memory is read or written, in arrays of a layer: what the schedules of compiled programs
+# came to (Llama-2-7B and Llama-3-8B on v5e, v5p and v6e; docs/log.md).
+_LAYER_PASSES = 60  # of the residual stream's size: all that is no matmul and no kernel
+_SAVED_PASSES = 5  # of what is saved: stacked, cut out of the stack, read
+_TENSOR_PASSES = 33  # of the residual stream's size, for each further device that splits the heads
+_RING_PASSES = 45, 35  # of the queries' size in float32: of a ring, and for each of its hops
+_TENSOR_HOPS = 10  # of the residual stream: gathers and scatters of both branches, both ways
 
 
 class Buffer(NamedTuple):
@@ -252,14 +257,14 @@ def total(c, num_devices):
 
 
 def seconds(c, sizes, counts, topology):
-  """Rough seconds of a step: {'matmul', 'other', 'exposed', 'between'}. It ranks; compiling decides.
+  """Rough seconds of a step by kind, as `report.figures` has them. It ranks; compiling decides.
 
   Args:
     c, sizes, counts: as in `buffers`.
     topology: a `topology.Topology`.
 
   Returns:
-    Times by kind; 'between' is what slices wait for each other.
+    {'matmul', 'other', 'kernels', 'exposed', 'between'}; the last is what slices wait for each other.
 
   Raises:
     UserError: the layers don't make a pipeline of so many stages.
@@ -271,44 +276,79 @@ def seconds(c, sizes, counts, topology):
   weights = {n: w / (s.mlp if n in ("gate", "up", "down") else s.heads) for n, w in weights.items()}
   again = sum(weights[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in names)
   head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
-  active = m.num_layers * sum(weights.values()) + head
-  flops = tokens * (6 * active + 2 * m.num_layers * again)
-  if "attention" not in names:
-    flops += 2 * m.num_layers * c.data.seq_len * widest(m) / s.heads * tokens
+  flops = tokens * (6 * (m.num_layers * sum(weights.values()) + head) + 2 * m.num_layers * again)
   pipe = stacks.pipeline_of(c, sizes)
-  matmul = flops / (chip.peak_flops * _MATMUL_RATE) / (1 - (pipe.bubble if pipe else 0))
-  # Logits are written once, and read and written again on the way back.
-  passes = 4 * 4 * tokens * m.vocab_size / s.vocab if head else 0
-  other = matmul * _OTHER_SHARE * (1 if s.heads * s.mlp == 1 else 1.3) + passes / chip.hbm_bandwidth
-  if sizes["seq"] > 1:  # the parts of the output are added up, and so are those of the gradients
-    widths = _widths(m)
-    each = 4 * (widths["q"] + widths["k"] + widths["v"]) / s.heads * tokens * m.num_layers
-    other += (sizes["seq"] - 1) * _RING_PASSES * each / chip.hbm_bandwidth
+  busy = 1 - (pipe.bubble if pipe else 0)
+  runs = 1 + _KERNEL_BACKWARD + ("attention" not in names)
+  of_kernels = (4 * m.num_layers * c.data.seq_len * widest(m) / s.heads * tokens * runs
+                * visible_share(c))
   held = counts.held(sizes)
   gathered = held * sizes["fsdp"] * wide * (sizes["fsdp"] > 1)
   times = c.optim.accumulate * (pipe.ticks if pipe else 1)  # a stage gathers its layers for each tick
-  hidden = 2 * gathered * times / chip.ici_bandwidth  # forward and backward
-  exposed = (max(gathered, held * wide * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
+  matmul = flops / (chip.peak_flops * chip.matmul_rate) / busy
+  # Forward and backward the weights are gathered, and then their gradients are summed.
+  hidden, summed = (2 * gathered, gathered) if chip.overlaps_gathers else (0, 3 * gathered)
+  exposed = (max(summed, held * wide * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
              + _between_devices(c, sizes, s, tokens)) / chip.ici_bandwidth
   between = 0
   if topology.slices > 1:  # the sum of gradients, once; with fsdp over slices the weights too
     bytes_ = 2 * held * wide if sizes["data"] % topology.slices == 0 else 3 * gathered * times
     between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
-  return {"matmul": matmul, "other": other, "exposed": exposed + max(hidden - matmul, 0),
+  return {"matmul": matmul, "other": tokens * _traffic(c, sizes, s, names) / chip.hbm_bandwidth / busy,
+          "kernels": of_kernels / (chip.peak_flops * KERNEL_RATE) / busy,
+          "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
           "between": between}
+
+
+def _traffic(c, sizes, s, names):
+  """Bytes a token that are read and written beside the matmuls.
+
+  Args:
+    names: of what is saved.
+  """
+  m, wide, widths = c.model, _wide(c.model), _widths(c.model)
+  apart = {n: widths[n] / (s.mlp if n in ("gate", "up") else s.residual if n in ("o", "down")
+                           else s.heads) for n in names}
+  each = wide * (m.width / s.residual * _LAYER_PASSES + sum(apart.values()) * _SAVED_PASSES)
+  if s.heads * s.mlp > 1:  # between the branches' matmuls a device has whole tokens
+    each += wide * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)
+  if sizes["seq"] > 1:  # the parts of the output are added up, and so are those of the gradients
+    each += 4 * widths["q"] / s.heads * (
+        _RING_PASSES[0] + _RING_PASSES[1] * (sizes["seq"] - 1))
+  # Logits are written once, and read and written again on the way back.
+  return m.num_layers * each + (4 * 4 * m.vocab_size / s.vocab if m.head == "lm" else 0)
 
 
 def _between_devices(c, sizes, s, tokens):
   """Bytes of activations that a device waits for in a step."""
   m, wide = c.model, _wide(c.model)
   each, total = m.num_layers * tokens * wide, 0
-  if s.heads * s.mlp > 1:  # a gather and a scatter for each branch, both ways
-    total += 8 * each * m.width
+  if s.heads * s.mlp > 1:
+    total += _TENSOR_HOPS * each * m.width
   if sizes["seq"] > 1:  # a hop of keys and values both ways, and of their gradients; others are hidden
     total += 3 * each * (_widths(m)["k"] + _widths(m)["v"]) / s.heads
   if sizes["expert"] > 1:  # there and back, both ways
     total += 4 * each * m.width * m.moe.per_token * max(m.moe.capacity, 1)
   return total
+
+
+def visible_share(c, seq=1):
+  """Share of the pairs of positions that attention's kernels compute, over the layers.
+
+  Args:
+    c: the resolved config.
+    seq: devices that share a row, and so the pairs that kernels are given (see `model.context`).
+  """
+  T = c.data.seq_len / seq
+  # A device's own pairs, and beside them half as many of each other device's, all of them visible.
+  causal = (min((T + _BLOCK) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
+  local = causal
+  if c.model.window:
+    size = T if seq == 1 else T / 2  # of the pieces that meet; beside them neighbours' ends
+    far = 0 if seq == 1 else min(c.model.window / size, seq) * (1 if c.model.causal else 2)
+    local = min((c.model.window + _BLOCK) / (size * (1 + far)), causal)
+  pattern = c.model.attention_pattern
+  return sum(local if kind == "local" else causal for kind in pattern) / len(pattern)
 
 
 def widest(m):

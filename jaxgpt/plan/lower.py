@@ -143,7 +143,8 @@ def compile_step(c, topology, anew=False):
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e) or topology.chip is None:
       raise
-    raise read_out_of_memory(str(e), topology.chip.hbm_limit) from e
+    given = device_bytes(parts.state) + batch_bytes(batch, mesh)
+    raise read_out_of_memory(str(e), topology.chip.hbm_limit, given) from e
   return Compiled(c, mesh, lowered, executable, memory(executable, parts.state, batch, mesh),
                   parts.model.cfg.attention, time.monotonic() - began)
 
@@ -152,6 +153,12 @@ def device_bytes(tree):
   """Bytes of a tree of sharded ShapeDtypeStructs on one device, without padding."""
   return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
              for x in jax.tree.leaves(tree))
+
+
+def batch_bytes(batch, mesh):
+  """Bytes of a global batch's shapes on one device."""
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))
+  return whole // mesh_lib.num_batch_shards(mesh.shape)
 
 
 def memory(executable, state, batch, mesh):
@@ -164,10 +171,9 @@ def memory(executable, state, batch, mesh):
     mesh: the device mesh.
   """
   found = executable.memory_analysis()
-  rows = mesh_lib.num_batch_shards(mesh.shape)
   kinds = {"parameters": device_bytes([state["params"], state.get("frozen", {})]),
            "optimizer": device_bytes(state["opt"]), "average": device_bytes(state.get("ema", {})),
-           "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // rows}
+           "batch": batch_bytes(batch, mesh)}
   return Memory(**kinds, padding=found.argument_size_in_bytes - sum(kinds.values()),
                 temporaries=found.temp_size_in_bytes,
                 outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
@@ -177,13 +183,20 @@ def memory(executable, state, batch, mesh):
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def read_out_of_memory(text, limit):
-  """An `OutOfMemory` from the compiler's words."""
+def read_out_of_memory(text, limit, given=0):
+  """An `OutOfMemory` from the compiler's words.
+
+  Args:
+    text: its error.
+    limit: bytes of a device, where it does not say.
+    given: bytes of what the program is given, which some compilers leave out of what it takes.
+  """
   sizes = re.search(r"\(?([\d.]+)([KMGT]?)B?\)? exceeds available HBM \(([\d.]+)([KMGT])\)", text)
-  sizes = sizes or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
-  needed = _bytes(*sizes.groups()[:2]) if sizes else 0
-  limit = _bytes(*sizes.groups()[2:]) if sizes else limit
-  return OutOfMemory(needed, limit)
+  if sizes is None:
+    sizes, given = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text), 0
+  if sizes is None:
+    return OutOfMemory(0, limit)
+  return OutOfMemory(_bytes(*sizes.groups()[:2]) + given, _bytes(*sizes.groups()[2:]))
 
 
 def _bytes(number, unit):

@@ -3,11 +3,9 @@
 from jaxgpt import compiler, metrics
 from jaxgpt.model import stacks
 from jaxgpt.plan import cost as cost_lib
-from jaxgpt.plan import hlo, roofline
+from jaxgpt.plan import estimate, hlo, roofline
 
 GIB = 1 << 30
-_KERNEL_RATE = 0.5  # share of the peak that an attention kernel is taken to reach
-_BLOCK = 512  # of splash attention, which skips what is masked block by block
 
 
 def figures(compiled, topology, price=None):
@@ -56,11 +54,11 @@ def figures(compiled, topology, price=None):
 def _by_cycles(program, compiled, chip):
   """What the compiler's schedule says: seconds by kind, FLOPs, kernels, collectives."""
   cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
-  share = visible_share(compiled.c, compiled.mesh.shape["seq"])
+  share = estimate.visible_share(compiled.c, compiled.mesh.shape["seq"])
   kernel_flops = sum(work for _, work in cost.kernels.values()) * share
   seconds = {"matmul": cost.cycles["matmul"] / chip.clock,
              "other": cost.cycles["other"] / chip.clock,
-             "kernels": kernel_flops / (chip.peak_flops * _KERNEL_RATE),
+             "kernels": kernel_flops / (chip.peak_flops * estimate.KERNEL_RATE),
              "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
              "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
              "between": cost.bytes("between") / chip.dcn_bandwidth}
@@ -86,25 +84,6 @@ def _by_roofline(program, compiled, chip):
                           for key, (calls, size) in sorted(roof.collectives.items())],
           "link_bytes": {link: roof.bytes(link=link) for link in (roofline.NVLINK, roofline.NETWORK)},
           "exposed_bytes": roof.bytes("exposed"), "overlapped_bytes": roof.bytes("overlapped")}
-
-
-def visible_share(c, seq=1):
-  """Share of the pairs of positions that attention's kernels compute, over the layers.
-
-  Args:
-    c: the resolved config.
-    seq: devices that share a row, and so the pairs that kernels are given (see `model.context`).
-  """
-  T = c.data.seq_len / seq
-  # A device's own pairs, and beside them half as many of each other device's, all of them visible.
-  causal = (min((T + _BLOCK) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
-  local = causal
-  if c.model.window:
-    size = T if seq == 1 else T / 2  # of the pieces that meet; beside them neighbours' ends
-    far = 0 if seq == 1 else min(c.model.window / size, seq) * (1 if c.model.causal else 2)
-    local = min((c.model.window + _BLOCK) / (size * (1 + far)), causal)
-  pattern = c.model.attention_pattern
-  return sum(local if kind == "local" else causal for kind in pattern) / len(pattern)
 
 
 def table(f):
@@ -194,7 +173,7 @@ def _time_lines(f):
          + (f"{f['cycles'].get('other', 0):.3g} cycles" if by_schedule
             else f"{f['memory_traffic']:.3g} bytes read and written"))
   kernels = ", ".join(f"{calls} x {name}" for name, calls in f["kernels"].items()) or "none"
-  rate = f"; assumed at {_KERNEL_RATE:.0%} of peak" if by_schedule else ""
+  rate = f"; assumed at {estimate.KERNEL_RATE:.0%} of peak" if by_schedule else ""
   yield f"  {'kernels':<14} {s['kernels']:>8.4f}     {kernels}{rate}"
   yield f"  {'exposed':<14} {s['exposed']:>8.4f}     {f['exposed_bytes']:.3g} bytes of collectives"
   yield (f"  {'not hidden':<14} {s['unhidden']:>8.4f}     of {f['overlapped_bytes']:.3g} bytes that "

@@ -5,6 +5,7 @@ those that should not, to show that it does not.
 """
 
 import collections
+import contextlib
 import itertools
 from typing import Any, NamedTuple
 
@@ -42,26 +43,35 @@ class Candidate(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What compiling a candidate gave: figures of `report`, or why it does not fit."""
+  """What compiling a candidate gave: figures of `report`, or why it does not fit or is refused."""
   candidate: Candidate
   figures: dict | None
-  error: lower.OutOfMemory | None
+  error: lower.OutOfMemory | UserError | None
 
   @property
   def fits(self):
     return self.figures is not None and self.figures["memory"]["fits"]
 
+  @property
+  def gib(self):
+    """What it takes of a device, in GiB as text, or '-'."""
+    if self.figures:
+      return f"{self.figures['memory']['total'] / lower.GIB:.2f}"
+    return f"{needed / lower.GIB:.2f}" if (needed := getattr(self.error, "needed", 0)) else "-"
+
 
 def changed(c, changes):
-  """A resolved config with other values.
+  """A resolved config with other values; its eval.batch_size follows data.batch_size if it was equal.
 
   Raises:
     UserError: the values exclude each other.
   """
   c = c.copy_and_resolve_references()
   c.unlock()
+  follows = c.eval.batch_size == c.data.batch_size
   c.update_from_flattened_dict(changes)
-  c.eval.batch_size = c.data.batch_size
+  if follows:
+    c.eval.batch_size = c.data.batch_size
   return lower.resolve(c.lock())
 
 
@@ -113,6 +123,8 @@ def candidates(c, topology, keep_batch=False):
         continue
       changes = {f"mesh.{axis}": size for axis, size in sizes.items()}
       changes |= {"model.remat": remat, "data.batch_size": batch, "optim.accumulate": accumulate}
+      if c.eval.batch_size != c.data.batch_size and c.eval.batch_size % shards:
+        changes["eval.batch_size"] = batch
       try:
         one = changed(c, changes)
         took = estimate.seconds(one, sizes, counts, topology)
@@ -214,18 +226,21 @@ def remedies(c, topology):
       [{"optim.accumulate": c.optim.accumulate * n} for n in halves],
       [{"data.batch_size": c.data.batch_size // n} for n in halves])
   for ways in kinds:
-    made = [(changed(c, changes), changes) for changes in ways]
-    sized = [Candidate(one, changes, estimate.memory(estimate.buffers(one, sizes, counts)), 0.0)
-             for one, changes in made]
+    sized = []
+    for changes in ways:
+      with contextlib.suppress(UserError):  # a change may exclude another value of the config
+        one = changed(c, changes)
+        sized.append(Candidate(
+            one, changes, estimate.memory(estimate.buffers(one, sizes, counts)), 0.0))
     yield [one for one in sized if one.bytes <= limit * 0.98]
 
 
 def compiled(candidate, topology):
-  """The `Result` of compiling a candidate."""
+  """The `Result` of compiling a candidate; one that is refused ends no search."""
   try:
     return Result(candidate, report.figures(lower.compile_step(candidate.c, topology), topology),
                   None)
-  except lower.OutOfMemory as e:
+  except (lower.OutOfMemory, UserError) as e:
     return Result(candidate, None, e)
 
 
@@ -242,17 +257,19 @@ def describe(changes):
 
 def verdict(result):
   """What compiling said, in a few words."""
+  if isinstance(result.error, UserError):
+    return f"refused: {result.error}"
   if result.error:
-    return (f"does not fit, needs {result.error.needed / lower.GIB:.2f} of "
-            f"{result.error.limit / lower.GIB:.2f} GiB")
+    return f"does not fit, needs {result.gib} of {result.error.limit / lower.GIB:.2f} GiB"
   f = result.figures
   return (f"{f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, MFU {f['mfu']:.1%}, "
-          f"{f['memory']['total'] / lower.GIB:.2f} GiB" + ("" if f["memory"]["fits"] else
-                                                          ", does not fit"))
+          f"{result.gib} GiB" + ("" if f["memory"]["fits"] else ", does not fit"))
 
 
 def why(result, best):
   """Why a result lost against the best: the part of a token's time that grew most."""
+  if isinstance(result.error, UserError):
+    return str(result.error)
   if not result.fits:
     return "too much memory"
   a, b = (r.figures for r in (best, result))
@@ -277,11 +294,10 @@ def table(results):
   yield f"{'plan':<62} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'est.':>6}  "
   for r in results:
     f = r.figures
-    found = (f"{f['tokens_per_second_per_chip']:>9,.0f} {f['mfu']:>6.1%} "
-             f"{f['memory']['total'] / lower.GIB:>6.2f}" if f
-             else f"{'-':>9} {'-':>6} {r.error.needed / lower.GIB:>6.2f}")
+    found = (f"{f['tokens_per_second_per_chip']:>9,.0f} {f['mfu']:>6.1%}" if f
+             else f"{'-':>9} {'-':>6}")
     note = "best" if r is best and r.fits else why(r, best)
-    yield (f"{describe(r.candidate.changes):<62} {found} "
+    yield (f"{describe(r.candidate.changes):<62} {found} {r.gib:>6} "
            f"{r.candidate.bytes / lower.GIB:>6.2f}  {note}")
   yield ""
   if not best.fits:

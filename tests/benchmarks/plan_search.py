@@ -20,6 +20,7 @@ from jaxgpt.plan import environment
 environment.prepare()
 
 from jaxgpt import config  # noqa: E402
+from jaxgpt.errors import UserError  # noqa: E402
 from jaxgpt.plan import lower, search, topology  # noqa: E402
 
 CONFIG = "configs/llama3_8b.py"
@@ -73,6 +74,8 @@ class Cache:
         raise Later
       began = time.monotonic()
       result = search.compiled(candidate, where)
+      if isinstance(result.error, UserError):
+        return result
       self._known[key] = {
           "topology": where.name, "changes": candidate.changes, "figures": result.figures,
           "error": result.error and [result.error.needed, result.error.limit],

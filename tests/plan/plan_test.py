@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -104,6 +105,20 @@ def test_a_plan_needs_a_vocabulary_but_no_data():
     lower.resolve(config.base())
 
 
+def test_a_program_that_does_not_fit_is_explained_beside_its_budget(monkeypatch, tmp_path, capsys):
+  class Compiled:
+    executable = SimpleNamespace(as_text=lambda: "")
+  memory = {"total": 40 << 30, "limit": 16 << 30, "fits": False}
+  monkeypatch.setattr(lower, "compile_step", lambda *_, **__: Compiled)
+  monkeypatch.setattr(report, "figures", lambda *_: {"memory": memory, "collectives": []})
+  monkeypatch.setattr(report, "table", lambda _: ["the table"])
+  monkeypatch.setattr(explain, "remedies", lambda *_: ["the remedies"])
+  assert command.plan(LLAMA, (), "v5e-256", golden=tmp_path / "golden.json") == 1
+  out = capsys.readouterr().out
+  assert out.index("the table") < out.index("DOES NOT FIT: v5e has 16.00 GiB") < out.index(
+      "the remedies")
+
+
 OOM = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
        "required for HLO temporaries (22.66G) exceeds available HBM (15.75G). HLO module: jit_f.")
 
@@ -115,10 +130,11 @@ def llama(*overrides):
 def test_out_of_memory_is_said_in_words_of_the_config():
   error = lower.read_out_of_memory(OOM, 0)
   assert error.needed == int(22.66 * 2**30) and error.limit == int(15.75 * 2**30)
+  assert lower.read_out_of_memory(OOM, 0, given=5).needed == error.needed + 5
   c = llama("--config.data.seq_len=2048", "--config.data.batch_size=1024",
             "--config.model.remat=save:q,k,v,attention,gate,up")
   lines = list(explain.out_of_memory(error, c, topology.parse("v5e-256")))
-  assert "15.75 GiB for a program, the compiler needs 22.66 GiB" in lines[0]
+  assert "v5e has 15.75 GiB for a program and its state, which need 22.66 GiB" in lines[0]
   largest = next(line for line in lines if "layers/mlp" in line)
   assert "5.38 GiB" in largest and "[32,4,2048,11008]" in largest
   assert "model.remat without 'gate'" in largest and "optim.accumulate" in largest
@@ -160,6 +176,29 @@ def test_remedies_are_compiled_until_one_fits(monkeypatch):
 def test_memory_by_arithmetic_is_near_the_compilers(where, overrides, gib):
   c, t = llama(*overrides), topology.parse(where)
   assert estimate.total(c, t.num_devices) / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+# Microseconds a token and device of the schedules that libtpu made (docs/log.md).
+@pytest.mark.parametrize("preset, where, axes, rows, length, remat, micros", [
+    ("llama2_7b", "v5e-256", dict(fsdp=256), 512, 2048, "save:q,k,v,attention,gate,up", 298.1),
+    ("llama2_7b", "v5p-128", dict(fsdp=64), 256, 4096, "save:q,k,v,attention,gate,up", 132.9),
+    ("llama2_70b", "v5p-128", dict(fsdp=64), 128, 4096, "save:q,k,v,o,down", 1357.4),
+    ("llama3_8b", "v5e-256", dict(fsdp=256), 256, 8192, "save_attention", 427.3),
+    ("llama3_8b", "v5e-256", dict(fsdp=128, tensor=2), 128, 8192, "save:q,k,v,attention,gate,up", 440.4),
+    ("llama3_8b", "v5e-256", dict(fsdp=64, tensor=4), 128, 8192, "save_attention", 518.6),
+    ("llama3_8b", "v5e-256", dict(fsdp=64, seq=4), 64, 8192, "save:q,k,v,attention,gate,up", 538.0),
+    ("llama3_8b", "v6e-64", dict(fsdp=64), 64, 8192, "full", 127.5),
+    ("llama3_8b", "v6e-64", dict(fsdp=64), 128, 8192, "save_attention", 112.4),
+])
+def test_seconds_by_arithmetic_are_near_the_compilers(preset, where, axes, rows, length, remat,
+                                                      micros):
+  t = topology.parse(where)
+  c = lower.resolve(config.load(f"configs/llama3_8b.py:{preset}", [
+      f"--config.data.seq_len={length}", f"--config.data.batch_size={rows}",
+      f"--config.model.remat={remat}", *(f"--config.mesh.{k}={v}" for k, v in axes.items())])[0])
+  took = estimate.seconds(c, mesh.axis_sizes(c.mesh, t.num_devices), estimate.count(c), t)
+  mine = rows * length / t.num_devices
+  assert sum(took.values()) / mine * 1e6 == pytest.approx(micros, rel=0.04)
 
 
 def test_arithmetic_knows_of_narrow_moments_and_of_chunks_of_the_loss():
@@ -226,6 +265,25 @@ def test_a_search_compiles_the_best_with_other_barriers_too(monkeypatch, few_axe
   assert results[0].candidate.c.model.remat == results[1].candidate.c.model.remat
 
 
+def test_a_plan_that_is_refused_ends_no_search(monkeypatch, few_axes):
+  c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
+  def compile_step(c, _):
+    raise UserError("mesh.tensor=3 does not divide the heads")
+  monkeypatch.setattr(lower, "compile_step", compile_step)
+  results = search.search(c, t, finalists=2, say=lambda _: None)
+  assert len(results) > 2 and not any(r.fits for r in results)
+  lines = list(search.table(results))
+  assert any("mesh.tensor=3" in line for line in lines) and "nothing that was tried" in lines[-1]
+
+
+def test_a_search_says_where_evaluation_needs_other_rows(few_axes):
+  c, t = llama("--config.data.seq_len=2048", "--config.eval.batch_size=24"), topology.parse("v5e-8")
+  found = search.candidates(c, t)
+  assert all("eval.batch_size" not in one.changes and one.c.eval.batch_size == 24 for one in found)
+  found = search.candidates(c, topology.parse("v5e-16"))
+  assert any(one.changes.get("eval.batch_size") == one.c.data.batch_size for one in found)
+
+
 def test_the_table_of_a_search_says_why_others_lost(few_axes):
   c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
   a, b, beyond = search.candidates(c, t)[:3]
@@ -245,9 +303,9 @@ def test_the_table_of_a_search_says_why_others_lost(few_axes):
 
 def test_causal_attention_computes_half_and_a_window_less():
   c = config.load(LLAMA, ["--config.data.seq_len=4096"])[0]
-  assert report.visible_share(c) == (4096 + 512) / 8192
+  assert estimate.visible_share(c) == (4096 + 512) / 8192
   c.model.window, c.model.attention_pattern = 512, ("local", "global")
-  assert report.visible_share(c) == (0.25 + 0.5625) / 2
+  assert estimate.visible_share(c) == (0.25 + 0.5625) / 2
 
 
 @pytest.mark.slow
