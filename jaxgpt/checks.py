@@ -108,6 +108,7 @@ def values(flat):
     if not 0 <= flat[key] < 1:
       raise UserError(f"{key}={flat[key]} must lie in [0, 1)")
   _weights(flat)
+  _pairs(flat)
   _remat(flat["model.remat"])
   for key, names in PATTERNS.items():
     if not flat[key] or set(flat[key]) - set(names):
@@ -204,6 +205,19 @@ def _weights(flat):
     last = change[0]
 
 
+def _pairs(flat):
+  """Raises a UserError where options of XLA, or shares of the learning rate, have not their form."""
+  for option in flat["mesh.compiler_options"]:
+    if not isinstance(option, str) or not option.partition("=")[2]:
+      raise UserError(f"mesh.compiler_options: {option!r} must be \"name=value\"; write "
+                      "--config.mesh.compiler_options='(\"name=value\",)'")
+  for scale in flat["optim.lr_scales"]:
+    if not (isinstance(scale, tuple) and len(scale) == 2 and isinstance(scale[0], str)
+            and isinstance(scale[1], (int, float)) and scale[1] >= 0):
+      raise UserError(f"optim.lr_scales: {scale!r} must be (pattern, factor); write "
+                      "(('layers/*', 0.1),), with the comma at the end")
+
+
 def combinations(c):
   """Raises a UserError where values of a resolved config exclude each other."""
   m = c.model
@@ -246,6 +260,8 @@ def combinations(c):
 
 
 def _model(m):
+  if m.rope.fraction > 1:
+    raise UserError(f"model.rope.fraction={m.rope.fraction} is a share of a head: at most 1")
   if m.position == "rotary" and not m.latent.kv_rank and m.head_dim * m.rope.fraction % 2:
     raise UserError(f"model.head_dim={m.head_dim} x model.rope.fraction={m.rope.fraction} must be "
                     "even for model.position='rotary'")
@@ -300,6 +316,9 @@ def _moe(x, num_layers):
   if x.experts % x.groups or x.top_groups > x.groups:
     raise UserError(f"model.moe.groups={x.groups} must divide model.moe.experts={x.experts} and be "
                     f"at least model.moe.top_groups={x.top_groups}")
+  if x.router == "sigmoid" and x.groups > 1 and x.experts // x.groups < 2:
+    raise UserError(f"model.moe.groups={x.groups} leaves one expert a group, and model.moe.router="
+                    "'sigmoid' ranks groups by their best two; take fewer groups")
   if x.per_token > x.experts // x.groups * x.top_groups:
     raise UserError(f"model.moe.per_token={x.per_token} is more than the experts a token can "
                     f"choose from ({x.experts // x.groups * x.top_groups})")

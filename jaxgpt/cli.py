@@ -201,20 +201,31 @@ def _plan(args):
   else:
     environment.prepare()
   from jaxgpt.plan import command
+  _refuse_unused(args, here)
   if args.shardings:
     return command.draw(args.config, args.overrides, args.topology)
   if here:
-    unused = [f"--{name}" for name in ("search", "json", "golden", "price", "top")
-              if getattr(args, name)]
-    if unused:
-      raise UserError(f"{unused[0]} needs a topology of the table, such as v5e-256 or h100x8; of this "
-                      "machine only memory is said")
     return command.here(args.config, args.overrides, save_text=args.hlo, save=args.save)
   if args.search:
-    return command.search(args.config, args.overrides, args.topology, finalists=args.finalists,
+    return command.search(args.config, args.overrides, args.topology, finalists=args.finalists or 6,
                           keep_batch=args.keep_batch, out=args.json)
   return command.plan(args.config, args.overrides, args.topology, price=args.price, out=args.json,
                       golden=args.golden, save_text=args.hlo, top=args.top, save=args.save)
+
+
+def _refuse_unused(args, here):
+  """Raises a UserError for an argument of `plan` that another one leaves without effect."""
+  mine = {"--shardings": (args.shardings, ()), "--search": (args.search, (
+      "json", "finalists", "keep_batch")), f"--topology={args.topology}": (here, ("hlo", "save"))}
+  all_of_them = ("search", "json", "golden", "price", "top", "hlo", "save", "finalists", "keep_batch")
+  given = [name for name in all_of_them if getattr(args, name)]
+  for flag, (is_on, takes) in mine.items():
+    unused = [f"--{name.replace('_', '-')}" for name in given
+              if name not in takes and f"--{name}" != flag]
+    if is_on and unused:
+      raise UserError(f"{unused[0]} does nothing beside {flag}: leave one of them out")
+  if not args.search and (args.keep_batch or args.finalists):
+    raise UserError(f"--{'keep-batch' if args.keep_batch else 'finalists'} is of a search: add --search")
 
 
 def _evaluate(args):

@@ -21,7 +21,8 @@ MESH_AXES = ("data", "fsdp", "seq", "tensor", "expert", "stage")
 
 # Keys that may differ between a run and its continuation: they don't change what is computed.
 FREE_ON_RESUME = ("mesh", "log", "checkpoint", "eval", "data.prefetch", "data.threads",
-                  "data.path")
+                  "data.path", "model.remat", "model.scan_unroll", "model.materialize",
+                  "model.attention", "objective.loss_chunk")
 
 
 def base():

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxgpt import config, loop, machine, train_step, workdir
+from jaxgpt import config, initial, loop, machine, programs, train_step, workdir
 from jaxgpt import mesh as mesh_lib
 from jaxgpt import parts as parts_lib
 from jaxgpt.data import pipeline, stream
+from jaxgpt.errors import UserError
 from jaxgpt.machine import OK, PROBLEM, WARNING, Finding, size_text, tried, within
 from jaxgpt.text import shards
 
@@ -134,8 +135,11 @@ def model(found, step):
   yield Finding(OK, "mesh", f"{axes or 'one device'}; {num:,} parameters, "
                 f"{size_text(state_bytes(found['parts'].state))} of state in all"
                 + (f"; {pipe}" if (pipe := found["parts"].model.pipeline) else ""))
+  if c.init_from:
+    _, finding = tried("init_from", lambda: initial.check_source(c.init_from))
+    yield finding or Finding(OK, "init_from", f"{c.init_from} holds a model")
   if step and "batch" in found:
-    yield dry_step(found)
+    yield from dry_step(found)
 
 
 def state_bytes(state):
@@ -144,15 +148,25 @@ def state_bytes(state):
 
 
 def dry_step(found):
-  """Compiles the train step and runs it once on a batch of zeros."""
+  """Compiles the train step, or takes `mesh.compiled_step`, and runs it once on a batch of zeros."""
   c, mesh, parts = found["c"], found["mesh"], found["parts"]
   zeros = jax.tree.map(np.zeros_like, found["batch"])
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), zeros)
+  loaded = []
+
+  def instead(lowered):
+    if not c.mesh.compiled_step:
+      return None
+    compiled, why = programs.load(c.mesh.compiled_step, lowered, mesh, c.mesh.compiler_options)
+    loaded.append(Finding(OK if compiled else WARNING, "step", c.mesh.compiled_step + (
+        " is this step" if compiled else f" is not used: {why}")))
+    return compiled
+
   try:
     with jax.set_mesh(mesh):
       before = time.monotonic()
       step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
-      compiled = train_step.compile(step, parts.state, shapes, mesh, c.mesh.compiler_options)
+      compiled = train_step.compile(step, parts.state, shapes, mesh, c.mesh.compiler_options, instead)
       compiling = time.monotonic() - before
       state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
       jax.block_until_ready(state)
@@ -164,12 +178,21 @@ def dry_step(found):
     cure = ("it does not fit: a smaller data.batch_size, more optim.accumulate, model.remat=full "
             "or more devices under mesh.fsdp" if "RESOURCE_EXHAUSTED" in str(e) else
             "see the versions above")
-    return Finding(PROBLEM, "step", f"a step on zeros fails: {reason}; {cure}")
+    yield Finding(PROBLEM, "step", f"a step on zeros fails: {reason}; {cure}")
+    return
+  except UserError as e:
+    yield Finding(PROBLEM, "step", str(e))
+    return
+  except Exception as e:  # what tracing raises, of JAX and of libraries for kernels, shares no class
+    yield Finding(PROBLEM, "step", f"the step can't be made: {type(e).__name__}: "
+                  f"{(str(e).splitlines() or ['?'])[0][:300]}")
+    return
+  yield from loaded
   memory = compiled.memory_analysis()
   used = f", {size_text(memory.argument_size_in_bytes + memory.temp_size_in_bytes)} a device" if (
       memory) else ""
-  return Finding(OK, "step", f"compiled in {compiling:.1f} s; the first step, on zeros, took "
-                 f"{seconds * 1e3:.0f} ms{used}")
+  yield Finding(OK, "step", f"compiled in {compiling:.1f} s; the first step, on zeros, took "
+                f"{seconds * 1e3:.0f} ms{used}")
 
 
 def run_folder(folder, found):

@@ -147,7 +147,7 @@ def add_plan(p):
                  help="draw how parameters and activations are cut over the mesh; compile nothing")
   p.add_argument("--search", action="store_true",
                  help="look for the mesh, the rows a device and what is saved that are fastest")
-  p.add_argument("--finalists", type=count(1), default=6, help="of a search: plans to compile")
+  p.add_argument("--finalists", type=count(1), help="of a search: plans to compile; default: 6")
   p.add_argument("--keep-batch", action="store_true",
                  help="of a search: keep data.batch_size, by accumulation")
   p.add_argument("--hlo", metavar="FILE", help="write the compiled program's text there")

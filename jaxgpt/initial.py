@@ -59,6 +59,12 @@ def load(source, c_model, abstract):
   return Given(params, report, tokens)
 
 
+def check_source(source):
+  """Raises a UserError where `load` finds neither a run there nor a model that is supported."""
+  if not is_run(source):
+    read_config_json(epath.Path(source))
+
+
 def is_run(folder):
   """Whether a folder is a run's, and not one in Hugging Face's format.
 

@@ -46,12 +46,17 @@ def build(c, mesh):
   tx = optim.make(c.optim, schedule, select(axes, sharding.is_axes),
                   select(transformer.depths(c.model, shapes)))
   state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh)
-  _check_heads(model, mesh)
+  check_heads(model, mesh)
   return Parts(model, objectives.make(model, c.objective), tx, schedule, state)
 
 
-def _check_heads(model, mesh):
-  """Raises a UserError where devices would not have the key/value heads that their queries read."""
+def check_heads(model, mesh):
+  """Raises a UserError where devices would not have the key/value heads that their queries read.
+
+  Args:
+    model: a `Transformer`.
+    mesh: the device mesh, or an abstract one.
+  """
   shards = model.rules.num_shards(mesh, "act_heads")
   for key in ("num_heads", "num_kv_heads"):
     if model.cfg[key] % shards:

@@ -11,6 +11,7 @@ from jaxgpt import checkpoint, config, evaluate, generate, initial, loop, tree, 
 from jaxgpt import mesh as mesh_lib
 from jaxgpt import parts as parts_lib
 from jaxgpt.errors import UserError
+from jaxgpt.model import attention
 from jaxgpt.text import tokenizer as tokenizer_lib
 
 
@@ -65,6 +66,8 @@ def place(c):
       mesh = mesh_lib.make(section)
       here = c.copy_and_resolve_references()
       here.mesh.update(section)
+      if here.model.attention in attention.KERNELS:  # perhaps not of these devices
+        here.model.attention = "auto"
       return mesh, parts_lib.build(here, mesh)
     except UserError:
       if section is copies:

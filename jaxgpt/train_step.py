@@ -96,7 +96,7 @@ def make(objective, tx, schedule, c):
   Returns:
     train_step(state, batch) -> (state, metrics). Losses, and the gradient, are sums over the
     whole global batch divided once by its weight, so that they depend neither on the mesh nor on
-    the number of microbatches.
+    the number of microbatches; but experts' balance loss, which is of each microbatch.
   """
   gradients = accumulated(objective, c.optim.accumulate)
 

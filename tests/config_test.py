@@ -63,11 +63,21 @@ def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
     ("--config.mesh.rules.act_embed=tensor", "mesh.rules.act_embed='tensor' and mesh.rules."
      "residual_length='seq,tensor': what goes between the blocks"),
     ("--config.mesh.rules.layers=none", "rules.layers cannot be set: the pipeline .*mesh.stage;"),
+    ("--config.model.rope.fraction=1.5", "model.rope.fraction=1.5 is a share of a head"),
+    ("--config.mesh.compiler_options=('xla_foo',)", "mesh.compiler_options: 'xla_foo' must be .name="),
+    ("--config.optim.lr_scales=('layers/*',0.1)", r"'layers/\*' must be \(pattern, factor\)"),
     ("--config.mesh.rules.length=tensor", "rules.length cannot be set: the ring .*mesh.seq;"),
 ])
 def test_bad_values_are_named(tmp_path, override, words):
   with pytest.raises(UserError, match=words):
     config.resolve(config.load(write(tmp_path, "pass"), [override])[0])
+
+
+def test_groups_of_experts_that_a_router_ranks_by_two_have_two(tmp_path):
+  body = ("c.model.update_from_flattened_dict({'mlp_pattern': ('moe',), 'moe.experts': 4, "
+          "'moe.groups': 4, 'moe.top_groups': 2, 'moe.router': 'sigmoid'})")
+  with pytest.raises(UserError, match="model.moe.groups=4 leaves one expert a group"):
+    config.resolve(config.load(write(tmp_path, body))[0], vocab_size=8)
 
 
 @pytest.mark.parametrize("change, words", [

@@ -32,6 +32,8 @@ def test_a_sound_run_has_no_problem(tiny, tmp_path):
     ({"mesh__data": 3}, "mesh", "multiply to 3, but there are 8 devices"),
     ({"mesh__data": 1, "mesh__fsdp": 8, "model__width": 36, "model__num_heads": 2}, "mesh",
      "does not divide dimension 'embed' = 36"),
+    ({"init_from": "nowhere"}, "init_from", "init_from='nowhere' holds no config.json"),
+    ({"model__attention": "splash"}, "mesh", "a kernel for TPUs"),
 ])
 def test_a_config_that_does_not_fit_is_a_problem(tiny, change, topic, words):
   c = tiny(**change)
@@ -71,6 +73,20 @@ def test_a_step_that_does_not_fit_into_memory_is_a_problem(tiny, monkeypatch):
   c = tiny()
   text = said(doctor.examine(lambda: c), PROBLEM, "step")
   assert "RESOURCE_EXHAUSTED" in text and "a smaller data.batch_size" in text
+
+
+def test_a_step_that_cannot_be_made_is_a_problem(tiny, monkeypatch):
+  def broken(*_):
+    raise NotImplementedError("no rule for this")
+  monkeypatch.setattr(doctor.train_step, "make", broken)
+  c = tiny()
+  findings = list(doctor.examine(lambda: c))
+  assert "NotImplementedError: no rule for this" in said(findings, PROBLEM, "step")
+
+
+def test_a_compiled_step_that_is_not_there_is_a_problem(tiny, tmp_path):
+  c = tiny(mesh__compiled_step=str(tmp_path / "none"))
+  assert "cannot be read" in said(doctor.examine(lambda: c), PROBLEM, "step")
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):

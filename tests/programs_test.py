@@ -58,6 +58,15 @@ def test_a_start_with_a_saved_step_compiles_none_and_trains_the_same(saved, caps
   assert "is this very step: nothing is compiled" in capsys.readouterr().out
 
 
+def test_the_doctor_says_whether_a_saved_step_would_be_used(saved, capsys):
+  path, step, _ = saved
+  flags = ["doctor", f"--config={path}", f"--config.mesh.compiled_step={step}"]
+  assert cli.main(flags) == 0
+  assert f"{step} is this step" in capsys.readouterr().out
+  assert cli.main([*flags, "--config.optim.b1=0.8"]) == 0
+  assert f"{step} is not used: the program was" in capsys.readouterr().out
+
+
 def load(path, step, *flags):
   """What `programs.load` says for a config with these flags; nothing is compiled."""
   c = lower.resolve(config.load(path, flags)[0])
@@ -121,10 +130,17 @@ def test_a_program_for_gpus_is_not_saved_where_there_are_none(saved, tmp_path, c
   assert code == 2 and "save it on the GPUs with --topology=here" in capsys.readouterr().err
 
 
-def test_here_takes_no_flags_that_need_a_table(saved, capsys):
-  for flag in ("--search", "--json=x", "--top=3"):
-    assert cli.main(["plan", f"--config={saved[0]}", "--topology=here", flag]) == 2
-    assert f"{flag.split('=')[0]} needs a topology" in capsys.readouterr().err
+@pytest.mark.parametrize("flags, words", [
+    (["--topology=here", "--search"], "--search does nothing beside --topology=here"),
+    (["--topology=here", "--json=x"], "--json does nothing beside --topology=here"),
+    (["--topology=v5e-8", "--search", "--golden=x"], "--golden does nothing beside --search"),
+    (["--topology=v5e-8", "--shardings", "--top=3"], "--top does nothing beside --shardings"),
+    (["--topology=v5e-8", "--keep-batch"], "--keep-batch is of a search"),
+    (["--topology=h100x8", "--top=3"], "a GPU's has none"),
+])
+def test_flags_of_plan_that_would_do_nothing_are_refused(saved, capsys, flags, words):
+  assert cli.main(["plan", f"--config={saved[0]}", *flags]) == 2
+  assert words in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_or_serialized_is_said(tmp_path):

@@ -247,6 +247,7 @@ def _cudnn_in_parts(plan, q_BTNH, k_BTKH, v_BTKH, ids_B1T):
 
 
 FORMS = ("reference", "batched", "splash", "cudnn")
+KERNELS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}  # the platforms that they run on
 
 
 def choose(form, platform, *, length, dtype, softcap, heads):
@@ -254,15 +255,24 @@ def choose(form, platform, *, length, dtype, softcap, heads):
 
   Args:
     form: one of `FORMS`, which is returned as it is, or 'auto'.
-    platform: of the devices: 'cpu', 'tpu', 'gpu' or 'cuda'.
+    platform: of the devices: 'cpu', 'tpu', 'gpu' (or 'cuda', as plans name it).
     length: tokens a row.
     dtype: of the queries.
     softcap: on the logits, or None.
     heads: (size of a head's queries and keys, of its values).
 
   Raises:
-    UserError: cuDNN is asked for, and its kernels take no such heads.
+    UserError: a kernel is asked for that these devices don't run, or that takes no such rows or heads.
   """
+  auto = f"leave model.attention=auto, or choose one of {', '.join(FORMS[:2])}"
+  if form in KERNELS and platform not in KERNELS[form]:
+    raise UserError(f"model.attention={form!r} is a kernel for {KERNELS[form][0].upper()}s, and the "
+                    f"devices are of the kind {platform!r}; {auto}")
+  if form == "splash" and length % pairs.LANES:
+    raise UserError(f"model.attention='splash': data.seq_len={length} is no multiple of "
+                    f"{pairs.LANES}, its smallest block; make it one, or {auto}")
+  if form == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+    raise UserError(f"model.attention='cudnn' takes 16-bit types: set model.dtype=bfloat16, or {auto}")
   if form == "cudnn" and not _cudnn_takes(*heads):
     raise UserError(f"model.attention='cudnn': cuDNN has no kernel for heads of {heads[0]} (values "
                     f"{heads[1]}) on {_gpu() or 'a GPU that is not here'}; leave model.attention=auto")
@@ -272,15 +282,17 @@ def choose(form, platform, *, length, dtype, softcap, heads):
     return "batched"
   if platform == "tpu" and length % pairs.LANES == 0:
     return "splash"
-  is_gpu = platform in ("gpu", "cuda", "rocm")
-  if is_gpu and jnp.dtype(dtype).itemsize == 2 and softcap is None and _cudnn_takes(*heads):
+  if platform in KERNELS["cudnn"] and jnp.dtype(dtype).itemsize == 2 and softcap is None and _cudnn_takes(*heads):
     return "cudnn"
   return "reference"
 
 
 def _cudnn_takes(of_keys, of_values):
   """Whether JAX has cuDNN's kernels for heads of these sizes, which depends on the GPU that is here."""
-  is_new = _gpu() and float(jax.local_devices()[0].compute_capability) >= 9.0
+  version = getattr(jax.local_devices()[0], "compute_capability", "") if _gpu() else ""
+  if _gpu() and not version.replace(".", "", 1).isdigit():
+    return False  # not NVIDIA's
+  is_new = version and float(version) >= 9.0
   return (of_keys % 8 == 0 and of_values % 8 == 0 and of_keys <= (256 if is_new else 128)
           and (of_keys == of_values or is_new))
 

@@ -2,7 +2,8 @@
 
 A *device* is what JAX calls one: a chip, but half a chip of TPU7x. Figures are of one device.
 Sources: Cloud TPU's pages of the generations (peak rates, HBM, interconnect), JAX's scaling book
-(clock rates, bandwidths), libtpu for `hbm_limit`, which is what its compiler says is available.
+(clock rates, bandwidths), libtpu for `hbm_limit`, which is what its compiler says is available (of v5p it says 95.73 GiB, the
+pages 95).
 GPUs: NVIDIA's data sheets (dense bf16 rates, NVLink), DGX and HGX for the network of a host.
 """
 
@@ -75,7 +76,7 @@ CHIPS = {chip.name: chip for chip in (
          cores=2, options=(("chip_config_name", "megacore"),)),
     Chip("v5e", "v5e", 1.5e9, 131_072, 16 * GIB, int(15.75 * GIB), 0.819e12, 200e9, 3.1e9, 2,
          overlaps_gathers=True),
-    Chip("v5p", "v5p", 1.75e9, 262_144, 96 * GIB, int(95.73 * GIB), 2.765e12, 600e9, 6.2e9, 3,
+    Chip("v5p", "v5p", 1.75e9, 262_144, 96 * GIB, 95 * GIB, 2.765e12, 600e9, 6.2e9, 3,
          cores=2),
     Chip("v6e", "v6e", 1.75e9, 524_288, 32 * GIB, int(31.24 * GIB), 1.640e12, 448e9, 6.2e9, 2,
          matmul_rate=0.82),

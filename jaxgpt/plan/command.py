@@ -40,6 +40,8 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
     raise UserError(f"--save={save}: XLA tunes the matmuls of a GPU's program by measuring them, so "
                     "one that was compiled without a GPU would be slow; save it on the GPUs with "
                     f"--topology={topology_lib.HERE}")
+  if top and where.chip.gpu:
+    raise UserError(f"--top={top} reads the cycles in a TPU's program; a GPU's has none: leave it out")
   print(f"compiling for {where.num_chips} x {where.chip.name} …", flush=True)
   try:
     compiled = lower.compile_step(c, where, anew=bool(save))

@@ -17,9 +17,10 @@ _OTHER_COMPILER = 0.1  # of all bytes
 _NOTHING = {"calls": 0, "bytes": 0.0}
 
 
-def compilers():
-  """{package: version} of what compiles."""
-  return {name: packages.version(name) for name in ("jaxlib", "libtpu")}
+def compilers(gpu=False):
+  """{package: version} of what compiles for TPUs, or for GPUs."""
+  names = ("jax-cuda12-plugin", "jax-cuda13-plugin") if gpu else ("libtpu",)
+  return {name: packages.version(name) for name in ("jaxlib", *names)}
 
 
 def budget(f):
@@ -62,16 +63,20 @@ def check(path, f):
     An exit code: 1 where they differ.
 
   Raises:
-    UserError: the file holds no budget.
+    UserError: the file holds no budget, or cannot be read or written.
   """
-  path, got, now = pathlib.Path(path), budget(f), compilers()
-  if not path.exists():
-    path.write_text(json.dumps({"compilers": now, "collectives": got}, indent=2) + "\n",
-                    encoding="utf-8")
-    print(f"\nwrote the communication budget {path}")
-    return 0
+  path, got, now = pathlib.Path(path), budget(f), compilers(f["estimate"] == "roofline")
   try:
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8") if path.exists() else None
+    if text is None:
+      path.write_text(json.dumps({"compilers": now, "collectives": got}, indent=2) + "\n",
+                      encoding="utf-8")
+      print(f"\nwrote the communication budget {path}")
+      return 0
+  except OSError as e:
+    raise UserError(f"--golden={path} cannot be read or written: {e.strerror}") from e
+  try:
+    stored = json.loads(text)
     then = dict(stored["compilers"])
     lines = list(differences(stored["collectives"], got, then == now))
   except (ValueError, AttributeError, TypeError, KeyError) as e:

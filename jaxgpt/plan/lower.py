@@ -25,7 +25,7 @@ class Memory(NamedTuple):
   Attributes:
     parameters, optimizer, average, batch: what the step is given; see `train_step`.
     padding: what the layouts of these arrays add.
-    temporaries: saved activations, gradients, gathered weights and whatever is in flight.
+    temporaries: activations that are saved, gradients, gathered weights and whatever is in flight.
     outputs: results that are not written over what was given.
     code: the program.
   """

@@ -23,8 +23,8 @@ def figures(compiled, topology, price=None):
   c, chip = compiled.c, topology.chip
   program = hlo.parse(compiled.executable.as_text())
   took = (_by_roofline if chip.gpu else _by_cycles)(program, compiled, chip)
-  memory = compiled.memory._asdict() | {"total": compiled.memory.total, "limit": chip.hbm_limit,
-                                        "fits": compiled.memory.total <= chip.hbm_limit}
+  memory = _by_kind(compiled) | {"limit": chip.hbm_limit,
+                                 "fits": compiled.memory.total <= chip.hbm_limit}
   tokens = c.data.batch_size * c.data.seq_len
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
   seconds = took["seconds"]
@@ -49,6 +49,18 @@ def figures(compiled, topology, price=None):
       "tokens_per_second_per_chip": tokens / step / topology.num_chips,
       "steps": c.train.steps, "tokens": tokens * c.train.steps, "chip_hours": budget,
       "cost": None if price is None else budget * price, "compile_seconds": compiled.seconds}
+
+
+def _by_kind(compiled):
+  """A `lower.Memory` and its total; of the temporaries what is saved for the backward pass apart.
+
+  The compiler names a sum; how much of it is saved activations is arithmetic.
+  """
+  c, memory = compiled.c, compiled.memory
+  found = estimate.buffers(c, dict(compiled.mesh.shape), estimate.count(c))
+  saved = min(int(sum(b.bytes for b in found if b.kind == "saved")), memory.temporaries)
+  return memory._asdict() | {"activations": saved, "temporaries": memory.temporaries - saved,
+                             "total": memory.total}
 
 
 def _by_cycles(program, compiled, chip):
@@ -126,8 +138,7 @@ def of_this_machine(compiled):
   devices = list(compiled.mesh.devices.flat)
   yield (f"{len(devices)} x {devices[0].device_kind}, attention {compiled.attention}; compiled in "
          f"{compiled.seconds:.0f} s")
-  yield from _memory_lines(compiled.memory._asdict() | {"total": compiled.memory.total,
-                                                        "limit": None})
+  yield from _memory_lines(_by_kind(compiled) | {"limit": None})
 
 
 def heaviest_lines(lines, chip):
@@ -151,8 +162,8 @@ def _memory_lines(m):
   yield ""
   yield "HBM of a device       GiB"
   names = {"parameters": "parameters", "optimizer": "optimizer state", "average": "average (EMA)",
-           "batch": "batch", "padding": "padding of these", "temporaries": "activations, temps",
-           "outputs": "results", "code": "program"}
+           "batch": "batch", "padding": "padding of these", "activations": "activations",
+           "temporaries": "temporaries", "outputs": "results", "code": "program"}
   for key, name in names.items():
     if m[key] >= GIB / 1000:
       yield f"  {name:<18} {m[key] / GIB:>6.2f}"

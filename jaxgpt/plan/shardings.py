@@ -3,9 +3,11 @@
 import math
 from typing import NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 
+from jaxgpt import parts as parts_lib
 from jaxgpt import sharding, tree
 from jaxgpt.config import MESH_AXES
 from jaxgpt.model import transformer
@@ -146,10 +148,17 @@ def picture(array, sizes, rules):
 
 
 def describe(c, sizes):
-  """Lines: the tables of all arrays of a resolved config on a mesh, and pictures of some."""
+  """Lines: the tables of all arrays of a resolved config on a mesh, and pictures of some.
+
+  Raises:
+    UserError: the mesh does not divide what it has to, as training says.
+  """
   weights, values, rules = parameters(c), activations(c), sharding.rules(c.mesh)
-  for array in weights:
-    rules.check(array.name, [axis for axis, _ in array.dims])
+  mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model), None, rules)
+  shapes, axes = transformer.abstract(model)
+  sharding.params_shardings(axes, shapes, mesh, rules)
+  parts_lib.check_heads(model, mesh)
   used = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
   lines = [f"mesh: {used}", "", *table(weights, sizes, rules), "",
            *table(values, sizes, rules)]

@@ -78,6 +78,8 @@ def parse(name):
     if len(shape) != chip.torus:
       raise UserError(f"--topology={name}: the interconnect of {chip.name} has {chip.torus} "
                       f"dimensions; write it as {chip.name}:{'x'.join(['4'] * chip.torus)}")
+    if 0 in shape:
+      raise UserError(f"--topology={name}: a side of no chips; {_HELP}")
     return Topology(name, chip, shape, 1)
   size, slices = int(found["size"]), int(found["slices"] or 1)
   if size % chip.cores or not size or not slices:

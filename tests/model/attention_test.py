@@ -122,6 +122,18 @@ def test_auto_goes_by_the_platform(platform, more, form):
   assert attention.choose("batched", platform, **fields) == "batched"
 
 
+@pytest.mark.parametrize("form, platform, more, words", [
+    ("splash", "cpu", {}, "a kernel for TPUs, and the devices are of the kind 'cpu'"),
+    ("cudnn", "tpu", {}, "a kernel for GPUs, and the devices are of the kind 'tpu'"),
+    ("splash", "tpu", dict(length=1000), "data.seq_len=1000 is no multiple of 128"),
+    ("cudnn", "gpu", dict(dtype="float32"), "set model.dtype=bfloat16"),
+])
+def test_a_kernel_that_cannot_run_is_refused(form, platform, more, words):
+  fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(64, 64)) | more
+  with pytest.raises(UserError, match=words):
+    attention.choose(form, platform, **fields)
+
+
 def test_heads_go_to_cudnn_where_the_gpu_has_kernels_for_them(monkeypatch):
   fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(256, 128))
   with pytest.raises(UserError, match=r"no kernel for heads of 256 \(values 128\) on a GPU that is not"):
@@ -130,6 +142,8 @@ def test_heads_go_to_cudnn_where_the_gpu_has_kernels_for_them(monkeypatch):
   monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
   assert attention.choose("auto", "gpu", **fields) == "cudnn"
   assert attention.choose("cudnn", "gpu", **fields) == "cudnn"
+  gpu.compute_capability = "gfx942"
+  assert attention.choose("auto", "gpu", **fields) == "reference"
   gpu.compute_capability = "8.0"
   with pytest.raises(UserError, match="on NVIDIA H100; leave model.attention=auto"):
     attention.choose("cudnn", "gpu", **fields)

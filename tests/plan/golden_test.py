@@ -32,7 +32,7 @@ def plan_of(axis):
 
 
 def figures(**collectives):
-  return {"collectives": [
+  return {"estimate": "schedule", "collectives": [
       {"opcode": name.replace("_", "-"), "dtype": "bf16", "phase": "exposed", "calls": calls,
        "bytes": size} for name, (calls, size) in collectives.items()]}
 
@@ -48,13 +48,18 @@ def test_a_budget_of_communication_is_written_and_then_kept(tmp_path, capsys):
   path.write_text("[3]")
   with pytest.raises(UserError, match="no communication budget"):
     golden.check(path, figures())
+  with pytest.raises(UserError, match="cannot be read or written: Is a directory"):
+    golden.check(tmp_path, figures())
+  gpu = figures(all_gather=(10, 2e9)) | {"estimate": "roofline"}
+  assert golden.check(tmp_path / "gpu.json", gpu) == 0
+  assert "jax-cuda13-plugin" in json.loads((tmp_path / "gpu.json").read_text())["compilers"]
 
 
 def test_of_another_compiler_all_bytes_are_compared(tmp_path, capsys, monkeypatch):
   path = tmp_path / "golden.json"
-  monkeypatch.setattr(golden, "compilers", lambda: {"libtpu": "1"})
+  monkeypatch.setattr(golden, "compilers", lambda _: {"libtpu": "1"})
   assert golden.check(path, figures(all_gather=(10, 2e9))) == 0
-  monkeypatch.setattr(golden, "compilers", lambda: {"libtpu": "2"})
+  monkeypatch.setattr(golden, "compilers", lambda _: {"libtpu": "2"})
   assert golden.check(path, figures(all_gather=(4, 1e9), collective_permute=(99, 0.9e9))) == 0
   assert "the budget is of libtpu 1, this program of libtpu 2" in capsys.readouterr().out
   assert golden.check(path, figures(all_gather=(10, 1.7e9))) == 1

@@ -66,10 +66,9 @@ def test_an_option_that_xla_refuses_is_named(option, why):
     compiler.compile(lowered, mesh.make(config.base().mesh), (option,))
 
 
-
 @pytest.mark.parametrize("name, words", [
     ("pod", "write CHIP-SIZE"), ("v5e-24", "slices of 1, 4, 8"), ("v9-8", "no chip 'v9'"),
-    ("v5p-7", "counted in cores, 2 a chip"), ("v5e:4x4x4", "2 dimensions"), ("v5e-0", "write"),
+    ("v5p-7", "counted in cores, 2 a chip"), ("v5e:4x4x4", "2 dimensions"), ("v5e:0x4", "no chips"), ("v5e-0", "write"),
 ])
 def test_a_topology_that_is_not_there_is_named(name, words):
   with pytest.raises(UserError, match=words):
@@ -110,7 +109,8 @@ def test_a_program_that_does_not_fit_is_explained_beside_its_budget(monkeypatch,
     executable = SimpleNamespace(as_text=lambda: "")
   memory = {"total": 40 << 30, "limit": 16 << 30, "fits": False}
   monkeypatch.setattr(lower, "compile_step", lambda *_, **__: Compiled)
-  monkeypatch.setattr(report, "figures", lambda *_: {"memory": memory, "collectives": []})
+  monkeypatch.setattr(report, "figures", lambda *_: {
+      "estimate": "schedule", "memory": memory, "collectives": []})
   monkeypatch.setattr(report, "table", lambda _: ["the table"])
   monkeypatch.setattr(explain, "remedies", lambda *_: ["the remedies"])
   assert command.plan(LLAMA, (), "v5e-256", golden=tmp_path / "golden.json") == 1

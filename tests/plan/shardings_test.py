@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxgpt import config, mesh, sharding, tree
+from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
 from jaxgpt.plan import command, lower, shardings
 
@@ -40,6 +41,16 @@ def test_each_device_holds_what_jax_gives_it(axes):
       expected.setdefault(index, []).append(numbers[device])
     found = shardings.holders(array, sizes, rules)
     assert found == {index: sorted(held) for index, held in expected.items()}, array.name
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ({"tensor": 8}, "mesh.tensor=8 does not divide dimension 'kv_heads' = 4"),
+    ({"fsdp": 128}, "mesh.fsdp=128 does not divide dimension 'embed' = 64"),
+])
+def test_what_training_refuses_is_not_drawn(sizes, words):
+  sizes = dict.fromkeys(config.MESH_AXES, 1) | sizes
+  with pytest.raises(UserError, match=words):
+    shardings.describe(_resolved(), sizes)
 
 
 def test_all_parameters_are_listed_with_their_bytes():
