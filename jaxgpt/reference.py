@@ -6,14 +6,14 @@
 import inspect
 import re
 
-from jaxgpt import config, presets
+from jaxgpt import keys, presets
 
 _SECTION = re.compile(r"  (\w)\.(\w+) = (\w) = ml_collections\.ConfigDict\(\)")
 _KEY = re.compile(r"  (\w)\.(\w+) = (.+?)  # (.+)")
 
 _HEAD = """# Config keys
 
-Generated from `jaxgpt/config.py` by `python -m jaxgpt.reference > docs/config.md`; a test keeps
+Generated from `jaxgpt/keys.py` by `python -m jaxgpt.reference > docs/config.md`; a test keeps
 the two equal. Any key can be set in a config file (`c.optim.lr = 3e-4`) and on the command line
 (`--config.optim.lr=3e-4`, `--noconfig.data.shuffle`). A default of *derived* follows from other
 keys, as the comment says. An unknown key is an error that names the nearest one.
@@ -21,9 +21,9 @@ keys, as the comment says. An unknown key is an error that names the nearest one
 
 
 def entries():
-  """[(section, key, default, comment)] in declaration order, read off the text of `config`."""
+  """[(section, key, default, comment)] in declaration order, read off the text of `keys`."""
   sections, out = {"c": ""}, []
-  for line in inspect.getsource(config).splitlines():
+  for line in inspect.getsource(keys).splitlines():
     if m := _SECTION.fullmatch(line):
       sections[m[3]] = f"{sections[m[1]]}.{m[2]}".lstrip(".")
     elif m := _KEY.fullmatch(line):
@@ -47,7 +47,7 @@ def text():
                + ", ".join(f"`{name}`" for name in presets.PRESETS) + ".\n")
   parts.append("\n## What may change when a run goes on\n\n"
                "A run folder refuses another config, but for the keys under "
-               + ", ".join(f"`{key}`" for key in config.FREE_ON_RESUME)
+               + ", ".join(f"`{key}`" for key in keys.FREE_ON_RESUME)
                + ": they don't change what is computed.\n")
   return "".join(parts)
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "jaxgpt"
 
 FLOORS = [  # each floor's rooms in the order in which they may import each other
-    ["errors", "packages", "presets", "checks", "config", "tree", "compiler", "mesh", "sharding", "processes",
+    ["errors", "packages", "presets", "checks", "keys", "config", "tree", "compiler", "mesh", "sharding", "processes",
      "lifeline", "distributed"],
     ["text.files", "text.remote", "text.streams", "text.records", "text.tables", "text.warc",
      "text.formats",
@@ -38,7 +38,7 @@ ORDER = [room for floor in FLOORS for room in floor]
 PLAIN = ("errors", "packages", "presets", "processes", "lifeline",
          *(room for room in ORDER if room.startswith("text.")))
 OPTIONAL = {"qwix", "tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
-NO_JAX = PLAIN + ("checks", "config", *(room for room in ORDER if room.startswith("data.")))
+NO_JAX = PLAIN + ("checks", "keys", "config", *(room for room in ORDER if room.startswith("data.")))
 
 
 def modules():
