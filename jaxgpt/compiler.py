@@ -7,15 +7,19 @@ import jax
 
 from jaxgpt.errors import UserError
 
-# By the name that JAX gives a device: how much of a core's fast memory a fused matmul may take for its
-# tiles. libtpu's own choice leaves the matmuls of a large model at two thirds of the peak.
+# How much of a core's fast memory a fused matmul may take for its tiles. libtpu's own choice leaves the
+# matmuls of a large model at two thirds of the peak.
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
-DEFAULTS = {
-    "TPU v5": {_VMEM: "65536"},  # v5p
-    "TPU v5p": {_VMEM: "65536"},
-    "TPU v5 lite": {_VMEM: "65536"},  # v5e
-    "TPU v6 lite": {_VMEM: "98304"},  # v6e
-    "TPU7x": {_VMEM: "65536"},
+# From how many MiB on a matmul beside a gather of mesh.tensor is cut into a loop of narrow ones, which
+# take two to four times as long as the wide one and its gather: never.
+_TENSOR = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+DEFAULTS = {  # by the name that JAX gives a device
+    "TPU v4": _TENSOR,
+    "TPU v5": _TENSOR | {_VMEM: "65536"},  # v5p
+    "TPU v5p": _TENSOR | {_VMEM: "65536"},
+    "TPU v5 lite": _TENSOR | {_VMEM: "65536"},  # v5e
+    "TPU v6 lite": _TENSOR | {_VMEM: "98304"},  # v6e
+    "TPU7x": _TENSOR | {_VMEM: "65536"},
 }
 
 

@@ -69,7 +69,9 @@ class Module(nn.Module):
   def form(self):
     """The form of attention; 'auto', where nobody has chosen by the devices, goes by the backend."""
     cfg = self.cfg
-    return attention.choose(cfg.attention, jax.default_backend(), length=cfg.max_len,
+    if cfg.attention != "auto":
+      return cfg.attention
+    return attention.choose("auto", jax.default_backend(), length=cfg.max_len,
                             dtype=cfg.dtype, softcap=cfg.attn_softcap,
                             heads=(cfg.head_dim, cfg.latent.v_dim))
 
