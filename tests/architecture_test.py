@@ -21,7 +21,7 @@ FLOORS = [  # each floor's rooms in the order in which they may import each othe
      "text.store", "text.progress", "text.stages", "text.heap", "text.executors", "text.tasks", "data.packing", "text.card", "text.prepare",
      "data.source", "data.mixture", "data.masking", "data.layouts",
      "data.pipeline", "data.stream"],
-    ["model.ops", "model.rope", "model.pairs", "model.context", "model.attention", "model.quantized", "model.layers", "model.moe", "model.remat",
+    ["model.ops", "model.rope", "model.pairs", "model.context", "model.neighbours", "model.ring", "model.attention", "model.quantized", "model.layers", "model.moe", "model.remat",
      "model.pipeline", "model.stacks", "model.transformer"],
     ["head_loss", "objectives", "schedules", "optim", "metrics", "train_step",
      "parts"],

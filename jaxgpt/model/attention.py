@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import sharding
 from jaxgpt.errors import UserError
-from jaxgpt.model import context, ops, pairs
+from jaxgpt.model import context, ops, pairs, ring
 
 _MASKED = -1e30  # finite, so that a row with no visible key has no NaN in its gradient
 
@@ -212,7 +212,7 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, causal=False, rules=shardi
 
 def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, causal, window,
              interpret=False, rules=sharding.DEFAULT):
-  """Attention where the mesh cuts rows over devices: see `context`.
+  """Attention where the mesh cuts rows over devices: see `context` and `ring`.
 
   Args:
     form: 'splash', 'cudnn', which reads gathered keys, or any other: by definition.
@@ -226,7 +226,7 @@ def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, ca
   axis, = sharding.FIXED.mesh_axes("length")
   plan = context.Plan(kernel, causal, window, axis, mesh.shape[axis], OUTPUT)
   first = lambda x: x.swapaxes(1, 2)
-  run, args = context.attend, (first(q_BTNH * scale), first(k_BTKH), first(v_BTKH))
+  run, args = ring.attend, (first(q_BTNH * scale), first(k_BTKH), first(v_BTKH))
   order = ("batch", "act_heads", "length", None)
   if form == "cudnn" and softcap is None:
     run, args = _cudnn_in_parts, (q_BTNH * scale, k_BTKH, v_BTKH)
@@ -236,7 +236,7 @@ def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, ca
   specs.append(rules.fitting_spec(mesh, ids.shape, ("batch", None, "length")))
   out = jax.shard_map(functools.partial(run, plan), in_specs=tuple(specs), out_specs=specs[0],
                       check_vma=False)(*args, ids)
-  return first(out) if run is context.attend else out
+  return first(out) if run is ring.attend else out
 
 
 def _cudnn_in_parts(plan, q_BTNH, k_BTKH, v_BTKH, ids_B1T):

@@ -1,6 +1,6 @@
 """Attention of a block of queries to a block of keys: a part of the output, and what joins parts.
 
-Rows that are cut over devices meet in such blocks (`context`). A forward pass gives the output over
+Rows that are cut over devices meet in such blocks (`ring`, `neighbours`). A forward pass gives the output over
 these keys alone and the log of the softmax's normaliser; with the log over all keys, the backward
 pass gives the block's share of the gradients.
 

@@ -337,7 +337,7 @@ def visible_share(c, seq=1):
 
   Args:
     c: the resolved config.
-    seq: devices that share a row, and so the pairs that kernels are given (see `model.context`).
+    seq: devices that share a row, and so the pairs that kernels are given (see `model.ring`).
   """
   T = c.data.seq_len / seq
   # A device's own pairs, and beside them half as many of each other device's, all of them visible.

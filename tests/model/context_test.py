@@ -9,7 +9,7 @@ import pytest
 
 from jaxgpt import config, sharding
 from jaxgpt import mesh as mesh_lib
-from jaxgpt.model import attention, context, layers, ops, pairs
+from jaxgpt.model import attention, context, layers, ops, pairs, ring
 from jaxgpt.model import remat as remat_lib
 
 
@@ -75,14 +75,14 @@ def test_rows_and_heads_are_cut_too():
 
 @pytest.mark.parametrize("seq, axes, window", [(4, {}, None), (2, dict(data=2), 9)])
 def test_some_heads_after_the_others(seq, axes, window, monkeypatch):
-  monkeypatch.setattr(context, "_HEADS_BYTES", 1)  # as many turns as there are key heads
+  monkeypatch.setattr(ring, "_HEADS_BYTES", 1)  # as many turns as there are key heads
   agree(mesh_of(seq, **axes), 64, "batched", causal=True, window=window)
 
 
 def test_heads_take_their_turn_where_there_is_much_of_them():
   def turns(T, N, K):
     q, k = (jax.ShapeDtypeStruct((1, heads, T, 128), jnp.bfloat16) for heads in (N, K))
-    counted = jax.make_jaxpr(lambda q, k: context._by_heads(lambda q, k: (q, k), q, k))(q, k)
+    counted = jax.make_jaxpr(lambda q, k: ring._by_heads(lambda q, k: (q, k), q, k))(q, k)
     loops = [e.params["length"] for e in counted.eqns if e.primitive.name == "scan"]
     return loops or [1]
 
