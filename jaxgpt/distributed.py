@@ -20,7 +20,7 @@ from jax._src.distributed import global_state  # the key-value store has no publ
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import lifeline, sharding
+from jaxgpt import lifeline, processes, sharding
 from jaxgpt.errors import UserError
 
 _CALLS = 100  # at most so many between two questions of an agreement
@@ -99,12 +99,22 @@ def _give_up(settings, seconds, came):
   address = settings.coordinator or global_state.coordinator_address or "of the cluster"
   which = settings.process_id if settings.coordinator else global_state.process_id
   if which == 0:
-    why = "not all of the other processes came; look at their output"
+    why = _who_came(address.rpartition(":")[2])
   else:
     why = _reach(address)
   lifeline.say(f"process {which} on {socket.gethostname()}: no start within {seconds} s at the "
                f"coordinator {address}: {why}")
   lifeline.leave(lifeline.EXIT_LOST)
+
+
+def _who_came(port):
+  """Which machines have no connection to the coordinator, as far as that can be known here."""
+  port = int(port) if port.isdigit() else 0
+  if missing := processes.absent(port, processes.hosts()):
+    return f"{', '.join(missing)} did not come; look at what was printed there"
+  came = ", ".join(sorted(processes.connected(port))) or "nobody"
+  return (f"not all processes came: connected are, with this one, {came}; look at what the others "
+          "printed")
 
 
 def _reach(address):

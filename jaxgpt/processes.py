@@ -1,13 +1,18 @@
 """Whether this process is one of several, from flags, the environment or a known cluster."""
 
+import ipaddress
 import os
 import pathlib
+import socket
+import subprocess
+import sys
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from jaxgpt.errors import UserError
 
 _ENV = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_ESTABLISHED = "01"  # in /proc/net/tcp
 _FLAGS = ("--coordinator", "--num-processes", "--process-id")
 
 
@@ -75,6 +80,59 @@ def _is_cluster(env, on_tpu):
   hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
   alone = "TPU_SKIP_MDS_QUERY" in env and "," not in hosts
   return on_tpu and not alone
+
+
+def hosts(env=os.environ, run=subprocess.run):
+  """Names of the machines of the cluster, where its environment says them; else ()."""
+  if nodes := env.get("SLURM_STEP_NODELIST"):
+    try:  # such as node[01-04,07]
+      found = run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+      return ()
+    return tuple(found.stdout.split())
+  return tuple(filter(None, env.get("TPU_WORKER_HOSTNAMES", "").split(",")))
+
+
+def connected(port, tables=("/proc/net/tcp", "/proc/net/tcp6")):
+  """Addresses that have a TCP connection to a port of this machine, as Linux lists them; a set."""
+  found = set()
+  for table in map(pathlib.Path, tables):
+    for line in table.read_text().splitlines()[1:] if table.exists() else ():
+      _, mine, theirs, state, *_ = line.split()
+      if state == _ESTABLISHED and int(mine.rpartition(":")[2], 16) == port:
+        found.add(_address(theirs.rpartition(":")[0]))
+  return found
+
+
+def _address(text):
+  """An address of Linux's table: 32-bit words in the machine's order of bytes."""
+  words = [int(text[i:i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(text), 8)]
+  address = ipaddress.ip_address(b"".join(words))
+  return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def absent(port, names):
+  """Those of some machines, but this one, that have no connection to a port here.
+
+  Args:
+    port: of this machine.
+    names: of the machines.
+
+  Returns:
+    A list of names; of those that cannot be resolved too.
+  """
+  there, me = connected(port), socket.gethostname()
+  out = []
+  for name in names:
+    if name.partition(".")[0] == me.partition(".")[0]:
+      continue
+    try:
+      addresses = {info[4][0] for info in socket.getaddrinfo(name, None)}
+    except OSError:
+      addresses = set()
+    if not addresses & there:
+      out.append(name)
+  return out
 
 
 def has_tpu_chips():

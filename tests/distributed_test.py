@@ -170,6 +170,15 @@ def test_a_coordinator_that_does_not_answer_is_named(site):
   assert f"no start within 3 s at the coordinator 127.0.0.1:{port}: nobody answers there" in err
 
 
+@pytest.mark.parametrize("hosts, words", [
+    ("", "not all processes came: connected are, with this one, 127.0.0.1;"),
+    ("node-7.invalid", "node-7.invalid did not come;")])
+def test_a_process_that_does_not_come_is_named(site, hosts, words):
+  (code, _, err), = train(site, "x", 2, args=lambda i: ["--join-timeout=3"], which=[0],
+                          env={"TPU_WORKER_HOSTNAMES": hosts})
+  assert code == 75 and words in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_the_others_at_once_and_the_rerun_is_exact(

@@ -1,9 +1,44 @@
+import socket
+import sys
+import types
+
 import pytest
 
 from jaxgpt import processes
 from jaxgpt.errors import UserError
 
 ENV = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+
+
+def test_machines_that_have_not_connected_are_named():
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+    assert processes.connected(port) == set()
+    with socket.create_connection(("127.0.0.1", port)):
+      assert processes.connected(port) == {"127.0.0.1"}
+      names = ["localhost", "node-7.invalid", socket.gethostname()]
+      assert processes.absent(port, names) == ["node-7.invalid"]
+
+
+def test_addresses_of_the_sixth_version_are_read(tmp_path):
+  word = lambda *bytes_: int.from_bytes(bytes(bytes_), sys.byteorder)
+  rows = [[word(0, 0, 0, 0), word(0, 0, 0, 0), word(0, 0, 255, 255), word(10, 0, 0, 7)],
+          [word(0x20, 1, 0xd, 0xb8), 0, 0, word(0, 0, 0, 1)]]
+  table = tmp_path / "tcp6"
+  table.write_text("head\n" + "".join(
+      f"0: {'0' * 32}:1F90 {''.join(f'{w:08X}' for w in row)}:9C40 01 rest\n" for row in rows))
+  assert processes.connected(8080, [table]) == {"10.0.0.7", "2001:db8::1"}
+
+
+def test_names_of_the_machines_are_those_of_the_cluster():
+  assert processes.hosts({}) == ()
+  assert processes.hosts({"TPU_WORKER_HOSTNAMES": "a,b"}) == ("a", "b")
+  answers = {"n[1-2]": "n1\nn2\n"}
+  asked = lambda command, **_: types.SimpleNamespace(stdout=answers[command[-1]])
+  assert processes.hosts({"SLURM_STEP_NODELIST": "n[1-2]"}, run=asked) == ("n1", "n2")
+  def no_slurm(*_, **__):
+    raise FileNotFoundError
+  assert processes.hosts({"SLURM_STEP_NODELIST": "n[1-2]"}, run=no_slurm) == ()
 
 
 @pytest.mark.parametrize("args, env, want", [
