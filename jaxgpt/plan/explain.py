@@ -2,7 +2,7 @@
 
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.plan import estimate, search
-from jaxgpt.plan.lower import GIB
+from jaxgpt.plan.chips import GIB
 
 _TRIES = 3  # of each kind of change: arithmetic may be too hopeful
 

@@ -16,8 +16,6 @@ from jaxgpt.data import layouts
 from jaxgpt.errors import UserError
 from jaxgpt.plan import topology as topology_lib
 
-GIB = 1 << 30
-
 
 class Memory(NamedTuple):
   """Bytes on one device while a step runs.

@@ -4,8 +4,7 @@ from jaxgpt import compiler, metrics
 from jaxgpt.model import stacks
 from jaxgpt.plan import cost as cost_lib
 from jaxgpt.plan import estimate, hlo, roofline
-
-GIB = 1 << 30
+from jaxgpt.plan.chips import GIB
 
 
 def figures(compiled, topology, price=None):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
-from jaxgpt.plan import estimate, lower, report
+from jaxgpt.plan import chips, estimate, lower, report
 
 REMATS = ("full", "save:attention", "save:q,k,v,attention", "save:q,k,v,attention,o",
           "save:q,k,v,attention,up", "save:q,k,v,attention,gate,up",
@@ -56,8 +56,8 @@ class Result(NamedTuple):
   def gib(self):
     """What it takes of a device, in GiB as text, or '-'."""
     if self.figures:
-      return f"{self.figures['memory']['total'] / lower.GIB:.2f}"
-    return f"{needed / lower.GIB:.2f}" if (needed := getattr(self.error, "needed", 0)) else "-"
+      return f"{self.figures['memory']['total'] / chips.GIB:.2f}"
+    return f"{needed / chips.GIB:.2f}" if (needed := getattr(self.error, "needed", 0)) else "-"
 
 
 def changed(c, changes):
@@ -260,7 +260,7 @@ def verdict(result):
   if isinstance(result.error, UserError):
     return f"refused: {result.error}"
   if result.error:
-    return f"does not fit, needs {result.gib} of {result.error.limit / lower.GIB:.2f} GiB"
+    return f"does not fit, needs {result.gib} of {result.error.limit / chips.GIB:.2f} GiB"
   f = result.figures
   return (f"{f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, MFU {f['mfu']:.1%}, "
           f"{result.gib} GiB" + ("" if f["memory"]["fits"] else ", does not fit"))
@@ -298,7 +298,7 @@ def table(results):
              else f"{'-':>9} {'-':>6}")
     note = "best" if r is best and r.fits else why(r, best)
     yield (f"{describe(r.candidate.changes):<62} {found} {r.gib:>6} "
-           f"{r.candidate.bytes / lower.GIB:>6.2f}  {note}")
+           f"{r.candidate.bytes / chips.GIB:>6.2f}  {note}")
   yield ""
   if not best.fits:
     yield "nothing that was tried fits: take a larger slice, or shorter rows"

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from jaxgpt import config  # noqa: E402
-from jaxgpt.plan import cost, hlo, lower, topology  # noqa: E402
+from jaxgpt.plan import chips, cost, hlo, lower, topology  # noqa: E402
 
 # The recipes' flags; of v5p's without those that libtpu refuses there ("continuation fusion").
 _COMMON = ("xla_tpu_enable_data_parallel_all_reduce_opt", "xla_tpu_data_parallel_opt_different_sized_ops",
@@ -97,7 +97,7 @@ def ours(work, rows, remat):
                                 [f"--config.{k}={v}" for k, v in overrides.items()])[0])
   compiled = lower.compile_step(c, where)
   return (merit(compiled.executable.as_text(), where, rows * work.length),
-          compiled.memory.total / lower.GIB)
+          compiled.memory.total / chips.GIB)
 
 
 def maxtext(work):
