@@ -10,11 +10,12 @@
 #   SPOT=1                     spot capacity; 0: on demand
 #   MAX_RESTARTS=100           at most so many slices, and restarts on each
 #   POLL=30                    seconds between looks at the queue
-#   KEEP=0                     1: leaves the slice when the run is done or its input is bad
+#   KEEP=0                     1: leaves the slice when the run is done, its input bad, or given up
 #   DRY_RUN=1                  prints the commands
 #
 # On each host, retry.sh restarts a run in which a process was lost. A preempted slice goes as a
-# whole: this script, which runs on your machine, then asks for another one.
+# whole: this script, which runs on your machine, then asks for another one. The machines' own
+# Python is older than jaxgpt needs: uv fetches one.
 set -uo pipefail
 
 : "${NAME:=jaxgpt}" "${ZONE:=us-east5-b}" "${TYPE:=v6e-16}" "${VERSION:=v2-alpha-tpuv6e}"
@@ -37,8 +38,16 @@ on_all_hosts() {
 
 state() {
   [[ -n ${DRY_RUN:-} ]] && { echo ACTIVE; return; }
-  gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
-    '--format=value(state.state)' 2>/dev/null || echo NONE
+  local said
+  if said=$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
+    '--format=value(state.state)' 2>&1); then
+    tail -n1 <<<"$said"  # warnings come before it
+  elif [[ $said == *NOT_FOUND* ]]; then
+    echo NONE
+  else  # no network, no permission: nothing is known of the slice
+    echo "tpu_vm: $said" >&2
+    echo UNKNOWN
+  fi
 }
 
 delete() {
@@ -54,12 +63,14 @@ create() {
 
 # Waits for the slice; asks for one where there is none, or only what is left of one.
 get_slice() {
+  local unknown=0
   [[ -n ${DRY_RUN:-} ]] && create
   while :; do
     case $(state) in
       ACTIVE) return ;;
       NONE) create || return 1 ;;
       FAILED | SUSPENDED) delete ;;
+      UNKNOWN) ((++unknown < 10)) || return 1 ;;
     esac
     sleep "${POLL:-30}"
   done
@@ -71,7 +82,9 @@ install() {
   run tar -czf "/tmp/$NAME.tar.gz" -C "$here" jaxgpt launch configs pyproject.toml README.md
   run gcloud compute tpus tpu-vm scp "/tmp/$NAME.tar.gz" "$NAME:" "${where[@]}" --worker=all &&
     on_all_hosts "mkdir -p run && tar -xzf $NAME.tar.gz -C run && cd run &&
-      python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
+      python3 -m pip install --quiet --user uv &&
+      python3 -m uv venv --quiet --allow-existing --python=3.12 .venv &&
+      python3 -m uv pip install --quiet --python=.venv '.[tpu,data,gcs]'"
 }
 
 if [[ $# -eq 0 ]]; then
@@ -86,11 +99,9 @@ for ((slices = 0; slices <= max; slices++)); do
     on_all_hosts "cd run && MAX_RESTARTS=$max launch/retry.sh .venv/bin/jaxgpt train $train"
     code=$?
   fi
-  if [[ $code -eq 0 || $code -eq 2 ]]; then
-    [[ ${KEEP:-0} == 1 ]] || delete
-    exit "$code"
-  fi
+  [[ $code -eq 0 || $code -eq 2 ]] && break
   echo "tpu_vm: exit code $code, the slice is $(state)" >&2
   sleep "${POLL:-30}"
 done
+[[ ${KEEP:-0} == 1 ]] || delete  # it costs money as long as it is there
 exit "$code"

@@ -121,7 +121,8 @@ def test_slurm_requeues_what_can_go_on(tmp_path, code, state, restarts, want, re
 
 GCLOUD = """echo "${@//$'\\n'/ }" >> "$HERE/calls"
 case "$4" in
-  describe) cat "$HERE/state" 2>/dev/null || exit 1 ;;
+  describe) [[ -z ${DENIED:-} ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
+            cat "$HERE/state" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
   create) echo ACTIVE > "$HERE/state" ;;
   delete) rm -f "$HERE/state" ;;
   ssh) if [[ "$*" == *retry.sh* && ! -e $HERE/preempted ]]; then
@@ -142,6 +143,14 @@ def test_a_preempted_slice_is_replaced(tmp_path):
   assert code == 0 and "exit code 255, the slice is SUSPENDED" in err
   assert verbs == [*one, "delete", *one, "delete"]
   assert not (tmp_path / "state").exists()
+
+
+def test_a_slice_of_which_nothing_is_known_is_not_asked_for_again(tmp_path):
+  program(tmp_path, "gcloud", GCLOUD)
+  code, _, err = run("tpu_vm.sh", *TRAIN, PATH=f"{tmp_path}:{os.environ['PATH']}", DENIED="1",
+                     HERE=str(tmp_path), NAME="slice-of-a-test", POLL="0")
+  assert code == 1 and "PERMISSION_DENIED" in err
+  assert "create" not in (tmp_path / "calls").read_text()
 
 
 def exact(required, **properties):
