@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -122,7 +123,9 @@ def materialized(x, what):
   """x, written to memory once instead of being computed anew inside each matmul that reads it.
 
   XLA's TPU compiler fuses elementwise work into the matmuls around it, which then run at half of
-  their rate (docs/log.md).
+  their rate; and where the matmul of a weight's gradient asks for x with its tokens contiguous, the
+  compiler copies all that x is made of into that layout. So x is written with its last dimension
+  contiguous, as it is read everywhere else (docs/log.md).
 
   Args:
     x: any array.
@@ -134,11 +137,11 @@ def materialized(x, what):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _materialized(x, gradient):
   del gradient
-  return jax.lax.optimization_barrier(x)
+  return with_layout_constraint(jax.lax.optimization_barrier(x), Layout(tuple(range(x.ndim))))
 
 
 _materialized.defvjp(
-    lambda x, gradient: (jax.lax.optimization_barrier(x), None),
+    lambda x, gradient: (_materialized(x, gradient), None),
     lambda gradient, _, dy: (jax.lax.optimization_barrier(dy) if gradient else dy,))
 
 
