@@ -41,7 +41,7 @@ state() {
   local said
   if said=$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
     '--format=value(state.state)' 2>&1); then
-    tail -n1 <<<"$said"  # warnings come before it
+    grep -xEm1 '[A-Z_]+' <<<"$said"  # gcloud's warnings and hints stand around it
   elif [[ $said == *NOT_FOUND* ]]; then
     echo NONE
   else  # no network, no permission: nothing is known of the slice

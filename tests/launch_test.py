@@ -123,7 +123,7 @@ GCLOUD = """echo "${@//$'\\n'/ }" >> "$HERE/calls"
 case "$4" in
   describe) [[ -z ${DENIED:-} ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
             cat "$HERE/state" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
-  create) echo ACTIVE > "$HERE/state" ;;
+  create) printf 'ACTIVE\nTo update, run: gcloud components update\n' > "$HERE/state" ;;
   delete) rm -f "$HERE/state" ;;
   ssh) if [[ "$*" == *retry.sh* && ! -e $HERE/preempted ]]; then
          touch "$HERE/preempted"; echo SUSPENDED > "$HERE/state"; exit 255
