@@ -15,7 +15,8 @@
 #
 # On each host, retry.sh restarts a run in which a process was lost. A preempted slice goes as a
 # whole: this script, which runs on your machine, then asks for another one. The machines' own
-# Python is older than jaxgpt needs: uv fetches one.
+# Python is older than jaxgpt needs: uv fetches one. A slice costs money until it is deleted, which is left to
+# you where this script is stopped (Ctrl-C) or can't learn what became of it.
 set -uo pipefail
 
 : "${NAME:=jaxgpt}" "${ZONE:=us-east5-b}" "${TYPE:=v6e-16}" "${VERSION:=v2-alpha-tpuv6e}"
@@ -63,15 +64,20 @@ create() {
 
 # Waits for the slice; asks for one where there is none, or only what is left of one.
 get_slice() {
-  local unknown=0
+  local unknown=0 now
   [[ -n ${DRY_RUN:-} ]] && create
   while :; do
-    case $(state) in
+    now=$(state)
+    case $now in
       ACTIVE) return ;;
       NONE) create || return 1 ;;
       FAILED | SUSPENDED) delete ;;
-      UNKNOWN) ((++unknown < 10)) || return 1 ;;
     esac
+    unknown=$([[ $now == UNKNOWN ]] && echo $((unknown + 1)) || echo 0)  # one after the other
+    if ((unknown == 10)); then
+      echo "tpu_vm: gives up; $NAME may still be there, and then costs money" >&2
+      return 1
+    fi
     sleep "${POLL:-30}"
   done
 }

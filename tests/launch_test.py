@@ -121,7 +121,10 @@ def test_slurm_requeues_what_can_go_on(tmp_path, code, state, restarts, want, re
 
 GCLOUD = """echo "${@//$'\\n'/ }" >> "$HERE/calls"
 case "$4" in
-  describe) [[ -z ${DENIED:-} ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
+  describe) n=$(cat "$HERE/n" 2>/dev/null || echo 0); echo $((n + 1)) > "$HERE/n"
+            ((${ANSWERS:-0} == 0 || n % 8 == 7)) || { echo "ERROR: no network" >&2; exit 1; }
+            ((${ANSWERS:-0} == 0 || n > 16)) || { echo WAITING_FOR_RESOURCES; exit; }
+            [[ -z ${DENIED:-} ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
             cat "$HERE/state" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
   create) printf 'ACTIVE\nTo update, run: gcloud components update\n' > "$HERE/state" ;;
   delete) rm -f "$HERE/state" ;;
@@ -149,8 +152,17 @@ def test_a_slice_of_which_nothing_is_known_is_not_asked_for_again(tmp_path):
   program(tmp_path, "gcloud", GCLOUD)
   code, _, err = run("tpu_vm.sh", *TRAIN, PATH=f"{tmp_path}:{os.environ['PATH']}", DENIED="1",
                      HERE=str(tmp_path), NAME="slice-of-a-test", POLL="0")
-  assert code == 1 and "PERMISSION_DENIED" in err
+  assert code == 1 and "PERMISSION_DENIED" in err and "slice-of-a-test may still be there" in err
   assert "create" not in (tmp_path / "calls").read_text()
+
+
+def test_a_bad_network_now_and_then_does_not_end_the_wait_for_a_slice(tmp_path):
+  """Of eight looks at the queue seven fail, which is fewer than ten one after the other."""
+  program(tmp_path, "gcloud", GCLOUD)
+  (tmp_path / "preempted").touch()
+  code, _, err = run("tpu_vm.sh", *TRAIN, PATH=f"{tmp_path}:{os.environ['PATH']}", ANSWERS="1",
+                     HERE=str(tmp_path), NAME="slice-of-a-test", POLL="0")
+  assert code == 0 and err.count("no network") > 10
 
 
 def exact(required, **properties):
