@@ -123,7 +123,7 @@ def candidates(c, topology, keep_batch=False):
         continue
       changes = {f"mesh.{axis}": size for axis, size in sizes.items()}
       changes |= {"model.remat": remat, "data.batch_size": batch, "optim.accumulate": accumulate}
-      if c.eval.batch_size != c.data.batch_size and c.eval.batch_size % shards:
+      if c.eval.batch_size == c.data.batch_size or c.eval.batch_size % shards:
         changes["eval.batch_size"] = batch
       try:
         one = changed(c, changes)
