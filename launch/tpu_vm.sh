@@ -64,14 +64,21 @@ create() {
 
 # Waits for the slice; asks for one where there is none, or only what is left of one.
 get_slice() {
-  local unknown=0 now
+  local unknown=0 failed=0 now
   [[ -n ${DRY_RUN:-} ]] && create
   while :; do
     now=$(state)
     case $now in
       ACTIVE) return ;;
       NONE) create || return 1 ;;
-      FAILED | SUSPENDED) delete ;;
+      FAILED)
+        delete
+        if ((++failed == 10)); then
+          echo "tpu_vm: $failed requests for $NAME failed" >&2
+          return 1
+        fi
+        ;;
+      SUSPENDED) delete ;;
     esac
     unknown=$([[ $now == UNKNOWN ]] && echo $((unknown + 1)) || echo 0)  # one after the other
     if ((unknown == 10)); then
@@ -82,12 +89,15 @@ get_slice() {
   done
 }
 
+# Where ssh alone was lost, the run goes on on the hosts: it is stopped, and saves, before the next one.
+stop_old="pkill -f '[l]aunch/retry.sh'; for i in {1..120}; do pgrep -f '[b]in/jaxgpt train' >/dev/null || break; sleep 1; done"
+
 install() {
   local here
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   run tar -czf "/tmp/$NAME.tar.gz" -C "$here" jaxgpt launch configs pyproject.toml README.md
   run gcloud compute tpus tpu-vm scp "/tmp/$NAME.tar.gz" "$NAME:" "${where[@]}" --worker=all &&
-    on_all_hosts "mkdir -p run && tar -xzf $NAME.tar.gz -C run && cd run &&
+    on_all_hosts "$stop_old; mkdir -p run && tar -xzf $NAME.tar.gz -C run && cd run &&
       python3 -m pip install --quiet --user uv &&
       python3 -m uv venv --quiet --allow-existing --python=3.12 .venv &&
       python3 -m uv pip install --quiet --python=.venv '.[tpu,data,gcs]'"

@@ -128,7 +128,7 @@ case "$4" in
             cat "$HERE/state" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
   create) printf 'ACTIVE\nTo update, run: gcloud components update\n' > "$HERE/state" ;;
   delete) rm -f "$HERE/state" ;;
-  ssh) if [[ "$*" == *retry.sh* && ! -e $HERE/preempted ]]; then
+  ssh) if [[ "$*" == *MAX_RESTARTS* && ! -e $HERE/preempted ]]; then
          touch "$HERE/preempted"; echo SUSPENDED > "$HERE/state"; exit 255
        fi ;;
 esac
@@ -163,6 +163,14 @@ def test_a_bad_network_now_and_then_does_not_end_the_wait_for_a_slice(tmp_path):
   code, _, err = run("tpu_vm.sh", *TRAIN, PATH=f"{tmp_path}:{os.environ['PATH']}", ANSWERS="1",
                      HERE=str(tmp_path), NAME="slice-of-a-test", POLL="0")
   assert code == 0 and err.count("no network") > 10
+
+
+def test_a_slice_that_is_never_made_is_given_up(tmp_path):
+  program(tmp_path, "gcloud", GCLOUD.replace("ACTIVE", "FAILED"))
+  code, _, err = run("tpu_vm.sh", *TRAIN, PATH=f"{tmp_path}:{os.environ['PATH']}",
+                     HERE=str(tmp_path), NAME="slice-of-a-test", POLL="0")
+  assert code == 1 and "10 requests for slice-of-a-test failed" in err
+  assert not (tmp_path / "state").exists()
 
 
 def exact(required, **properties):
