@@ -207,7 +207,7 @@ def _plan(args):
   if here:
     return command.here(args.config, args.overrides, save_text=args.hlo, save=args.save)
   if args.search:
-    return command.search(args.config, args.overrides, args.topology, finalists=args.finalists or 6,
+    return command.search(args.config, args.overrides, args.topology, finalists=args.finalists,
                           keep_batch=args.keep_batch, out=args.json)
   return command.plan(args.config, args.overrides, args.topology, price=args.price, out=args.json,
                       golden=args.golden, save_text=args.hlo, top=args.top, save=args.save)

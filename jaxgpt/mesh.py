@@ -10,8 +10,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxgpt.checks import FIXED_RULES
-from jaxgpt.config import MESH_AXES
 from jaxgpt.errors import UserError
+from jaxgpt.keys import MESH_AXES
 
 # glibc's mallopt (malloc.h): one arena, nothing mapped on its own, nothing trimmed.
 _MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD

@@ -156,6 +156,7 @@ def test_only_what_changes_the_result_counts_as_a_difference():
   b.log.every = 1
   b.mesh.data = 4
   b.optim.lr = 0.5
+  b.update_from_flattened_dict({"model.remat": "full", "objective.loss_chunk": 8})
   assert config.difference(a, b) == [("optim.lr", a.optim.lr, 0.5)]
 
 

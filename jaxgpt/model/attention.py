@@ -282,17 +282,18 @@ def choose(form, platform, *, length, dtype, softcap, heads):
     return "batched"
   if platform == "tpu" and length % pairs.LANES == 0:
     return "splash"
-  if platform in KERNELS["cudnn"] and jnp.dtype(dtype).itemsize == 2 and softcap is None and _cudnn_takes(*heads):
+  takes_any = platform in KERNELS["cudnn"] and jnp.dtype(dtype).itemsize == 2 and softcap is None
+  if takes_any and _cudnn_takes(*heads):
     return "cudnn"
   return "reference"
 
 
 def _cudnn_takes(of_keys, of_values):
   """Whether JAX has cuDNN's kernels for heads of these sizes, which depends on the GPU that is here."""
-  version = getattr(jax.local_devices()[0], "compute_capability", "") if _gpu() else ""
-  if _gpu() and not version.replace(".", "", 1).isdigit():
+  version = jax.local_devices()[0].compute_capability if _gpu() else "0"
+  if not version.replace(".", "", 1).isdigit():
     return False  # not NVIDIA's
-  is_new = version and float(version) >= 9.0
+  is_new = float(version) >= 9.0
   return (of_keys % 8 == 0 and of_values % 8 == 0 and of_keys <= (256 if is_new else 128)
           and (of_keys == of_values or is_new))
 

@@ -2,8 +2,8 @@
 
 A *device* is what JAX calls one: a chip, but half a chip of TPU7x. Figures are of one device.
 Sources: Cloud TPU's pages of the generations (peak rates, HBM, interconnect), JAX's scaling book
-(clock rates, bandwidths), libtpu for `hbm_limit`, which is what its compiler says is available (of v5p it says 95.73 GiB, the
-pages 95).
+(clock rates, bandwidths), libtpu for `hbm_limit`, which is what its compiler says is available (of
+v5p it says 95.73 GiB, the pages 95).
 GPUs: NVIDIA's data sheets (dense bf16 rates, NVLink), DGX and HGX for the network of a host.
 """
 

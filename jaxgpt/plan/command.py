@@ -115,12 +115,12 @@ def _save(path, compiled):
   print(f"wrote {path}, {size / 1e6:.1f} MB; train with --config.mesh.compiled_step={path}", flush=True)
 
 
-def search(path, overrides, topology, *, finalists=6, keep_batch=False, out=None):
+def search(path, overrides, topology, *, finalists=None, keep_batch=False, out=None):
   """Looks for the fastest plan that fits, and prints those that were compiled.
 
   Args:
     path, overrides, topology, out: as in `plan`.
-    finalists: how many plans to compile.
+    finalists: how many plans to compile; None: 6.
     keep_batch: whether data.batch_size stays.
 
   Returns:

@@ -24,6 +24,7 @@ _EXPERTS = (1, 2, 4, 8, 16)
 _STAGES = (1, 2, 4)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 _ACCUMULATE = (1, 2, 4, 8, 16)
+_FINALISTS = 6
 _SLACK = 1.02  # the arithmetic is wrong by a few per cent: so much above the limit is still tried
 
 
@@ -61,17 +62,14 @@ class Result(NamedTuple):
 
 
 def changed(c, changes):
-  """A resolved config with other values; its eval.batch_size follows data.batch_size if it was equal.
+  """A resolved config with other values.
 
   Raises:
     UserError: the values exclude each other.
   """
   c = c.copy_and_resolve_references()
   c.unlock()
-  follows = c.eval.batch_size == c.data.batch_size
   c.update_from_flattened_dict(changes)
-  if follows:
-    c.eval.batch_size = c.data.batch_size
   return lower.resolve(c.lock())
 
 
@@ -156,13 +154,13 @@ def choose(found, limit, finalists):
   return fitting[:finalists], min(beyond, key=lambda one: one.bytes, default=None)
 
 
-def search(c, topology, finalists=6, keep_batch=False, say=print, run=None):
+def search(c, topology, finalists=None, keep_batch=False, say=print, run=None):
   """Compiles the most promising plans.
 
   Args:
     c: a resolved config.
     topology: a `topology.Topology`.
-    finalists: how many to compile.
+    finalists: how many to compile; None: 6.
     keep_batch: see `candidates`.
     say: is told what goes on.
     run: compiles a candidate; default: `compiled`.
@@ -179,7 +177,7 @@ def search(c, topology, finalists=6, keep_batch=False, say=print, run=None):
     raise UserError(f"no mesh over {topology.num_devices} devices suits this model and "
                     f"data.batch_size={c.data.batch_size}"
                     + ("; leave --keep-batch out" if keep_batch else ""))
-  chosen, beyond = choose(found, topology.chip.hbm_limit, finalists)
+  chosen, beyond = choose(found, topology.chip.hbm_limit, finalists or _FINALISTS)
   say(f"{len(found)} plans, {sum(1 for o in found if o.bytes <= topology.chip.hbm_limit)} should "
       f"fit; compiling {len(chosen)}" + (" and one that should not" if beyond else ""))
   results = []

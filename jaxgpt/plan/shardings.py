@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgpt import parts as parts_lib
 from jaxgpt import sharding, tree
-from jaxgpt.config import MESH_AXES
+from jaxgpt.keys import MESH_AXES
 from jaxgpt.model import transformer
 
 _SHOWN = 4  # parts of a dimension that a picture shows; of more, the first ones and the last
