@@ -34,7 +34,7 @@ bench-plan: $(VENV)/installed-test,tpu
 	$(BIN)/python tests/benchmarks/plan_search.py --cache=runs/plan_search.json
 
 docs: $(VENV)/installed
-	$(BIN)/python -m jaxgpt.reference > docs/config.md
+	$(BIN)/python -m jaxgpt.config.reference > docs/config.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .jax_cache runs

@@ -5,13 +5,14 @@ jaxgpt train --config=configs/finetune.py:RUN --config.data.path=DATA --workdir=
 DATA has to be tokenized with the run's tokenizer: jaxgpt data --tokenizer=RUN/tokenizer …
 """
 
-from jaxgpt import config, workdir
+from jaxgpt import config
+from jaxgpt.run import run_folder
 
 
 def get_config(arg=""):
   c = config.base()
   if arg:
-    c.model.update(workdir.read_config(arg).model)
+    c.model.update(run_folder.read_config(arg).model)
     c.init_from = arg
   c.data.seq_len = 512
   c.data.batch_size = 16

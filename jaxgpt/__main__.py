@@ -2,6 +2,6 @@
 
 import sys
 
-from jaxgpt.cli import main
+from jaxgpt.commands.main import main
 
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""A file imports only from lower floors, or from earlier in its own row (docs/design.md)."""
+"""A package imports only from the packages before it (docs/design.md)."""
 
 import ast
 import pathlib
@@ -7,44 +7,44 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "jaxgpt"
 
-FLOORS = [  # each floor's rooms in the order in which they may import each other
-    ["errors", "packages", "presets", "checks", "keys", "config", "tree", "compiler", "mesh", "sharding", "processes",
-     "lifeline", "distributed"],
-    ["text.files", "text.remote", "text.streams", "text.records", "text.tables", "text.warc",
-     "text.formats",
-     "text.read",
-     "text.specs", "text.words", "text.clean", "text.dedup",
-     "text.decontaminate",
-     "text.tokenizer_base", "text.word_cache", "text.tokenizer_sentencepiece", "text.tokenizer_huggingface",
-     "text.tokenizer_tiktoken", "text.tokenizer",
-     "text.examples", "text.chat_jinja", "text.chat", "text.shards", "text.assemble",
-     "text.store", "text.progress", "text.stages", "text.heap", "text.executors", "text.tasks", "data.packing", "text.card", "text.prepare",
-     "data.source", "data.mixture", "data.masking", "data.layouts",
-     "data.pipeline", "data.stream"],
-    ["model.ops", "model.rope", "model.pairs", "model.context", "model.neighbours", "model.ring", "model.attention", "model.quantized", "model.layers", "model.moe", "model.remat",
-     "model.pipeline", "model.stacks", "model.transformer"],
-    ["head_loss", "objectives", "schedules", "optim", "metrics", "train_step",
-     "parts"],
-    ["generate", "evaluate", "lora", "hf.layout", "hf.fields", "hf.rotary", "hf.rows",
-     "hf.families", "hf.tokenizer", "hf.convert", "hf.adapters", "plan.environment", "plan.gpus", "plan.chips",
-     "plan.topology", "plan.shardings", "plan.hlo", "plan.cost", "plan.roofline", "plan.golden", "plan.estimate"],
-    ["mirror", "checkpoint", "programs", "timer", "stop_signal", "workdir", "writers",
-     "hf.safetensors", "hf.weights", "hf.parity"],
-    ["initial", "loop", "runs", "ledger", "exchange", "demo", "reference",
-     "machine", "doctor", "plan.lower", "plan.report", "plan.search",
-     "plan.explain", "plan.command", "flags", "cli", "__main__"],
-]
-ORDER = [room for floor in FLOORS for room in floor]
-PLAIN = ("errors", "packages", "presets", "processes", "lifeline",
-         *(room for room in ORDER if room.startswith("text.")))
+# The law of imports. `run` comes before `training`, whose loop writes the run folder.
+PACKAGES = (
+  "errors",
+  "tree",
+  "config",
+  "storage",
+  "text",
+  "data",
+  "parallel",
+  "model",
+  "run",
+  "training",
+  "inference",
+  "tasks",
+  "analysis",
+  "hf",
+  "plan",
+  "commands",
+  "__main__",
+)
+TEXT_ROOMS = ("readers", "filters", "tokenizers", "prepare")
+WITHOUT_JAX = ("errors", "config", "storage", "text", "data")
+MOST_FILES = 16
+# Imported inside the function that needs them, with an error that names the extra to install.
 OPTIONAL = {"qwix", "tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
-NO_JAX = PLAIN + ("checks", "keys", "config", *(room for room in ORDER if room.startswith("data.")))
 
 
-def modules():
-  paths = sorted(ROOT.rglob("*.py"))
-  return {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in paths
-          if p.name != "__init__.py"}
+def modules() -> dict[str, pathlib.Path]:
+  """{dotted name below `jaxgpt`: its file}, `__init__` files under the name of their package."""
+  out = {}
+  for path in sorted(ROOT.rglob("*.py")):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__")
+    if name:
+      out[name.rstrip(".")] = path
+  return out
+
+
+MODULES = modules()
 
 
 def imports(path):
@@ -57,31 +57,79 @@ def imports(path):
       yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_file_has_a_floor():
-  assert sorted(modules()) == sorted(ORDER)
+def ours(path):
+  """The modules of jaxgpt that a file imports: the most specific name that is a module."""
+  names = {name.removeprefix("jaxgpt.") for name in imports(path) if name.startswith("jaxgpt.")}
+  names &= set(MODULES)
+  return {n for n in names if not any(other.startswith(n + ".") for other in names)}
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_imports_only_from_below(room):
-  ours = {name.removeprefix("jaxgpt.") for name in imports(modules()[room])
-          if name.startswith("jaxgpt.")} & set(ORDER)
-  above = [name for name in ours if ORDER.index(name) >= ORDER.index(room)]
-  assert not above, f"{room} imports {above} from above"
+def test_every_module_has_a_package():
+  tops = {name.split(".")[0] for name in MODULES}
+  assert tops <= set(PACKAGES)
+  assert [p for p in PACKAGES if p in tops] == sorted(tops, key=PACKAGES.index)
+  files = [p.stem for p in ROOT.glob("*.py") if p.name != "__init__.py"]
+  assert len(files) <= 3 and len(tops) - len(files) <= 15
 
 
-@pytest.mark.parametrize("room", NO_JAX)
-def test_text_and_data_do_without_jax(room):
-  heavy = [n for n in imports(modules()[room]) if n.split(".")[0] in ("jax", "flax", "optax")]
+def test_no_folder_is_crowded():
+  for folder in {path.parent for path in MODULES.values()}:
+    assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_only_from_above(name):
+  rank = PACKAGES.index(name.split(".")[0])
+  below = [n for n in ours(MODULES[name]) if PACKAGES.index(n.split(".")[0]) > rank]
+  assert not below, f"{name} imports {below}, which come after it"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("text.")])
+def test_rooms_of_text_keep_their_order(name):
+  room = name.split(".")[1]
+  below = [
+    n
+    for n in ours(MODULES[name])
+    if n.startswith("text.") and TEXT_ROOMS.index(n.split(".")[1]) > TEXT_ROOMS.index(room)
+  ]
+  assert not below, f"{name} imports {below}"
+
+
+def test_no_import_cycles():
+  edges = {name: ours(path) - {name} for name, path in MODULES.items()}
+  done, path = set(), []
+
+  def visit(name):
+    assert name not in path, f"cycle: {' -> '.join([*path[path.index(name):], name])}"
+    if name in done:
+      return
+    path.append(name)
+    for other in edges[name]:
+      visit(other)
+    done.add(path.pop())
+
+  for name in edges:
+    visit(name)
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] in WITHOUT_JAX])
+def test_text_and_data_do_without_jax(name):
+  heavy = [n for n in imports(MODULES[name]) if n.split(".")[0] in ("jax", "flax", "optax")]
   assert not heavy
 
 
-def test_imports_stand_at_the_top_but_for_the_doors():
-  for room, path in modules().items():
-    if room in ("cli",):
-      continue
-    inner = [n for f in ast.walk(ast.parse(path.read_text()))
-             if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
-             for n in ast.walk(f) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    optional = [n for n in inner if isinstance(n, ast.Import)
-                and n.names[0].name.split(".")[0] in OPTIONAL]
-    assert len(inner) == len(optional), f"{room} imports inside a function"
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] != "commands"])
+def test_imports_stand_at_the_top(name):
+  inner = [
+    n
+    for f in ast.walk(ast.parse(MODULES[name].read_text()))
+    if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+    for n in ast.walk(f)
+    if isinstance(n, (ast.Import, ast.ImportFrom))
+  ]
+  optional = [
+    n
+    for n in inner
+    if isinstance(n, ast.Import) and n.names[0].name.split(".")[0] in OPTIONAL
+  ]
+  assert len(inner) == len(optional), f"{name} imports inside a function"

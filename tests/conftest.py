@@ -15,8 +15,9 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 import jax
 import pytest
 
-from jaxgpt import config, mesh
-from jaxgpt.text import prepare
+from jaxgpt import config
+from jaxgpt.parallel import mesh
+from jaxgpt.text.prepare import prepare
 
 mesh.prepare_cpu()
 jax.config.update("jax_compilation_cache_dir",

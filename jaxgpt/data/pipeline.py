@@ -15,7 +15,7 @@ import numpy as np
 from jaxgpt.data import layouts, mixture, source
 from jaxgpt.data import packing as packings
 from jaxgpt.errors import UserError
-from jaxgpt.text import shards
+from jaxgpt.text.prepare import shards
 
 
 class Row(NamedTuple):

@@ -9,7 +9,8 @@ from array_record.python import array_record_module
 from etils import epath
 
 from jaxgpt.errors import UserError
-from jaxgpt.text import remote, shards
+from jaxgpt.storage import buckets
+from jaxgpt.text.prepare import shards
 
 # A reader ahead of the caller is of no use to random access.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -70,7 +71,7 @@ def open_split(folder, split):
                     f"with a larger --{split} share, more documents, or cut_chars to cut long "
                     "ones")
   files = entry["shards"] + entry["sidecars"]
-  sizes = remote.sizes(folder, [file["name"] for file in files])
+  sizes = buckets.sizes(folder, [file["name"] for file in files])
   for file in files:
     size = sizes.get(file["name"])
     if size != file["size"]:
@@ -99,7 +100,7 @@ class Split:
   def __init__(self, folder, split, manifest):
     """Use `open_split`, which checks what this takes for granted."""
     self.split, self.manifest, self.digest = split, manifest, manifest["digest"]
-    self._files = remote.Files(folder, self.digest)
+    self._files = buckets.Files(folder, self.digest)
     entry = manifest["splits"][split]
     self._sidecars = {file["name"]: file for file in entry["sidecars"]}
     self.bytes, self.num_documents = entry["bytes"], entry["documents"]

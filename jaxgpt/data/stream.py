@@ -17,7 +17,10 @@ import numpy as np
 from jaxgpt.data import layouts, pipeline
 from jaxgpt.data import packing as packings
 from jaxgpt.errors import UserError
-from jaxgpt.text import examples, formats, read, shards
+from jaxgpt.text.prepare import shards
+from jaxgpt.text.readers import documents as documents_lib
+from jaxgpt.text.readers import formats
+from jaxgpt.text.tokenizers import examples
 
 _CHARS = 1_000_000  # of text that are tokenized in one call, at most
 _REMEMBERED = 2  # steps that can still be asked for: the loop reads metrics one step late
@@ -52,7 +55,7 @@ def make(addresses, path, tokenizer, *, field="text", seq_len, batch_size, packi
   Raises:
     UserError: a path that is not there, or a missing extra.
   """
-  listed = read.find(pipeline.folders(addresses))
+  listed = documents_lib.find(pipeline.folders(addresses))
   formats.check_extras(listed)
   reading = Reading(tokenizer, field, seq_len, packing, window, seed % 2**64 if shuffle else None)
   digest = pipeline.digest_of([shards.read_manifest(f)["digest"] for f in pipeline.folders(path)])
@@ -153,7 +156,7 @@ class Stream:
 
   def account(self):
     """What this host has read and left out up to now, in lines."""
-    now, state = read.Dropped(), self.get_state()
+    now, state = documents_lib.Dropped(), self.get_state()
     if state is not None:
       now.merge(state["now"]["account"])
     changed = [f"when the run went on, files were not what they had been {state['changed']} times: "
@@ -233,7 +236,7 @@ class _Reader:
   def __init__(self, listed, reading, host):
     self._files, self._reading, self._host = listed, reading, host
     self._documents = None
-    self.seek({"epoch": 0, "file": 0, "record": 0, "account": read.Dropped().to_json()})
+    self.seek({"epoch": 0, "file": 0, "record": 0, "account": documents_lib.Dropped().to_json()})
 
   def seek(self, place):
     """Goes to a place; reads the file again up to it."""
@@ -253,7 +256,7 @@ class _Reader:
             "account": self._total().to_json()}
 
   def _total(self):
-    total = read.Dropped()
+    total = documents_lib.Dropped()
     total.merge(self._before)
     total.merge(self._dropped.to_json())
     return total
@@ -261,8 +264,8 @@ class _Reader:
   def _open(self, skip=0):
     """Opens the file at hand, and passes over its first records."""
     order = _order(len(self._files), self._reading.seed, self._host, self._epoch)
-    self._dropped = read.Dropped()
-    self._documents = read.documents([self._files[order[self._number]]], dropped=self._dropped,
+    self._dropped = documents_lib.Dropped()
+    self._documents = documents_lib.documents([self._files[order[self._number]]], dropped=self._dropped,
                                      fields={"text": self._reading.field})
     while self._dropped.read < skip and next(self._documents, None) is not None:
       pass

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from jaxgpt import lora, tree
+from jaxgpt import tree
 from jaxgpt.errors import UserError
+from jaxgpt.model import lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -3,9 +3,10 @@
 import re
 from typing import NamedTuple
 
-from jaxgpt import checks, config, tree
+from jaxgpt import config, tree
+from jaxgpt.config import checks
 from jaxgpt.errors import UserError
-from jaxgpt.hf import families, fields
+from jaxgpt.hf import config_map, families
 from jaxgpt.hf.layout import Layout
 from jaxgpt.model import stacks
 
@@ -53,7 +54,7 @@ def read(hf):
                     f"{', '.join(families.FAMILIES)}")
   family = families.FAMILIES[kind]
   if hf.get("quantization_config"):
-    fields.refuse("quantization_config", hf["quantization_config"], "convert it to bfloat16 first")
+    config_map.refuse("quantization_config", hf["quantization_config"], "convert it to bfloat16 first")
   found = {}
   for entry in family.config:
     found |= entry.read(hf)
@@ -96,7 +97,7 @@ def architecture(c_model):
   flat = {k: v for k, v in config.flatten(c_model).items() if k not in FREE}
   idle = []
   for name in ("attention_pattern", "mlp_pattern"):
-    flat[name] = tuple(fields.expanded(flat[name], flat["num_layers"]))
+    flat[name] = tuple(config_map.expanded(flat[name], flat["num_layers"]))
   if "local" not in flat["attention_pattern"]:
     idle += ["window", "rope.local_theta"]
   if flat["position"] != "rotary":
@@ -126,7 +127,7 @@ def differences(family, c_model):
     return [str(e).removeprefix("config.json: ")]
   mine = architecture(c_model)
   return [f"model.{key}={mine[key]!r}, where the family has {back.get(key)!r}" for key in mine
-          if key not in back or not fields.close(back[key], mine[key])]
+          if key not in back or not config_map.close(back[key], mine[key])]
 
 
 def family_of(c_model, name=None):

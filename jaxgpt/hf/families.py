@@ -6,7 +6,7 @@ are those of transformers' `models/FAMILY/modeling_FAMILY.py`, version 5.
 
 from typing import NamedTuple
 
-from jaxgpt.hf.fields import (
+from jaxgpt.hf.config_map import (
   Entry,
   activation,
   biases,
@@ -26,7 +26,7 @@ from jaxgpt.hf.fields import (
   tanh_gelu,
 )
 from jaxgpt.hf.rotary import latent_rope, rope
-from jaxgpt.hf.rows import (
+from jaxgpt.hf.tensor_map import (
   Part,
   Row,
   conv1d,

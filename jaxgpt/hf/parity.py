@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxgpt import __version__, generate, packages
+from jaxgpt import __version__
+from jaxgpt.config import installed
+from jaxgpt.inference import sampling
 from jaxgpt.model import transformer
 
 JSON, TEXT = "parity.json", "parity.md"
@@ -45,7 +47,7 @@ def certify(folder, c_model, params, tokenizer, dtype, compare=True):
   """
   out = {"checked": False, "tokenizer": {"equal": None, "why_not": ""}, "dtypes": {"files": dtype, "compared_in": "float32"},
          "versions": {"python": platform.python_version(),
-                      "jaxgpt": __version__, **{name: packages.version(name) for name in _PACKAGES}},
+                      "jaxgpt": __version__, **{name: installed.version(name) for name in _PACKAGES}},
          "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())}}
   if not compare:
     return out | {"why_not": "it was not asked for"}
@@ -154,7 +156,7 @@ def continuation(model, params, ids, new=NEW):
 
 @functools.lru_cache(maxsize=2)  # compiled once for all prompts
 def _sampler(model, slots):
-  return generate.make(model, slots, -1, model.cfg.vocab_size)
+  return sampling.make(model, slots, -1, model.cfg.vocab_size)
 
 
 def _distance(a, b):

@@ -7,7 +7,7 @@ and other programs read them.
 
 import math
 
-from jaxgpt.hf.fields import Entry, get, refuse
+from jaxgpt.hf.config_map import Entry, get, refuse
 
 _KINDS = {"default": "none", "linear": "linear", "dynamic": "ntk", "llama3": "llama3",
           "yarn": "yarn", "longrope": "longrope", "su": "longrope"}

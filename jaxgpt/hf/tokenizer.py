@@ -10,10 +10,8 @@ import json
 import numpy as np
 import sentencepiece
 
-from jaxgpt.text import tokenizer_base as base
-from jaxgpt.text import tokenizer_huggingface as huggingface
-from jaxgpt.text import tokenizer_sentencepiece as pieces
-from jaxgpt.text import tokenizer_tiktoken as tiktoken
+from jaxgpt.text.tokenizers import base, huggingface, tiktoken
+from jaxgpt.text.tokenizers import sentencepiece as pieces
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.", "", " ", "  two  spaces   three", "\n\n\t\ttab\r\n",

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import ml_collections
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.model import attention, ops, quantized, rope
-from jaxgpt.sharding import Rules
+from jaxgpt.model import ops, quantized, rope
+from jaxgpt.model.attention import attention
+from jaxgpt.parallel.sharding import Rules
 
 QKV = ("q", "k", "v")
 

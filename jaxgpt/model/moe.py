@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.model import context, layers, ops
-from jaxgpt.sharding import Rules, part, without
+from jaxgpt.model import layers, ops
+from jaxgpt.model.attention import context_parallel
+from jaxgpt.parallel.sharding import Rules, part, without
 
 
 def route(logits, bias, c_moe):
@@ -156,7 +157,7 @@ class MoE(layers.Module):
     X, E = c.per_token, c.experts
     C = min(math.ceil(c.capacity * T * X / E), T)
     # A token's place among those of its row that go to the same expert, in the row's order.
-    as_read, as_here = (context.restore, context.balance) if self.cfg.causal else (whole, whole)
+    as_read, as_here = (context_parallel.restore, context_parallel.balance) if self.cfg.causal else (whole, whole)
     wanted_BTXE = jax.nn.one_hot(experts, E, dtype=jnp.int32) * real_BT[..., None, None]
     flat = as_read(wanted_BTXE).reshape(B, T * X, E)
     place = ((jnp.cumsum(flat, 1) - flat) * flat).sum(-1).reshape(B, T, X)

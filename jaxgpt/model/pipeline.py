@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import mesh as mesh_lib
-from jaxgpt import sharding
 from jaxgpt.errors import UserError
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.parallel import sharding
 
 AXIS = "stage"
 

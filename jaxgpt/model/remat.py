@@ -2,8 +2,9 @@
 
 import jax
 
-from jaxgpt import checks
-from jaxgpt.model import attention, layers
+from jaxgpt.config import checks
+from jaxgpt.model import layers
+from jaxgpt.model.attention import attention
 
 _SAVEABLE = jax.checkpoint_policies
 

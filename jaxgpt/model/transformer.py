@@ -13,9 +13,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt import tree
-from jaxgpt.model import attention, context, layers, moe, ops, remat, rope, stacks
+from jaxgpt.model import layers, moe, ops, remat, rope, stacks
 from jaxgpt.model import pipeline as pipeline_lib
-from jaxgpt.sharding import DEFAULT, Rules
+from jaxgpt.model.attention import attention, context_parallel
+from jaxgpt.parallel.sharding import DEFAULT, Rules
 
 
 class Output(NamedTuple):
@@ -149,7 +150,7 @@ class Transformer(layers.Module):
     reorder = cfg.causal and cache is None and not balanced
     if reorder:
       tokens_BT, positions_BT, segment_ids_BT, token_types_BT = map(
-          context.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT))
+          context_parallel.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT))
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
     # Gathered once, for the lookup and for a tied head; a lookup in shards would move activations.
     gathered = self.rules.constrain(table.astype(self.dtype), "act_vocab", "act_embed")
@@ -168,8 +169,8 @@ class Transformer(layers.Module):
     x = self.rules.constrain(x, "rows", "length", "act_embed")
     real = shared["real"]
     if reorder:
-      x, real = context.restore(x), context.restore(real)
-      outputs = None if outputs is None else context.restore(outputs, 2)
+      x, real = context_parallel.restore(x), context_parallel.restore(real)
+      outputs = None if outputs is None else context_parallel.restore(outputs, 2)
     at = x
     if logits_at_B is not None:
       at = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]

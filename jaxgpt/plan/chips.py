@@ -10,7 +10,7 @@ GPUs: NVIDIA's data sheets (dense bf16 rates, NVLink), DGX and HGX for the netwo
 from typing import NamedTuple
 
 from jaxgpt.errors import UserError
-from jaxgpt.plan import gpus
+from jaxgpt.plan import gpu_targets
 
 GIB = 1 << 30
 
@@ -52,7 +52,7 @@ class Chip(NamedTuple):
   matmul_rate: float = 0.95
   overlaps_gathers: bool = False
   options: tuple = ()
-  gpu: gpus.Gpu | None = None
+  gpu: gpu_targets.Gpu | None = None
 
   @property
   def peak_flops(self):
@@ -85,10 +85,10 @@ CHIPS = {chip.name: chip for chip in (
     *(_gpu(*row) for row in (
         # Dense bf16 FLOPs of a multiprocessor's cycle at the clock of the data sheet's rate; NVLink
         # one way; a network card a GPU, of 200 Gbit/s in an A100's host and of 400 since.
-        ("a100", gpus.A100, 1.41e9, 2048, 300e9, 25e9),
-        ("h100", gpus.H100, 1.83e9, 4096, 450e9, 50e9),
-        ("h200", gpus.H200, 1.83e9, 4096, 450e9, 50e9),
-        ("b200", gpus.B200, 1.856e9, 8192, 900e9, 50e9))),
+        ("a100", gpu_targets.A100, 1.41e9, 2048, 300e9, 25e9),
+        ("h100", gpu_targets.H100, 1.83e9, 4096, 450e9, 50e9),
+        ("h200", gpu_targets.H200, 1.83e9, 4096, 450e9, 50e9),
+        ("b200", gpu_targets.B200, 1.856e9, 8192, 900e9, 50e9))),
 )}
 
 # Chips of a slice -> their torus.

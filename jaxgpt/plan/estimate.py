@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 import ml_collections
 
-from jaxgpt import checks, optim, sharding, tree
-from jaxgpt import mesh as mesh_lib
+from jaxgpt import tree
+from jaxgpt.config import checks
 from jaxgpt.model import stacks, transformer
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.parallel import sharding
+from jaxgpt.training import optimizers
 
 _LANES = 128  # of a TPU's vector registers: the last dimension is padded to them
 _DOTS = ("q", "k", "v", "attention", "o", "gate", "up", "down")
@@ -87,7 +90,7 @@ def count(c):
   """The `Counts` of a resolved config."""
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   shapes, axes = transformer.abstract(model)
-  axes, trained = tree.flatten(axes, is_leaf=sharding.is_axes), optim.trained(c.optim, axes)
+  axes, trained = tree.flatten(axes, is_leaf=sharding.is_axes), optimizers.trained(c.optim, axes)
   rules, stacked, others = sharding.rules(c.mesh), [], []
   for name, x in tree.flatten(shapes).items():
     cuts = sum(map(rules.mesh_axes, axes[name]), ())

@@ -1,6 +1,6 @@
 """A program that does not fit, in the words of the config."""
 
-from jaxgpt import mesh as mesh_lib
+from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import estimate, search
 from jaxgpt.plan.chips import GIB
 

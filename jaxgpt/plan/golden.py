@@ -9,7 +9,7 @@ moves more, or less, than that tolerance.
 import json
 import pathlib
 
-from jaxgpt import packages
+from jaxgpt.config import installed
 from jaxgpt.errors import UserError
 
 _TOLERANCE = 0.02  # of the bytes of a kind; the small ones beside the weights vary
@@ -20,7 +20,7 @@ _NOTHING = {"calls": 0, "bytes": 0.0}
 def compilers(gpu=False):
   """{package: version} of what compiles for TPUs, or for GPUs."""
   names = ("jax-cuda12-plugin", "jax-cuda13-plugin") if gpu else ("libtpu",)
-  return {name: packages.version(name) for name in ("jaxlib", *names)}
+  return {name: installed.version(name) for name in ("jaxlib", *names)}
 
 
 def budget(f):

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxgpt import compiler, config, train_step
-from jaxgpt import mesh as mesh_lib
-from jaxgpt import parts as parts_lib
+from jaxgpt import config
 from jaxgpt.data import layouts
 from jaxgpt.errors import UserError
+from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import topology as topology_lib
+from jaxgpt.training import build as build_lib
+from jaxgpt.training import train_step, xla_options
 
 
 class Memory(NamedTuple):
@@ -130,14 +131,14 @@ def compile_step(c, topology, anew=False):
   """
   mesh = topology_lib.mesh(c.mesh, topology)
   mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
-  parts = parts_lib.build(c, mesh)
+  parts = build_lib.build(c, mesh)
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   batch = batch_shapes(c)
   began = time.monotonic()
   lowered = train_step.lower(step, parts.state, batch, mesh)
   try:
     with _no_cache() if anew else contextlib.nullcontext():
-      executable = compiler.compile(lowered, mesh, c.mesh.compiler_options)
+      executable = xla_options.compile(lowered, mesh, c.mesh.compiler_options)
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e) or topology.chip is None:
       raise

@@ -1,10 +1,10 @@
 """A plan as figures, and the figures as a table."""
 
-from jaxgpt import compiler, metrics
 from jaxgpt.model import stacks
 from jaxgpt.plan import cost as cost_lib
 from jaxgpt.plan import estimate, hlo, roofline
 from jaxgpt.plan.chips import GIB
+from jaxgpt.training import metrics, xla_options
 
 
 def figures(compiled, topology, price=None):
@@ -39,7 +39,7 @@ def figures(compiled, topology, price=None):
       "bubble": stacks.bubble(c, sizes),
       "batch_size": c.data.batch_size, "seq_len": c.data.seq_len,
       "accumulate": c.optim.accumulate, "remat": c.model.remat, "memory": memory,
-      "options": compiler.options(compiled.mesh.devices.flat[0].device_kind,
+      "options": xla_options.options(compiled.mesh.devices.flat[0].device_kind,
                                   c.mesh.compiler_options)} | took | {
       "model_flops": model_flops, "seconds": seconds | {"step": step},
       "merit": merit / mine, "merit_with_kernels": step / mine, "mfu": model_flops / step / chip.peak_flops,

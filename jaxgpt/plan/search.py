@@ -9,8 +9,8 @@ import contextlib
 import itertools
 from typing import Any, NamedTuple
 
-from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
+from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import chips, estimate, lower, report
 
 REMATS = ("full", "save:attention", "save:q,k,v,attention", "save:q,k,v,attention,o",

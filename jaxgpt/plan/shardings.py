@@ -7,10 +7,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxgpt import parts as parts_lib
-from jaxgpt import sharding, tree
-from jaxgpt.keys import MESH_AXES
+from jaxgpt import tree
+from jaxgpt.config.keys import MESH_AXES
 from jaxgpt.model import transformer
+from jaxgpt.parallel import sharding
+from jaxgpt.training import build as build_lib
 
 _SHOWN = 4  # parts of a dimension that a picture shows; of more, the first ones and the last
 _DRAWN = ("embed", "attn/q", "attn/o", "mlp/up", "mlp/down", "head")
@@ -158,7 +159,7 @@ def describe(c, sizes):
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model), None, rules)
   shapes, axes = transformer.abstract(model)
   sharding.params_shardings(axes, shapes, mesh, rules)
-  parts_lib.check_heads(model, mesh)
+  build_lib.check_heads(model, mesh)
   used = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
   lines = [f"mesh: {used}", "", *table(weights, sizes, rules), "",
            *table(values, sizes, rules)]

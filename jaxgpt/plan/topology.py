@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from jaxgpt import mesh as mesh_lib
 from jaxgpt.errors import UserError
-from jaxgpt.plan import chips, gpus
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.plan import chips, gpu_targets
 
 _NAME = re.compile(r"(?P<chip>v\d+[a-z]*|tpu7x)(-(?P<size>\d+)|:(?P<shape>\d+(x\d+)+))"
                    r"(?:x(?P<slices>\d+))?")
@@ -112,7 +112,7 @@ def _gpus(topology):
   try:
     return topologies.get_topology_desc(
         topology.chip.name, "cuda", topology=shape,
-        target_config=gpus.target_config(topology.chip.gpu)).devices
+        target_config=gpu_targets.target_config(topology.chip.gpu)).devices
   except Exception as e:  # of JAX's runtime, or whatever loading a library raises
     raise UserError("a plan for GPUs needs JAX's CUDA plugin and NVIDIA's libraries: "
                     "pip install 'jaxgpt[cuda]' (Linux; neither a GPU nor a driver is needed); JAX "

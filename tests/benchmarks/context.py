@@ -13,15 +13,16 @@ from jaxgpt.plan import environment
 
 environment.prepare()
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental.layout import Format, Layout  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding
 
-from jaxgpt import config, sharding  # noqa: E402
-from jaxgpt.errors import UserError  # noqa: E402
-from jaxgpt.model import attention  # noqa: E402
-from jaxgpt.plan import lower, topology  # noqa: E402
+from jaxgpt import config
+from jaxgpt.errors import UserError
+from jaxgpt.model.attention import attention
+from jaxgpt.parallel import sharding
+from jaxgpt.plan import lower, topology
 
 LENGTH = 131_072
 CHIPS = 16

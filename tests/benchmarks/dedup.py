@@ -21,7 +21,8 @@ import time
 
 import numpy as np
 
-from jaxgpt.text import dedup, read, words
+from jaxgpt.text.filters import dedup, words
+from jaxgpt.text.readers import documents as documents_lib
 
 LEAST_WORDS, MOST_CHARS = 50, 200_000
 TASKS = 4
@@ -47,7 +48,7 @@ def corpus(limit):
     except (OSError, UnicodeDecodeError, EOFError):
       continue
     if len(text) <= MOST_CHARS and len(words.plain_words(text)) >= LEAST_WORDS:
-      documents.append(read.Document(found[path], text))
+      documents.append(documents_lib.Document(found[path], text))
     if len(documents) == limit:
       break
   return documents

@@ -17,10 +17,10 @@ import time
 
 import numpy as np
 
-from jaxgpt import mesh as mesh_lib
-from jaxgpt import parts as parts_lib
 from jaxgpt.hf import convert, families, safetensors
-from jaxgpt.text.tokenizer import ByteTokenizer
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.text.tokenizers.tokenizer import ByteTokenizer
+from jaxgpt.training import build as build_lib
 
 LIMIT = 1.25
 
@@ -37,7 +37,7 @@ def write_model(folder, gigabytes):
   folder.mkdir()
   (folder / "config.json").write_text(json.dumps(hf))
   c = convert.configured(convert.read(hf)[1])
-  shapes = parts_lib.build(c, mesh_lib.make(c.mesh)).state["params"]
+  shapes = build_lib.build(c, mesh_lib.make(c.mesh)).state["params"]
   published = convert.publish(families.FAMILIES["llama"], c.model, shapes)
   rng = np.random.default_rng(0)
   entries = [safetensors.Entry(p.name, p.shape, np.dtype("float32")) for p in published]

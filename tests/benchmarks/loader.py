@@ -20,7 +20,9 @@ from array_record.python import array_record_module
 
 from jaxgpt import config
 from jaxgpt.data import masking, pipeline
-from jaxgpt.text import examples, read, shards, tokenizer
+from jaxgpt.text.prepare import shards
+from jaxgpt.text.readers import documents
+from jaxgpt.text.tokenizers import examples, tokenizer
 
 T, B, VOCABULARY = 2048, 32, 32_000
 
@@ -42,7 +44,7 @@ def write(folder, tokens, seed):
     writer.add(examples.Encoded(np.concatenate(([1], ids, [2]))), 4 * n, "benchmark")
     written += n
   shards.write_manifest(folder, shards.make_manifest(
-      Tokenizer(), {"train": writer.finish()}, read.Dropped()))
+      Tokenizer(), {"train": writer.finish()}, documents.Dropped()))
   return folder
 
 

@@ -21,8 +21,8 @@ os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from jaxgpt import config  # noqa: E402
-from jaxgpt.plan import chips, cost, hlo, lower, topology  # noqa: E402
+from jaxgpt import config
+from jaxgpt.plan import chips, cost, hlo, lower, topology
 
 # The recipes' flags; of v5p's without those that libtpu refuses there ("continuation fusion").
 _COMMON = ("xla_tpu_enable_data_parallel_all_reduce_opt", "xla_tpu_data_parallel_opt_different_sized_ops",

@@ -21,8 +21,8 @@ from jaxgpt.plan import environment
 
 environment.prepare()
 
-from jaxgpt import config  # noqa: E402
-from jaxgpt.plan import estimate, lower, topology  # noqa: E402
+from jaxgpt import config
+from jaxgpt.plan import estimate, lower, topology
 
 FILE = pathlib.Path(__file__).parents[1] / "plan" / "memory.json"
 SAVE = "save:q,k,v,attention,gate,up"

@@ -19,9 +19,9 @@ from jaxgpt.plan import environment
 
 environment.prepare()
 
-from jaxgpt import config  # noqa: E402
-from jaxgpt.errors import UserError  # noqa: E402
-from jaxgpt.plan import lower, search, topology  # noqa: E402
+from jaxgpt import config
+from jaxgpt.errors import UserError
+from jaxgpt.plan import lower, search, topology
 
 CONFIG = "configs/llama3_8b.py"
 ALL = "save:q,k,v,attention,gate,up"

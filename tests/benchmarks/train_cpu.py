@@ -35,9 +35,10 @@ def rounds(step):
 
 def ours():
   """The product's own train step, compiled as the loop compiles it."""
-  from jaxgpt import config, loop, train_step
-  from jaxgpt import mesh as mesh_lib
-  from jaxgpt import parts as parts_lib
+  from jaxgpt import config
+  from jaxgpt.parallel import mesh as mesh_lib
+  from jaxgpt.training import build as build_lib
+  from jaxgpt.training import loop, train_step
   mesh_lib.prepare_cpu()
   import jax
   import numpy as np
@@ -47,7 +48,7 @@ def ours():
   c.data.update(dict(seq_len=T, batch_size=B))
   c = config.resolve(c)
   mesh = mesh_lib.make(c.mesh)
-  parts = parts_lib.build(c, mesh)
+  parts = build_lib.build(c, mesh)
   ids = np.random.default_rng(0).integers(0, V, (B, T + 1), dtype=np.int32)
   ones = np.ones((B, T), np.int32)
   batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": ones.astype(np.float32),

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from jaxgpt import config
 from jaxgpt.data import masking, pipeline
-from jaxgpt.text import examples, prepare, read, shards, tokenizer
+from jaxgpt.text.prepare import prepare, shards
+from jaxgpt.text.readers import documents
+from jaxgpt.text.tokenizers import examples, tokenizer
 
 STEPS, B = 201, 8
 OBJECTIVES = ("causal_lm", "masked_lm")
@@ -143,7 +145,7 @@ def test_each_token_comes_once_an_epoch(tmp_path_factory, data, seq_len, seed, o
       serial += n
       writer.add(examples.Encoded(np.concatenate(([1], ids, [2])).astype(np.int32)), n, "x")
     shards.write_manifest(folder / name, shards.make_manifest(
-        t, {"train": writer.finish()}, read.Dropped()))
+        t, {"train": writer.finish()}, documents.Dropped()))
   masked = None
   if objective == "masked_lm":
     masked = masking.make(config.base().objective, t, seed)

@@ -5,7 +5,9 @@ import pytest
 
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
-from jaxgpt.text import examples, read, shards, tokenizer
+from jaxgpt.text.prepare import shards
+from jaxgpt.text.readers import documents
+from jaxgpt.text.tokenizers import examples, tokenizer
 
 T = tokenizer.ByteTokenizer()
 
@@ -26,7 +28,7 @@ def write(folder, kind, fields, label_names=(), template=None):
     for e in encoded:
       writer.add(e, 1, "file")
   shards.write_manifest(folder, shards.make_manifest(
-      T, {"train": writer.finish()}, read.Dropped(), kind, label_names))
+      T, {"train": writer.finish()}, documents.Dropped(), kind, label_names))
   return str(folder)
 
 

@@ -6,7 +6,8 @@ import pytest
 from jaxgpt import config
 from jaxgpt.data import masking, pipeline
 from jaxgpt.errors import UserError
-from jaxgpt.text import prepare, tokenizer
+from jaxgpt.text.prepare import prepare
+from jaxgpt.text.tokenizers import tokenizer
 
 T = tokenizer.ByteTokenizer()
 WORDS = "the cat, sat_on 12 mats "

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxgpt.data import mixture, pipeline
 from jaxgpt.data import source as source_lib
 from jaxgpt.errors import UserError
-from jaxgpt.text import prepare
+from jaxgpt.text.prepare import prepare
 
 WEIGHTS = st.lists(st.one_of(st.just(0), st.floats(0.001, 10)), min_size=1, max_size=6).filter(any)
 

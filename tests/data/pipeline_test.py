@@ -9,7 +9,8 @@ import pytest
 
 from jaxgpt.data import packing, pipeline
 from jaxgpt.errors import UserError
-from jaxgpt.text import prepare, tokenizer
+from jaxgpt.text.prepare import prepare
+from jaxgpt.text.tokenizers import tokenizer
 
 TEXTS = [f"{i:03d}" + "abcdefg"[i % 7] * (i * 13 % 60) for i in range(120)]
 

@@ -9,7 +9,9 @@ import pytest
 
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text import examples, read, shards, tokenizer
+from jaxgpt.text.prepare import shards
+from jaxgpt.text.readers import documents as documents_lib
+from jaxgpt.text.tokenizers import examples, tokenizer
 
 
 def write(folder, documents, shard_tokens=1 << 20):
@@ -21,7 +23,7 @@ def write(folder, documents, shard_tokens=1 << 20):
     writer.add(examples.Encoded(np.concatenate(([1], ids, [2]))), 10 * i, f"file\n{i}.txt")
   empty = shards.SplitWriter(folder, "test", t, shard_tokens).finish()
   shards.write_manifest(folder, shards.make_manifest(
-      t, {"train": writer.finish(), "test": empty}, read.Dropped()))
+      t, {"train": writer.finish(), "test": empty}, documents_lib.Dropped()))
   return [np.concatenate(([1], ids, [2])) for ids in documents]
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from jaxgpt.data import stream
 from jaxgpt.errors import UserError
-from jaxgpt.text import shards
-from jaxgpt.text import tokenizer as tokenizer_lib
+from jaxgpt.text.prepare import shards
+from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
 SEQ_LEN = 32
 KEYS = {"tokens", "targets", "loss_weights", "segment_ids", "positions"}

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from jaxgpt import exchange, loop, runs
+from jaxgpt.commands import import_export
 from jaxgpt.errors import UserError
+from jaxgpt.inference import load as load_lib
+from jaxgpt.training import loop
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -31,13 +33,13 @@ def test_base_and_adapter_are_the_merged_model(name, targets, tiny, tmp_path):
   c.model.update(FAMILIES[name])
   family = {"family": name}
   loop.train(c, tmp_path / "base", {})
-  exchange.export_run(tmp_path / "base", tmp_path / "base_hf", certify=False, **family)
+  import_export.export_run(tmp_path / "base", tmp_path / "base_hf", certify=False, **family)
   c.init_from = str(tmp_path / "base")
   c.model.lora.update(LORA | {"targets": targets})
   c.optim.lr = 0.1  # so that the adapters matter
   loop.train(c, tmp_path / "adapted", {})
-  exchange.export_run(tmp_path / "adapted", tmp_path / "merged", certify=False, **family)
-  exchange.export_adapter(tmp_path / "adapted", tmp_path / "adapter", **family)
+  import_export.export_run(tmp_path / "adapted", tmp_path / "merged", certify=False, **family)
+  import_export.export_adapter(tmp_path / "adapted", tmp_path / "adapter", **family)
 
   load = transformers.AutoModelForCausalLM.from_pretrained
   base, merged = load(tmp_path / "base_hf"), load(tmp_path / "merged")
@@ -45,7 +47,7 @@ def test_base_and_adapter_are_the_merged_model(name, targets, tiny, tmp_path):
   with_adapter = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
   np.testing.assert_allclose(logits(with_adapter), logits(merged), atol=1e-5)
   assert np.abs(logits(merged) - apart).max() > 1e-2
-  run = runs.load(tmp_path / "adapted")
+  run = load_lib.load(tmp_path / "adapted")
   ours = run.parts.model.apply({"params": run.params}, TOKENS,
                                np.broadcast_to(np.arange(16), (2, 16))).logits
   np.testing.assert_allclose(ours, logits(merged), atol=1e-4)
@@ -54,5 +56,5 @@ def test_base_and_adapter_are_the_merged_model(name, targets, tiny, tmp_path):
 def test_what_has_no_adapters_is_refused(tiny, tmp_path):
   loop.train(tiny(train__steps=2), tmp_path / "run", {})
   with pytest.raises(UserError, match="has no adapters"):
-    exchange.export_adapter(tmp_path / "run", tmp_path / "out")
+    import_export.export_adapter(tmp_path / "run", tmp_path / "out")
   assert not (tmp_path / "out").exists()

@@ -1,9 +1,9 @@
 import pytest
 
 from jaxgpt import config
+from jaxgpt.config.presets import PRESETS
 from jaxgpt.errors import UserError
 from jaxgpt.hf import convert
-from jaxgpt.presets import PRESETS
 
 
 def of_preset(name, **changes):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.hf import tokenizer as hf_tokenizer
-from jaxgpt.text import tokenizer as tokenizer_lib
-from jaxgpt.text import tokenizer_tiktoken
+from jaxgpt.text.tokenizers import tiktoken
+from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
 pytest.importorskip("tokenizers")
 
@@ -28,7 +28,7 @@ def tiktoken_vocabulary():
   tokens = [bytes([b]) for b in range(256)] + [w.encode() for w in words]
   lines = "".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens))
   settings = {"pattern": r"\s?\w+|[^\w\s]+|\s+", "special_tokens": {"<|endoftext|>": len(tokens)}}
-  return tokenizer_tiktoken.TiktokenTokenizer(lines.encode(), json.dumps(settings).encode())
+  return tiktoken.TiktokenTokenizer(lines.encode(), json.dumps(settings).encode())
 
 
 def make(kind):

@@ -6,8 +6,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from jaxgpt import config, sharding
+from jaxgpt import config
 from jaxgpt.model import moe, ops
+from jaxgpt.parallel import sharding
 
 B, T, D = 2, 6, 8
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import objectives
 from jaxgpt.model import ops
+from jaxgpt.training import objectives
 
 
 def same_gradients(f, g, *args):

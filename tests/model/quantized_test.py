@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import config, loop, train_step
-from jaxgpt import mesh as mesh_lib
-from jaxgpt import parts as parts_lib
+from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.model import quantized
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.training import build as build_lib
+from jaxgpt.training import loop, train_step
 
 pytest.importorskip("qwix")
 
@@ -50,7 +51,7 @@ def test_products_are_made_of_eight_bits(gradients, want):
 def losses(c, steps=20):
   _, c = loop.load_tokenizer_and_config(c)
   mesh = mesh_lib.make(c.mesh, jax.devices()[:2])
-  parts, data = parts_lib.build(c, mesh), loop.split_batches(c, "train")
+  parts, data = build_lib.build(c, mesh), loop.split_batches(c, "train")
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   compiled = train_step.compile(step, parts.state, shapes, mesh)

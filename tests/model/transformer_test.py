@@ -8,7 +8,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from jaxgpt import config, presets, tree
+from jaxgpt import config, tree
+from jaxgpt.config import presets
 from jaxgpt.model import stacks, transformer
 
 STYLES = {

@@ -7,10 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import checks, config, mesh, sharding, train_step
-from jaxgpt import parts as parts_lib
+from jaxgpt import config
+from jaxgpt.commands import plan
+from jaxgpt.config import checks
 from jaxgpt.errors import UserError
-from jaxgpt.plan import command, cost, golden, hlo, lower
+from jaxgpt.parallel import mesh, sharding
+from jaxgpt.plan import cost, golden, hlo, lower
+from jaxgpt.training import build as build_lib
+from jaxgpt.training import train_step
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 SMALL = {"model.num_layers": 2, "model.width": 256, "model.num_heads": 2, "model.num_kv_heads": 2,
@@ -81,7 +85,7 @@ def budget_on_pretended_devices(axis, overrides=()):
   path, given = plan_of(axis)
   c = lower.resolve(config.load(path, [*given, *overrides])[0])
   where = mesh.make(c.mesh, jax.devices()[:4])
-  parts = parts_lib.build(c, where)
+  parts = build_lib.build(c, where)
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   compiled = train_step.compile(step, parts.state, lower.batch_shapes(c), where)
   found = cost.of_program(hlo.parse(compiled.as_text())).collectives
@@ -107,7 +111,7 @@ def test_a_lost_rule_breaks_the_golden_budget_of_a_tpu(axis, monkeypatch, capsys
   path = GOLDENS / f"{axis}.json"
   before = path.read_text()
   file, given = plan_of(axis)
-  run = lambda more: command.plan(file, [*given, *more], "v5e-4", golden=path)
+  run = lambda more: plan.plan(file, [*given, *more], "v5e-4", golden=path)
   assert run([]) == 0, capsys.readouterr().out
   assert run(lose(axis, monkeypatch)) == 1
   assert path.read_text() == before

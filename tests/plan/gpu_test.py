@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from jaxgpt import metrics
+from jaxgpt.commands import plan
 from jaxgpt.errors import UserError
-from jaxgpt.plan import chips, command, gpus, hlo, roofline, topology
+from jaxgpt.plan import chips, gpu_targets, hlo, roofline, topology
+from jaxgpt.training import metrics
 
 
 @pytest.mark.parametrize("name, chip, hosts, num", [
@@ -36,14 +37,14 @@ def test_peaks_are_those_of_the_data_sheets():
 
 
 def test_a_description_has_the_installed_versions(monkeypatch):
-  monkeypatch.setattr(gpus.packages, "version", {"nvidia-cudnn-cu13": "9.12.3.4",
+  monkeypatch.setattr(gpu_targets.packages, "version", {"nvidia-cudnn-cu13": "9.12.3.4",
                                                  "nvidia-cuda-runtime": "13.0.96"}.get)
-  text = gpus.target_config(gpus.A100)
+  text = gpu_targets.target_config(gpu_targets.A100)
   assert "dnn_version_info { major: 9 minor: 12 patch: 3 }" in text
   assert "runtime_version { major: 13 minor: 0 patch: 96 }" in text
   assert "cuda_compute_capability { major: 8 minor: 0 feature_extension: NONE }" in text
   assert "shared_memory_per_block_optin: 166912" in text and "core_count: 108" in text
-  assert "major: 9 minor: 0 feature_extension: ACCELERATED" in gpus.target_config(gpus.H100)
+  assert "major: 9 minor: 0 feature_extension: ACCELERATED" in gpu_targets.target_config(gpu_targets.H100)
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
@@ -192,7 +193,7 @@ ENTRY %main (a: f32[1024], b: pred[]) -> f32[1024] {
 
 
 needs_plugin = pytest.mark.skipif(
-    not gpus.packages.version("jax-cuda13-plugin"),
+    not gpu_targets.packages.version("jax-cuda13-plugin"),
     reason="needs JAX's CUDA plugin (pip install 'jaxgpt[cuda]', 4.4 GB); no GPU")
 
 
@@ -206,7 +207,7 @@ needs_plugin = pytest.mark.skipif(
 def test_the_program_for_8_h100_holds_cudnns_flash_attention(config, overrides, forward, backward,
                                                              tmp_path):
   out, text = tmp_path / "plan.json", tmp_path / "program.txt"
-  assert command.plan(config, overrides, "h100x8", out=out, save_text=text) == 0
+  assert plan.plan(config, overrides, "h100x8", out=out, save_text=text) == 0
   f, text = json.loads(out.read_text()), text.read_text()
   assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmax"') >= 1
   assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"') >= 1

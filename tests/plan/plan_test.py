@@ -5,19 +5,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxgpt import compiler, config, mesh, metrics
-from jaxgpt import parts as parts_lib
+from jaxgpt import config
+from jaxgpt.commands import plan
 from jaxgpt.errors import UserError
-from jaxgpt.plan import (
-  chips,
-  command,
-  estimate,
-  explain,
-  lower,
-  report,
-  search,
-  topology,
-)
+from jaxgpt.parallel import mesh
+from jaxgpt.plan import chips, estimate, explain, lower, report, search, topology
+from jaxgpt.training import build as build_lib
+from jaxgpt.training import metrics, xla_options
 
 LLAMA = "configs/llama3_8b.py:llama2_7b"
 SMALL = ["--config.model.num_layers=2", "--config.model.width=256", "--config.model.num_heads=2",
@@ -51,10 +45,10 @@ def test_sides_whose_ends_are_linked(name, wraps):
 
 def test_options_of_the_compiler_are_the_chips_and_the_users_win():
   for chip in ("TPU v5", "TPU v5 lite", "TPU v6 lite"):
-    assert int(compiler.options(chip)["xla_tpu_scoped_vmem_limit_kib"]) >= 65536
-  assert compiler.options("cpu") == {}
-  given = compiler.options("TPU v5", ("xla_tpu_scoped_vmem_limit_kib=16384", "xla_flag=a=b"))
-  assert given == compiler.options("TPU v5") | {
+    assert int(xla_options.options(chip)["xla_tpu_scoped_vmem_limit_kib"]) >= 65536
+  assert xla_options.options("cpu") == {}
+  given = xla_options.options("TPU v5", ("xla_tpu_scoped_vmem_limit_kib=16384", "xla_flag=a=b"))
+  assert given == xla_options.options("TPU v5") | {
       "xla_tpu_scoped_vmem_limit_kib": "16384", "xla_flag": "a=b"}
 
 
@@ -64,7 +58,7 @@ def test_options_of_the_compiler_are_the_chips_and_the_users_win():
 def test_an_option_that_xla_refuses_is_named(option, why):
   lowered = jax.jit(lambda x: x + 1).lower(1.0)
   with pytest.raises(UserError, match=rf"mesh.compiler_options=\('{option}',\).*{why}"):
-    compiler.compile(lowered, mesh.make(config.base().mesh), (option,))
+    xla_options.compile(lowered, mesh.make(config.base().mesh), (option,))
 
 
 @pytest.mark.parametrize("name, words", [
@@ -91,7 +85,7 @@ def test_shapes_of_the_batch_are_those_of_the_data():
 def test_memory_of_a_step_on_pretended_devices():
   c = lower.resolve(config.load(LLAMA, SMALL)[0])
   where = mesh.make(c.mesh)
-  parts = parts_lib.build(c, where)
+  parts = build_lib.build(c, where)
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(parts.state["params"]))
   small = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(parts.state["params"])
                   if len(x.shape) == 1 or x.shape[-1] == x.shape[0])
@@ -114,7 +108,7 @@ def test_a_program_that_does_not_fit_is_explained_beside_its_budget(monkeypatch,
       "estimate": "schedule", "memory": memory, "collectives": []})
   monkeypatch.setattr(report, "table", lambda _: ["the table"])
   monkeypatch.setattr(explain, "remedies", lambda *_: ["the remedies"])
-  assert command.plan(LLAMA, (), "v5e-256", golden=tmp_path / "golden.json") == 1
+  assert plan.plan(LLAMA, (), "v5e-256", golden=tmp_path / "golden.json") == 1
   out = capsys.readouterr().out
   assert out.index("the table") < out.index("DOES NOT FIT: v5e has 16.00 GiB") < out.index(
       "the remedies")
@@ -314,7 +308,7 @@ def test_a_plan_of_a_small_model(tmp_path, capsys):
   pytest.importorskip("libtpu")
   out, budget = tmp_path / "plan.json", tmp_path / "golden.json"
   args = dict(price=1.2, out=out, golden=budget)
-  assert command.plan(LLAMA, SMALL, "v5e-8", **args) == 0
+  assert plan.plan(LLAMA, SMALL, "v5e-8", **args) == 0
   f = json.loads(out.read_text())
   assert f["attention"] == "splash" and f["mesh"]["fsdp"] == 8 and f["memory"]["fits"]
   # Nothing but attention is computed again: forward and two kernels backward, in two layers.

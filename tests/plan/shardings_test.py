@@ -4,10 +4,12 @@ import jax
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxgpt import config, mesh, sharding, tree
+from jaxgpt import config, tree
+from jaxgpt.commands import plan
 from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
-from jaxgpt.plan import command, lower, shardings
+from jaxgpt.parallel import mesh, sharding
+from jaxgpt.plan import lower, shardings
 
 SMALL = ["--config.model.num_layers=2", "--config.model.width=64", "--config.model.num_heads=4",
          "--config.model.num_kv_heads=4", "--config.model.mlp_width=128",
@@ -86,5 +88,5 @@ def test_a_picture_of_copies_and_one_of_many_parts():
 def test_shardings_are_drawn_without_a_compiler(capsys, monkeypatch):
   monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", None)
   overrides = [*SMALL, "--config.data.batch_size=64", "--config.mesh.data=2"]
-  assert command.draw(LLAMA, overrides, "v5e-32x2") == 0
+  assert plan.draw(LLAMA, overrides, "v5e-32x2") == 0
   assert capsys.readouterr().out.startswith("mesh: data 2, fsdp 32\n")

@@ -1,0 +1,186 @@
+"""The run folder: what is written before step 0, and what a continuation is checked against.
+
+RUN/config.json    the resolved config, and where each value came from
+RUN/starts.jsonl   one line for each start: versions, git state, devices, mesh, data digest, command
+RUN/tokenizer/     a copy of the data's tokenizer
+RUN/metrics.jsonl  see `writers`
+RUN/checkpoints/   see `checkpoint`
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+
+import jax
+from etils import epath
+
+from jaxgpt import config
+from jaxgpt.config import installed
+from jaxgpt.errors import UserError
+from jaxgpt.storage import buckets
+
+CHECKPOINTS = "checkpoints"
+_CONFIG = "config.json"
+_STARTS = "starts.jsonl"
+_TOKENIZER = "tokenizer"
+_BEFORE_CONFIG = {_TOKENIZER, f"{_CONFIG}.part"}  # what a kill may leave of a start
+_PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
+             "array-record", "sentencepiece", "ml-collections", "numpy")
+
+
+def enter(folder, c, origin, mesh, data_digest, tokenizer):
+  """Makes a run folder, or checks that the one there is this run's; records the start.
+
+  Args:
+    folder: where.
+    c: the resolved config.
+    origin: {flat key: where its value came from}, see `config.load`.
+    mesh: the device mesh.
+    data_digest: of the data's manifest; empty for a model that is imported.
+    tokenizer: what is saved beside the config.
+
+  Raises:
+    UserError: the folder can't be written, or holds a run of another config or other data.
+  """
+  folder = epath.Path(folder)
+  buckets.check(folder)
+  try:
+    if (folder / _CONFIG).exists():
+      _check(folder, c, data_digest)
+    elif holds_something_else(folder):
+      raise UserError(f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
+                      "choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / _CONFIG).exists():
+      tokenizer.save(folder / _TOKENIZER)
+      text = json.dumps({"config": json.loads(c.to_json()), "origin": origin}, indent=2)
+      write_whole(folder / _CONFIG, text + "\n")
+    starts = folder / _STARTS
+    before = starts.read_text() if starts.exists() else ""
+    write_whole(starts, before + json.dumps(_start(c, mesh, data_digest)) + "\n")
+  except OSError as e:
+    raise UserError(f"--workdir={folder} can't be written ({e.strerror or e}); "
+                    "choose another folder or change its permissions") from e
+
+
+def is_run(folder):
+  """Whether a folder holds a run."""
+  return (epath.Path(folder) / _CONFIG).exists()
+
+
+def holds_something_else(folder):
+  """Whether a folder that is no run's holds more than a start that was killed leaves behind."""
+  folder = epath.Path(folder)
+  return folder.exists() and not {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG
+
+
+def write_whole(path, text):
+  """Writes a file so that a kill leaves the old one or the new one."""
+  if buckets.is_remote(path):  # an object is replaced as a whole
+    path.write_text(text)
+    return
+  part = path.with_name(path.name + ".part")
+  part.write_text(text)
+  part.replace(path)
+
+
+def _check(folder, c, data_digest):
+  old = read_config(folder)
+  if data_digest and is_imported(folder):
+    raise UserError(f"--workdir={folder} holds an imported model; train it in another --workdir "
+                    f"with --config.init_from={folder}")
+  changed = config.difference(old, c)
+  if changed:
+    lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:5])
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    raise UserError(f"--workdir={folder} holds a run of another config: {lines}{more}; give the "
+                    "old values to go on with it, or another --workdir to start anew")
+  if not (folder / _STARTS).exists():  # killed between the two files
+    return
+  digest = read_starts(folder)[0]["data_digest"]
+  if digest != data_digest:
+    raise UserError(f"--workdir={folder} holds a run on other data: its manifest's digest was "
+                    f"{digest[:12]}, that of data.path={c.data.path!r} is "
+                    f"{data_digest[:12]}; point data.path at the old data or choose another "
+                    "--workdir")
+
+
+def _start(c, mesh, data_digest):
+  device = mesh.devices.flat[0]
+  free = {k: v for k, v in config.flatten(c).items() if config.is_free_on_resume(k)}
+  return {
+      "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+      "command": sys.argv,
+      "python": platform.python_version(),
+      "packages": {name: installed.version(name) for name in _PACKAGES},
+      "git": _git(),
+      "device_kind": device.device_kind,
+      "platform": device.platform,
+      "processes": jax.process_count(),
+      "mesh": dict(mesh.shape),
+      "data_digest": data_digest,
+      "config": free,  # the keys that may differ from config.json
+  }
+
+
+def _git():
+  """{'commit', 'dirty'} of the checkout that this package runs from, or None outside of one."""
+  here = epath.Path(__file__).parent
+  def git(*args):
+    return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True,
+                          check=True, timeout=10).stdout.strip()
+  try:
+    if git("ls-files", "--error-unmatch", __file__):
+      return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+  except (OSError, subprocess.SubprocessError):
+    pass  # no git, no checkout, or an installed package inside someone else's
+  return None
+
+
+def read_config(folder):
+  """The resolved config of a run.
+
+  Raises:
+    UserError: the folder holds no run, or its config.json is broken.
+  """
+  buckets.check(folder)
+  path = epath.Path(folder) / _CONFIG
+  if not path.exists():
+    raise UserError(f"--workdir={folder} holds no run ({_CONFIG} is missing); "
+                    'start one with "jaxgpt train"')
+  try:
+    return config.resolve(config.from_dict(json.loads(path.read_text())["config"]))
+  except UserError as e:
+    raise UserError(f"{path}: {e}") from e
+  except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    raise UserError(f"{path} is broken ({type(e).__name__}: {e}); restore it, or start anew in "
+                    "another folder") from e
+
+
+def read_starts(folder):
+  """The records of all starts of a run, oldest first.
+
+  Raises:
+    UserError: the file is missing or broken.
+  """
+  path = epath.Path(folder) / _STARTS
+  try:
+    starts = [json.loads(line) for line in path.read_text().splitlines()]
+    if not all("data_digest" in start for start in starts) or not starts:
+      raise ValueError("a start without its data_digest")
+    return starts
+  except (OSError, ValueError, TypeError) as e:
+    raise UserError(f"{path} is broken ({e}); restore it, or start anew in another folder") from e
+
+
+def is_imported(folder):
+  """Whether a folder holds a published model that was imported, and no training run."""
+  starts = epath.Path(folder) / _STARTS
+  return starts.exists() and not read_starts(folder)[0]["data_digest"]
+
+
+def tokenizer_folder(folder):
+  """Where a run keeps its tokenizer."""
+  return epath.Path(folder) / _TOKENIZER

@@ -1,0 +1,110 @@
+"""Vocabularies of tiktoken: a file of base64 tokens and ranks, a pattern, special tokens."""
+
+import base64
+import binascii
+import json
+import os
+
+import numpy as np
+
+from jaxgpt.errors import UserError
+from jaxgpt.text.tokenizers import base
+
+MODEL = "vocabulary.tiktoken"
+SETTINGS = "tiktoken.json"
+_BOS = ("<|begin_of_text|>", "<|startoftext|>", "<s>")
+_EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
+
+
+class TiktokenTokenizer(base.Tokenizer):
+  """Byte-level BPE by tiktoken: any text comes back as it was."""
+  kind = "tiktoken"
+
+  def __init__(self, vocabulary, settings, name="the tiktoken vocabulary"):
+    """Takes the bytes of both files.
+
+    Args:
+      vocabulary: lines of a token in base64, a space, its rank.
+      settings: JSON {"pattern": the regular expression that cuts text into words,
+        "special_tokens": {name: id}} and perhaps "bos_token", "eos_token", "pad_token",
+        "mask_token", which name special tokens.
+      name: what error messages call it.
+
+    Raises:
+      UserError: tiktoken is not installed, or a file is not as said.
+    """
+    try:
+      import tiktoken
+    except ImportError as e:
+      raise UserError(f"{name} needs the tiktoken library: pip install 'jaxgpt[data]'") from e
+    self._vocabulary, self._settings = vocabulary, settings
+    ranks = _ranks(vocabulary, name)
+    try:
+      read = json.loads(settings)
+      self.special_ids = {str(token): int(i) for token, i in read["special_tokens"].items()}
+      self._inner = tiktoken.Encoding(name, pat_str=read["pattern"], mergeable_ranks=ranks,
+                                      special_tokens=self.special_ids)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+      raise UserError(f"the {SETTINGS} of {name} is not right ({type(e).__name__}: {e}); it holds "
+                      '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}') from e
+    ids = [*ranks.values(), *self.special_ids.values()]
+    self.vocab_size = max(ids) + 1
+    self._is_token = np.zeros(self.vocab_size, bool)
+    self._is_token[ids] = True
+    self.digest = base.files_digest(self.files())
+    roles = base.role_tokens({base.CONFIG: settings})
+    def pick(role, *names):
+      return next((self.special_ids[token] for token in (roles.get(role), *names)
+                   if token in self.special_ids), None)
+    eos, bos = pick("eos", *_EOS), pick("bos", *_BOS)
+    if eos is None and bos is None:
+      raise UserError(f"the {SETTINGS} of {name} names no token that ends a text; add "
+                      '"eos_token", one of its special_tokens')
+    self.bos_id, self.eos_id = eos if bos is None else bos, bos if eos is None else eos
+    self.pad_id, self.mask_id = pick("pad"), pick("mask", base.MASK)
+
+  def encode_batch(self, texts):
+    ids = self._inner.encode_ordinary_batch(list(texts), num_threads=base.threads())
+    return [np.array(i, np.int32) for i in ids]
+
+  def _decode(self, ids):
+    return self._inner.decode(ids[self._is_token[ids]].tolist(), errors="replace")
+
+  def files(self):
+    return {MODEL: self._vocabulary, SETTINGS: self._settings}
+
+  def __reduce__(self):
+    return TiktokenTokenizer, (self._vocabulary, self._settings)
+
+
+def _ranks(vocabulary, name):
+  ranks = {}
+  for number, line in enumerate(vocabulary.splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      token, rank = line.split()
+      ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error) as e:
+      raise UserError(f"{name}:{number} is no base64 token and its rank; name a .tiktoken "
+                      "file") from e
+  missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+  if missing:
+    raise UserError(f"{name} has no token for byte {missing[0]}: it is not complete")
+  return ranks
+
+
+def find(folder):
+  """The .tiktoken file that stands beside a tiktoken.json in a folder, or None."""
+  files = sorted(folder.glob("*.tiktoken")) if (folder / SETTINGS).is_file() else []
+  return files[0] if len(files) == 1 else None
+
+
+def read(path):
+  """The tokenizer of a .tiktoken file (an `epath.Path`) and the tiktoken.json beside it."""
+  settings = path.parent / SETTINGS
+  if not settings.is_file():
+    raise UserError(f"{os.fspath(path)!r} has no {SETTINGS} beside it: write one with "
+                    '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}, as in the code '
+                    "that came with the vocabulary")
+  return TiktokenTokenizer(path.read_bytes(), settings.read_bytes(), os.fspath(path))

@@ -1,0 +1,123 @@
+"""Text to token ids and back: which tokenizer there is to be, and reading back what was saved."""
+
+import json
+import os
+
+from etils import epath
+
+from jaxgpt.errors import UserError
+from jaxgpt.text.tokenizers import base, huggingface, tiktoken
+from jaxgpt.text.tokenizers.base import ByteTokenizer, Tokenizer
+from jaxgpt.text.tokenizers.sentencepiece import (
+  MODEL,
+  SentencePieceTokenizer,
+  check_training,
+  train_sentencepiece,
+)
+
+__all__ = ["ByteTokenizer", "SentencePieceTokenizer", "Tokenizer", "from_spec", "load",
+           "train_sentencepiece"]
+
+_EXTRAS = (base.CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def from_spec(spec, sample, *, sample_bytes=4_000_000, symbols=()) -> Tokenizer:
+  """The tokenizer that `--tokenizer=SPEC` names.
+
+  Args:
+    spec: 'bytes', 'sentencepiece:SIZE', 'sentencepiece:SIZE:MODEL_TYPE', or what `load` takes.
+    sample: called where one is to be trained: an iterable of texts.
+    sample_bytes, symbols: see `train_sentencepiece`.
+
+  Raises:
+    UserError: it names none, or what `train_sentencepiece` and `load` raise.
+  """
+  kind, _, rest = spec.partition(":")
+  trains = kind == "sentencepiece"
+  if symbols and not trains:
+    raise UserError(f"symbols are for a tokenizer that is trained, tokenizer={spec!r} is not; "
+                    "leave them out")
+  if spec == "bytes":
+    return ByteTokenizer()
+  if not trains:
+    if not epath.Path(spec).exists():
+      raise UserError(f"tokenizer={spec!r} is neither bytes, sentencepiece:SIZE nor a tokenizer's "
+                      "file or folder that exists")
+    return load(spec)
+  size, _, model_type = rest.partition(":")
+  if not size.isdecimal():
+    raise UserError(f"tokenizer={spec!r} names no vocabulary size; write it as "
+                    "sentencepiece:4096 or sentencepiece:4096:unigram")
+  check_training(model_type or "bpe", symbols)
+  return train_sentencepiece(sample(), vocab_size=int(size), model_type=model_type or "bpe",
+                             sample_bytes=sample_bytes, symbols=tuple(symbols))
+
+
+def load(folder) -> Tokenizer:
+  """The tokenizer that `save` wrote into a folder, or that other tools' files define.
+
+  Args:
+    folder: local or remote: a folder of `save`; a prepared data folder with a `tokenizer` in it;
+      a folder with Hugging Face's tokenizer.json, a SentencePiece tokenizer.model, or a .tiktoken
+      file beside a tiktoken.json; or the .json, .model or .tiktoken file itself.
+
+  Raises:
+    UserError: there is no such thing, its content is not what its digest says, or the library
+      that reads it is not installed.
+  """
+  path, name = epath.Path(folder), os.fspath(folder)
+  if path.is_file():
+    return _load_file(path, name)
+  for place in (path, path / "tokenizer"):
+    if (place / base.SPEC).is_file():
+      return _load_saved(place)
+    if (place / huggingface.MODEL).is_file():
+      return huggingface.read(place)
+    if (place / MODEL).is_file():
+      return _load_kind(SentencePieceTokenizer.kind, place)
+    if found := tiktoken.find(place):
+      return tiktoken.read(found)
+  raise UserError(
+      f"no tokenizer in {name!r}: it is neither a .model, .tiktoken or tokenizer.json file nor a "
+      f"folder with {base.SPEC}, {huggingface.MODEL} or {MODEL}; run `jaxgpt data` to make one, or "
+      "save another with transformers' save_pretrained")
+
+
+def _load_file(path, name):
+  if path.suffix == ".json":
+    return huggingface.read(path)
+  if path.suffix == ".tiktoken":
+    return tiktoken.read(path)
+  return SentencePieceTokenizer(path.read_bytes(), repr(name))
+
+
+def _load_saved(folder):
+  damaged = f"the tokenizer in {os.fspath(folder)!r} is damaged: {{}}; run `jaxgpt data` again"
+  try:
+    spec = json.loads((folder / base.SPEC).read_text())
+    kind, digest = spec["kind"], spec["digest"]
+  except (ValueError, KeyError, TypeError) as e:
+    raise UserError(damaged.format(f"{base.SPEC} can't be read ({e})")) from e
+  try:
+    tokenizer = _load_kind(kind, folder)
+  except FileNotFoundError as e:
+    raise UserError(damaged.format(f"{os.path.basename(e.filename)} is missing")) from e
+  if tokenizer.digest != digest:
+    raise UserError(damaged.format("its content does not match its digest"))
+  return tokenizer
+
+
+def _load_kind(kind, folder):
+  name = os.fspath(folder)
+  if kind == ByteTokenizer.kind:
+    return ByteTokenizer()
+  if kind == SentencePieceTokenizer.kind:
+    return SentencePieceTokenizer((folder / MODEL).read_bytes(), os.fspath(folder / MODEL),
+                                  base.read_files(folder, _EXTRAS))
+  if kind == huggingface.HuggingFaceTokenizer.kind:
+    (folder / huggingface.MODEL).stat()
+    return huggingface.read(folder)
+  if kind == tiktoken.TiktokenTokenizer.kind:
+    return tiktoken.read(folder / tiktoken.MODEL)
+  raise UserError(f"tokenizer kind {kind!r} in {name!r} is not one that this version of jaxgpt "
+                  "knows (bytes, sentencepiece, huggingface, tiktoken); update jaxgpt")

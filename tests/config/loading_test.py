@@ -1,0 +1,179 @@
+"""What a user relies on when a config is written, overridden and refused."""
+
+import pathlib
+
+import pytest
+
+from jaxgpt import config
+from jaxgpt.config import checks, reference
+from jaxgpt.data import packing
+from jaxgpt.errors import UserError
+from jaxgpt.model import ops, remat
+from jaxgpt.model.attention import attention
+from jaxgpt.training import objectives, optimizers, schedules
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def write(tmp_path, body):
+  path = tmp_path / "c.py"
+  path.write_text("from jaxgpt import config\n\ndef get_config(arg=''):\n"
+                  f"  c = config.base()\n  {body}\n  return c\n")
+  return path
+
+
+def test_values_know_where_they_came_from(tmp_path):
+  path = write(tmp_path, "c.model.update(config.preset('llama3_8b')); c.optim.lr = 3e-4; "
+                         "c.model.num_layers = 2")
+  c, origin = config.load(path, ["--config.data.seq_len=128", "--noconfig.data.shuffle"])
+  assert (c.optim.lr, c.model.num_layers, c.data.seq_len, c.data.shuffle) == (3e-4, 2, 128, False)
+  assert origin["model.width"] == "preset llama3_8b"
+  assert origin["model.num_layers"] == origin["optim.lr"] == "file"
+  assert origin["data.seq_len"] == origin["data.shuffle"] == "command line"
+  assert origin["optim.b1"] == "base"
+  assert origin.keys() == config.flatten(c).keys()
+
+
+def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
+  c, _ = config.load(write(tmp_path, "pass"), ["--config.model.num_kv_heads=3"])
+  assert config.resolve(c).model.num_kv_heads == 3
+
+
+@pytest.mark.parametrize("override, words", [
+    ("--config.optim.lrr=1", "optim.lrr.*did you mean 'optim.lr'"),
+    ("--config.optim.lr=fast", "optim.lr=fast"),
+    ("--config.model.num_heads=5", "model.num_heads=5 .*model.width=384"),
+    ("--config.model.num_kv_heads=4", "num_kv_heads=4 .*num_heads=6"),
+    ("--config.optim.accumulate=3", "optim.accumulate=3 .*data.batch_size=8"),
+    ("--config.optim.name=adam", "optim.name='adam'.*did you mean 'adamw'"),
+    ("--config.data.batch_size=0", "data.batch_size=0"),
+    ("--config.schedule.warmup_steps=2000", "warmup_steps=2000 .*train.steps=1000"),
+    ("--config.model.max_len=64", "data.seq_len=256 .*model.max_len=64"),
+    ("--config.optim.lr=nan", "optim.lr=nan"),
+    ("--config.model.dropout=1.0", "model.dropout=1.0"),
+    ("--config.optim.eps=nan", "optim.eps=nan"),
+    ("--config.data.stream_window=0", "data.stream_window=0"),
+    ("--config.schedule.final_ratio=2", "final_ratio=2"),
+    ("--config.model.init_std=-1", "init_std=-1"),
+    ("--config.seed=100000000000000000000", "seed=1000"),
+    ("--config.model.causal=False", "causal_lm.*model.causal=True"),
+    ("--config.mesh.rules.mpl=none", "mesh.rules.mpl; did you mean 'mesh.rules.mlp'"),
+    ("--config.mesh.rules.mlp=tensr", "mesh.rules.mlp='tensr'.*did you mean 'tensor'"),
+    ("--config.mesh.rules.mlp=", "mesh.rules.mlp='': no mesh axis ''; give .*or none"),
+    ("--config.mesh.rules.embed=fsdp,fsdp", "mesh.rules.embed='fsdp,fsdp': .*'fsdp' twice"),
+    ("--config.mesh.rules.act_heads=fsdp",
+     "mesh.rules.act_heads='fsdp': the heads .*'fsdp' twice .its 'rows' always is.; take 'fsdp' out"),
+    ("--config.mesh.rules.act_embed=tensor", "mesh.rules.act_embed='tensor' and mesh.rules."
+     "residual_length='seq,tensor': what goes between the blocks"),
+    ("--config.mesh.rules.layers=none", "rules.layers cannot be set: the pipeline .*mesh.stage;"),
+    ("--config.model.rope.fraction=1.5", "model.rope.fraction=1.5 is a share of a head"),
+    ("--config.mesh.compiler_options=('xla_foo',)", "mesh.compiler_options: 'xla_foo' must be .name="),
+    ("--config.optim.lr_scales=('layers/*',0.1)", r"'layers/\*' must be \(pattern, factor\)"),
+    ("--config.mesh.rules.length=tensor", "rules.length cannot be set: the ring .*mesh.seq;"),
+])
+def test_bad_values_are_named(tmp_path, override, words):
+  with pytest.raises(UserError, match=words):
+    config.resolve(config.load(write(tmp_path, "pass"), [override])[0])
+
+
+def test_groups_of_experts_that_a_router_ranks_by_two_have_two(tmp_path):
+  body = ("c.model.update_from_flattened_dict({'mlp_pattern': ('moe',), 'moe.experts': 4, "
+          "'moe.groups': 4, 'moe.top_groups': 2, 'moe.router': 'sigmoid'})")
+  with pytest.raises(UserError, match="model.moe.groups=4 leaves one expert a group"):
+    config.resolve(config.load(write(tmp_path, body))[0], vocab_size=8)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"objective.name": "masked_lm", "model.causal": False}, "data.stream='x' is for .*causal_lm"),
+    ({"data.weights": (0.5, 0.5)}, "mix prepared folders, and data.stream='x'"),
+])
+def test_what_a_stream_can_not_do_is_named(change, words):
+  c = config.base()
+  c.update_from_flattened_dict(change)
+  config.resolve(c, vocab_size=8)
+  c.data.stream = "x"
+  with pytest.raises(UserError, match=words):
+    config.resolve(c, vocab_size=8)
+
+
+@pytest.mark.parametrize("body, words", [
+    ("c.optim.lrr = 1", "lrr"),
+    ("c.model.update(config.preset('llama4_8b'))", "llama4_8b.*did you mean 'llama3_8b'"),
+    ("c.optim.lr = 'fast'", "c.py:5: .*lr"),
+    ("c.optim.lr = undefined", "undefined"),
+    ("return 3", "get_config"),
+    ("c.optim.lr = None", "optim.lr=None"),
+    ("c.data.batch_size = None", "data.batch_size=None"),
+    ("import ml_collections; c = ml_collections.ConfigDict({'optim': 1})", "config.base"),
+    ("c.unlock(); c.extra = 1", "unknown key 'extra'"),
+])
+def test_bad_files_are_named(tmp_path, body, words):
+  with pytest.raises(UserError, match=words):
+    config.load(write(tmp_path, body))
+
+
+def test_a_relative_path_still_names_the_line(tmp_path, monkeypatch):
+  write(tmp_path, "c.optim.lrr = 1")
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="c.py:5: "):
+    config.load("c.py")
+
+
+def test_a_file_that_is_no_python(tmp_path):
+  (tmp_path / "c.txt").write_text("")
+  with pytest.raises(UserError, match="Python file"):
+    config.load(tmp_path / "c.txt")
+
+
+def test_a_missing_file_names_those_there_are():
+  with pytest.raises(UserError, match="no such file"):
+    config.load("configs/nothing_like_it.py")
+
+
+def test_a_resolved_config_survives_the_run_folder():
+  c = config.base()
+  c.model.logit_softcap = 30.0
+  c = config.resolve(c, vocab_size=99)
+  again = config.resolve(config.from_dict(c.to_dict()))
+  assert again.to_dict() == c.to_dict()
+  assert again.model.vocab_size == 99
+
+
+def test_every_choice_is_implemented_and_named_in_its_comment():
+  tables = {
+      "objective.name": objectives.OBJECTIVES, "model.activation": ops.ACTIVATIONS,
+      "model.attention": {"auto", *attention.FORMS},
+      "data.packing": packing.PACKINGS, "optim.name": optimizers.DIRECTIONS,
+      "schedule.name": schedules.SHAPES}
+  for key, table in tables.items():
+    assert set(checks.CHOICES[key]) == set(table), key
+  assert set(checks.REMAT) == {"none", *remat.REMAT}
+  comments = {f"{section}.{key}": comment for section, key, _, comment in reference.entries()}
+  for key, names in checks.CHOICES.items():
+    assert all(name in comments[key] for name in names), key
+
+
+def test_only_what_changes_the_result_counts_as_a_difference():
+  a = config.resolve(config.base(), vocab_size=10)
+  b = config.from_dict(a.to_dict())
+  b.log.every = 1
+  b.mesh.data = 4
+  b.optim.lr = 0.5
+  b.update_from_flattened_dict({"model.remat": "full", "objective.loss_chunk": 8})
+  assert config.difference(a, b) == [("optim.lr", a.optim.lr, 0.5)]
+
+
+def test_resolving_leaves_the_config_as_it_was():
+  c = config.base()
+  config.resolve(c, 100)
+  assert c.model.max_len is None and c.model.rope.original_len is None
+
+
+def test_names_that_are_saved_and_offloaded():
+  assert checks.kept("save:q,k+offload:gate") == (("q", "k"), ("gate",))
+  assert checks.kept("offload:o") == ((), ("o",)) and checks.kept("full") == ((), ())
+  for value in ("save:q+offload:q", "offload:", "offload:x", "save:q+full"):
+    c = config.base()
+    c.model.remat = value
+    with pytest.raises(UserError, match="such as 'save:q,k,v,attention', or offload: and such names"):
+      config.resolve(c, 10)

@@ -1,0 +1,103 @@
+"""Sampling rules against NumPy, and sampled text against the model's own probabilities."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from jaxgpt import config
+from jaxgpt.inference import sampling
+from jaxgpt.model import transformer
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.2, 0.15, 0.1, 0.05], [0.1, 0.1, 0.6, 0.1, 0.1]]))
+
+
+def kept(**rules):
+  rules = dict(top_k=0, top_p=1.0, min_p=0.0) | rules
+  out = jax.jit(sampling.filter_logits)(LOGITS, **rules)
+  return [np.flatnonzero(np.isfinite(row)).tolist() for row in out]
+
+
+@pytest.mark.parametrize("rules, want", [
+    (dict(), [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+    (dict(top_k=2), [[0, 1], [0, 1, 2, 3, 4]]),  # ties with the second stay
+    (dict(top_k=99), [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+    (dict(top_p=0.6), [[0, 1], [2]]),
+    (dict(top_p=1e-9), [[0], [2]]),
+    (dict(min_p=0.35), [[0, 1], [2]]),
+    (dict(top_k=3, top_p=0.8), [[0, 1], [0, 1, 2, 3, 4]]),  # p of what top_k left: 0.59, 0.82
+])
+def test_filters_keep_what_their_definitions_say(rules, want):
+  assert kept(**rules) == want
+
+
+def test_draws_follow_the_probabilities():
+  logits = jnp.broadcast_to(LOGITS[:1], (20_000, 5))
+  drawn = sampling.sample(logits, jax.random.key(0), 1.0, 0, 1.0, 0.0)
+  share = np.bincount(np.asarray(drawn), minlength=5) / 20_000
+  np.testing.assert_allclose(share, [0.5, 0.2, 0.15, 0.1, 0.05], atol=0.015)
+  assert (sampling.sample(logits, jax.random.key(0), 0.0, 0, 1.0, 0.0) == 0).all()
+
+
+@pytest.fixture(scope="module")
+def sampler():
+  c = config.base()
+  c.model.update(dict(vocab_size=30, max_len=16, num_layers=2, width=32, num_heads=4,
+                      init_std=0.5))
+  c.data.seq_len = 16
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(config.resolve(c).model))
+  params = transformer.init(model, jax.random.key(0))
+  return model, params, sampling.make(model, 16, eos_id=29, vocab_size=30)
+
+
+def run(sampler, prompt, max_new=99, temperature=0.0, seed=0, rows=1):
+  _, params, sample = sampler
+  tokens = np.zeros((rows, 16), np.int32)
+  tokens[:, :len(prompt)] = prompt
+  out, lengths = sample(params, tokens, len(prompt), max_new, jax.random.key(seed),
+                        (temperature, 0, 1.0, 0.0))
+  return [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(lengths), strict=True)]
+
+
+@pytest.mark.parametrize("prompt", [[1], [3, 4, 5, 6], list(range(15))])
+def test_greedy_decoding_equals_the_argmax_of_full_forwards(sampler, prompt):
+  model, params, _ = sampler
+  want = list(prompt)
+  forward = jax.jit(lambda t: model.apply({"params": params}, t, jnp.arange(16)[None]).logits)
+  while len(want) < 16:
+    padded = jnp.array([want + [0] * (16 - len(want))])
+    token = int(forward(padded)[0, len(want) - 1].argmax())
+    if token == 29:
+      break
+    want.append(token)
+  got, = run(sampler, prompt)
+  assert got == want
+
+
+def test_prompt_lengths_and_settings_share_one_compile(sampler):
+  run(sampler, [1, 2], temperature=0.7)
+  before = sampler[2]._cache_size()
+  run(sampler, [1, 2, 3, 4, 5], max_new=3, temperature=1.3, seed=4)
+  assert sampler[2]._cache_size() == before
+
+
+def test_at_most_max_new_tokens_and_none_beyond_the_context(sampler):
+  assert len(run(sampler, [1, 2], max_new=3)[0]) <= 5
+  assert len(run(sampler, [1, 2], max_new=500)[0]) <= 16
+
+
+def test_rows_that_pad_the_embedding_are_never_drawn(sampler):
+  model, params, _ = sampler
+  sample = sampling.make(model, 16, eos_id=4, vocab_size=5)
+  tokens, lengths = sample(params, np.ones((8, 16), np.int32), 1, 15, jax.random.key(0),
+                           (5.0, 0, 1.0, 0.0))
+  drawn = np.concatenate([row[1:n] for row, n in zip(np.asarray(tokens), lengths, strict=True)])
+  assert drawn.size and drawn.max() < 4
+
+
+def test_seeds_and_rows_draw_their_own_text(sampler):
+  a, b = run(sampler, [1, 2], temperature=2.0, rows=2)
+  assert a != b
+  assert run(sampler, [1, 2], temperature=2.0, rows=2) == [a, b]
+  assert run(sampler, [1, 2], temperature=2.0, rows=2, seed=1) != [a, b]
