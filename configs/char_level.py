@@ -15,9 +15,19 @@ from jaxgpt import config
 
 def get_config():
   c = config.base()
-  c.model.update(dict(
-      num_layers=6, width=384, num_heads=6, norm="rmsnorm", position="rotary",
-      activation="relu2", bias=False, dropout=0.1, scan_unroll=6))
+  c.model.update(
+    dict(
+      num_layers=6,
+      width=384,
+      num_heads=6,
+      norm="rmsnorm",
+      position="rotary",
+      activation="relu2",
+      bias=False,
+      dropout=0.1,
+      scan_unroll=6,
+    )
+  )
   c.data.seq_len = 256
   c.data.batch_size = 8
   c.train.steps = 1000

@@ -17,14 +17,31 @@ def get_config(arg=""):
     c.train.steps = 1000
     c.schedule.warmup_steps = 100
   else:
-    c.model.update(dict(
-        num_layers=2, width=64, num_heads=4, norm="layernorm", position="learned", max_len=128,
-        activation="gelu", bias=True))
+    c.model.update(
+      dict(
+        num_layers=2,
+        width=64,
+        num_heads=4,
+        norm="layernorm",
+        position="learned",
+        max_len=128,
+        activation="gelu",
+        bias=True,
+      )
+    )
     c.optim.lr = 3e-3
     c.train.steps = 100
     c.schedule.warmup_steps = 10
-  c.model.update(dict(causal=False, head="classifier", head_transform="tanh", head_bias=True,
-                      pooling="first" if arg else "mean", num_labels=2))
+  c.model.update(
+    dict(
+      causal=False,
+      head="classifier",
+      head_transform="tanh",
+      head_bias=True,
+      pooling="first" if arg else "mean",
+      num_labels=2,
+    )
+  )
   c.objective.name = "classification"
   c.data.seq_len = 128
   c.data.batch_size = 16

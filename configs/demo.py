@@ -12,9 +12,18 @@ from jaxgpt import config
 
 def get_config():
   c = config.base()
-  c.model.update(dict(
-      num_layers=4, width=256, num_heads=4, norm="rmsnorm", position="rotary",
-      activation="relu2", bias=False, scan_unroll=4))
+  c.model.update(
+    dict(
+      num_layers=4,
+      width=256,
+      num_heads=4,
+      norm="rmsnorm",
+      position="rotary",
+      activation="relu2",
+      bias=False,
+      scan_unroll=4,
+    )
+  )
   c.data.path = "runs/demo/data"
   c.data.seq_len = 256
   c.data.batch_size = 8

@@ -30,5 +30,6 @@ def optional(module, extra, what):
   try:
     return importlib.import_module(module)
   except ImportError as e:
-    raise UserError(f"{what} needs {e.name or module}, which is not installed: "
-                    f"pip install 'jaxgpt[{extra}]'") from e
+    raise UserError(
+      f"{what} needs {e.name or module}, which is not installed: pip install 'jaxgpt[{extra}]'"
+    ) from e

@@ -50,5 +50,7 @@ def merge(a, b):
 def split(tree, chosen, is_leaf=None):
   """Two nested dicts: the leaves whose paths are in `chosen`, and the others; `merge` undoes it."""
   named = flatten(tree, is_leaf=is_leaf)
-  return (unflatten({path: leaf for path, leaf in named.items() if path in chosen}),
-          unflatten({path: leaf for path, leaf in named.items() if path not in chosen}))
+  return (
+    unflatten({path: leaf for path, leaf in named.items() if path in chosen}),
+    unflatten({path: leaf for path, leaf in named.items() if path not in chosen}),
+  )

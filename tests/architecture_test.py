@@ -100,7 +100,7 @@ def test_no_import_cycles():
   done, path = set(), []
 
   def visit(name):
-    assert name not in path, f"cycle: {' -> '.join([*path[path.index(name):], name])}"
+    assert name not in path, f"cycle: {' -> '.join([*path[path.index(name) :], name])}"
     if name in done:
       return
     path.append(name)
@@ -128,8 +128,6 @@ def test_imports_stand_at_the_top(name):
     if isinstance(n, (ast.Import, ast.ImportFrom))
   ]
   optional = [
-    n
-    for n in inner
-    if isinstance(n, ast.Import) and n.names[0].name.split(".")[0] in OPTIONAL
+    n for n in inner if isinstance(n, ast.Import) and n.names[0].name.split(".")[0] in OPTIONAL
   ]
   assert len(inner) == len(optional), f"{name} imports inside a function"

@@ -4,10 +4,12 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 "
-                           # A busy machine may keep some of the eight waiting for long.
-                           "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-                           "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=8 "
+  # A busy machine may keep some of the eight waiting for long.
+  "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
+  "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+)
 
 # Read when gcsfs is imported: the emulator has no zonal buckets, and would not answer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -20,8 +22,9 @@ from jaxgpt.parallel import mesh
 from jaxgpt.text.prepare import prepare
 
 mesh.prepare_cpu()
-jax.config.update("jax_compilation_cache_dir",
-                  str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update(
+  "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -33,19 +36,32 @@ def corpus(tmp_path_factory):
   for i in range(60):
     text = " ".join(words[(i * j + j // 3) % 10] for j in range(10 + 3 * i))
     (folder / f"{i:02}.txt").write_text(text + "\n")
-  prepare.prepare([folder], folder / "data", tokenizer="bytes", validation=0.15, test=0.1,
-                  cut_chars=0)
+  prepare.prepare(
+    [folder], folder / "data", tokenizer="bytes", validation=0.15, test=0.1, cut_chars=0
+  )
   return folder / "data"
 
 
 @pytest.fixture(scope="session")
 def tiny(corpus):
   """A function (overrides) -> locked config of a model that compiles in seconds."""
+
   def make(**overrides):
     c = config.base()
-    c.model.update(dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=64,
-                        norm="rmsnorm", position="rotary", activation="silu", gated=True,
-                        bias=False))
+    c.model.update(
+      dict(
+        num_layers=2,
+        width=32,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_width=64,
+        norm="rmsnorm",
+        position="rotary",
+        activation="silu",
+        gated=True,
+        bias=False,
+      )
+    )
     c.data.update(dict(path=str(corpus), seq_len=32, batch_size=8))
     c.optim.lr = 1e-2
     c.schedule.warmup_steps = 2
@@ -57,4 +73,5 @@ def tiny(corpus):
     c.mesh.fsdp = 1
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return c
+
   return make

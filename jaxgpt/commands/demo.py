@@ -43,13 +43,18 @@ def main(folder, out=None):
   folder, start = epath.Path(folder), time.monotonic()
   data, run_folder = folder / "data", folder / "run"
   stdlib = sysconfig.get_paths()["stdlib"]
-  _stage(out, "text to tokens", f"jaxgpt data {stdlib} --out={data} --tokenizer={_TOKENIZER} "
-         + " ".join(f"--exclude={name}" for name in _EXCLUDE))
+  _stage(
+    out,
+    "text to tokens",
+    f"jaxgpt data {stdlib} --out={data} --tokenizer={_TOKENIZER} "
+    + " ".join(f"--exclude={name}" for name in _EXCLUDE),
+  )
   _prepare(stdlib, data, out)
 
   overrides = [f"--config.data.path={data}"]
-  _stage(out, "training", f"jaxgpt train --config=configs/demo.py {overrides[0]} "
-         f"--workdir={run_folder}")
+  _stage(
+    out, "training", f"jaxgpt train --config=configs/demo.py {overrides[0]} --workdir={run_folder}"
+  )
   c, origin = config.load(_CONFIG, overrides)
   _, _, stopped = loop.train(c, run_folder, origin)
   if stopped:
@@ -62,7 +67,7 @@ def main(folder, out=None):
   _stage(out, "samples", f"jaxgpt generate --workdir={run_folder} --prompt={_PROMPTS[0]!r}")
   sampler = load.Sampler(run)
   for prompt in _PROMPTS:
-    text, = sampler(prompt, max_new=80, sampling=load.Sampling(temperature=0.7, top_p=0.95))
+    (text,) = sampler(prompt, max_new=80, sampling=load.Sampling(temperature=0.7, top_p=0.95))
     out.print(f"[bold]{prompt}[/]", end="")
     out.print(text, markup=False)
     out.print("[dim]…[/]")
@@ -80,11 +85,18 @@ def _prepare(stdlib, data, out):
     out.print(f"{data} is there already")
     return
   try:
-    prepare.prepare([stdlib], data, tokenizer=_TOKENIZER, exclude=_EXCLUDE,
-                    report=lambda line: out.print(line, markup=False))
+    prepare.prepare(
+      [stdlib],
+      data,
+      tokenizer=_TOKENIZER,
+      exclude=_EXCLUDE,
+      report=lambda line: out.print(line, markup=False),
+    )
   except UserError as e:
-    raise UserError(f"{e} (the demo reads the .py files of Python's standard library in {stdlib}; "
-                    "where a distribution leaves them out, install its full Python package)") from e
+    raise UserError(
+      f"{e} (the demo reads the .py files of Python's standard library in {stdlib}; "
+      "where a distribution leaves them out, install its full Python package)"
+    ) from e
 
 
 def held_out_text(run):
@@ -96,14 +108,18 @@ def held_out_text(run):
 
 def _summary(out, folder, result, text, seconds):
   out.rule("[bold]summary")
-  rows = [("jaxgpt, this model", result["bits_per_byte"]),
-          ("gzip -9", 8 * len(gzip.compress(text, 9)) / len(text)),
-          ("xz -9", 8 * len(lzma.compress(text, preset=9)) / len(text))]
+  rows = [
+    ("jaxgpt, this model", result["bits_per_byte"]),
+    ("gzip -9", 8 * len(gzip.compress(text, 9)) / len(text)),
+    ("xz -9", 8 * len(lzma.compress(text, preset=9)) / len(text)),
+  ]
   grid = table.Table("", "bits per byte", title=f"{len(text):,} held-out bytes")
   for name, value in sorted(rows, key=lambda row: row[1]):
     grid.add_row(name, f"{value:.3f}")
   out.print(grid)
-  out.print(f"data: {folder}/data   run, checkpoints, metrics: {folder}/run\n"
-            f"{seconds / 60:.1f} minutes in all. Next: docs/quickstart.md, or\n"
-            f"  jaxgpt generate --workdir={folder}/run --prompt='def main():' --samples=3",
-            markup=False)
+  out.print(
+    f"data: {folder}/data   run, checkpoints, metrics: {folder}/run\n"
+    f"{seconds / 60:.1f} minutes in all. Next: docs/quickstart.md, or\n"
+    f"  jaxgpt generate --workdir={folder}/run --prompt='def main():' --samples=3",
+    markup=False,
+  )

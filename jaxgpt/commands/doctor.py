@@ -77,8 +77,12 @@ def data(c, found):
       yield finding
       return
     total = manifest["total"]
-    yield Finding(OK, "data", f"{folder}: {total['documents']:,} documents, {total['tokens']:,} "
-                  f"tokens; its manifest is whole, digest {manifest['digest'][:12]}")
+    yield Finding(
+      OK,
+      "data",
+      f"{folder}: {total['documents']:,} documents, {total['tokens']:,} "
+      f"tokens; its manifest is whole, digest {manifest['digest'][:12]}",
+    )
   both, finding = tried("data", lambda: loop.load_tokenizer_and_config(c))
   if finding:
     yield finding
@@ -91,8 +95,9 @@ def data(c, found):
 def _first_batch(split, found):
   """Reads it; keeps that of the training split in `found`."""
   before, c = time.monotonic(), found["c"]
-  batches, finding = tried("data", lambda: loop.training_data(c) if split == "train" else
-                           loop.split_batches(c, split))
+  batches, finding = tried(
+    "data", lambda: loop.training_data(c) if split == "train" else loop.split_batches(c, split)
+  )
   if finding:
     return finding
   if isinstance(batches, stream.Stream):
@@ -100,14 +105,22 @@ def _first_batch(split, found):
   try:
     batch = batches.batch(0)
   except Exception as e:  # ArrayRecord, zstd and the file system share no class
-    return Finding(PROBLEM, "data", f"the first batch of {split} can't be read "
-                   f"({type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}): the prepared "
-                   "folder is damaged; run `jaxgpt data` again")
+    return Finding(
+      PROBLEM,
+      "data",
+      f"the first batch of {split} can't be read "
+      f"({type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}): the prepared "
+      "folder is damaged; run `jaxgpt data` again",
+    )
   if split == "train":
     found["batch"] = batch
-  return Finding(OK, "data", f"{split}: shards have their sizes; index and first batch took "
-                 f"{time.monotonic() - before:.1f} s; an epoch has {batches.steps_per_epoch:,} "
-                 "steps")
+  return Finding(
+    OK,
+    "data",
+    f"{split}: shards have their sizes; index and first batch took "
+    f"{time.monotonic() - before:.1f} s; an epoch has {batches.steps_per_epoch:,} "
+    "steps",
+  )
 
 
 def _first_of_stream(batches, found):
@@ -117,9 +130,12 @@ def _first_of_stream(batches, found):
   if finding:
     return finding
   found["batch"] = batch
-  return Finding(OK, "data", f"data.stream: {len(batches.files):,} files; the first batch took "
-                 f"{time.monotonic() - before:.1f} s: "
-                 + batches.account()[0].removeprefix("data.stream: "))
+  return Finding(
+    OK,
+    "data",
+    f"data.stream: {len(batches.files):,} files; the first batch took "
+    f"{time.monotonic() - before:.1f} s: " + batches.account()[0].removeprefix("data.stream: "),
+  )
 
 
 def model(found, step):
@@ -144,9 +160,13 @@ def model(found, step):
   found["mesh"], found["parts"] = both
   axes = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].shape.items() if size > 1)
   num = sum(x.size for x in jax.tree.leaves(train_step.weights(found["parts"].state)))
-  yield Finding(OK, "mesh", f"{axes or 'one device'}; {num:,} parameters, "
-                f"{size_text(state_bytes(found['parts'].state))} of state in all"
-                + (f"; {pipe}" if (pipe := found["parts"].model.pipeline) else ""))
+  yield Finding(
+    OK,
+    "mesh",
+    f"{axes or 'one device'}; {num:,} parameters, "
+    f"{size_text(state_bytes(found['parts'].state))} of state in all"
+    + (f"; {pipe}" if (pipe := found["parts"].model.pipeline) else ""),
+  )
   if c.init_from:
     _, finding = tried("init_from", lambda: init_from.check_source(c.init_from))
     yield finding or Finding(OK, "init_from", f"{c.init_from} holds a model")
@@ -170,15 +190,22 @@ def dry_step(found):
     if not c.mesh.compiled_step:
       return None
     compiled, why = compiled_step.load(c.mesh.compiled_step, lowered, mesh, c.mesh.compiler_options)
-    loaded.append(Finding(OK if compiled else WARNING, "step", c.mesh.compiled_step + (
-        " is this step" if compiled else f" is not used: {why}")))
+    loaded.append(
+      Finding(
+        OK if compiled else WARNING,
+        "step",
+        c.mesh.compiled_step + (" is this step" if compiled else f" is not used: {why}"),
+      )
+    )
     return compiled
 
   try:
     with jax.set_mesh(mesh):
       before = time.monotonic()
       step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
-      compiled = train_step.compile(step, parts.state, shapes, mesh, c.mesh.compiler_options, instead)
+      compiled = train_step.compile(
+        step, parts.state, shapes, mesh, c.mesh.compiler_options, instead
+      )
       compiling = time.monotonic() - before
       state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
       jax.block_until_ready(state)
@@ -187,24 +214,38 @@ def dry_step(found):
       seconds = time.monotonic() - before
   except jax.errors.JaxRuntimeError as e:
     reason = (str(e).splitlines() or ["?"])[0][:300]
-    cure = ("it does not fit: a smaller data.batch_size, more optim.accumulate, model.remat=full "
-            "or more devices under mesh.fsdp" if "RESOURCE_EXHAUSTED" in str(e) else
-            "see the versions above")
+    cure = (
+      "it does not fit: a smaller data.batch_size, more optim.accumulate, model.remat=full "
+      "or more devices under mesh.fsdp"
+      if "RESOURCE_EXHAUSTED" in str(e)
+      else "see the versions above"
+    )
     yield Finding(PROBLEM, "step", f"a step on zeros fails: {reason}; {cure}")
     return
   except UserError as e:
     yield Finding(PROBLEM, "step", str(e))
     return
-  except Exception as e:  # what tracing raises, of JAX and of libraries for kernels, shares no class
-    yield Finding(PROBLEM, "step", f"the step can't be made: {type(e).__name__}: "
-                  f"{(str(e).splitlines() or ['?'])[0][:300]}")
+  except (
+    Exception
+  ) as e:  # what tracing raises, of JAX and of libraries for kernels, shares no class
+    yield Finding(
+      PROBLEM,
+      "step",
+      f"the step can't be made: {type(e).__name__}: {(str(e).splitlines() or ['?'])[0][:300]}",
+    )
     return
   yield from loaded
   memory = compiled.memory_analysis()
-  used = f", {size_text(memory.argument_size_in_bytes + memory.temp_size_in_bytes)} a device" if (
-      memory) else ""
-  yield Finding(OK, "step", f"compiled in {compiling:.1f} s; the first step, on zeros, took "
-                f"{seconds * 1e3:.0f} ms{used}")
+  used = (
+    f", {size_text(memory.argument_size_in_bytes + memory.temp_size_in_bytes)} a device"
+    if (memory)
+    else ""
+  )
+  yield Finding(
+    OK,
+    "step",
+    f"compiled in {compiling:.1f} s; the first step, on zeros, took {seconds * 1e3:.0f} ms{used}",
+  )
 
 
 def run_folder(folder, found):
@@ -217,16 +258,21 @@ def run_folder(folder, found):
   folder = epath.Path(folder)
   where, error = within(_PROBE_SECONDS, lambda: probe(folder))
   if error:
-    yield Finding(PROBLEM, "workdir", f"{folder} can't be written ({type(error).__name__}: "
-                  f"{error}); choose another --workdir, or change its permissions or your "
-                  "credentials")
+    yield Finding(
+      PROBLEM,
+      "workdir",
+      f"{folder} can't be written ({type(error).__name__}: "
+      f"{error}); choose another --workdir, or change its permissions or your "
+      "credentials",
+    )
     return
   yield Finding(OK, "workdir", f"{where} takes files: written, renamed, read and deleted")
   if run_folder_lib.is_run(folder):
     yield _same_run(folder, found)
   elif run_folder_lib.holds_something_else(folder):
-    yield Finding(PROBLEM, "workdir", f"{folder} is not empty and holds no run; choose a new "
-                  "folder")
+    yield Finding(
+      PROBLEM, "workdir", f"{folder} is not empty and holds no run; choose a new folder"
+    )
   if "://" not in str(folder):
     yield from room(shutil.disk_usage(where).free, found)
 
@@ -240,8 +286,12 @@ def _same_run(folder, found):
     what = "this run, and it would go on" if "c" in found else "a run"
     return Finding(OK, "workdir", f"{folder} holds {what}")
   lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:5])
-  return Finding(PROBLEM, "workdir", f"{folder} holds a run of another config ({lines}): give the "
-                 "old values to go on with it, or another --workdir to start anew")
+  return Finding(
+    PROBLEM,
+    "workdir",
+    f"{folder} holds a run of another config ({lines}): give the "
+    "old values to go on with it, or another --workdir to start anew",
+  )
 
 
 def probe(folder):
@@ -282,8 +332,10 @@ def room(free, found):
     return
   one, keep = state_bytes(found["parts"].state), found["c"].checkpoint.keep or 1
   need = one * (keep + 1)  # the new one is whole before the oldest goes
-  text = (f"{size_text(free)} free; a checkpoint takes {size_text(one)}, and checkpoint.keep="
-          f"{keep} needs {size_text(need)} while one is saved")
+  text = (
+    f"{size_text(free)} free; a checkpoint takes {size_text(one)}, and checkpoint.keep="
+    f"{keep} needs {size_text(need)} while one is saved"
+  )
   if free < 2 * one:
     yield Finding(PROBLEM, "room", f"{text}: make room, or choose another --workdir")
   elif free < need:

@@ -25,6 +25,7 @@ _LOCK = "/tmp/libtpu_lockfile"
 
 class Finding(NamedTuple):
   """One thing that was looked at: ok, warning or problem; what it means and what to do."""
+
   status: str
   topic: str
   text: str
@@ -50,12 +51,20 @@ def versions():
   """The installed packages, and whether JAX's parts fit together."""
   have = {name: installed.version(name) for name in (*_PACKAGES, *_PLUGINS)}
   text = ", ".join(f"{name} {version}" for name, version in have.items() if version)
-  yield Finding(OK, "versions", f"jaxgpt {installed.version('jaxgpt') or '(a checkout)'}, Python "
-                                f"{platform.python_version()}, {text}")
+  yield Finding(
+    OK,
+    "versions",
+    f"jaxgpt {installed.version('jaxgpt') or '(a checkout)'}, Python "
+    f"{platform.python_version()}, {text}",
+  )
   for name, wanted in jax_requirements().items():
     if have.get(name) and not fits(have[name], wanted):
-      yield Finding(PROBLEM, "versions", f"{name} {have[name]} does not fit jax {have['jax']}, "
-                    f"which needs {name}{wanted}: pip install '{name}{wanted}'")
+      yield Finding(
+        PROBLEM,
+        "versions",
+        f"{name} {have[name]} does not fit jax {have['jax']}, "
+        f"which needs {name}{wanted}: pip install '{name}{wanted}'",
+      )
 
 
 def jax_requirements():
@@ -72,14 +81,16 @@ def jax_requirements():
 
 def fits(version, wanted):
   """Whether a version satisfies '<=0.10.2,>=0.10.0' or '==0.0.42.*'; of numbers and dots alone."""
+
   def numbers(text):
     return tuple(int(n) for n in re.findall(r"\d+", re.split(r"[^\d.]", text)[0]))
+
   for part in wanted.split(","):
     sign, value = re.match(r"\s*([<>=!~]+)\s*(.*?)\s*$", part).groups()
     have, want = numbers(version), numbers(value.removesuffix(".*"))
-    if sign == "==" and have[:len(want)] != want:
+    if sign == "==" and have[: len(want)] != want:
       return False
-    if (sign == ">=" and have < want) or (sign == "<=" and have[:len(want)] > want):
+    if (sign == ">=" and have < want) or (sign == "<=" and have[: len(want)] > want):
       return False
   return True
 
@@ -92,12 +103,20 @@ def cluster():
   elif settings is None:
     yield Finding(OK, "processes", "one: nothing says that there are others")
   elif settings.coordinator:
-    yield Finding(OK, "processes", f"this is process {settings.process_id} of "
-                  f"{settings.num_processes}, the coordinator {settings.coordinator}; what follows "
-                  "is looked at in this process alone")
+    yield Finding(
+      OK,
+      "processes",
+      f"this is process {settings.process_id} of "
+      f"{settings.num_processes}, the coordinator {settings.coordinator}; what follows "
+      "is looked at in this process alone",
+    )
   else:
-    yield Finding(OK, "processes", "JAX will be told by the cluster (SLURM, Open MPI or Cloud TPU) "
-                  "who the others are; what follows is looked at in this process alone")
+    yield Finding(
+      OK,
+      "processes",
+      "JAX will be told by the cluster (SLURM, Open MPI or Cloud TPU) "
+      "who the others are; what follows is looked at in this process alone",
+    )
 
 
 def devices():
@@ -117,23 +136,35 @@ def devices():
   if cluster_lib.has_tpu_chips() and "tpu" not in platforms:
     yield from _unused_tpu(chosen)
   elif installed.version("libtpu") and not cluster_lib.has_tpu_chips() and chosen != "cpu":
-    yield Finding(WARNING, "devices", "libtpu is installed, but this machine has no TPU chip: JAX "
-                  "looks for one at each start; set JAX_PLATFORMS=cpu")
+    yield Finding(
+      WARNING,
+      "devices",
+      "libtpu is installed, but this machine has no TPU chip: JAX "
+      "looks for one at each start; set JAX_PLATFORMS=cpu",
+    )
   if glob.glob("/dev/nvidia[0-9]*") and not platforms & {"cuda", "gpu"}:
     plugin = installed.version("jax-cuda13-plugin") or installed.version("jax-cuda12-plugin")
-    why = ("JAX_PLATFORMS leaves it out: unset it" if plugin and chosen and "cuda" not in chosen
-           else "its driver and JAX's CUDA plugin don't fit: run nvidia-smi, update the driver"
-           if plugin else "JAX has no CUDA plugin: pip install 'jaxgpt[cuda]'")
+    why = (
+      "JAX_PLATFORMS leaves it out: unset it"
+      if plugin and chosen and "cuda" not in chosen
+      else "its driver and JAX's CUDA plugin don't fit: run nvidia-smi, update the driver"
+      if plugin
+      else "JAX has no CUDA plugin: pip install 'jaxgpt[cuda]'"
+    )
     yield Finding(WARNING, "devices", f"there is an NVIDIA GPU that would not be used; {why}")
 
 
 def _unused_tpu(chosen):
   if not installed.version("libtpu"):
-    yield Finding(WARNING, "devices", "there are TPU chips that would not be used: "
-                  "pip install 'jaxgpt[tpu]'")
+    yield Finding(
+      WARNING, "devices", "there are TPU chips that would not be used: pip install 'jaxgpt[tpu]'"
+    )
   elif chosen and "tpu" not in chosen:
-    yield Finding(WARNING, "devices", f"there are TPU chips that JAX_PLATFORMS={chosen} leaves "
-                  "out: unset it to use them")
+    yield Finding(
+      WARNING,
+      "devices",
+      f"there are TPU chips that JAX_PLATFORMS={chosen} leaves out: unset it to use them",
+    )
   else:
     holder = who_has([_LOCK, *glob.glob("/dev/accel[0-9]*"), *glob.glob("/dev/vfio/[0-9]*")])
     cure = f"if no other process runs on them, delete {_LOCK} and try again"
@@ -157,11 +188,15 @@ def _start_backend(seconds=_BACKEND_SECONDS):
   """(JAX's devices, None), or ([], why there are none)."""
   found, error = within(seconds, jax.devices)
   if isinstance(error, TimeoutError):
-    return [], (f"JAX's backend does not start within {seconds} s: it waits for a lock ({_LOCK}), "
-                "or for the other hosts of this TPU slice: run doctor on all of them at once")
+    return [], (
+      f"JAX's backend does not start within {seconds} s: it waits for a lock ({_LOCK}), "
+      "or for the other hosts of this TPU slice: run doctor on all of them at once"
+    )
   if error:
-    return [], (f"JAX finds no device: {(str(error).splitlines() or ['?'])[0]}; see JAX_PLATFORMS, "
-                "and the lines below")
+    return [], (
+      f"JAX finds no device: {(str(error).splitlines() or ['?'])[0]}; see JAX_PLATFORMS, "
+      "and the lines below"
+    )
   return found, None
 
 

@@ -41,29 +41,40 @@ def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=Non
   source, folder = epath.Path(source), epath.Path(folder)
   family, hf = init_from.read_config_json(source)
   _, found = convert.read(hf)
-  c = convert.configured(found, model__preset=family.model_type, model__dtype=dtype,
-                         init_from=str(source),
-                         data__seq_len=seq_len or min(found["max_len"], CONTEXT))
+  c = convert.configured(
+    found,
+    model__preset=family.model_type,
+    model__dtype=dtype,
+    init_from=str(source),
+    data__seq_len=seq_len or min(found["max_len"], CONTEXT),
+  )
   tensors = safetensors.scan(source)
   device_mesh, parts = load.place(c)
   abstract = parts.state["params"]
-  match = convert.find(family, convert.publish(family, c.model, abstract), tensors,
-                       c.model.tie_embeddings)
+  match = convert.find(
+    family, convert.publish(family, c.model, abstract), tensors, c.model.tie_embeddings
+  )
   convert.check(match, tensors, source)
   tokens = load_tokenizer(source, tokenizer, c.model.vocab_size)
-  origin = {key: "config.json" if key.removeprefix("model.") in found else "base"
-            for key in config.flatten(c)}
+  origin = {
+    key: "config.json" if key.removeprefix("model.") in found else "base"
+    for key in config.flatten(c)
+  }
   run_folder.enter(folder, c, origin, device_mesh, "", tokens)
   largest = max(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
-  checkpoints = checkpoints_lib.Checkpoints(folder / run_folder.CHECKPOINTS,
-                                       writing_gb=(largest + 1e6) / 1e9)
+  checkpoints = checkpoints_lib.Checkpoints(
+    folder / run_folder.CHECKPOINTS, writing_gb=(largest + 1e6) / 1e9
+  )
   if checkpoints.latest() is not None:
     raise UserError(f"--workdir={folder} holds this model already; choose another folder")
   params = weights.complete(weights.load(match.pairs, abstract), abstract)
   checkpoints.save({"step": np.int32(0), "nonfinite_step": np.int32(-1), "params": params})
   checkpoints.close()
-  return {"family": family.model_type, "parameters": tree.count(params),
-          "bytes": sum(t.nbytes for t in tensors.values())}
+  return {
+    "family": family.model_type,
+    "parameters": tree.count(params),
+    "bytes": sum(t.nbytes for t in tensors.values()),
+  }
 
 
 def load_tokenizer(source, other, vocab_size):
@@ -82,13 +93,16 @@ def load_tokenizer(source, other, vocab_size):
   except UserError as e:
     raise UserError(f"{e}; name another with --tokenizer=PATH") from e
   if tokens.vocab_size > vocab_size:
-    raise UserError(f"the tokenizer in {other or source} has {tokens.vocab_size} ids, the model "
-                    f"{vocab_size} rows of its embedding; name another with --tokenizer=PATH")
+    raise UserError(
+      f"the tokenizer in {other or source} has {tokens.vocab_size} ids, the model "
+      f"{vocab_size} rows of its embedding; name another with --tokenizer=PATH"
+    )
   return tokens
 
 
-def export_run(folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, family=None,
-               certify=True):
+def export_run(
+  folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, family=None, certify=True
+):
   """Writes a run's weights as a folder that transformers loads, with a certificate of parity.
 
   The folder appears whole or not at all.
@@ -117,8 +131,11 @@ def export_run(folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, 
     if c.model.head in ("pooler", "none"):  # the bare model's names have no prefix
       published = [p._replace(name=p.name.removeprefix(family.prefix)) for p in published]
     files = weights.save(part, published, run.params, dtype, shard_bytes)
-    ids = dict(bos_token_id=run.tokenizer.bos_id, eos_token_id=run.tokenizer.eos_id,
-               pad_token_id=run.tokenizer.pad_id)
+    ids = dict(
+      bos_token_id=run.tokenizer.bos_id,
+      eos_token_id=run.tokenizer.eos_id,
+      pad_token_id=run.tokenizer.pad_id,
+    )
     ids = {k: v for k, v in ids.items() if v is not None}
     hf = convert.write(family, c.model) | {"torch_dtype": dtype}
     hf = ids | hf if "pad_token_id" in hf else hf | ids
@@ -128,8 +145,9 @@ def export_run(folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, 
     for name, data in of_tokenizer.items():
       (part / name).write_bytes(data)
     files += ["config.json", "generation_config.json", *of_tokenizer]
-    certificate = parity.certify(part, c.model, weights.rounded(run.params, dtype),
-                                 run.tokenizer, dtype, certify)
+    certificate = parity.certify(
+      part, c.model, weights.rounded(run.params, dtype), run.tokenizer, dtype, certify
+    )
     certificate["tokenizer"]["why_not"] = why_not
     parity.write(part, certificate)
   return family.model_type, [*files, parity.JSON, parity.TEXT], certificate
@@ -155,24 +173,38 @@ def export_adapter(folder, out, *, step=None, base=None, family=None):
   out = _free(out)
   c = run_folder.read_config(folder)
   if not c.model.lora.rank:
-    raise UserError(f"--workdir={folder} has no adapters (model.lora.rank=0); export the whole "
-                    "model, without --adapter")
+    raise UserError(
+      f"--workdir={folder} has no adapters (model.lora.rank=0); export the whole "
+      "model, without --adapter"
+    )
   plain = _without_adapters(c)
   family = convert.family_of(plain.model, family)
   run = load.load(folder, step)
-  more = [path for path in tree.flatten(run.parts.state["params"]) if not path.endswith(lora.SUFFIXES)]
+  more = [
+    path for path in tree.flatten(run.parts.state["params"]) if not path.endswith(lora.SUFFIXES)
+  ]
   if more:
-    raise UserError(f"--workdir={folder} trains more than adapters ({', '.join(more[:3])}); export "
-                    "the merged model, without --adapter")
+    raise UserError(
+      f"--workdir={folder} trains more than adapters ({', '.join(more[:3])}); export "
+      "the merged model, without --adapter"
+    )
   published = convert.publish(family, plain.model, lora.merge(run.params, c.model.lora))
   tensors, fields = adapters.publish(published, run.params, c.model)
   task = {"lm": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(c.model.head, "FEATURE_EXTRACTION")
   with _whole(out) as part:
     entries = [safetensors.Entry(name, x.shape, x.dtype) for name, x in tensors.items()]
     safetensors.write_file(part / adapters.WEIGHTS, entries, lambda entry: tensors[entry.name])
-    _write_json(part / adapters.CONFIG, {
-        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base or c.init_from,
-        "bias": "none", "inference_mode": True, **fields})
+    _write_json(
+      part / adapters.CONFIG,
+      {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base or c.init_from,
+        "bias": "none",
+        "inference_mode": True,
+        **fields,
+      },
+    )
   return [adapters.CONFIG, adapters.WEIGHTS]
 
 

@@ -36,17 +36,21 @@ def inspect(folder, step, row=None, data=None, chars=300):
   if not digest:
     raise UserError(f"{folder} was imported: no step of it is known")
   if c.data.stream:
-    raise UserError(f"{folder} was trained on data.stream={c.data.stream!r}, a stream, which has "
-                    "no random access: which documents were in a step is not known. Prepare the "
-                    "files with `jaxgpt data` and train on that folder to know it")
+    raise UserError(
+      f"{folder} was trained on data.stream={c.data.stream!r}, a stream, which has "
+      "no random access: which documents were in a step is not known. Prepare the "
+      "files with `jaxgpt data` and train on that folder to know it"
+    )
   if row is not None and row >= c.data.batch_size:
     raise UserError(f"--row={row}: the rows of a step are 0 to {c.data.batch_size - 1}")
   batches = loop.split_batches(c, "train")
   load.check_data(batches, digest, c.data.path)
   tokenizer = tokenizer_lib.load(run_folder.tokenizer_folder(folder))
   seen = ", ".join(f"{name} {n:.2f}" for name, n in batches.epochs(step).items())
-  head = (f"step {step} of {folder}: {c.data.batch_size} rows of {c.data.seq_len} places for "
-          f"{c.objective.name}; epochs before it: {seen}")
+  head = (
+    f"step {step} of {folder}: {c.data.batch_size} rows of {c.data.seq_len} places for "
+    f"{c.objective.name}; epochs before it: {seen}"
+  )
   wanted = range(c.data.batch_size) if row is None else [row]
   return itertools.chain([head], _rows(batches, step, wanted, tokenizer, chars))
 
@@ -70,11 +74,19 @@ def show(path, split="train", rows=3, seed=0, seq_len=256, chars=300):
   """
   first = pipeline.check_sources(path)[0]
   kind = shards.read_manifest(first)["kind"]
-  batches = pipeline.make(path, split, seq_len=seq_len, batch_size=rows, seed=seed,
-                          objective=layouts.first_objective(kind))
+  batches = pipeline.make(
+    path,
+    split,
+    seq_len=seq_len,
+    batch_size=rows,
+    seed=seed,
+    objective=layouts.first_objective(kind),
+  )
   tokenizer = tokenizer_lib.load(first)
-  head = (f"{split} of {path}: {batches.num_documents:,} documents of kind {kind} in "
-          f"{batches.len_rows:,} rows of {seq_len}")
+  head = (
+    f"{split} of {path}: {batches.num_documents:,} documents of kind {kind} in "
+    f"{batches.len_rows:,} rows of {seq_len}"
+  )
   return itertools.chain([head], _rows(batches, 0, range(rows), tokenizer, chars))
 
 
@@ -87,8 +99,10 @@ def _rows(batches, step, wanted, tokenizer, chars):
     spans = list(zip(*(a.tolist() for a in pack.spans(r.row))))
     used = sum(length for _, _, length in spans)
     yield ""
-    yield (f"row {i}: {name}, epoch {r.epoch}, its row {r.row:,} of {pack.num_rows:,}; {used} places "
-           "filled")
+    yield (
+      f"row {i}: {name}, epoch {r.epoch}, its row {r.row:,} of {pack.num_rows:,}; {used} places "
+      "filled"
+    )
     if "chosen" in arrays:
       for span, side in zip(spans, ("chosen", "rejected")):
         part = _at(arrays[side], i, 0, span[2])
@@ -110,8 +124,10 @@ def _at(arrays, i, start, end):
 def _span(split, span, part, name, is_shifted, tokenizer, chars):
   """Lines about one span: where it is from, its text, and what of it is learned."""
   doc, start, length = span
-  yield (f"  {name}: {split.source_name(doc)} (document {doc}), tokens {start} to {start + length} "
-         f"of {split.lengths[doc] + 1}")
+  yield (
+    f"  {name}: {split.source_name(doc)} (document {doc}), tokens {start} to {start + length} "
+    f"of {split.lengths[doc] + 1}"
+  )
   learned = part["loss_weights"] > 0
   if is_shifted:
     yield from _text([*part["tokens"], part["targets"][-1]], tokenizer, chars)
@@ -142,7 +158,6 @@ def _text(ids, tokenizer, chars):
 def _learned(what, targets, learned, tokenizer, chars):
   """The runs of targets that have a weight."""
   edges = np.flatnonzero(np.diff(learned, prepend=False, append=False))
-  texts = [tokenizer.decode(targets[a:b], specials=True)
-           for a, b in zip(edges[::2], edges[1::2])]
+  texts = [tokenizer.decode(targets[a:b], specials=True) for a, b in zip(edges[::2], edges[1::2])]
   line = " ".join(map(repr, texts)) or "nothing"
   yield f"    {what}: {line[:chars] + '…' if chars and len(line) > chars else line}"

@@ -14,8 +14,9 @@ from jaxgpt.plan import topology as topology_lib
 from jaxgpt.training import compiled_step
 
 
-def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_text=None,
-         top=0, save=None):
+def plan(
+  path, overrides, topology, *, price=None, out=None, golden=None, save_text=None, top=0, save=None
+):
   """Compiles a config's train step for a topology and prints what it takes.
 
   Args:
@@ -38,11 +39,15 @@ def plan(path, overrides, topology, *, price=None, out=None, golden=None, save_t
   c = lower.resolve(config.load(path, overrides)[0])
   where = topology_lib.parse(topology)
   if save and where.chip.gpu:
-    raise UserError(f"--save={save}: XLA tunes the matmuls of a GPU's program by measuring them, so "
-                    "one that was compiled without a GPU would be slow; save it on the GPUs with "
-                    f"--topology={topology_lib.HERE}")
+    raise UserError(
+      f"--save={save}: XLA tunes the matmuls of a GPU's program by measuring them, so "
+      "one that was compiled without a GPU would be slow; save it on the GPUs with "
+      f"--topology={topology_lib.HERE}"
+    )
   if top and where.chip.gpu:
-    raise UserError(f"--top={top} reads the cycles in a TPU's program; a GPU's has none: leave it out")
+    raise UserError(
+      f"--top={top} reads the cycles in a TPU's program; a GPU's has none: leave it out"
+    )
   print(f"compiling for {where.num_chips} x {where.chip.name} …", flush=True)
   try:
     compiled = lower.compile_step(c, where, anew=bool(save))
@@ -111,9 +116,13 @@ def _explain(error, c, where):
 
 
 def _save(path, compiled):
-  made_from = compiled_step.identity(compiled.lowered, compiled.mesh, compiled.c.mesh.compiler_options)
+  made_from = compiled_step.identity(
+    compiled.lowered, compiled.mesh, compiled.c.mesh.compiler_options
+  )
   size = compiled_step.save(path, compiled.executable, made_from)
-  print(f"wrote {path}, {size / 1e6:.1f} MB; train with --config.mesh.compiled_step={path}", flush=True)
+  print(
+    f"wrote {path}, {size / 1e6:.1f} MB; train with --config.mesh.compiled_step={path}", flush=True
+  )
 
 
 def search(path, overrides, topology, *, finalists=None, keep_batch=False, out=None):
@@ -133,15 +142,27 @@ def search(path, overrides, topology, *, finalists=None, keep_batch=False, out=N
   c = lower.resolve(config.load(path, overrides)[0])
   where = topology_lib.parse(topology)
   topology_lib.devices(where)  # that there is a compiler is asked once, not for each plan
-  results = search_lib.search(c, where, finalists, keep_batch,
-                              say=lambda line: print(line, flush=True))
+  results = search_lib.search(
+    c, where, finalists, keep_batch, say=lambda line: print(line, flush=True)
+  )
   print("\n".join(search_lib.table(results)), flush=True)
   if out:
-    _write(out, json.dumps([{"changes": r.candidate.changes, "estimated_bytes": r.candidate.bytes,
-                             "figures": r.figures,
-                             "needed_bytes": getattr(r.error, "needed", None),
-                             "refused": str(r.error) if isinstance(r.error, UserError) else None}
-                            for r in results], indent=2))
+    _write(
+      out,
+      json.dumps(
+        [
+          {
+            "changes": r.candidate.changes,
+            "estimated_bytes": r.candidate.bytes,
+            "figures": r.figures,
+            "needed_bytes": getattr(r.error, "needed", None),
+            "refused": str(r.error) if isinstance(r.error, UserError) else None,
+          }
+          for r in results
+        ],
+        indent=2,
+      ),
+    )
   return 0 if results[0].fits else 1
 
 

@@ -9,16 +9,29 @@ from ml_collections import config_dict
 MESH_AXES = ("data", "fsdp", "seq", "tensor", "expert", "stage")
 
 # Keys that may differ between a run and its continuation: they don't change what is computed.
-FREE_ON_RESUME = ("mesh", "log", "checkpoint", "eval", "data.prefetch", "data.threads",
-                  "data.path", "model.remat", "model.scan_unroll", "model.materialize",
-                  "model.attention", "objective.loss_chunk")
+FREE_ON_RESUME = (
+  "mesh",
+  "log",
+  "checkpoint",
+  "eval",
+  "data.prefetch",
+  "data.threads",
+  "data.path",
+  "model.remat",
+  "model.scan_unroll",
+  "model.materialize",
+  "model.attention",
+  "objective.loss_chunk",
+)
 
 
 def base():
   """Every key there is. A placeholder (`None`, but typed) is derived from others by `resolve`."""
   c = ml_collections.ConfigDict()
   c.seed = 0  # seed of the initial weights, of dropout and of the data order
-  c.init_from = ""  # run folder or Hugging Face folder whose weights step 0 starts from; empty: random
+  c.init_from = (
+    ""  # run folder or Hugging Face folder whose weights step 0 starts from; empty: random
+  )
 
   _model(c)
 
@@ -38,12 +51,16 @@ def base():
 
   c.objective = o = ml_collections.ConfigDict()
   o.name = "causal_lm"  # causal_lm | masked_lm | classification | preference (DPO, of adapters)
-  o.beta = 0.1  # preference: how far the model may move from the one without adapters; less is further
+  o.beta = (
+    0.1  # preference: how far the model may move from the one without adapters; less is further
+  )
   o.mask_rate = 0.15  # masked_lm: share of the tokens that are to be guessed
   o.mask_replace = 0.8  # masked_lm: share of these that the mask stands for
   o.mask_random = 0.1  # masked_lm: share of these that become any token; the others stay
   o.mask_whole_words = False  # masked_lm: choose words, with all of their tokens
-  o.loss_chunk = 0  # causal_lm, masked_lm: tokens of a device whose logits exist at once, such as 2048; 0: all
+  o.loss_chunk = (
+    0  # causal_lm, masked_lm: tokens of a device whose logits exist at once, such as 2048; 0: all
+  )
   o.z_loss = 0.0  # weight of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM: 1e-4)
 
   c.optim = p = ml_collections.ConfigDict()
@@ -53,7 +70,9 @@ def base():
   p.b1 = 0.9  # decay of the first moment: adamw, lion, and what adamw updates beside muon
   p.b2 = 0.95  # decay of the second moment (of lion: of its momentum); adafactor has its own
   p.eps = 1e-8  # added to the root of the second moment: adamw, also beside muon
-  p.first_dtype = "float32"  # float32 | bfloat16: what adamw, lion and muon keep the first moment in
+  p.first_dtype = (
+    "float32"  # float32 | bfloat16: what adamw, lion and muon keep the first moment in
+  )
   p.second_dtype = "float32"  # float32 | bfloat16: what adamw keeps the second moment in; bfloat16 asks for b2 of at most 0.98
   p.muon_momentum = 0.95  # muon: decay of the momentum that is orthogonalised
   p.weight_decay = 0.1  # decoupled, times the learning rate; on matrices, not on norms and biases
@@ -126,32 +145,50 @@ def _rules(h):
   u.act_embed = "none"  # activations: the residual stream's dimension
   u.act_mlp = "tensor"  # activations: columns of MLPs and experts
   u.act_heads = "tensor"  # activations: heads, of queries, keys and values alike
-  u.act_vocab = "tensor"  # activations: the vocabulary, of logits and of embeddings that are looked up
+  u.act_vocab = (
+    "tensor"  # activations: the vocabulary, of logits and of embeddings that are looked up
+  )
 
 
 def _model(c):
   c.model = m = ml_collections.ConfigDict()
   m.preset = ""  # name of the preset that filled this section; for information only
-  m.vocab_size = config_dict.placeholder(int)  # rows of the embedding; default: the tokenizer's size
+  m.vocab_size = config_dict.placeholder(
+    int
+  )  # rows of the embedding; default: the tokenizer's size
   m.max_len = config_dict.placeholder(int)  # longest context, in tokens; default: data.seq_len
   m.num_layers = 6  # Transformer blocks
   m.width = 384  # size of the residual stream (D)
   m.num_heads = 6  # query heads (N)
-  m.num_kv_heads = config_dict.placeholder(int)  # key/value heads (K), divides num_heads; default: num_heads
+  m.num_kv_heads = config_dict.placeholder(
+    int
+  )  # key/value heads (K), divides num_heads; default: num_heads
   m.head_dim = config_dict.placeholder(int)  # size of one head (H); default: width / num_heads
   m.mlp_width = config_dict.placeholder(int)  # hidden size of the MLP (F); default: 4 * width
   m.norm = "layernorm"  # layernorm | rmsnorm
   m.norm_eps = 1e-5  # added to the variance
   m.norm_placement = "pre"  # pre (of a branch's input) | branch (its output: OLMo 2) | both (Gemma 2) | post (the sum: BERT)
-  m.first_norm = True  # False: attention of the first layer reads the embeddings as they are (ModernBERT)
+  m.first_norm = (
+    True  # False: attention of the first layer reads the embeddings as they are (ModernBERT)
+  )
   m.embed_norm = False  # a norm on the embeddings (BERT)
   m.embed_scale = 1.0  # factor on the embeddings (Gemma: the root of the width)
   m.position = "learned"  # learned | rotary | none
-  m.token_types = 0  # rows of a table that is added for the first and second text of a pair (BERT: 2)
-  m.attention_pattern = ("global",)  # of the layers in turn: global | local (within window) | nope (global, unrotated)
-  m.window = config_dict.placeholder(int)  # local attention: reads tokens fewer than this many places away
-  m.attn_scale = config_dict.placeholder(float)  # factor on the attention logits; default: 1 / sqrt(head_dim)
-  m.attn_softcap = config_dict.placeholder(float)  # cap * tanh(x / cap) on attention logits; default: no cap
+  m.token_types = (
+    0  # rows of a table that is added for the first and second text of a pair (BERT: 2)
+  )
+  m.attention_pattern = (
+    "global",
+  )  # of the layers in turn: global | local (within window) | nope (global, unrotated)
+  m.window = config_dict.placeholder(
+    int
+  )  # local attention: reads tokens fewer than this many places away
+  m.attn_scale = config_dict.placeholder(
+    float
+  )  # factor on the attention logits; default: 1 / sqrt(head_dim)
+  m.attn_softcap = config_dict.placeholder(
+    float
+  )  # cap * tanh(x / cap) on attention logits; default: no cap
   m.mlp_pattern = ("dense",)  # of the layers in turn: dense | moe
   m.activation = "gelu"  # gelu (tanh form) | gelu_exact | silu | relu | relu2 (squared)
   m.gated = False  # MLP multiplies the activation with a second projection (SwiGLU with silu)
@@ -160,7 +197,9 @@ def _model(c):
   m.qk_norm = "none"  # RMSNorm on queries and keys before positions: none | head (each) | all (heads together)
   m.logit_softcap = config_dict.placeholder(float)  # cap * tanh(logits / cap); default: no cap
   m.tie_embeddings = True  # the output head is the transposed embedding
-  m.head = "lm"  # lm (logits of tokens) | classifier | pooler (a vector a row) | none (hidden states)
+  m.head = (
+    "lm"  # lm (logits of tokens) | classifier | pooler (a vector a row) | none (hidden states)
+  )
   m.head_bias = False  # a bias on the logits
   m.head_transform = "none"  # layer before the head: none | tanh (BERT's pooler) | norm (activation and norm: its MLM head)
   m.pooling = "first"  # what a classifier or pooler reads: first (token) | mean
@@ -173,7 +212,9 @@ def _model(c):
   m.quantize = "none"  # none | int8 | fp8: the layers' products with weights, but experts', in eight bits (needs the extra [quant])
   m.quantize_gradients = False  # quantize: the products of the gradients too
   m.attention = "auto"  # auto (by backend) | reference | batched (CPUs) | splash (TPUs) | cudnn (GPUs, bfloat16)
-  m.scan_unroll = 1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
+  m.scan_unroll = (
+    1  # layers per iteration of the scan over layers; num_layers or more unrolls it all
+  )
   m.remat = "none"  # recompute in the backward pass: none | full | dots | save_qkv | save_attention | save:q,k,v,attention,o,gate,up,down (some of these) | offload:… (the same, to the memory of the host) | save:…+offload:…
   m.materialize = "values"  # on TPUs, what is written before matmuls read it: none | values (of norms, the MLP's product) | gradients (theirs too)
   _parts_of_model(m)
@@ -182,13 +223,19 @@ def _model(c):
 def _parts_of_model(m):
   m.rope = r = ml_collections.ConfigDict()
   r.theta = 10_000.0  # base of the rotary frequencies
-  r.local_theta = config_dict.placeholder(float)  # base in local layers, which then have no scaling; default: as global
+  r.local_theta = config_dict.placeholder(
+    float
+  )  # base in local layers, which then have no scaling; default: as global
   r.fraction = 1.0  # share of a head that is rotated
   r.scaling = "none"  # for longer contexts: none | linear | ntk | llama3 | yarn | longrope
   r.factor = 1.0  # how many times longer the context is to be
   r.original_len = config_dict.placeholder(int)  # context before that, in tokens; default: max_len
-  r.attention_factor = config_dict.placeholder(float)  # yarn, longrope: factor on sines and cosines; default: by paper
-  r.low_freq = 1.0  # llama3: turns in the original context below which a frequency is divided by factor
+  r.attention_factor = config_dict.placeholder(
+    float
+  )  # yarn, longrope: factor on sines and cosines; default: by paper
+  r.low_freq = (
+    1.0  # llama3: turns in the original context below which a frequency is divided by factor
+  )
   r.high_freq = 4.0  # llama3: turns above which it is kept
   r.beta_fast = 32.0  # yarn: turns above which a frequency is kept
   r.beta_slow = 1.0  # yarn: turns below which it is divided by factor
@@ -206,12 +253,16 @@ def _parts_of_model(m):
   x.scale = 1.0  # factor on these weights
   x.groups = 1  # groups of experts; a token goes to experts of the best top_groups groups
   x.top_groups = 1  # see groups
-  x.capacity = 0.0  # places of an expert in a row, in shares of an even load; 0: no token is dropped
+  x.capacity = (
+    0.0  # places of an expert in a row, in shares of an even load; 0: no token is dropped
+  )
   x.balance_loss = 0.01  # weight of the loss that spreads tokens over the experts
   x.z_loss = 0.001  # weight of the loss that keeps the router's logits small
 
   m.latent = a = ml_collections.ConfigDict()
-  a.kv_rank = 0  # size that keys and values are compressed to (multi-head latent attention); 0: they are not
+  a.kv_rank = (
+    0  # size that keys and values are compressed to (multi-head latent attention); 0: they are not
+  )
   a.q_rank = 0  # size that queries are compressed to; 0: they are not
   a.rope_dim = 64  # last entries of a head that are rotated; keys share theirs over the heads
   a.v_dim = config_dict.placeholder(int)  # size of a head's values; default: head_dim
@@ -220,4 +271,7 @@ def _parts_of_model(m):
   b.rank = 0  # rank of the products that are trained instead of the weights (LoRA); 0: off
   b.alpha = 16.0  # factor on these products, divided by the rank
   b.dropout = 0.0  # drop rate on their input while training
-  b.targets = ("q", "v")  # weights of the layers that get one, by name or pattern: q k v o gate up down
+  b.targets = (
+    "q",
+    "v",
+  )  # weights of the layers that get one, by name or pattern: q k v o gate up down

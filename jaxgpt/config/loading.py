@@ -28,8 +28,9 @@ def preset(name):
     UserError: there is no preset of that name.
   """
   if name not in PRESETS:
-    raise UserError(f"no preset {name!r}; {checks.nearest(name, PRESETS)}"
-                    f"there are: {', '.join(sorted(PRESETS))}")
+    raise UserError(
+      f"no preset {name!r}; {checks.nearest(name, PRESETS)}there are: {', '.join(sorted(PRESETS))}"
+    )
   return dict(PRESETS[name], preset=name)
 
 
@@ -90,11 +91,15 @@ def load(path, overrides=()):
     row = key.removeprefix("mesh.rules.")
     if row != key and row in checks.FIXED_RULES:
       names, by = checks.FIXED_RULES[row]
-      raise UserError(f"--config.{key} cannot be set: {by} is written for {row!r} over "
-                      f"{' x '.join(f'mesh.{name}' for name in names)}; set the sizes of these")
+      raise UserError(
+        f"--config.{key} cannot be set: {by} is written for {row!r} over "
+        f"{' x '.join(f'mesh.{name}' for name in names)}; set the sizes of these"
+      )
     if key not in flat and not any(k.startswith(key + ".") for k in flat):
-      raise UserError(f"unknown config key --config.{key}; {checks.nearest(key, flat)}"
-                      "docs/config.md lists them all")
+      raise UserError(
+        f"unknown config key --config.{key}; {checks.nearest(key, flat)}"
+        "docs/config.md lists them all"
+      )
   c, from_file = _parse(path, arg, overrides)
   final = flatten(c)
   preset_values = flatten({"model": PRESETS.get(c.model.preset, {})})
@@ -127,13 +132,17 @@ def _parse(path, arg, overrides):
   except UserError:
     raise
   except Exception as e:  # the user's own code may raise anything; ml_collections names bad keys
-    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
-             if frame.filename == os.path.abspath(path)]
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(e.__traceback__)
+      if frame.filename == os.path.abspath(path)
+    ]
     where = f"{path}:{lines[-1]}" if lines else path
     raise UserError(f"{where}: {type(e).__name__}: {' '.join(str(e).split())}") from e
   if not isinstance(c, ml_collections.ConfigDict):
-    raise UserError(f"{path}: get_config() returned a {type(c).__name__}; return config.base() "
-                    "with your changes")
+    raise UserError(
+      f"{path}: get_config() returned a {type(c).__name__}; return config.base() with your changes"
+    )
   known, given = flatten(base()), flatten(c)
   for key in sorted(given.keys() ^ known.keys()):
     what = "unknown key" if key in given else "lacks the key"
@@ -169,24 +178,26 @@ def resolve(c, vocab_size=None):
   c = c.copy_and_resolve_references()
   m = c.model
   defaults = [  # in this order: some read what others fill in
-      (m, "vocab_size", lambda: vocab_size),
-      (m, "max_len", lambda: c.data.seq_len),
-      (m, "num_kv_heads", lambda: m.num_heads),
-      (m, "head_dim", lambda: m.width // m.num_heads),
-      (m, "mlp_width", lambda: 4 * m.width),
-      (m, "qkv_bias", lambda: m.bias),
-      (m, "attn_scale", lambda: m.head_dim**-0.5),
-      (m.rope, "original_len", lambda: m.max_len),
-      (m.moe, "width", lambda: m.mlp_width),
-      (m.latent, "v_dim", lambda: m.head_dim),
-      (c.optim, "adam_lr", lambda: c.optim.lr),
-      (c.eval, "batch_size", lambda: c.data.batch_size),
+    (m, "vocab_size", lambda: vocab_size),
+    (m, "max_len", lambda: c.data.seq_len),
+    (m, "num_kv_heads", lambda: m.num_heads),
+    (m, "head_dim", lambda: m.width // m.num_heads),
+    (m, "mlp_width", lambda: 4 * m.width),
+    (m, "qkv_bias", lambda: m.bias),
+    (m, "attn_scale", lambda: m.head_dim**-0.5),
+    (m.rope, "original_len", lambda: m.max_len),
+    (m.moe, "width", lambda: m.mlp_width),
+    (m.latent, "v_dim", lambda: m.head_dim),
+    (c.optim, "adam_lr", lambda: c.optim.lr),
+    (c.eval, "batch_size", lambda: c.data.batch_size),
   ]
   checks.values(flatten(c))
   checks.rules(c.mesh.rules, MESH_AXES)
   if m.head_dim is None and m.width % m.num_heads:
-    raise UserError(f"model.num_heads={m.num_heads} does not divide model.width={m.width}; "
-                    "choose a divisor, or set model.head_dim")
+    raise UserError(
+      f"model.num_heads={m.num_heads} does not divide model.width={m.width}; "
+      "choose a divisor, or set model.head_dim"
+    )
   for section, key, value in defaults:
     if section[key] is None:
       section[key] = value()
@@ -201,8 +212,11 @@ def difference(old, new):
     old, new: nested dicts or ConfigDicts.
   """
   a, b = flatten(old), flatten(new)
-  return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys())
-          if not is_free_on_resume(key) and a.get(key) != b.get(key)]
+  return [
+    (key, a.get(key), b.get(key))
+    for key in sorted(a.keys() | b.keys())
+    if not is_free_on_resume(key) and a.get(key) != b.get(key)
+  ]
 
 
 def is_free_on_resume(key):

@@ -7,10 +7,13 @@ A family is nothing but the fields it sets; sizes of it override widths and dept
 def _sizes(family, fields, **sizes):
   """{'family_size': a size's (layers, width, heads, kv heads, mlp width) and what else it has}."""
   keys = ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
-  return {f"{family}_{name}": fields | dict(zip(keys, values[:5], strict=True)) | values[5]
-          for name, values in sizes.items()}
+  return {
+    f"{family}_{name}": fields | dict(zip(keys, values[:5], strict=True)) | values[5]
+    for name, values in sizes.items()
+  }
 
 
+# fmt: off
 _GPT2 = dict(
     vocab_size=50257, max_len=1024, norm="layernorm", norm_eps=1e-5, position="learned",
     activation="gelu", gated=False, bias=True, tie_embeddings=True)  # Radford et al. 2019
@@ -155,3 +158,4 @@ PRESETS = {
     **_sizes("modernbert", _MODERNBERT,
              base=(22, 768, 12, 12, 1152, {}), large=(28, 1024, 16, 16, 2624, {})),
 }
+# fmt: on

@@ -1,6 +1,6 @@
 """Writes docs/config.md: the keys of the base config with their defaults and comments.
 
-  python -m jaxgpt.config.reference > docs/config.md
+python -m jaxgpt.config.reference > docs/config.md
 """
 
 import inspect
@@ -42,13 +42,16 @@ def text():
     name = f"{section}.{key}" if section else key
     comment = comment.replace("|", "\\|")
     parts.append(f"| `{name}` | {default} | {comment} |\n")
-  parts.append("\n## Presets\n\n`c.model.update(config.preset(NAME))` fills the `model` section "
-               "with a published architecture: "
-               + ", ".join(f"`{name}`" for name in presets.PRESETS) + ".\n")
-  parts.append("\n## What may change when a run goes on\n\n"
-               "A run folder refuses another config, but for the keys under "
-               + ", ".join(f"`{key}`" for key in keys.FREE_ON_RESUME)
-               + ": they don't change what is computed.\n")
+  parts.append(
+    "\n## Presets\n\n`c.model.update(config.preset(NAME))` fills the `model` section "
+    "with a published architecture: " + ", ".join(f"`{name}`" for name in presets.PRESETS) + ".\n"
+  )
+  parts.append(
+    "\n## What may change when a run goes on\n\n"
+    "A run folder refuses another config, but for the keys under "
+    + ", ".join(f"`{key}`" for key in keys.FREE_ON_RESUME)
+    + ": they don't change what is computed.\n"
+  )
   return "".join(parts)
 
 

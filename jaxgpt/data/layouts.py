@@ -15,6 +15,7 @@ from jaxgpt.errors import UserError
 
 class Item(NamedTuple):
   """A row to make."""
+
   split: source.Split
   pack: packings.PackIndex
   row: int
@@ -28,6 +29,7 @@ class CausalLM:
   a prediction that is learned and 0 for others and padding. segment_ids: int32, 1, 2, … for the
   spans of a row in their order; 0 for padding. positions: int32, from 0 in each span.
   """
+
   kinds = ("text", "seq2seq", "chat")
 
   def index(self, split, packing, seq_len):
@@ -47,19 +49,21 @@ def packed(rows, num_rows, seq_len):
     num_rows: of the arrays; those without pieces are padding.
     seq_len: T.
   """
-  out = _zeros(num_rows, seq_len, "tokens", "targets", "segment_ids", "positions",
-               floats=("loss_weights",))
+  out = _zeros(
+    num_rows, seq_len, "tokens", "targets", "segment_ids", "positions", floats=("loss_weights",)
+  )
   places = np.arange(seq_len, dtype=np.int32)
   for i, pieces in enumerate(rows):
     tokens_T, targets_T, weights_T, segment_ids_T, positions_T = (
-        out[key][i] for key in ("tokens", "targets", "loss_weights", "segment_ids", "positions"))
+      out[key][i] for key in ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+    )
     at = 0
     for segment, ids in enumerate(pieces, 1):
       end = at + len(ids) - 1
       tokens_T[at:end] = ids[:-1]
       targets_T[at:end] = ids[1:]
       segment_ids_T[at:end] = segment
-      positions_T[at:end] = places[:end - at]
+      positions_T[at:end] = places[: end - at]
       at = end
     weights_T[:at] = 1
   return out
@@ -82,7 +86,7 @@ def _weigh(weights_T, split, spans):
     for first, last in split.trained(doc).tolist():
       # The prediction of stored token s is number s - 1.
       low, high = max(first - 1 - start, 0), min(last - 1 - start, length)
-      weights_T[at + low:at + max(low, high)] = 1
+      weights_T[at + low : at + max(low, high)] = 1
     at += length
 
 
@@ -91,6 +95,7 @@ class MaskedLM:
 
   tokens: as the model sees them. targets: as they were. loss_weights: 1 where one was chosen.
   """
+
   kinds = ("text",)
 
   def __init__(self, masking):
@@ -103,8 +108,9 @@ class MaskedLM:
 
   def batch(self, items, num_rows, seq_len):
     """As `CausalLM.batch`."""
-    out = _zeros(num_rows, seq_len, "tokens", "targets", "segment_ids", "positions",
-                 floats=("loss_weights",))
+    out = _zeros(
+      num_rows, seq_len, "tokens", "targets", "segment_ids", "positions", floats=("loss_weights",)
+    )
     places = np.arange(seq_len, dtype=np.int32)
     for i, (_, _, pieces) in enumerate(_read(items, 0)):
       at = 0
@@ -112,10 +118,11 @@ class MaskedLM:
         here = slice(at, at + len(ids))
         out["targets"][i, here] = ids
         out["segment_ids"][i, here] = segment
-        out["positions"][i, here] = places[:len(ids)]
+        out["positions"][i, here] = places[: len(ids)]
         at += len(ids)
       out["tokens"][i], out["loss_weights"][i] = self._masking(
-          out["targets"][i], out["segment_ids"][i], items[i].position)
+        out["targets"][i], out["segment_ids"][i], items[i].position
+      )
     return out
 
 
@@ -126,6 +133,7 @@ class Classification:
   classes, or float32 where they have no names; loss_weights float32, 0 for a row of padding. Of
   what is too long the end of the longer text is cut, and its eos kept.
   """
+
   kinds = ("classification",)
 
   def __init__(self, has_classes):
@@ -176,27 +184,43 @@ class Preference:
 
   The two answers to a prompt are in the same row. What is too long loses its end.
   """
+
   kinds = ("preference",)
 
   def index(self, split, packing, seq_len):
     """A row for each two documents; `packing` does not matter. See `CausalLM.index`."""
     del packing
     docs = len(split.lengths)
-    pack = packings.PackIndex(seq_len, np.arange(0, docs + 1, 2), np.arange(docs),
-                              np.zeros(docs, np.int64), np.minimum(split.lengths, seq_len))
+    pack = packings.PackIndex(
+      seq_len,
+      np.arange(0, docs + 1, 2),
+      np.arange(docs),
+      np.zeros(docs, np.int64),
+      np.minimum(split.lengths, seq_len),
+    )
     return pack, int((split.lengths > seq_len).sum())
 
   def batch(self, items, num_rows, seq_len):
     """As `CausalLM.batch`."""
     rows = _read(items, 1)
-    return {name: _predictions([(split, [a[side:side + 1] for a in spans], pieces[side:side + 1])
-                                for split, spans, pieces in rows], num_rows, seq_len)
-            for side, name in enumerate(("chosen", "rejected"))}
+    return {
+      name: _predictions(
+        [
+          (split, [a[side : side + 1] for a in spans], pieces[side : side + 1])
+          for split, spans, pieces in rows
+        ],
+        num_rows,
+        seq_len,
+      )
+      for side, name in enumerate(("chosen", "rejected"))
+    }
 
 
 def _zeros(num_rows, seq_len, *names, floats=()):
-  return {name: np.zeros((num_rows, seq_len), np.float32 if name in floats else np.int32)
-          for name in (*names, *floats)}
+  return {
+    name: np.zeros((num_rows, seq_len), np.float32 if name in floats else np.int32)
+    for name in (*names, *floats)
+  }
 
 
 def _read(items, more):
@@ -215,10 +239,19 @@ def _read(items, more):
   return out
 
 
-OBJECTIVES = {"causal_lm": CausalLM, "masked_lm": MaskedLM, "classification": Classification,
-              "preference": Preference}
-_OF_KIND = {"text": "causal_lm or masked_lm", "seq2seq": "causal_lm", "chat": "causal_lm",
-            "classification": "classification", "preference": "preference"}
+OBJECTIVES = {
+  "causal_lm": CausalLM,
+  "masked_lm": MaskedLM,
+  "classification": Classification,
+  "preference": Preference,
+}
+_OF_KIND = {
+  "text": "causal_lm or masked_lm",
+  "seq2seq": "causal_lm",
+  "chat": "causal_lm",
+  "classification": "classification",
+  "preference": "preference",
+}
 
 
 def first_objective(kind):
@@ -242,12 +275,15 @@ def make(objective, splits, masking=None):
   for other, split in splits:
     if split.kind not in layout.kinds:
       raise UserError(
-          f"objective.name={objective!r} takes data of kind {' or '.join(layout.kinds)}, and "
-          f"{other!r} is of kind {split.kind}: set objective.name to {_OF_KIND[split.kind]}, or "
-          f"prepare it with --kind={layout.kinds[0]}")
+        f"objective.name={objective!r} takes data of kind {' or '.join(layout.kinds)}, and "
+        f"{other!r} is of kind {split.kind}: set objective.name to {_OF_KIND[split.kind]}, or "
+        f"prepare it with --kind={layout.kinds[0]}"
+      )
     if split.label_names != first.label_names:
-      raise UserError(f"{other!r} and {name!r} have other classes: {', '.join(split.label_names)} "
-                      f"and {', '.join(first.label_names)}; prepare them together")
+      raise UserError(
+        f"{other!r} and {name!r} have other classes: {', '.join(split.label_names)} "
+        f"and {', '.join(first.label_names)}; prepare them together"
+      )
   if layout is MaskedLM:
     return MaskedLM(masking)
   return Classification(bool(first.label_names)) if layout is Classification else layout()

@@ -21,6 +21,7 @@ class Masking(NamedTuple):
       before it, and is chosen with it. None: each token is a word.
     key: an integer that the draws depend on, besides the row's position.
   """
+
   rate: float
   replace: float
   random: float
@@ -83,18 +84,33 @@ def make(c_objective, tokenizer, seed):
   """
   if tokenizer.mask_id is None:
     raise UserError(
-        "objective.name='masked_lm' needs a token that stands for a masked one, and the tokenizer "
-        f"({tokenizer.kind}) has none; prepare the data with --tokenizer=sentencepiece:SIZE, "
-        "--tokenizer=bytes or the tokenizer of a masked language model")
+      "objective.name='masked_lm' needs a token that stands for a masked one, and the tokenizer "
+      f"({tokenizer.kind}) has none; prepare the data with --tokenizer=sentencepiece:SIZE, "
+      "--tokenizer=bytes or the tokenizer of a masked language model"
+    )
   is_special = np.zeros(tokenizer.vocab_size, bool)
-  specials = [*tokenizer.special_ids.values(), tokenizer.bos_id, tokenizer.eos_id,
-              tokenizer.mask_id, tokenizer.pad_id, tokenizer.unk_id]
+  specials = [
+    *tokenizer.special_ids.values(),
+    tokenizer.bos_id,
+    tokenizer.eos_id,
+    tokenizer.mask_id,
+    tokenizer.pad_id,
+    tokenizer.unk_id,
+  ]
   is_special[[i for i in specials if i is not None]] = True
   ordinary = np.nonzero(~is_special)[0].astype(np.int32)
   key = np.random.SeedSequence(seed % 2**64).generate_state(1, np.uint64)[0]
   joins = word_joins(tokenizer, is_special) if c_objective.mask_whole_words else None
-  return Masking(c_objective.mask_rate, c_objective.mask_replace, c_objective.mask_random,
-                 tokenizer.mask_id, ordinary, is_special, joins, int(key))
+  return Masking(
+    c_objective.mask_rate,
+    c_objective.mask_replace,
+    c_objective.mask_random,
+    tokenizer.mask_id,
+    ordinary,
+    is_special,
+    joins,
+    int(key),
+  )
 
 
 def word_joins(tokenizer, is_special):

@@ -72,8 +72,7 @@ class Mixture:
   def _count(self, segment, source, position):
     low, high = self._bounds[segment][source], self._bounds[segment][source + 1]
     inside = lambda n: self._below(high, n) - self._below(low, n)
-    return (self._before[segment][source] + inside(position)
-            - inside(self._starts[segment]))
+    return self._before[segment][source] + inside(position) - inside(self._starts[segment])
 
   def _below(self, bound, n):
     """How many of the first n draws are below `bound`."""
@@ -81,7 +80,7 @@ class Mixture:
       return 0
     if bound == _M:
       return n
-    return (floor_sum(n, _M, _A, self._b) - floor_sum(n, _M, _A, self._b - bound + _M) + n)
+    return floor_sum(n, _M, _A, self._b) - floor_sum(n, _M, _A, self._b - bound + _M) + n
 
   def locate(self, first, count):
     """The sources of consecutive positions, and the number of each row within its source.
@@ -103,8 +102,7 @@ class Mixture:
       sources[part] = chosen = self._draw(segment, low, high)
       for source in np.unique(chosen).tolist():
         of_source = np.nonzero(chosen == source)[0]
-        numbers[part][of_source] = (self._count(segment, source, low)
-                                    + np.arange(len(of_source)))
+        numbers[part][of_source] = self._count(segment, source, low) + np.arange(len(of_source))
     return sources, numbers
 
   def _draw(self, segment, low, high):
@@ -119,8 +117,10 @@ def _bounds(weights, num_sources):
   """Where each source's interval of [0, M) begins, and M: num_sources + 1 integers."""
   weights = [float(w) for w in weights]
   if len(weights) != num_sources:
-    raise UserError(f"{len(weights)} weights {tuple(weights)} for {num_sources} sources; data.weights "
-                    "and each of data.weight_changes need one weight for each folder of data.path")
+    raise UserError(
+      f"{len(weights)} weights {tuple(weights)} for {num_sources} sources; data.weights "
+      "and each of data.weight_changes need one weight for each folder of data.path"
+    )
   if not all(w >= 0 and w < float("inf") for w in weights) or not sum(weights) > 0:
     raise UserError(f"weights {tuple(weights)}: each must be at least 0, and one above 0")
   total = sum(weights)

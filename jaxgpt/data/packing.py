@@ -23,6 +23,7 @@ class PackIndex:
     row_offsets: int64 [R + 1]; the spans of row r are row_offsets[r] : row_offsets[r + 1].
     doc, start, length: [S] integers, a span's document, first prediction and predictions.
   """
+
   seq_len: int
   row_offsets: np.ndarray
   doc: np.ndarray
@@ -115,7 +116,7 @@ def _best_fit_decreasing(sizes, capacity):
       use = min(len(rows), -(-(high - low) // per_row))
       taken, rows_with[room] = rows[:use], rows[use:]
       placed = min(high - low, use * per_row)
-      row_of[order[low:low + placed]] = np.repeat(taken, per_row)[:placed]
+      row_of[order[low : low + placed]] = np.repeat(taken, per_row)[:placed]
       low += placed
       last = placed - (use - 1) * per_row  # items in the last row taken
       rows_with[room - per_row * size].extend(taken[:-1])
@@ -165,8 +166,13 @@ def _pieces(lengths, seq_len):
 def _index(seq_len, row, doc, start, length):
   """The PackIndex of spans that are sorted by row; each row has at least one."""
   num_rows = int(row[-1]) + 1 if len(row) else 0
-  return PackIndex(seq_len, np.searchsorted(row, np.arange(num_rows + 1)).astype(np.int64),
-                   _compact(doc), _compact(start), _compact(length))
+  return PackIndex(
+    seq_len,
+    np.searchsorted(row, np.arange(num_rows + 1)).astype(np.int64),
+    _compact(doc),
+    _compact(start),
+    _compact(length),
+  )
 
 
 def _compact(x):

@@ -20,6 +20,7 @@ from jaxgpt.text.prepare import shards
 
 class Row(NamedTuple):
   """Where a row of a batch comes from."""
+
   position: int  # number in the endless sequence of rows: step * B + its place in the batch
   source: int  # number of its source
   epoch: int  # how often all rows of its source have been seen before
@@ -28,6 +29,7 @@ class Row(NamedTuple):
 
 class Source(NamedTuple):
   """One prepared folder in a mixture."""
+
   name: str
   split: source.Split
   pack: packings.PackIndex
@@ -60,14 +62,27 @@ def check_sources(path):
     first = first or tokenizer
     if tokenizer["digest"] != first["digest"]:
       raise UserError(
-          f"data.path mixes tokenizers: {os.fspath(folder)!r} was written with {tokenizer['kind']} "
-          f"{tokenizer['digest'][:12]}, {os.fspath(found[0])!r} with {first['kind']} "
-          f"{first['digest'][:12]}; prepare it again with --tokenizer={os.fspath(found[0])}")
+        f"data.path mixes tokenizers: {os.fspath(folder)!r} was written with {tokenizer['kind']} "
+        f"{tokenizer['digest'][:12]}, {os.fspath(found[0])!r} with {first['kind']} "
+        f"{first['digest'][:12]}; prepare it again with --tokenizer={os.fspath(found[0])}"
+      )
   return found
 
 
-def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffle=True, weights=(),
-         weight_changes=(), objective="causal_lm", masking=None):
+def make(
+  path,
+  split,
+  *,
+  seq_len,
+  batch_size,
+  packing="best_fit",
+  seed=0,
+  shuffle=True,
+  weights=(),
+  weight_changes=(),
+  objective="causal_lm",
+  masking=None,
+):
   """Opens a split of each source and packs it.
 
   Args:
@@ -102,8 +117,7 @@ def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffl
   if split != "train":
     found = [f for f in found if shards.read_manifest(f)["splits"][split]["documents"]] or found[:1]
     weights = weight_changes = ()
-  splits = [(name, source.open_split(folder, split))
-            for name, folder in zip(_names(found), found)]
+  splits = [(name, source.open_split(folder, split)) for name, folder in zip(_names(found), found)]
   layout = layouts.make(objective, splits, masking)
   sources, num_cut = [], 0
   for number, (name, opened) in enumerate(splits):
@@ -111,8 +125,12 @@ def make(path, split, *, seq_len, batch_size, packing="best_fit", seed=0, shuffl
     order = _order(pack.num_rows, seed if shuffle else None, number)
     sources.append(Source(name, opened, pack, order))
     num_cut += cut
-  mix = mixture.Mixture(len(sources), weights or [s.pack.num_rows for s in sources],
-                        [(step * batch_size, w) for step, w in weight_changes], seed)
+  mix = mixture.Mixture(
+    len(sources),
+    weights or [s.pack.num_rows for s in sources],
+    [(step * batch_size, w) for step, w in weight_changes],
+    seed,
+  )
   return Batches(sources, mix, batch_size, layout, num_cut, digest)
 
 
@@ -165,24 +183,31 @@ class Batches:
     self.num_documents = sum(s.split.num_documents for s in sources)
     self.bytes = sum(s.split.bytes for s in sources)
     self.predictions = sum(int(s.split.lengths.sum()) for s in sources)
-    self.predicts_all = (isinstance(layout, layouts.CausalLM)
-                         and all(s.split.kind == "text" for s in sources))
+    self.predicts_all = isinstance(layout, layouts.CausalLM) and all(
+      s.split.kind == "text" for s in sources
+    )
 
   def by_source(self):
     """{name: Batches of that source alone}, for what looks at each on its own."""
     alone = mixture.Mixture(1, [1])
-    return {s.name: Batches([s], alone, self.batch_size, self.layout, 0, s.split.digest)
-            for s in self.sources}
+    return {
+      s.name: Batches([s], alone, self.batch_size, self.layout, 0, s.split.digest)
+      for s in self.sources
+    }
 
   def check_labels(self, num_labels):
     """Raises a UserError where a model with so many labels can't learn those of the data."""
     names = self.sources[0].split.label_names
     if names and not 1 < num_labels >= len(names):
-      raise UserError(f"model.num_labels={num_labels}, but the data has {len(names)} classes "
-                      f"({', '.join(names[:10])}): set model.num_labels={max(len(names), 2)}")
+      raise UserError(
+        f"model.num_labels={num_labels}, but the data has {len(names)} classes "
+        f"({', '.join(names[:10])}): set model.num_labels={max(len(names), 2)}"
+      )
     if not names and num_labels != 1:
-      raise UserError(f"model.num_labels={num_labels}, but the labels of the data are numbers and "
-                      "no classes: set model.num_labels=1 for a regression")
+      raise UserError(
+        f"model.num_labels={num_labels}, but the labels of the data are numbers and "
+        "no classes: set model.num_labels=1 for a regression"
+      )
 
   def rows(self, step, host_index=0, host_count=1):
     """What a host gets at a step: a list of B / host_count `Row`s.
@@ -207,8 +232,10 @@ class Batches:
 
   def _host_rows(self, host_index, host_count):
     if host_count < 1 or self.batch_size % host_count:
-      raise UserError(f"data.batch_size={self.batch_size} does not split evenly over {host_count} "
-                      "hosts; choose a multiple")
+      raise UserError(
+        f"data.batch_size={self.batch_size} does not split evenly over {host_count} "
+        "hosts; choose a multiple"
+      )
     if not 0 <= host_index < host_count:
       raise IndexError(f"host {host_index} of {host_count}")
     per_host = self.batch_size // host_count
@@ -231,8 +258,9 @@ class Batches:
     """A batch of padding, whose shapes and dtypes are those of all batches of so many rows."""
     return self.layout.batch([], rows, self.seq_len)
 
-  def iterate(self, start_step=0, *, stop_step=None, host_index=0, host_count=1, threads=4,
-              prefetch=4):
+  def iterate(
+    self, start_step=0, *, stop_step=None, host_index=0, host_count=1, threads=4, prefetch=4
+  ):
     """Iterates over `batch(start_step)`, `batch(start_step + 1)`, … made ahead of time.
 
     Args:
@@ -283,8 +311,10 @@ class Batches:
 
   def _assemble(self, rows, num_rows):
     """The batch of some rows [(source, row, position)], filled up to `num_rows`."""
-    items = [layouts.Item(self.sources[s].split, self.sources[s].pack, row, position)
-             for s, row, position in rows]
+    items = [
+      layouts.Item(self.sources[s].split, self.sources[s].pack, row, position)
+      for s, row, position in rows
+    ]
     return self.layout.batch(items, num_rows, self.seq_len)
 
 

@@ -33,7 +33,8 @@ class _Readers:
         # Not ArrayRecordDataSource: its __getitems__ starts a thread pool for each call, which
         # takes five times as long as the reading.
         reader = self._open[key] = array_record_module.ArrayRecordReader(
-            path, options=_READER_OPTIONS, file_reader_buffer_size=32_768)
+          path, options=_READER_OPTIONS, file_reader_buffer_size=32_768
+        )
         if len(self._open) > self._limit:
           self._open.popitem(last=False)
       else:
@@ -62,22 +63,27 @@ def open_split(folder, split):
   """
   manifest = shards.read_manifest(folder)
   if split not in manifest["splits"]:
-    raise UserError(f"split {split!r} is not in {os.fspath(folder)!r}; it has "
-                    f"{', '.join(manifest['splits'])}")
+    raise UserError(
+      f"split {split!r} is not in {os.fspath(folder)!r}; it has {', '.join(manifest['splits'])}"
+    )
   entry = manifest["splits"][split]
   if not entry["documents"]:
-    raise UserError(f"the {split} split of {os.fspath(folder)!r} is empty: its share of "
-                    f"{manifest['total']['documents']} documents came to none; run `jaxgpt data` "
-                    f"with a larger --{split} share, more documents, or cut_chars to cut long "
-                    "ones")
+    raise UserError(
+      f"the {split} split of {os.fspath(folder)!r} is empty: its share of "
+      f"{manifest['total']['documents']} documents came to none; run `jaxgpt data` "
+      f"with a larger --{split} share, more documents, or cut_chars to cut long "
+      "ones"
+    )
   files = entry["shards"] + entry["sidecars"]
   sizes = buckets.sizes(folder, [file["name"] for file in files])
   for file in files:
     size = sizes.get(file["name"])
     if size != file["size"]:
       found = "is missing" if size is None else f"has {size} bytes instead of {file['size']}"
-      raise UserError(f"{epath.Path(folder) / file['name']} {found}: the prepared folder is "
-                      "damaged; run `jaxgpt data` again")
+      raise UserError(
+        f"{epath.Path(folder) / file['name']} {found}: the prepared folder is "
+        "damaged; run `jaxgpt data` again"
+      )
   return Split(folder, split, manifest)
 
 
@@ -114,8 +120,10 @@ class Split:
     shard_records = [shard["records"] for shard in entry["shards"]]
     self._shard_ends = np.cumsum(shard_records)
     if len(stored) != self.num_documents or records.sum() != self._shard_ends[-1]:
-      raise UserError(f"{self._files.address}/{split}.tokens.npy does not match the manifest; run "
-                      "`jaxgpt data` again")
+      raise UserError(
+        f"{self._files.address}/{split}.tokens.npy does not match the manifest; run "
+        "`jaxgpt data` again"
+      )
     self.labels = self.second = self._trained = None
     if self.kind == "classification":
       self.labels, self.second = self._sidecar("labels"), self._sidecar("second")
@@ -131,7 +139,7 @@ class Split:
     """
     if self._trained is None:
       return None
-    return self._trained[self._trained_offsets[doc]:self._trained_offsets[doc + 1]]
+    return self._trained[self._trained_offsets[doc] : self._trained_offsets[doc + 1]]
 
   def _sidecar(self, name):
     path = self._sidecar_path(f"{name}.npy")
@@ -145,7 +153,7 @@ class Split:
 
   def source_name(self, doc):
     """Where document `doc` came from: 'folder/file.txt', 'folder/file.jsonl:12'."""
-    start, end = np.load(self._sidecar_path("sources.npy"), mmap_mode="r")[doc:doc + 2]
+    start, end = np.load(self._sidecar_path("sources.npy"), mmap_mode="r")[doc : doc + 2]
     with self._sidecar_path("sources.txt").open("rb") as f:
       f.seek(int(start))
       return os.fsdecode(f.read(int(end - start) - 1))
@@ -175,8 +183,13 @@ class Split:
     if not len(docs):
       return []
     ends = starts + lengths
-    if (docs.min() < 0 or docs.max() >= self.num_documents or starts.min() < 0
-        or lengths.min() < 0 or (ends > self.lengths[docs] + 1).any()):
+    if (
+      docs.min() < 0
+      or docs.max() >= self.num_documents
+      or starts.min() < 0
+      or lengths.min() < 0
+      or (ends > self.lengths[docs] + 1).any()
+    ):
       raise IndexError(f"a piece outside the {self.num_documents} documents of {self.split}")
     first = starts // self._record_tokens
     # An empty piece still reads the record it is at.
@@ -186,14 +199,16 @@ class Split:
     records = self._records(np.repeat(self._first_record[docs] + first, counts) + within)
     out = []
     for offset, count, skip, length in zip(
-        offsets.tolist(), counts.tolist(), (starts - first * self._record_tokens).tolist(),
-        lengths.tolist()):
+      offsets.tolist(),
+      counts.tolist(),
+      (starts - first * self._record_tokens).tolist(),
+      lengths.tolist(),
+    ):
       if count == 1:
-        out.append(np.frombuffer(records[offset], self._dtype, length,
-                                 skip * self._dtype.itemsize))
+        out.append(np.frombuffer(records[offset], self._dtype, length, skip * self._dtype.itemsize))
       else:
-        joined = np.frombuffer(b"".join(records[offset:offset + count]), self._dtype)
-        out.append(joined[skip:skip + length])
+        joined = np.frombuffer(b"".join(records[offset : offset + count]), self._dtype)
+        out.append(joined[skip : skip + length])
     return out
 
   def _records(self, keys):

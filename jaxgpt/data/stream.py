@@ -28,6 +28,7 @@ _REMEMBERED = 2  # steps that can still be asked for: the loop reads metrics one
 
 class Reading(NamedTuple):
   """How the documents of a stream become rows."""
+
   tokenizer: Any
   field: str  # column of the text
   seq_len: int
@@ -36,8 +37,19 @@ class Reading(NamedTuple):
   seed: int | None  # of the order; None: that of the files
 
 
-def make(addresses, path, tokenizer, *, field="text", seq_len, batch_size, packing="best_fit",
-         window=512, seed=0, shuffle=True):
+def make(
+  addresses,
+  path,
+  tokenizer,
+  *,
+  field="text",
+  seq_len,
+  batch_size,
+  packing="best_fit",
+  window=512,
+  seed=0,
+  shuffle=True,
+):
   """Lists the files of a stream; reads none of them yet.
 
   Args:
@@ -75,6 +87,7 @@ class Stream:
     digest: of the prepared folders that go with it.
     num_documents, num_cut: 0; what a stream holds is known when it has been read.
   """
+
   num_documents = num_cut = 0
 
   def __init__(self, addresses, listed, reading, batch_size, digest):
@@ -82,7 +95,8 @@ class Stream:
     self._addresses, self.files, self._reading = addresses, listed, reading
     self.batch_size, self.seq_len, self.digest = batch_size, reading.seq_len, digest
     self.files_digest = hashlib.sha256(
-        json.dumps([(file.source, file.size) for file in listed]).encode()).hexdigest()
+      json.dumps([(file.source, file.size) for file in listed]).encode()
+    ).hexdigest()
     self._begin = None  # the state to go on from
     self._last = collections.OrderedDict()  # step -> (batch, state after it)
 
@@ -90,13 +104,14 @@ class Stream:
     """What a user should know before it starts, in lines."""
     size = sum(file.size for file in self.files)
     return [
-        f"data.stream: {len(self.files):,} file{'s' * (len(self.files) > 1)} of "
-        f"{size / 1e6:,.1f} MB, read and tokenized while training, by {host_count} "
-        f"host{'s' * (host_count > 1)}",
-        "  a stream has no random access, so less is promised than for a prepared folder: it is "
-        f"shuffled by file and within {self._reading.window} rows only; which documents were in a "
-        "step can't be looked up; the run goes on exactly, but only on as many hosts and with "
-        "the same files"]
+      f"data.stream: {len(self.files):,} file{'s' * (len(self.files) > 1)} of "
+      f"{size / 1e6:,.1f} MB, read and tokenized while training, by {host_count} "
+      f"host{'s' * (host_count > 1)}",
+      "  a stream has no random access, so less is promised than for a prepared folder: it is "
+      f"shuffled by file and within {self._reading.window} rows only; which documents were in a "
+      "step can't be looked up; the run goes on exactly, but only on as many hosts and with "
+      "the same files",
+    ]
 
   def blank(self, rows):
     """A batch of padding, whose shapes and dtypes are those of all batches of so many rows."""
@@ -120,17 +135,23 @@ class Stream:
     """
     del threads
     if host_count < 1 or self.batch_size % host_count:
-      raise UserError(f"data.batch_size={self.batch_size} does not split evenly over {host_count} "
-                      "hosts; choose a multiple")
+      raise UserError(
+        f"data.batch_size={self.batch_size} does not split evenly over {host_count} "
+        "hosts; choose a multiple"
+      )
     if len(self.files) < host_count:
-      raise UserError(f"data.stream={self._addresses!r} has {len(self.files)} files for "
-                      f"{host_count} hosts, each of which reads its own; split them")
+      raise UserError(
+        f"data.stream={self._addresses!r} has {len(self.files)} files for "
+        f"{host_count} hosts, each of which reads its own; split them"
+      )
     mine = _dealt(self.files, host_index, host_count)
     rows = self.batch_size // host_count
     batches = _Rows(mine, self._reading, host_index).batch(
-        rows, batch_fn=lambda pieces: layouts.packed(pieces, rows, self.seq_len))
-    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(
-        batches, prefetch_buffer_size=prefetch))
+      rows, batch_fn=lambda pieces: layouts.packed(pieces, rows, self.seq_len)
+    )
+    iterator = iter(
+      grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
+    )
     if self._begin is not None:
       iterator.set_state(self._begin)
     self._begin = iterator.get_state()
@@ -143,8 +164,10 @@ class Stream:
       UserError: it was handed out earlier, or never.
     """
     if step not in self._last:
-      raise UserError(f"step {step} of data.stream={self._addresses!r} can't be made again: a "
-                      "stream has no random access")
+      raise UserError(
+        f"step {step} of data.stream={self._addresses!r} can't be made again: a "
+        "stream has no random access"
+      )
     return self._last[step][0]
 
   def epochs(self, step):
@@ -159,10 +182,19 @@ class Stream:
     now, state = documents_lib.Dropped(), self.get_state()
     if state is not None:
       now.merge(state["now"]["account"])
-    changed = [f"when the run went on, files were not what they had been {state['changed']} times: "
-               "some documents were used twice or not at all"] if state and state["changed"] else []
-    return [f"data.stream: {now.read:,} documents read, {now.read - now.kept:,} left out",
-            *now.lines(), *changed]
+    changed = (
+      [
+        f"when the run went on, files were not what they had been {state['changed']} times: "
+        "some documents were used twice or not at all"
+      ]
+      if state and state["changed"]
+      else []
+    )
+    return [
+      f"data.stream: {now.read:,} documents read, {now.read - now.kept:,} left out",
+      *now.lines(),
+      *changed,
+    ]
 
   def get_state(self):
     """Where this host is after the last batch that it handed out: plain JSON; None: nowhere yet."""
@@ -179,13 +211,17 @@ class Stream:
       UserError: it is of other files, or of another number of hosts.
     """
     if saved["files"] != self.files_digest:
-      raise UserError(f"the files of data.stream={self._addresses!r} are not those that the run "
-                      "was reading: their names or sizes have changed; put them back, or start "
-                      "anew in another --workdir")
+      raise UserError(
+        f"the files of data.stream={self._addresses!r} are not those that the run "
+        "was reading: their names or sizes have changed; put them back, or start "
+        "anew in another --workdir"
+      )
     if len(saved["hosts"]) != host_count:
-      raise UserError(f"the run read data.stream={self._addresses!r} on {len(saved['hosts'])} "
-                      f"hosts and can't go on with it on {host_count}; start as many, or prepare "
-                      "the files with `jaxgpt data`: then any number goes on")
+      raise UserError(
+        f"the run read data.stream={self._addresses!r} on {len(saved['hosts'])} "
+        f"hosts and can't go on with it on {host_count}; start as many, or prepare "
+        "the files with `jaxgpt data`: then any number goes on"
+      )
     self._begin = saved["hosts"][host_index]
 
 
@@ -247,13 +283,19 @@ class _Reader:
 
   def place(self):
     """Where this is: epoch, number of the file in its order, records of it that were met."""
-    return {"epoch": self._epoch, "file": self._number, "record": self._dropped.read,
-            "account": self._before}
+    return {
+      "epoch": self._epoch,
+      "file": self._number,
+      "record": self._dropped.read,
+      "account": self._before,
+    }
 
   def progress(self):
     """What is told of a place: epochs, and the account up to it."""
-    return {"epochs": self._epoch + self._number / len(self._files),
-            "account": self._total().to_json()}
+    return {
+      "epochs": self._epoch + self._number / len(self._files),
+      "account": self._total().to_json(),
+    }
 
   def _total(self):
     total = documents_lib.Dropped()
@@ -265,8 +307,11 @@ class _Reader:
     """Opens the file at hand, and passes over its first records."""
     order = _order(len(self._files), self._reading.seed, self._host, self._epoch)
     self._dropped = documents_lib.Dropped()
-    self._documents = documents_lib.documents([self._files[order[self._number]]], dropped=self._dropped,
-                                     fields={"text": self._reading.field})
+    self._documents = documents_lib.documents(
+      [self._files[order[self._number]]],
+      dropped=self._dropped,
+      fields={"text": self._reading.field},
+    )
     while self._dropped.read < skip and next(self._documents, None) is not None:
       pass
 
@@ -293,8 +338,10 @@ class _Reader:
   def _check_not_empty(self):
     total = self._total()
     if not total.kept:
-      raise UserError(f"data.stream: no document with text in {len(self._files)} files of host "
-                      f"{self._host}; {'; '.join(total.lines()) or 'they are empty'}")
+      raise UserError(
+        f"data.stream: no document with text in {len(self._files)} files of host "
+        f"{self._host}; {'; '.join(total.lines()) or 'they are empty'}"
+      )
 
   def close(self):
     if self._documents is not None:
@@ -357,15 +404,20 @@ class _RowIterator(grain.DatasetIterator):
     stored, missing, ended = [], r.window * r.seq_len, False
     while missing > 0 and not (ended and stored):
       documents, ended = self._reader.take(min(_CHARS, r.window * r.seq_len))
-      new = [e.ids for e, in examples.encode_batch(documents, "text", r.tokenizer)]
+      new = [e.ids for (e,) in examples.encode_batch(documents, "text", r.tokenizer)]
       stored += new
       missing -= sum(len(ids) - 1 for ids in new)
     pack = packings.PACKINGS[r.packing]([len(ids) - 1 for ids in stored], r.seq_len)
-    order = _order(pack.num_rows, r.seed, self._host, start["epoch"], start["file"],
-                   start["record"])
-    return [[stored[doc][first:first + length + 1]
-             for doc, first, length in zip(*(a.tolist() for a in pack.spans(row)))]
-            for row in order]
+    order = _order(
+      pack.num_rows, r.seed, self._host, start["epoch"], start["file"], start["record"]
+    )
+    return [
+      [
+        stored[doc][first : first + length + 1]
+        for doc, first, length in zip(*(a.tolist() for a in pack.spans(row)))
+      ]
+      for row in order
+    ]
 
   def close(self):
     super().close()

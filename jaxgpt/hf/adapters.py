@@ -28,10 +28,13 @@ def publish(published, params, c_model):
     UserError: adapters that PEFT has no form for.
   """
   if c_model.latent.kv_rank:
-    raise UserError("model.latent.kv_rank > 0: adapters of latent attention have no published form; "
-                    "export the merged model, without --adapter")
-  adapters = {path: [np.asarray(x) for x in pair]
-              for path, pair in lora.pairs(tree.flatten(params)).items()}
+    raise UserError(
+      "model.latent.kv_rank > 0: adapters of latent attention have no published form; "
+      "export the merged model, without --adapter"
+    )
+  adapters = {
+    path: [np.asarray(x) for x in pair] for path, pair in lora.pairs(tree.flatten(params)).items()
+  }
   tensors, ranks, inputs_first = {}, {}, False
   for p in published:
     if not any(piece.path in adapters for piece in p.pieces):
@@ -46,10 +49,14 @@ def publish(published, params, c_model):
   scale = c_model.lora.alpha / rank
   other = {module: r for module, r in ranks.items() if r != rank}
   return tensors, {
-      "r": rank, "lora_alpha": c_model.lora.alpha, "lora_dropout": c_model.lora.dropout,
-      "target_modules": sorted({".".join(module.split(".")[-2:]) for module in ranks}),
-      "rank_pattern": other, "alpha_pattern": {module: r * scale for module, r in other.items()},
-      "fan_in_fan_out": inputs_first}
+    "r": rank,
+    "lora_alpha": c_model.lora.alpha,
+    "lora_dropout": c_model.lora.dropout,
+    "target_modules": sorted({".".join(module.split(".")[-2:]) for module in ranks}),
+    "rank_pattern": other,
+    "alpha_pattern": {module: r * scale for module, r in other.items()},
+    "fan_in_fan_out": inputs_first,
+  }
 
 
 def _blocks(p, adapters):
@@ -67,6 +74,6 @@ def _blocks(p, adapters):
   b = np.zeros((sum(len(part) for _, part in parts), len(a)), np.float32)
   row = column = 0
   for _, part in parts:
-    b[row:row + len(part), column:column + part.shape[1]] = part
+    b[row : row + len(part), column : column + part.shape[1]] = part
     row, column = row + len(part), column + part.shape[1]
   return np.ascontiguousarray(a), b

@@ -50,8 +50,10 @@ def same(theirs, ours, default=_REQUIRED):
 def sames(**names):
   """Several of `same`, theirs=ours, that config.json has to have."""
   entries = [same(theirs, ours) for theirs, ours in names.items()]
-  return Entry(lambda hf: _union(e.read(hf) for e in entries),
-               lambda model: _union(e.write(model) for e in entries))
+  return Entry(
+    lambda hf: _union(e.read(hf) for e in entries),
+    lambda model: _union(e.write(model) for e in entries),
+  )
 
 
 def _union(dicts):
@@ -60,6 +62,7 @@ def _union(dicts):
 
 def mapped(theirs, ours, table, default=_REQUIRED):
   """Their value has another spelling: `table` is {theirs: ours}; the first spelling is written."""
+
   def read(hf):
     value = get(hf, theirs, default)
     if value not in table:
@@ -74,11 +77,13 @@ def mapped(theirs, ours, table, default=_REQUIRED):
 
 def must(theirs, value, default=_REQUIRED):
   """Their key has to have this value; `default` as in `get`, else `value`."""
+
   def read(hf):
     found = get(hf, theirs, value if default is _REQUIRED else default)
     if found != value:
       refuse(theirs, found, f"only {value!r} is")
     return {}
+
   return Entry(read, lambda model: {theirs: value})
 
 
@@ -95,17 +100,27 @@ def derived(name, function):
 
 def biases(default=False):
   """`attention_bias` and `mlp_bias`, which our one switch covers where they are equal."""
+
   def read(hf):
     attention, mlp = get(hf, "attention_bias", default), get(hf, "mlp_bias", default)
     if attention != mlp:
       refuse("attention_bias", attention, f"mlp_bias={mlp!r} differs")
     return {"bias": attention}
+
   return Entry(read, lambda model: {"attention_bias": model["bias"], "mlp_bias": model["bias"]})
 
 
-ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu",
-               "gelu": "gelu_exact", "gelu_python": "gelu_exact", "silu": "silu", "swish": "silu",
-               "relu": "relu", "relu2": "relu2"}
+ACTIVATIONS = {
+  "gelu_new": "gelu",
+  "gelu_pytorch_tanh": "gelu",
+  "gelu_fast": "gelu",
+  "gelu": "gelu_exact",
+  "gelu_python": "gelu_exact",
+  "silu": "silu",
+  "swish": "silu",
+  "relu": "relu",
+  "relu2": "relu2",
+}
 
 
 def activation(key, default=_REQUIRED):
@@ -115,8 +130,12 @@ def activation(key, default=_REQUIRED):
 
 def tanh_gelu(key):
   """Gemma's activation: all its spellings, 'gelu' too, mean the tanh form."""
-  return mapped(key, "activation", {"gelu_pytorch_tanh": "gelu", "gelu": "gelu",
-                                    "gelu_new": "gelu"}, "gelu_pytorch_tanh")
+  return mapped(
+    key,
+    "activation",
+    {"gelu_pytorch_tanh": "gelu", "gelu": "gelu", "gelu_new": "gelu"},
+    "gelu_pytorch_tanh",
+  )
 
 
 def head_dim(hf):
@@ -129,6 +148,7 @@ def classes(**fields):
 
   The first class is taken where config.json names none.
   """
+
   def read(hf):
     name = (hf.get("architectures") or [next(iter(fields))])[0]
     if name not in fields:
@@ -155,12 +175,15 @@ _KINDS = {"sliding_attention": "local", "full_attention": "global"}
 
 def shortest(kinds):
   """The shortest pattern that, repeated, begins with these kinds."""
-  n = next(n for n in range(1, len(kinds) + 1)
-           if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+  n = next(
+    n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds))
+  )
   return tuple(kinds[:n])
 
 
-def layer_types(default, window=("sliding_window", lambda n: n, lambda n: n), also=lambda model: {}):
+def layer_types(
+  default, window=("sliding_window", lambda n: n, lambda n: n), also=lambda model: {}
+):
   """Which layers attend within a window: `layer_types`, or what older files say instead.
 
   Args:
@@ -195,8 +218,10 @@ def expanded(pattern, num_layers):
 
 def moe(experts, per_token, width="moe_intermediate_size", **more):
   """Numbers and size of experts, by their keys; `more` are further ours=theirs."""
-  return sames(**{experts: "moe.experts", per_token: "moe.per_token", width: "moe.width"},
-               **{theirs: f"moe.{ours}" for theirs, ours in more.items()})
+  return sames(
+    **{experts: "moe.experts", per_token: "moe.per_token", width: "moe.width"},
+    **{theirs: f"moe.{ours}" for theirs, ours in more.items()},
+  )
 
 
 def close(a, b):

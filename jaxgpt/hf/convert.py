@@ -11,13 +11,31 @@ from jaxgpt.hf.layout import Layout
 from jaxgpt.model import stacks
 
 # Fields of `model` that say how it is trained or computed, and not what it is.
-FREE = ("preset", "dropout", "init_std", "dtype", "grad_dtype", "attention", "scan_unroll", "remat",
-        "materialize", "quantize", "quantize_gradients", "moe.balance_loss", "moe.z_loss", "moe.capacity", "lora.rank", "lora.alpha", "lora.dropout",
-        "lora.targets")
+FREE = (
+  "preset",
+  "dropout",
+  "init_std",
+  "dtype",
+  "grad_dtype",
+  "attention",
+  "scan_unroll",
+  "remat",
+  "materialize",
+  "quantize",
+  "quantize_gradients",
+  "moe.balance_loss",
+  "moe.z_loss",
+  "moe.capacity",
+  "lora.rank",
+  "lora.alpha",
+  "lora.dropout",
+  "lora.targets",
+)
 
 
 class Piece(NamedTuple):
   """One of our parameters, or one layer of it, within a published tensor."""
+
   path: str
   lead: tuple  # index into our leading dimensions
   layout: Layout
@@ -28,6 +46,7 @@ class Piece(NamedTuple):
 
 class Published(NamedTuple):
   """A tensor as it is published."""
+
   name: str
   shape: tuple  # in the file
   view: tuple  # the shape in which the pieces lie along `axis`
@@ -49,12 +68,16 @@ def read(hf):
   """
   kind = hf.get("model_type")
   if kind not in families.FAMILIES:
-    raise UserError(f"config.json: model_type={kind!r} is not supported; "
-                    f"{checks.nearest(str(kind), families.FAMILIES)}supported are: "
-                    f"{', '.join(families.FAMILIES)}")
+    raise UserError(
+      f"config.json: model_type={kind!r} is not supported; "
+      f"{checks.nearest(str(kind), families.FAMILIES)}supported are: "
+      f"{', '.join(families.FAMILIES)}"
+    )
   family = families.FAMILIES[kind]
   if hf.get("quantization_config"):
-    config_map.refuse("quantization_config", hf["quantization_config"], "convert it to bfloat16 first")
+    config_map.refuse(
+      "quantization_config", hf["quantization_config"], "convert it to bfloat16 first"
+    )
   found = {}
   for entry in family.config:
     found |= entry.read(hf)
@@ -103,8 +126,19 @@ def architecture(c_model):
   if flat["position"] != "rotary":
     idle.append("rope.")
   elif flat["rope.scaling"] == "none":
-    idle += ["rope." + x for x in ("factor", "original_len", "attention_factor", "low", "high",
-                                   "beta", "short", "long")]
+    idle += [
+      "rope." + x
+      for x in (
+        "factor",
+        "original_len",
+        "attention_factor",
+        "low",
+        "high",
+        "beta",
+        "short",
+        "long",
+      )
+    ]
   if "moe" not in flat["mlp_pattern"]:
     idle.append("moe.")
   if not flat["latent.kv_rank"]:
@@ -126,8 +160,11 @@ def differences(family, c_model):
   except UserError as e:
     return [str(e).removeprefix("config.json: ")]
   mine = architecture(c_model)
-  return [f"model.{key}={mine[key]!r}, where the family has {back.get(key)!r}" for key in mine
-          if key not in back or not config_map.close(back[key], mine[key])]
+  return [
+    f"model.{key}={mine[key]!r}, where the family has {back.get(key)!r}"
+    for key in mine
+    if key not in back or not config_map.close(back[key], mine[key])
+  ]
 
 
 def family_of(c_model, name=None):
@@ -142,8 +179,10 @@ def family_of(c_model, name=None):
     UserError: none has, with what the closest lack; or there is no such family.
   """
   if name is not None and name not in families.FAMILIES:
-    raise UserError(f"no family {name!r}; {checks.nearest(name, families.FAMILIES)}there are: "
-                    f"{', '.join(families.FAMILIES)}")
+    raise UserError(
+      f"no family {name!r}; {checks.nearest(name, families.FAMILIES)}there are: "
+      f"{', '.join(families.FAMILIES)}"
+    )
   against = {}
   likely = lambda family: c_model.preset.startswith(family.model_type)
   for family in sorted(families.FAMILIES.values(), key=likely, reverse=True):
@@ -152,12 +191,15 @@ def family_of(c_model, name=None):
       if not against[family.model_type]:
         return family
   closest = sorted(against.items(), key=lambda item: len(item[1]))[:3]
-  raise UserError("no published family has this model's fields; closest are " +
-                  "; ".join(f"{kind}: {', '.join(found[:4])}" for kind, found in closest))
+  raise UserError(
+    "no published family has this model's fields; closest are "
+    + "; ".join(f"{kind}: {', '.join(found[:4])}" for kind, found in closest)
+  )
 
 
 class _Place(NamedTuple):
   """Where a layer's parameters are, and what is true of it."""
+
   prefix: str
   index: int
   facts: set
@@ -203,8 +245,9 @@ def publish(family, c_model, shapes, partly=False):
     covered.add(f"{layers[0].prefix}/attn_norm/scale")
   lost = [path for path in shapes if path not in covered]
   if lost and not partly:
-    raise UserError(f"family {family.model_type} has no name for parameter {lost[0]} "
-                    f"{shapes[lost[0]]}")
+    raise UserError(
+      f"family {family.model_type} has no name for parameter {lost[0]} {shapes[lost[0]]}"
+    )
   return out
 
 
@@ -222,14 +265,16 @@ def _published(r, place, layer, expert, shapes, c_model):
   """A row for a layer and an expert, or None where the model does not have its parameters."""
   if r.when and not place.facts & set(r.when):
     return None
-  paths = [part.path.replace("layers/", place.prefix + "/", 1) if layer is not None else part.path
-           for part in r.parts]
+  paths = [
+    part.path.replace("layers/", place.prefix + "/", 1) if layer is not None else part.path
+    for part in r.parts
+  ]
   if any(path not in shapes for path in paths):
     return None
   lead = tuple(x for x in (place.index if layer is not None else None, expert) if x is not None)
   pieces, at = [], r.skip
   for part, path in zip(r.parts, paths, strict=True):
-    layout = Layout(part.layout, shapes[path][len(lead):])
+    layout = Layout(part.layout, shapes[path][len(lead) :])
     pairs = c_model.latent.rope_dim if part.pairs else 0
     pieces.append(Piece(path, lead, layout, at, part.plus, pairs))
     at += layout.their_shape[r.axis]
@@ -241,6 +286,7 @@ def _published(r, place, layer, expert, shapes, c_model):
 
 class Found(NamedTuple):
   """Published tensors and where they lie; what does not fit in words."""
+
   pairs: list  # of (Published, tensor of the files)
   missing: list  # of Published
   wrong: list  # of messages
@@ -269,8 +315,11 @@ def find(family, published, tensors, tied):
       pairs.append((p, tensors[name]))
   heads = [re.escape(r.name) for r in family.rows if r.parts[0].path == "head" and "lm" in r.when]
   patterns = [*family.ignored, *(heads if tied else [])]
-  extra = [name for full, name in there.items()
-           if not any(re.fullmatch(pattern, full) for pattern in patterns)]
+  extra = [
+    name
+    for full, name in there.items()
+    if not any(re.fullmatch(pattern, full) for pattern in patterns)
+  ]
   return Found(pairs, missing, wrong, extra)
 
 
@@ -284,12 +333,19 @@ def check(found, tensors, folder):
   """
   missing = [f"{p.name} {list(p.shape)} ({_ours(p)})" for p in found.missing]
   extra = [f"{name} {list(tensors[name].shape)}" for name in found.extra]
-  problems = [f"{len(names)} {what}: {'; '.join(names[:8])}{' …' if len(names) > 8 else ''}"
-              for what, names in (("missing", missing), ("of the wrong shape", found.wrong),
-                                  ("that this model does not have", extra)) if names]
+  problems = [
+    f"{len(names)} {what}: {'; '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+    for what, names in (
+      ("missing", missing),
+      ("of the wrong shape", found.wrong),
+      ("that this model does not have", extra),
+    )
+    if names
+  ]
   if problems:
-    raise UserError(f"{folder} does not hold the tensors that its config.json asks for. "
-                    + ". ".join(problems))
+    raise UserError(
+      f"{folder} does not hold the tensors that its config.json asks for. " + ". ".join(problems)
+    )
 
 
 def _full_name(name, prefix, names):

@@ -44,6 +44,7 @@ from jaxgpt.hf.tensor_map import (
 
 class Family(NamedTuple):
   """What is known of a family."""
+
   model_type: str
   config: tuple  # of fields.Entry
   rows: tuple  # of rows.Row
@@ -51,6 +52,7 @@ class Family(NamedTuple):
   ignored: tuple = ()  # patterns of tensors that are not read
 
 
+# fmt: off
 # --- Decoders: most keep Llama's names.
 
 _L = "model.layers.{i}."
@@ -467,3 +469,4 @@ FAMILIES = {f.model_type: f for f in (
     _deepseek("deepseek_v3", "DeepseekV3", _groups(), must("rope_interleave", True),
               same("norm_topk_prob", "moe.normalize", True), moe__router="sigmoid"),
     _bert(), _roberta(), _modernbert())}
+# fmt: on

@@ -12,8 +12,10 @@ import re
 @functools.lru_cache(maxsize=1024)
 def _parse(pattern):
   """((('N', 'H'), ('D',)), ((('D',), ('N',), ('H',))) of '(N H) D -> D N H'."""
-  sides = [tuple(tuple((a or b).split()) for a, b in re.findall(r"\(([^)]*)\)|(\S+)", side))
-           for side in pattern.split("->")]
+  sides = [
+    tuple(tuple((a or b).split()) for a, b in re.findall(r"\(([^)]*)\)|(\S+)", side))
+    for side in pattern.split("->")
+  ]
   theirs, ours = sides
   if sorted(sum(theirs, ())) != sorted(sum(ours, ())):
     raise ValueError(f"{pattern!r} has other letters on its two sides")
@@ -92,7 +94,8 @@ class Layout:
     letters = sum(self._ours, ())
     array = array.reshape([self._sizes[x] for x in letters])
     return array.transpose([letters.index(x) for x in sum(self._theirs, ())]).reshape(
-        self.their_shape)
+      self.their_shape
+    )
 
 
 def _split_bounds(group, bounds, sizes):

@@ -21,9 +21,9 @@ from jaxgpt.model import transformer
 
 JSON, TEXT = "parity.json", "parity.md"
 PROMPTS = (
-    "The quick brown fox jumps over the lazy dog, and",
-    "def fibonacci(n):\n  return n if n < 2 else",
-    "In 1905 Albert Einstein published four papers; the third, on the electrodynamics of",
+  "The quick brown fox jumps over the lazy dog, and",
+  "def fibonacci(n):\n  return n if n < 2 else",
+  "In 1905 Albert Einstein published four papers; the third, on the electrodynamics of",
 )
 LENGTH, NEW = 48, 16  # tokens of a prompt at most; tokens generated
 _PACKAGES = ("jax", "torch", "transformers")
@@ -45,16 +45,22 @@ def certify(folder, c_model, params, tokenizer, dtype, compare=True):
     'tokenizer' ('equal': whether AutoTokenizer makes the same ids of the prompts, or None),
     'dtypes', 'versions', 'files' (their sha256).
   """
-  out = {"checked": False, "tokenizer": {"equal": None, "why_not": ""}, "dtypes": {"files": dtype, "compared_in": "float32"},
-         "versions": {"python": platform.python_version(),
-                      "jaxgpt": __version__, **{name: installed.version(name) for name in _PACKAGES}},
-         "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())}}
+  out = {
+    "checked": False,
+    "tokenizer": {"equal": None, "why_not": ""},
+    "dtypes": {"files": dtype, "compared_in": "float32"},
+    "versions": {
+      "python": platform.python_version(),
+      "jaxgpt": __version__,
+      **{name: installed.version(name) for name in _PACKAGES},
+    },
+    "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())},
+  }
   if not compare:
     return out | {"why_not": "it was not asked for"}
   missing = [name for name in ("torch", "transformers") if out["versions"][name] is None]
   if missing:
-    return out | {"why_not": f"{' and '.join(missing)} not installed; pip install "
-                             "'jaxgpt[bench]'"}
+    return out | {"why_not": f"{' and '.join(missing)} not installed; pip install 'jaxgpt[bench]'"}
   prompts = encode(tokenizer, min(LENGTH, c_model.max_len - NEW))
   out["tokenizer"]["equal"] = _same_tokens(folder, tokenizer)
   return out | {"checked": True, **_compare(folder, c_model, params, prompts)}
@@ -67,44 +73,60 @@ def encode(tokenizer, length):
 
 def _same_tokens(folder, tokenizer):
   import transformers
+
   if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
     return None
   theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
-  return all(theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
-             for text in PROMPTS)
+  return all(
+    theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text) for text in PROMPTS
+  )
 
 
 def _compare(folder, c_model, params, prompts):
   import torch
   import transformers
+
   auto = getattr(transformers, AUTO[auto_class(c_model)])
   theirs = auto.from_pretrained(str(folder), dtype=torch.float32).eval()
-  ours = transformer.Transformer(ml_collections.FrozenConfigDict(
-      c_model.to_dict() | dict(dtype="float32", remat="none")))
+  ours = transformer.Transformer(
+    ml_collections.FrozenConfigDict(c_model.to_dict() | dict(dtype="float32", remat="none"))
+  )
   logits, layers = forward(ours, params, prompts)
   figures, by_layer, greedy = [], [], []
   for i, ids in enumerate(prompts):
     with torch.no_grad():
       out = theirs(torch.tensor([ids]), output_hidden_states=True)
-    mine = logits[i] if c_model.head in POOLED else logits[i, :len(ids)]
+    mine = logits[i] if c_model.head in POOLED else logits[i, : len(ids)]
     figures.append(_distance(mine, answer(out, c_model.head)[0].numpy()))
     hidden = [h[0].numpy() for h in out.hidden_states[1:]]
-    by_layer.append([_distance(a[i, :len(ids)], b) for a, b in zip(layers, hidden, strict=True)])
+    by_layer.append([_distance(a[i, : len(ids)], b) for a, b in zip(layers, hidden, strict=True)])
     if auto_class(c_model) == "causal":
       with torch.no_grad():
-        chosen = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=NEW,
-                                 eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
+        chosen = theirs.generate(
+          torch.tensor([ids]),
+          do_sample=False,
+          max_new_tokens=NEW,
+          eos_token_id=None,
+          pad_token_id=0,
+        )[0, len(ids) :].tolist()
       mine = continuation(ours, params, ids)
       greedy.append({"prompt": PROMPTS[i], "equal": mine == chosen, "ours": mine, "theirs": chosen})
-  out = {"architecture": type(theirs).__name__, "logits": _worst(figures),
-         "layers": [_worst(x) for x in zip(*by_layer)]}
+  out = {
+    "architecture": type(theirs).__name__,
+    "logits": _worst(figures),
+    "layers": [_worst(x) for x in zip(*by_layer)],
+  }
   if greedy:
     out["greedy"] = {"equal": all(g["equal"] for g in greedy), "continuations": greedy}
   return out
 
 
-AUTO = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM",
-        "classifier": "AutoModelForSequenceClassification", "bare": "AutoModel"}
+AUTO = {
+  "causal": "AutoModelForCausalLM",
+  "masked": "AutoModelForMaskedLM",
+  "classifier": "AutoModelForSequenceClassification",
+  "bare": "AutoModel",
+}
 POOLED = ("classifier", "pooler")
 
 
@@ -131,8 +153,8 @@ def forward(model, params, prompts):
   tokens = np.zeros((len(prompts), length), np.int32)
   segments = np.zeros_like(tokens)
   for row, ids in enumerate(prompts):
-    tokens[row, :len(ids)] = ids
-    segments[row, :len(ids)] = 1
+    tokens[row, : len(ids)] = ids
+    segments[row, : len(ids)] = 1
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
   return apply(model, params, tokens, positions, segments)
 
@@ -147,11 +169,17 @@ def apply(model, params, *batch):
 def continuation(model, params, ids, new=NEW):
   """The `new` likeliest tokens after a prompt, each after the ones before it."""
   tokens = np.zeros((1, min(LENGTH + new, model.cfg.max_len)), np.int32)
-  tokens[0, :len(ids)] = ids
+  tokens[0, : len(ids)] = ids
   run = _sampler(model, tokens.shape[1])
-  out, length = run(params, tokens, len(ids), new, jax.random.key(0),
-                    (jnp.float32(0), 0, jnp.float32(1), jnp.float32(0)))
-  return np.asarray(out)[0, len(ids):int(length[0])].tolist()
+  out, length = run(
+    params,
+    tokens,
+    len(ids),
+    new,
+    jax.random.key(0),
+    (jnp.float32(0), 0, jnp.float32(1), jnp.float32(0)),
+  )
+  return np.asarray(out)[0, len(ids) : int(length[0])].tolist()
 
 
 @functools.lru_cache(maxsize=2)  # compiled once for all prompts
@@ -161,14 +189,19 @@ def _sampler(model, slots):
 
 def _distance(a, b):
   difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
-  return {"max_abs": float(difference.max()), "mean_abs": float(difference.mean()),
-          "scale": float(np.abs(b).max())}
+  return {
+    "max_abs": float(difference.max()),
+    "mean_abs": float(difference.mean()),
+    "scale": float(np.abs(b).max()),
+  }
 
 
 def _worst(figures):
-  return {"max_abs": max(f["max_abs"] for f in figures),
-          "mean_abs": float(np.mean([f["mean_abs"] for f in figures])),
-          "scale": max(f["scale"] for f in figures)}
+  return {
+    "max_abs": max(f["max_abs"] for f in figures),
+    "mean_abs": float(np.mean([f["mean_abs"] for f in figures])),
+    "scale": max(f["scale"] for f in figures),
+  }
 
 
 def _sha256(path):
@@ -189,24 +222,42 @@ def describe(c):
     lines.append(f"Not checked against transformers: {c['why_not']}.")
   else:
     figure = lambda f: f"{f['max_abs']:.2e} | {f['mean_abs']:.2e} | {f['scale']:.3g}"
-    lines += [f"`{c['architecture']}.from_pretrained` of this folder and jaxgpt, both in float32, "
-              f"on {len(PROMPTS)} fixed prompts:", "",
-              "| | largest difference | mean difference | largest value |", "|---|---|---|---|",
-              f"| logits | {figure(c['logits'])} |"]
+    lines += [
+      f"`{c['architecture']}.from_pretrained` of this folder and jaxgpt, both in float32, "
+      f"on {len(PROMPTS)} fixed prompts:",
+      "",
+      "| | largest difference | mean difference | largest value |",
+      "|---|---|---|---|",
+      f"| logits | {figure(c['logits'])} |",
+    ]
     lines += [f"| layer {i} | {figure(f)} |" for i, f in enumerate(c["layers"])]
   if greedy := c.get("greedy"):
-    lines += ["", f"Greedy continuations of {NEW} tokens: "
-              + ("equal." if greedy["equal"] else "NOT equal.")]
-    lines += [f"- {g['prompt']!r}: "
-              + ("equal" if g["equal"] else f"ours {g['ours']}, theirs {g['theirs']}")
-              for g in greedy["continuations"]]
+    lines += [
+      "",
+      f"Greedy continuations of {NEW} tokens: " + ("equal." if greedy["equal"] else "NOT equal."),
+    ]
+    lines += [
+      f"- {g['prompt']!r}: "
+      + ("equal" if g["equal"] else f"ours {g['ours']}, theirs {g['theirs']}")
+      for g in greedy["continuations"]
+    ]
   of_tokenizer = c["tokenizer"]
   if of_tokenizer["why_not"]:
     lines += ["", f"No tokenizer: {of_tokenizer['why_not']}."]
   elif of_tokenizer["equal"] is not None:
-    lines += ["", "AutoTokenizer makes the same token ids of the prompts."
-              if of_tokenizer["equal"] else "AutoTokenizer makes OTHER token ids of the prompts."]
-  lines += ["", f"Files are in {c['dtypes']['files']}. "
-            + ", ".join(f"{k} {v or 'not installed'}" for k, v in c["versions"].items()) + ".", "",
-            "| file | sha256 |", "|---|---|"]
+    lines += [
+      "",
+      "AutoTokenizer makes the same token ids of the prompts."
+      if of_tokenizer["equal"]
+      else "AutoTokenizer makes OTHER token ids of the prompts.",
+    ]
+  lines += [
+    "",
+    f"Files are in {c['dtypes']['files']}. "
+    + ", ".join(f"{k} {v or 'not installed'}" for k, v in c["versions"].items())
+    + ".",
+    "",
+    "| file | sha256 |",
+    "|---|---|",
+  ]
   return lines + [f"| {name} | {digest} |" for name, digest in c["files"].items()]

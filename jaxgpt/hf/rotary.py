@@ -9,8 +9,15 @@ import math
 
 from jaxgpt.hf.config_map import Entry, get, refuse
 
-_KINDS = {"default": "none", "linear": "linear", "dynamic": "ntk", "llama3": "llama3",
-          "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
+_KINDS = {
+  "default": "none",
+  "linear": "linear",
+  "dynamic": "ntk",
+  "llama3": "llama3",
+  "yarn": "yarn",
+  "longrope": "longrope",
+  "su": "longrope",
+}
 
 
 def rope(theta=10_000.0, theta_key="rope_theta", local=None, kinds=tuple(_KINDS), own_len=False):
@@ -23,15 +30,19 @@ def rope(theta=10_000.0, theta_key="rope_theta", local=None, kinds=tuple(_KINDS)
     kinds: scalings that the family's own code knows.
     own_len: whether config.json keeps the original context beside the scaling (Phi-3).
   """
+
   def read(hf):
     given, sliding = _given(hf)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in kinds:
       refuse("rope_type", kind, f"known are {', '.join(kinds)}")
     share = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    out = {"rope.theta": float(given.get("rope_theta") or hf.get(theta_key) or theta),
-           "rope.fraction": 1.0 if share is None else float(share),
-           "rope.scaling": _KINDS[kind], **_READ[_KINDS[kind]](given, hf)}
+    out = {
+      "rope.theta": float(given.get("rope_theta") or hf.get(theta_key) or theta),
+      "rope.fraction": 1.0 if share is None else float(share),
+      "rope.scaling": _KINDS[kind],
+      **_READ[_KINDS[kind]](given, hf),
+    }
     if local:
       if sliding.get("rope_type", "default") != "default":
         refuse("rope_type", sliding["rope_type"], "layers within a window have no scaling")
@@ -66,8 +77,11 @@ def _given(hf):
 
 def _length(given, hf):
   """The context before it was stretched."""
-  return (hf.get("original_max_position_embeddings")
-          or given.get("original_max_position_embeddings") or get(hf, "max_position_embeddings"))
+  return (
+    hf.get("original_max_position_embeddings")
+    or given.get("original_max_position_embeddings")
+    or get(hf, "max_position_embeddings")
+  )
 
 
 def _factor(given, hf):
@@ -81,40 +95,56 @@ def _read_yarn(given, hf):
   a, b = given.get("mscale"), given.get("mscale_all_dim")
   if attention is None and a and b:
     attention = mscale(factor, a) / mscale(factor, b)
-  return {"rope.factor": factor, "rope.original_len": _length(given, hf),
-          "rope.attention_factor": attention and float(attention),
-          "rope.beta_fast": float(given.get("beta_fast") or 32),
-          "rope.beta_slow": float(given.get("beta_slow") or 1)}
+  return {
+    "rope.factor": factor,
+    "rope.original_len": _length(given, hf),
+    "rope.attention_factor": attention and float(attention),
+    "rope.beta_fast": float(given.get("beta_fast") or 32),
+    "rope.beta_slow": float(given.get("beta_slow") or 1),
+  }
 
 
 def _read_longrope(given, hf):
   attention = given.get("attention_factor")
-  return {"rope.factor": _factor(given, hf), "rope.original_len": _length(given, hf),
-          "rope.attention_factor": attention and float(attention),
-          "rope.short_factors": tuple(map(float, get(given, "short_factor"))),
-          "rope.long_factors": tuple(map(float, get(given, "long_factor")))}
+  return {
+    "rope.factor": _factor(given, hf),
+    "rope.original_len": _length(given, hf),
+    "rope.attention_factor": attention and float(attention),
+    "rope.short_factors": tuple(map(float, get(given, "short_factor"))),
+    "rope.long_factors": tuple(map(float, get(given, "long_factor"))),
+  }
 
 
 _READ = {
-    "none": lambda given, hf: {},
-    "linear": lambda given, hf: {"rope.factor": float(get(given, "factor"))},
-    "ntk": lambda given, hf: {"rope.factor": float(get(given, "factor"))},
-    "llama3": lambda given, hf: {
-        "rope.factor": float(get(given, "factor")), "rope.original_len": _length(given, hf),
-        "rope.low_freq": float(get(given, "low_freq_factor")),
-        "rope.high_freq": float(get(given, "high_freq_factor"))},
-    "yarn": _read_yarn,
-    "longrope": _read_longrope,
+  "none": lambda given, hf: {},
+  "linear": lambda given, hf: {"rope.factor": float(get(given, "factor"))},
+  "ntk": lambda given, hf: {"rope.factor": float(get(given, "factor"))},
+  "llama3": lambda given, hf: {
+    "rope.factor": float(get(given, "factor")),
+    "rope.original_len": _length(given, hf),
+    "rope.low_freq": float(get(given, "low_freq_factor")),
+    "rope.high_freq": float(get(given, "high_freq_factor")),
+  },
+  "yarn": _read_yarn,
+  "longrope": _read_longrope,
 }
 _PLAIN = {"factor": "rope.factor"}
 _LONG = _PLAIN | {"original_max_position_embeddings": "rope.original_len"}
 _KEYS = {  # theirs: ours
-    "linear": _PLAIN, "ntk": _PLAIN,
-    "llama3": _LONG | {"low_freq_factor": "rope.low_freq", "high_freq_factor": "rope.high_freq"},
-    "yarn": _LONG | {"attention_factor": "rope.attention_factor",
-                     "beta_fast": "rope.beta_fast", "beta_slow": "rope.beta_slow"},
-    "longrope": {"attention_factor": "rope.attention_factor",
-                 "short_factor": "rope.short_factors", "long_factor": "rope.long_factors"},
+  "linear": _PLAIN,
+  "ntk": _PLAIN,
+  "llama3": _LONG | {"low_freq_factor": "rope.low_freq", "high_freq_factor": "rope.high_freq"},
+  "yarn": _LONG
+  | {
+    "attention_factor": "rope.attention_factor",
+    "beta_fast": "rope.beta_fast",
+    "beta_slow": "rope.beta_slow",
+  },
+  "longrope": {
+    "attention_factor": "rope.attention_factor",
+    "short_factor": "rope.short_factors",
+    "long_factor": "rope.long_factors",
+  },
 }
 
 
@@ -123,6 +153,7 @@ def _writer(keys):
     values = {theirs: model[ours] for theirs, ours in keys.items()}
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {k: v for k, v in values.items() if v is not None}
+
   return write
 
 

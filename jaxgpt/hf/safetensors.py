@@ -19,17 +19,26 @@ from jaxgpt.errors import UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {
-    "F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype("int64"), "I32": np.dtype("int32"),
-    "I16": np.dtype("int16"), "I8": np.dtype("int8"), "U8": np.dtype("uint8"),
-    "BOOL": np.dtype("bool"), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+  "F64": np.dtype("float64"),
+  "F32": np.dtype("float32"),
+  "F16": np.dtype("float16"),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "I64": np.dtype("int64"),
+  "I32": np.dtype("int32"),
+  "I16": np.dtype("int16"),
+  "I8": np.dtype("int8"),
+  "U8": np.dtype("uint8"),
+  "BOOL": np.dtype("bool"),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK = 32 << 20  # bytes read at a time where only some columns are kept
 
 
 class Tensor(NamedTuple):
   """Where a tensor lies."""
+
   file: epath.Path
   dtype: np.dtype
   shape: tuple
@@ -58,8 +67,12 @@ def scan(folder):
   if not index.exists():
     if not (folder / SINGLE).exists():
       other = sorted(p.name for p in folder.glob("*.bin"))
-      hint = (f"; {other[0]} is a pickle, which is not read: convert it with transformers' "
-              "save_pretrained" if other else "")
+      hint = (
+        f"; {other[0]} is a pickle, which is not read: convert it with transformers' "
+        "save_pretrained"
+        if other
+        else ""
+      )
       raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
     return _header(folder / SINGLE)
   try:
@@ -69,15 +82,19 @@ def scan(folder):
     raise UserError(f"{index} is broken ({type(e).__name__}: {e}); fetch it again") from e
   missing = [name for name in names if not (folder / name).exists()]
   if missing:
-    raise UserError(f"{folder} lacks {len(missing)} of {len(names)} files that {INDEX} names: "
-                    f"{', '.join(missing[:5])}; fetch them")
+    raise UserError(
+      f"{folder} lacks {len(missing)} of {len(names)} files that {INDEX} names: "
+      f"{', '.join(missing[:5])}; fetch them"
+    )
   tensors = {}
   for name in names:
     tensors |= _header(folder / name)
   lost = sorted(where.keys() - tensors.keys())
   if lost:
-    raise UserError(f"{where[lost[0]]} does not hold {', '.join(lost[:5])}, which {INDEX} places "
-                    "there; fetch the folder again")
+    raise UserError(
+      f"{where[lost[0]]} does not hold {', '.join(lost[:5])}, which {INDEX} places "
+      "there; fetch the folder again"
+    )
   return tensors
 
 
@@ -94,22 +111,29 @@ def _header(path):
     tensors = {}
     for name, entry in header.items():
       if entry["dtype"] not in _DTYPES:
-        raise UserError(f"{path}: tensor {name} is of type {entry['dtype']}, which is not read; "
-                        "convert the model to bfloat16 or float32")
+        raise UserError(
+          f"{path}: tensor {name} is of type {entry['dtype']}, which is not read; "
+          "convert the model to bfloat16 or float32"
+        )
       start, end = entry["data_offsets"]
-      tensors[name] = Tensor(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]),
-                             8 + length + start)
+      tensors[name] = Tensor(
+        path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start
+      )
       if tensors[name].nbytes != end - start:
-        raise ValueError(f"tensor {name} has {end - start} bytes, its shape {entry['shape']} says "
-                         f"{tensors[name].nbytes}")
+        raise ValueError(
+          f"tensor {name} has {end - start} bytes, its shape {entry['shape']} says "
+          f"{tensors[name].nbytes}"
+        )
   except UserError:
     raise
   except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
     raise UserError(broken.format(e)) from e
   cut = [name for name, t in tensors.items() if t.offset + t.nbytes > size]
   if cut:
-    raise UserError(f"{path} is cut: it has {size:,} bytes and lacks {len(cut)} of {len(tensors)} "
-                    f"tensors, whole or in part: {', '.join(sorted(cut)[:5])}; fetch it again")
+    raise UserError(
+      f"{path} is cut: it has {size:,} bytes and lacks {len(cut)} of {len(tensors)} "
+      f"tensors, whole or in part: {', '.join(sorted(cut)[:5])}; fetch it again"
+    )
   return tensors
 
 
@@ -135,7 +159,7 @@ def read(tensor, region=None):
   for a in range(start, stop, step):
     b = min(a + step, stop)
     block = _rows(tensor, a, b, row).reshape(b - a, *tensor.shape[1:])
-    out[a - start:b - start] = block[(slice(None), *(slice(*r) for r in rest))]
+    out[a - start : b - start] = block[(slice(None), *(slice(*r) for r in rest))]
   return out
 
 
@@ -155,6 +179,7 @@ def _rows(tensor, start, stop, row):
 
 class Entry(NamedTuple):
   """A tensor to be written."""
+
   name: str
   shape: tuple
   dtype: np.dtype
@@ -187,9 +212,10 @@ def write(folder, entries, array_of, shard_bytes):
     write_file(epath.Path(folder) / name, shard, array_of)
   if n == 1:
     return names
-  index = {"metadata": {"total_size": sum(e.nbytes for e in entries)},
-           "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True)
-                          for e in shard}}
+  index = {
+    "metadata": {"total_size": sum(e.nbytes for e in entries)},
+    "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
+  }
   (epath.Path(folder) / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
   return [*names, INDEX]
 
@@ -198,8 +224,11 @@ def write_file(path, entries, array_of):
   """Writes one file of tensors; arguments as of `write`."""
   header, offset = {"__metadata__": {"format": "pt"}}, 0
   for e in entries:
-    header[e.name] = {"dtype": _NAMES[np.dtype(e.dtype)], "shape": list(e.shape),
-                      "data_offsets": [offset, offset + e.nbytes]}
+    header[e.name] = {
+      "dtype": _NAMES[np.dtype(e.dtype)],
+      "shape": list(e.shape),
+      "data_offsets": [offset, offset + e.nbytes],
+    }
     offset += e.nbytes
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 class Part(NamedTuple):
   """One of our parameters as a published tensor, or a part of one, holds it."""
+
   path: str  # 'layers/…': with leading dimensions by the template's {i} and {e}
   layout: str  # see `layout`
   plus: float = 0.0  # ours = theirs + plus
@@ -17,6 +18,7 @@ class Part(NamedTuple):
 
 class Row(NamedTuple):
   """A published tensor. It exists where our model has the parameters of its parts."""
+
   name: str  # {i}: layer, {e}: expert
   parts: tuple  # in the order in which they lie along `axis`
   axis: int = 0
@@ -37,8 +39,10 @@ def vector(name, path, when=(), **part):
 
 def dense(name, path, when=()):
   """A Linear's weight, stored [out, in], and its bias."""
-  return (one(f"{name}.weight", path, "O I -> I O", when),
-          vector(f"{name}.bias", f"{path}_bias", when))
+  return (
+    one(f"{name}.weight", path, "O I -> I O", when),
+    vector(f"{name}.bias", f"{path}_bias", when),
+  )
 
 
 def conv1d(name, path):
@@ -48,20 +52,26 @@ def conv1d(name, path):
 
 def norm(name, path, when=(), plus=0.0):
   """A LayerNorm's two vectors; of an RMSNorm only the first exists."""
-  return (vector(f"{name}.weight", f"{path}/scale", when, plus=plus),
-          vector(f"{name}.bias", f"{path}/bias", when))
+  return (
+    vector(f"{name}.weight", f"{path}/scale", when, plus=plus),
+    vector(f"{name}.bias", f"{path}/bias", when),
+  )
 
 
 def heads(name, x, **part):
   """A projection to heads, `x` being 'q', 'k' or 'v', and its bias."""
-  return (one(f"{name}.weight", f"layers/attn/{x}", "(N H) D -> D N H", **part),
-          one(f"{name}.bias", f"layers/attn/{x}_bias", "(N H) -> N H"))
+  return (
+    one(f"{name}.weight", f"layers/attn/{x}", "(N H) D -> D N H", **part),
+    one(f"{name}.bias", f"layers/attn/{x}_bias", "(N H) -> N H"),
+  )
 
 
 def output(name, layout="D (N H) -> N H D"):
   """The projection from heads, and its bias."""
-  return (one(f"{name}.weight", "layers/attn/o", layout),
-          vector(f"{name}.bias", "layers/attn/o_bias"))
+  return (
+    one(f"{name}.weight", "layers/attn/o", layout),
+    vector(f"{name}.bias", "layers/attn/o_bias"),
+  )
 
 
 def fused(name, layout, *paths, axis=0, suffix=""):
@@ -72,11 +82,14 @@ def fused(name, layout, *paths, axis=0, suffix=""):
 def qkv(name, layout="(N H) D -> D N H", axis=0):
   """Queries, keys and values in one tensor, and their biases in another."""
   paths = [f"layers/attn/{x}" for x in "qkv"]
-  return (fused(f"{name}.weight", layout, *paths, axis=axis),
-          fused(f"{name}.bias", "(N H) -> N H", *paths, suffix="_bias"))
+  return (
+    fused(f"{name}.weight", layout, *paths, axis=axis),
+    fused(f"{name}.bias", "(N H) -> N H", *paths, suffix="_bias"),
+  )
 
 
 def flat(*groups):
   """Rows of nested tuples, in their order."""
-  return tuple(row for group in groups
-               for row in (flat(*group) if not isinstance(group, Row) else (group,)))
+  return tuple(
+    row for group in groups for row in (flat(*group) if not isinstance(group, Row) else (group,))
+  )

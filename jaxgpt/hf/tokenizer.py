@@ -14,11 +14,18 @@ from jaxgpt.text.tokenizers import base, huggingface, tiktoken
 from jaxgpt.text.tokenizers import sentencepiece as pieces
 
 PROBES = (
-    "The quick brown fox jumps over the lazy dog.", "", " ", "  two  spaces   three", "\n\n\t\ttab\r\n",
-    "def f(x):\n  return {k: v**2 for k, v in x.items() if v != 3.14159}\n", "1234567890 12 345",
-    "naïve façade — “quoted” … 東京都 привет мир مرحبا 🙂🙃 👩‍👩‍👧 e\u0301 \u00a0\u200b",
-    "aaaaaaaaaaaaaaaaaaaaaaa bbb abababab the the thethe  thethe", "x" * 40 + " y" * 20,
-    "It's they're I'll DON'T [CLS] http://a.b/c?d=e&f=g#h <p class='x'>", "\x00\x07\x7f\ufffd",
+  "The quick brown fox jumps over the lazy dog.",
+  "",
+  " ",
+  "  two  spaces   three",
+  "\n\n\t\ttab\r\n",
+  "def f(x):\n  return {k: v**2 for k, v in x.items() if v != 3.14159}\n",
+  "1234567890 12 345",
+  "naïve façade — “quoted” … 東京都 привет мир مرحبا 🙂🙃 👩‍👩‍👧 e\u0301 \u00a0\u200b",
+  "aaaaaaaaaaaaaaaaaaaaaaa bbb abababab the the thethe  thethe",
+  "x" * 40 + " y" * 20,
+  "It's they're I'll DON'T [CLS] http://a.b/c?d=e&f=g#h <p class='x'>",
+  "\x00\x07\x7f\ufffd",
 )
 
 
@@ -44,8 +51,10 @@ def files(tokenizer, max_len):
   found = _differences(inner, tokenizer)
   if not found:
     return {huggingface.MODEL: inner.to_str().encode()} | _config(tokenizer, max_len), ""
-  return {}, (f"a tokenizer.json would not be exact: it splits {found[0][:60]!r} in another way; "
-              "encode with jaxgpt, or with the library that the tokenizer came from")
+  return {}, (
+    f"a tokenizer.json would not be exact: it splits {found[0][:60]!r} in another way; "
+    "encode with jaxgpt, or with the library that the tokenizer came from"
+  )
 
 
 def _differences(inner, tokenizer):
@@ -61,10 +70,16 @@ def _differences(inner, tokenizer):
 
 def _config(tokenizer, max_len):
   names = {i: name for name, i in tokenizer.special_ids.items()}
-  roles = {f"{role}_token": names.get(getattr(tokenizer, f"{role}_id"))
-           for role in ("bos", "eos", "pad", "mask", "unk")}
-  config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_len,
-            "clean_up_tokenization_spaces": False, **{k: v for k, v in roles.items() if v}}
+  roles = {
+    f"{role}_token": names.get(getattr(tokenizer, f"{role}_id"))
+    for role in ("bos", "eos", "pad", "mask", "unk")
+  }
+  config = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": max_len,
+    "clean_up_tokenization_spaces": False,
+    **{k: v for k, v in roles.items() if v},
+  }
   if tokenizer.chat_template:
     config["chat_template"] = tokenizer.chat_template
   return {base.CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
@@ -73,11 +88,13 @@ def _config(tokenizer, max_len):
 def _add_specials(tokenizers, inner, tokenizer):
   """The special tokens, and the bos in front of each text that our documents have."""
   by_id = sorted(tokenizer.special_ids.items(), key=lambda item: item[1])
-  inner.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True)
-                            for name, _ in by_id])
+  inner.add_special_tokens(
+    [tokenizers.AddedToken(name, normalized=False, special=True) for name, _ in by_id]
+  )
   bos = next(name for name, i in by_id if i == tokenizer.bos_id)
   inner.post_processor = tokenizers.processors.TemplateProcessing(
-      single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, tokenizer.bos_id)])
+    single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, tokenizer.bos_id)]
+  )
 
 
 def _bytes(tokenizers, own):
@@ -87,7 +104,8 @@ def _bytes(tokenizers, own):
   vocab |= {f"<0x{b:02X}>": int(specials.encode_batch(["\0"])[0][0]) + b for b in range(256)}
   inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
   inner.decoder = tokenizers.decoders.Sequence(
-      [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+  )
   return inner
 
 
@@ -102,9 +120,13 @@ def _pieces(own):
 def _spaces(tokenizers, inner):
   """SentencePiece's mark for a space; no pre-tokenizer, as it has none."""
   inner.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-  inner.decoder = tokenizers.decoders.Sequence([
-      tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(),
-      tokenizers.decoders.Fuse()])
+  inner.decoder = tokenizers.decoders.Sequence(
+    [
+      tokenizers.decoders.Replace("▁", " "),
+      tokenizers.decoders.ByteFallback(),
+      tokenizers.decoders.Fuse(),
+    ]
+  )
   return inner
 
 
@@ -112,15 +134,27 @@ def _sentencepiece(tokenizers, own):
   """BPE, whose scores are whole numbers, or unigram, whose scores are logarithms."""
   names, scores, no_text, unk = _pieces(own)
   if not all(s.is_integer() for name, s in zip(names, scores, strict=True) if name not in no_text):
-    return _spaces(tokenizers, tokenizers.Tokenizer(tokenizers.models.Unigram(
-        list(zip(names, scores, strict=True)), unk, byte_fallback=True)))
+    return _spaces(
+      tokenizers,
+      tokenizers.Tokenizer(
+        tokenizers.models.Unigram(list(zip(names, scores, strict=True)), unk, byte_fallback=True)
+      ),
+    )
   rank = {name: (-scores[i], i) for i, name in enumerate(names) if name not in no_text}
-  merges = [(rank[name], rank[name[:k]], (name[:k], name[k:])) for name in rank
-            for k in range(1, len(name)) if name[:k] in rank and name[k:] in rank]
+  merges = [
+    (rank[name], rank[name[:k]], (name[:k], name[k:]))
+    for name in rank
+    for k in range(1, len(name))
+    if name[:k] in rank and name[k:] in rank
+  ]
   merges = [pair for _, _, pair in sorted(merges)]
   vocab = {name: i for i, name in enumerate(names)}
-  return _spaces(tokenizers, tokenizers.Tokenizer(tokenizers.models.BPE(
-      vocab, merges, unk_token=names[unk], fuse_unk=True, byte_fallback=True)))
+  return _spaces(
+    tokenizers,
+    tokenizers.Tokenizer(
+      tokenizers.models.BPE(vocab, merges, unk_token=names[unk], fuse_unk=True, byte_fallback=True)
+    ),
+  )
 
 
 def _tiktoken(tokenizers, own):
@@ -129,26 +163,35 @@ def _tiktoken(tokenizers, own):
   ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
   letters = _byte_letters()
   text = lambda token: "".join(letters[b] for b in token)
-  merges = [tuple(map(text, parts)) for token, rank in sorted(ranks.items(), key=lambda x: x[1])
-            if len(parts := _halves(ranks, token, rank)) == 2]
+  merges = [
+    tuple(map(text, parts))
+    for token, rank in sorted(ranks.items(), key=lambda x: x[1])
+    if len(parts := _halves(ranks, token, rank)) == 2
+  ]
   settings = json.loads(own[tiktoken.SETTINGS])
-  inner = tokenizers.Tokenizer(tokenizers.models.BPE(
-      {text(token): rank for token, rank in ranks.items()}, merges, ignore_merges=True))
-  inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+  inner = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      {text(token): rank for token, rank in ranks.items()}, merges, ignore_merges=True
+    )
+  )
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
       tokenizers.pre_tokenizers.Split(tokenizers.Regex(settings["pattern"]), "isolated"),
-      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   inner.decoder = tokenizers.decoders.ByteLevel()
   return inner
 
 
 def _halves(ranks, token, below):
   """The parts that BPE makes of a token with the merges of lower rank alone."""
-  parts = [token[i:i + 1] for i in range(len(token))]
+  parts = [token[i : i + 1] for i in range(len(token))]
   while len(parts) > 1:
     rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
     if rank >= below:
       break
-    parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    parts[i : i + 2] = [parts[i] + parts[i + 1]]
   return parts
 
 
@@ -159,5 +202,8 @@ def _byte_letters():
   return {b: chr(b) for b in printed} | {b: chr(0x100 + i) for i, b in enumerate(others)}
 
 
-_MAKERS = {base.ByteTokenizer.kind: _bytes, pieces.SentencePieceTokenizer.kind: _sentencepiece,
-           tiktoken.TiktokenTokenizer.kind: _tiktoken}
+_MAKERS = {
+  base.ByteTokenizer.kind: _bytes,
+  pieces.SentencePieceTokenizer.kind: _sentencepiece,
+  tiktoken.TiktokenTokenizer.kind: _tiktoken,
+}

@@ -15,8 +15,11 @@ import numpy as np
 from jaxgpt import tree
 from jaxgpt.hf import safetensors
 
-DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16),
-          "float16": np.dtype("float16")}
+DTYPES = {
+  "float32": np.dtype("float32"),
+  "bfloat16": np.dtype(ml_dtypes.bfloat16),
+  "float16": np.dtype("float16"),
+}
 
 _BLOCK = 8 << 20  # bytes of a tensor that are on the host at a time
 
@@ -51,9 +54,12 @@ def load(pairs, abstract):
 def complete(params, abstract):
   """All parameters: those read, and ones for those that nothing reads and nobody publishes."""
   ones = lambda leaf: jax.make_array_from_callback(
-      leaf.shape, leaf.sharding,
-      lambda index: np.ones([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)],
-                            leaf.dtype))
+    leaf.shape,
+    leaf.sharding,
+    lambda index: np.ones(
+      [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)], leaf.dtype
+    ),
+  )
   return tree.map_named(lambda path, leaf: params[path] if path in params else ones(leaf), abstract)
 
 
@@ -68,14 +74,16 @@ def _array(leaf, pieces):
     shape = tuple(b - a for a, b in bounds)
     buffers = [jnp.zeros(shape, leaf.dtype, device=device) for device in copies]
     for piece, published, tensor in pieces:
-      outer, inner = bounds[:len(piece.lead)], bounds[len(piece.lead):]
+      outer, inner = bounds[: len(piece.lead)], bounds[len(piece.lead) :]
       if all(a <= i < b for i, (a, b) in zip(piece.lead, outer, strict=True)):
         first = [i - a for i, (a, _) in zip(piece.lead, outer, strict=True)]
         for block in _blocks(piece.layout, inner, tensor.dtype.itemsize):
           part = read_part(piece, published, tensor, block)
           start = first + [a - b for (a, _), (b, _) in zip(block, inner, strict=True)]
-          buffers = [_place(b, jax.device_put(part, b.device), np.array(start, np.int32), piece.plus)
-                     for b in buffers]
+          buffers = [
+            _place(b, jax.device_put(part, b.device), np.array(start, np.int32), piece.plus)
+            for b in buffers
+          ]
           jax.block_until_ready(buffers)  # else blocks that wait their turn pile up
     shards += buffers
   return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
@@ -88,15 +96,19 @@ def _blocks(layout, bounds, itemsize):
     return [bounds]
   row = math.prod(b - a for i, (a, b) in enumerate(bounds) if i != layout.outer) * itemsize
   step = max(1, _BLOCK // max(1, row))
-  return [(*bounds[:layout.outer], (a, min(a + step, stop)), *bounds[layout.outer + 1:])
-          for a in range(start, stop, step)]
+  return [
+    (*bounds[: layout.outer], (a, min(a + step, stop)), *bounds[layout.outer + 1 :])
+    for a in range(start, stop, step)
+  ]
 
 
 def read_part(piece, published, tensor, bounds):
   """The part of ours within `bounds`, in the file's dtype, before anything is added."""
   region, convert = piece.layout.region(bounds)
-  region = [(a + piece.start, b + piece.start) if d == published.axis else (a, b)
-            for d, (a, b) in enumerate(region)]
+  region = [
+    (a + piece.start, b + piece.start) if d == published.axis else (a, b)
+    for d, (a, b) in enumerate(region)
+  ]
   if published.view == published.shape:
     part = convert(safetensors.read(tensor, region))
   else:  # the first two dimensions are one in the file
@@ -110,7 +122,9 @@ def read_part(piece, published, tensor, bounds):
 def _order(size, pairs):
   """Where each entry of our last axis is in theirs: ours has the halves of the pairs apart."""
   first = size - pairs
-  return np.concatenate([np.arange(first), np.arange(first, size, 2), np.arange(first + 1, size, 2)])
+  return np.concatenate(
+    [np.arange(first), np.arange(first, size, 2), np.arange(first + 1, size, 2)]
+  )
 
 
 def rounded(params, dtype):

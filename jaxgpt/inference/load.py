@@ -21,6 +21,7 @@ from jaxgpt.training import evaluation, loop
 
 class Run(NamedTuple):
   """What is needed to use a trained model."""
+
   c: ml_collections.ConfigDict
   parts: build_lib.Parts
   mesh: jax.sharding.Mesh
@@ -53,8 +54,15 @@ def load(folder, step=None):
   state, _ = checkpoints.restore(wanted, step)
   checkpoints.close()
   params = tree.merge(state[name], checkpoints_lib.load_frozen(folder, parts.state).get("frozen"))
-  return Run(c, parts, mesh, params, int(state["step"]), tokenizer,
-             run_folder.read_starts(folder)[0]["data_digest"])
+  return Run(
+    c,
+    parts,
+    mesh,
+    params,
+    int(state["step"]),
+    tokenizer,
+    run_folder.read_starts(folder)[0]["data_digest"],
+  )
 
 
 def place(c):
@@ -97,31 +105,38 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
   c = run.c.copy_and_resolve_references()
   c.data.path = data or c.data.path
   if not c.data.path:
-    raise UserError("an imported model has no data of its own; say where prepared text is with "
-                    "--data=DIR")
+    raise UserError(
+      "an imported model has no data of its own; say where prepared text is with --data=DIR"
+    )
   rows = batch_size or run.c.eval.batch_size
   batches = loop.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
   if not run.data_digest:  # an imported model has no data of its own
     if not init_from.same_tokens(loop.load_tokenizer_and_config(c)[0], run.tokenizer):
-      raise UserError(f"{c.data.path} was tokenized with another tokenizer than the imported "
-                      "model's; prepare it with jaxgpt data --tokenizer=RUN/tokenizer")
+      raise UserError(
+        f"{c.data.path} was tokenized with another tokenizer than the imported "
+        "model's; prepare it with jaxgpt data --tokenizer=RUN/tokenizer"
+      )
   else:
     check_data(batches, run.data_digest, c.data.path)
   with jax.set_mesh(run.mesh):
-    return loop.evaluate_on(batches, run.mesh, c.data, evaluation.make_step(run.parts.objective),
-                            run.params, limit)
+    return loop.evaluate_on(
+      batches, run.mesh, c.data, evaluation.make_step(run.parts.objective), run.params, limit
+    )
 
 
 def check_data(batches, digest, path):
   """Raises a UserError where batches are not of the data that a run's digest names."""
   if batches.digest != digest:
-    raise UserError(f"{path} is not the data of this run: its manifest's digest is "
-                    f"{batches.digest[:12]}, the run's was {digest[:12]}; say where the run's data "
-                    "is with --data=DIR")
+    raise UserError(
+      f"{path} is not the data of this run: its manifest's digest is "
+      f"{batches.digest[:12]}, the run's was {digest[:12]}; say where the run's data "
+      "is with --data=DIR"
+    )
 
 
 class Sampling(NamedTuple):
   """How tokens are drawn; see `generate.filter_logits`."""
+
   temperature: float = 0.8
   top_k: int = 0
   top_p: float = 1.0
@@ -129,10 +144,12 @@ class Sampling(NamedTuple):
 
   def check(self):
     """Raises a UserError that names a value out of range."""
-    for name, ok, what in (("temperature", self.temperature >= 0, "at least 0"),
-                           ("top_k", self.top_k >= 0, "at least 0"),
-                           ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-                           ("min_p", 0 <= self.min_p <= 1, "in [0, 1]")):
+    for name, ok, what in (
+      ("temperature", self.temperature >= 0, "at least 0"),
+      ("top_k", self.top_k >= 0, "at least 0"),
+      ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+      ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+    ):
       if not ok:
         raise UserError(f"--{name}={getattr(self, name)} must be {what}")
 
@@ -147,8 +164,9 @@ class Sampler:
     """Args: run: from `load`. num_samples: texts a call."""
     self._run, self._num_samples = run, num_samples
     self._context = run.c.data.seq_len
-    self._generate = sampling_lib.make(run.parts.model, self._context, run.tokenizer.eos_id,
-                                   run.tokenizer.vocab_size)
+    self._generate = sampling_lib.make(
+      run.parts.model, self._context, run.tokenizer.eos_id, run.tokenizer.vocab_size
+    )
 
   def __call__(self, prompt, max_new=200, sampling=_DEFAULT_SAMPLING, seed=0):
     """Continues a prompt.
@@ -169,13 +187,24 @@ class Sampler:
     run, tokenizer = self._run, self._run.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if len(ids) >= self._context:
-      raise UserError(f"the prompt has {len(ids)} tokens, the model's context {self._context} "
-                      f"(data.seq_len): shorten it by at least {len(ids) - self._context + 1}")
+      raise UserError(
+        f"the prompt has {len(ids)} tokens, the model's context {self._context} "
+        f"(data.seq_len): shorten it by at least {len(ids) - self._context + 1}"
+      )
     tokens = np.zeros((self._num_samples, self._context), np.int32)
-    tokens[:, :len(ids)] = ids
+    tokens[:, : len(ids)] = ids
     with jax.set_mesh(run.mesh):
-      out, lengths = jax.device_get(self._generate(
-          run.params, tokens, len(ids), min(max_new, self._context - len(ids)),
-          jax.random.key(seed), sampling._replace(top_k=min(sampling.top_k, tokenizer.vocab_size))))
-    return [tokenizer.decode([int(i) for i in row[len(ids):n]])
-            for row, n in zip(out, lengths, strict=True)]
+      out, lengths = jax.device_get(
+        self._generate(
+          run.params,
+          tokens,
+          len(ids),
+          min(max_new, self._context - len(ids)),
+          jax.random.key(seed),
+          sampling._replace(top_k=min(sampling.top_k, tokenizer.vocab_size)),
+        )
+      )
+    return [
+      tokenizer.decode([int(i) for i in row[len(ids) : n]])
+      for row, n in zip(out, lengths, strict=True)
+    ]

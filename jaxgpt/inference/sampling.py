@@ -79,9 +79,13 @@ def make(model, num_slots, eos_id, vocab_size):
 
     places = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
     # Slots past the prompt get keys of padding; each is overwritten before it can be read.
-    out = model.apply({"params": params}, tokens_BS, places,
-                      cache=transformer.init_cache(cfg, B, num_slots),
-                      logits_at_B=jnp.full((B,), length - 1))
+    out = model.apply(
+      {"params": params},
+      tokens_BS,
+      places,
+      cache=transformer.init_cache(cfg, B, num_slots),
+      logits_at_B=jnp.full((B,), length - 1),
+    )
     end = jnp.minimum(length + max_new, num_slots)
 
     def going(carry):
@@ -94,11 +98,23 @@ def make(model, num_slots, eos_id, vocab_size):
       done_B |= token_B == eos_id
       lengths_B = jnp.where(done_B, lengths_B, i + 1)
       tokens = tokens.at[:, i].set(token_B)
-      out = model.apply({"params": params}, token_B[:, None], jnp.full((B, 1), i), cache=cache,
-                        logits_at_B=jnp.zeros((B,), jnp.int32))
+      out = model.apply(
+        {"params": params},
+        token_B[:, None],
+        jnp.full((B, 1), i),
+        cache=cache,
+        logits_at_B=jnp.zeros((B,), jnp.int32),
+      )
       return i + 1, tokens, out.cache, out.logits, done_B, lengths_B
 
-    start = (length, tokens_BS, out.cache, out.logits, jnp.zeros((B,), bool), jnp.full((B,), length))
+    start = (
+      length,
+      tokens_BS,
+      out.cache,
+      out.logits,
+      jnp.zeros((B,), bool),
+      jnp.full((B,), length),
+    )
     _, tokens, _, _, _, lengths_B = jax.lax.while_loop(going, step, start)
     return tokens, lengths_B
 

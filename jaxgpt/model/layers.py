@@ -23,6 +23,7 @@ QKV = ("q", "k", "v")
 
 class Module(nn.Module):
   """A Linen module that declares parameters together with their logical axes."""
+
   cfg: ml_collections.FrozenConfigDict
 
   def weight(self, name, shape, axes, std):
@@ -54,10 +55,18 @@ class Module(nn.Module):
       y = quantized.times(x, w, num_in, self.cfg.quantize, self.cfg.quantize_gradients)
     if not lora.rank or not any(fnmatch.fnmatchcase(name, target) for target in lora.targets):
       return y
-    a = self.weight(f"{name}_lora_a", (*shape[:num_in], lora.rank), (*axes[:num_in], "rank"),
-                    math.prod(shape[:num_in]) ** -0.5)
-    b = self._declare(f"{name}_lora_b", (lora.rank, *shape[num_in:]), ("rank", *axes[num_in:]),
-                      nn.initializers.zeros)
+    a = self.weight(
+      f"{name}_lora_a",
+      (*shape[:num_in], lora.rank),
+      (*axes[:num_in], "rank"),
+      math.prod(shape[:num_in]) ** -0.5,
+    )
+    b = self._declare(
+      f"{name}_lora_b",
+      (lora.rank, *shape[num_in:]),
+      ("rank", *axes[num_in:]),
+      nn.initializers.zeros,
+    )
     if key is not None:
       x = ops.dropout(x, lora.dropout, jax.random.fold_in(key, sum(name.encode())))
     return y + self.times(self.times(x, a, num_in), b, 1) * (lora.alpha / lora.rank)
@@ -72,9 +81,14 @@ class Module(nn.Module):
     cfg = self.cfg
     if cfg.attention != "auto":
       return cfg.attention
-    return attention.choose("auto", jax.default_backend(), length=cfg.max_len,
-                            dtype=cfg.dtype, softcap=cfg.attn_softcap,
-                            heads=(cfg.head_dim, cfg.latent.v_dim))
+    return attention.choose(
+      "auto",
+      jax.default_backend(),
+      length=cfg.max_len,
+      dtype=cfg.dtype,
+      softcap=cfg.attn_softcap,
+      heads=(cfg.head_dim, cfg.latent.v_dim),
+    )
 
   @property
   def has_wide_gradients(self):
@@ -91,6 +105,7 @@ class Module(nn.Module):
 
 class Norm(Module):
   """LayerNorm or RMSNorm (`kind`) over the last axis, of `size`."""
+
   kind: str
   size: int
 
@@ -109,6 +124,7 @@ class Attention(Module):
 
   `kind` is 'global', 'local' (within `window`) or 'nope' (global, without positions).
   """
+
   rules: Rules
   kind: str
 
@@ -119,22 +135,43 @@ class Attention(Module):
     make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
     (q, k, v), cache = make(x_BTD, here, shared["positions"], cache, lora_key)
     form = "reference" if cache is not None else self.form
-    out = attention.attend(form, q, k, v, here["mask"], shared["segments"],
-                           scale=cfg.attn_scale, softcap=cfg.attn_softcap,
-                           causal=cfg.causal and cache is None,
-                           window=cfg.window if self.kind == "local" else None,
-                           rules=self.rules)
+    out = attention.attend(
+      form,
+      q,
+      k,
+      v,
+      here["mask"],
+      shared["segments"],
+      scale=cfg.attn_scale,
+      softcap=cfg.attn_softcap,
+      causal=cfg.causal and cache is None,
+      window=cfg.window if self.kind == "local" else None,
+      rules=self.rules,
+    )
     _, _, N, H = out.shape
-    y = self.linear("o", out, (N, H, cfg.width), ("heads", "head_dim", "embed"), self.residual_std,
-                    num_in=2, key=lora_key)
+    y = self.linear(
+      "o",
+      out,
+      (N, H, cfg.width),
+      ("heads", "head_dim", "embed"),
+      self.residual_std,
+      num_in=2,
+      key=lora_key,
+    )
     if cfg.bias:
       y += self.vector("o_bias", (cfg.width,), ("norm",)).astype(self.dtype)
     return checkpoint_name(y, "o"), cache
 
   def _heads(self, name, x, heads, size, head_axis, key, in_axis="embed"):
     """x [B, T, in] -> [B, T, heads, size], by one weight and perhaps a bias."""
-    y = self.linear(name, x, (x.shape[-1], heads, size), (in_axis, head_axis, "head_dim"),
-                    self.cfg.init_std, key=key)
+    y = self.linear(
+      name,
+      x,
+      (x.shape[-1], heads, size),
+      (in_axis, head_axis, "head_dim"),
+      self.cfg.init_std,
+      key=key,
+    )
     if self.cfg.qkv_bias:
       y += self.vector(f"{name}_bias", (heads, size), (head_axis, "head_dim")).astype(self.dtype)
     return y
@@ -143,8 +180,10 @@ class Attention(Module):
     """Queries, keys and values; those of earlier tokens come from the cache."""
     cfg = self.cfg
     N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    q, k, v = (self._heads(name, x_BTD, heads, H, axis, key) for name, heads, axis in (
-        ("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")))
+    q, k, v = (
+      self._heads(name, x_BTD, heads, H, axis, key)
+      for name, heads, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads"))
+    )
     if cfg.qk_norm != "none":
       q, k = self._normed("q_norm", q), self._normed("k_norm", k)
     if here["rotary"]:
@@ -174,14 +213,18 @@ class Attention(Module):
     R, plain = lat.rope_dim, cfg.head_dim - lat.rope_dim
     x_BTC = x_BTD
     if lat.q_rank:
-      x_BTC = self.linear("q_down", x_BTD, (D, lat.q_rank), ("embed", "rank"), cfg.init_std, key=key)
+      x_BTC = self.linear(
+        "q_down", x_BTD, (D, lat.q_rank), ("embed", "rank"), cfg.init_std, key=key
+      )
       x_BTC = Norm(cfg, "rmsnorm", lat.q_rank, name="q_down_norm")(x_BTC)
     q = self._heads("q", x_BTC, N, cfg.head_dim, "heads", key, "rank" if lat.q_rank else "embed")
-    compressed = self.linear("kv_down", x_BTD, (D, lat.kv_rank + R), ("embed", "rank"),
-                             cfg.init_std, key=key)
+    compressed = self.linear(
+      "kv_down", x_BTD, (D, lat.kv_rank + R), ("embed", "rank"), cfg.init_std, key=key
+    )
     latent_BTC = Norm(cfg, "rmsnorm", lat.kv_rank, name="kv_down_norm")(
-        compressed[..., :lat.kv_rank])
-    shared_key = rope.rotate(compressed[..., None, lat.kv_rank:], *here["rotary"])
+      compressed[..., : lat.kv_rank]
+    )
+    shared_key = rope.rotate(compressed[..., None, lat.kv_rank :], *here["rotary"])
     q = jnp.concatenate([q[..., :plain], rope.rotate(q[..., plain:], *here["rotary"])], -1)
     if cache is not None:
       cache = written(cache, {"latent": latent_BTC, "shared_key": shared_key}, positions_BT)
@@ -194,14 +237,18 @@ class Attention(Module):
 
 def named(rules, q, k, v):
   """Pins queries, keys and values to the mesh, and names them for remat policies."""
-  return tuple(checkpoint_name(rules.constrain(x, "batch", "length", "act_heads", None), name)
-               for x, name in zip((q, k, v), QKV, strict=True))
+  return tuple(
+    checkpoint_name(rules.constrain(x, "batch", "length", "act_heads", None), name)
+    for x, name in zip((q, k, v), QKV, strict=True)
+  )
 
 
 def written(cache, new, positions_BT):
   """The cache with `new` in the slots of these positions; those of a row are consecutive."""
+
   def write(old, part, first):
     return jax.lax.dynamic_update_slice(old, part, (first,) + (0,) * (old.ndim - 1))
+
   first = positions_BT[:, 0]
   return {name: jax.vmap(write)(cache[name], part, first) for name, part in new.items()}
 
@@ -212,12 +259,15 @@ def empty_cache(cfg, batch_size, num_slots):
   parts = {"k": one, "v": one}
   if cfg.latent.kv_rank:
     parts = {"latent": (cfg.latent.kv_rank,), "shared_key": (1, cfg.latent.rope_dim)}
-  return {name: jnp.zeros((batch_size, num_slots, *shape), jnp.dtype(cfg.dtype))
-          for name, shape in parts.items()}
+  return {
+    name: jnp.zeros((batch_size, num_slots, *shape), jnp.dtype(cfg.dtype))
+    for name, shape in parts.items()
+  }
 
 
 class MLP(Module):
   """activation(x up) down, or (activation(x gate) * x up) down where `gated` (arXiv:2002.05202)."""
+
   rules: Rules
   size: int
 
@@ -241,4 +291,5 @@ class MLP(Module):
     h = self.rules.constrain(h, "batch", "length", "act_mlp")
     h = ops.materialized(h, cfg.materialize)
     return checkpoint_name(
-        project("down", h, (F, D), ("mlp", "embed"), self.residual_std, "norm"), "down")
+      project("down", h, (F, D), ("mlp", "embed"), self.residual_std, "norm"), "down"
+    )

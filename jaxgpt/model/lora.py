@@ -24,13 +24,19 @@ def merge(params, c_lora):
   named = tree.flatten(params)
   adapters = pairs(named)
   product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1) * (c_lora.alpha / c_lora.rank))
-  merged = {path: w + product(*adapters[path]) if path in adapters else w
-            for path, w in named.items() if not path.endswith(SUFFIXES)}
+  merged = {
+    path: w + product(*adapters[path]) if path in adapters else w
+    for path, w in named.items()
+    if not path.endswith(SUFFIXES)
+  }
   return tree.unflatten(merged)
 
 
 def pairs(named):
   """{path of a weight: (A, B)} of {path: array}; A [layers, in…, rank], B [layers, rank, out…]."""
   first, second = SUFFIXES
-  return {path.removesuffix(first): (a, named[path.removesuffix(first) + second])
-          for path, a in named.items() if path.endswith(first)}
+  return {
+    path.removesuffix(first): (a, named[path.removesuffix(first) + second])
+    for path, a in named.items()
+    if path.endswith(first)
+  }

@@ -63,9 +63,12 @@ def statistics(logits_BTE, scores_BTE, experts_BTX, real_BT):
   real = real_BT.astype(jnp.float32)
   chosen_BTE = jax.nn.one_hot(experts_BTX, E).sum(-2)
   z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
-  return {"chosen": jnp.einsum("BT,BTE->E", real, chosen_BTE),
-          "scores": jnp.einsum("BT,BTE->E", real, scores_BTE),
-          "z": (z_BT * real).sum(), "tokens": real.sum()}
+  return {
+    "chosen": jnp.einsum("BT,BTE->E", real, chosen_BTE),
+    "scores": jnp.einsum("BT,BTE->E", real, scores_BTE),
+    "z": (z_BT * real).sum(),
+    "tokens": real.sum(),
+  }
 
 
 def losses(stats):
@@ -87,6 +90,7 @@ class MoE(layers.Module):
   ragged groups. Otherwise an expert has room for capacity * T * X / E tokens of a row; tokens
   beyond that, in the row's order, pass it by, which is what static shapes on many chips cost.
   """
+
   rules: Rules
 
   @nn.compact
@@ -101,10 +105,15 @@ class MoE(layers.Module):
     stats = statistics(logits_BTE, scores, experts, real_BT)
     std = {"gate": cfg.init_std, "up": cfg.init_std, "down": self.residual_std}
     names = ("gate", "up", "down") if cfg.gated else ("up", "down")
-    w = {name: self.weight(name, (E, F, D) if name == "down" else (E, D, F),
-                           ("experts", "mlp", "embed") if name == "down"
-                           else ("experts", "embed", "mlp"), std[name]).astype(self.dtype)
-         for name in names}
+    w = {
+      name: self.weight(
+        name,
+        (E, F, D) if name == "down" else (E, D, F),
+        ("experts", "mlp", "embed") if name == "down" else ("experts", "embed", "mlp"),
+        std[name],
+      ).astype(self.dtype)
+      for name in names
+    }
     if c.capacity:
       y, stats["dropped"] = self._with_capacity(x_BTD, weights, experts, real_BT, w)
     else:
@@ -144,8 +153,9 @@ class MoE(layers.Module):
     if several:
       cut = part(columns)
       of_weights = {name: P(None, cut) if name == "down" else P(None, None, cut) for name in w}
-      local = jax.shard_map(local, in_specs=(tokens, tokens, tokens, of_weights),
-                            out_specs=tokens, check_vma=False)
+      local = jax.shard_map(
+        local, in_specs=(tokens, tokens, tokens, of_weights), out_specs=tokens, check_vma=False
+      )
     return local(x_BTD, weights, experts, w)
 
   def _with_capacity(self, x_BTD, weights, experts, real_BT, w):
@@ -157,7 +167,9 @@ class MoE(layers.Module):
     X, E = c.per_token, c.experts
     C = min(math.ceil(c.capacity * T * X / E), T)
     # A token's place among those of its row that go to the same expert, in the row's order.
-    as_read, as_here = (context_parallel.restore, context_parallel.balance) if self.cfg.causal else (whole, whole)
+    as_read, as_here = (
+      (context_parallel.restore, context_parallel.balance) if self.cfg.causal else (whole, whole)
+    )
     wanted_BTXE = jax.nn.one_hot(experts, E, dtype=jnp.int32) * real_BT[..., None, None]
     flat = as_read(wanted_BTXE).reshape(B, T * X, E)
     place = ((jnp.cumsum(flat, 1) - flat) * flat).sum(-1).reshape(B, T, X)

@@ -101,8 +101,9 @@ def _wide_times_bwd(num_in, out_dtype, saved, dy):
   return dx, dw
 
 
-_wide_times.defvjp(lambda x, w, num_in, out_dtype: (_wide_times(x, w, num_in, out_dtype), (x, w)),
-                   _wide_times_bwd)
+_wide_times.defvjp(
+  lambda x, w, num_in, out_dtype: (_wide_times(x, w, num_in, out_dtype), (x, w)), _wide_times_bwd
+)
 
 
 @jax.custom_vjp
@@ -113,10 +114,16 @@ def widely_summed(table_VD, narrow_VD, ids):
 
 
 widely_summed.defvjp(
-    lambda table_VD, narrow_VD, ids: (widely_summed(table_VD, narrow_VD, ids),
-                                      (table_VD, narrow_VD, ids)),
-    lambda saved, dy: (jnp.zeros_like(saved[0]).at[saved[2]].add(dy.astype(saved[0].dtype)),
-                       jnp.zeros_like(saved[1]), None))
+  lambda table_VD, narrow_VD, ids: (
+    widely_summed(table_VD, narrow_VD, ids),
+    (table_VD, narrow_VD, ids),
+  ),
+  lambda saved, dy: (
+    jnp.zeros_like(saved[0]).at[saved[2]].add(dy.astype(saved[0].dtype)),
+    jnp.zeros_like(saved[1]),
+    None,
+  ),
+)
 
 
 def materialized(x, what):
@@ -141,8 +148,9 @@ def _materialized(x, gradient):
 
 
 _materialized.defvjp(
-    lambda x, gradient: (_materialized(x, gradient), None),
-    lambda gradient, _, dy: (jax.lax.optimization_barrier(dy) if gradient else dy,))
+  lambda x, gradient: (_materialized(x, gradient), None),
+  lambda gradient, _, dy: (jax.lax.optimization_barrier(dy) if gradient else dy,),
+)
 
 
 def dropout(x, rate, key):
@@ -199,11 +207,11 @@ def _sigmoid(x):
 gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
 ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv:2109.08668
+  "gelu": gelu,
+  "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+  "silu": jax.nn.silu,
+  "relu": jax.nn.relu,
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv:2109.08668
 }
 
 

@@ -39,14 +39,17 @@ class Pipeline(NamedTuple):
     repeats: times that a microbatch goes round the stages.
     microbatches: parts that the rows are cut into, a multiple of the stages.
   """
+
   stages: int
   repeats: int
   microbatches: int
 
   def __str__(self):
     rounds = f" in {self.repeats} rounds" if self.repeats > 1 else ""
-    return (f"{self.microbatches} microbatches through {self.stages} stages{rounds}, which wait "
-            f"{self.bubble:.0%} of their time")
+    return (
+      f"{self.microbatches} microbatches through {self.stages} stages{rounds}, which wait "
+      f"{self.bubble:.0%} of their time"
+    )
 
   @property
   def ticks(self):
@@ -60,8 +63,9 @@ class Pipeline(NamedTuple):
   def of_rows(self, rows):
     """The same with no more microbatches than some rows of a data shard can be cut into."""
     S = self.stages
-    return self._replace(microbatches=max(n for n in range(S, max(self.microbatches, S) + 1, S)
-                                          if rows % n == 0))
+    return self._replace(
+      microbatches=max(n for n in range(S, max(self.microbatches, S) + 1, S) if rows % n == 0)
+    )
 
 
 def make(c, sizes, num_layers):
@@ -80,20 +84,26 @@ def make(c, sizes, num_layers):
     return None
   if not num_layers or num_layers % (S * R):
     can = [n for n in range(2, num_layers + 1) if num_layers % n == 0]
-    raise UserError(f"mesh.stage={S} x mesh.stage_repeats={R} = {S * R} does not divide the "
-                    f"{num_layers} repetitions of the layers' pattern; choose a product among "
-                    f"{', '.join(map(str, can)) or 'none'}, or another model.num_layers")
+    raise UserError(
+      f"mesh.stage={S} x mesh.stage_repeats={R} = {S * R} does not divide the "
+      f"{num_layers} repetitions of the layers' pattern; choose a product among "
+      f"{', '.join(map(str, can)) or 'none'}, or another model.num_layers"
+    )
   if S % R and R % S:
-    raise UserError(f"mesh.stage_repeats={R} must divide mesh.stage={S}, or be a multiple of it: "
-                    "otherwise each step gathers all layers on each stage")
+    raise UserError(
+      f"mesh.stage_repeats={R} must divide mesh.stage={S}, or be a multiple of it: "
+      "otherwise each step gathers all layers on each stage"
+    )
   mesh_lib.check_batch(sizes, c.data.batch_size, A)
   rows = c.data.batch_size // (mesh_lib.num_batch_shards(sizes) // S * A)
   M = c.mesh.stage_microbatches or rows
   if M % S or rows % M:
     can = [n for n in range(S, rows + 1, S) if rows % n == 0]
-    raise UserError(f"mesh.stage_microbatches={M} must be a multiple of mesh.stage={S} and divide "
-                    f"the {rows} rows of a data shard; choose one of {', '.join(map(str, can))}, "
-                    "or another data.batch_size")
+    raise UserError(
+      f"mesh.stage_microbatches={M} must be a multiple of mesh.stage={S} and divide "
+      f"the {rows} rows of a data shard; choose one of {', '.join(map(str, can))}, "
+      "or another data.batch_size"
+    )
   return Pipeline(S, R, M)
 
 
@@ -126,8 +136,12 @@ def run(stage, layers, x_BTD, rows, pipe, policy, rules):
     real = (turn >= 0) & (turn < R * M)  # the others are the bubble
     turn = jnp.clip(turn, 0, R * M - 1)
     number = turn // (S * R) * S + turn % S
-    here = jax.tree.map(lambda a: sharding.FIXED.constrain(
-        jnp.take(a, number, axis=0), "stages", "batch", *[None] * (a.ndim - 2)), rows)
+    here = jax.tree.map(
+      lambda a: sharding.FIXED.constrain(
+        jnp.take(a, number, axis=0), "stages", "batch", *[None] * (a.ndim - 2)
+      ),
+      rows,
+    )
     mine = jax.tree.map(lambda w: _of_repeat(w, turn % (S * R) // S), layers)
     x_SbTD, sums = jax.vmap(stage, spmd_axis_name=AXIS)(mine, x_SbTD, here, number)
     of_real = lambda v: jnp.where(real.reshape(S, *[1] * (v.ndim - 1)), v, 0).sum(0)
@@ -198,7 +212,8 @@ def spread(stage, layers, x_BTD, rows, stages, rules):
   cut = lambda a, *axes: rules.constrain(_split(a, shards, stages, 1)[0], "stages", "batch", *axes)
   rows = jax.tree.map(lambda a: cut(a, *[None] * (a.ndim - 1)), rows)
   x, sums = jax.vmap(stage, in_axes=(None, 0, 0, 0), spmd_axis_name=AXIS)(
-      layers, cut(x_BTD, "residual_length", "act_embed"), rows, jnp.arange(stages))
+    layers, cut(x_BTD, "residual_length", "act_embed"), rows, jnp.arange(stages)
+  )
   return _merge(x[None], shards), jax.tree.map(lambda v: v.sum(0), sums)
 
 

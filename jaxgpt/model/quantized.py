@@ -32,8 +32,9 @@ def times(x, w, num_in, kind, gradients):
   """
   rows, ins = tuple(range(x.ndim - num_in)), tuple(range(num_in))
   inner = tuple(range(x.ndim - num_in, x.ndim))
-  return _product(x, w.astype(x.dtype), (inner, ins), (rows, tuple(range(num_in, w.ndim))),
-                  (TYPES[kind][0],) * 2)
+  return _product(
+    x, w.astype(x.dtype), (inner, ins), (rows, tuple(range(num_in, w.ndim))), (TYPES[kind][0],) * 2
+  )
 
 
 def _backward(num_in, kind, gradients, saved, dy):
@@ -48,8 +49,9 @@ def _backward(num_in, kind, gradients, saved, dy):
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-times.defvjp(lambda x, w, num_in, kind, gradients: (times(x, w, num_in, kind, gradients), (x, w)),
-             _backward)
+times.defvjp(
+  lambda x, w, num_in, kind, gradients: (times(x, w, num_in, kind, gradients), (x, w)), _backward
+)
 
 
 def _product(a, b, contracted, kept, types):
@@ -61,6 +63,8 @@ def _product(a, b, contracted, kept, types):
     import qwix
   except ImportError as e:
     raise UserError("model.quantize needs qwix: pip install 'jaxgpt[quant]'") from e
-  a, b = (qwix.quantize(one, kind, channelwise_axes=axes)
-          for one, kind, axes in zip((a, b), types, kept, strict=True))
+  a, b = (
+    qwix.quantize(one, kind, channelwise_axes=axes)
+    for one, kind, axes in zip((a, b), types, kept, strict=True)
+  )
   return qwix.dot_general(a, b, dims)

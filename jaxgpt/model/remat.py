@@ -14,7 +14,8 @@ def _with_statistics(policy, names):
   if attention.OUTPUT not in names:
     return policy
   return lambda primitive, *args, **params: (
-      primitive.name == attention.CUDNN_FORWARD or policy(primitive, *args, **params))
+    primitive.name == attention.CUDNN_FORWARD or policy(primitive, *args, **params)
+  )
 
 
 def _named(*names):
@@ -22,11 +23,12 @@ def _named(*names):
 
 
 REMAT = {  # what the backward pass finds saved; everything else is computed again
-    "full": _SAVEABLE.nothing_saveable,
-    "dots": _SAVEABLE.save_from_both_policies(  # a kernel is no dot
-        _SAVEABLE.dots_with_no_batch_dims_saveable, _named(attention.OUTPUT)),
-    "save_qkv": _named(*layers.QKV),
-    "save_attention": _named(*layers.QKV, attention.OUTPUT),
+  "full": _SAVEABLE.nothing_saveable,
+  "dots": _SAVEABLE.save_from_both_policies(  # a kernel is no dot
+    _SAVEABLE.dots_with_no_batch_dims_saveable, _named(attention.OUTPUT)
+  ),
+  "save_qkv": _named(*layers.QKV),
+  "save_attention": _named(*layers.QKV, attention.OUTPUT),
 }
 
 
@@ -39,9 +41,15 @@ def policy(remat, also=()):
   on_device = (*on_device, *also)
   if not on_host:
     return _named(*on_device)
-  return _with_statistics(_SAVEABLE.save_and_offload_only_these_names(
-      names_which_can_be_saved=list(on_device), names_which_can_be_offloaded=list(on_host),
-      offload_src="device", offload_dst=HOST_MEMORY), on_device)
+  return _with_statistics(
+    _SAVEABLE.save_and_offload_only_these_names(
+      names_which_can_be_saved=list(on_device),
+      names_which_can_be_offloaded=list(on_host),
+      offload_src="device",
+      offload_dst=HOST_MEMORY,
+    ),
+    on_device,
+  )
 
 
 HOST_MEMORY = "pinned_host"  # the kind that devices read and write by themselves

@@ -45,9 +45,9 @@ def rotate(x_BTNH, sin, cos, *, by_matmul=False):
   half = sin.shape[-1]
   if by_matmul and x_BTNH.shape[-1] == 2 * half and x_BTNH.dtype == jnp.bfloat16:
     return _rotated_whole(x_BTNH, sin, cos)
-  a, b = (x_BTNH[..., i:i + half].astype(jnp.float32) for i in (0, half))
+  a, b = (x_BTNH[..., i : i + half].astype(jnp.float32) for i in (0, half))
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
-  return jnp.concatenate([rotated, x_BTNH[..., 2 * half:]], -1)
+  return jnp.concatenate([rotated, x_BTNH[..., 2 * half :]], -1)
 
 
 @jax.custom_vjp
@@ -62,8 +62,9 @@ def _rotated_whole(x_BTNH, sin, cos):
 
 # The gradient is the rotation back. The derived one would round the halves before they are added.
 _rotated_whole.defvjp(
-    lambda x, sin, cos: (_rotated_whole(x, sin, cos), (sin, cos)),
-    lambda saved, dy: (_rotated_whole(dy, -saved[0], saved[1]), None, None))
+  lambda x, sin, cos: (_rotated_whole(x, sin, cos), (sin, cos)),
+  lambda saved, dy: (_rotated_whole(dy, -saved[0], saved[1]), None, None),
+)
 
 
 def _plain(theta, rotated, c_rope, context):
@@ -95,9 +96,10 @@ def _llama3(theta, rotated, c_rope, context):
 def _yarn(theta, rotated, c_rope, context):
   """YaRN: a ramp over the frequencies' turns, and sharper attention (arXiv:2309.00071)."""
   inverse, _ = _plain(theta, rotated, c_rope, context)
+
   def index_of(turns):
-    return (rotated * math.log(c_rope.original_len / (turns * 2 * math.pi))
-            / (2 * math.log(theta)))
+    return rotated * math.log(c_rope.original_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
   low = max(math.floor(index_of(c_rope.beta_fast)), 0)
   high = min(math.ceil(index_of(c_rope.beta_slow)), rotated - 1)
   ramp = np.clip((np.arange(rotated // 2) - low) / max(high - low, 1e-3), 0, 1)
@@ -119,5 +121,11 @@ def _longrope(theta, rotated, c_rope, context):
 
 
 # name -> function(theta, rotated, c_rope, context) -> (inverse frequencies [R/2], factor on both)
-SCALINGS = {"none": _plain, "linear": _linear, "ntk": _ntk, "llama3": _llama3, "yarn": _yarn,
-            "longrope": _longrope}
+SCALINGS = {
+  "none": _plain,
+  "linear": _linear,
+  "ntk": _ntk,
+  "llama3": _llama3,
+  "yarn": _yarn,
+  "longrope": _longrope,
+}

@@ -13,6 +13,7 @@ class Stack(NamedTuple):
 
   A kind is (attention, mlp), such as ('local', 'dense').
   """
+
   name: str
   kinds: tuple
   repeats: int
@@ -28,15 +29,21 @@ def of(cfg):
   Leading dense layers of a mixture of experts, and what is left over when the pattern does not
   divide the layers, are stacks of their own.
   """
-  kinds = [(cfg.attention_pattern[i % len(cfg.attention_pattern)],
-            "dense" if i < cfg.moe.first_dense else cfg.mlp_pattern[i % len(cfg.mlp_pattern)])
-           for i in range(cfg.num_layers)]
+  kinds = [
+    (
+      cfg.attention_pattern[i % len(cfg.attention_pattern)],
+      "dense" if i < cfg.moe.first_dense else cfg.mlp_pattern[i % len(cfg.mlp_pattern)],
+    )
+    for i in range(cfg.num_layers)
+  ]
   first = cfg.moe.first_dense if "moe" in cfg.mlp_pattern else 0
   period = math.lcm(len(cfg.attention_pattern), len(cfg.mlp_pattern))
   body = (cfg.num_layers - first) // period * period
-  cuts = [("first_layers", kinds[:first], len(cfg.attention_pattern)),
-          ("layers", kinds[first:first + body], period),
-          ("last_layers", kinds[first + body:], 1)]
+  cuts = [
+    ("first_layers", kinds[:first], len(cfg.attention_pattern)),
+    ("layers", kinds[first : first + body], period),
+    ("last_layers", kinds[first + body :], 1),
+  ]
   out = []
   for name, some, period in cuts:
     if not some:

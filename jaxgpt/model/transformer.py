@@ -29,6 +29,7 @@ class Output(NamedTuple):
     router: `moe.statistics` and 'dropped', summed over the layers; None without experts.
     layers: [num_layers, B, T, D], the output of each block, where it was asked for.
   """
+
   logits: Any
   hidden: Any
   cache: Any
@@ -38,6 +39,7 @@ class Output(NamedTuple):
 
 class Block(layers.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)), with the norms where `norm_placement` says."""
+
   rules: Rules
   kind: tuple
 
@@ -82,6 +84,7 @@ class Block(layers.Module):
 
 class Period(layers.Module):
   """The blocks of one repetition of the layers' pattern."""
+
   rules: Rules
   kinds: tuple
   layer_outputs: bool
@@ -91,8 +94,7 @@ class Period(layers.Module):
     """Args: layer: for each block its key, cache and so on. Returns: (x_BTD, a tuple of each)."""
     block = Block
     if self.cfg.remat != "none":
-      block = nn.remat(Block, policy=remat.policy(self.cfg.remat),
-                       prevent_cse=self._is_unrolled())
+      block = nn.remat(Block, policy=remat.policy(self.cfg.remat), prevent_cse=self._is_unrolled())
     out = []
     for i, (kind, of_block) in enumerate(zip(self.kinds, layer, strict=True)):
       one = block(self.cfg, self.rules, kind, name=str(i))
@@ -115,13 +117,25 @@ class Transformer(layers.Module):
     pipeline: a `pipeline.Pipeline` that whole batches go through, or None.
     rules: how a mesh cuts what is computed.
   """
+
   pipeline: pipeline_lib.Pipeline | None = None
   rules: Rules = DEFAULT
 
   @nn.compact
-  def __call__(self, tokens_BT, positions_BT, segment_ids_BT=None, *, token_types_BT=None,
-               cache=None, dropout_key=None, logits_at_B=None, layer_outputs=False,
-               balanced=False, project=None):
+  def __call__(
+    self,
+    tokens_BT,
+    positions_BT,
+    segment_ids_BT=None,
+    *,
+    token_types_BT=None,
+    cache=None,
+    dropout_key=None,
+    logits_at_B=None,
+    layer_outputs=False,
+    balanced=False,
+    project=None,
+  ):
     """Applies the model to a batch.
 
     Args:
@@ -150,12 +164,16 @@ class Transformer(layers.Module):
     reorder = cfg.causal and cache is None and not balanced
     if reorder:
       tokens_BT, positions_BT, segment_ids_BT, token_types_BT = map(
-          context_parallel.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT))
+        context_parallel.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT)
+      )
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
     # Gathered once, for the lookup and for a tied head; a lookup in shards would move activations.
     gathered = self.rules.constrain(table.astype(self.dtype), "act_vocab", "act_embed")
-    x = (ops.widely_summed(table, gathered, tokens_BT) if self.has_wide_gradients
-         else jnp.take(gathered, tokens_BT, axis=0))
+    x = (
+      ops.widely_summed(table, gathered, tokens_BT)
+      if self.has_wide_gradients
+      else jnp.take(gathered, tokens_BT, axis=0)
+    )
     x = self._embedded(x, positions_BT, token_types_BT)
     if layers_key is not None:
       x = ops.dropout(x, cfg.dropout, dropout_key)
@@ -183,12 +201,14 @@ class Transformer(layers.Module):
     if cfg.embed_scale != 1:
       x *= jnp.asarray(cfg.embed_scale, self.dtype)
     if cfg.position == "learned":
-      places = self.weight("pos_embed", (cfg.max_len, cfg.width), ("positions", "embed"),
-                           cfg.init_std)
+      places = self.weight(
+        "pos_embed", (cfg.max_len, cfg.width), ("positions", "embed"), cfg.init_std
+      )
       x += jnp.take(places, positions_BT, axis=0).astype(self.dtype)
     if cfg.token_types:
-      types = self.weight("type_embed", (cfg.token_types, cfg.width), ("positions", "embed"),
-                          cfg.init_std).astype(self.dtype)
+      types = self.weight(
+        "type_embed", (cfg.token_types, cfg.width), ("positions", "embed"), cfg.init_std
+      ).astype(self.dtype)
       x += types[0] if token_types_BT is None else jnp.take(types, token_types_BT, axis=0)
     if cfg.embed_norm:
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="embed_norm")(x)
@@ -202,17 +222,25 @@ class Transformer(layers.Module):
       mask = lambda window: ops.visible_slots(positions_BT, length, window=window)
     else:
       length = positions_BT.shape[1]
-      mask = lambda window: (ops.visible(segments, causal=cfg.causal, window=window)
-                             if attention.needs_mask(self.form, length) else None)
+      mask = lambda window: (
+        ops.visible(segments, causal=cfg.causal, window=window)
+        if attention.needs_mask(self.form, length)
+        else None
+      )
     shared = {"positions": positions_BT, "segments": segments, "real": segments != 0}
     for kind in sorted(set(cfg.attention_pattern)):
       local = kind == "local"
       rotary = None
       if cfg.position == "rotary" and kind != "nope":
         own = local and cfg.rope.local_theta is not None
-        rotary = rope.angles(positions_BT, rotated_size(cfg), cfg.rope,
-                             cfg.rope.local_theta if own else cfg.rope.theta,
-                             "none" if own else cfg.rope.scaling, length)
+        rotary = rope.angles(
+          positions_BT,
+          rotated_size(cfg),
+          cfg.rope,
+          cfg.rope.local_theta if own else cfg.rope.theta,
+          "none" if own else cfg.rope.scaling,
+          length,
+        )
       shared[kind] = {"mask": mask(cfg.window if local else None), "rotary": rotary}
     return shared
 
@@ -222,29 +250,40 @@ class Transformer(layers.Module):
     keys = None if key is None else jax.random.split(key, cfg.num_layers)
     caches, routers, outputs, at = {}, [], [], 0
     for stack in stacks.of(cfg):
-      here = {"key": keys, "cache": cache and cache[stack.name],
-              "is_first": None if cfg.first_norm else jnp.arange(cfg.num_layers) == 0}
+      here = {
+        "key": keys,
+        "cache": cache and cache[stack.name],
+        "is_first": None if cfg.first_norm else jnp.arange(cfg.num_layers) == 0,
+      }
       n, p = stack.repeats, len(stack.kinds)
-      part = lambda v, at=at, n=n, p=p: v[at:at + n * p].reshape(n, p, *v.shape[1:])
+      part = lambda v, at=at, n=n, p=p: v[at : at + n * p].reshape(n, p, *v.shape[1:])
       of_blocks = tuple(
-          {"key": None if keys is None else part(keys)[:, i],
-           "cache": here["cache"] and here["cache"][i],
-           "is_first": None if here["is_first"] is None else part(here["is_first"])[:, i]}
-          for i in range(p))
+        {
+          "key": None if keys is None else part(keys)[:, i],
+          "cache": here["cache"] and here["cache"][i],
+          "is_first": None if here["is_first"] is None else part(here["is_first"])[:, i],
+        }
+        for i in range(p)
+      )
       if self.pipeline and cache is None and not layer_outputs:
         x, router = self._piped(stack, of_blocks, x, shared)
         filled = None
       else:
         x, (filled, router, out) = self._scanned(stack)(
-            cfg, self.rules, stack.kinds, layer_outputs, name=stack.name)(x, shared, of_blocks)
+          cfg, self.rules, stack.kinds, layer_outputs, name=stack.name
+        )(x, shared, of_blocks)
       caches[stack.name] = filled
       routers += [r for r in router if r is not None]
       if layer_outputs:
         outputs.append(jnp.stack(out, 1).reshape(n * p, *x.shape))
       at += n * p
     total = jax.tree.map(lambda *xs: sum(v.sum(0) for v in xs), *routers) if routers else None
-    return (x, None if cache is None else caches, total,
-            jnp.concatenate(outputs) if layer_outputs else None)
+    return (
+      x,
+      None if cache is None else caches,
+      total,
+      jnp.concatenate(outputs) if layer_outputs else None,
+    )
 
   def _piped(self, stack, of_blocks, x, shared):
     """A stack on a mesh with stages: (x, for each block the router's sums of its layers)."""
@@ -255,8 +294,9 @@ class Transformer(layers.Module):
 
       def one(x, layer):
         params, of_blocks = layer
-        keys = [b["key"] if b["key"] is None else jax.random.fold_in(b["key"], number)
-                for b in of_blocks]
+        keys = [
+          b["key"] if b["key"] is None else jax.random.fold_in(b["key"], number) for b in of_blocks
+        ]
         of_blocks = [b | {"key": key} for b, key in zip(of_blocks, keys, strict=True)]
         x, (_, router, _) = period.apply({"params": params}, x, shared, of_blocks)
         return x, router
@@ -277,9 +317,15 @@ class Transformer(layers.Module):
     return min(max(self.cfg.scan_unroll // len(stack.kinds), 1), stack.repeats)
 
   def _scanned(self, stack):
-    return nn.scan(Period, variable_axes={"params": 0}, split_rngs={"params": True},
-                   in_axes=(nn.broadcast, 0), length=stack.repeats, unroll=self._unroll(stack),
-                   metadata_params={nn.PARTITION_NAME: "layers"})
+    return nn.scan(
+      Period,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, 0),
+      length=stack.repeats,
+      unroll=self._unroll(stack),
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
   def _head(self, x, table_VD, real_BT, project):
     """The logits, or what else `head` names, of hidden states [B, T, D] or [B, D]."""
@@ -315,7 +361,9 @@ class Transformer(layers.Module):
       x += self.vector("head_dense_bias", (cfg.width,), ("norm",)).astype(self.dtype)
     if cfg.head_transform == "tanh":
       return jnp.tanh(x)
-    return layers.Norm(cfg, cfg.norm, cfg.width, name="head_norm")(ops.ACTIVATIONS[cfg.activation](x))
+    return layers.Norm(cfg, cfg.norm, cfg.width, name="head_norm")(
+      ops.ACTIVATIONS[cfg.activation](x)
+    )
 
 
 def rotated_size(cfg):
@@ -347,8 +395,10 @@ def abstract(model):
     ('layers', 'embed', 'heads', 'head_dim') for 'layers/attn/q'.
   """
   boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
-  return (jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box),
-          jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box))
+  return (
+    jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box),
+    jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box),
+  )
 
 
 def depths(cfg, params):

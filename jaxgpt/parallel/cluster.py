@@ -18,6 +18,7 @@ _FLAGS = ("--coordinator", "--num-processes", "--process-id")
 
 class Settings(NamedTuple):
   """Where the processes meet; all None where JAX finds that out by itself."""
+
   coordinator: str | None = None
   num_processes: int | None = None
   process_id: int | None = None
@@ -48,20 +49,25 @@ def find(coordinator=None, num_processes=None, process_id=None, env=os.environ, 
   missing = [f"{flag} (or {name})" for flag, name, v in zip(_FLAGS, _ENV, values) if v is None]
   if missing:
     there = ", ".join(f"{flag}={v}" for flag, v in zip(_FLAGS, values) if v is not None)
-    raise UserError(f"{there}: {' and '.join(missing)} is missing; several processes need all three")
+    raise UserError(
+      f"{there}: {' and '.join(missing)} is missing; several processes need all three"
+    )
   return _checked(*values)
 
 
 def _checked(coordinator, num_processes, process_id):
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-    raise UserError(f"--coordinator={coordinator} must be HOST:PORT, a host name or address that "
-                    "all processes can reach and a free port on it")
+    raise UserError(
+      f"--coordinator={coordinator} must be HOST:PORT, a host name or address that "
+      "all processes can reach and a free port on it"
+    )
   try:
     count, index = int(num_processes), int(process_id)
   except ValueError as e:
-    raise UserError(f"--num-processes={num_processes} and --process-id={process_id} must be "
-                    "integers") from e
+    raise UserError(
+      f"--num-processes={num_processes} and --process-id={process_id} must be integers"
+    ) from e
   if not 0 <= index < count:
     raise UserError(f"--process-id={index} must lie in [0, --num-processes={count})")
   return Settings(coordinator, count, index) if count > 1 else None
@@ -86,7 +92,9 @@ def hosts(env=os.environ, run=subprocess.run):
   """Names of the machines of the cluster, where its environment says them; else ()."""
   if nodes := env.get("SLURM_STEP_NODELIST"):
     try:  # such as node[01-04,07]
-      found = run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=10)
+      found = run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=10
+      )
     except (OSError, subprocess.SubprocessError):
       return ()
     return tuple(found.stdout.split())
@@ -106,7 +114,7 @@ def connected(port, tables=("/proc/net/tcp", "/proc/net/tcp6")):
 
 def _address(text):
   """An address of Linux's table: 32-bit words in the machine's order of bytes."""
-  words = [int(text[i:i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(text), 8)]
+  words = [int(text[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(text), 8)]
   address = ipaddress.ip_address(b"".join(words))
   return str(getattr(address, "ipv4_mapped", None) or address)
 

@@ -78,17 +78,24 @@ def _connect(settings, seconds):
   threading.Thread(target=_give_up, args=(settings, seconds, came), daemon=True).start()
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the loop
-  explicit = {"coordinator_address": settings.coordinator, "num_processes": settings.num_processes,
-              "process_id": settings.process_id, "cluster_detection_method": "deactivate"}
+  explicit = {
+    "coordinator_address": settings.coordinator,
+    "num_processes": settings.num_processes,
+    "process_id": settings.process_id,
+    "cluster_detection_method": "deactivate",
+  }
   try:
-    jax.distributed.initialize(initialization_timeout=seconds + 60,
-                               **(explicit if settings.coordinator else {}))
+    jax.distributed.initialize(
+      initialization_timeout=seconds + 60, **(explicit if settings.coordinator else {})
+    )
   except (RuntimeError, ValueError, OSError) as e:
     at = settings.coordinator or "the address that the cluster's environment gives"
-    raise UserError(f"can't join the other processes at {at} ({(str(e).splitlines() or [e])[0]}); "
-                    "is its port free, and do all name the same coordinator? (A TPU machine that "
-                    "is alone: set TPU_SKIP_MDS_QUERY=1)",
-                    exit_code=peer_watch.EXIT_LOST) from e
+    raise UserError(
+      f"can't join the other processes at {at} ({(str(e).splitlines() or [e])[0]}); "
+      "is its port free, and do all name the same coordinator? (A TPU machine that "
+      "is alone: set TPU_SKIP_MDS_QUERY=1)",
+      exit_code=peer_watch.EXIT_LOST,
+    ) from e
   finally:
     came.set()
 
@@ -102,8 +109,10 @@ def _give_up(settings, seconds, came):
     why = _who_came(address.rpartition(":")[2])
   else:
     why = _reach(address)
-  peer_watch.say(f"process {which} on {socket.gethostname()}: no start within {seconds} s at the "
-               f"coordinator {address}: {why}")
+  peer_watch.say(
+    f"process {which} on {socket.gethostname()}: no start within {seconds} s at the "
+    f"coordinator {address}: {why}"
+  )
   peer_watch.leave(peer_watch.EXIT_LOST)
 
 
@@ -113,8 +122,9 @@ def _who_came(port):
   if missing := cluster.absent(port, cluster.hosts()):
     return f"{', '.join(missing)} did not come; look at what was printed there"
   came = ", ".join(sorted(cluster.connected(port))) or "nobody"
-  return (f"not all processes came: connected are, with this one, {came}; look at what the others "
-          "printed")
+  return (
+    f"not all processes came: connected are, with this one, {came}; look at what the others printed"
+  )
 
 
 def _reach(address):
@@ -123,8 +133,10 @@ def _reach(address):
   try:
     socket.create_connection((host.strip("[]"), int(port or 0)), timeout=5).close()
   except (OSError, ValueError) as e:
-    return (f"nobody answers there ({e}); process 0 must run on that host, and the port be open "
-            "between them")
+    return (
+      f"nobody answers there ({e}); process 0 must run on that host, and the port be open "
+      "between them"
+    )
   return "it answers, so other processes are missing; look at their output"
 
 
@@ -139,8 +151,9 @@ def _lifeline():
   meeting = share(meeting)
   barrier("start")
   host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
-  return peer_watch.Lifeline(me, [_name(i) for i in range(count)], (host, meeting["port"]),
-                           meeting["token"], listener)
+  return peer_watch.Lifeline(
+    me, [_name(i) for i in range(count)], (host, meeting["port"]), meeting["token"], listener
+  )
 
 
 def _name(process):
@@ -150,8 +163,9 @@ def _name(process):
 
 
 def _published(folder):
-  return [(key.rpartition("/")[2], value)
-          for key, value in global_state.client.key_value_dir_get(folder)]
+  return [
+    (key.rpartition("/")[2], value) for key, value in global_state.client.key_value_dir_get(folder)
+  ]
 
 
 def is_first():
@@ -180,8 +194,11 @@ def barrier(name, seconds=_BARRIER):
     missing = [_name(i) for i in range(jax.process_count()) if i not in came]
     if not missing:
       raise
-    raise UserError(f"{', '.join(missing)} did not come to {name!r} within {seconds:g} s; look at "
-                    "what it printed last", exit_code=peer_watch.EXIT_LOST) from e
+    raise UserError(
+      f"{', '.join(missing)} did not come to {name!r} within {seconds:g} s; look at "
+      "what it printed last",
+      exit_code=peer_watch.EXIT_LOST,
+    ) from e
 
 
 def share(value):
@@ -199,8 +216,10 @@ def share(value):
   try:
     return json.loads(global_state.client.blocking_key_value_get(key, _BARRIER * 1000))
   except RuntimeError as e:
-    raise UserError(f"{_name(0)} sent nothing within {_BARRIER} s; look at what it printed last",
-                    exit_code=peer_watch.EXIT_LOST) from e
+    raise UserError(
+      f"{_name(0)} sent nothing within {_BARRIER} s; look at what it printed last",
+      exit_code=peer_watch.EXIT_LOST,
+    ) from e
 
 
 def gather(value):
@@ -220,8 +239,10 @@ def gather(value):
     try:
       out.append(json.loads(client.blocking_key_value_get(f"{key}/{i}", _BARRIER * 1000)))
     except RuntimeError as e:
-      raise UserError(f"{_name(i)} sent nothing within {_BARRIER} s; look at what it printed last",
-                      exit_code=peer_watch.EXIT_LOST) from e
+      raise UserError(
+        f"{_name(i)} sent nothing within {_BARRIER} s; look at what it printed last",
+        exit_code=peer_watch.EXIT_LOST,
+      ) from e
   return out
 
 
@@ -239,6 +260,7 @@ class Agreement:
   in flight; and about once a second, because with small steps even that takes a share of the time.
   How many calls that is follows from the slowest process's time, which the same message carries.
   """
+
   seconds = 1.0  # between two questions
 
   def __init__(self, mesh):

@@ -45,8 +45,10 @@ def axis_sizes(c_mesh, num_devices):
       raise UserError(f"{text}: {given} does not divide the {num_devices} devices there are")
     sizes[free[0]] = num_devices // given
   elif given != num_devices:
-    raise UserError(f"{text}: the axes multiply to {given}, but there are {num_devices} devices; "
-                    "set one axis to -1 to take what is left")
+    raise UserError(
+      f"{text}: the axes multiply to {given}, but there are {num_devices} devices; "
+      "set one axis to -1 to take what is left"
+    )
   return sizes
 
 
@@ -88,13 +90,16 @@ def over_slices(sizes, devices):
   slices = len({d.slice_index for d in devices})
   across = next((axis for axis in ("data", "stage", "fsdp") if sizes[axis] % slices == 0), None)
   if across is None:
-    raise UserError(f"mesh.data={sizes['data']}, mesh.stage={sizes['stage']}, mesh.fsdp="
-                    f"{sizes['fsdp']}: the {slices} slices need a multiple of {slices} in one of "
-                    "them, best in mesh.data")
+    raise UserError(
+      f"mesh.data={sizes['data']}, mesh.stage={sizes['stage']}, mesh.fsdp="
+      f"{sizes['fsdp']}: the {slices} slices need a multiple of {slices} in one of "
+      "them, best in mesh.data"
+    )
   within = {axis: size // slices if axis == across else size for axis, size in sizes.items()}
   between = {axis: slices if axis == across else 1 for axis in sizes}
   return mesh_utils.create_hybrid_device_mesh(
-      tuple(within.values()), tuple(between.values()), devices, allow_split_physical_axes=True)
+    tuple(within.values()), tuple(between.values()), devices, allow_split_physical_axes=True
+  )
 
 
 def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
@@ -111,8 +116,10 @@ def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
     parts = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in _ROWS if sizes[axis] > 1)
     if accumulate > 1:
       parts += f" x optim.accumulate={accumulate}"
-    raise UserError(f"{key}={batch_size} is no multiple of {parts} = {shards * accumulate}; "
-                    f"choose a multiple, or a smaller mesh")
+    raise UserError(
+      f"{key}={batch_size} is no multiple of {parts} = {shards * accumulate}; "
+      f"choose a multiple, or a smaller mesh"
+    )
 
 
 def check_length(sizes, seq_len, form):
@@ -127,9 +134,11 @@ def check_length(sizes, seq_len, form):
   unit = 2 * n * (128 if form == "splash" else 1)  # the kernel's smallest block
   if n > 1 and seq_len % unit:
     near = max(round(seq_len / unit), 1) * unit
-    raise UserError(f"data.seq_len={seq_len} is no multiple of {unit}, which mesh.seq={n} needs with "
-                    f"model.attention={form!r}: each device has two chunks of a row; set "
-                    f"data.seq_len={near}, or mesh.seq=1")
+    raise UserError(
+      f"data.seq_len={seq_len} is no multiple of {unit}, which mesh.seq={n} needs with "
+      f"model.attention={form!r}: each device has two chunks of a row; set "
+      f"data.seq_len={near}, or mesh.seq=1"
+    )
 
 
 def check_memory(mesh, kind, key):
@@ -143,9 +152,11 @@ def check_memory(mesh, kind, key):
   device = mesh.devices.flat[0]
   kinds = [memory.kind for memory in device.addressable_memories()]
   if kind not in kinds:
-    raise UserError(f"{key} needs memory of the kind {kind}, and {device.device_kind} has "
-                    f"{', '.join(kinds) or 'none that it names'}; choose what is saved or computed "
-                    "again, such as model.remat=save:q,k,v,attention")
+    raise UserError(
+      f"{key} needs memory of the kind {kind}, and {device.device_kind} has "
+      f"{', '.join(kinds) or 'none that it names'}; choose what is saved or computed "
+      "again, such as model.remat=save:q,k,v,attention"
+    )
 
 
 def prepare_cpu(several=False):

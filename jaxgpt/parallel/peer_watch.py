@@ -25,6 +25,7 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a ma
 
 class Notice(NamedTuple):
   """Why a run ends: the process, its exit code, and its message (None: it was lost)."""
+
   process: int
   code: int
   message: str | None
@@ -68,9 +69,11 @@ class Lifeline:
     try:
       line = socket.create_connection(address, timeout=_CONNECT)
     except OSError as e:
-      say(f"{self._names[self._me]} can't reach process 0 at {address[0]}:{address[1]} ({e}); the "
-          "run goes on, but notices a lost process later: open the ports between the hosts",
-          "warning")
+      say(
+        f"{self._names[self._me]} can't reach process 0 at {address[0]}:{address[1]} ({e}); the "
+        "run goes on, but notices a lost process later: open the ports between the hosts",
+        "warning",
+      )
       return
     line.settimeout(None)
     _keep_alive(line)
@@ -202,8 +205,10 @@ class Lifeline:
     """The notice as a line for people."""
     name = self._names[notice.process]
     if notice.message is None:
-      return (f"{name} was lost (killed, out of memory, or its machine is gone): all processes end; "
-              "the same command goes on from the newest checkpoint")
+      return (
+        f"{name} was lost (killed, out of memory, or its machine is gone): all processes end; "
+        "the same command goes on from the newest checkpoint"
+      )
     return notice.message if notice.process == self._me else f"{name}: {notice.message}"
 
 

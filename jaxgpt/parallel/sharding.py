@@ -24,6 +24,7 @@ class Rules:
   Attributes:
     table: ((logical axis, mesh axes that cut it), …).
   """
+
   table: tuple
 
   def mesh_axes(self, axis):
@@ -40,8 +41,10 @@ class Rules:
 
   def fitting_spec(self, mesh, shape, axes):
     """As `spec`, but a dimension that the mesh does not divide stays whole."""
-    return self.spec(axis if size % self.num_shards(mesh, axis) == 0 else None
-                     for axis, size in zip(axes, shape, strict=True))
+    return self.spec(
+      axis if size % self.num_shards(mesh, axis) == 0 else None
+      for axis, size in zip(axes, shape, strict=True)
+    )
 
   def constrain(self, x, *axes):
     """Pins an activation to the mesh that `jax.set_mesh` has set; without a mesh, `x` as it is.
@@ -108,6 +111,7 @@ def params_shardings(axes, shapes, mesh, rules):
     UserError: a mesh axis does not divide the dimension that it shards, which only `stage` may
       (stacks of a few layers, which are no part of a pipeline, are whole on each), or cuts two.
   """
+
   def one(name, names, shape):
     rules.check(name, names)
     for axis, size in zip(names, shape.shape, strict=True):
@@ -173,8 +177,10 @@ def host_slice(mesh, process=None):
   parts = sorted({tuple(sorted(numbers)) for numbers in held.values()})
   if len({len(p) for p in parts}) != 1 or sum(len(p) for p in parts) != shards:
     axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in FIXED.mesh_axes("rows"))
-    raise UserError(f"{axes} cut the batch so that the {len(held)} processes hold unequal parts of "
-                    "it; choose sizes whose product is a multiple or a divisor of their number")
+    raise UserError(
+      f"{axes} cut the batch so that the {len(held)} processes hold unequal parts of "
+      "it; choose sizes whose product is a multiple or a divisor of their number"
+    )
   return parts.index(tuple(sorted(held[process]))), len(parts)
 
 

@@ -37,6 +37,7 @@ class Chip(NamedTuple):
     options: libtpu's chip configuration.
     gpu: a `gpus.Gpu`, or None.
   """
+
   name: str
   libtpu: str
   clock: float
@@ -66,34 +67,107 @@ _GPU_MEMORY_FRACTION = 0.92
 
 def _gpu(name, gpu, clock, flops, nvlink, network):
   limit = int(gpu.memory * _GPU_MEMORY_FRACTION)
-  return Chip(name, "", clock, gpu.cores * flops, gpu.memory, limit, gpu.bandwidth, nvlink, network,
-              0, matmul_rate=0.85, overlaps_gathers=True, gpu=gpu)
+  return Chip(
+    name,
+    "",
+    clock,
+    gpu.cores * flops,
+    gpu.memory,
+    limit,
+    gpu.bandwidth,
+    nvlink,
+    network,
+    0,
+    matmul_rate=0.85,
+    overlaps_gathers=True,
+    gpu=gpu,
+  )
 
 
-CHIPS = {chip.name: chip for chip in (
+CHIPS = {
+  chip.name: chip
+  for chip in (
     # A host's network (100 to 400 Gbit/s) is shared by its 4 or 8 chips.
-    Chip("v4", "v4", 1.05e9, 262_144, 32 * GIB, int(30.75 * GIB), 1.228e12, 300e9, 3.1e9, 3,
-         cores=2, options=(("chip_config_name", "megacore"),)),
-    Chip("v5e", "v5e", 1.5e9, 131_072, 16 * GIB, int(15.75 * GIB), 0.819e12, 200e9, 3.1e9, 2,
-         overlaps_gathers=True),
-    Chip("v5p", "v5p", 1.75e9, 262_144, 96 * GIB, 95 * GIB, 2.765e12, 600e9, 6.2e9, 3,
-         cores=2),
-    Chip("v6e", "v6e", 1.75e9, 524_288, 32 * GIB, int(31.24 * GIB), 1.640e12, 448e9, 6.2e9, 2,
-         matmul_rate=0.82),
-    Chip("tpu7x", "tpu7x", 2.2e9, 524_288, 96 * GIB, int(94.74 * GIB), 3.69e12, 600e9, 6.2e9, 3, cores=2,
-         devices=2),
-    *(_gpu(*row) for row in (
+    Chip(
+      "v4",
+      "v4",
+      1.05e9,
+      262_144,
+      32 * GIB,
+      int(30.75 * GIB),
+      1.228e12,
+      300e9,
+      3.1e9,
+      3,
+      cores=2,
+      options=(("chip_config_name", "megacore"),),
+    ),
+    Chip(
+      "v5e",
+      "v5e",
+      1.5e9,
+      131_072,
+      16 * GIB,
+      int(15.75 * GIB),
+      0.819e12,
+      200e9,
+      3.1e9,
+      2,
+      overlaps_gathers=True,
+    ),
+    Chip("v5p", "v5p", 1.75e9, 262_144, 96 * GIB, 95 * GIB, 2.765e12, 600e9, 6.2e9, 3, cores=2),
+    Chip(
+      "v6e",
+      "v6e",
+      1.75e9,
+      524_288,
+      32 * GIB,
+      int(31.24 * GIB),
+      1.640e12,
+      448e9,
+      6.2e9,
+      2,
+      matmul_rate=0.82,
+    ),
+    Chip(
+      "tpu7x",
+      "tpu7x",
+      2.2e9,
+      524_288,
+      96 * GIB,
+      int(94.74 * GIB),
+      3.69e12,
+      600e9,
+      6.2e9,
+      3,
+      cores=2,
+      devices=2,
+    ),
+    *(
+      _gpu(*row)
+      for row in (
         # Dense bf16 FLOPs of a multiprocessor's cycle at the clock of the data sheet's rate; NVLink
         # one way; a network card a GPU, of 200 Gbit/s in an A100's host and of 400 since.
         ("a100", gpu_targets.A100, 1.41e9, 2048, 300e9, 25e9),
         ("h100", gpu_targets.H100, 1.83e9, 4096, 450e9, 50e9),
         ("h200", gpu_targets.H200, 1.83e9, 4096, 450e9, 50e9),
-        ("b200", gpu_targets.B200, 1.856e9, 8192, 900e9, 50e9))),
-)}
+        ("b200", gpu_targets.B200, 1.856e9, 8192, 900e9, 50e9),
+      )
+    ),
+  )
+}
 
 # Chips of a slice -> their torus.
-_SHAPES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16),
-              256: (16, 16)}
+_SHAPES_2D = {
+  1: (1, 1),
+  4: (2, 2),
+  8: (2, 4),
+  16: (4, 4),
+  32: (4, 8),
+  64: (8, 8),
+  128: (8, 16),
+  256: (16, 16),
+}
 _SMALL_3D = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 
 
@@ -110,16 +184,22 @@ def torus_shape(chip, num_chips):
   if chip.torus == 2:
     if num_chips in _SHAPES_2D:
       return _SHAPES_2D[num_chips]
-    raise UserError(f"{chip.name} comes in slices of {', '.join(map(str, _SHAPES_2D))} chips, not "
-                    f"{num_chips}")
+    raise UserError(
+      f"{chip.name} comes in slices of {', '.join(map(str, _SHAPES_2D))} chips, not {num_chips}"
+    )
   if num_chips in _SMALL_3D:
     return _SMALL_3D[num_chips]
-  shapes = [(a, b, num_chips // (a * b)) for a in range(4, 33, 4) for b in range(a, 33, 4)
-            if num_chips % (a * b) == 0 and num_chips // (a * b) % 4 == 0
-            and num_chips // (a * b) >= b]
+  shapes = [
+    (a, b, num_chips // (a * b))
+    for a in range(4, 33, 4)
+    for b in range(a, 33, 4)
+    if num_chips % (a * b) == 0 and num_chips // (a * b) % 4 == 0 and num_chips // (a * b) >= b
+  ]
   if not shapes:
-    raise UserError(f"{chip.name} comes in slices of 4, 8, 16, 32 and multiples of 64 chips, not "
-                    f"{num_chips}; give the shape itself, such as {chip.name}:4x4x8")
+    raise UserError(
+      f"{chip.name} comes in slices of 4, 8, 16, 32 and multiples of 64 chips, not "
+      f"{num_chips}; give the shape itself, such as {chip.name}:4x4x8"
+    )
   return min(shapes, key=lambda s: (max(s) / min(s), s))
 
 

@@ -12,11 +12,24 @@ from typing import NamedTuple
 
 from jaxgpt.plan import hlo
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-               "ragged-all-to-all", "collective-broadcast")
+COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+  "ragged-all-to-all",
+  "collective-broadcast",
+)
 # Matmuls of a call: the backward pass computes the weights anew in each of its kernels.
-_ATTENTION_MATMULS = (("splash_mha_fwd", 2), ("splash_mha_dq", 3), ("splash_mha_dkv", 4),
-                      ("splash_mqa_fwd", 2), ("splash_mqa_dq", 3), ("splash_mqa_dkv", 4))
+_ATTENTION_MATMULS = (
+  ("splash_mha_fwd", 2),
+  ("splash_mha_dq", 3),
+  ("splash_mha_dkv", 4),
+  ("splash_mqa_fwd", 2),
+  ("splash_mqa_dq", 3),
+  ("splash_mqa_dkv", 4),
+)
 _INLINE = ("fusion", "call", "conditional", "async-start")
 
 
@@ -34,6 +47,7 @@ class Cost:
     unhidden_bytes: of overlapped collectives, those that move for longer than there is something
       to compute beside them, in their computation.
   """
+
   cycles: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   flops: float = 0.0
   kernels: dict = dataclasses.field(default_factory=dict)
@@ -76,6 +90,7 @@ class Line(NamedTuple):
     cycles, flops: of all of them.
     shapes: of its results, as text.
   """
+
   name: str
   op_name: str
   runs: int
@@ -94,8 +109,11 @@ def heaviest(program, most):
         visit(made.attribute("body").lstrip("%"), runs * hlo.trip_count(program, name, made))
       elif made.cycles:
         shapes = " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in made.arrays[:2])
-        lines.append(Line(made.name, made.op_name, runs, made.cycles * runs,
-                          walk.flops(name, made) * runs, shapes))
+        lines.append(
+          Line(
+            made.name, made.op_name, runs, made.cycles * runs, walk.flops(name, made) * runs, shapes
+          )
+        )
 
   visit(program.entry, 1)
   return sorted(lines, key=lambda line: -line.cycles)[:most]
@@ -149,8 +167,21 @@ class _Walk:
       return 0, [], [_piece(made, base)]
     between = re.search(r'_xla_megascale_transfer_type="(\w+)"', made.attributes)
     if made.opcode == "send" and between:  # (what is sent, a context, a token)
-      return 0, [], [(made.name, {"opcode": between[1].lower().replace("_", "-"), "phase": "between",
-                                  "dtype": made.arrays[0].dtype, "bytes": made.arrays[0].bytes})]
+      return (
+        0,
+        [],
+        [
+          (
+            made.name,
+            {
+              "opcode": between[1].lower().replace("_", "-"),
+              "phase": "between",
+              "dtype": made.arrays[0].dtype,
+              "bytes": made.arrays[0].bytes,
+            },
+          )
+        ],
+      )
     if made.opcode == "custom-call" and "tpu_custom_call" in made.attributes:
       return 0, [self._kernel(computation, made)], []
     if made.opcode not in _INLINE:
@@ -168,8 +199,11 @@ class _Walk:
     name = re.sub(r"\.\d+$", "", made.name)
     matmuls = next((n for part, n in _ATTENTION_MATMULS if part in name), 0)
     types = {i.name: i.arrays for i in self._program.computations[computation]}
-    heads = [a[0].dims for a in map(types.get, made.operands) if a and len(a[0].dims) in (3, 4)
-             and a[0].dtype in ("bf16", "f16", "f32")]
+    heads = [
+      a[0].dims
+      for a in map(types.get, made.operands)
+      if a and len(a[0].dims) in (3, 4) and a[0].dtype in ("bf16", "f16", "f32")
+    ]
     if not matmuls or len(heads) < 2:
       return name, 0
     (*rows, queries, size), keys = heads[0], heads[1][-2]
@@ -192,8 +226,13 @@ class _Walk:
         pieces = [(channel, piece | {"phase": "rest"}) for channel, piece in pieces]
       scatters = any(made.opcode == "dynamic-slice" for made in body)
       if scatters or "all-reduce-scatter" in name:
-        pieces = [(channel, piece | {"opcode": "reduce-scatter"}
-                   if piece["opcode"] == "all-reduce" else piece) for channel, piece in pieces]
+        pieces = [
+          (
+            channel,
+            piece | {"opcode": "reduce-scatter"} if piece["opcode"] == "all-reduce" else piece,
+          )
+          for channel, piece in pieces
+        ]
       self._pieces[name] = flops, kernels, pieces
     return self._pieces[name]
 
@@ -205,8 +244,12 @@ def _piece(made, opcode):
   if made.opcode.endswith("-start") and len(sizes) > 1:  # (operands, results, counters)
     size = max(sizes) if opcode != "all-reduce" else size / 2
   channel = made.attribute("channel_id") or made.name
-  return channel, {"opcode": opcode, "dtype": made.arrays[0].dtype, "bytes": size,
-                   "phase": "start" if made.opcode.endswith("-start") else "whole"}
+  return channel, {
+    "opcode": opcode,
+    "dtype": made.arrays[0].dtype,
+    "bytes": size,
+    "phase": "start" if made.opcode.endswith("-start") else "whole",
+  }
 
 
 def _add_collective(cost, pieces):
@@ -214,9 +257,11 @@ def _add_collective(cost, pieces):
   starts = [p for p in pieces if p["phase"] == "start"]
   wholes = [p for p in pieces if p["phase"] == "whole"]
   between = [p for p in pieces if p["phase"] == "between"]
-  for piece, phase in [*((p, "overlapped") for p in starts), *((p, "exposed") for p in wholes),
-                       *((p, "between") for p in between)]:
+  for piece, phase in [
+    *((p, "overlapped") for p in starts),
+    *((p, "exposed") for p in wholes),
+    *((p, "between") for p in between),
+  ]:
     entry = cost.collectives.setdefault((piece["opcode"], piece["dtype"], phase), [0, 0.0])
     entry[0] += 1
     entry[1] += piece["bytes"]
-

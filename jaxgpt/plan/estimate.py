@@ -42,6 +42,7 @@ class Buffer(NamedTuple):
     bytes: its size.
     keys: what in the config makes it smaller.
   """
+
   name: str
   kind: str
   shape: str
@@ -51,6 +52,7 @@ class Buffer(NamedTuple):
 
 class Weight(NamedTuple):
   """A parameter: its shape, the mesh axes that cut it, and whether it is trained."""
+
   shape: tuple
   cuts: tuple
   trained: bool
@@ -63,6 +65,7 @@ class Weight(NamedTuple):
 
 class Counts(NamedTuple):
   """A model's `Weight`s: those stacked over the layers, and the others."""
+
   layers: tuple
   others: tuple
 
@@ -100,6 +103,7 @@ def count(c):
 
 class _Part(NamedTuple):
   """A device's part of a microbatch, and what cuts the other dimensions of its arrays."""
+
   rows: float
   length: float
   residual: float
@@ -112,9 +116,14 @@ def _part(c, sizes):
   shards = mesh_lib.num_batch_shards(sizes) * c.optim.accumulate
   rules = sharding.rules(c.mesh)
   parts = lambda axis: math.prod(sizes[name] for name in rules.mesh_axes(axis))
-  return _Part(c.data.batch_size / shards, c.data.seq_len / parts("length"),
-               parts("residual_length") * parts("act_embed") / parts("length"),
-               parts("act_heads"), parts("act_mlp"), parts("act_vocab"))
+  return _Part(
+    c.data.batch_size / shards,
+    c.data.seq_len / parts("length"),
+    parts("residual_length") * parts("act_embed") / parts("length"),
+    parts("act_heads"),
+    parts("act_mlp"),
+    parts("act_vocab"),
+  )
 
 
 def saved_names(remat):
@@ -136,12 +145,20 @@ def buffers(c, sizes, counts):
   m = c.model
   found = [*_saved(c, sizes), *_of_head(c, sizes), *_of_layer(c, sizes, counts)]
   fewer = "mesh.fsdp, mesh.tensor"
-  found.append(Buffer("parameters", "parameters", f"{counts.all:,} in float32",
-                      4 * counts.held(sizes), fewer))
+  found.append(
+    Buffer("parameters", "parameters", f"{counts.all:,} in float32", 4 * counts.held(sizes), fewer)
+  )
   mine = 4 * counts.held(sizes, trained=True)
   bytes_ = _moment_bytes(c.optim)
-  found.append(Buffer("opt", "optimizer", f"{bytes_:g} bytes per parameter", mine / 4 * bytes_,
-                      "mesh.fsdp, optim.name, optim.first_dtype, optim.second_dtype"))
+  found.append(
+    Buffer(
+      "opt",
+      "optimizer",
+      f"{bytes_:g} bytes per parameter",
+      mine / 4 * bytes_,
+      "mesh.fsdp, optim.name, optim.first_dtype, optim.second_dtype",
+    )
+  )
   if c.optim.ema:
     found.append(Buffer("ema", "optimizer", "1 per parameter", mine, "mesh.fsdp, optim.ema=0"))
   copies = 2 if c.optim.accumulate > 1 else 1
@@ -155,8 +172,9 @@ def buffers(c, sizes, counts):
 def _moment_bytes(o):
   """Bytes of the optimizer's state for a parameter."""
   first, second = (2 if dtype == "bfloat16" else 4 for dtype in (o.first_dtype, o.second_dtype))
-  return {"adamw": first + second, "lion": first, "muon": first + 0.2 * second,
-          "adafactor": 0.04}[o.name]
+  return {"adamw": first + second, "lion": first, "muon": first + 0.2 * second, "adafactor": 0.04}[
+    o.name
+  ]
 
 
 _FEWER = "data.batch_size (fewer rows), optim.accumulate (more microbatches)"
@@ -178,13 +196,21 @@ def _saved(c, sizes):
       continue  # it is but added to the stream: no gradient needs it, and XLA drops it
     where = "mlp" if name in ("gate", "up", "down") else "attn"
     across = s.residual if name in ("o", "down") else s.mlp if where == "mlp" else s.heads
-    yield one(f"layers/{where}/{name}", widths[name] / across, wide,
-              f"model.remat without {name!r}; {_FEWER}")
+    yield one(
+      f"layers/{where}/{name}",
+      widths[name] / across,
+      wide,
+      f"model.remat without {name!r}; {_FEWER}",
+    )
   if "attention" in names:
     yield one("layers/attn (statistics)", m.num_heads / s.heads, 4)
   if m.remat == "none":
-    yield one("layers (norms, activations)", _unnamed(m, s), wide,
-              "model.remat=save:q,k,v,attention,gate,up")
+    yield one(
+      "layers (norms, activations)",
+      _unnamed(m, s),
+      wide,
+      "model.remat=save:q,k,v,attention,gate,up",
+    )
 
 
 def _unnamed(m, s):
@@ -202,22 +228,38 @@ def _of_head(c, sizes):
     return
   vocab, tokens, rows = m.vocab_size / s.vocab, s.rows * s.length, f"{s.rows:g},{s.length:g}"
   weight = m.width * vocab
-  yield Buffer("final_norm (input, result, gradient)", "logits", f"[{rows},{m.width}]",
-               tokens * m.width * (2 * _wide(m) + 4), _FEWER)
+  yield Buffer(
+    "final_norm (input, result, gradient)",
+    "logits",
+    f"[{rows},{m.width}]",
+    tokens * m.width * (2 * _wide(m) + 4),
+    _FEWER,
+  )
   if 0 < c.objective.loss_chunk < tokens:
     tokens, rows = c.objective.loss_chunk, f"{c.objective.loss_chunk}"
     # Made with the loss, and scaled after the layers' backward pass.
-    yield Buffer("head/weight (gathered, and gradient)", "logits", f"[{m.width},{vocab:g}]",
-                 weight * (4 + _wide(m)), "mesh.tensor")
+    yield Buffer(
+      "head/weight (gathered, and gradient)",
+      "logits",
+      f"[{m.width},{vocab:g}]",
+      weight * (4 + _wide(m)),
+      "mesh.tensor",
+    )
     logits = "head"
   else:
     # The gradient of the head's weight is made at once (v5e, v6e), or after the layers' backward
     # pass (v5p), through which the logits then live. Nothing here knows the chip: both are counted.
-    yield Buffer("head/weight (gradient)", "head", f"[{m.width},{vocab:g}]", weight * 4,
-                 "mesh.tensor")
+    yield Buffer(
+      "head/weight (gradient)", "head", f"[{m.width},{vocab:g}]", weight * 4, "mesh.tensor"
+    )
     logits = "logits"
-  yield Buffer("head/logits", logits, f"[{rows},{vocab:g}]", tokens * vocab * 4,
-               f"objective.loss_chunk, mesh.tensor; {_FEWER}")
+  yield Buffer(
+    "head/logits",
+    logits,
+    f"[{rows},{vocab:g}]",
+    tokens * vocab * 4,
+    f"objective.loss_chunk, mesh.tensor; {_FEWER}",
+  )
 
 
 def _of_layer(c, sizes, counts):
@@ -227,16 +269,25 @@ def _of_layer(c, sizes, counts):
   tokens = s.rows * s.length
   # Where no token is dropped, a device has the weights of all experts.
   cut = sizes if m.moe.capacity else sizes | {"expert": 1}
-  yield Buffer("layers (gathered)", "layer", "one layer",
-               counts.of_layer(cut, m.num_layers) * wide,
-               "moe.capacity, mesh.tensor" if cut != sizes else "mesh.tensor")
+  yield Buffer(
+    "layers (gathered)",
+    "layer",
+    "one layer",
+    counts.of_layer(cut, m.num_layers) * wide,
+    "moe.capacity, mesh.tensor" if cut != sizes else "mesh.tensor",
+  )
   # Queries, keys, values and attention's output, the MLP's insides: with their gradients.
-  inside = (2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 3 * w["up"] / s.mlp
-            + 4 * m.width)
+  inside = (
+    2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 3 * w["up"] / s.mlp + 4 * m.width
+  )
   several = max(len(stack.kinds) for stack in stacks.of(m))  # that a turn of the loop goes through
-  yield Buffer(f"layers (backward pass of {several})", "layer",
-               f"[{several},{s.rows:g},{s.length:g},…]",
-               several * tokens * inside * wide, f"mesh.tensor; {_FEWER}")
+  yield Buffer(
+    f"layers (backward pass of {several})",
+    "layer",
+    f"[{several},{s.rows:g},{s.length:g},…]",
+    several * tokens * inside * wide,
+    f"mesh.tensor; {_FEWER}",
+  )
 
 
 def memory(found):
@@ -248,8 +299,12 @@ def memory(found):
   kinds = collections.Counter()
   for buffer in found:
     kinds[buffer.kind] += buffer.bytes
-  backward = kinds["saved"] + kinds["layers"] + kinds["logits"] + max(
-      kinds["head"], kinds["layer"] + kinds["gradients"])
+  backward = (
+    kinds["saved"]
+    + kinds["layers"]
+    + kinds["logits"]
+    + max(kinds["head"], kinds["layer"] + kinds["gradients"])
+  )
   return backward + kinds["parameters"] + kinds["optimizer"]
 
 
@@ -283,24 +338,32 @@ def seconds(c, sizes, counts, topology):
   pipe = stacks.pipeline_of(c, sizes)
   busy = 1 - (pipe.bubble if pipe else 0)
   runs = 1 + _KERNEL_BACKWARD + ("attention" not in names)
-  of_kernels = (4 * m.num_layers * c.data.seq_len * widest(m) / s.heads * tokens * runs
-                * visible_share(c))
+  of_kernels = (
+    4 * m.num_layers * c.data.seq_len * widest(m) / s.heads * tokens * runs * visible_share(c)
+  )
   held = counts.held(sizes)
   gathered = held * sizes["fsdp"] * wide * (sizes["fsdp"] > 1)
-  times = c.optim.accumulate * (pipe.ticks if pipe else 1)  # a stage gathers its layers for each tick
+  times = c.optim.accumulate * (
+    pipe.ticks if pipe else 1
+  )  # a stage gathers its layers for each tick
   matmul = flops / (chip.peak_flops * chip.matmul_rate) / busy
   # Forward and backward the weights are gathered, and then their gradients are summed.
   hidden, summed = (2 * gathered, gathered) if chip.overlaps_gathers else (0, 3 * gathered)
-  exposed = (max(summed, held * wide * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
-             + _between_devices(c, sizes, s, tokens)) / chip.ici_bandwidth
+  exposed = (
+    max(summed, held * wide * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
+    + _between_devices(c, sizes, s, tokens)
+  ) / chip.ici_bandwidth
   between = 0
   if topology.slices > 1:  # the sum of gradients, once; with fsdp over slices the weights too
     bytes_ = 2 * held * wide if sizes["data"] % topology.slices == 0 else 3 * gathered * times
     between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
-  return {"matmul": matmul, "other": tokens * _traffic(c, sizes, s, names) / chip.hbm_bandwidth / busy,
-          "kernels": of_kernels / (chip.peak_flops * KERNEL_RATE) / busy,
-          "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
-          "between": between}
+  return {
+    "matmul": matmul,
+    "other": tokens * _traffic(c, sizes, s, names) / chip.hbm_bandwidth / busy,
+    "kernels": of_kernels / (chip.peak_flops * KERNEL_RATE) / busy,
+    "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
+    "between": between,
+  }
 
 
 def _traffic(c, sizes, s, names):
@@ -310,14 +373,15 @@ def _traffic(c, sizes, s, names):
     names: of what is saved.
   """
   m, wide, widths = c.model, _wide(c.model), _widths(c.model)
-  apart = {n: widths[n] / (s.mlp if n in ("gate", "up") else s.residual if n in ("o", "down")
-                           else s.heads) for n in names}
+  apart = {
+    n: widths[n] / (s.mlp if n in ("gate", "up") else s.residual if n in ("o", "down") else s.heads)
+    for n in names
+  }
   each = wide * (m.width / s.residual * _LAYER_PASSES + sum(apart.values()) * _SAVED_PASSES)
   if s.heads * s.mlp > 1:  # between the branches' matmuls a device has whole tokens
     each += wide * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)
   if sizes["seq"] > 1:  # the parts of the output are added up, and so are those of the gradients
-    each += 4 * widths["q"] / s.heads * (
-        _RING_PASSES[0] + _RING_PASSES[1] * (sizes["seq"] - 1))
+    each += 4 * widths["q"] / s.heads * (_RING_PASSES[0] + _RING_PASSES[1] * (sizes["seq"] - 1))
   # Logits are written once, and read and written again on the way back.
   return m.num_layers * each + (4 * 4 * m.vocab_size / s.vocab if m.head == "lm" else 0)
 
@@ -328,7 +392,9 @@ def _between_devices(c, sizes, s, tokens):
   each, total = m.num_layers * tokens * wide, 0
   if s.heads * s.mlp > 1:
     total += _TENSOR_HOPS * each * m.width
-  if sizes["seq"] > 1:  # a hop of keys and values both ways, and of their gradients; others are hidden
+  if (
+    sizes["seq"] > 1
+  ):  # a hop of keys and values both ways, and of their gradients; others are hidden
     total += 3 * each * (_widths(m)["k"] + _widths(m)["v"]) / s.heads
   if sizes["expert"] > 1:  # there and back, both ways
     total += 4 * each * m.width * m.moe.per_token * max(m.moe.capacity, 1)
@@ -344,7 +410,9 @@ def visible_share(c, seq=1):
   """
   T = c.data.seq_len / seq
   # A device's own pairs, and beside them half as many of each other device's, all of them visible.
-  causal = (min((T + _BLOCK) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
+  causal = (
+    (min((T + _BLOCK) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
+  )
   local = causal
   if c.model.window:
     size = T if seq == 1 else T / 2  # of the pieces that meet; beside them neighbours' ends
@@ -369,14 +437,27 @@ def _widths(m, padded=False):
   hidden = m.moe.width * used if "moe" in m.mlp_pattern else m.mlp_width
   size = lambda n: -(-n // _LANES) * _LANES if padded else n
   key, value = size(m.head_dim), size(m.latent.v_dim)
-  return {"q": m.num_heads * key, "k": m.num_kv_heads * key, "v": m.num_kv_heads * value,
-          "attention": m.num_heads * value, "o": m.width, "gate": hidden if m.gated else 0,
-          "up": hidden, "down": m.width}
+  return {
+    "q": m.num_heads * key,
+    "k": m.num_kv_heads * key,
+    "v": m.num_kv_heads * value,
+    "attention": m.num_heads * value,
+    "o": m.width,
+    "gate": hidden if m.gated else 0,
+    "up": hidden,
+    "down": m.width,
+  }
 
 
 def _layer_weights(m):
   """Numbers of the weights that make each named result, those that a token uses."""
   w = _widths(m)
-  return {"q": m.width * w["q"], "k": m.width * w["k"], "v": m.width * w["v"],
-          "o": w["attention"] * m.width, "gate": m.width * w["gate"], "up": m.width * w["up"],
-          "down": w["up"] * m.width}
+  return {
+    "q": m.width * w["q"],
+    "k": m.width * w["k"],
+    "v": m.width * w["v"],
+    "o": w["attention"] * m.width,
+    "gate": m.width * w["gate"],
+    "up": m.width * w["up"],
+    "down": w["up"] * m.width,
+  }

@@ -16,8 +16,10 @@ def out_of_memory(error, c, topology):
     topology: a `topology.Topology`.
   """
   needed = f"{error.needed / GIB:.2f} GiB" if error.needed else "more"
-  yield (f"DOES NOT FIT: {topology.chip.name} has {error.limit / GIB:.2f} GiB for a program and its "
-         f"state, which need {needed}")
+  yield (
+    f"DOES NOT FIT: {topology.chip.name} has {error.limit / GIB:.2f} GiB for a program and its "
+    f"state, which need {needed}"
+  )
   yield ""
   yield "the largest arrays on a device (by arithmetic), and what makes them smaller"
   sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)

@@ -48,8 +48,10 @@ def differences(want, got, same_compiler=True):
   for key in sorted(want.keys() | got.keys()):
     a, b = (side.get(key, _NOTHING) for side in (want, got))
     if a["calls"] != b["calls"] or abs(a["bytes"] - b["bytes"]) > _TOLERANCE * a["bytes"]:
-      yield (f"{key}: {a['calls']} calls, {a['bytes'] / 1e9:.3f} GB in the budget; now "
-             f"{b['calls']} calls, {b['bytes'] / 1e9:.3f} GB")
+      yield (
+        f"{key}: {a['calls']} calls, {a['bytes'] / 1e9:.3f} GB in the budget; now "
+        f"{b['calls']} calls, {b['bytes'] / 1e9:.3f} GB"
+      )
 
 
 def check(path, f):
@@ -69,8 +71,9 @@ def check(path, f):
   try:
     text = path.read_text(encoding="utf-8") if path.exists() else None
     if text is None:
-      path.write_text(json.dumps({"compilers": now, "collectives": got}, indent=2) + "\n",
-                      encoding="utf-8")
+      path.write_text(
+        json.dumps({"compilers": now, "collectives": got}, indent=2) + "\n", encoding="utf-8"
+      )
       print(f"\nwrote the communication budget {path}")
       return 0
   except OSError as e:
@@ -80,13 +83,16 @@ def check(path, f):
     then = dict(stored["compilers"])
     lines = list(differences(stored["collectives"], got, then == now))
   except (ValueError, AttributeError, TypeError, KeyError) as e:
-    raise UserError(f"--golden={path} holds no communication budget; delete it to write it "
-                    "anew") from e
+    raise UserError(
+      f"--golden={path} holds no communication budget; delete it to write it anew"
+    ) from e
   print(f"\ncommunication {'differs from' if lines else 'is within'} the budget {path}")
   print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")
   if then != now:
-    print(f"  the budget is of {_named(then)}, this program of {_named(now)}: all bytes are compared, "
-          f"to {_OTHER_COMPILER:.0%}, but neither kinds nor calls; delete the file to write it anew")
+    print(
+      f"  the budget is of {_named(then)}, this program of {_named(now)}: all bytes are compared, "
+      f"to {_OTHER_COMPILER:.0%}, but neither kinds nor calls; delete the file to write it anew"
+    )
   return 1 if lines else 0
 
 

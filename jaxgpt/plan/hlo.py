@@ -7,9 +7,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-DTYPE_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1,
-               "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
-               "s64": 8, "u64": 8, "c64": 8}
+DTYPE_BYTES = {
+  "pred": 1,
+  "s4": 0.5,
+  "u4": 0.5,
+  "s8": 1,
+  "u8": 1,
+  "f8e4m3fn": 1,
+  "f8e5m2": 1,
+  "bf16": 2,
+  "f16": 2,
+  "s16": 2,
+  "u16": 2,
+  "f32": 4,
+  "s32": 4,
+  "u32": 4,
+  "f64": 8,
+  "s64": 8,
+  "u64": 8,
+  "c64": 8,
+}
 
 _ARRAY = re.compile(r"\b(" + "|".join(DTYPE_BYTES) + r")\[([\d,]*)\]")
 _HEAD = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
@@ -20,6 +37,7 @@ _UNKNOWN_TRIPS = 1  # where a loop does not say
 
 class Array(NamedTuple):
   """An array's type."""
+
   dtype: str
   dims: tuple
 
@@ -39,6 +57,7 @@ class Instruction(NamedTuple):
     attributes: what follows the operands, as text.
     is_root: whether it is the computation's result.
   """
+
   name: str
   arrays: tuple
   opcode: str
@@ -58,8 +77,9 @@ class Instruction(NamedTuple):
   @property
   def calls(self):
     """Names of the computations that it is made of."""
-    names = [self.attribute(key) for key in ("calls", "to_apply", "true_computation",
-                                             "false_computation")]
+    names = [
+      self.attribute(key) for key in ("calls", "to_apply", "true_computation", "false_computation")
+    ]
     names += (self.attribute("branch_computations") or "").strip("{}").split(",")
     return [n.strip().lstrip("%") for n in names if n]
 
@@ -83,6 +103,7 @@ class Program(NamedTuple):
     computations: {name: [`Instruction`, …]} in the order of the schedule.
     entry: name of the first one.
   """
+
   computations: dict
   entry: str
 
@@ -93,8 +114,10 @@ class Program(NamedTuple):
 
 def arrays(text):
   """The `Array`s of a type, a tuple's in order."""
-  return tuple(Array(dtype, tuple(int(n) for n in dims.split(",") if n))
-               for dtype, dims in _ARRAY.findall(text))
+  return tuple(
+    Array(dtype, tuple(int(n) for n in dims.split(",") if n))
+    for dtype, dims in _ARRAY.findall(text)
+  )
 
 
 def parse(text):
@@ -131,12 +154,14 @@ def _instruction(name, rest, is_root):
   result, rest = rest[:type_end], rest[type_end:].lstrip()
   open_at = rest.index("(")
   close_at = _closing(rest, open_at)
-  operands = rest[open_at + 1:close_at]
+  operands = rest[open_at + 1 : close_at]
   opcode = rest[:open_at]
   names = tuple(_NAME.findall(operands))
   if opcode in ("constant", "parameter"):
     names = (operands,)
-  return Instruction(name, arrays(result), opcode, names, rest[close_at + 1:].lstrip(", "), is_root)
+  return Instruction(
+    name, arrays(result), opcode, names, rest[close_at + 1 :].lstrip(", "), is_root
+  )
 
 
 def _closing(text, at):
@@ -176,8 +201,13 @@ def trip_count(program, computation, loop):
     return _UNKNOWN_TRIPS
   begin = ends[0] if ends[0] is not None else 0
   step = _step(program, loop.attribute("body").lstrip("%"), counters[0])
-  length = {"LT": ends[1] - begin, "LE": ends[1] - begin + 1, "GT": begin - ends[1],
-            "GE": begin - ends[1] + 1, "NE": abs(ends[1] - begin)}.get(direction, 0)
+  length = {
+    "LT": ends[1] - begin,
+    "LE": ends[1] - begin + 1,
+    "GT": begin - ends[1],
+    "GE": begin - ends[1] + 1,
+    "NE": abs(ends[1] - begin),
+  }.get(direction, 0)
   return max(-(-length // abs(step)), 0)
 
 
@@ -253,9 +283,15 @@ def matmul_flops(program, computation, made):
   flops = 2 * out[of_out.index("b")] * out[of_out.index("f")] * rhs[of_rhs.index("i")]
   for d in range(len(of_lhs) - 2):
     at = lambda key, default, d=d: window[key].split("x")[d] if key in window else default
-    flops *= _hits(lhs[of_lhs.index(str(d))], out[of_out.index(str(d))], int(at("size", 1)),
-                   int(at("pad", "0_0").split("_")[0]), int(at("stride", 1)),
-                   int(at("lhs_dilate", 1)), int(at("rhs_dilate", 1)))
+    flops *= _hits(
+      lhs[of_lhs.index(str(d))],
+      out[of_out.index(str(d))],
+      int(at("size", 1)),
+      int(at("pad", "0_0").split("_")[0]),
+      int(at("stride", 1)),
+      int(at("lhs_dilate", 1)),
+      int(at("rhs_dilate", 1)),
+    )
   return flops
 
 
@@ -264,7 +300,7 @@ def _hits(size_in, size_out, size, low_pad, stride, dilate_in, dilate_window):
   """Pairs (output, place in the window) that meet an input, and neither padding nor a hole."""
   if size == 1 and low_pad == 0 and dilate_in == 1:
     return size_out
-  at = (np.arange(size_out)[:, None] * stride + np.arange(size)[None] * dilate_window - low_pad)
+  at = np.arange(size_out)[:, None] * stride + np.arange(size)[None] * dilate_window - low_pad
   return int(((at % dilate_in == 0) & (at >= 0) & (at // dilate_in < size_in)).sum())
 
 
@@ -284,8 +320,9 @@ def groups(made):
     return np.array(rows) if len({len(row) for row in rows}) == 1 else None
   ranges = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
   if ranges:
-    shape, dims, order = ([int(n) for n in part.split(",")] if part else None
-                          for part in ranges.groups())
+    shape, dims, order = (
+      [int(n) for n in part.split(",")] if part else None for part in ranges.groups()
+    )
     out = np.arange(math.prod(dims)).reshape(dims)
     return (out.transpose(order) if order else out).reshape(shape)
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](, device_ids=\S*)? \{([^}]*)\}", text)
@@ -295,13 +332,19 @@ def groups(made):
 def _mesh_groups(mesh, axes):
   """`groups` of "'a'=2,'b'=4" and "'a','b':(1)2", where part of an axis is (what is before it)size."""
   sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", mesh)}
-  wanted = {name: (int(before or 1), int(size) if size else sizes[name])
-            for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes)}
+  wanted = {
+    name: (int(before or 1), int(size) if size else sizes[name])
+    for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes)
+  }
   dims, inside = [], []
   for name, size in sizes.items():
     before, part = wanted.get(name, (1, 1))
     inside.append(len(dims) + 1)
     dims += [before, part, size // before // part]
   order = [d for d in range(len(dims)) if d not in inside] + inside
-  return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(
-      -1, math.prod(dims[d] for d in inside))
+  return (
+    np.arange(math.prod(dims))
+    .reshape(dims)
+    .transpose(order)
+    .reshape(-1, math.prod(dims[d] for d in inside))
+  )

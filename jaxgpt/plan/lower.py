@@ -28,6 +28,7 @@ class Memory(NamedTuple):
     outputs: results that are not written over what was given.
     code: the program.
   """
+
   parameters: int
   optimizer: int
   average: int
@@ -54,6 +55,7 @@ class Compiled(NamedTuple):
     attention: the form of attention in it.
     seconds: how long the compiler took.
   """
+
   c: Any
   mesh: Any
   lowered: Any
@@ -82,8 +84,9 @@ def resolve(c):
     UserError: no vocabulary size, or what `config.resolve` finds.
   """
   if c.model.vocab_size is None:
-    raise UserError("model.vocab_size is not set, and a plan reads no tokenizer; add "
-                    "--config.model.vocab_size=N")
+    raise UserError(
+      "model.vocab_size is not set, and a plan reads no tokenizer; add --config.model.vocab_size=N"
+    )
   return config.resolve(c)
 
 
@@ -97,8 +100,9 @@ def batch_shapes(c):
   else:
     layout = layout()
   one = layout.batch([], 1, c.data.seq_len)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype),
-                      one)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype), one
+  )
 
 
 @contextlib.contextmanager
@@ -144,14 +148,22 @@ def compile_step(c, topology, anew=False):
       raise
     given = device_bytes(parts.state) + batch_bytes(batch, mesh)
     raise read_out_of_memory(str(e), topology.chip.hbm_limit, given) from e
-  return Compiled(c, mesh, lowered, executable, memory(executable, parts.state, batch, mesh),
-                  parts.model.cfg.attention, time.monotonic() - began)
+  return Compiled(
+    c,
+    mesh,
+    lowered,
+    executable,
+    memory(executable, parts.state, batch, mesh),
+    parts.model.cfg.attention,
+    time.monotonic() - began,
+  )
 
 
 def device_bytes(tree):
   """Bytes of a tree of sharded ShapeDtypeStructs on one device, without padding."""
-  return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-             for x in jax.tree.leaves(tree))
+  return sum(
+    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
 
 
 def batch_bytes(batch, mesh):
@@ -170,13 +182,19 @@ def memory(executable, state, batch, mesh):
     mesh: the device mesh.
   """
   found = executable.memory_analysis()
-  kinds = {"parameters": device_bytes([state["params"], state.get("frozen", {})]),
-           "optimizer": device_bytes(state["opt"]), "average": device_bytes(state.get("ema", {})),
-           "batch": batch_bytes(batch, mesh)}
-  return Memory(**kinds, padding=found.argument_size_in_bytes - sum(kinds.values()),
-                temporaries=found.temp_size_in_bytes,
-                outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
-                code=found.generated_code_size_in_bytes)
+  kinds = {
+    "parameters": device_bytes([state["params"], state.get("frozen", {})]),
+    "optimizer": device_bytes(state["opt"]),
+    "average": device_bytes(state.get("ema", {})),
+    "batch": batch_bytes(batch, mesh),
+  }
+  return Memory(
+    **kinds,
+    padding=found.argument_size_in_bytes - sum(kinds.values()),
+    temporaries=found.temp_size_in_bytes,
+    outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+    code=found.generated_code_size_in_bytes,
+  )
 
 
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -22,8 +22,10 @@ def figures(compiled, topology, price=None):
   c, chip = compiled.c, topology.chip
   program = hlo.parse(compiled.executable.as_text())
   took = (_by_roofline if chip.gpu else _by_cycles)(program, compiled, chip)
-  memory = _by_kind(compiled) | {"limit": chip.hbm_limit,
-                                 "fits": compiled.memory.total <= chip.hbm_limit}
+  memory = _by_kind(compiled) | {
+    "limit": chip.hbm_limit,
+    "fits": compiled.memory.total <= chip.hbm_limit,
+  }
   tokens = c.data.batch_size * c.data.seq_len
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
   seconds = took["seconds"]
@@ -32,22 +34,44 @@ def figures(compiled, topology, price=None):
   mine = tokens / topology.num_devices
   budget = c.train.steps * step * topology.num_chips / 3600
   sizes = compiled.mesh.shape
-  return {
-      "topology": topology.name, "chips": topology.num_chips, "devices": topology.num_devices,
-      "chip": chip.name, "mesh": dict(sizes), "attention": compiled.attention,
+  return (
+    {
+      "topology": topology.name,
+      "chips": topology.num_chips,
+      "devices": topology.num_devices,
+      "chip": chip.name,
+      "mesh": dict(sizes),
+      "attention": compiled.attention,
       "pipeline": str(stacks.pipeline_of(c, sizes) or ""),
       "bubble": stacks.bubble(c, sizes),
-      "batch_size": c.data.batch_size, "seq_len": c.data.seq_len,
-      "accumulate": c.optim.accumulate, "remat": c.model.remat, "memory": memory,
-      "options": xla_options.options(compiled.mesh.devices.flat[0].device_kind,
-                                  c.mesh.compiler_options)} | took | {
-      "model_flops": model_flops, "seconds": seconds | {"step": step},
-      "merit": merit / mine, "merit_with_kernels": step / mine, "mfu": model_flops / step / chip.peak_flops,
-      "hardware_utilisation": (took["matmul_flops"] + took["kernel_flops"]) / step / chip.peak_flops,
+      "batch_size": c.data.batch_size,
+      "seq_len": c.data.seq_len,
+      "accumulate": c.optim.accumulate,
+      "remat": c.model.remat,
+      "memory": memory,
+      "options": xla_options.options(
+        compiled.mesh.devices.flat[0].device_kind, c.mesh.compiler_options
+      ),
+    }
+    | took
+    | {
+      "model_flops": model_flops,
+      "seconds": seconds | {"step": step},
+      "merit": merit / mine,
+      "merit_with_kernels": step / mine,
+      "mfu": model_flops / step / chip.peak_flops,
+      "hardware_utilisation": (took["matmul_flops"] + took["kernel_flops"])
+      / step
+      / chip.peak_flops,
       "tokens_per_second": tokens / step,
       "tokens_per_second_per_chip": tokens / step / topology.num_chips,
-      "steps": c.train.steps, "tokens": tokens * c.train.steps, "chip_hours": budget,
-      "cost": None if price is None else budget * price, "compile_seconds": compiled.seconds}
+      "steps": c.train.steps,
+      "tokens": tokens * c.train.steps,
+      "chip_hours": budget,
+      "cost": None if price is None else budget * price,
+      "compile_seconds": compiled.seconds,
+    }
+  )
 
 
 def _by_kind(compiled):
@@ -58,8 +82,11 @@ def _by_kind(compiled):
   c, memory = compiled.c, compiled.memory
   found = estimate.buffers(c, dict(compiled.mesh.shape), estimate.count(c))
   saved = min(int(sum(b.bytes for b in found if b.kind == "saved")), memory.temporaries)
-  return memory._asdict() | {"activations": saved, "temporaries": memory.temporaries - saved,
-                             "total": memory.total}
+  return memory._asdict() | {
+    "activations": saved,
+    "temporaries": memory.temporaries - saved,
+    "total": memory.total,
+  }
 
 
 def _by_cycles(program, compiled, chip):
@@ -67,34 +94,51 @@ def _by_cycles(program, compiled, chip):
   cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
   share = estimate.visible_share(compiled.c, compiled.mesh.shape["seq"])
   kernel_flops = sum(work for _, work in cost.kernels.values()) * share
-  seconds = {"matmul": cost.cycles["matmul"] / chip.clock,
-             "other": cost.cycles["other"] / chip.clock,
-             "kernels": kernel_flops / (chip.peak_flops * estimate.KERNEL_RATE),
-             "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
-             "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
-             "between": cost.bytes("between") / chip.dcn_bandwidth}
-  return {"estimate": "schedule", "seconds": seconds, "cycles": dict(cost.cycles),
-          "matmul_flops": cost.flops, "kernel_flops": kernel_flops,
-          "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
-          "collectives": [dict(zip(("opcode", "dtype", "phase"), key)) | {"calls": calls, "bytes": size}
-                          for key, (calls, size) in sorted(cost.collectives.items())],
-          "between_bytes": cost.bytes("between"),
-          "exposed_bytes": cost.bytes("exposed"), "overlapped_bytes": cost.bytes("overlapped")}
+  seconds = {
+    "matmul": cost.cycles["matmul"] / chip.clock,
+    "other": cost.cycles["other"] / chip.clock,
+    "kernels": kernel_flops / (chip.peak_flops * estimate.KERNEL_RATE),
+    "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
+    "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
+    "between": cost.bytes("between") / chip.dcn_bandwidth,
+  }
+  return {
+    "estimate": "schedule",
+    "seconds": seconds,
+    "cycles": dict(cost.cycles),
+    "matmul_flops": cost.flops,
+    "kernel_flops": kernel_flops,
+    "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
+    "collectives": [
+      dict(zip(("opcode", "dtype", "phase"), key)) | {"calls": calls, "bytes": size}
+      for key, (calls, size) in sorted(cost.collectives.items())
+    ],
+    "between_bytes": cost.bytes("between"),
+    "exposed_bytes": cost.bytes("exposed"),
+    "overlapped_bytes": cost.bytes("overlapped"),
+  }
 
 
 def _by_roofline(program, compiled, chip):
   """The same of a GPU's program, at best."""
   hosts = [device.process_index for device in compiled.mesh.devices.flat]
   roof = roofline.of_program(program, chip, hosts)
-  return {"estimate": "roofline", "seconds": roof.seconds | {"between": 0.0}, "between_bytes": 0.0,
-          "memory_traffic": roof.traffic,
-          "matmul_flops": roof.flops, "kernel_flops": roof.kernel_flops,
-          "kernels": dict(sorted(roof.kernels.items())),
-          "collectives": [dict(zip(("opcode", "dtype", "link", "phase"), key))
-                          | {"calls": calls, "bytes": size}
-                          for key, (calls, size) in sorted(roof.collectives.items())],
-          "link_bytes": {link: roof.bytes(link=link) for link in (roofline.NVLINK, roofline.NETWORK)},
-          "exposed_bytes": roof.bytes("exposed"), "overlapped_bytes": roof.bytes("overlapped")}
+  return {
+    "estimate": "roofline",
+    "seconds": roof.seconds | {"between": 0.0},
+    "between_bytes": 0.0,
+    "memory_traffic": roof.traffic,
+    "matmul_flops": roof.flops,
+    "kernel_flops": roof.kernel_flops,
+    "kernels": dict(sorted(roof.kernels.items())),
+    "collectives": [
+      dict(zip(("opcode", "dtype", "link", "phase"), key)) | {"calls": calls, "bytes": size}
+      for key, (calls, size) in sorted(roof.collectives.items())
+    ],
+    "link_bytes": {link: roof.bytes(link=link) for link in (roofline.NVLINK, roofline.NETWORK)},
+    "exposed_bytes": roof.bytes("exposed"),
+    "overlapped_bytes": roof.bytes("overlapped"),
+  }
 
 
 def table(f):
@@ -106,9 +150,11 @@ def table(f):
   mesh = " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items() if size > 1) or "1 device"
   halves = "" if f["devices"] == f["chips"] else f" ({f['devices']} devices)"
   kind = "chip" if f["estimate"] == "schedule" else "GPU"
-  yield (f"{f['topology']}: {f['chips']} {kind}s{halves}, mesh {mesh}; {f['batch_size']} rows of "
-         f"{f['seq_len']:,} tokens, accumulate {f['accumulate']}, remat {f['remat']}, attention "
-         f"{f['attention']}; compiled in {f['compile_seconds']:.0f} s")
+  yield (
+    f"{f['topology']}: {f['chips']} {kind}s{halves}, mesh {mesh}; {f['batch_size']} rows of "
+    f"{f['seq_len']:,} tokens, accumulate {f['accumulate']}, remat {f['remat']}, attention "
+    f"{f['attention']}; compiled in {f['compile_seconds']:.0f} s"
+  )
   if f["pipeline"]:
     yield f["pipeline"]
   yield from _memory_lines(f["memory"])
@@ -116,13 +162,19 @@ def table(f):
   yield from _collective_lines(f)
   s = f["seconds"]
   yield ""
-  yield (f"estimated step  {s['step']:.3f} s, MFU {f['mfu']:.1%}, hardware utilisation "
-         f"{f['hardware_utilisation']:.1%}")
-  yield (f"throughput      {f['tokens_per_second_per_chip']:,.0f} tokens/s a {kind}, "
-         f"{f['tokens_per_second']:,.0f} in all")
-  yield (f"the run         {f['steps']:,} steps, {f['tokens'] / 1e9:,.1f}B tokens, "
-         f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} {kind}-hours"
-         + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}"))
+  yield (
+    f"estimated step  {s['step']:.3f} s, MFU {f['mfu']:.1%}, hardware utilisation "
+    f"{f['hardware_utilisation']:.1%}"
+  )
+  yield (
+    f"throughput      {f['tokens_per_second_per_chip']:,.0f} tokens/s a {kind}, "
+    f"{f['tokens_per_second']:,.0f} in all"
+  )
+  yield (
+    f"the run         {f['steps']:,} steps, {f['tokens'] / 1e9:,.1f}B tokens, "
+    f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} {kind}-hours"
+    + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}")
+  )
   yield f"figure of merit {f['merit'] * 1e6:.2f} µs a token and device, kernels left out"
   options = " ".join(f"{name}={value}" for name, value in f["options"].items())
   yield f"XLA's options   {options or 'its own'}"
@@ -135,8 +187,10 @@ def of_this_machine(compiled):
     compiled: from `lower.compile_step`.
   """
   devices = list(compiled.mesh.devices.flat)
-  yield (f"{len(devices)} x {devices[0].device_kind}, attention {compiled.attention}; compiled in "
-         f"{compiled.seconds:.0f} s")
+  yield (
+    f"{len(devices)} x {devices[0].device_kind}, attention {compiled.attention}; compiled in "
+    f"{compiled.seconds:.0f} s"
+  )
   yield from _memory_lines(_by_kind(compiled) | {"limit": None})
 
 
@@ -152,21 +206,33 @@ def heaviest_lines(lines, chip):
   for line in lines:
     share = line.flops / chip.flops_per_cycle / line.cycles
     place = "/".join(part for part in line.op_name.split("/")[-5:])
-    yield (f"  {line.cycles / 1e6:>8.1f}M x{line.runs:<4} "
-           + (f"{share:>4.0%}" if share else "    ")
-           + f"  {line.shapes[:56]:<56}  {place[-70:] or line.name}")
+    yield (
+      f"  {line.cycles / 1e6:>8.1f}M x{line.runs:<4} "
+      + (f"{share:>4.0%}" if share else "    ")
+      + f"  {line.shapes[:56]:<56}  {place[-70:] or line.name}"
+    )
 
 
 def _memory_lines(m):
   yield ""
   yield "HBM of a device       GiB"
-  names = {"parameters": "parameters", "optimizer": "optimizer state", "average": "average (EMA)",
-           "batch": "batch", "padding": "padding of these", "activations": "activations",
-           "temporaries": "temporaries", "outputs": "results", "code": "program"}
+  names = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "average": "average (EMA)",
+    "batch": "batch",
+    "padding": "padding of these",
+    "activations": "activations",
+    "temporaries": "temporaries",
+    "outputs": "results",
+    "code": "program",
+  }
   for key, name in names.items():
     if m[key] >= GIB / 1000:
       yield f"  {name:<18} {m[key] / GIB:>6.2f}"
-  of = f" of {m['limit'] / GIB:.2f}: {'fits' if m['fits'] else 'DOES NOT FIT'}" if m["limit"] else ""
+  of = (
+    f" of {m['limit'] / GIB:.2f}: {'fits' if m['fits'] else 'DOES NOT FIT'}" if m["limit"] else ""
+  )
   yield f"  {'total':<18} {m['total'] / GIB:>6.2f}{of}"
 
 
@@ -176,21 +242,32 @@ def _time_lines(f):
   note = "" if by_schedule else " (a roofline: all at its best, no compiler's schedule)"
   yield ""
   yield f"time of a step         s     what{note}"
-  yield (f"  {'matmul':<14} {s['matmul']:>8.4f}     {f['matmul_flops']:.3g} FLOPs "
-         f"(the model's: {f['model_flops']:.3g})"
-         + (f", {f['cycles'].get('matmul', 0):.3g} cycles" if by_schedule else ""))
-  yield (f"  {'other compute':<14} {s['other']:>8.4f}     "
-         + (f"{f['cycles'].get('other', 0):.3g} cycles" if by_schedule
-            else f"{f['memory_traffic']:.3g} bytes read and written"))
+  yield (
+    f"  {'matmul':<14} {s['matmul']:>8.4f}     {f['matmul_flops']:.3g} FLOPs "
+    f"(the model's: {f['model_flops']:.3g})"
+    + (f", {f['cycles'].get('matmul', 0):.3g} cycles" if by_schedule else "")
+  )
+  yield (
+    f"  {'other compute':<14} {s['other']:>8.4f}     "
+    + (
+      f"{f['cycles'].get('other', 0):.3g} cycles"
+      if by_schedule
+      else f"{f['memory_traffic']:.3g} bytes read and written"
+    )
+  )
   kernels = ", ".join(f"{calls} x {name}" for name, calls in f["kernels"].items()) or "none"
   rate = f"; assumed at {estimate.KERNEL_RATE:.0%} of peak" if by_schedule else ""
   yield f"  {'kernels':<14} {s['kernels']:>8.4f}     {kernels}{rate}"
   yield f"  {'exposed':<14} {s['exposed']:>8.4f}     {f['exposed_bytes']:.3g} bytes of collectives"
-  yield (f"  {'not hidden':<14} {s['unhidden']:>8.4f}     of {f['overlapped_bytes']:.3g} bytes that "
-         "overlap with compute")
+  yield (
+    f"  {'not hidden':<14} {s['unhidden']:>8.4f}     of {f['overlapped_bytes']:.3g} bytes that "
+    "overlap with compute"
+  )
   if f["between_bytes"]:
-    yield (f"  {'between slices':<14} {s['between']:>8.4f}     {f['between_bytes']:.3g} bytes over the "
-           "data center's network")
+    yield (
+      f"  {'between slices':<14} {s['between']:>8.4f}     {f['between_bytes']:.3g} bytes over the "
+      "data center's network"
+    )
 
 
 def _collective_lines(f):
@@ -199,5 +276,7 @@ def _collective_lines(f):
   for row in f["collectives"]:
     if row["bytes"] >= 1e6:
       link = f"{row['link']:<8} " if "link" in row else ""
-      yield (f"  {row['opcode']:<18} {row['dtype']:<5} {link}{row['phase']:<10} {row['calls']:>6} "
-             f"{row['bytes'] / 1e9:>9.3f} GB")
+      yield (
+        f"  {row['opcode']:<18} {row['dtype']:<5} {link}{row['phase']:<10} {row['calls']:>6} "
+        f"{row['bytes'] / 1e9:>9.3f} GB"
+      )

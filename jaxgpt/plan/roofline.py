@@ -15,9 +15,23 @@ from jaxgpt.plan.cost import COLLECTIVES
 
 NVLINK, NETWORK = "NVLink", "network"
 # Matmuls of a call of cuDNN's attention: the backward pass computes the weights anew.
-_ATTENTION = {"fmhaBackward": ("cudnn_attention_backward", 5), "fmha": ("cudnn_attention_forward", 2)}
-_NO_TRAFFIC = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "partition-id",
-               "replica-id", "after-all", "opt-barrier", "optimization-barrier", "iota")
+_ATTENTION = {
+  "fmhaBackward": ("cudnn_attention_backward", 5),
+  "fmha": ("cudnn_attention_forward", 2),
+}
+_NO_TRAFFIC = (
+  "parameter",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "constant",
+  "partition-id",
+  "replica-id",
+  "after-all",
+  "opt-barrier",
+  "optimization-barrier",
+  "iota",
+)
 
 
 @dataclasses.dataclass
@@ -34,8 +48,12 @@ class Roofline:
     collectives: {(opcode, dtype, link, 'exposed' or 'overlapped'): [calls, bytes]}; the bytes are
       those that a GPU sends.
   """
-  seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(
-      ("matmul", "other", "kernels", "exposed", "unhidden"), 0.0))
+
+  seconds: dict = dataclasses.field(
+    default_factory=lambda: dict.fromkeys(
+      ("matmul", "other", "kernels", "exposed", "unhidden"), 0.0
+    )
+  )
   flops: float = 0.0
   kernel_flops: float = 0.0
   traffic: float = 0.0
@@ -62,8 +80,11 @@ class Roofline:
 
   def bytes(self, phase=None, link=None):
     """Bytes of the collectives of a phase or link, or of all."""
-    return sum(size for (_, _, on, when), (_, size) in self.collectives.items()
-               if phase in (None, when) and link in (None, on))
+    return sum(
+      size
+      for (_, _, on, when), (_, size) in self.collectives.items()
+      if phase in (None, when) and link in (None, on)
+    )
 
 
 def of_program(program, chip, hosts):
@@ -108,7 +129,9 @@ class _Walk:
         out.add(self.of(made.attribute("body").lstrip("%")), trips)
       elif base == "call":
         out.add(self.of(made.calls[0]))
-      elif base == "conditional":  # a step that is not finite leaves the state alone: the other branch
+      elif (
+        base == "conditional"
+      ):  # a step that is not finite leaves the state alone: the other branch
         out.add(max(map(self.of, made.calls), key=lambda branch: branch.total))
       else:
         self._compute(out, name, made, types)
@@ -142,8 +165,11 @@ class _Walk:
       return _library_matmul(made, self._program.computations[computation])
     if not made.opcode.startswith("fusion"):
       return 0
-    return sum(self._flops(name, inner) for name in made.calls
-               for inner in self._program.computations.get(name, ()))
+    return sum(
+      self._flops(name, inner)
+      for name in made.calls
+      for inner in self._program.computations.get(name, ())
+    )
 
   def _traffic(self, made, types):
     """Bytes of memory that an instruction reads and writes."""
@@ -158,8 +184,9 @@ class _Walk:
         return 2 * operands[1]
       return sum(operands) + made.bytes
     inner = {one.name: one for one in body}
-    read = sum(_read(one, body, operands[int(one.operands[0])]) for one in body
-               if one.opcode == "parameter")
+    read = sum(
+      _read(one, body, operands[int(one.operands[0])]) for one in body if one.opcode == "parameter"
+    )
     root = next(one for one in body if one.is_root)
     roots = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     return read + sum(_written(one, inner) for one in roots)
@@ -168,13 +195,17 @@ class _Walk:
     """Counts a collective and returns its seconds."""
     results = made.arrays
     if not waits and len(results) >= 2 * len(made.operands):  # (operands, results)
-      results = results[len(made.operands):2 * len(made.operands)]
+      results = results[len(made.operands) : 2 * len(made.operands)]
     size, groups = sum(a.bytes for a in results), hlo.groups(made)
     members = len(self._hosts) if groups is None else groups.shape[1]
     share = (members - 1) / members
-    sent = {"all-gather": size * share, "all-reduce": 2 * size * share,
-            "reduce-scatter": size * (members - 1), "all-to-all": size * share,
-            "ragged-all-to-all": size * share}.get(opcode, size)
+    sent = {
+      "all-gather": size * share,
+      "all-reduce": 2 * size * share,
+      "reduce-scatter": size * (members - 1),
+      "all-to-all": size * share,
+      "ragged-all-to-all": size * share,
+    }.get(opcode, size)
     link, rate = self._link(groups)
     key = (opcode, results[0].dtype, link, "exposed" if waits else "overlapped")
     entry = out.collectives.setdefault(key, [0, 0.0])
@@ -198,15 +229,18 @@ def _users(made, body):
   out = []
   for one in body:
     if made.name in one.operands and one.name != made.name:
-      out += _users(one, body) if one.opcode == "bitcast" else [(one, one.operands.index(made.name))]
+      out += (
+        _users(one, body) if one.opcode == "bitcast" else [(one, one.operands.index(made.name))]
+      )
   return out
 
 
 def _read(parameter, body, size):
   """Bytes that a fusion reads of an operand: slices of it, nothing of what it writes over, or all."""
   users = _users(parameter, body)
-  if users and all(one.opcode in ("dynamic-slice", "slice", "gather") and at == 0
-                   for one, at in users):
+  if users and all(
+    one.opcode in ("dynamic-slice", "slice", "gather") and at == 0 for one, at in users
+  ):
     return min(size, sum(one.bytes for one, _ in users))
   if users and all(one.opcode == "dynamic-update-slice" and at == 0 for one, at in users):
     return 0

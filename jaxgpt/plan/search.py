@@ -13,9 +13,15 @@ from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import chips, estimate, lower, report
 
-REMATS = ("full", "save:attention", "save:q,k,v,attention", "save:q,k,v,attention,o",
-          "save:q,k,v,attention,up", "save:q,k,v,attention,gate,up",
-          "save:q,k,v,attention,o,gate,up")  # in this order each saves more
+REMATS = (
+  "full",
+  "save:attention",
+  "save:q,k,v,attention",
+  "save:q,k,v,attention,o",
+  "save:q,k,v,attention,up",
+  "save:q,k,v,attention,gate,up",
+  "save:q,k,v,attention,o,gate,up",
+)  # in this order each saves more
 _MATERIALIZE = ("values", "gradients")
 _TENSORS = (1, 2, 4, 8)
 _SEQS = (1, 2, 4, 8, 16)
@@ -37,6 +43,7 @@ class Candidate(NamedTuple):
     bytes: of a device.
     merit: seconds a token and device.
   """
+
   c: Any
   changes: dict
   bytes: float
@@ -45,6 +52,7 @@ class Candidate(NamedTuple):
 
 class Result(NamedTuple):
   """What compiling a candidate gave: figures of `report`, or why it does not fit or is refused."""
+
   candidate: Candidate
   figures: dict | None
   error: lower.OutOfMemory | UserError | None
@@ -98,8 +106,16 @@ def meshes(c, topology):
       continue
     whole = next(n for n in range(left, 0, -1) if left % n == 0 and m.width % n == 0)
     for fsdp in sorted({whole, 1}):
-      out.append({"data": topology.slices * left // fsdp, "fsdp": fsdp, "seq": seq,
-                  "tensor": tensor, "expert": expert, "stage": stage})
+      out.append(
+        {
+          "data": topology.slices * left // fsdp,
+          "fsdp": fsdp,
+          "seq": seq,
+          "tensor": tensor,
+          "expert": expert,
+          "stage": stage,
+        }
+      )
   return out
 
 
@@ -128,8 +144,14 @@ def candidates(c, topology, keep_batch=False):
         took = estimate.seconds(one, sizes, counts, topology)
       except UserError:  # such as a pattern of layers that does not suit the mesh
         continue
-      out.append(Candidate(one, changes, estimate.memory(estimate.buffers(one, sizes, counts)),
-                           sum(took.values()) * num / batch / c.data.seq_len))
+      out.append(
+        Candidate(
+          one,
+          changes,
+          estimate.memory(estimate.buffers(one, sizes, counts)),
+          sum(took.values()) * num / batch / c.data.seq_len,
+        )
+      )
   return sorted(out, key=lambda one: one.merit)
 
 
@@ -149,8 +171,11 @@ def choose(found, limit, finalists):
     if one.bytes <= limit * _SLACK:
       kinds[tuple(v for k, v in one.changes.items() if k != "model.remat")].append(one)
   fitting = [one for same in kinds.values() for one in same[:2]]
-  beyond = [one for one in found if one.bytes > limit * _SLACK
-            and (not fitting or one.merit < fitting[0].merit)]
+  beyond = [
+    one
+    for one in found
+    if one.bytes > limit * _SLACK and (not fitting or one.merit < fitting[0].merit)
+  ]
   return fitting[:finalists], min(beyond, key=lambda one: one.bytes, default=None)
 
 
@@ -174,12 +199,15 @@ def search(c, topology, finalists=None, keep_batch=False, say=print, run=None):
   run = run or compiled
   found = candidates(c, topology, keep_batch)
   if not found:
-    raise UserError(f"no mesh over {topology.num_devices} devices suits this model and "
-                    f"data.batch_size={c.data.batch_size}"
-                    + ("; leave --keep-batch out" if keep_batch else ""))
+    raise UserError(
+      f"no mesh over {topology.num_devices} devices suits this model and "
+      f"data.batch_size={c.data.batch_size}" + ("; leave --keep-batch out" if keep_batch else "")
+    )
   chosen, beyond = choose(found, topology.chip.hbm_limit, finalists or _FINALISTS)
-  say(f"{len(found)} plans, {sum(1 for o in found if o.bytes <= topology.chip.hbm_limit)} should "
-      f"fit; compiling {len(chosen)}" + (" and one that should not" if beyond else ""))
+  say(
+    f"{len(found)} plans, {sum(1 for o in found if o.bytes <= topology.chip.hbm_limit)} should "
+    f"fit; compiling {len(chosen)}" + (" and one that should not" if beyond else "")
+  )
   results = []
   for one in chosen + ([beyond] if beyond else []):
     results.append(run(one, topology))
@@ -220,24 +248,27 @@ def remedies(c, topology):
   per_device = c.data.batch_size // mesh_lib.num_batch_shards(sizes) // c.optim.accumulate
   halves = [2**i for i in range(1, 8) if per_device % 2**i == 0]
   kinds = (
-      [{"model.remat": remat} for remat in reversed(REMATS)],
-      [{"optim.accumulate": c.optim.accumulate * n} for n in halves],
-      [{"data.batch_size": c.data.batch_size // n} for n in halves])
+    [{"model.remat": remat} for remat in reversed(REMATS)],
+    [{"optim.accumulate": c.optim.accumulate * n} for n in halves],
+    [{"data.batch_size": c.data.batch_size // n} for n in halves],
+  )
   for ways in kinds:
     sized = []
     for changes in ways:
       with contextlib.suppress(UserError):  # a change may exclude another value of the config
         one = changed(c, changes)
-        sized.append(Candidate(
-            one, changes, estimate.memory(estimate.buffers(one, sizes, counts)), 0.0))
+        sized.append(
+          Candidate(one, changes, estimate.memory(estimate.buffers(one, sizes, counts)), 0.0)
+        )
     yield [one for one in sized if one.bytes <= limit * 0.98]
 
 
 def compiled(candidate, topology):
   """The `Result` of compiling a candidate; one that is refused ends no search."""
   try:
-    return Result(candidate, report.figures(lower.compile_step(candidate.c, topology), topology),
-                  None)
+    return Result(
+      candidate, report.figures(lower.compile_step(candidate.c, topology), topology), None
+    )
   except (lower.OutOfMemory, UserError) as e:
     return Result(candidate, None, e)
 
@@ -250,7 +281,8 @@ def describe(changes):
   rows //= mesh_lib.num_batch_shards(sizes)
   again = f" x {changes['optim.accumulate']}" if changes["optim.accumulate"] > 1 else ""
   return f"{axes or 'one device'}, {rows}{again} rows, {changes['model.remat']}" + (
-      f", {changes['model.materialize']} written" if "model.materialize" in changes else "")
+    f", {changes['model.materialize']} written" if "model.materialize" in changes else ""
+  )
 
 
 def verdict(result):
@@ -260,8 +292,10 @@ def verdict(result):
   if result.error:
     return f"does not fit, needs {result.gib} of {result.error.limit / chips.GIB:.2f} GiB"
   f = result.figures
-  return (f"{f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, MFU {f['mfu']:.1%}, "
-          f"{result.gib} GiB" + ("" if f["memory"]["fits"] else ", does not fit"))
+  return (
+    f"{f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, MFU {f['mfu']:.1%}, "
+    f"{result.gib} GiB" + ("" if f["memory"]["fits"] else ", does not fit")
+  )
 
 
 def why(result, best):
@@ -272,12 +306,18 @@ def why(result, best):
     return "too much memory"
   a, b = (r.figures for r in (best, result))
   per_token = lambda f, key: f["seconds"][key] / f["batch_size"] * 1e6
-  key = max(("matmul", "other", "kernels", "exposed", "unhidden", "between"),
-            key=lambda k: per_token(b, k) - per_token(a, k))
-  word = {"matmul": "slower or repeated matmuls", "other": "more that is no matmul",
-          "kernels": "attention kernels run more often", "exposed": "more exposed collectives",
-          "unhidden": "gathers longer than the compute beside them",
-          "between": "more between slices"}[key]
+  key = max(
+    ("matmul", "other", "kernels", "exposed", "unhidden", "between"),
+    key=lambda k: per_token(b, k) - per_token(a, k),
+  )
+  word = {
+    "matmul": "slower or repeated matmuls",
+    "other": "more that is no matmul",
+    "kernels": "attention kernels run more often",
+    "exposed": "more exposed collectives",
+    "unhidden": "gathers longer than the compute beside them",
+    "between": "more between slices",
+  }[key]
   return f"{b['merit_with_kernels'] / a['merit_with_kernels'] - 1:+.1%}: {word}"
 
 
@@ -292,11 +332,14 @@ def table(results):
   yield f"{'plan':<62} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'est.':>6}  "
   for r in results:
     f = r.figures
-    found = (f"{f['tokens_per_second_per_chip']:>9,.0f} {f['mfu']:>6.1%}" if f
-             else f"{'-':>9} {'-':>6}")
+    found = (
+      f"{f['tokens_per_second_per_chip']:>9,.0f} {f['mfu']:>6.1%}" if f else f"{'-':>9} {'-':>6}"
+    )
     note = "best" if r is best and r.fits else why(r, best)
-    yield (f"{describe(r.candidate.changes):<62} {found} {r.gib:>6} "
-           f"{r.candidate.bytes / chips.GIB:>6.2f}  {note}")
+    yield (
+      f"{describe(r.candidate.changes):<62} {found} {r.gib:>6} "
+      f"{r.candidate.bytes / chips.GIB:>6.2f}  {note}"
+    )
   yield ""
   if not best.fits:
     yield "nothing that was tried fits: take a larger slice, or shorter rows"

@@ -25,6 +25,7 @@ class Array(NamedTuple):
     dims: (logical axis or None, size) of each dimension.
     itemsize: bytes of a number.
   """
+
   name: str
   dims: tuple
   itemsize: int
@@ -32,6 +33,7 @@ class Array(NamedTuple):
 
 class Cut(NamedTuple):
   """What a mesh makes of a dimension: into `parts`, over mesh `axes`."""
+
   axes: tuple
   parts: int
 
@@ -39,10 +41,15 @@ class Cut(NamedTuple):
 def parameters(c):
   """The `Array`s of a resolved config's parameters, in the order of their paths."""
   shapes, axes = transformer.abstract(
-      transformer.Transformer(ml_collections.FrozenConfigDict(c.model)))
+    transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
+  )
   shapes, axes = tree.flatten(shapes), tree.flatten(axes, is_leaf=sharding.is_axes)
-  return [Array(name, tuple(zip(axes[name], shapes[name].shape, strict=True)),
-                shapes[name].dtype.itemsize) for name in shapes]
+  return [
+    Array(
+      name, tuple(zip(axes[name], shapes[name].shape, strict=True)), shapes[name].dtype.itemsize
+    )
+    for name in shapes
+  ]
 
 
 def activations(c):
@@ -50,11 +57,14 @@ def activations(c):
   m = c.model
   rows, wide = c.data.batch_size // c.optim.accumulate, 2 if m.dtype == "bfloat16" else 4
   of = lambda name, axis, length, *dims, itemsize=wide: Array(
-      name, ((axis, rows), (length, c.data.seq_len), *dims), itemsize)
-  out = [of("tokens", "rows", "length", itemsize=4),
-         of("between the blocks", "batch", "residual_length", ("act_embed", m.width)),
-         of("queries", "batch", "length", ("act_heads", m.num_heads), (None, m.head_dim)),
-         of("within the MLP", "batch", "length", ("act_mlp", m.mlp_width))]
+    name, ((axis, rows), (length, c.data.seq_len), *dims), itemsize
+  )
+  out = [
+    of("tokens", "rows", "length", itemsize=4),
+    of("between the blocks", "batch", "residual_length", ("act_embed", m.width)),
+    of("queries", "batch", "length", ("act_heads", m.num_heads), (None, m.head_dim)),
+    of("within the MLP", "batch", "length", ("act_mlp", m.mlp_width)),
+  ]
   if m.head == "lm":
     out.append(of("logits", "rows", "length", ("act_vocab", m.vocab_size), itemsize=4))
   return out
@@ -101,14 +111,27 @@ def table(arrays, sizes, rules):
   for array in arrays:
     cuts = cut(array, sizes, rules)
     part = [size // one.parts for (_, size), one in zip(array.dims, cuts, strict=True)]
-    rows.append((
-        array.name, " x ".join(f"{axis or '-'} {size}" for axis, size in array.dims),
-        ", ".join(f"{axis}: {' x '.join(one.axes)}"
-                  for (axis, _), one in zip(array.dims, cuts, strict=True) if one.axes) or "nothing",
-        str(part).replace(" ", ""), f"{math.prod(part) * array.itemsize / 2**20:.2f}"))
+    rows.append(
+      (
+        array.name,
+        " x ".join(f"{axis or '-'} {size}" for axis, size in array.dims),
+        ", ".join(
+          f"{axis}: {' x '.join(one.axes)}"
+          for (axis, _), one in zip(array.dims, cuts, strict=True)
+          if one.axes
+        )
+        or "nothing",
+        str(part).replace(" ", ""),
+        f"{math.prod(part) * array.itemsize / 2**20:.2f}",
+      )
+    )
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return ["  ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False))
-          + "  " + row[-1].rjust(widths[-1]) for row in rows]
+  return [
+    "  ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False))
+    + "  "
+    + row[-1].rjust(widths[-1])
+    for row in rows
+  ]
 
 
 def picture(array, sizes, rules):
@@ -118,7 +141,7 @@ def picture(array, sizes, rules):
   """
   cuts, parts = cut(array, sizes, rules), holders(array, sizes, rules)
   dims = [i for i, one in enumerate(cuts) if one.parts > 1][-2:]
-  down, across = ([None] * (2 - len(dims)) + dims)
+  down, across = [None] * (2 - len(dims)) + dims
   if len(dims) == 1 and dims[0] != len(cuts) - 1:
     down, across = across, down
   numbers = lambda i: _some(range(1 if i is None else cuts[i].parts))
@@ -140,8 +163,9 @@ def picture(array, sizes, rules):
   for i, line in enumerate(grid):
     if i:
       lines.append(bar("├", "┼", "┤"))
-    lines.append("│" + "│".join(f" {text.ljust(w)} " for text, w in zip(line, widths, strict=True))
-                 + "│")
+    lines.append(
+      "│" + "│".join(f" {text.ljust(w)} " for text, w in zip(line, widths, strict=True)) + "│"
+    )
   lines.append(bar("└", "┴", "┘"))
   title = f"{array.name} [{', '.join(str(size) for _, size in array.dims)}]"
   notes = [f"{arrow} {label(i)}" for arrow, i in (("↓", down), ("→", across)) if i is not None]
@@ -161,10 +185,13 @@ def describe(c, sizes):
   sharding.params_shardings(axes, shapes, mesh, rules)
   build_lib.check_heads(model, mesh)
   used = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
-  lines = [f"mesh: {used}", "", *table(weights, sizes, rules), "",
-           *table(values, sizes, rules)]
-  drawn = [array for end in _DRAWN for array in weights
-           if array.name == end or array.name.endswith("/" + end)]
+  lines = [f"mesh: {used}", "", *table(weights, sizes, rules), "", *table(values, sizes, rules)]
+  drawn = [
+    array
+    for end in _DRAWN
+    for array in weights
+    if array.name == end or array.name.endswith("/" + end)
+  ]
   for array in drawn + values:
     lines += ["", *picture(array, sizes, rules)]
   return lines
@@ -173,7 +200,7 @@ def describe(c, sizes):
 def _some(numbers):
   """The numbers, or the first ones, None and the last."""
   numbers = list(numbers)
-  return numbers if len(numbers) <= _SHOWN else [*numbers[:_SHOWN - 2], None, numbers[-1]]
+  return numbers if len(numbers) <= _SHOWN else [*numbers[: _SHOWN - 2], None, numbers[-1]]
 
 
 def _ranges(numbers):

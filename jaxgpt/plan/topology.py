@@ -11,13 +11,17 @@ from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import chips, gpu_targets
 
-_NAME = re.compile(r"(?P<chip>v\d+[a-z]*|tpu7x)(-(?P<size>\d+)|:(?P<shape>\d+(x\d+)+))"
-                   r"(?:x(?P<slices>\d+))?")
+_NAME = re.compile(
+  r"(?P<chip>v\d+[a-z]*|tpu7x)(-(?P<size>\d+)|:(?P<shape>\d+(x\d+)+))"
+  r"(?:x(?P<slices>\d+))?"
+)
 _POD_SIDE = 16  # chips, of v5e and v6e
 _GPUS = re.compile(r"(?P<chip>[a-z]+\d+)x(?P<size>\d+)(?:x(?P<hosts>\d+))?")
-_HELP = ("write CHIP-SIZE such as v5e-256 or v5p-128 (cores, as Google Cloud counts them), "
-         "v6e-64x2 for two slices, CHIP:SHAPE such as v5p:4x4x8; for GPUs h100x8, and h100x8x2 "
-         "for two hosts; or here, for this machine's devices")
+_HELP = (
+  "write CHIP-SIZE such as v5e-256 or v5p-128 (cores, as Google Cloud counts them), "
+  "v6e-64x2 for two slices, CHIP:SHAPE such as v5p:4x4x8; for GPUs h100x8, and h100x8x2 "
+  "for two hosts; or here, for this machine's devices"
+)
 HERE = "here"
 _GPUS_OF_A_HOST = 8
 
@@ -31,6 +35,7 @@ class Topology(NamedTuple):
     shape: of the torus of a slice; of GPUs, how many a host has.
     slices: how many.
   """
+
   name: str
   chip: chips.Chip
   shape: tuple
@@ -76,14 +81,18 @@ def parse(name):
   if found["shape"]:
     shape = tuple(map(int, found["shape"].split("x")))
     if len(shape) != chip.torus:
-      raise UserError(f"--topology={name}: the interconnect of {chip.name} has {chip.torus} "
-                      f"dimensions; write it as {chip.name}:{'x'.join(['4'] * chip.torus)}")
+      raise UserError(
+        f"--topology={name}: the interconnect of {chip.name} has {chip.torus} "
+        f"dimensions; write it as {chip.name}:{'x'.join(['4'] * chip.torus)}"
+      )
     if 0 in shape:
       raise UserError(f"--topology={name}: a side of no chips; {_HELP}")
     return Topology(name, chip, shape, 1)
   size, slices = int(found["size"]), int(found["slices"] or 1)
   if size % chip.cores or not size or not slices:
-    raise UserError(f"--topology={name}: {chip.name} is counted in cores, {chip.cores} a chip; {_HELP}")
+    raise UserError(
+      f"--topology={name}: {chip.name} is counted in cores, {chip.cores} a chip; {_HELP}"
+    )
   return Topology(name, chip, chips.torus_shape(chip, size // chip.cores), slices)
 
 
@@ -111,12 +120,17 @@ def _gpus(topology):
   shape = f"1x{topology.slices}x{topology.shape[0]}"
   try:
     return topologies.get_topology_desc(
-        topology.chip.name, "cuda", topology=shape,
-        target_config=gpu_targets.target_config(topology.chip.gpu)).devices
+      topology.chip.name,
+      "cuda",
+      topology=shape,
+      target_config=gpu_targets.target_config(topology.chip.gpu),
+    ).devices
   except Exception as e:  # of JAX's runtime, or whatever loading a library raises
-    raise UserError("a plan for GPUs needs JAX's CUDA plugin and NVIDIA's libraries: "
-                    "pip install 'jaxgpt[cuda]' (Linux; neither a GPU nor a driver is needed); JAX "
-                    f"says: {(str(e).splitlines() or ['?'])[0]}") from e
+    raise UserError(
+      "a plan for GPUs needs JAX's CUDA plugin and NVIDIA's libraries: "
+      "pip install 'jaxgpt[cuda]' (Linux; neither a GPU nor a driver is needed); JAX "
+      f"says: {(str(e).splitlines() or ['?'])[0]}"
+    ) from e
 
 
 def _tpus(topology):
@@ -128,10 +142,14 @@ def _tpus(topology):
     found = topologies.get_topology_desc(f"{topology.chip.libtpu}:{shape}", "tpu", **options)
   except Exception as e:  # of JAX's runtime, or whatever loading a library raises
     if "libtpu" in str(e) or isinstance(e, (ImportError, OSError)):
-      raise UserError("a plan for TPUs needs libtpu, their compiler: "
-                      "pip install 'jaxgpt[tpu]' (Linux; no TPU is needed)") from e
-    raise UserError(f"--topology={topology.name}: libtpu knows no {topology.chip.libtpu}:{shape}: "
-                    f"{str(e).splitlines()[0]}") from e
+      raise UserError(
+        "a plan for TPUs needs libtpu, their compiler: "
+        "pip install 'jaxgpt[tpu]' (Linux; no TPU is needed)"
+      ) from e
+    raise UserError(
+      f"--topology={topology.name}: libtpu knows no {topology.chip.libtpu}:{shape}: "
+      f"{str(e).splitlines()[0]}"
+    ) from e
   return found.devices
 
 

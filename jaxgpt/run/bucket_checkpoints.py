@@ -36,8 +36,10 @@ class Mirror:
     self._address, self._keep, self._keep_every = str(address).rstrip("/"), keep, keep_every
     scheme = files.scheme_of(self._address)
     if jax.process_count() > 1:
-      raise UserError(f"--workdir={address}: {jax.process_count()} processes can't save one "
-                      f"checkpoint to {scheme}://; use gs:// or a file system that all of them see")
+      raise UserError(
+        f"--workdir={address}: {jax.process_count()} processes can't save one "
+        f"checkpoint to {scheme}://; use gs:// or a file system that all of them see"
+      )
     self._filesystem, self._inside = files.filesystem_of(self._address)
     parts = self._address.replace("://", "/").split("/")
     here = buckets.cache_folder().joinpath("runs", "read" if read_only else "train", *parts)
@@ -55,13 +57,20 @@ class Mirror:
     with buckets.named_errors(self._address, "listed"):
       self._filesystem.invalidate_cache()
       found = self._filesystem.glob(f"{self._inside}/*{_WHOLE}")
-      return {int(pathlib.PurePosixPath(path).name.removesuffix(_WHOLE)):
-              self._filesystem.cat_file(path).decode() for path in found}
+      return {
+        int(pathlib.PurePosixPath(path).name.removesuffix(_WHOLE)): self._filesystem.cat_file(
+          path
+        ).decode()
+        for path in found
+      }
 
   def _is_here(self, step):
     mark = self._marks / str(step)
-    return (self.folder / str(step)).is_dir() and mark.is_file() and (
-        mark.read_text() == self._whole.get(step))
+    return (
+      (self.folder / str(step)).is_dir()
+      and mark.is_file()
+      and (mark.read_text() == self._whole.get(step))
+    )
 
   def steps(self):
     """Steps of all checkpoints in the bucket that are whole, in rising order."""
@@ -87,6 +96,7 @@ class Mirror:
 
   def push(self, step, wait):
     """Starts to copy a checkpoint to the bucket, once `wait()` returns, and to delete old ones."""
+
     def run():
       try:
         wait()
@@ -94,6 +104,7 @@ class Mirror:
         self._delete_old()
       except Exception as e:
         self._error = e
+
     self._thread = threading.Thread(target=run)
     self._thread.start()
 
@@ -124,5 +135,4 @@ class Mirror:
 
 def old_steps(steps, keep, keep_every):
   """Those of rising `steps` that are neither among the `keep` newest nor multiples of keep_every."""
-  return [step for step in (steps[:-keep] if keep else ())
-          if not keep_every or step % keep_every]
+  return [step for step in (steps[:-keep] if keep else ()) if not keep_every or step % keep_every]

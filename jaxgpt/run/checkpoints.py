@@ -30,8 +30,7 @@ _FROZEN = "frozen"  # part of the state, and its folder in the run's
 class Checkpoints:
   """The checkpoints of one run, in `folder`."""
 
-  def __init__(self, folder, keep=None, keep_every=0, read_only=False,
-               writing_gb=None):
+  def __init__(self, folder, keep=None, keep_every=0, read_only=False, writing_gb=None):
     """Opens the folder, and makes it where there is none.
 
     Args:
@@ -53,17 +52,25 @@ class Checkpoints:
     buckets.check(folder)
     if read_only and not self.folder.exists():
       raise UserError(f"no checkpoint in {self.folder}; train first")
-    self._mirror = (bucket_checkpoints.Mirror(self.folder, keep, keep_every, read_only)
-                    if bucket_checkpoints.is_needed(self.folder) else None)
+    self._mirror = (
+      bucket_checkpoints.Mirror(self.folder, keep, keep_every, read_only)
+      if bucket_checkpoints.is_needed(self.folder)
+      else None
+    )
     self._chunk = None if writing_gb is None else _CHUNK
     limit = {} if writing_gb is None else {"save_concurrent_gb": writing_gb, "use_ocdbt": False}
     handlers = {name: ocp.StandardCheckpointHandler(**limit) for name in _ITEMS}
     self._manager = ocp.CheckpointManager(
-        self._mirror.folder if self._mirror else self.folder,
-        item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, read_only=read_only,
-            create=not read_only, cleanup_tmp_directories=not read_only))
+      self._mirror.folder if self._mirror else self.folder,
+      item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        read_only=read_only,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+      ),
+    )
 
   def latest(self):
     """The newest complete checkpoint's step, or None."""
@@ -88,8 +95,9 @@ class Checkpoints:
 
   def _save(self, step, state, extra):
     how = lambda part: jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk), part)
-    items = {name: ocp.args.StandardSave(part, how(part)) for name, part in state.items()
-             if name in _ITEMS}
+    items = {
+      name: ocp.args.StandardSave(part, how(part)) for name, part in state.items() if name in _ITEMS
+    }
     meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
     if self._mirror:
@@ -109,8 +117,10 @@ class Checkpoints:
     except UserError:
       raise
     except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
-      raise UserError(f"can't {verb} a checkpoint in {self.folder}: {_first_line(e)}; make room or "
-                      "change its permissions, then the same command goes on") from e
+      raise UserError(
+        f"can't {verb} a checkpoint in {self.folder}: {_first_line(e)}; make room or "
+        "change its permissions, then the same command goes on"
+      ) from e
 
   def restore(self, abstract, step=None):
     """Reads a checkpoint, or parts of it, onto the mesh that `abstract` names.
@@ -134,17 +144,21 @@ class Checkpoints:
       there = ", ".join(str(s) for s in sorted(self._steps())) or "none"
       raise UserError(f"no checkpoint of step {step} in {self.folder}; there are: {there}")
     self._fetch(step)
-    items = {name: ocp.args.StandardRestore(part) for name, part in abstract.items()
-             if name in _ITEMS}
+    items = {
+      name: ocp.args.StandardRestore(part) for name, part in abstract.items() if name in _ITEMS
+    }
     try:
       self._check_shapes(where, step, items, abstract)
-      out = self._manager.restore(step, args=ocp.args.Composite(
-          meta=ocp.args.JsonRestore(), **items))
+      out = self._manager.restore(
+        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items)
+      )
     except UserError:
       raise
     except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
-      raise UserError(f"checkpoint {where} can't be read ({_first_line(e)}); delete that folder "
-                      "to go on from the one before") from e
+      raise UserError(
+        f"checkpoint {where} can't be read ({_first_line(e)}); delete that folder "
+        "to go on from the one before"
+      ) from e
     state = {name: out[name] for name in items}
     for name in _SCALARS:
       if name in abstract:
@@ -179,14 +193,17 @@ class Checkpoints:
     saved = self._manager.item_metadata(step)
     for name in items:
       if saved.get(name) is None:
-        raise UserError(f"checkpoint {where} has no {name!r}; was the run made with other "
-                        "settings (optim.ema)?")
+        raise UserError(
+          f"checkpoint {where} has no {name!r}; was the run made with other settings (optim.ema)?"
+        )
       have = {jax.tree_util.keystr(p): tuple(m.shape) for p, m in _leaves(saved[name])}
       want = {jax.tree_util.keystr(p): tuple(s.shape) for p, s in _leaves(abstract[name])}
       if name == "params" and have != want:
         key = min(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
-        raise UserError(f"checkpoint {where}: parameter {key} is {have.get(key, 'missing')}, but "
-                        f"the config makes it {want.get(key, 'unknown')}")
+        raise UserError(
+          f"checkpoint {where}: parameter {key} is {have.get(key, 'missing')}, but "
+          f"the config makes it {want.get(key, 'unknown')}"
+        )
 
   def close(self):
     """Waits for what is being saved and lets go of the folder."""

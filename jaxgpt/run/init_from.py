@@ -19,6 +19,7 @@ _PROBE = "The year 2024, näher: 東京 🙂\n\tdef f(x):  return x**2\n"
 
 class Given(NamedTuple):
   """What `load` found."""
+
   params: dict  # {path: array}, on the devices of the new run
   report: dict  # 'source', 'loaded', 'initialized', 'left' (names), 'changed' ({field: [old, new]})
   tokenizer: Any  # of the source, or None
@@ -53,11 +54,18 @@ def load(source, c_model, abstract):
     tokens = None
   paths = tree.flatten(abstract)
   old, new = convert.architecture(model), convert.architecture(c_model)
-  changed = {key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys())
-             if not config_map.close(old.get(key), new.get(key))}
-  report = {"source": str(source), "loaded": sorted(params),
-            "initialized": sorted(paths.keys() - params.keys()), "left": sorted(left),
-            "changed": changed}
+  changed = {
+    key: [old.get(key), new.get(key)]
+    for key in sorted(old.keys() | new.keys())
+    if not config_map.close(old.get(key), new.get(key))
+  }
+  report = {
+    "source": str(source),
+    "loaded": sorted(params),
+    "initialized": sorted(paths.keys() - params.keys()),
+    "left": sorted(left),
+    "changed": changed,
+  }
   return Given(params, report, tokens)
 
 
@@ -75,8 +83,10 @@ def is_run(folder):
   """
   path = epath.Path(folder) / "config.json"
   if not path.exists():
-    raise UserError(f"init_from={str(folder)!r} holds no config.json: name a run folder, or a "
-                    "folder in Hugging Face's format")
+    raise UserError(
+      f"init_from={str(folder)!r} holds no config.json: name a run folder, or a "
+      "folder in Hugging Face's format"
+    )
   return "config" in _json(path)
 
 
@@ -88,8 +98,9 @@ def read_config_json(folder):
   """
   path = epath.Path(folder) / "config.json"
   if not path.exists():
-    raise UserError(f"{folder} holds no config.json; name a folder as transformers' "
-                    "save_pretrained writes it")
+    raise UserError(
+      f"{folder} holds no config.json; name a folder as transformers' save_pretrained writes it"
+    )
   hf = _json(path)
   return convert.read(hf)[0], hf
 
@@ -110,14 +121,21 @@ def _from_run(folder, old, abstract):
   trained, frozen = checkpoints.shapes(name), checkpoints_lib.frozen_shapes(folder)
   there = trained | frozen
   wanted = tree.flatten(abstract)
-  wrong = [f"{path} is {list(there[path])}, the config makes it {list(wanted[path].shape)}"
-           for path in there if path in wanted and there[path] != wanted[path].shape]
+  wrong = [
+    f"{path} is {list(there[path])}, the config makes it {list(wanted[path].shape)}"
+    for path in there
+    if path in wanted and there[path] != wanted[path].shape
+  ]
   if wrong:
-    raise UserError(f"init_from={str(folder)!r}: {'; '.join(wrong[:5])}; take the model section of "
-                    "that run (configs/finetune.py does)")
+    raise UserError(
+      f"init_from={str(folder)!r}: {'; '.join(wrong[:5])}; take the model section of "
+      "that run (configs/finetune.py does)"
+    )
   one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  like = {path: wanted.get(path, jax.ShapeDtypeStruct(shape, "float32", sharding=one))
-          for path, shape in there.items()}
+  like = {
+    path: wanted.get(path, jax.ShapeDtypeStruct(shape, "float32", sharding=one))
+    for path, shape in there.items()
+  }
   part = lambda paths: tree.unflatten({path: like[path] for path in paths})
   state, _ = checkpoints.restore({name: part(trained)})
   checkpoints.close()
@@ -142,9 +160,11 @@ def _from_published(folder, family, c_model, abstract):
 def check_tokenizer(given, tokenizer, c):
   """Raises a UserError where the data's tokens mean something else to the source's weights."""
   if given.tokenizer is not None and not same_tokens(given.tokenizer, tokenizer):
-    raise UserError(f"data.path={c.data.path!r} was tokenized with another tokenizer than the "
-                    f"weights in init_from={c.init_from!r} were trained with; prepare it with "
-                    f"jaxgpt data --tokenizer={c.init_from}/tokenizer")
+    raise UserError(
+      f"data.path={c.data.path!r} was tokenized with another tokenizer than the "
+      f"weights in init_from={c.init_from!r} were trained with; prepare it with "
+      f"jaxgpt data --tokenizer={c.init_from}/tokenizer"
+    )
 
 
 def same_tokens(a, b):

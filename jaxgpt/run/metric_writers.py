@@ -24,10 +24,14 @@ class Terminal:
     self._console = console.Console(highlight=False, soft_wrap=True)
     self._total = total
     self._bar = progress.Progress(
-        progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"), progress.BarColumn(20),
-        progress.TextColumn("{task.fields[text]}"), progress.TextColumn("ETA"),
-        progress.TimeRemainingColumn(compact=True), console=self._console,
-        disable=not self._console.is_terminal)
+      progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+      progress.BarColumn(20),
+      progress.TextColumn("{task.fields[text]}"),
+      progress.TextColumn("ETA"),
+      progress.TimeRemainingColumn(compact=True),
+      console=self._console,
+      disable=not self._console.is_terminal,
+    )
     self._task = self._bar.add_task("", total=total, completed=start, text="compiling …")
     self._bar.start()
 
@@ -48,20 +52,23 @@ class Terminal:
 
 
 _SHOWN = (  # key, label, how it is printed
-    ("loss", "loss", "{:.4f}"),
-    ("bits_per_byte", "bits/byte", "{:.4f}"),
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("accuracy", "accuracy", "{:.4f}"),
-    ("lr", "lr", "{:.2e}"),
-    ("grad_norm", "grad norm", "{:.2f}"),
-    ("tokens_per_second", "tokens/s", "{:,.0f}"),
-    ("mfu", "MFU", "{:.1%}"),
+  ("loss", "loss", "{:.4f}"),
+  ("bits_per_byte", "bits/byte", "{:.4f}"),
+  ("perplexity", "perplexity", "{:.2f}"),
+  ("accuracy", "accuracy", "{:.4f}"),
+  ("lr", "lr", "{:.2e}"),
+  ("grad_norm", "grad norm", "{:.2f}"),
+  ("tokens_per_second", "tokens/s", "{:,.0f}"),
+  ("mfu", "MFU", "{:.1%}"),
 )
 
 
 def _line(metrics):
-  return "  ".join(f"{label} {form.format(metrics[key])}" for key, label, form in _SHOWN
-                   if metrics.get(key) is not None)
+  return "  ".join(
+    f"{label} {form.format(metrics[key])}"
+    for key, label, form in _SHOWN
+    if metrics.get(key) is not None
+  )
 
 
 def _clock(seconds):
@@ -127,8 +134,10 @@ class Jsonl:
     try:
       yield
     except OSError as e:
-      raise UserError(f"{self._path} can't be written ({e.strerror or e}); make room or change its "
-                      "permissions, then the same command goes on") from e
+      raise UserError(
+        f"{self._path} can't be written ({e.strerror or e}); make room or change its "
+        "permissions, then the same command goes on"
+      ) from e
 
 
 def _record(line):
@@ -148,8 +157,9 @@ class TensorBoard:
       import tensorboardX
     except ImportError as e:
       raise UserError("log.tensorboard=True needs tensorboardX: pip install 'jaxgpt[track]'") from e
-    self._writer = tensorboardX.SummaryWriter(str(epath.Path(folder) / "tensorboard"),
-                                              purge_step=start + 1)
+    self._writer = tensorboardX.SummaryWriter(
+      str(epath.Path(folder) / "tensorboard"), purge_step=start + 1
+    )
 
   def write(self, step, kind, metrics):
     """See `Writers.write`."""

@@ -26,8 +26,19 @@ _CONFIG = "config.json"
 _STARTS = "starts.jsonl"
 _TOKENIZER = "tokenizer"
 _BEFORE_CONFIG = {_TOKENIZER, f"{_CONFIG}.part"}  # what a kill may leave of a start
-_PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
-             "array-record", "sentencepiece", "ml-collections", "numpy")
+_PACKAGES = (
+  "jaxgpt",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "array-record",
+  "sentencepiece",
+  "ml-collections",
+  "numpy",
+)
 
 
 def enter(folder, c, origin, mesh, data_digest, tokenizer):
@@ -50,8 +61,10 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
     if (folder / _CONFIG).exists():
       _check(folder, c, data_digest)
     elif holds_something_else(folder):
-      raise UserError(f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
-                      "choose a new folder")
+      raise UserError(
+        f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
+        "choose a new folder"
+      )
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _CONFIG).exists():
       tokenizer.save(folder / _TOKENIZER)
@@ -61,8 +74,10 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
     before = starts.read_text() if starts.exists() else ""
     write_whole(starts, before + json.dumps(_start(c, mesh, data_digest)) + "\n")
   except OSError as e:
-    raise UserError(f"--workdir={folder} can't be written ({e.strerror or e}); "
-                    "choose another folder or change its permissions") from e
+    raise UserError(
+      f"--workdir={folder} can't be written ({e.strerror or e}); "
+      "choose another folder or change its permissions"
+    ) from e
 
 
 def is_run(folder):
@@ -89,48 +104,57 @@ def write_whole(path, text):
 def _check(folder, c, data_digest):
   old = read_config(folder)
   if data_digest and is_imported(folder):
-    raise UserError(f"--workdir={folder} holds an imported model; train it in another --workdir "
-                    f"with --config.init_from={folder}")
+    raise UserError(
+      f"--workdir={folder} holds an imported model; train it in another --workdir "
+      f"with --config.init_from={folder}"
+    )
   changed = config.difference(old, c)
   if changed:
     lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:5])
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    raise UserError(f"--workdir={folder} holds a run of another config: {lines}{more}; give the "
-                    "old values to go on with it, or another --workdir to start anew")
+    raise UserError(
+      f"--workdir={folder} holds a run of another config: {lines}{more}; give the "
+      "old values to go on with it, or another --workdir to start anew"
+    )
   if not (folder / _STARTS).exists():  # killed between the two files
     return
   digest = read_starts(folder)[0]["data_digest"]
   if digest != data_digest:
-    raise UserError(f"--workdir={folder} holds a run on other data: its manifest's digest was "
-                    f"{digest[:12]}, that of data.path={c.data.path!r} is "
-                    f"{data_digest[:12]}; point data.path at the old data or choose another "
-                    "--workdir")
+    raise UserError(
+      f"--workdir={folder} holds a run on other data: its manifest's digest was "
+      f"{digest[:12]}, that of data.path={c.data.path!r} is "
+      f"{data_digest[:12]}; point data.path at the old data or choose another "
+      "--workdir"
+    )
 
 
 def _start(c, mesh, data_digest):
   device = mesh.devices.flat[0]
   free = {k: v for k, v in config.flatten(c).items() if config.is_free_on_resume(k)}
   return {
-      "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-      "command": sys.argv,
-      "python": platform.python_version(),
-      "packages": {name: installed.version(name) for name in _PACKAGES},
-      "git": _git(),
-      "device_kind": device.device_kind,
-      "platform": device.platform,
-      "processes": jax.process_count(),
-      "mesh": dict(mesh.shape),
-      "data_digest": data_digest,
-      "config": free,  # the keys that may differ from config.json
+    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    "command": sys.argv,
+    "python": platform.python_version(),
+    "packages": {name: installed.version(name) for name in _PACKAGES},
+    "git": _git(),
+    "device_kind": device.device_kind,
+    "platform": device.platform,
+    "processes": jax.process_count(),
+    "mesh": dict(mesh.shape),
+    "data_digest": data_digest,
+    "config": free,  # the keys that may differ from config.json
   }
 
 
 def _git():
   """{'commit', 'dirty'} of the checkout that this package runs from, or None outside of one."""
   here = epath.Path(__file__).parent
+
   def git(*args):
-    return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True,
-                          check=True, timeout=10).stdout.strip()
+    return subprocess.run(
+      ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
   try:
     if git("ls-files", "--error-unmatch", __file__):
       return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
@@ -148,15 +172,17 @@ def read_config(folder):
   buckets.check(folder)
   path = epath.Path(folder) / _CONFIG
   if not path.exists():
-    raise UserError(f"--workdir={folder} holds no run ({_CONFIG} is missing); "
-                    'start one with "jaxgpt train"')
+    raise UserError(
+      f'--workdir={folder} holds no run ({_CONFIG} is missing); start one with "jaxgpt train"'
+    )
   try:
     return config.resolve(config.from_dict(json.loads(path.read_text())["config"]))
   except UserError as e:
     raise UserError(f"{path}: {e}") from e
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-    raise UserError(f"{path} is broken ({type(e).__name__}: {e}); restore it, or start anew in "
-                    "another folder") from e
+    raise UserError(
+      f"{path} is broken ({type(e).__name__}: {e}); restore it, or start anew in another folder"
+    ) from e
 
 
 def read_starts(folder):

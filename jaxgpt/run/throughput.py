@@ -49,8 +49,11 @@ class Timer:
       'mfu' where the devices' peak is known.
     """
     seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
-    out = {"tokens_per_second": self._tokens / seconds, "step_time": seconds / max(self._steps, 1),
-           "input_wait": self._waited / seconds}
+    out = {
+      "tokens_per_second": self._tokens / seconds,
+      "step_time": seconds / max(self._steps, 1),
+      "input_wait": self._waited / seconds,
+    }
     if self._peak_flops:
       out["mfu"] = out["tokens_per_second"] * self._flops_per_token / self._peak_flops
     self.start()

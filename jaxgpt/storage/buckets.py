@@ -53,8 +53,11 @@ def sizes(folder, names):
   filesystem, inside = files.filesystem_of(os.fspath(folder))
   with named_errors(folder, "listed"):
     found = filesystem.ls(inside, detail=True, refresh=True)
-  return {pathlib.PurePosixPath(info["name"]).name: info["size"] for info in found
-          if info["type"] == "file"}
+  return {
+    pathlib.PurePosixPath(info["name"]).name: info["size"]
+    for info in found
+    if info["type"] == "file"
+  }
 
 
 class Files:
@@ -68,8 +71,7 @@ class Files:
   def __init__(self, address, digest):
     """Args: address: of the folder. digest: of its content, which copies are kept by."""
     self.address, self._are_copies = os.fspath(address), is_remote(address)
-    self.folder = (cache_folder() / "data" / digest if self._are_copies
-                   else pathlib.Path(address))
+    self.folder = cache_folder() / "data" / digest if self._are_copies else pathlib.Path(address)
 
   def get(self, entry):
     """The path of a file, fetched if need be.
@@ -91,8 +93,10 @@ class Files:
         if not _has_size(path, entry):
           self._fetch(entry, path)
     except OSError as e:
-      raise UserError(f"{path} can't be written ({e.strerror or e}): copies of remote data are kept "
-                      "there; make room, or set JAXGPT_CACHE to another folder") from e
+      raise UserError(
+        f"{path} can't be written ({e.strerror or e}): copies of remote data are kept "
+        "there; make room, or set JAXGPT_CACHE to another folder"
+      ) from e
     return path
 
   def _fetch(self, entry, path):
@@ -103,8 +107,10 @@ class Files:
       digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != entry["sha256"]:
       part.unlink()
-      raise UserError(f"{address} is not what the manifest says: its sha256 is {digest[:12]} "
-                      f"instead of {entry['sha256'][:12]}; run `jaxgpt data` again")
+      raise UserError(
+        f"{address} is not what the manifest says: its sha256 is {digest[:12]} "
+        f"instead of {entry['sha256'][:12]}; run `jaxgpt data` again"
+      )
     part.replace(path)
 
 
@@ -155,8 +161,10 @@ def upload(folder, address, last=None):
   """
   filesystem, inside = files.filesystem_of(address)
   inside = inside.rstrip("/")
-  found = sorted((path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                  if path.is_file()), key=lambda name: (name == last, name))
+  found = sorted(
+    (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
+    key=lambda name: (name == last, name),
+  )
   with named_errors(address, "written"):
     if last:
       filesystem.pipe_file(f"{inside}/{UNFINISHED}", b"being copied\n")

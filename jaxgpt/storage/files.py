@@ -22,15 +22,25 @@ from jaxgpt.errors import UserError, optional
 
 COMPRESSED = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
 _IGNORED = ("__pycache__",)
-_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "mtime", "LastModified",
-             "Last-Modified", "created")  # keys of fsspec's infos that change with a file's content
+_VERSIONS = (
+  "ETag",
+  "etag",
+  "md5Hash",
+  "generation",
+  "blob_id",
+  "mtime",
+  "LastModified",
+  "Last-Modified",
+  "created",
+)  # keys of fsspec's infos that change with a file's content
 
 _WAYS_OUT = {
-    "s3": "check the address, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and "
-          "AWS_ENDPOINT_URL if it is no AWS bucket; FSSPEC_S3_ANON=true reads public ones",
-    "gs": "check the address and GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth "
-          "application-default login`; FSSPEC_GS_TOKEN=anon reads public buckets",
-    "hf": "check the address (hf://datasets/OWNER/NAME/PATH), and HF_TOKEN if it is private"}
+  "s3": "check the address, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and "
+  "AWS_ENDPOINT_URL if it is no AWS bucket; FSSPEC_S3_ANON=true reads public ones",
+  "gs": "check the address and GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth "
+  "application-default login`; FSSPEC_GS_TOKEN=anon reads public buckets",
+  "hf": "check the address (hf://datasets/OWNER/NAME/PATH), and HF_TOKEN if it is private",
+}
 _EXTRAS = {"s3": "data,s3", "s3a": "data,s3", "gs": "data,gcs", "gcs": "data,gcs"}
 
 
@@ -46,6 +56,7 @@ class File(NamedTuple):
     start, end: the range of bytes [start, end), which begins and ends with a line; None: all of it.
     line: number of the line at `start`.
   """
+
   address: str
   source: str
   size: int
@@ -95,16 +106,21 @@ def find(paths, exclude=(), suffixes=()):
     found = list(expand(given.removeprefix("file://"), suffixes))
     prepared = _prepared({parts for _, parts, _, _ in found})
     for root, parts, file, key in found:
-      if (key not in seen and not _excluded(parts, exclude)
-          and not any(parts[:n] in prepared for n in range(len(parts)))):
+      if (
+        key not in seen
+        and not _excluded(parts, exclude)
+        and not any(parts[:n] in prepared for n in range(len(parts)))
+      ):
         seen.add(key)
         files.append(file._replace(source=_printable("/".join((*root, *parts)))))
   if not files:
     given = ", ".join(repr(os.fspath(p)) for p in paths) or "no path"
-    raise UserError(f"no file to read in {given}; folders are searched for "
-                    f"{' '.join(sorted(suffixes))}, hidden files, what jaxgpt data wrote and "
-                    f"exclude={exclude} left out; name files or a glob pattern to read other "
-                    "suffixes")
+    raise UserError(
+      f"no file to read in {given}; folders are searched for "
+      f"{' '.join(sorted(suffixes))}, hidden files, what jaxgpt data wrote and "
+      f"exclude={exclude} left out; name files or a glob pattern to read other "
+      "suffixes"
+    )
   return files
 
 
@@ -133,16 +149,25 @@ def _excluded(parts, patterns):
 
 def _wanted(parts, suffixes):
   """Whether a folder's listing takes a file with these parts below the folder."""
-  return (not any(part.startswith(".") or part in _IGNORED for part in parts)
-          and suffix(parts[-1]) in suffixes)
+  return (
+    not any(part.startswith(".") or part in _IGNORED for part in parts)
+    and suffix(parts[-1]) in suffixes
+  )
 
 
 def _prepared(found):
   """The folders among the parts that `jaxgpt data` wrote, or left unfinished."""
-  return ({parts[:-1] for parts in found if parts[-1] == "manifest.json"
-           and (*parts[:-1], "card.json") in found and (*parts[:-1], "train.sources.txt") in found}
-          | {parts[:-1] for parts in found if parts[-1] == "state.json"
-             and parts[-2:-1] and parts[-2].endswith(".unfinished")})
+  return {
+    parts[:-1]
+    for parts in found
+    if parts[-1] == "manifest.json"
+    and (*parts[:-1], "card.json") in found
+    and (*parts[:-1], "train.sources.txt") in found
+  } | {
+    parts[:-1]
+    for parts in found
+    if parts[-1] == "state.json" and parts[-2:-1] and parts[-2].endswith(".unfinished")
+  }
 
 
 def _literal_parts(parts):
@@ -159,14 +184,17 @@ def _expand_local(given, suffixes):
   try:
     exists = path.exists()
   except (OSError, ValueError) as e:
-    raise UserError(f"path {given!r} can't be read ({getattr(e, 'strerror', None) or e}); check "
-                    "its spelling and permissions") from e
+    raise UserError(
+      f"path {given!r} can't be read ({getattr(e, 'strerror', None) or e}); check "
+      "its spelling and permissions"
+    ) from e
   if not exists:
     matches = sorted(glob.glob(given, recursive=True))
     if not matches:
       what = "the pattern matches no file" if glob.has_magic(given) else "no such file or folder"
-      raise UserError(f"path {given!r}: {what}; check the spelling and the working directory "
-                      f"({os.getcwd()})")
+      raise UserError(
+        f"path {given!r}: {what}; check the spelling and the working directory ({os.getcwd()})"
+      )
     root = pathlib.Path(*_literal_parts(path.parts))
     for match in map(pathlib.Path, matches):
       if match.is_file():
@@ -180,8 +208,10 @@ def _expand_local(given, suffixes):
   elif path.is_file():
     yield (), (path.name,), *_local(given)
   else:
-    raise UserError(f"path {given!r} is a pipe or device, and files are read more than once; save "
-                    "its content to a file first")
+    raise UserError(
+      f"path {given!r} is a pipe or device, and files are read more than once; save "
+      "its content to a file first"
+    )
 
 
 def _name_of(root):
@@ -201,9 +231,12 @@ def _local(path):
 
 def _walk(root, suffixes):
   """Relative parts of what is below a folder and is no folder, sorted."""
+
   def fail(error):
-    raise UserError(f"folder {error.filename!r} can't be listed ({error.strerror}); change its "
-                    "permissions, or name what to read") from error
+    raise UserError(
+      f"folder {error.filename!r} can't be listed ({error.strerror}); change its "
+      "permissions, or name what to read"
+    ) from error
 
   found = []
   chains = {os.fspath(root): frozenset()}  # the folders above each: a link may lead back
@@ -250,8 +283,11 @@ def remote_error(address, error, verb="reached"):
   cause = error.__cause__
   if isinstance(error, FileNotFoundError) and cause and not isinstance(cause, FileNotFoundError):
     error = cause  # fsspec calls a server that can't be reached a missing file
-  what = (": no such file or folder" if isinstance(error, FileNotFoundError) else
-          f" can't be {verb} ({type(error).__name__}: {str(error)[:300]})")
+  what = (
+    ": no such file or folder"
+    if isinstance(error, FileNotFoundError)
+    else f" can't be {verb} ({type(error).__name__}: {str(error)[:300]})"
+  )
   way_out = _WAYS_OUT.get({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme), "check the address")
   return UserError(f"{address!r}{what}; {way_out}")
 
@@ -284,7 +320,7 @@ def _expand_remote(given, suffixes):
       parts = tuple(part for part in _path_of(name).split("/") if part)
       yield (), parts[-1:], file, file.address
       continue
-    parts = tuple(name.split("/"))[len(root):]
+    parts = tuple(name.split("/"))[len(root) :]
     if info["type"] != "file":
       continue
     if glob.has_magic(path) or _wanted(parts, suffixes):

@@ -140,7 +140,7 @@ class _Guarded(io.RawIOBase):
       raise
     except Exception as e:  # zlib, lzma, zstandard, aiohttp, botocore … have their own
       raise OSError(str(e) or type(e).__name__) from e
-    buffer[:len(data)] = data
+    buffer[: len(data)] = data
     return len(data)
 
   def seekable(self):
@@ -197,8 +197,13 @@ def _open_zstandard(stream):
 
 
 _COMPRESSIONS = (  # (whether the first bytes tell it, opener)
-    (lambda head: head.startswith(b"\x1f\x8b\x08"), lambda stream: gzip.GzipFile(fileobj=stream)),
-    (lambda head: head[:3] == b"BZh" and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"), bz2.BZ2File),
-    (lambda head: head.startswith(b"\xfd7zXZ\0"), lzma.LZMAFile),
-    (lambda head: (head[:4] == b"\x28\xb5\x2f\xfd"
-                   or (head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] < 0x60)), _open_zstandard))
+  (lambda head: head.startswith(b"\x1f\x8b\x08"), lambda stream: gzip.GzipFile(fileobj=stream)),
+  (lambda head: head[:3] == b"BZh" and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"), bz2.BZ2File),
+  (lambda head: head.startswith(b"\xfd7zXZ\0"), lzma.LZMAFile),
+  (
+    lambda head: (
+      head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] < 0x60)
+    ),
+    _open_zstandard,
+  ),
+)

@@ -16,6 +16,7 @@ from jaxgpt.training import objectives, optimizers, schedules, train_step
 
 class Parts(NamedTuple):
   """A model and what trains it."""
+
   model: transformer.Transformer
   objective: Any
   tx: Any
@@ -36,19 +37,28 @@ def build(c, mesh):
   """
   fields = c.model.copy_and_resolve_references()
   fields.attention = attention.choose(
-      fields.attention, mesh.devices.flat[0].platform, length=c.data.seq_len, dtype=fields.dtype,
-      softcap=fields.attn_softcap, heads=(fields.head_dim, fields.latent.v_dim))
+    fields.attention,
+    mesh.devices.flat[0].platform,
+    length=c.data.seq_len,
+    dtype=fields.dtype,
+    softcap=fields.attn_softcap,
+    heads=(fields.head_dim, fields.latent.v_dim),
+  )
   mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
   if checks.kept(fields.remat)[1]:
     mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
-  model = transformer.Transformer(ml_collections.FrozenConfigDict(fields),
-                                  stacks.pipeline_of(c, mesh.shape), sharding.rules(c.mesh))
+  model = transformer.Transformer(
+    ml_collections.FrozenConfigDict(fields),
+    stacks.pipeline_of(c, mesh.shape),
+    sharding.rules(c.mesh),
+  )
   schedule = schedules.make(c.schedule, c.train.steps)
   shapes, axes = transformer.abstract(model)
   trained = optimizers.trained(c.optim, axes)
   select = lambda named, is_leaf=None: tree.split(named, trained, is_leaf)[0]
-  tx = optimizers.make(c.optim, schedule, select(axes, sharding.is_axes),
-                  select(transformer.depths(c.model, shapes)))
+  tx = optimizers.make(
+    c.optim, schedule, select(axes, sharding.is_axes), select(transformer.depths(c.model, shapes))
+  )
   state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh)
   check_heads(model, mesh)
   return Parts(model, objectives.make(model, c.objective), tx, schedule, state)
@@ -66,5 +76,7 @@ def check_heads(model, mesh):
     if model.cfg[key] % shards:
       axes = model.rules.mesh_axes("act_heads")
       sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
-      raise UserError(f"{sizes} does not divide model.{key}={model.cfg[key]}, and "
-                      f"mesh.rules.act_heads={','.join(axes)!r} cuts heads so; set it to none")
+      raise UserError(
+        f"{sizes} does not divide model.{key}={model.cfg[key]}, and "
+        f"mesh.rules.act_heads={','.join(axes)!r} cuts heads so; set it to none"
+      )

@@ -28,6 +28,7 @@ class Terms(NamedTuple):
     wide_gradient: whether the weight's gradient is summed over devices in float32.
     rules: how the mesh cuts tokens and the weight.
   """
+
   chunk: int
   softcap: float | None
   z_loss: float
@@ -37,6 +38,7 @@ class Terms(NamedTuple):
 
 class _Axes(NamedTuple):
   """Axes of the mesh, as tuples: of the tokens, of the weight's two dimensions."""
+
   tokens: tuple = ()
   embed: tuple = ()
   vocab: tuple = ()
@@ -87,9 +89,12 @@ def _on_mesh(x_BTD, w_DV, bias_V, targets_BT, weights_BT, terms, with_gradients)
   x = P(*tokens, None)
   local = functools.partial(local, axes=_Axes(_names(tokens), *(_names([a]) for a in weight)))
   grads = (x, weight, bias) if with_gradients else None
-  return jax.shard_map(local, in_specs=(x, weight, bias, tokens, tokens),
-                       out_specs=((P(), P()), grads), check_vma=False)(
-                           x_BTD, w_DV, bias_V, targets_BT, weights_BT)
+  return jax.shard_map(
+    local,
+    in_specs=(x, weight, bias, tokens, tokens),
+    out_specs=((P(), P()), grads),
+    check_vma=False,
+  )(x_BTD, w_DV, bias_V, targets_BT, weights_BT)
 
 
 def _names(spec):
@@ -103,8 +108,10 @@ def _local(x_BTD, w_DV, bias_V, targets_BT, weights_BT, terms, with_gradients, a
   if axes.embed:
     w = jax.lax.all_gather(w, axes.embed, axis=0, tiled=True)
   D, V = w.shape
-  chunks = [_chunks(a, terms.chunk) for a in (x_BTD.reshape(-1, D), targets_BT.reshape(-1),
-                                              weights_BT.reshape(-1))]
+  chunks = [
+    _chunks(a, terms.chunk)
+    for a in (x_BTD.reshape(-1, D), targets_BT.reshape(-1), weights_BT.reshape(-1))
+  ]
   first = jax.lax.axis_index(axes.vocab) * V if axes.vocab else 0
 
   def body(total, chunk):
@@ -129,11 +136,14 @@ def _local(x_BTD, w_DV, bias_V, targets_BT, weights_BT, terms, with_gradients, a
   sums = jax.tree.map(lambda s: _summed(s, axes.tokens), sums)
   if not with_gradients:
     return sums, None
-  dx = dx.reshape(-1, D)[:targets_BT.size].reshape(x_BTD.shape)
+  dx = dx.reshape(-1, D)[: targets_BT.size].reshape(x_BTD.shape)
   dw, db = grads
   dw = dw if terms.wide_gradient else dw.astype(dtype)
-  return sums, (dx, _reduced(dw, axes).astype(w_DV.dtype),
-                None if db is None else _summed(db, axes.tokens))
+  return sums, (
+    dx,
+    _reduced(dw, axes).astype(w_DV.dtype),
+    None if db is None else _summed(db, axes.tokens),
+  )
 
 
 def _chunks(x, size):

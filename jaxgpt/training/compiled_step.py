@@ -39,14 +39,17 @@ def identity(lowered, mesh, options=()):
   compilers = {name: installed.version(name) for name in _COMPILERS}
   flags = xla_options.options(devices[0].device_kind, options)
   out = {
-      "the program": _digest(_LOCATIONS.sub("", lowered.as_text())),
-      "the devices": f"{len(devices)} x {devices[0].device_kind}",
-      "the mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1),
-      "the order of the devices": _digest(json.dumps(places)),
-      "jax": jax.__version__,
-      "the compiler": " ".join(f"{name} {v}" for name, v in compilers.items() if v and (
-          name == "jaxlib" or _is_of(name, devices[0].platform))),
-      "the compiler's options": " ".join(f"{name}={v}" for name, v in sorted(flags.items())),
+    "the program": _digest(_LOCATIONS.sub("", lowered.as_text())),
+    "the devices": f"{len(devices)} x {devices[0].device_kind}",
+    "the mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1),
+    "the order of the devices": _digest(json.dumps(places)),
+    "jax": jax.__version__,
+    "the compiler": " ".join(
+      f"{name} {v}"
+      for name, v in compilers.items()
+      if v and (name == "jaxlib" or _is_of(name, devices[0].platform))
+    ),
+    "the compiler's options": " ".join(f"{name}={v}" for name, v in sorted(flags.items())),
   }
   out |= {f"the variable {name}": os.environ.get(name, "") for name in _FLAGS}
   if devices[0].platform == "cpu":
@@ -90,11 +93,12 @@ def save(path, compiled, made_from):
   try:
     payload = serialize_executable.serialize(compiled)[0]
   except Exception as e:  # pickle, JAX and its runtime share no class
-    raise UserError(f"this program cannot be saved: {type(e).__name__}: "
-                    f"{(str(e).splitlines() or ['?'])[0]}; set JAX_COMPILATION_CACHE_DIR instead, and "
-                    "the first start fills it") from e
-  head = {"format": _FORMAT, "made_from": made_from,
-          "sha256": hashlib.sha256(payload).hexdigest()}
+    raise UserError(
+      f"this program cannot be saved: {type(e).__name__}: "
+      f"{(str(e).splitlines() or ['?'])[0]}; set JAX_COMPILATION_CACHE_DIR instead, and "
+      "the first start fills it"
+    ) from e
+  head = {"format": _FORMAT, "made_from": made_from, "sha256": hashlib.sha256(payload).hexdigest()}
   whole = json.dumps(head).encode() + b"\n" + payload
   path = epath.Path(path)
   try:
@@ -125,16 +129,20 @@ def load(path, lowered, mesh, options=()):
   try:
     first, _, payload = epath.Path(path).read_bytes().partition(b"\n")
   except OSError as e:
-    raise UserError(f"mesh.compiled_step={path!r} cannot be read ({e.strerror or e}); write it with "
-                    "`jaxgpt plan --save`, or leave the key empty") from e
+    raise UserError(
+      f"mesh.compiled_step={path!r} cannot be read ({e.strerror or e}); write it with "
+      "`jaxgpt plan --save`, or leave the key empty"
+    ) from e
   try:
     head = json.loads(first)
     made_from, digest = head["made_from"], head["sha256"]
   except (ValueError, KeyError, TypeError):
     head = {}
   if head.get("format") != _FORMAT:
-    raise UserError(f"mesh.compiled_step={path!r} is no compiled step of this version of jaxgpt; "
-                    "write it with `jaxgpt plan --save`, or leave the key empty")
+    raise UserError(
+      f"mesh.compiled_step={path!r} is no compiled step of this version of jaxgpt; "
+      "write it with `jaxgpt plan --save`, or leave the key empty"
+    )
   if hashlib.sha256(payload).hexdigest() != digest:
     return None, "the file is damaged"
   wrong = differences(made_from, identity(lowered, mesh, options))
@@ -144,13 +152,16 @@ def load(path, lowered, mesh, options=()):
   in_tree = jax.tree.structure(lowered.args_info)
   try:
     return serialize_executable.deserialize_and_load(
-        payload, in_tree, lowered.out_tree, backend=devices[0].client,
-        execution_devices=devices), None
+      payload, in_tree, lowered.out_tree, backend=devices[0].client, execution_devices=devices
+    ), None
   except Exception as e:  # of JAX's runtime, or of what was pickled
     return None, f"{type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}"
 
 
 def differences(old, new):
   """What differs between two identities, in words."""
-  return [f"{what} was {old.get(what) or 'none'}, and is {new.get(what) or 'none'}"
-          for what in (new | old) if old.get(what, "") != new.get(what, "")]
+  return [
+    f"{what} was {old.get(what) or 'none'}, and is {new.get(what) or 'none'}"
+    for what in (new | old)
+    if old.get(what, "") != new.get(what, "")
+  ]

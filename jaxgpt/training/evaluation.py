@@ -13,6 +13,7 @@ def make_step(objective):
   Args:
     objective: see `objectives`.
   """
+
   def step(params, batch):
     _, weight, aux = objective(params, None, batch, None)
     return {"tokens": weight, **{name: aux[name] for name in _SUMS if name in aux}}
@@ -87,7 +88,11 @@ def combined(parts):
 
 def describe(result):
   """A result of `evaluate` in words: 'loss 1.2345, perplexity 3.44, …'."""
-  forms = (("loss", "loss {:.4f}"), ("perplexity", "perplexity {:.2f}"),
-           ("accuracy", "accuracy {:.4f}"), ("bits_per_byte", "{:.4f} bits per byte"),
-           ("tokens", "{:,} predictions"))
+  forms = (
+    ("loss", "loss {:.4f}"),
+    ("perplexity", "perplexity {:.2f}"),
+    ("accuracy", "accuracy {:.4f}"),
+    ("bits_per_byte", "{:.4f} bits per byte"),
+    ("tokens", "{:,} predictions"),
+  )
   return ", ".join(form.format(result[name]) for name, form in forms if name in result)

@@ -34,14 +34,18 @@ def load_tokenizer_and_config(c):
     UserError: no data, or a tokenizer with more ids than the model has rows.
   """
   if not c.data.path:
-    raise UserError("data.path is not set; prepare text with "
-                    '"jaxgpt data --out=DIR FILES…" and add --config.data.path=DIR')
+    raise UserError(
+      "data.path is not set; prepare text with "
+      '"jaxgpt data --out=DIR FILES…" and add --config.data.path=DIR'
+    )
   first = pipeline.check_sources(c.data.path)[0]
   tokenizer = tokenizer_lib.load(epath.Path(first) / "tokenizer")
   c = config.resolve(c, vocab_size=tokenizer.vocab_size)
   if tokenizer.vocab_size > c.model.vocab_size:
-    raise UserError(f"model.vocab_size={c.model.vocab_size} is smaller than the "
-                    f"{tokenizer.vocab_size} ids of the tokenizer in data.path={c.data.path!r}")
+    raise UserError(
+      f"model.vocab_size={c.model.vocab_size} is smaller than the "
+      f"{tokenizer.vocab_size} ids of the tokenizer in data.path={c.data.path!r}"
+    )
   return tokenizer, c
 
 
@@ -51,11 +55,19 @@ def split_batches(c, split, batch_size=None):
   if c.objective.name == "masked_lm":
     tokenizer = tokenizer_lib.load(pipeline.folders(c.data.path)[0])
     masked = masking.make(c.objective, tokenizer, c.seed)
-  data = pipeline.make(c.data.path, split, seq_len=c.data.seq_len, packing=c.data.packing,
-                       seed=c.seed, batch_size=batch_size or c.data.batch_size,
-                       shuffle=c.data.shuffle, weights=c.data.weights,
-                       weight_changes=c.data.weight_changes, objective=c.objective.name,
-                       masking=masked)
+  data = pipeline.make(
+    c.data.path,
+    split,
+    seq_len=c.data.seq_len,
+    packing=c.data.packing,
+    seed=c.seed,
+    batch_size=batch_size or c.data.batch_size,
+    shuffle=c.data.shuffle,
+    weights=c.data.weights,
+    weight_changes=c.data.weight_changes,
+    objective=c.objective.name,
+    masking=masked,
+  )
   if c.objective.name == "classification":
     data.check_labels(c.model.num_labels)
   return data
@@ -67,9 +79,18 @@ def training_data(c):
   if not d.stream:
     return split_batches(c, "train")
   tokenizer = tokenizer_lib.load(pipeline.folders(d.path)[0])
-  return stream.make(d.stream, d.path, tokenizer, field=d.stream_field, seq_len=d.seq_len,
-                     batch_size=d.batch_size, packing=d.packing, window=d.stream_window,
-                     seed=c.seed, shuffle=d.shuffle)
+  return stream.make(
+    d.stream,
+    d.path,
+    tokenizer,
+    field=d.stream_field,
+    seq_len=d.seq_len,
+    batch_size=d.batch_size,
+    packing=d.packing,
+    window=d.stream_window,
+    seed=c.seed,
+    shuffle=d.shuffle,
+  )
 
 
 def to_devices(batch, mesh):
@@ -113,6 +134,7 @@ def evaluate_on(data, mesh, c_data, step, params, limit=0, goes_on=lambda: True)
   Returns:
     See `evaluate.evaluate` and `evaluate.combined`.
   """
+
   def run(data):
     batches = held_out_batches(data, mesh, c_data, limit)
     batches = itertools.takewhile(lambda _: goes_on(), batches)
@@ -146,17 +168,24 @@ def train(c, folder, origin):
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
     data, held_out = training_data(c), split_batches(c, "validation", c.eval.batch_size)
     if data.num_cut and distributed.is_first():
-      print(f"{data.num_cut:,} of {data.num_documents:,} documents are longer than data.seq_len="
-            f"{c.data.seq_len} and lose an end", flush=True)
+      print(
+        f"{data.num_cut:,} of {data.num_documents:,} documents are longer than data.seq_len="
+        f"{c.data.seq_len} and lose an end",
+        flush=True,
+      )
     if isinstance(data, stream.Stream):
-      distributed.check_same(f"the digest of the files of data.stream={c.data.stream!r}",
-                             data.files_digest, "point data.stream at the same files on all hosts")
+      distributed.check_same(
+        f"the digest of the files of data.stream={c.data.stream!r}",
+        data.files_digest,
+        "point data.stream at the same files on all hosts",
+      )
       if distributed.is_first():
         print("\n".join(data.describe(sharding.host_slice(mesh)[1])), flush=True)
     parts = build_lib.build(c, mesh)
     _enter(folder, c, origin, mesh, data.digest, tokenizer)
-    checkpoints = checkpoints_lib.Checkpoints(folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep,
-                                         c.checkpoint.keep_every)
+    checkpoints = checkpoints_lib.Checkpoints(
+      folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
+    )
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
       run = _Run(c, folder, mesh, (data, held_out), parts, checkpoints, stop, tokenizer)
       with contextlib.closing(run):
@@ -168,13 +197,19 @@ def _enter(folder, c, origin, mesh, data_digest, tokenizer):
   if distributed.is_first():
     run_folder_lib.enter(folder, c, origin, mesh, data_digest, tokenizer)
   distributed.barrier("run folder")
-  distributed.check_same("the resolved config", c.to_json(),
-                         "start all processes with the same command and config file")
-  distributed.check_same(f"the digest of data.path={c.data.path!r}", data_digest,
-                         "point data.path at the same data on all hosts")
+  distributed.check_same(
+    "the resolved config", c.to_json(), "start all processes with the same command and config file"
+  )
+  distributed.check_same(
+    f"the digest of data.path={c.data.path!r}",
+    data_digest,
+    "point data.path at the same data on all hosts",
+  )
   if not run_folder_lib.is_run(folder):
-    raise UserError(f"--workdir={folder} is another folder here than in process 0: it must be one "
-                    "that all hosts see, such as a bucket or a network file system")
+    raise UserError(
+      f"--workdir={folder} is another folder here than in process 0: it must be one "
+      "that all hosts see, such as a bucket or a network file system"
+    )
 
 
 class _Run:
@@ -190,8 +225,9 @@ class _Run:
     self._step = int(self._state["step"])
     self._in_flight = None  # (step, metrics on the devices)
     peak = metrics_lib.peak_flops(mesh.devices.flat[0].device_kind)
-    self._timer = throughput.Timer(metrics_lib.flops_per_token(c.model, c.data.seq_len),
-                              peak and peak * mesh.size)
+    self._timer = throughput.Timer(
+      metrics_lib.flops_per_token(c.model, c.data.seq_len), peak and peak * mesh.size
+    )
     self._eval_step = evaluation.make_step(parts.objective)
     self._writers = metric_writers_lib.make(c.log, folder, c.train.steps, self._step)
 
@@ -204,8 +240,9 @@ class _Run:
         self._data.set_state(extra["stream"], **host_part(self._mesh))
       return state | checkpoints_lib.load_frozen(self._folder, self._parts.state)
     given = self._given() if self._c.init_from else None
-    state = train_step.first_state(self._parts.model, self._parts.tx, self._c.seed,
-                                   self._parts.state, given)
+    state = train_step.first_state(
+      self._parts.model, self._parts.tx, self._c.seed, self._parts.state, given
+    )
     checkpoints_lib.save_frozen(self._folder, state)
     return state
 
@@ -214,7 +251,9 @@ class _Run:
     given = init_from.load(self._c.init_from, self._c.model, train_step.weights(self._parts.state))
     init_from.check_tokenizer(given, self._tokenizer, self._c)
     if distributed.is_first():
-      run_folder_lib.write_whole(self._folder / init_from.REPORT, json.dumps(given.report, indent=2))
+      run_folder_lib.write_whole(
+        self._folder / init_from.REPORT, json.dumps(given.report, indent=2)
+      )
       print("\n".join(init_from.describe(given.report)), flush=True)
     return given.params
 
@@ -244,12 +283,15 @@ class _Run:
     c = self._c
     step_fn = train_step.make(self._parts.objective, self._parts.tx, self._parts.schedule, c)
     host, rows = host_part(self._mesh), c.data.batch_size
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-                          self._data.blank(1))
-    compiled = train_step.compile(step_fn, self._parts.state, shapes, self._mesh,
-                                  c.mesh.compiler_options, self._saved_step)
-    batches = self._data.iterate(self._step, threads=c.data.threads, prefetch=c.data.prefetch,
-                                 **host)
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self._data.blank(1)
+    )
+    compiled = train_step.compile(
+      step_fn, self._parts.state, shapes, self._mesh, c.mesh.compiler_options, self._saved_step
+    )
+    batches = self._data.iterate(
+      self._step, threads=c.data.threads, prefetch=c.data.prefetch, **host
+    )
     if self._is_due(c.eval.every):  # a stop may have come between the save and the evaluation
       self._evaluate(c.eval.batches)
     self._timer.start()
@@ -275,12 +317,21 @@ class _Run:
     if not path:
       return None
     compiled, why = compiled_step.load(path, lowered, self._mesh, self._c.mesh.compiler_options)
-    distributed.check_same(f"what becomes of mesh.compiled_step={path!r}", why or "it is used",
-                           "give all hosts the same file, versions and flags")
+    distributed.check_same(
+      f"what becomes of mesh.compiled_step={path!r}",
+      why or "it is used",
+      "give all hosts the same file, versions and flags",
+    )
     if distributed.is_first():
-      print(f"mesh.compiled_step={path!r} " + (
-          f"is of no use here, so the step is compiled: {why}" if why else
-          "is this very step: nothing is compiled"), flush=True)
+      print(
+        f"mesh.compiled_step={path!r} "
+        + (
+          f"is of no use here, so the step is compiled: {why}"
+          if why
+          else "is this very step: nothing is compiled"
+        ),
+        flush=True,
+      )
     return compiled
 
   def _tell_account(self):
@@ -314,8 +365,15 @@ class _Run:
     if result is None:
       with self._timer.paused(), jax.transfer_guard("allow"):
         self._stop_now()  # batches have another pace than steps
-        result = evaluate_on(self._held_out, self._mesh, self._c.data, self._eval_step,
-                             train_step.weights(self._state), limit, lambda: not self._stop_soon())
+        result = evaluate_on(
+          self._held_out,
+          self._mesh,
+          self._c.data,
+          self._eval_step,
+          train_step.weights(self._state),
+          limit,
+          lambda: not self._stop_soon(),
+        )
         if self._stop_now():
           return None
         self._writers.write(self._step, "validation", result)
@@ -346,9 +404,10 @@ class _Run:
     except (OSError, UserError) as e:
       evidence = f"the state {side} it could not be saved ({e})"
     raise UserError(
-        f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
-        f"weights' norm {metrics['param_norm']}; {evidence}. A lower optim.lr, a longer "
-        "schedule.warmup_steps or objective.z_loss=1e-4 are the usual cures")
+      f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
+      f"weights' norm {metrics['param_norm']}; {evidence}. A lower optim.lr, a longer "
+      "schedule.warmup_steps or objective.z_loss=1e-4 are the usual cures"
+    )
 
   def close(self):
     self._writers.close()

@@ -10,17 +10,17 @@ from jaxgpt.parallel import sharding
 
 # bf16 FLOP/s of one device, by the prefix of jax's `device_kind`; vendors' data sheets.
 PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA B200": 2250e12,
 }
 
 
@@ -53,8 +53,10 @@ def flops_per_token(c_model, seq_len):
       used = c_model.moe.per_token / c_model.moe.experts if "experts" in axes[name] else 1
       weights += used * tree.count(shape)
   pattern = c_model.attention_pattern
-  read = sum(min(seq_len, c_model.window) if pattern[i % len(pattern)] == "local" else seq_len
-             for i in range(c_model.num_layers))
+  read = sum(
+    min(seq_len, c_model.window) if pattern[i % len(pattern)] == "local" else seq_len
+    for i in range(c_model.num_layers)
+  )
   attention = read * c_model.num_heads * (c_model.head_dim + c_model.latent.v_dim)
   return round(6 * (weights + attention))
 
@@ -99,8 +101,10 @@ class Means:
   def take(self):
     """The means since the last call, and starts anew. 'tokens' is a sum."""
     tokens = self._sums.pop("tokens", 0.0)
-    out = {name: total / (self._steps if name == "grad_norm" else max(tokens, 1e-9))
-           for name, total in self._sums.items()}
+    out = {
+      name: total / (self._steps if name == "grad_norm" else max(tokens, 1e-9))
+      for name, total in self._sums.items()
+    }
     out |= self._last | {"tokens": tokens}
     self._steps, self._sums, self._last = 0, {}, {}
     return out

@@ -68,14 +68,21 @@ def language_model(model, c_objective):
   Returns:
     An objective. Its aux has 'nll', the loss without further terms, and `_router_terms`.
   """
+
   def sums(params, frozen, batch, key):
     """(loss, nll, the model's output)."""
     weights_BT = batch["loss_weights"]
     if c_objective.loss_chunk:
-      terms = chunked_loss.Terms(c_objective.loss_chunk, model.cfg.logit_softcap, c_objective.z_loss,
-                              model.cfg.grad_dtype == "float32", model.rules)
-      project = lambda x, w, bias: chunked_loss.loss_sums(x, w, bias, batch["targets"], weights_BT,
-                                                       terms)
+      terms = chunked_loss.Terms(
+        c_objective.loss_chunk,
+        model.cfg.logit_softcap,
+        c_objective.z_loss,
+        model.cfg.grad_dtype == "float32",
+        model.rules,
+      )
+      project = lambda x, w, bias: chunked_loss.loss_sums(
+        x, w, bias, batch["targets"], weights_BT, terms
+      )
       out = _apply(model, params, frozen, batch, key, project)
       return *out.logits, out
     out = _apply(model, params, frozen, batch, key)
@@ -125,6 +132,7 @@ def preference(model, c_objective):
   Args and returns: as `language_model`; a pair weighs 1. The aux has also 'correct': whether the
   adapters have raised the chosen answer more than the rejected one.
   """
+
   def log_likelihood(params, frozen, rows, key):
     out = _apply(model, params, frozen, rows, key)
     nll_BT, _ = cross_entropy(out.logits, rows["targets"])
@@ -134,12 +142,20 @@ def preference(model, c_objective):
     without = jax.lax.stop_gradient(_without_adapters(params))
     gain_B = 0.0
     for sign, rows in ((1, batch["chosen"]), (-1, batch["rejected"])):
-      gain_B += sign * (log_likelihood(params, frozen, rows, key)
-                        - log_likelihood(without, frozen, rows, None))
+      gain_B += sign * (
+        log_likelihood(params, frozen, rows, key) - log_likelihood(without, frozen, rows, None)
+      )
     weights_B = batch["chosen"]["loss_weights"].max(-1)  # 0 in rows that only fill a batch up
     loss = (jax.nn.softplus(-c_objective.beta * gain_B) * weights_B).sum()
-    return loss, weights_B.sum(), {"nll": loss, "correct": ((gain_B > 0) * weights_B).sum(),
-                                   "margin": (c_objective.beta * gain_B * weights_B).sum()}
+    return (
+      loss,
+      weights_B.sum(),
+      {
+        "nll": loss,
+        "correct": ((gain_B > 0) * weights_B).sum(),
+        "margin": (c_objective.beta * gain_B * weights_B).sum(),
+      },
+    )
 
   return objective
 
@@ -150,9 +166,16 @@ def _without_adapters(params):
 
 
 def _apply(model, params, frozen, batch, key, project=None):
-  return model.apply({"params": merge(params, frozen)}, batch["tokens"], batch["positions"],
-                     batch["segment_ids"], token_types_BT=batch.get("token_types"),
-                     dropout_key=key, balanced=True, project=project)
+  return model.apply(
+    {"params": merge(params, frozen)},
+    batch["tokens"],
+    batch["positions"],
+    batch["segment_ids"],
+    token_types_BT=batch.get("token_types"),
+    dropout_key=key,
+    balanced=True,
+    project=project,
+  )
 
 
 def _router_terms(c_moe, stats, weight):
@@ -162,12 +185,19 @@ def _router_terms(c_moe, stats, weight):
   balance, z = moe.losses(stats)
   dropped = stats["dropped"] / jnp.maximum(stats["tokens"] * c_moe.per_token, 1)
   extra = c_moe.balance_loss * balance + c_moe.z_loss * z
-  return extra * weight, {"router_balance": balance * weight, "router_z": z * weight,
-                          "dropped_share": dropped * weight}
+  return extra * weight, {
+    "router_balance": balance * weight,
+    "router_z": z * weight,
+    "dropped_share": dropped * weight,
+  }
 
 
-OBJECTIVES = {"causal_lm": language_model, "masked_lm": language_model,
-              "classification": classification, "preference": preference}
+OBJECTIVES = {
+  "causal_lm": language_model,
+  "masked_lm": language_model,
+  "classification": classification,
+  "preference": preference,
+}
 
 
 def make(model, c_objective):
@@ -177,4 +207,5 @@ def make(model, c_objective):
     return objective
   balanced = lambda x: context_parallel.balance(x) if x.ndim > 1 else x
   return lambda params, frozen, batch, key: objective(
-      params, frozen, jax.tree.map(balanced, batch), key)
+    params, frozen, jax.tree.map(balanced, batch), key
+  )

@@ -38,8 +38,10 @@ def trained(c_optim, axes):
   def matching(key, patterns):
     for pattern in patterns:
       if not fnmatch.filter(paths, pattern):
-        raise UserError(f"optim.{key}: {pattern!r} matches no parameter; they are named like "
-                        f"{', '.join(sorted(paths)[:8])}")
+        raise UserError(
+          f"optim.{key}: {pattern!r} matches no parameter; they are named like "
+          f"{', '.join(sorted(paths)[:8])}"
+        )
     return {path for path in paths for pattern in patterns if fnmatch.fnmatchcase(path, pattern)}
 
   thin = {path for path in paths if path.endswith(lora.SUFFIXES)}
@@ -82,13 +84,16 @@ def make(c_optim, schedule, axes, depths):
     mean square of the parameter, so its lr is relative: around 1e-2.
   """
   decays = jax.tree.map(sharding.is_weight, axes, is_leaf=sharding.is_axes)
-  chain = [DIRECTIONS[c_optim.name](c_optim, axes),
-           optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
-           optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step))]
+  chain = [
+    DIRECTIONS[c_optim.name](c_optim, axes),
+    optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
+    optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step)),
+  ]
   shares = _rates(c_optim, axes, depths)
   if shares is not None:
-    chain.append(optax.stateless(lambda updates, _: jax.tree.map(
-        lambda u, share: u * share, updates, shares)))
+    chain.append(
+      optax.stateless(lambda updates, _: jax.tree.map(lambda u, share: u * share, updates, shares))
+    )
   return optax.chain(*chain)
 
 
@@ -110,10 +115,14 @@ def _kept_in(tx, **dtypes):
 
   It computes in float32 all the same; only what is kept for the next step is rounded, to nearest.
   """
+
   def cast(state, dtypes):
-    return state._replace(**{
+    return state._replace(
+      **{
         field: jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), getattr(state, field))
-        for field, dtype in dtypes.items()})
+        for field, dtype in dtypes.items()
+      }
+    )
 
   def update(updates, state, params=None):
     state = cast(state, dict.fromkeys(dtypes, "float32"))
@@ -136,11 +145,13 @@ def _lion(o, axes):
 def _adafactor(o, axes):
   """Adafactor without momentum, for each layer's part of a stacked parameter on its own."""
   del o
-  tx = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
-                   optax.scale_by_param_block_rms())
+  tx = optax.chain(
+    optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+  )
   stacked = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
-  labels = jax.tree.map(lambda a: "stacked" if "layers" in a else "single", axes,
-                        is_leaf=sharding.is_axes)
+  labels = jax.tree.map(
+    lambda a: "stacked" if "layers" in a else "single", axes, is_leaf=sharding.is_axes
+  )
   return optax.partition({"stacked": stacked, "single": tx}, labels)
 
 
@@ -148,25 +159,34 @@ def _muon(o, axes):
   """Muon for the layers' matrices, Adam for the embeddings, the head, norms and biases."""
   dims = {name: matrix_axes(a) for name, a in tree.flatten(axes, is_leaf=sharding.is_axes).items()}
   numbers = lambda params: tree.map_named(
-      lambda name, _: optax.contrib.MuonDimensionNumbers(*dims[name]), params)
-  labels = tree.map_named(lambda name, _: "muon" if dims[name] else "adam", axes,
-                          is_leaf=sharding.is_axes)
+    lambda name, _: optax.contrib.MuonDimensionNumbers(*dims[name]), params
+  )
+  labels = tree.map_named(
+    lambda name, _: "muon" if dims[name] else "adam", axes, is_leaf=sharding.is_axes
+  )
 
   def match_rms(updates, params):
     del params
+
     def one(name, u):
       longer = max(math.prod(u.shape[i] for i in side) for side in dims[name])
       return u * (_MUON_RMS * longer**0.5)
+
     return tree.map_named(one, updates)
 
   return optax.partition(
-      {"muon": optax.chain(
-          _kept_in(optax.contrib.scale_by_muon(beta=o.muon_momentum,
-                                               weight_dimension_numbers=numbers),
-                   mu=o.first_dtype),
-          optax.stateless(match_rms)),
-       "adam": optax.chain(_adam(o, axes), optax.scale(o.adam_lr / o.lr if o.lr else 1.0))},
-      labels)
+    {
+      "muon": optax.chain(
+        _kept_in(
+          optax.contrib.scale_by_muon(beta=o.muon_momentum, weight_dimension_numbers=numbers),
+          mu=o.first_dtype,
+        ),
+        optax.stateless(match_rms),
+      ),
+      "adam": optax.chain(_adam(o, axes), optax.scale(o.adam_lr / o.lr if o.lr else 1.0)),
+    },
+    labels,
+  )
 
 
 DIRECTIONS = {"adamw": _adam, "lion": _lion, "adafactor": _adafactor, "muon": _muon}

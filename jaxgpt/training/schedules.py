@@ -5,13 +5,15 @@ import optax
 
 # After the warmup: f(section, steps that are left, steps of a final decay, warmup steps).
 SHAPES = {
-    "cosine": lambda c, rest, decay, warmup: optax.cosine_decay_schedule(1.0, rest, c.final_ratio),
-    "linear": lambda c, rest, decay, warmup: optax.linear_schedule(1.0, c.final_ratio, rest),
-    "wsd": lambda c, rest, decay, warmup: optax.linear_schedule(
-        1.0, c.final_ratio, decay, transition_begin=rest - decay),
-    "inverse_sqrt": lambda c, rest, decay, warmup: (
-        lambda step: (1 + jnp.maximum(step, 0) / max(warmup, 1)) ** -0.5),
-    "constant": lambda c, rest, decay, warmup: optax.constant_schedule(1.0),
+  "cosine": lambda c, rest, decay, warmup: optax.cosine_decay_schedule(1.0, rest, c.final_ratio),
+  "linear": lambda c, rest, decay, warmup: optax.linear_schedule(1.0, c.final_ratio, rest),
+  "wsd": lambda c, rest, decay, warmup: optax.linear_schedule(
+    1.0, c.final_ratio, decay, transition_begin=rest - decay
+  ),
+  "inverse_sqrt": lambda c, rest, decay, warmup: (
+    lambda step: (1 + jnp.maximum(step, 0) / max(warmup, 1)) ** -0.5
+  ),
+  "constant": lambda c, rest, decay, warmup: optax.constant_schedule(1.0),
 }
 
 

@@ -36,8 +36,12 @@ def init_state(model, tx, key, ema, trained, given=None):
   if given:
     params = tree.map_named(lambda path, x: given.get(path, x), params)
   params, frozen = tree.split(params, trained)
-  state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": tx.init(params),
-           "nonfinite_step": jnp.full((), -1, jnp.int32)}
+  state = {
+    "step": jnp.zeros((), jnp.int32),
+    "params": params,
+    "opt": tx.init(params),
+    "nonfinite_step": jnp.full((), -1, jnp.int32),
+  }
   if ema:
     state["ema"] = jax.tree.map(jnp.copy, params)
   if frozen:
@@ -60,7 +64,9 @@ def first_state(model, tx, seed, abstract, given=None):
     given: {path: array} of weights that are there already; their buffers are donated.
   """
   trained = set(tree.flatten(abstract["params"]))
-  init = lambda given: init_state(model, tx, jax.random.key(seed), "ema" in abstract, trained, given)
+  init = lambda given: init_state(
+    model, tx, jax.random.key(seed), "ema" in abstract, trained, given
+  )
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
   return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given or {})
 
@@ -82,8 +88,9 @@ def abstract_state(model, tx, ema, trained, mesh):
   params, axes = transformer.abstract(model)
   of_params = sharding.params_shardings(axes, params, mesh, model.rules)
   of_state = sharding.like_params(shapes, params, of_params, mesh)
-  return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
-                      shapes, of_state)
+  return jax.tree.map(
+    lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, of_state
+  )
 
 
 def make(objective, tx, schedule, c):
@@ -105,8 +112,9 @@ def make(objective, tx, schedule, c):
   # Two branches and no select: XLA then writes the new state over the old one on every backend.
   def update(state, grads):
     updates, opt = tx.update(grads, state["opt"], state["params"])
-    new = dict(state, params=optax.apply_updates(state["params"], updates), opt=opt,
-               step=state["step"] + 1)
+    new = dict(
+      state, params=optax.apply_updates(state["params"], updates), opt=opt, step=state["step"] + 1
+    )
     if c.optim.ema:
       new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - c.optim.ema)
     return new, optax.tree.norm(new["params"])
@@ -132,9 +140,15 @@ def make(objective, tx, schedule, c):
     new, param_norm = jax.lax.cond(applied, update, left_alone, state, grads)
     fine = applied & jnp.isfinite(param_norm)
     new["nonfinite_step"] = jnp.where(fine | (first_bad >= 0), first_bad, step)
-    metrics = {"loss": loss * mean, **{k: v * mean for k, v in aux.items()}, "tokens": weight,
-               "grad_norm": norm, "param_norm": param_norm,
-               "lr": c.optim.lr * schedule(step), "nonfinite_step": new["nonfinite_step"]}
+    metrics = {
+      "loss": loss * mean,
+      **{k: v * mean for k, v in aux.items()},
+      "tokens": weight,
+      "grad_norm": norm,
+      "param_norm": param_norm,
+      "lr": c.optim.lr * schedule(step),
+      "nonfinite_step": new["nonfinite_step"],
+    }
     return new | frozen, metrics
 
   return train_step
@@ -150,10 +164,12 @@ def accumulated(objective, num_microbatches):
   Returns:
     f(params, frozen, batch, key) -> ((loss sum, weight sum, aux sums), gradient of the loss sum).
   """
+
   def value_and_grad(params, frozen, batch, key):
     def summed(params):
       loss, weight, aux = objective(params, frozen, batch, key)
       return loss, (loss, weight, aux)
+
     grads, sums = jax.grad(summed, has_aux=True)(params)
     return sums, grads
 
@@ -172,8 +188,9 @@ def accumulated(objective, num_microbatches):
       part = value_and_grad(params, frozen, rows, jax.random.fold_in(key, i))
       return jax.tree.map(jnp.add, total, part), None
 
-    shapes = jax.eval_shape(value_and_grad, params, frozen, jax.tree.map(lambda x: x[0], micro),
-                            key)
+    shapes = jax.eval_shape(
+      value_and_grad, params, frozen, jax.tree.map(lambda x: x[0], micro), key
+    )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(body, zeros, (jnp.arange(num_microbatches), micro))[0]
 

@@ -14,12 +14,12 @@ _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 # take two to four times as long as the wide one and its gather: never.
 _TENSOR = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 DEFAULTS = {  # by the name that JAX gives a device
-    "TPU v4": _TENSOR,
-    "TPU v5": _TENSOR | {_VMEM: "65536"},  # v5p
-    "TPU v5p": _TENSOR | {_VMEM: "65536"},
-    "TPU v5 lite": _TENSOR | {_VMEM: "65536"},  # v5e
-    "TPU v6 lite": _TENSOR | {_VMEM: "98304"},  # v6e
-    "TPU7x": _TENSOR | {_VMEM: "65536"},
+  "TPU v4": _TENSOR,
+  "TPU v5": _TENSOR | {_VMEM: "65536"},  # v5p
+  "TPU v5p": _TENSOR | {_VMEM: "65536"},
+  "TPU v5 lite": _TENSOR | {_VMEM: "65536"},  # v5e
+  "TPU v6 lite": _TENSOR | {_VMEM: "98304"},  # v6e
+  "TPU7x": _TENSOR | {_VMEM: "65536"},
 }
 
 
@@ -50,5 +50,6 @@ def compile(lowered, mesh, given=()):
   except jax.errors.JaxRuntimeError as e:
     if not given or not str(e).startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION")):
       raise
-    raise UserError(f"XLA refuses to compile with mesh.compiler_options={tuple(given)}: "
-                    f"{str(e).splitlines()[0]}") from e
+    raise UserError(
+      f"XLA refuses to compile with mesh.compiler_options={tuple(given)}: {str(e).splitlines()[0]}"
+    ) from e

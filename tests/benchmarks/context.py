@@ -31,9 +31,16 @@ WHERE = "v5p-32"
 
 def resolved(seq, layers):
   """The config of rows over `seq` chips, a row for each group of them."""
-  overrides = [f"--config.{key}={value}" for key, value in {
-      "model.num_layers": layers, "model.max_len": LENGTH, "data.seq_len": LENGTH,
-      "data.batch_size": CHIPS // seq, "mesh.seq": seq}.items()]
+  overrides = [
+    f"--config.{key}={value}"
+    for key, value in {
+      "model.num_layers": layers,
+      "model.max_len": LENGTH,
+      "data.seq_len": LENGTH,
+      "data.batch_size": CHIPS // seq,
+      "mesh.seq": seq,
+    }.items()
+  ]
   return lower.resolve(config.load("configs/llama3_8b.py", overrides)[0])
 
 
@@ -42,23 +49,30 @@ def of_attention(c, mesh):
   m, rows = c.model, c.data.batch_size
 
   def backward(q, k, v, segments, dout):
-    f = lambda q, k, v: attention.attend("splash", q, k, v, None, segments, scale=m.attn_scale,
-                                         causal=True)
+    f = lambda q, k, v: attention.attend(
+      "splash", q, k, v, None, segments, scale=m.attn_scale, causal=True
+    )
     out, vjp = jax.vjp(f, q, k, v)
     return out, vjp(dout)
 
   def shaped(heads, dtype=jnp.bfloat16):
     shape = (rows, LENGTH, *((heads, m.head_dim) if heads else ()))
-    axes = ("batch", "length", "act_heads", None)[:len(shape)]
+    axes = ("batch", "length", "act_heads", None)[: len(shape)]
     # As inside of a layer, where the order in memory is the compiler's choice.
     cut = NamedSharding(mesh, sharding.DEFAULT.spec(axes))
     return jax.ShapeDtypeStruct(shape, dtype), Format(Layout.AUTO, cut)
 
   (q, of_q), (k, of_k), (ids, of_ids) = (
-      shaped(m.num_heads), shaped(m.num_kv_heads), shaped(0, jnp.int32))
+    shaped(m.num_heads),
+    shaped(m.num_kv_heads),
+    shaped(0, jnp.int32),
+  )
   with jax.set_mesh(mesh):
-    run = jax.jit(backward, in_shardings=(of_q, of_k, of_k, of_ids, of_q),
-                  out_shardings=(of_q, (of_q, of_k, of_k)))
+    run = jax.jit(
+      backward,
+      in_shardings=(of_q, of_k, of_k, of_ids, of_q),
+      out_shardings=(of_q, (of_q, of_k, of_k)),
+    )
     found = run.lower(q, k, k, ids, q).compile().memory_analysis()
   return (found.argument_size_in_bytes + found.output_size_in_bytes, found.temp_size_in_bytes)
 
@@ -84,8 +98,11 @@ def main():
     except lower.OutOfMemory as e:
       print(f"{seq:>3}   does not fit: {e}", flush=True)
       continue
-    print(f"{seq:>3}   {(memory.parameters + memory.optimizer) / 2**20:>21,.0f}   "
-          f"{memory.temporaries / 2**20:>18,.0f}", flush=True)
+    print(
+      f"{seq:>3}   {(memory.parameters + memory.optimizer) / 2**20:>21,.0f}   "
+      f"{memory.temporaries / 2**20:>18,.0f}",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

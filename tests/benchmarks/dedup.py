@@ -31,10 +31,15 @@ TASKS = 4
 def corpus(limit):
   """Up to `limit` documents of this machine, the same at each call."""
   stdlib, packages = (pathlib.Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
-  patterns = [(stdlib, "**/*.py"), (packages, "*/METADATA"),
-              (packages, "*/*.py"), (packages, "*/*/*.py"),
-              (pathlib.Path("/usr/share/doc"), "**/*"), (pathlib.Path("/usr/share/man"), "man*/*"),
-              (pathlib.Path("/usr/share/common-licenses"), "*")]
+  patterns = [
+    (stdlib, "**/*.py"),
+    (packages, "*/METADATA"),
+    (packages, "*/*.py"),
+    (packages, "*/*/*.py"),
+    (pathlib.Path("/usr/share/doc"), "**/*"),
+    (pathlib.Path("/usr/share/man"), "man*/*"),
+    (pathlib.Path("/usr/share/common-licenses"), "*"),
+  ]
   found = {}
   for root, pattern in patterns:
     for path in sorted(root.glob(pattern)):
@@ -92,7 +97,7 @@ def remove(documents, config, folder, seconds=None, tasks=TASKS):
   inputs = [folder / f"signatures-{rank}" for rank in range(tasks)]
   for rank, out in enumerate(inputs):
     out.mkdir(parents=True)
-    dedup.signatures(documents[bounds[rank]:bounds[rank + 1]], rank, out, config)
+    dedup.signatures(documents[bounds[rank] : bounds[rank + 1]], rank, out, config)
   ends.append(time.monotonic())
   pairs = [folder / f"buckets-{rank}" for rank in range(dedup.bucket_tasks(config))]
   for rank, out in enumerate(pairs):
@@ -104,8 +109,11 @@ def remove(documents, config, folder, seconds=None, tasks=TASKS):
   ends.append(time.monotonic())
   if seconds is not None:
     seconds.update(zip(("signatures", "buckets", "cluster"), np.diff(ends)))
-  return {int(bounds[rank] + row[0]): int(bounds[row[2]] + row[3])
-          for rank in range(tasks) for row in dedup.removals(rank, folder / "cluster")}
+  return {
+    int(bounds[rank] + row[0]): int(bounds[row[2]] + row[3])
+    for rank in range(tasks)
+    for row in dedup.removals(rank, folder / "cluster")
+  }
 
 
 def found(planted, removed):
@@ -115,10 +123,12 @@ def found(planted, removed):
     entry = pairs.setdefault(number, {"places": [], "kind": None})
     entry["places"].append(place)
     entry["kind"] = entry["kind"] if kind == "base" else kind
-  gone = [(entry["kind"], sum(place in removed for place in entry["places"]))
-          for entry in pairs.values()]
-  share = {kind: np.mean([count > 0 for k, count in gone if k == kind])
-           for kind in ("exact", "changed")}
+  gone = [
+    (entry["kind"], sum(place in removed for place in entry["places"])) for entry in pairs.values()
+  ]
+  share = {
+    kind: np.mean([count > 0 for k, count in gone if k == kind]) for kind in ("exact", "changed")
+  }
   false = sum(max(count - (kind is not None), 0) for kind, count in gone) / len(gone)
   return share, false
 
@@ -139,9 +149,11 @@ def main():
     gone = remove(natural, config, folder, seconds)
   like = np.array([similarity(natural[a].text, natural[b].text) for a, b in gone.items()])
   base = [d for i, d in enumerate(natural) if i not in gone]
-  print(f"{len(natural)} documents, {megabytes:.0f} M characters; natural duplicates: {len(gone)}, "
-        f"of which true similarity < 0.6: {np.mean(like < 0.6):.2%}, "
-        f"< 0.5: {np.mean(like < 0.5):.2%}")
+  print(
+    f"{len(natural)} documents, {megabytes:.0f} M characters; natural duplicates: {len(gone)}, "
+    f"of which true similarity < 0.6: {np.mean(like < 0.6):.2%}, "
+    f"< 0.5: {np.mean(like < 0.5):.2%}"
+  )
   print("  ".join(f"{stage} {megabytes / s:.1f} M characters/s" for stage, s in seconds.items()))
   planted = plant(base, 0.2, seed=1)
   peer = "near:ngram=5,buckets=14,hashes=8,threshold=0.01"
@@ -149,9 +161,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
       gone = remove([d for d, *_ in planted], dedup.make(specs), folder)
     share, false = found(planted, gone)
-    print(f"planted among {len(base)}, {name}: exact copies found {share['exact']:.2%} (bar 99 %), "
-          f"with 5 % of the words changed {share['changed']:.2%} (bar 90 %), false removals "
-          f"{false:.2%} (bar 0.5 %)")
+    print(
+      f"planted among {len(base)}, {name}: exact copies found {share['exact']:.2%} (bar 99 %), "
+      f"with 5 % of the words changed {share['changed']:.2%} (bar 90 %), false removals "
+      f"{false:.2%} (bar 0.5 %)"
+    )
 
 
 if __name__ == "__main__":

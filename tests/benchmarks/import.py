@@ -28,10 +28,19 @@ LIMIT = 1.25
 def write_model(folder, gigabytes):
   """A model of random weights, a tensor at a time; its bytes."""
   width = 2048
-  hf = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=32000,
-            hidden_size=width, intermediate_size=5632, num_attention_heads=16,
-            num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-5,
-            tie_word_embeddings=False, rope_theta=1e4)
+  hf = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    vocab_size=32000,
+    hidden_size=width,
+    intermediate_size=5632,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    rope_theta=1e4,
+  )
   ends, layer = 2 * 32000 * width, 2 * width * width * 5 // 4 + 3 * width * 5632
   hf["num_hidden_layers"] = max(1, round((gigabytes * 1e9 / 4 - ends) / layer))
   folder.mkdir()
@@ -51,18 +60,27 @@ def main():
   folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt_import_"))
   try:
     size, largest = write_model(folder / "model", gigabytes)
-    command = [sys.executable, "-m", "jaxgpt", "import", f"--from={folder / 'model'}",
-               f"--workdir={folder / 'run'}"]
+    command = [
+      sys.executable,
+      "-m",
+      "jaxgpt",
+      "import",
+      f"--from={folder / 'model'}",
+      f"--workdir={folder / 'run'}",
+    ]
     start = time.time()
-    subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+      command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL
+    )
     seconds = time.time() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
   finally:
     shutil.rmtree(folder)
-  print(f"import of {size / 1e9:.2f} GB (largest tensor {largest / 1e9:.2f} GB): "
-        f"{seconds:.0f} s, peak {peak / 1e9:.2f} GB of host memory, "
-        f"{peak / size:.2f} times the parameters (limit {LIMIT})")
+  print(
+    f"import of {size / 1e9:.2f} GB (largest tensor {largest / 1e9:.2f} GB): "
+    f"{seconds:.0f} s, peak {peak / 1e9:.2f} GB of host memory, "
+    f"{peak / size:.2f} times the parameters (limit {LIMIT})"
+  )
   if peak > LIMIT * size:
     sys.exit(f"more than {LIMIT} times the parameters' bytes")
 

@@ -29,6 +29,7 @@ T, B, VOCABULARY = 2048, 32, 32_000
 
 class Tokenizer(tokenizer.ByteTokenizer):
   """As far as shards and masks go, one with a larger vocabulary."""
+
   kind, vocab_size = "benchmark", VOCABULARY
 
 
@@ -43,8 +44,9 @@ def write(folder, tokens, seed):
     ids = (300 + rng.zipf(1.2, n) % (VOCABULARY - 300)).astype(np.int32)  # compresses like text
     writer.add(examples.Encoded(np.concatenate(([1], ids, [2]))), 4 * n, "benchmark")
     written += n
-  shards.write_manifest(folder, shards.make_manifest(
-      Tokenizer(), {"train": writer.finish()}, documents.Dropped()))
+  shards.write_manifest(
+    folder, shards.make_manifest(Tokenizer(), {"train": writer.finish()}, documents.Dropped())
+  )
   return folder
 
 
@@ -61,8 +63,9 @@ def rate(batches, count, seconds):
 def ours(path, objective="causal_lm", **over):
   c = config.base()
   masked = masking.make(c.objective, Tokenizer(), 0) if objective == "masked_lm" else None
-  b = pipeline.make(path, "train", seq_len=T, batch_size=B, objective=objective, masking=masked,
-                    **over)
+  b = pipeline.make(
+    path, "train", seq_len=T, batch_size=B, objective=objective, masking=masked, **over
+  )
   return b.iterate(threads=c.data.threads, prefetch=c.data.prefetch)
 
 
@@ -72,9 +75,12 @@ def real_tokens(batch):
 
 def raw(folder):
   """Documents' records in random order, 64 a call, and nothing made of them."""
-  readers = [array_record_module.ArrayRecordReader(str(p), options="readahead_buffer_size:0",
-                                                   file_reader_buffer_size=32_768)
-             for p in sorted(folder.glob("*.arrayrecord"))]
+  readers = [
+    array_record_module.ArrayRecordReader(
+      str(p), options="readahead_buffer_size:0", file_reader_buffer_size=32_768
+    )
+    for p in sorted(folder.glob("*.arrayrecord"))
+  ]
   rng = np.random.default_rng(0)
   while True:
     reader = readers[rng.integers(len(readers))]
@@ -83,8 +89,9 @@ def raw(folder):
 
 def plain_grain(folder):
   """A document a row, as a first pipeline is written: source, shuffle, pad, batch."""
+
   def row(record):
-    ids = np.frombuffer(record, "<u2")[:T + 1].astype(np.int32)
+    ids = np.frombuffer(record, "<u2")[: T + 1].astype(np.int32)
     return np.pad(ids, (0, T + 1 - len(ids)))
 
   source = grain.sources.ArrayRecordDataSource([str(p) for p in folder.glob("*.arrayrecord")])
@@ -104,11 +111,12 @@ def torch_loader(folder, workers):
       return (len(self.data) - 1) // T
 
     def __getitem__(self, i):
-      ids = torch.from_numpy(self.data[i * T:i * T + T + 1].astype(np.int64))
+      ids = torch.from_numpy(self.data[i * T : i * T + T + 1].astype(np.int64))
       return ids[:-1], ids[1:]
 
-  loader = torch.utils.data.DataLoader(Rows(), B, shuffle=True, num_workers=workers,
-                                       persistent_workers=workers > 0)
+  loader = torch.utils.data.DataLoader(
+    Rows(), B, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+  )
   return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
@@ -120,26 +128,30 @@ def main():
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as tmp:
     folder = write(pathlib.Path(tmp, "one"), args.tokens, 0)
-    three = ",".join(str(write(pathlib.Path(tmp, f"part{i}"), args.tokens // 3, i))
-                     for i in range(3))
+    three = ",".join(
+      str(write(pathlib.Path(tmp, f"part{i}"), args.tokens // 3, i)) for i in range(3)
+    )
     b = pipeline.make(folder, "train", seq_len=T, batch_size=B)
     print(f"padding {b.sources[0].pack.padding_share:.3%} of {b.len_rows:,} rows")
     stored = b.sources[0].split.lengths + 1
     split = b.sources[0].split
     np.concatenate(split.read_many(np.arange(len(stored)), 0 * stored, stored)).tofile(
-        folder / "tokens.bin")
+      folder / "tokens.bin"
+    )
     of_records = lambda records: sum(map(len, records)) // 2
     sides = {
-        "raw records": (raw(folder), of_records),
-        "jaxgpt packed": (ours(folder), real_tokens),
-        "jaxgpt 3 sources": (ours(three, weights=(0.5, 0.3, 0.2)), real_tokens),
-        "jaxgpt masked LM": (ours(folder, "masked_lm"), real_tokens),
-        "plain Grain": (plain_grain(folder), np.count_nonzero),
+      "raw records": (raw(folder), of_records),
+      "jaxgpt packed": (ours(folder), real_tokens),
+      "jaxgpt 3 sources": (ours(three, weights=(0.5, 0.3, 0.2)), real_tokens),
+      "jaxgpt masked LM": (ours(folder, "masked_lm"), real_tokens),
+      "plain Grain": (plain_grain(folder), np.count_nonzero),
     }
     try:
       for workers in (0, 1, 2):
-        sides[f"PyTorch, {workers} workers"] = (torch_loader(folder, workers),
-                                                lambda rows: rows[0].numel())
+        sides[f"PyTorch, {workers} workers"] = (
+          torch_loader(folder, workers),
+          lambda rows: rows[0].numel(),
+        )
     except ImportError:
       print("PyTorch is not installed: pip install -e '.[bench]'")
     best = dict.fromkeys(sides, 0.0)
@@ -149,8 +161,10 @@ def main():
   for name, value in best.items():
     print(f"{name:<20} {value / 1e6:8.2f} M tokens/s")
   peer = max(v for name, v in best.items() if name.startswith(("PyTorch", "plain")))
-  print(f"ratio to the fastest peer: {best['jaxgpt packed'] / peer:.2f}, to raw records: "
-        f"{best['jaxgpt packed'] / best['raw records']:.2f}")
+  print(
+    f"ratio to the fastest peer: {best['jaxgpt packed'] / peer:.2f}, to raw records: "
+    f"{best['jaxgpt packed'] / best['raw records']:.2f}"
+  )
 
 
 if __name__ == "__main__":

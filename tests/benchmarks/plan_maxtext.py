@@ -25,13 +25,25 @@ from jaxgpt import config
 from jaxgpt.plan import chips, cost, hlo, lower, topology
 
 # The recipes' flags; of v5p's without those that libtpu refuses there ("continuation fusion").
-_COMMON = ("xla_tpu_enable_data_parallel_all_reduce_opt", "xla_tpu_data_parallel_opt_different_sized_ops",
-           "xla_tpu_overlap_compute_collective_tc", "xla_enable_async_all_gather")
+_COMMON = (
+  "xla_tpu_enable_data_parallel_all_reduce_opt",
+  "xla_tpu_data_parallel_opt_different_sized_ops",
+  "xla_tpu_overlap_compute_collective_tc",
+  "xla_enable_async_all_gather",
+)
 _FUSION = "xla_tpu_enable_async_collective_fusion"
-_V5E = [f"--{name}=true" for name in (*_COMMON, _FUSION, f"{_FUSION}_fuse_all_gather",
-                                      f"{_FUSION}_multiple_steps")]
-_V5P = [f"--{name}=true" for name in (*_COMMON, "xla_enable_async_collective_permute",
-                                      "xla_tpu_enable_ag_backward_pipelining")]
+_V5E = [
+  f"--{name}=true"
+  for name in (*_COMMON, _FUSION, f"{_FUSION}_fuse_all_gather", f"{_FUSION}_multiple_steps")
+]
+_V5P = [
+  f"--{name}=true"
+  for name in (
+    *_COMMON,
+    "xla_enable_async_collective_permute",
+    "xla_tpu_enable_ag_backward_pipelining",
+  )
+]
 _V5P.append("--xla_tpu_megacore_fusion_allow_ags=false")
 
 
@@ -46,6 +58,7 @@ class Workload(NamedTuple):
     same: the value of model.remat that saves the same.
     ours: (rows a chip, model.remat, mesh.tensor) of the plan that `plan --search` found.
   """
+
   preset: str
   where: str
   length: int
@@ -55,14 +68,33 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "v5e_7b": Workload("llama2_7b", "v5e-256", 2048, (4, "save_qkv_proj"), "save:q,k,v",
-                       (2, "save:q,k,v,attention,gate,up", 1)),
-    "v5e_7b_full": Workload("llama2_7b", "v5e-256", 2048, (2, "full"), "full",
-                            (2, "save:q,k,v,attention,gate,up", 1)),
-    "v5p_7b": Workload("llama2_7b", "v5p-128", 4096, (4, "minimal"), "save:q,k,v,o,gate,up,down",
-                       (6, "save:q,k,v,attention,o,gate,up", 1)),
-    "v5p_70b": Workload("llama2_70b", "v5p-128", 4096, (2, "save_dot_except_mlpwi"),
-                        "save:q,k,v,o,down", (1, "save:q,k,v,attention,o,gate,up", 2)),
+  "v5e_7b": Workload(
+    "llama2_7b",
+    "v5e-256",
+    2048,
+    (4, "save_qkv_proj"),
+    "save:q,k,v",
+    (2, "save:q,k,v,attention,gate,up", 1),
+  ),
+  "v5e_7b_full": Workload(
+    "llama2_7b", "v5e-256", 2048, (2, "full"), "full", (2, "save:q,k,v,attention,gate,up", 1)
+  ),
+  "v5p_7b": Workload(
+    "llama2_7b",
+    "v5p-128",
+    4096,
+    (4, "minimal"),
+    "save:q,k,v,o,gate,up,down",
+    (6, "save:q,k,v,attention,o,gate,up", 1),
+  ),
+  "v5p_70b": Workload(
+    "llama2_70b",
+    "v5p-128",
+    4096,
+    (2, "save_dot_except_mlpwi"),
+    "save:q,k,v,o,down",
+    (1, "save:q,k,v,attention,o,gate,up", 2),
+  ),
 }
 
 _RUN_MAXTEXT = """
@@ -91,13 +123,23 @@ def merit(text, where, tokens):
 def ours(work, rows, remat, tensor=1):
   """(µs, GiB) of our step."""
   where = topology.parse(work.where)
-  overrides = {"data.seq_len": work.length, "data.batch_size": rows * where.num_devices,
-               "model.remat": remat, "mesh.tensor": tensor}
-  c = lower.resolve(config.load(f"{ROOT}/configs/llama3_8b.py:{work.preset}",
-                                [f"--config.{k}={v}" for k, v in overrides.items()])[0])
+  overrides = {
+    "data.seq_len": work.length,
+    "data.batch_size": rows * where.num_devices,
+    "model.remat": remat,
+    "mesh.tensor": tensor,
+  }
+  c = lower.resolve(
+    config.load(
+      f"{ROOT}/configs/llama3_8b.py:{work.preset}",
+      [f"--config.{k}={v}" for k, v in overrides.items()],
+    )[0]
+  )
   compiled = lower.compile_step(c, where)
-  return (merit(compiled.executable.as_text(), where, rows * work.length),
-          compiled.memory.total / chips.GIB)
+  return (
+    merit(compiled.executable.as_text(), where, rows * work.length),
+    compiled.memory.total / chips.GIB,
+  )
 
 
 def maxtext(work):
@@ -109,13 +151,29 @@ def maxtext(work):
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder, "step.txt")
     subprocess.run(
-        [sys.executable, "-c", _RUN_MAXTEXT, str(out), f"compile_topology={work.where}",
-         "compile_topology_num_slices=1", "run_name=plan", f"base_output_directory={folder}",
-         "dataset_type=synthetic", "enable_checkpointing=false", "use_iota_embed=true",
-         f"model_name={work.preset.replace('_', '-')}", f"remat_policy={remat}",
-         f"per_device_batch_size={rows}", f"max_target_length={work.length}"],
-        env=os.environ | {"LIBTPU_INIT_ARGS": " ".join(flags)}, cwd=folder, check=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+      [
+        sys.executable,
+        "-c",
+        _RUN_MAXTEXT,
+        str(out),
+        f"compile_topology={work.where}",
+        "compile_topology_num_slices=1",
+        "run_name=plan",
+        f"base_output_directory={folder}",
+        "dataset_type=synthetic",
+        "enable_checkpointing=false",
+        "use_iota_embed=true",
+        f"model_name={work.preset.replace('_', '-')}",
+        f"remat_policy={remat}",
+        f"per_device_batch_size={rows}",
+        f"max_target_length={work.length}",
+      ],
+      env=os.environ | {"LIBTPU_INIT_ARGS": " ".join(flags)},
+      cwd=folder,
+      check=True,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
     return merit(out.read_text(), topology.parse(work.where), rows * work.length)
 
 
@@ -133,8 +191,7 @@ def main(names):
     for word, plan in (("same", (work.theirs[0], work.same)), ("best", work.ours)):
       took, memory = ours(work, *plan)
       ratio = f", {took / theirs:.3f} of MaxText's" if theirs else ""
-      print(f"{name}: ours, {word}, {plan}: {took:.1f} µs, {memory:.1f} GiB{ratio}",
-            flush=True)
+      print(f"{name}: ours, {word}, {plan}: {took:.1f} µs, {memory:.1f} GiB{ratio}", flush=True)
 
 
 if __name__ == "__main__":

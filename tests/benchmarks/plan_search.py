@@ -27,30 +27,30 @@ CONFIG = "configs/llama3_8b.py"
 ALL = "save:q,k,v,attention,gate,up"
 # (mesh axes beside data 1, rows of a data shard, microbatches, remat)
 HAND_MADE = {
-    "v5e-256": [
-        (dict(fsdp=256), 1, 1, "full"),
-        (dict(fsdp=256), 1, 1, "save_qkv"),
-        (dict(fsdp=256), 1, 1, "save_attention"),
-        (dict(fsdp=256), 2, 1, "full"),
-        (dict(fsdp=256), 1, 2, "save_attention"),
-        (dict(fsdp=128, tensor=2), 1, 1, ALL),
-        (dict(fsdp=64, tensor=4), 2, 1, "save_attention"),
-        (dict(fsdp=128, seq=2), 1, 1, "save_attention"),
-        (dict(fsdp=64, seq=4), 1, 1, ALL),
-        (dict(fsdp=64, seq=4), 2, 1, "save_attention"),
-    ],
-    "v6e-64": [
-        (dict(fsdp=64), 1, 1, "full"),
-        (dict(fsdp=64), 1, 1, "save_attention"),
-        (dict(fsdp=64), 1, 1, ALL),
-        (dict(fsdp=64), 2, 1, "full"),
-        (dict(fsdp=64), 2, 1, "save_attention"),
-        (dict(fsdp=64), 1, 2, "save_attention"),
-        (dict(fsdp=32, tensor=2), 1, 1, "dots"),
-        (dict(fsdp=32, tensor=2), 2, 1, ALL),
-        (dict(fsdp=16, tensor=4), 4, 1, "save_attention"),
-        (dict(fsdp=32, seq=2), 1, 1, ALL),
-    ],
+  "v5e-256": [
+    (dict(fsdp=256), 1, 1, "full"),
+    (dict(fsdp=256), 1, 1, "save_qkv"),
+    (dict(fsdp=256), 1, 1, "save_attention"),
+    (dict(fsdp=256), 2, 1, "full"),
+    (dict(fsdp=256), 1, 2, "save_attention"),
+    (dict(fsdp=128, tensor=2), 1, 1, ALL),
+    (dict(fsdp=64, tensor=4), 2, 1, "save_attention"),
+    (dict(fsdp=128, seq=2), 1, 1, "save_attention"),
+    (dict(fsdp=64, seq=4), 1, 1, ALL),
+    (dict(fsdp=64, seq=4), 2, 1, "save_attention"),
+  ],
+  "v6e-64": [
+    (dict(fsdp=64), 1, 1, "full"),
+    (dict(fsdp=64), 1, 1, "save_attention"),
+    (dict(fsdp=64), 1, 1, ALL),
+    (dict(fsdp=64), 2, 1, "full"),
+    (dict(fsdp=64), 2, 1, "save_attention"),
+    (dict(fsdp=64), 1, 2, "save_attention"),
+    (dict(fsdp=32, tensor=2), 1, 1, "dots"),
+    (dict(fsdp=32, tensor=2), 2, 1, ALL),
+    (dict(fsdp=16, tensor=4), 4, 1, "save_attention"),
+    (dict(fsdp=32, seq=2), 1, 1, ALL),
+  ],
 }
 
 
@@ -77,9 +77,12 @@ class Cache:
       if isinstance(result.error, UserError):
         return result
       self._known[key] = {
-          "topology": where.name, "changes": candidate.changes, "figures": result.figures,
-          "error": result.error and [result.error.needed, result.error.limit],
-          "seconds": time.monotonic() - began}
+        "topology": where.name,
+        "changes": candidate.changes,
+        "figures": result.figures,
+        "error": result.error and [result.error.needed, result.error.limit],
+        "seconds": time.monotonic() - began,
+      }
       self._path.write_text(json.dumps(self._known, indent=1))
     entry = self._known[key]
     self.seconds += entry["seconds"]
@@ -112,10 +115,14 @@ def compare(name, cache):
     one = search.Candidate(search.changed(c, changes), changes, 0.0, 0.0)
     by_hand.append(cache.compiled(one, where))
     print(f"  {search.describe(changes)}: {search.verdict(by_hand[-1])}", flush=True)
-  rate = lambda results: max((r.figures["tokens_per_second_per_chip"] for r in results if r.fits),
-                             default=math.nan)
-  print(f"\n{name}: {rate(found):,.0f} tokens/s a chip by the search, {rate(by_hand):,.0f} by the best "
-        f"of ten hands, ratio {rate(found) / rate(by_hand):.3f}", flush=True)
+  rate = lambda results: max(
+    (r.figures["tokens_per_second_per_chip"] for r in results if r.fits), default=math.nan
+  )
+  print(
+    f"\n{name}: {rate(found):,.0f} tokens/s a chip by the search, {rate(by_hand):,.0f} by the best "
+    f"of ten hands, ratio {rate(found) / rate(by_hand):.3f}",
+    flush=True,
+  )
 
 
 def main():

@@ -59,8 +59,7 @@ def write_corpus(folder, size):
   while written < size:
     for text in texts:
       if round_:
-        text = re.sub(r"[a-z]{4,}",
-                      lambda m: m[0] if draw.random() > 0.1 else m[0][::-1], text)
+        text = re.sub(r"[a-z]{4,}", lambda m: m[0] if draw.random() > 0.1 else m[0][::-1], text)
       line = json.dumps({"text": text}) + "\n"
       if out is None or out.tell() > FILE_BYTES:
         out = (folder / f"{number:03}.jsonl").open("w", encoding="utf-8")
@@ -77,8 +76,18 @@ def run_ours(corpus, out, more):
   """(manifest, seconds, `Memory`) of `jaxgpt data`."""
   start = time.perf_counter()
   process = subprocess.Popen(
-      [sys.executable, "-m", "jaxgpt", "data", str(corpus), f"--out={out}",
-       f"--tokenizer=sentencepiece:{VOCAB}", f"--sample-bytes={SAMPLE}", *more])
+    [
+      sys.executable,
+      "-m",
+      "jaxgpt",
+      "data",
+      str(corpus),
+      f"--out={out}",
+      f"--tokenizer=sentencepiece:{VOCAB}",
+      f"--sample-bytes={SAMPLE}",
+      *more,
+    ]
+  )
   memory = Memory(process.pid)
   while process.poll() is None:
     memory.look()
@@ -108,8 +117,11 @@ class Memory:
         kind = self._kinds.get(pid) or self._kind(pid, parent)
         rollup = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
         size = int(re.search(r"^Pss: +([0-9]+) kB", rollup, re.M)[1]) * 1024
-        waiting += [(int(child), pid) for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
-                    for child in path.read_text().split()]
+        waiting += [
+          (int(child), pid)
+          for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+          for child in path.read_text().split()
+        ]
       except (OSError, TypeError):  # it has ended meanwhile
         continue
       total += size
@@ -178,21 +190,31 @@ def main(sizes, more):
       write_corpus(corpus, size * 1_000_000)
       manifest, seconds, memory = run_ours(corpus, folder / f"out{size}", more)
       total = manifest["total"]
-      print(f"{size} MB: {seconds:.1f} s, {total['bytes'] / seconds / 1e6:.2f} MB/s of text; memory "
-            f"of all processes peaked at {megabytes(memory.peak)}; of one "
-            + ", ".join(f"{kind} {megabytes(most)}" for kind, most in memory.by_kind.items()),
-            flush=True)
+      print(
+        f"{size} MB: {seconds:.1f} s, {total['bytes'] / seconds / 1e6:.2f} MB/s of text; memory "
+        f"of all processes peaked at {megabytes(memory.peak)}; of one "
+        + ", ".join(f"{kind} {megabytes(most)}" for kind, most in memory.by_kind.items()),
+        flush=True,
+      )
     tokens, peer_seconds = run_peer(corpus)
   size = total["bytes"] / 1e6
   print(f"{size:,.0f} MB of text, {total['documents']:,} documents, {os.cpu_count()} cores")
-  print(f"jaxgpt data, all of it:       {seconds:7.1f} s  {size / seconds:6.2f} MB/s  "
-        f"{total['tokens'] / seconds:10,.0f} tokens/s")
-  print(f"tokenizers {tokenizers.__version__}, encode_batch: {peer_seconds:7.1f} s  "
-        f"{size / peer_seconds:6.2f} MB/s  {tokens / peer_seconds:10,.0f} tokens/s")
-  print(f"ratio of MB/s: {peer_seconds / seconds:.2f}; of tokens/s: "
-        f"{total['tokens'] / seconds / (tokens / peer_seconds):.2f}")
+  print(
+    f"jaxgpt data, all of it:       {seconds:7.1f} s  {size / seconds:6.2f} MB/s  "
+    f"{total['tokens'] / seconds:10,.0f} tokens/s"
+  )
+  print(
+    f"tokenizers {tokenizers.__version__}, encode_batch: {peer_seconds:7.1f} s  "
+    f"{size / peer_seconds:6.2f} MB/s  {tokens / peer_seconds:10,.0f} tokens/s"
+  )
+  print(
+    f"ratio of MB/s: {peer_seconds / seconds:.2f}; of tokens/s: "
+    f"{total['tokens'] / seconds / (tokens / peer_seconds):.2f}"
+  )
 
 
 if __name__ == "__main__":
-  main([int(size) for size in (sys.argv[1] if len(sys.argv) > 1 else "100,1000").split(",")],
-       sys.argv[2:])
+  main(
+    [int(size) for size in (sys.argv[1] if len(sys.argv) > 1 else "100,1000").split(",")],
+    sys.argv[2:],
+  )

@@ -39,23 +39,32 @@ def ours():
   from jaxgpt.parallel import mesh as mesh_lib
   from jaxgpt.training import build as build_lib
   from jaxgpt.training import loop, train_step
+
   mesh_lib.prepare_cpu()
   import jax
   import numpy as np
+
   c = config.base()
-  c.model.update(dict(vocab_size=V, num_layers=LAYERS, width=WIDTH, num_heads=HEADS,
-                      scan_unroll=LAYERS))
+  c.model.update(
+    dict(vocab_size=V, num_layers=LAYERS, width=WIDTH, num_heads=HEADS, scan_unroll=LAYERS)
+  )
   c.data.update(dict(seq_len=T, batch_size=B))
   c = config.resolve(c)
   mesh = mesh_lib.make(c.mesh)
   parts = build_lib.build(c, mesh)
   ids = np.random.default_rng(0).integers(0, V, (B, T + 1), dtype=np.int32)
   ones = np.ones((B, T), np.int32)
-  batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": ones.astype(np.float32),
-           "segment_ids": ones, "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))}
+  batch = {
+    "tokens": ids[:, :-1],
+    "targets": ids[:, 1:],
+    "loss_weights": ones.astype(np.float32),
+    "segment_ids": ones,
+    "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+  }
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
   compiled = train_step.compile(
-      train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh)
+    train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh
+  )
   with jax.set_mesh(mesh):
     state = train_step.first_state(parts.model, parts.tx, 0, parts.state)
   batch = loop.to_devices(batch, mesh)
@@ -72,10 +81,21 @@ def peer(attention):
   """Hugging Face's GPT2LMHeadModel in training mode."""
   import torch
   from transformers import GPT2Config, GPT2LMHeadModel
+
   torch.manual_seed(0)
-  model = GPT2LMHeadModel(GPT2Config(
-      vocab_size=V, n_positions=T, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, resid_pdrop=0,
-      embd_pdrop=0, attn_pdrop=0, attn_implementation=attention)).train()
+  model = GPT2LMHeadModel(
+    GPT2Config(
+      vocab_size=V,
+      n_positions=T,
+      n_embd=WIDTH,
+      n_layer=LAYERS,
+      n_head=HEADS,
+      resid_pdrop=0,
+      embd_pdrop=0,
+      attn_pdrop=0,
+      attn_implementation=attention,
+    )
+  ).train()
   opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
   ids = torch.randint(0, V, (B, T))
 
@@ -90,8 +110,11 @@ def peer(attention):
   rounds(step)
 
 
-SIDES = {"jaxgpt": ours, "transformers sdpa": lambda: peer("sdpa"),
-         "transformers eager": lambda: peer("eager")}
+SIDES = {
+  "jaxgpt": ours,
+  "transformers sdpa": lambda: peer("sdpa"),
+  "transformers eager": lambda: peer("eager"),
+}
 
 
 def main():
@@ -105,8 +128,12 @@ def main():
   processes = {}
   for side in SIDES:
     processes[side] = subprocess.Popen(
-        [sys.executable, __file__, f"--side={side}"], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, env=env | {"JAX_PLATFORMS": "cpu"})
+      [sys.executable, __file__, f"--side={side}"],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=env | {"JAX_PLATFORMS": "cpu"},
+    )
     if processes[side].stdout.readline().strip() != "ready":
       sys.exit(f"{side} did not start; the peer needs: pip install -e '.[bench]'")
   seconds = {side: [] for side in SIDES}

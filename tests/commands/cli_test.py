@@ -29,8 +29,17 @@ def site(tmp_path_factory, corpus):
   folder = tmp_path_factory.mktemp("site")
   (folder / "c.py").write_text(CONFIG)
   (folder / "data").symlink_to(corpus)
-  assert main.main(["train", f"--config={folder}/c.py", f"--config.data.path={folder}/data",
-                   f"--workdir={folder}/run"]) == 0
+  assert (
+    main.main(
+      [
+        "train",
+        f"--config={folder}/c.py",
+        f"--config.data.path={folder}/data",
+        f"--workdir={folder}/run",
+      ]
+    )
+    == 0
+  )
   return folder
 
 
@@ -55,8 +64,13 @@ def refused(capsys, *args):
 
 
 def train(site, *more, data="data", workdir="other"):
-  return ["train", f"--config={site}/c.py", f"--config.data.path={site}/{data}",
-          f"--workdir={site}/{workdir}", *more]
+  return [
+    "train",
+    f"--config={site}/c.py",
+    f"--config.data.path={site}/{data}",
+    f"--workdir={site}/{workdir}",
+    *more,
+  ]
 
 
 def test_help_answers_at_once_without_jax():
@@ -87,18 +101,26 @@ def test_generate_continues_the_prompt(site, capsys):
 
 def test_one_text_file_is_enough(site, tmp_path, capsys):
   (tmp_path / "a.txt").write_text("".join(f"line {i} of a poem\n" for i in range(400)))
-  code, out, _ = run(capsys, "data", tmp_path / "a.txt", f"--out={tmp_path}/d",
-                     "--tokenizer=bytes")
+  code, out, _ = run(capsys, "data", tmp_path / "a.txt", f"--out={tmp_path}/d", "--tokenizer=bytes")
   assert code == 0 and "cut" in out
-  code, out, _ = run(capsys, *train(site, f"--config.data.path={tmp_path}/d",
-                                    f"--workdir={tmp_path}/run"))
+  code, out, _ = run(
+    capsys, *train(site, f"--config.data.path={tmp_path}/d", f"--workdir={tmp_path}/run")
+  )
   assert code == 0 and "validation loss" in out
 
 
 def test_jsonl_makes_a_document_of_each_line(tmp_path, capsys):
   (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\nbroken\n' * 40)
-  code, out, _ = run(capsys, "data", tmp_path / "a.jsonl", f"--out={tmp_path}/d",
-                     "--tokenizer=bytes", "--field=text=body", "--validation=0", "--test=0")
+  code, out, _ = run(
+    capsys,
+    "data",
+    tmp_path / "a.jsonl",
+    f"--out={tmp_path}/d",
+    "--tokenizer=bytes",
+    "--field=text=body",
+    "--validation=0",
+    "--test=0",
+  )
   assert code == 0 and "80 documents" in out and "dropped 40" in out
 
 
@@ -169,11 +191,18 @@ def test_an_out_folder_that_cannot_be_written(tmp_path, capsys):
   assert "--out=" in message and "can't be written" in message
 
 
-@pytest.mark.parametrize("name, text", [
-    ("config.json", "null"), ("config.json", '{"config": 3}'), ("config.json", "{"),
+@pytest.mark.parametrize(
+  "name, text",
+  [
+    ("config.json", "null"),
+    ("config.json", '{"config": 3}'),
+    ("config.json", "{"),
     ("config.json", '{"config": {"optim": {"lr": "x"}}}'),
     ("config.json", '{"config": {"optim": {"lrr": 1}}}'),
-    ("starts.jsonl", '{"time": 1}\n'), ("starts.jsonl", '{"ti')])
+    ("starts.jsonl", '{"time": 1}\n'),
+    ("starts.jsonl", '{"ti'),
+  ],
+)
 def test_a_damaged_run_folder(site, tmp_path, capsys, name, text):
   shutil.copytree(site / "run", tmp_path / "run")
   (tmp_path / "run" / name).write_text(text)
@@ -247,6 +276,7 @@ def test_prepared_data_is_not_overwritten_by_accident(site, tmp_path, capsys):
 
 def test_the_config_of_a_run_is_the_file_plus_the_command_line(site):
   from jaxgpt.run import run_folder
+
   saved = run_folder.read_config(site / "run")
   assert saved.data.path == f"{site}/data"
   assert config.flatten(saved)["model.width"] == 16

@@ -19,23 +19,40 @@ def test_a_sound_run_has_no_problem(tiny, tmp_path):
   c = tiny()
   findings = list(doctor.examine(lambda: c, tmp_path / "run"))
   assert {f.status for f in findings} == {OK}, findings
-  assert [f.topic for f in findings] == ["versions", "processes", "devices", "config", "data", "data",
-                                         "data", "mesh", "step", "workdir", "room"]
+  assert [f.topic for f in findings] == [
+    "versions",
+    "processes",
+    "devices",
+    "config",
+    "data",
+    "data",
+    "data",
+    "mesh",
+    "step",
+    "workdir",
+    "room",
+  ]
   assert "8 x cpu" in said(findings, OK, "devices") and "data=8" in said(findings, OK, "mesh")
   assert "ms" in said(findings, OK, "step") and "an epoch has" in said(findings, OK, "data")
   assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
 
 
-@pytest.mark.parametrize("change, topic, words", [
+@pytest.mark.parametrize(
+  "change, topic, words",
+  [
     ({"data__path": ""}, "data", "data.path"),
     ({"data__path": "nowhere"}, "data", "nowhere"),
     ({"data__batch_size": 12}, "mesh", "data.batch_size=12 is no multiple of"),
     ({"mesh__data": 3}, "mesh", "multiply to 3, but there are 8 devices"),
-    ({"mesh__data": 1, "mesh__fsdp": 8, "model__width": 36, "model__num_heads": 2}, "mesh",
-     "does not divide dimension 'embed' = 36"),
+    (
+      {"mesh__data": 1, "mesh__fsdp": 8, "model__width": 36, "model__num_heads": 2},
+      "mesh",
+      "does not divide dimension 'embed' = 36",
+    ),
     ({"init_from": "nowhere"}, "init_from", "init_from='nowhere' holds no config.json"),
     ({"model__attention": "splash"}, "mesh", "a kernel for TPUs"),
-])
+  ],
+)
 def test_a_config_that_does_not_fit_is_a_problem(tiny, change, topic, words):
   c = tiny(**change)
   findings = list(doctor.examine(lambda: c, step=False))
@@ -54,15 +71,17 @@ def test_a_stream_is_read_up_to_its_first_batch(tiny, tmp_path):
 
 def test_damaged_data_is_a_problem(tiny, corpus, tmp_path):
   folder = shutil.copytree(corpus, tmp_path / "data")
-  shard, = folder.glob("train-*.arrayrecord")
+  (shard,) = folder.glob("train-*.arrayrecord")
   good = shard.read_bytes()
   c = tiny(data__path=str(folder))
   shard.write_bytes(good[:-10])
-  assert f"{len(good) - 10} bytes instead of" in said(doctor.examine(lambda: c, step=False),
-                                                      PROBLEM, "data")
+  assert f"{len(good) - 10} bytes instead of" in said(
+    doctor.examine(lambda: c, step=False), PROBLEM, "data"
+  )
   shard.write_bytes(bytes(len(good)))
-  assert "the first batch of train can't be read" in said(doctor.examine(lambda: c, step=False),
-                                                          PROBLEM, "data")
+  assert "the first batch of train can't be read" in said(
+    doctor.examine(lambda: c, step=False), PROBLEM, "data"
+  )
   (folder / "manifest.json").write_text("{}")
   assert "manifest.json is damaged" in said(doctor.examine(lambda: c, step=False), PROBLEM, "data")
 
@@ -70,6 +89,7 @@ def test_damaged_data_is_a_problem(tiny, corpus, tmp_path):
 def test_a_step_that_does_not_fit_into_memory_is_a_problem(tiny, monkeypatch):
   def full(*_):
     raise doctor.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
   monkeypatch.setattr(doctor.train_step, "first_state", full)
   c = tiny()
   text = said(doctor.examine(lambda: c), PROBLEM, "step")
@@ -79,6 +99,7 @@ def test_a_step_that_does_not_fit_into_memory_is_a_problem(tiny, monkeypatch):
 def test_a_step_that_cannot_be_made_is_a_problem(tiny, monkeypatch):
   def broken(*_):
     raise NotImplementedError("no rule for this")
+
   monkeypatch.setattr(doctor.train_step, "make", broken)
   c = tiny()
   findings = list(doctor.examine(lambda: c))
@@ -99,7 +120,9 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
 def test_a_bucket_that_does_not_answer_is_a_problem(monkeypatch):
   monkeypatch.setattr(doctor, "probe", lambda folder: threading.Event().wait())
   monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.1)
-  assert "no answer within 0.1 s" in said(doctor.run_folder("gs://bucket/run", {}), PROBLEM, "workdir")
+  assert "no answer within 0.1 s" in said(
+    doctor.run_folder("gs://bucket/run", {}), PROBLEM, "workdir"
+  )
 
 
 def test_a_folder_that_holds_something_else_is_a_problem(tmp_path):
@@ -110,11 +133,13 @@ def test_a_folder_that_holds_something_else_is_a_problem(tmp_path):
 def test_a_folder_of_another_run_is_a_problem(tiny, tmp_path):
   c = tiny(train__steps=2)
   doctor.loop.train(c, tmp_path / "run", config.flatten(c))
-  assert "holds this run" in said(doctor.examine(lambda: c, tmp_path / "run", step=False), OK,
-                                  "workdir")
+  assert "holds this run" in said(
+    doctor.examine(lambda: c, tmp_path / "run", step=False), OK, "workdir"
+  )
   other = tiny(train__steps=2, optim__lr=0.5)
   assert "optim.lr was 0.01, is 0.5" in said(
-      doctor.examine(lambda: other, tmp_path / "run", step=False), PROBLEM, "workdir")
+    doctor.examine(lambda: other, tmp_path / "run", step=False), PROBLEM, "workdir"
+  )
 
 
 @pytest.mark.parametrize("share, status", [(1.9, PROBLEM), (2.5, WARNING), (3.1, OK)])
@@ -123,12 +148,13 @@ def test_room_for_checkpoints(tiny, share, status):
   _, c = doctor.loop.load_tokenizer_and_config(tiny())
   found = {"c": c, "parts": doctor.parts_lib.build(c, doctor.mesh_lib.make(c.mesh))}
   one = doctor.state_bytes(found["parts"].state)
-  finding, = doctor.room(share * one, found)
+  (finding,) = doctor.room(share * one, found)
   assert finding.status == status and "checkpoint.keep=2" in finding.text
 
 
 def test_the_command_prints_lines_or_json_and_its_code_says_whether_there_is_a_problem(
-    corpus, tmp_path, capsys):
+  corpus, tmp_path, capsys
+):
   (tmp_path / "c.py").write_text("from jaxgpt import config\nget_config = config.base\n")
   args = ["doctor", f"--config={tmp_path}/c.py", f"--config.data.path={corpus}", "--no-step"]
   assert main.main([*args, f"--workdir={tmp_path}/run"]) == 0

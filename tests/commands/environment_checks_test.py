@@ -46,11 +46,19 @@ def test_parts_of_jax_that_do_not_fit_are_a_problem(versions):
   assert "jaxlib 99.0 does not fit" in text
 
 
-@pytest.mark.parametrize("version, wanted, want", [
-    ("0.10.2", "<=0.10.2,>=0.10.0", True), ("0.10.3", "<=0.10.2,>=0.10.0", False),
-    ("0.9.9", "<=0.10.2,>=0.10.0", False), ("0.0.42.1", "==0.0.42.*", True),
-    ("0.0.421", "==0.0.42.*", False), ("0.12.0.1", "<=0.12.0.1,>=0.12.0.1", True),
-    ("0.10.2.dev20260101", "<=0.10.2", True), ("0.0.42.dev20260101+nightly", "==0.0.42.*", True)])
+@pytest.mark.parametrize(
+  "version, wanted, want",
+  [
+    ("0.10.2", "<=0.10.2,>=0.10.0", True),
+    ("0.10.3", "<=0.10.2,>=0.10.0", False),
+    ("0.9.9", "<=0.10.2,>=0.10.0", False),
+    ("0.0.42.1", "==0.0.42.*", True),
+    ("0.0.421", "==0.0.42.*", False),
+    ("0.12.0.1", "<=0.12.0.1,>=0.12.0.1", True),
+    ("0.10.2.dev20260101", "<=0.10.2", True),
+    ("0.0.42.dev20260101+nightly", "==0.0.42.*", True),
+  ],
+)
 def test_versions_are_compared_as_numbers(version, wanted, want):
   assert environment_checks.fits(version, wanted) == want
 
@@ -60,8 +68,11 @@ def test_tpu_chips_that_are_not_used(tpu, monkeypatch, tmp_path):
   monkeypatch.delenv("JAX_PLATFORMS")
   monkeypatch.setattr(environment_checks, "_LOCK", str(tmp_path / "lock"))
   assert "delete" in said(environment_checks.devices(), PROBLEM, "devices")
-  holder = subprocess.Popen([sys.executable, "-c", f"f = open('{tmp_path}/lock', 'w'); print(1, "
-                             "flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  holder = subprocess.Popen(
+    [sys.executable, "-c", f"f = open('{tmp_path}/lock', 'w'); print(1, flush=True); input()"],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
   try:
     holder.stdout.readline()
     assert f"process {holder.pid} (" in said(environment_checks.devices(), PROBLEM, "devices")
@@ -77,11 +88,18 @@ def test_a_libtpu_without_chips(versions, monkeypatch):
   assert "set JAX_PLATFORMS=cpu" in said(environment_checks.devices(), WARNING, "devices")
 
 
-@pytest.mark.parametrize("plugin, platforms, words", [
-    (None, None, "pip install 'jaxgpt[cuda]'"), ("0.1", "cpu", "JAX_PLATFORMS leaves it out"),
-    ("0.1", None, "run nvidia-smi")])
+@pytest.mark.parametrize(
+  "plugin, platforms, words",
+  [
+    (None, None, "pip install 'jaxgpt[cuda]'"),
+    ("0.1", "cpu", "JAX_PLATFORMS leaves it out"),
+    ("0.1", None, "run nvidia-smi"),
+  ],
+)
 def test_a_gpu_that_is_not_used(versions, monkeypatch, plugin, platforms, words):
-  monkeypatch.setattr(environment_checks.glob, "glob", lambda p: ["/dev/nvidia0"] if "nvidia" in p else [])
+  monkeypatch.setattr(
+    environment_checks.glob, "glob", lambda p: ["/dev/nvidia0"] if "nvidia" in p else []
+  )
   versions["jax-cuda13-plugin"] = plugin
   monkeypatch.delenv("JAX_PLATFORMS")
   if platforms:
@@ -92,8 +110,11 @@ def test_a_gpu_that_is_not_used(versions, monkeypatch, plugin, platforms, words)
 def test_a_backend_that_does_not_start(monkeypatch):
   def broken():
     raise RuntimeError("Unable to initialize backend 'cuda'\nmore")
+
   monkeypatch.setattr(environment_checks.jax, "devices", broken)
-  assert "finds no device: Unable to initialize" in said(environment_checks.devices(), PROBLEM, "devices")
+  assert "finds no device: Unable to initialize" in said(
+    environment_checks.devices(), PROBLEM, "devices"
+  )
   monkeypatch.setattr(environment_checks.jax, "devices", environment_checks.threading.Event().wait)
   assert "does not start within 0.1 s" in environment_checks._start_backend(0.1)[1]
 
@@ -109,8 +130,10 @@ def test_several_processes_are_told(monkeypatch):
 def test_devices_are_named_with_their_memory(monkeypatch):
   class Device:
     device_kind, platform = "TPU v5 lite", "tpu"
+
     def memory_stats(self):
       return {"bytes_limit": 16_900_000_000}
+
   monkeypatch.setattr(environment_checks.jax, "devices", lambda: [Device()] * 4)
   text = said(environment_checks.devices(), OK, "devices")
   assert "4 x TPU v5 lite (tpu), 16.9 GB each" in text

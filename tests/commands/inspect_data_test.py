@@ -16,12 +16,14 @@ from jaxgpt.training import loop
 @pytest.fixture
 def run(tmp_path, tiny):
   """A function (overrides) -> a run folder as it is before step 0, and its resolved config."""
+
   def make(**over):
     c = config.resolve(tiny(data__batch_size=4, **over), 300)
     mesh = mesh_lib.make(c.mesh)
     digest = loop.split_batches(c, "train").digest
     run_folder.enter(tmp_path / "run", c, {}, mesh, digest, tokenizer.ByteTokenizer())
     return str(tmp_path / "run"), c
+
   return make
 
 
@@ -41,8 +43,10 @@ def test_each_row_of_a_step_names_its_documents_and_shows_its_text(run, capsys):
   for part, row, tokens in zip(parts, b.rows(3), b.batch(3)["tokens"], strict=True):
     split, pack = b.sources[0].split, b.sources[0].pack
     for doc, start, n in zip(*pack.spans(row.row), strict=True):
-      assert (f"{split.source_name(doc)} (document {doc}), tokens {start} to {start + n} of "
-              f"{split.lengths[doc] + 1}") in part
+      assert (
+        f"{split.source_name(doc)} (document {doc}), tokens {start} to {start + n} of "
+        f"{split.lengths[doc] + 1}"
+      ) in part
     text = tokenizer.ByteTokenizer().decode(tokens)
     shown = "\n".join(line[6:] for line in part.splitlines() if line.startswith("    | "))
     for word in text.split()[:3]:
@@ -80,15 +84,23 @@ def test_rows_and_data_that_are_not_the_runs(run, tmp_path, capsys):
 
 def test_rows_of_labelled_data(tmp_path, capsys):
   kinds = {
-      "chat": {"messages": [{"role": "user", "content": "abc"},
-                            {"role": "assistant", "content": "de"}]},
-      "classification": {"text": "abc", "text_pair": "de", "label": "good"},
-      "preference": {"prompt": "abc", "chosen": "de", "rejected": "fg"}}
+    "chat": {
+      "messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]
+    },
+    "classification": {"text": "abc", "text_pair": "de", "label": "good"},
+    "preference": {"prompt": "abc", "chosen": "de", "rejected": "fg"},
+  }
   said = {}
   for kind, record in kinds.items():
     (tmp_path / f"{kind}.jsonl").write_text((json.dumps(record) + "\n") * 20)
-    prepare.prepare(tmp_path / f"{kind}.jsonl", tmp_path / kind, tokenizer="bytes", kind=kind,
-                    validation=0, test=0)
+    prepare.prepare(
+      tmp_path / f"{kind}.jsonl",
+      tmp_path / kind,
+      tokenizer="bytes",
+      kind=kind,
+      validation=0,
+      test=0,
+    )
     code, out = command(capsys, "show", str(tmp_path / kind), "--rows=2", "--seq-len=40")
     assert code == 0
     said[kind] = out.out
@@ -103,8 +115,16 @@ def test_rows_of_labelled_data(tmp_path, capsys):
 def test_a_file_of_the_name_of_a_command(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "show").write_text("some text")
-  code, out = command(capsys, "./show", "--out=data", "--tokenizer=bytes", "--validation=0",
-                      "--test=0", "--format=text", "--executor=process")
+  code, out = command(
+    capsys,
+    "./show",
+    "--out=data",
+    "--tokenizer=bytes",
+    "--validation=0",
+    "--test=0",
+    "--format=text",
+    "--executor=process",
+  )
   assert code == 0, out.err
   with pytest.raises(SystemExit):
     main.main(["data", "inspect", "--help"])

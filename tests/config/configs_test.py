@@ -12,12 +12,12 @@ from jaxgpt.training import build as build_lib
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer)
-    "char_level": (10_723_200, 264),
-    "classifier": (129_474, 264),
-    "demo": (4_196_608, 4096),
-    "finetune": (10_945_536, 264),  # without a run to start from: the base config
-    "gpt2_124m": (124_475_904, None),
-    "llama3_8b": (8_030_261_248, None),
+  "char_level": (10_723_200, 264),
+  "classifier": (129_474, 264),
+  "demo": (4_196_608, 4096),
+  "finetune": (10_945_536, 264),  # without a run to start from: the base config
+  "gpt2_124m": (124_475_904, None),
+  "llama3_8b": (8_030_261_248, None),
 }
 
 
@@ -35,8 +35,9 @@ def test_a_config_builds_and_has_its_size(name):
   parts = build_lib.build(c, mesh.make(c.mesh))
   assert tree.count(parts.state["params"]) == count
   batch = jax.ShapeDtypeStruct((8, c.data.seq_len), "int32")
-  logits = jax.eval_shape(lambda p, t: parts.model.apply({"params": p}, t, t).logits,
-                          parts.state["params"], batch)
+  logits = jax.eval_shape(
+    lambda p, t: parts.model.apply({"params": p}, t, t).logits, parts.state["params"], batch
+  )
   of_row = (c.data.seq_len, c.model.vocab_size) if c.model.head == "lm" else (c.model.num_labels,)
   assert logits.shape == (8, *of_row)
   assert isinstance(parts.model.cfg, ml_collections.FrozenConfigDict)

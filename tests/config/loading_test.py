@@ -17,14 +17,18 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
 def write(tmp_path, body):
   path = tmp_path / "c.py"
-  path.write_text("from jaxgpt import config\n\ndef get_config(arg=''):\n"
-                  f"  c = config.base()\n  {body}\n  return c\n")
+  path.write_text(
+    "from jaxgpt import config\n\ndef get_config(arg=''):\n"
+    f"  c = config.base()\n  {body}\n  return c\n"
+  )
   return path
 
 
 def test_values_know_where_they_came_from(tmp_path):
-  path = write(tmp_path, "c.model.update(config.preset('llama3_8b')); c.optim.lr = 3e-4; "
-                         "c.model.num_layers = 2")
+  path = write(
+    tmp_path,
+    "c.model.update(config.preset('llama3_8b')); c.optim.lr = 3e-4; c.model.num_layers = 2",
+  )
   c, origin = config.load(path, ["--config.data.seq_len=128", "--noconfig.data.shuffle"])
   assert (c.optim.lr, c.model.num_layers, c.data.seq_len, c.data.shuffle) == (3e-4, 2, 128, False)
   assert origin["model.width"] == "preset llama3_8b"
@@ -39,7 +43,9 @@ def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
   assert config.resolve(c).model.num_kv_heads == 3
 
 
-@pytest.mark.parametrize("override, words", [
+@pytest.mark.parametrize(
+  "override, words",
+  [
     ("--config.optim.lrr=1", "optim.lrr.*did you mean 'optim.lr'"),
     ("--config.optim.lr=fast", "optim.lr=fast"),
     ("--config.model.num_heads=5", "model.num_heads=5 .*model.width=384"),
@@ -61,32 +67,46 @@ def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
     ("--config.mesh.rules.mlp=tensr", "mesh.rules.mlp='tensr'.*did you mean 'tensor'"),
     ("--config.mesh.rules.mlp=", "mesh.rules.mlp='': no mesh axis ''; give .*or none"),
     ("--config.mesh.rules.embed=fsdp,fsdp", "mesh.rules.embed='fsdp,fsdp': .*'fsdp' twice"),
-    ("--config.mesh.rules.act_heads=fsdp",
-     "mesh.rules.act_heads='fsdp': the heads .*'fsdp' twice .its 'rows' always is.; take 'fsdp' out"),
-    ("--config.mesh.rules.act_embed=tensor", "mesh.rules.act_embed='tensor' and mesh.rules."
-     "residual_length='seq,tensor': what goes between the blocks"),
+    (
+      "--config.mesh.rules.act_heads=fsdp",
+      "mesh.rules.act_heads='fsdp': the heads .*'fsdp' twice .its 'rows' always is.; take 'fsdp' out",
+    ),
+    (
+      "--config.mesh.rules.act_embed=tensor",
+      "mesh.rules.act_embed='tensor' and mesh.rules."
+      "residual_length='seq,tensor': what goes between the blocks",
+    ),
     ("--config.mesh.rules.layers=none", "rules.layers cannot be set: the pipeline .*mesh.stage;"),
     ("--config.model.rope.fraction=1.5", "model.rope.fraction=1.5 is a share of a head"),
-    ("--config.mesh.compiler_options=('xla_foo',)", "mesh.compiler_options: 'xla_foo' must be .name="),
+    (
+      "--config.mesh.compiler_options=('xla_foo',)",
+      "mesh.compiler_options: 'xla_foo' must be .name=",
+    ),
     ("--config.optim.lr_scales=('layers/*',0.1)", r"'layers/\*' must be \(pattern, factor\)"),
     ("--config.mesh.rules.length=tensor", "rules.length cannot be set: the ring .*mesh.seq;"),
-])
+  ],
+)
 def test_bad_values_are_named(tmp_path, override, words):
   with pytest.raises(UserError, match=words):
     config.resolve(config.load(write(tmp_path, "pass"), [override])[0])
 
 
 def test_groups_of_experts_that_a_router_ranks_by_two_have_two(tmp_path):
-  body = ("c.model.update_from_flattened_dict({'mlp_pattern': ('moe',), 'moe.experts': 4, "
-          "'moe.groups': 4, 'moe.top_groups': 2, 'moe.router': 'sigmoid'})")
+  body = (
+    "c.model.update_from_flattened_dict({'mlp_pattern': ('moe',), 'moe.experts': 4, "
+    "'moe.groups': 4, 'moe.top_groups': 2, 'moe.router': 'sigmoid'})"
+  )
   with pytest.raises(UserError, match="model.moe.groups=4 leaves one expert a group"):
     config.resolve(config.load(write(tmp_path, body))[0], vocab_size=8)
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     ({"objective.name": "masked_lm", "model.causal": False}, "data.stream='x' is for .*causal_lm"),
     ({"data.weights": (0.5, 0.5)}, "mix prepared folders, and data.stream='x'"),
-])
+  ],
+)
 def test_what_a_stream_can_not_do_is_named(change, words):
   c = config.base()
   c.update_from_flattened_dict(change)
@@ -96,7 +116,9 @@ def test_what_a_stream_can_not_do_is_named(change, words):
     config.resolve(c, vocab_size=8)
 
 
-@pytest.mark.parametrize("body, words", [
+@pytest.mark.parametrize(
+  "body, words",
+  [
     ("c.optim.lrr = 1", "lrr"),
     ("c.model.update(config.preset('llama4_8b'))", "llama4_8b.*did you mean 'llama3_8b'"),
     ("c.optim.lr = 'fast'", "c.py:5: .*lr"),
@@ -106,7 +128,8 @@ def test_what_a_stream_can_not_do_is_named(change, words):
     ("c.data.batch_size = None", "data.batch_size=None"),
     ("import ml_collections; c = ml_collections.ConfigDict({'optim': 1})", "config.base"),
     ("c.unlock(); c.extra = 1", "unknown key 'extra'"),
-])
+  ],
+)
 def test_bad_files_are_named(tmp_path, body, words):
   with pytest.raises(UserError, match=words):
     config.load(write(tmp_path, body))
@@ -141,10 +164,13 @@ def test_a_resolved_config_survives_the_run_folder():
 
 def test_every_choice_is_implemented_and_named_in_its_comment():
   tables = {
-      "objective.name": objectives.OBJECTIVES, "model.activation": ops.ACTIVATIONS,
-      "model.attention": {"auto", *attention.FORMS},
-      "data.packing": packing.PACKINGS, "optim.name": optimizers.DIRECTIONS,
-      "schedule.name": schedules.SHAPES}
+    "objective.name": objectives.OBJECTIVES,
+    "model.activation": ops.ACTIVATIONS,
+    "model.attention": {"auto", *attention.FORMS},
+    "data.packing": packing.PACKINGS,
+    "optim.name": optimizers.DIRECTIONS,
+    "schedule.name": schedules.SHAPES,
+  }
   for key, table in tables.items():
     assert set(checks.CHOICES[key]) == set(table), key
   assert set(checks.REMAT) == {"none", *remat.REMAT}
@@ -175,5 +201,7 @@ def test_names_that_are_saved_and_offloaded():
   for value in ("save:q+offload:q", "offload:", "offload:x", "save:q+full"):
     c = config.base()
     c.model.remat = value
-    with pytest.raises(UserError, match="such as 'save:q,k,v,attention', or offload: and such names"):
+    with pytest.raises(
+      UserError, match="such as 'save:q,k,v,attention', or offload: and such names"
+    ):
       config.resolve(c, 10)

@@ -29,9 +29,17 @@ def make(path, objective, seq_len=96):
   masked = None
   if objective == "masked_lm":
     masked = masking.make(config.base().objective, tokenizer.ByteTokenizer(), 5)
-  return pipeline.make(path, "train", seq_len=seq_len, batch_size=B, seed=5, weights=(0.6, 0.3, 0.1),
-                       weight_changes=((60, (0.2, 0.3, 0.5)), (150, (0, 1, 1))),
-                       objective=objective, masking=masked)
+  return pipeline.make(
+    path,
+    "train",
+    seq_len=seq_len,
+    batch_size=B,
+    seed=5,
+    weights=(0.6, 0.3, 0.1),
+    weight_changes=((60, (0.2, 0.3, 0.5)), (150, (0, 1, 1))),
+    objective=objective,
+    masking=masked,
+  )
 
 
 def digest(batch):
@@ -53,8 +61,10 @@ def path(tmp_path_factory):
   folder = tmp_path_factory.mktemp("exactness")
   rng = np.random.default_rng(0)
   for name, count, mean in (("web", 300, 3.5), ("code", 60, 5), ("notes", 90, 2.5)):
-    texts = (f"{name} {i} " + "".join(rng.choice(list("abcdef \n"), int(n)))
-             for i, n in enumerate(rng.lognormal(mean, 1, count)))
+    texts = (
+      f"{name} {i} " + "".join(rng.choice(list("abcdef \n"), int(n)))
+      for i, n in enumerate(rng.lognormal(mean, 1, count))
+    )
     (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     prepare.prepare(folder / f"{name}.jsonl", folder / name, tokenizer="bytes", shard_tokens=4000)
   return ",".join(str(folder / name) for name in ("web", "code", "notes"))
@@ -90,8 +100,9 @@ def test_a_run_that_stopped_goes_on_with_other_hosts(path, expected):
   first = make(path, objective)
   before = [digest(batch) for batch in first.iterate(stop_step=77)]
   after = make(path, objective)
-  hosts = [after.iterate(77, stop_step=STEPS, host_index=h, host_count=4, threads=2)
-           for h in range(4)]
+  hosts = [
+    after.iterate(77, stop_step=STEPS, host_index=h, host_count=4, threads=2) for h in range(4)
+  ]
   assert before + [digest(joined(parts)) for parts in zip(*hosts, strict=True)] == digests
 
 
@@ -111,8 +122,12 @@ with open(out, "wb") as f:
 def test_two_processes_make_a_half_each(path, expected, tmp_path):
   objective, digests = expected
   root = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-  processes = [subprocess.Popen([sys.executable, "-c", _PROCESS, root, path, objective, str(h), "2",
-                                 str(tmp_path / str(h))]) for h in range(2)]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", _PROCESS, root, path, objective, str(h), "2", str(tmp_path / str(h))]
+    )
+    for h in range(2)
+  ]
   assert [p.wait() for p in processes] == [0, 0]
   like = make(path, objective).batch(0, 0, 2)
   halves = [np.fromfile(tmp_path / str(h), np.uint8).reshape(STEPS, -1) for h in range(2)]
@@ -121,16 +136,22 @@ def test_two_processes_make_a_half_each(path, expected, tmp_path):
     for half in halves:
       part, at = {}, 0
       for key in sorted(like):
-        part[key] = half[step, at:at + like[key].nbytes].view(like[key].dtype).reshape(
-            like[key].shape)
+        part[key] = (
+          half[step, at : at + like[key].nbytes].view(like[key].dtype).reshape(like[key].shape)
+        )
         at += like[key].nbytes
       parts.append(part)
     assert digest(joined(parts)) == digests[step]
 
 
 @hypothesis.settings(deadline=None, max_examples=25)
-@hypothesis.given(st.data(), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from(OBJECTIVES),
-                  st.sampled_from(["best_fit", "concat", "one_per_row"]))
+@hypothesis.given(
+  st.data(),
+  st.integers(1, 40),
+  st.integers(0, 2**31),
+  st.sampled_from(OBJECTIVES),
+  st.sampled_from(["best_fit", "concat", "one_per_row"]),
+)
 def test_each_token_comes_once_an_epoch(tmp_path_factory, data, seq_len, seed, objective, packing):
   """Over lengths, row lengths and seeds, for each source of a mixture."""
   folder = tmp_path_factory.mktemp("once")
@@ -144,13 +165,22 @@ def test_each_token_comes_once_an_epoch(tmp_path_factory, data, seq_len, seed, o
       ids = 3 + (serial + np.arange(n)) ** 3 % 251
       serial += n
       writer.add(examples.Encoded(np.concatenate(([1], ids, [2])).astype(np.int32)), n, "x")
-    shards.write_manifest(folder / name, shards.make_manifest(
-        t, {"train": writer.finish()}, documents.Dropped()))
+    shards.write_manifest(
+      folder / name, shards.make_manifest(t, {"train": writer.finish()}, documents.Dropped())
+    )
   masked = None
   if objective == "masked_lm":
     masked = masking.make(config.base().objective, t, seed)
-  b = pipeline.make(f"{folder / 'a'},{folder / 'b'}", "train", seq_len=seq_len, batch_size=3,
-                    seed=seed, packing=packing, objective=objective, masking=masked)
+  b = pipeline.make(
+    f"{folder / 'a'},{folder / 'b'}",
+    "train",
+    seq_len=seq_len,
+    batch_size=3,
+    seed=seed,
+    packing=packing,
+    objective=objective,
+    masking=masked,
+  )
   more = 1 if objective == "causal_lm" else 0
   used = [[np.zeros(n + 2 - more, int) for n in of_source] for of_source in lengths]
   step = 0
@@ -162,25 +192,32 @@ def test_each_token_comes_once_an_epoch(tmp_path_factory, data, seq_len, seed, o
       assert (batch["segment_ids"][i] > 0).sum() == total <= seq_len
       stored = [b.sources[r.source].split.read(d, s, n + more) for d, s, n in spans]
       inputs = np.concatenate([ids[:n] for ids, (_, _, n) in zip(stored, spans, strict=True)])
-      np.testing.assert_array_equal(
-          batch["tokens" if more else "targets"][i, :total], inputs)
+      np.testing.assert_array_equal(batch["tokens" if more else "targets"][i, :total], inputs)
       if r.epoch == 0:
         for d, s, n in spans:
-          used[r.source][d][s:s + n] += 1
+          used[r.source][d][s : s + n] += 1
     step += 1
   assert all((u == 1).all() for of_source in used for u in of_source)
 
 
 @hypothesis.settings(deadline=None, max_examples=8)
-@hypothesis.given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1),
-                  st.integers(0, 9))
+@hypothesis.given(
+  st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1), st.integers(0, 9)
+)
 def test_no_document_is_in_two_splits(tmp_path_factory, texts, salt):
   folder = tmp_path_factory.mktemp("splits")
   texts = ["always there"] + [t for t in texts if t.strip()]
   (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts * 2))
   try:
-    prepare.prepare(folder / "a.jsonl", folder / "data", tokenizer="bytes", validation=0.3,
-                    test=0.3, cut_chars=0, salt=str(salt))
+    prepare.prepare(
+      folder / "a.jsonl",
+      folder / "data",
+      tokenizer="bytes",
+      validation=0.3,
+      test=0.3,
+      cut_chars=0,
+      salt=str(salt),
+    )
   except Exception as e:
     assert "training split" in str(e)
     return

@@ -23,23 +23,34 @@ def write(folder, kind, fields, label_names=(), template=None):
   """A prepared folder of one train split; returns its name."""
   folder.mkdir()
   writer = shards.SplitWriter(folder, "train", T, 1 << 20, kind)
-  for encoded in examples.encode_batch([Document(f) for f in fields], kind, T, template,
-                                       label_names):
+  for encoded in examples.encode_batch(
+    [Document(f) for f in fields], kind, T, template, label_names
+  ):
     for e in encoded:
       writer.add(e, 1, "file")
-  shards.write_manifest(folder, shards.make_manifest(
-      T, {"train": writer.finish()}, documents.Dropped(), kind, label_names))
+  shards.write_manifest(
+    folder,
+    shards.make_manifest(T, {"train": writer.finish()}, documents.Dropped(), kind, label_names),
+  )
   return str(folder)
 
 
 def text(ids):
-  return "".join({0: ".", T.bos_id: "<", T.eos_id: ">"}.get(i) or T.decode([i])
-                 for i in np.asarray(ids).tolist())
+  return "".join(
+    {0: ".", T.bos_id: "<", T.eos_id: ">"}.get(i) or T.decode([i]) for i in np.asarray(ids).tolist()
+  )
 
 
 def make(folder, objective, seq_len=8, batch_size=1, **over):
-  return pipeline.make(folder, "train", seq_len=seq_len, batch_size=batch_size, shuffle=False,
-                       objective=objective, **over)
+  return pipeline.make(
+    folder,
+    "train",
+    seq_len=seq_len,
+    batch_size=batch_size,
+    shuffle=False,
+    objective=objective,
+    **over,
+  )
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "one_per_row"])
@@ -63,14 +74,25 @@ def test_only_targets_are_learned_wherever_rows_are_cut(tmp_path, packing, seq_l
 
 def test_a_conversation_learns_what_the_assistant_says(tmp_path):
   template = lambda messages: [
-      piece for m in messages for piece in (
-          examples.Piece(f"<|{m['role']}|>", special=True),
-          examples.Piece(m["content"], m["role"] == "assistant"),
-          examples.Piece("<|end|>", m["role"] == "assistant", special=True))]
-  messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"},
-              {"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "de"}]
-  b = make(write(tmp_path / "a", "chat", [{"messages": messages}], template=template), "causal_lm",
-           seq_len=40)
+    piece
+    for m in messages
+    for piece in (
+      examples.Piece(f"<|{m['role']}|>", special=True),
+      examples.Piece(m["content"], m["role"] == "assistant"),
+      examples.Piece("<|end|>", m["role"] == "assistant", special=True),
+    )
+  ]
+  messages = [
+    {"role": "user", "content": "ab"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "<|end|>"},
+    {"role": "assistant", "content": "de"},
+  ]
+  b = make(
+    write(tmp_path / "a", "chat", [{"messages": messages}], template=template),
+    "causal_lm",
+    seq_len=40,
+  )
   batch = b.batch(0)
   learned = batch["targets"][0][batch["loss_weights"][0] > 0].tolist()
   end = T.special_ids["<|end|>"]
@@ -79,20 +101,36 @@ def test_a_conversation_learns_what_the_assistant_says(tmp_path):
 
 
 def test_one_example_a_row(tmp_path):
-  fields = [{"text": "abc", "label": "x"}, {"text": "a", "text_pair": "bc", "label": "y"},
-            {"text": "abcdefghi", "label": "y"},
-            {"text": "a", "text_pair": "bcdefghi", "label": "x"},
-            {"text": "abcdefghi", "text_pair": "j", "label": "x"},
-            {"text": "abcdefghi", "text_pair": "abcdefghi", "label": "x"}]
-  b = make(write(tmp_path / "a", "classification", fields, ("x", "y")), "classification",
-           batch_size=6)
+  fields = [
+    {"text": "abc", "label": "x"},
+    {"text": "a", "text_pair": "bc", "label": "y"},
+    {"text": "abcdefghi", "label": "y"},
+    {"text": "a", "text_pair": "bcdefghi", "label": "x"},
+    {"text": "abcdefghi", "text_pair": "j", "label": "x"},
+    {"text": "abcdefghi", "text_pair": "abcdefghi", "label": "x"},
+  ]
+  b = make(
+    write(tmp_path / "a", "classification", fields, ("x", "y")), "classification", batch_size=6
+  )
   assert b.num_cut == 4
   batch = b.batch(0)
   assert [text(row) for row in batch["tokens"]] == [
-      "<abc>...", "<a>bc>..", "<abcdef>", "<a>bcde>", "<abcd>j>", "<ab>abc>"]
+    "<abc>...",
+    "<a>bc>..",
+    "<abcdef>",
+    "<a>bcde>",
+    "<abcd>j>",
+    "<ab>abc>",
+  ]
   assert batch["labels"].tolist() == [0, 1, 1, 0, 0, 0] and batch["labels"].dtype == np.int32
   assert ["".join(map(str, row)) for row in batch["token_types"]] == [
-      "00000000", "00011100", "00000000", "00011111", "00000011", "00001111"]
+    "00000000",
+    "00011100",
+    "00000000",
+    "00011111",
+    "00000011",
+    "00001111",
+  ]
   np.testing.assert_array_equal(batch["segment_ids"], batch["tokens"] > 0)
   np.testing.assert_array_equal(batch["positions"], np.arange(8) * (batch["tokens"] > 0))
   assert (batch["loss_weights"] == 1).all() and batch["loss_weights"].shape == (6,)
@@ -110,42 +148,64 @@ def test_rows_of_padding_have_no_weight(tmp_path):
 
 
 def test_the_answers_of_a_pair_are_in_one_row(tmp_path):
-  fields = [{"prompt": "q", "chosen": "yes", "rejected": "no"},
-            {"prompt": "abcdef", "chosen": "yes", "rejected": "n"}]
+  fields = [
+    {"prompt": "q", "chosen": "yes", "rejected": "no"},
+    {"prompt": "abcdef", "chosen": "yes", "rejected": "n"},
+  ]
   b = make(write(tmp_path / "a", "preference", fields), "preference", batch_size=2)
   assert (b.len_rows, b.num_cut) == (2, 1)
   batch = b.batch(0)
   assert [text(row) for row in batch["chosen"]["tokens"]] == ["<qyes...", "<abcdefy"]
   assert [text(row) for row in batch["rejected"]["tokens"]] == ["<qno....", "<abcdefn"]
-  learned = {side: [text(t[w > 0]) for t, w in zip(x["targets"], x["loss_weights"], strict=True)]
-             for side, x in batch.items()}
+  learned = {
+    side: [text(t[w > 0]) for t, w in zip(x["targets"], x["loss_weights"], strict=True)]
+    for side, x in batch.items()
+  }
   assert learned == {"chosen": ["yes>", "ye"], "rejected": ["no>", "n>"]}
   [padded] = b.epoch_batches(host_index=1, host_count=2)
   assert padded["rejected"]["tokens"].shape == (1, 8)
 
 
-@pytest.mark.parametrize("kind, objective, message", [
+@pytest.mark.parametrize(
+  "kind, objective, message",
+  [
     ("classification", "causal_lm", "kind classification: set objective.name to classification"),
     ("seq2seq", "classification", "set objective.name to causal_lm, or .*--kind=classification"),
     ("seq2seq", "masked_lm", "takes data of kind text"),
-    ("preference", "causal_lm", "set objective.name to preference")])
+    ("preference", "causal_lm", "set objective.name to preference"),
+  ],
+)
 def test_data_of_another_kind_says_what_to_do(tmp_path, kind, objective, message):
-  fields = {"input": "a", "target": "b", "text": "a", "label": "x", "prompt": "", "chosen": "",
-            "rejected": ""}
+  fields = {
+    "input": "a",
+    "target": "b",
+    "text": "a",
+    "label": "x",
+    "prompt": "",
+    "chosen": "",
+    "rejected": "",
+  }
   with pytest.raises(UserError, match=message):
     make(write(tmp_path / "a", kind, [fields], ("x",)), objective)
 
 
 def test_sources_of_other_classes_are_refused(tmp_path):
-  paths = [write(tmp_path / name, "classification", [{"text": "a", "label": name}], (name,))
-           for name in "ab"]
+  paths = [
+    write(tmp_path / name, "classification", [{"text": "a", "label": name}], (name,))
+    for name in "ab"
+  ]
   with pytest.raises(UserError, match="'b' and 'a' have other classes: b and a"):
     make(",".join(paths), "classification")
 
 
-@pytest.mark.parametrize("labels, names, num_labels, message", [
+@pytest.mark.parametrize(
+  "labels, names, num_labels, message",
+  [
     (["a", "b", "c"], ("a", "b", "c"), 2, r"3 classes \(a, b, c\): set model.num_labels=3"),
-    (["a"], ("a",), 1, "set model.num_labels=2"), ([0.5], (), 2, "set model.num_labels=1")])
+    (["a"], ("a",), 1, "set model.num_labels=2"),
+    ([0.5], (), 2, "set model.num_labels=1"),
+  ],
+)
 def test_a_model_needs_an_output_for_each_class(tmp_path, labels, names, num_labels, message):
   fields = [{"text": "a", "label": label} for label in labels]
   b = make(write(tmp_path / "a", "classification", fields, names), "classification")

@@ -80,8 +80,12 @@ def test_whole_words_are_chosen_together():
   tokens, segments = row(WORDS * 50)
   mask = make(mask_whole_words=True, mask_rate=0.3)
   text = "<" + WORDS * 50 + ">"
-  words = np.cumsum([not (text[i].isalnum() or text[i] == "_")
-                     or not (text[i - 1].isalnum() or text[i - 1] == "_") for i in range(len(text))])
+  words = np.cumsum(
+    [
+      not (text[i].isalnum() or text[i] == "_") or not (text[i - 1].isalnum() or text[i - 1] == "_")
+      for i in range(len(text))
+    ]
+  )
   seen = []
   for position in range(30):
     _, chosen = mask(tokens, segments, position)
@@ -106,8 +110,15 @@ def test_a_tokenizer_without_a_mask():
 
 
 def batches(folder, split="train", seed=0, batch_size=4):
-  return pipeline.make(folder, split, seq_len=64, batch_size=batch_size, objective="masked_lm", seed=seed,
-                       masking=make(seed))
+  return pipeline.make(
+    folder,
+    split,
+    seq_len=64,
+    batch_size=batch_size,
+    objective="masked_lm",
+    seed=seed,
+    masking=make(seed),
+  )
 
 
 def test_a_batch_has_all_stored_tokens_and_hides_some(folder):
@@ -124,8 +135,8 @@ def test_a_batch_has_all_stored_tokens_and_hides_some(folder):
       at = 0
       _, split, pack, _ = b.sources[r.source]
       for doc, start, n in zip(*pack.spans(r.row), strict=True):
-        np.testing.assert_array_equal(batch["targets"][i, at:at + n], split.read(doc, start, n))
-        np.testing.assert_array_equal(batch["positions"][i, at:at + n], np.arange(n))
+        np.testing.assert_array_equal(batch["targets"][i, at : at + n], split.read(doc, start, n))
+        np.testing.assert_array_equal(batch["positions"][i, at : at + n], np.arange(n))
         seen[doc] += n
         at += n
       assert not batch["segment_ids"][i, at:].any() and not batch["targets"][i, at:].any()
@@ -141,6 +152,7 @@ def test_each_epoch_hides_other_tokens_but_evaluation_always_the_same(folder):
     tokens.setdefault(r.row, set()).add(b.batch(position // 4)["tokens"][position % 4].tobytes())
   assert all(len(variants) == 3 for variants in tokens.values())
   for split in ("train", "validation"):
-    first, second = ([x["tokens"] for x in batches(folder, split).epoch_batches()]
-                     for _ in range(2))
+    first, second = (
+      [x["tokens"] for x in batches(folder, split).epoch_batches()] for _ in range(2)
+    )
     np.testing.assert_array_equal(first, second)

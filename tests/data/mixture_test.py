@@ -19,8 +19,9 @@ WEIGHTS = st.lists(st.one_of(st.just(0), st.floats(0.001, 10)), min_size=1, max_
 
 
 @hypothesis.settings(deadline=None)  # a busy machine is no failure
-@hypothesis.given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 10**20),
-                  st.integers(0, 10**20))
+@hypothesis.given(
+  st.integers(0, 60), st.integers(1, 50), st.integers(0, 10**20), st.integers(0, 10**20)
+)
 def test_floor_sum_is_the_sum(n, m, a, b):
   assert mixture.floor_sum(n, m, a, b) == sum((a * i + b) // m for i in range(n))
 
@@ -29,7 +30,7 @@ def test_floor_sum_is_the_sum(n, m, a, b):
 @hypothesis.given(st.data(), WEIGHTS, st.integers(0, 2**31), st.integers(0, 300))
 def test_each_source_is_counted_up_from_zero(data, weights, seed, first):
   """From any position on, the mixture says what going through all positions says."""
-  others = WEIGHTS.map(lambda w: (w * len(weights))[:len(weights)]).filter(any)
+  others = WEIGHTS.map(lambda w: (w * len(weights))[: len(weights)]).filter(any)
   steps = sorted(data.draw(st.sets(st.integers(1, 200), max_size=3)))
   changes = [(step, data.draw(others)) for step in steps]
   mix = mixture.Mixture(len(weights), weights, changes, seed)
@@ -69,9 +70,15 @@ def test_seeds_draw_in_another_order():
   assert len(orders) == 5
 
 
-@pytest.mark.parametrize("weights, changes, message", [
-    ([0.5, -1], (), "at least 0"), ([0, 0], (), "one above 0"), ([1, float("nan")], (), "at least"),
-    ([1, 1], [(5, [1])], "1 weights .* for 2 sources")])
+@pytest.mark.parametrize(
+  "weights, changes, message",
+  [
+    ([0.5, -1], (), "at least 0"),
+    ([0, 0], (), "one above 0"),
+    ([1, float("nan")], (), "at least"),
+    ([1, 1], [(5, [1])], "1 weights .* for 2 sources"),
+  ],
+)
 def test_weights_that_are_none(weights, changes, message):
   with pytest.raises(UserError, match=message):
     mixture.Mixture(2, weights, changes)
@@ -84,8 +91,13 @@ def three(tmp_path_factory):
   for name, count in (("a", 100), ("b", 50), ("c", 25)):
     lines = (json.dumps({"text": f"{name}{i:07d}{name}"}) + "\n" for i in range(count))
     (path / f"{name}.jsonl").write_text("".join(lines))
-    prepare.prepare(path / f"{name}.jsonl", path / f"data_{name}", tokenizer="bytes",
-                    validation=0.2 if name != "c" else 0, test=0)
+    prepare.prepare(
+      path / f"{name}.jsonl",
+      path / f"data_{name}",
+      tokenizer="bytes",
+      validation=0.2 if name != "c" else 0,
+      test=0,
+    )
   return ",".join(str(path / f"data_{name}") for name in "abc")
 
 
@@ -121,7 +133,14 @@ def test_without_weights_all_sources_end_their_epochs_together(three):
 def test_a_curriculum_changes_the_weights_at_its_steps(three):
   b = make(three, weights=(1, 0, 0), weight_changes=((3, (0, 1, 0)), (5, (0, 0, 1))))
   assert [{r.source for r in b.rows(step)} for step in range(7)] == [
-      {0}, {0}, {0}, {1}, {1}, {2}, {2}]
+    {0},
+    {0},
+    {0},
+    {1},
+    {1},
+    {2},
+    {2},
+  ]
   assert [r.epoch * 25 for r in b.rows(5)] == [0] * 8, "a source that was not drawn is at its start"
 
 
@@ -154,8 +173,9 @@ def test_the_digest_names_all_sources_in_their_order(three):
 
 def test_sources_of_two_tokenizers_are_refused(three, tmp_path):
   (tmp_path / "x.txt").write_text("some words " * 100)
-  prepare.prepare(tmp_path / "x.txt", tmp_path / "x", tokenizer="sentencepiece:290", validation=0,
-                  test=0)
+  prepare.prepare(
+    tmp_path / "x.txt", tmp_path / "x", tokenizer="sentencepiece:290", validation=0, test=0
+  )
   with pytest.raises(UserError, match=r"mixes tokenizers.*sentencepiece.*--tokenizer="):
     make(f"{three},{tmp_path / 'x'}")
 
@@ -178,6 +198,7 @@ def test_two_hundred_sources_need_neither_threads_nor_files(three, monkeypatch):
   for i in range(200):
     copies.append(f"{folder}{i}")
     os.symlink(folder, copies[-1])
+
   def threads_and_files(path):
     """The most that were there, and the sources that were drawn."""
     b = make(path, batch_size=50)
@@ -201,10 +222,18 @@ def test_two_hundred_sources_need_neither_threads_nor_files(three, monkeypatch):
 def test_the_digest_names_all_folders_whichever_have_the_split(tmp_path):
   for name, validation in (("a", 0.3), ("b", 0.0)):
     (tmp_path / f"{name}.jsonl").write_text(
-        "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(60)))
-    prepare.prepare(tmp_path / f"{name}.jsonl", tmp_path / name, tokenizer="bytes",
-                    validation=validation, test=0.0, cut_chars=0)
+      "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(60))
+    )
+    prepare.prepare(
+      tmp_path / f"{name}.jsonl",
+      tmp_path / name,
+      tokenizer="bytes",
+      validation=validation,
+      test=0.0,
+      cut_chars=0,
+    )
   path = f"{tmp_path / 'a'},{tmp_path / 'b'}"
-  train, held_out = (pipeline.make(path, split, seq_len=16, batch_size=2)
-                     for split in ("train", "validation"))
+  train, held_out = (
+    pipeline.make(path, split, seq_len=16, batch_size=2) for split in ("train", "validation")
+  )
   assert len(held_out.sources) == 1 and held_out.digest == train.digest

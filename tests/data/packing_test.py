@@ -22,13 +22,17 @@ def test_each_prediction_is_in_one_span_and_no_row_is_too_long(name, lengths, se
     assert (length > 0).all()
     for d, s, n in zip(doc, start, length, strict=True):
       assert s + n <= lengths[d]
-      used[d][s:s + n] += 1
+      used[d][s : s + n] += 1
   assert all((u == 1).all() for u in used)
-  assert p.padding_share == pytest.approx(1 - sum(lengths) / max(len(p) * seq_len, 1)
-                                          if len(p) else 0)
+  assert p.padding_share == pytest.approx(
+    1 - sum(lengths) / max(len(p) * seq_len, 1) if len(p) else 0
+  )
   again = packing.PACKINGS[name](lengths, seq_len, **options)
-  for a, b in zip((p.row_offsets, p.doc, p.start, p.length),
-                  (again.row_offsets, again.doc, again.start, again.length), strict=True):
+  for a, b in zip(
+    (p.row_offsets, p.doc, p.start, p.length),
+    (again.row_offsets, again.doc, again.start, again.length),
+    strict=True,
+  ):
     np.testing.assert_array_equal(a, b)
 
 
@@ -64,7 +68,7 @@ def test_rows_and_their_spans_go_forward_through_the_documents():
   place = np.cumsum(lengths)[p.doc] - lengths[p.doc] + p.start  # in the stream of all documents
   assert (np.diff(place[p.row_offsets[:-1]]) > 0).all()
   for row in range(len(p)):
-    assert (np.diff(place[p.row_offsets[row]:p.row_offsets[row + 1]]) > 0).all()
+    assert (np.diff(place[p.row_offsets[row] : p.row_offsets[row + 1]]) > 0).all()
 
 
 def test_documents_further_apart_than_the_window_share_no_row():

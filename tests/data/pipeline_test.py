@@ -19,14 +19,18 @@ TEXTS = [f"{i:03d}" + "abcdefg"[i % 7] * (i * 13 % 60) for i in range(120)]
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("pipeline")
   (path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-  prepare.prepare(path / "a.jsonl", path / "data", tokenizer="bytes", validation=0.2,
-                  shard_tokens=1000)
+  prepare.prepare(
+    path / "a.jsonl", path / "data", tokenizer="bytes", validation=0.2, shard_tokens=1000
+  )
   return path / "data"
 
 
 def make(folder, split="train", **over):
-  return pipeline.make(folder, split, **{"seq_len": 32, "batch_size": 4, "packing": "best_fit",
-                                         "seed": 0, "shuffle": True, **over})
+  return pipeline.make(
+    folder,
+    split,
+    **{"seq_len": 32, "batch_size": 4, "packing": "best_fit", "seed": 0, "shuffle": True, **over},
+  )
 
 
 def assert_equal(a, b):
@@ -39,8 +43,9 @@ def assert_equal(a, b):
 def pairs(batch):
   """How often each (input, target) of weight 1 is in a batch."""
   real = batch["loss_weights"] > 0
-  return collections.Counter(zip(batch["tokens"][real].tolist(), batch["targets"][real].tolist(),
-                                 strict=True))
+  return collections.Counter(
+    zip(batch["tokens"][real].tolist(), batch["targets"][real].tolist(), strict=True)
+  )
 
 
 def all_pairs(split):
@@ -56,8 +61,9 @@ def test_rows_hold_what_their_spans_say(folder, packing_name):
   b = make(folder, packing=packing_name)
   batch = b.batch(3)
   assert {k: (v.dtype, v.shape) for k, v in batch.items()} == {
-      key: (np.float32 if key == "loss_weights" else np.int32, (4, 32))
-      for key in ("tokens", "targets", "loss_weights", "segment_ids", "positions")}
+    key: (np.float32 if key == "loss_weights" else np.int32, (4, 32))
+    for key in ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+  }
   for i, row in enumerate(b.rows(3)):
     at = 0
     _, split, pack, _ = b.sources[row.source]
@@ -78,8 +84,9 @@ def test_rows_hold_what_their_spans_say(folder, packing_name):
 def test_an_epoch_has_each_prediction_once(folder, packing_name):
   b = make(folder, packing=packing_name, batch_size=1)  # so that epochs end between batches
   for epoch in range(2):
-    seen = sum((pairs(b.batch(epoch * b.len_rows + i)) for i in range(b.len_rows)),
-               collections.Counter())
+    seen = sum(
+      (pairs(b.batch(epoch * b.len_rows + i)) for i in range(b.len_rows)), collections.Counter()
+    )
     assert seen == all_pairs(b.sources[0].split)
 
 
@@ -89,7 +96,7 @@ def test_epochs_and_seeds_have_their_own_order(folder):
     b = make(folder, batch_size=1, seed=seed)
     rows = [b.rows(i)[0].row for i in range(3 * b.len_rows)]
     for epoch in range(3):
-      orders[seed, epoch] = tuple(rows[epoch * b.len_rows:(epoch + 1) * b.len_rows])
+      orders[seed, epoch] = tuple(rows[epoch * b.len_rows : (epoch + 1) * b.len_rows])
   assert len(set(orders.values())) == len(orders)
   assert all(sorted(o) == list(range(b.len_rows)) for o in orders.values())
   b = make(folder, batch_size=1, shuffle=False)
@@ -104,8 +111,9 @@ def test_hosts_share_the_batch_in_order(folder, step, host_count):
   assert_equal(b.batch(step), {k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 
 
-@pytest.mark.parametrize("start, threads, prefetch", [
-    (0, 0, 0), (7, 1, 1), (7, 4, 2), (8, 3, 9), (500, 2, 4)])
+@pytest.mark.parametrize(
+  "start, threads, prefetch", [(0, 0, 0), (7, 1, 1), (7, 4, 2), (8, 3, 9), (500, 2, 4)]
+)
 def test_iterating_gives_the_batches_of_the_steps(folder, start, threads, prefetch):
   b = make(folder)
   batches = b.iterate(start, host_index=1, host_count=2, threads=threads, prefetch=prefetch)
@@ -139,8 +147,8 @@ def test_fewer_rows_than_a_batch_are_repeated_over_epochs(folder):
   b = make(folder, "validation", batch_size=64, seq_len=256)
   assert b.len_rows < 32 and b.steps_per_epoch == 1
   rows = [r.row for r in b.rows(0)]
-  assert sorted(rows[:b.len_rows]) == list(range(b.len_rows))
-  assert rows[:b.len_rows] != rows[b.len_rows:2 * b.len_rows]
+  assert sorted(rows[: b.len_rows]) == list(range(b.len_rows))
+  assert rows[: b.len_rows] != rows[b.len_rows : 2 * b.len_rows]
   assert b.batch(0)["tokens"].shape == (64, 256)
   assert len(list(b.epoch_batches())) == 1
 
@@ -154,17 +162,25 @@ def test_one_row_is_enough(tmp_path):
     make(tmp_path / "data", "validation")
 
 
-@pytest.mark.parametrize("over, message", [
-    ({"seq_len": 0}, "data.seq_len=0"), ({"batch_size": 0}, "data.batch_size=0"),
-    ({"packing": "tetris"}, "data.packing='tetris'")])
+@pytest.mark.parametrize(
+  "over, message",
+  [
+    ({"seq_len": 0}, "data.seq_len=0"),
+    ({"batch_size": 0}, "data.batch_size=0"),
+    ({"packing": "tetris"}, "data.packing='tetris'"),
+  ],
+)
 def test_bad_values_are_named(folder, over, message):
   with pytest.raises(UserError, match=message):
     make(folder, **over)
 
 
 def test_hosts_that_do_not_divide_the_batch(folder):
-  for call in (lambda b: b.batch(0, 0, 3), lambda b: b.iterate(host_count=3),
-               lambda b: b.epoch_batches(host_count=3)):
+  for call in (
+    lambda b: b.batch(0, 0, 3),
+    lambda b: b.iterate(host_count=3),
+    lambda b: b.epoch_batches(host_count=3),
+  ):
     with pytest.raises(UserError, match=r"batch_size=4 does not split evenly over 3"):
       call(make(folder))
   with pytest.raises(IndexError):

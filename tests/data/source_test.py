@@ -22,8 +22,10 @@ def write(folder, documents, shard_tokens=1 << 20):
   for i, ids in enumerate(documents):
     writer.add(examples.Encoded(np.concatenate(([1], ids, [2]))), 10 * i, f"file\n{i}.txt")
   empty = shards.SplitWriter(folder, "test", t, shard_tokens).finish()
-  shards.write_manifest(folder, shards.make_manifest(
-      t, {"train": writer.finish(), "test": empty}, documents_lib.Dropped()))
+  shards.write_manifest(
+    folder,
+    shards.make_manifest(t, {"train": writer.finish(), "test": empty}, documents_lib.Dropped()),
+  )
   return [np.concatenate(([1], ids, [2])) for ids in documents]
 
 
@@ -43,11 +45,15 @@ def test_any_piece_of_any_document(folder):
   assert s.num_documents == len(stored) and s.bytes == 10 * sum(range(len(stored)))
   np.testing.assert_array_equal(s.lengths, [len(d) - 1 for d in stored])
   edges = (0, 1, shards.RECORD_TOKENS - 1, shards.RECORD_TOKENS, 2 * shards.RECORD_TOKENS)
-  pieces = [(i, start, length) for i, d in enumerate(stored) for start in edges
-            for length in (0, 1, 2, 5, shards.RECORD_TOKENS + 1, len(d) - start)
-            if start < len(d) and start + length <= len(d)]
+  pieces = [
+    (i, start, length)
+    for i, d in enumerate(stored)
+    for start in edges
+    for length in (0, 1, 2, 5, shards.RECORD_TOKENS + 1, len(d) - start)
+    if start < len(d) and start + length <= len(d)
+  ]
   for (i, start, length), got in zip(pieces, s.read_many(*zip(*pieces, strict=True)), strict=True):
-    np.testing.assert_array_equal(got, stored[i][start:start + length])
+    np.testing.assert_array_equal(got, stored[i][start : start + length])
     np.testing.assert_array_equal(s.read(i, start, length), got)
   assert s.read_many([], [], []) == []
 
@@ -83,9 +89,10 @@ def test_threads_and_pickled_copies_read_the_same(folder):
       docs = rng.integers(0, len(stored), 8)
       starts = rng.integers(0, s.lengths[docs] + 1)
       lengths = np.minimum(s.lengths[docs] + 1 - starts, 50)
-      for d, at, n, got in zip(docs, starts, lengths,
-                               copies[seed % 2].read_many(docs, starts, lengths), strict=True):
-        if not np.array_equal(got, stored[d][at:at + n]):
+      for d, at, n, got in zip(
+        docs, starts, lengths, copies[seed % 2].read_many(docs, starts, lengths), strict=True
+      ):
+        if not np.array_equal(got, stored[d][at : at + n]):
           wrong.append((d, at, n))
 
   threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
@@ -117,13 +124,18 @@ def damage_content(path):
   (path / "manifest.json").write_text(text.replace('"bytes": 10', '"bytes": 11'))
 
 
-@pytest.mark.parametrize("damage, message", [
+@pytest.mark.parametrize(
+  "damage, message",
+  [
     (damage_shard, r"train-0.*\.arrayrecord has 5 bytes instead of"),
     (lambda path: (path / "train-00001-of-00002.arrayrecord").unlink(), "00001.* is missing"),
     (lambda path: (path / "train.tokens.npy").unlink(), "tokens.npy is missing"),
     (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is damaged"),
     (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
-    (damage_format, "format 99"), (damage_content, "does not match its digest")])
+    (damage_format, "format 99"),
+    (damage_content, "does not match its digest"),
+  ],
+)
 def test_a_damaged_folder_names_the_file_and_the_way_out(tmp_path, damage, message):
   write(tmp_path / "data", [np.arange(3, 9), np.arange(3, 6)], shard_tokens=1)
   damage(tmp_path / "data")

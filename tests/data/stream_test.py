@@ -59,8 +59,9 @@ def expected(texts, corpus):
   """What an epoch holds: documents, the long ones cut every `SEQ_LEN` predictions."""
   tokenizer = tokenizer_lib.load(corpus)
   stored = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-  return collections.Counter(tuple(ids[i:i + SEQ_LEN + 1]) for ids in stored
-                             for i in range(0, len(ids) - 1, SEQ_LEN))
+  return collections.Counter(
+    tuple(ids[i : i + SEQ_LEN + 1]) for ids in stored for i in range(0, len(ids) - 1, SEQ_LEN)
+  )
 
 
 def an_epoch(iterator, size):
@@ -122,7 +123,8 @@ def test_batches_are_those_of_a_causal_language_model(folder, corpus):
   np.testing.assert_array_equal(batch["loss_weights"], batch["segment_ids"] > 0)
   starts = batch["positions"] == 0
   np.testing.assert_array_equal(
-      starts[:, 1:] & (batch["segment_ids"][:, 1:] > 0), np.diff(batch["segment_ids"]) > 0)
+    starts[:, 1:] & (batch["segment_ids"][:, 1:] > 0), np.diff(batch["segment_ids"]) > 0
+  )
 
 
 def test_it_goes_on_exactly_from_any_step(folder, corpus):
@@ -201,8 +203,13 @@ def test_a_file_that_changed_behind_its_size_is_told(corpus, tmp_path):
     next(iterator)
   iterator.close()
   saved = s.saved([s.get_state()])
-  for text, words in ((good, None), ("{}\n" + " " * (len(good) - len(line("some words")) - 3)
-                                     + line("some words"), "not what they had been 1 times")):
+  for text, words in (
+    (good, None),
+    (
+      "{}\n" + " " * (len(good) - len(line("some words")) - 3) + line("some words"),
+      "not what they had been 1 times",
+    ),
+  ):
     (tmp_path / "a.jsonl").write_text(text)
     s = make(tmp_path, corpus, batch_size=1)
     s.set_state(saved, 0, 1)
@@ -212,11 +219,14 @@ def test_a_file_that_changed_behind_its_size_is_told(corpus, tmp_path):
     assert (words or "left out") in s.account()[-1]
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     (lambda folder: (folder / "f.txt").write_text("new"), "names or sizes have changed"),
     (lambda folder: (folder / "e.txt").write_text("longer than it was" * 9), "names or sizes"),
     (lambda folder: (folder / "c0.txt").unlink(), "put them back"),
-])
+  ],
+)
 def test_other_files_are_refused(folder, corpus, tmp_path, change, words):
   copy = tmp_path / "raw"
   copy.mkdir()

@@ -14,10 +14,12 @@ peft = pytest.importorskip("peft")
 
 LORA = dict(rank=3, alpha=6.0, targets=("*",))
 FAMILIES = {
-    "llama": {},
-    "gpt2": dict(norm="layernorm", position="learned", activation="gelu", gated=False, bias=True,
-                 num_kv_heads=4),
-    "phi3": dict(attention_pattern=("local",), window=16, tie_embeddings=False)}
+  "llama": {},
+  "gpt2": dict(
+    norm="layernorm", position="learned", activation="gelu", gated=False, bias=True, num_kv_heads=4
+  ),
+  "phi3": dict(attention_pattern=("local",), window=16, tie_embeddings=False),
+}
 TOKENS = np.random.default_rng(0).integers(3, 200, (2, 16))
 
 
@@ -26,8 +28,10 @@ def logits(model):
     return model.eval()(torch.from_numpy(TOKENS)).logits.numpy()
 
 
-@pytest.mark.parametrize("name, targets", [
-    ("llama", ("*",)), ("gpt2", ("*",)), ("gpt2", ("q", "v")), ("phi3", ("q", "up", "o"))])
+@pytest.mark.parametrize(
+  "name, targets",
+  [("llama", ("*",)), ("gpt2", ("*",)), ("gpt2", ("q", "v")), ("phi3", ("q", "up", "o"))],
+)
 def test_base_and_adapter_are_the_merged_model(name, targets, tiny, tmp_path):
   c = tiny(train__steps=2)
   c.model.update(FAMILIES[name])
@@ -48,8 +52,9 @@ def test_base_and_adapter_are_the_merged_model(name, targets, tiny, tmp_path):
   np.testing.assert_allclose(logits(with_adapter), logits(merged), atol=1e-5)
   assert np.abs(logits(merged) - apart).max() > 1e-2
   run = load_lib.load(tmp_path / "adapted")
-  ours = run.parts.model.apply({"params": run.params}, TOKENS,
-                               np.broadcast_to(np.arange(16), (2, 16))).logits
+  ours = run.parts.model.apply(
+    {"params": run.params}, TOKENS, np.broadcast_to(np.arange(16), (2, 16))
+  ).logits
   np.testing.assert_allclose(ours, logits(merged), atol=1e-4)
 
 

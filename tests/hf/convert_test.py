@@ -14,10 +14,17 @@ def of_preset(name, **changes):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_what_a_family_publishes(name):
   family = convert.family_of(of_preset(name))
-  others = {"qwen25": "qwen2", "gemma3": "gemma3_text", "smollm2": "llama", "llama": "llama",
-            "qwen3": "qwen3", "deepseek": "deepseek"}
-  expected = next((kind for start, kind in others.items() if name.startswith(start)),
-                  name.split("_")[0])
+  others = {
+    "qwen25": "qwen2",
+    "gemma3": "gemma3_text",
+    "smollm2": "llama",
+    "llama": "llama",
+    "qwen3": "qwen3",
+    "deepseek": "deepseek",
+  }
+  expected = next(
+    (kind for start, kind in others.items() if name.startswith(start)), name.split("_")[0]
+  )
   assert family.model_type.startswith(expected)
 
 

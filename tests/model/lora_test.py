@@ -40,8 +40,9 @@ def test_only_adapters_are_trained_and_have_a_state(adapted):
   run = load.load(adapted)
   state = run.parts.state
   names = set(tree.flatten(state["params"]))
-  assert names == {f"layers/{path}_lora_{x}" for path in ("attn/q", "attn/v", "attn/o", "mlp/down")
-                   for x in "ab"}
+  assert names == {
+    f"layers/{path}_lora_{x}" for path in ("attn/q", "attn/v", "attn/o", "mlp/down") for x in "ab"
+  }
   moments = [path for path, leaf in tree.flatten(state["opt"]).items() if leaf.ndim]
   assert moments and all(is_adapter(path) for path in moments)
   assert not any(is_adapter(path) for path in tree.flatten(state["frozen"]))
@@ -109,8 +110,9 @@ def test_an_adapted_run_is_a_source_of_weights(adapted, tiny):
 
 def test_dropout_of_adapters_follows_the_key():
   c = config.base()
-  c.model.update(dict(vocab_size=40, num_layers=2, width=16, num_heads=2,
-                      lora=dict(LORA, dropout=0.5)))
+  c.model.update(
+    dict(vocab_size=40, num_layers=2, width=16, num_heads=2, lora=dict(LORA, dropout=0.5))
+  )
   model = transformer.Transformer(ml_collections.FrozenConfigDict(config.resolve(c).model))
   params = jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
   params = tree.map_named(lambda path, x: x + 1.0 if path.endswith("_lora_b") else x, params)
@@ -126,4 +128,6 @@ def test_frozen_parameters_without_adapters(tiny, tmp_path):
   run = load.load(tmp_path / "r")
   first = train_step.first_state(run.parts.model, run.parts.tx, 0, run.parts.state)
   np.testing.assert_array_equal(run.params["embed"], first["frozen"]["embed"])
-  assert np.abs(run.params["layers"]["attn"]["q"] - first["params"]["layers"]["attn"]["q"]).max() > 0
+  assert (
+    np.abs(run.params["layers"]["attn"]["q"] - first["params"]["layers"]["attn"]["q"]).max() > 0
+  )

@@ -15,9 +15,20 @@ B, T, D = 2, 6, 8
 
 def section(**fields):
   c = config.base()
-  c.model.update(dict(vocab_size=5, max_len=T, width=D, num_heads=2, activation="silu", gated=True,
-                      bias=False, mlp_pattern=("moe",), init_std=0.5,
-                      moe=dict(experts=4, width=12) | fields))
+  c.model.update(
+    dict(
+      vocab_size=5,
+      max_len=T,
+      width=D,
+      num_heads=2,
+      activation="silu",
+      gated=True,
+      bias=False,
+      mlp_pattern=("moe",),
+      init_std=0.5,
+      moe=dict(experts=4, width=12) | fields,
+    )
+  )
   c.data.seq_len = T
   return ml_collections.FrozenConfigDict(config.resolve(c).model)
 
@@ -27,8 +38,11 @@ def run(cfg, real=None, seed=0):
   layer = moe.MoE(cfg, sharding.DEFAULT)
   x = jax.random.normal(jax.random.key(seed), (B, T, D))
   real = jnp.ones((B, T), bool) if real is None else real
-  params = jax.tree.map(lambda box: box.value, layer.init(jax.random.key(1), x, real)["params"],
-                        is_leaf=lambda x: hasattr(x, "value"))
+  params = jax.tree.map(
+    lambda box: box.value,
+    layer.init(jax.random.key(1), x, real)["params"],
+    is_leaf=lambda x: hasattr(x, "value"),
+  )
   if "router_bias" in params:
     params["router_bias"] = jnp.array([1.0, -1.0, 0.5, 0.0])
   y, stats = layer.apply({"params": params}, x, real)
@@ -47,9 +61,13 @@ def by_definition(cfg, params, x):
   out = jnp.zeros_like(x)
   for b, t in np.ndindex(B, T):
     s = np.asarray(scores[b, t])
-    order = sorted(range(4), key=lambda e: -(s + np.asarray(params.get("router_bias", 0.0)))[e]
-                   if "router_bias" in params else -s[e])
-    chosen = order[:c.per_token]
+    order = sorted(
+      range(4),
+      key=lambda e: (
+        -(s + np.asarray(params.get("router_bias", 0.0)))[e] if "router_bias" in params else -s[e]
+      ),
+    )
+    chosen = order[: c.per_token]
     total = sum(s[e] for e in chosen) if c.normalize else 1.0
     for e in chosen:
       y = mlp(x[b, t], *(params[name][e] for name in ("gate", "up", "down")))
@@ -59,9 +77,16 @@ def by_definition(cfg, params, x):
   return out
 
 
-@pytest.mark.parametrize("fields", [
-    dict(), dict(per_token=1, normalize=False), dict(shared=2),
-    dict(router="sigmoid", scale=2.5), dict(capacity=4.0)])
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(),
+    dict(per_token=1, normalize=False),
+    dict(shared=2),
+    dict(router="sigmoid", scale=2.5),
+    dict(capacity=4.0),
+  ],
+)
 def test_no_token_is_dropped_and_each_gets_its_experts(fields):
   cfg = section(**fields)
   params, x, y, stats = run(cfg)
@@ -104,8 +129,11 @@ def test_gradients_reach_the_router_and_every_expert():
   params, x, _, _ = run(section())
   loss = lambda p: jnp.square(layer.apply({"params": p}, x, jnp.ones((B, T), bool))[0]).sum()
   grads = jax.grad(loss)(params)
-  assert all(np.abs(g).max(axis=tuple(range(1, g.ndim))).min() > 0
-             for g in jax.tree.leaves(grads) if g.ndim == 3)
+  assert all(
+    np.abs(g).max(axis=tuple(range(1, g.ndim))).min() > 0
+    for g in jax.tree.leaves(grads)
+    if g.ndim == 3
+  )
   assert np.abs(grads["router"]).max() > 0
 
 
@@ -115,7 +143,8 @@ def test_losses_agree_with_hugging_face():
   logits = np.random.default_rng(0).normal(size=(3, B, T, 4)).astype(np.float32) * 2  # 3 layers
   real = np.arange(T) < np.array([[4], [T]])
   want = mixtral.load_balancing_loss_func(
-      tuple(torch.tensor(x.reshape(-1, 4)) for x in logits), 4, 2, torch.tensor(real.astype(int)))
+    tuple(torch.tensor(x.reshape(-1, 4)) for x in logits), 4, 2, torch.tensor(real.astype(int))
+  )
   total = None
   for x in jnp.asarray(logits):
     _, experts, scores = moe.route(x, None, section().moe)

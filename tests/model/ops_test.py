@@ -13,6 +13,7 @@ def same_gradients(f, g, *args):
   def both(h):
     out, vjp = jax.vjp(h, *args)
     return out, vjp(jax.tree.map(jnp.cos, out))
+
   close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
   jax.tree.map(close, both(f), both(g))
 
@@ -26,6 +27,7 @@ def test_layer_norm(bias):
   def plain(x, scale, *bias):
     y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale
     return y + bias[0] if bias else y
+
   args = [normal(2, 3, 8) * 3 + 1, normal(8, seed=1)] + ([normal(8, seed=2)] if bias else [])
   ours = lambda x, scale, *bias: ops.layer_norm(x, scale, bias[0] if bias else None, 1e-5)
   same_gradients(ours, plain, *args)
@@ -39,9 +41,11 @@ def test_gelu():
 
 def test_cross_entropy_and_its_normaliser():
   targets = jnp.array([[0, 4, 2]])
+
   def plain(logits):
     log_z = jax.nn.logsumexp(logits, -1)
     return log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], log_z
+
   same_gradients(lambda x: objectives.cross_entropy(x, targets), plain, normal(1, 3, 5) * 5)
 
 

@@ -17,8 +17,11 @@ pytest.importorskip("qwix")
 
 def arrays():
   keys = jax.random.split(jax.random.key(0), 3)
-  return (jax.random.normal(keys[0], (2, 8, 4, 16)), jax.random.normal(keys[1], (4, 16, 32)),
-          jax.random.normal(keys[2], (2, 8, 32)))
+  return (
+    jax.random.normal(keys[0], (2, 8, 4, 16)),
+    jax.random.normal(keys[1], (4, 16, 32)),
+    jax.random.normal(keys[2], (2, 8, 32)),
+  )
 
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.01), ("fp8", 0.05)])
@@ -35,8 +38,9 @@ def test_products_and_gradients_are_near_the_exact_ones(kind, error, gradients):
   far = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(got, want, strict=True)]
   assert 0 < far[0] < error
   # In e5m2 a number has two bits after its first.
-  assert all((0 < e < (0.1 if kind == "fp8" else error)) if gradients else e < 1e-6
-             for e in far[1:]), far
+  assert all(
+    (0 < e < (0.1 if kind == "fp8" else error)) if gradients else e < 1e-6 for e in far[1:]
+  ), far
 
 
 @pytest.mark.parametrize("gradients, want", [(False, 1), (True, 3)])
@@ -66,18 +70,23 @@ def losses(c, steps=20):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_training_in_int8_follows_bfloat16(tiny, gradients):
-  make = lambda **fields: tiny(mesh__data=1, mesh__fsdp=2, model__dtype="bfloat16",
-                               model__remat="save_qkv", **fields)
+  make = lambda **fields: tiny(
+    mesh__data=1, mesh__fsdp=2, model__dtype="bfloat16", model__remat="save_qkv", **fields
+  )
   want = losses(make())
   got = losses(make(model__quantize="int8", model__quantize_gradients=gradients))
   np.testing.assert_allclose(got, want, rtol=0.03)
   assert want[-1] < want[0] - 0.5 and not np.array_equal(got, want)
 
 
-@pytest.mark.parametrize("fields, words", [
+@pytest.mark.parametrize(
+  "fields, words",
+  [
     (dict(quantize_gradients=True), "needs model.quantize='int8' or 'fp8'"),
     (dict(quantize="int8", grad_dtype="float32"), "set model.grad_dtype='compute'"),
-    (dict(quantize="int7"), "did you mean 'int8'")])
+    (dict(quantize="int7"), "did you mean 'int8'"),
+  ],
+)
 def test_what_does_not_go_together_is_refused(fields, words):
   c = config.base()
   c.model.update(fields)

@@ -21,9 +21,11 @@ def angles(positions, scaling="none", rotated=8, context=64, **fields):
 
 def test_rotary_positions_are_relative():
   q, k = (jax.random.normal(jax.random.key(seed), (1, 1, 1, 8)) for seed in (0, 1))
+
   def score(i, j):
     turn = lambda x, p: rope.rotate(x, *angles([[p]]))
     return float((turn(q, i) * turn(k, j)).sum())
+
   assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
   assert score(7, 3) != pytest.approx(score(7, 5), abs=1e-2)
 

@@ -13,59 +13,155 @@ from jaxgpt.config import presets
 from jaxgpt.model import stacks, transformer
 
 STYLES = {
-    "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True),
-    "llama": dict(norm="rmsnorm", position="rotary", activation="silu", gated=True, bias=False,
-                  num_kv_heads=2, tie_embeddings=False),
-    "other": dict(norm="rmsnorm", position="none", activation="relu2", bias=True, qk_norm="head",
-                  logit_softcap=20.0, num_kv_heads=1),
-    "gemma": dict(norm="rmsnorm", norm_placement="both", position="rotary", activation="gelu",
-                  gated=True, bias=False, embed_scale=5.0, attn_softcap=30.0, num_layers=5,
-                  attention_pattern=("local", "global"), window=8,
-                  rope=dict(local_theta=100.0, scaling="linear", factor=2.0)),
-    "olmo": dict(norm="rmsnorm", norm_placement="branch", position="rotary", qk_norm="all",
-                 activation="silu", gated=True, bias=False),
-    "moe": dict(norm="rmsnorm", position="rotary", activation="silu", gated=True, bias=False,
-                mlp_pattern=("moe",), num_layers=3,
-                moe=dict(experts=4, width=16, shared=1, first_dense=1)),
-    "latent": dict(norm="rmsnorm", position="rotary", activation="silu", gated=True, bias=False,
-                   head_dim=12, latent=dict(kv_rank=8, q_rank=10, rope_dim=4, v_dim=6)),
-    "post": dict(norm="layernorm", norm_placement="post", position="learned", token_types=2,
-                 activation="gelu_exact", embed_norm=True, head_transform="norm", head_bias=True),
+  "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True),
+  "llama": dict(
+    norm="rmsnorm",
+    position="rotary",
+    activation="silu",
+    gated=True,
+    bias=False,
+    num_kv_heads=2,
+    tie_embeddings=False,
+  ),
+  "other": dict(
+    norm="rmsnorm",
+    position="none",
+    activation="relu2",
+    bias=True,
+    qk_norm="head",
+    logit_softcap=20.0,
+    num_kv_heads=1,
+  ),
+  "gemma": dict(
+    norm="rmsnorm",
+    norm_placement="both",
+    position="rotary",
+    activation="gelu",
+    gated=True,
+    bias=False,
+    embed_scale=5.0,
+    attn_softcap=30.0,
+    num_layers=5,
+    attention_pattern=("local", "global"),
+    window=8,
+    rope=dict(local_theta=100.0, scaling="linear", factor=2.0),
+  ),
+  "olmo": dict(
+    norm="rmsnorm",
+    norm_placement="branch",
+    position="rotary",
+    qk_norm="all",
+    activation="silu",
+    gated=True,
+    bias=False,
+  ),
+  "moe": dict(
+    norm="rmsnorm",
+    position="rotary",
+    activation="silu",
+    gated=True,
+    bias=False,
+    mlp_pattern=("moe",),
+    num_layers=3,
+    moe=dict(experts=4, width=16, shared=1, first_dense=1),
+  ),
+  "latent": dict(
+    norm="rmsnorm",
+    position="rotary",
+    activation="silu",
+    gated=True,
+    bias=False,
+    head_dim=12,
+    latent=dict(kv_rank=8, q_rank=10, rope_dim=4, v_dim=6),
+  ),
+  "post": dict(
+    norm="layernorm",
+    norm_placement="post",
+    position="learned",
+    token_types=2,
+    activation="gelu_exact",
+    embed_norm=True,
+    head_transform="norm",
+    head_bias=True,
+  ),
 }
 # Published sizes (Hugging Face's num_parameters(); the models' papers).
 SIZES = {
-    "gpt2_124m": 124_439_808, "gpt2_355m": 354_823_168, "gpt2_774m": 774_030_080,
-    "gpt2_1558m": 1_557_611_200, "llama2_7b": 6_738_415_616, "llama2_13b": 13_015_864_320,
-    "llama2_70b": 68_976_648_192, "llama3_8b": 8_030_261_248, "llama3_70b": 70_553_706_496,
-    "llama31_8b": 8_030_261_248, "llama31_70b": 70_553_706_496, "llama31_405b": 405_853_388_800,
-    "llama32_1b": 1_235_814_400, "llama32_3b": 3_212_749_824, "mistral_7b_v01": 7_241_732_096,
-    "mistral_7b_v03": 7_248_023_552, "mixtral_8x7b": 46_702_792_704,
-    "mixtral_8x22b": 140_620_634_112, "qwen25_0_5b": 494_032_768, "qwen25_1_5b": 1_543_714_304,
-    "qwen25_3b": 3_085_938_688, "qwen25_7b": 7_615_616_512, "qwen25_14b": 14_770_033_664,
-    "qwen25_32b": 32_763_876_352, "qwen25_72b": 72_706_203_648, "qwen3_0_6b": 596_049_920,
-    "qwen3_1_7b": 1_720_574_976, "qwen3_4b": 4_022_468_096, "qwen3_8b": 8_190_735_360,
-    "qwen3_14b": 14_768_307_200, "qwen3_32b": 32_762_123_264, "qwen3_30b_a3b": 30_532_122_624,
-    "qwen3_235b_a22b": 235_093_634_560, "gemma_2b": 2_506_172_416, "gemma_7b": 8_537_680_896,
-    "gemma2_2b": 2_614_341_888, "gemma2_9b": 9_241_705_984, "gemma2_27b": 27_227_128_320,
-    "gemma3_1b": 999_885_952, "gemma3_270m": 268_098_176, "phi3_mini": 3_821_079_552,
-    "phi3_medium": 13_960_238_080, "olmo2_1b": 1_484_916_736, "olmo2_7b": 7_298_617_344,
-    "olmo2_13b": 13_716_198_400, "olmo2_32b": 32_234_279_936, "smollm2_135m": 134_515_008,
-    "smollm2_360m": 361_821_120, "smollm2_1_7b": 1_711_376_384,
-    "starcoder2_3b": 3_030_371_328, "starcoder2_7b": 7_173_923_840, "deepseek_v2_lite": 15_706_484_224,
-    "deepseek_v3": 671_026_419_200, "bert_base": 109_514_298, "bert_large": 335_174_458,
-    "roberta_base": 124_697_433, "roberta_large": 355_412_057, "modernbert_base": 149_655_232,
-    "modernbert_large": 395_881_664,
+  "gpt2_124m": 124_439_808,
+  "gpt2_355m": 354_823_168,
+  "gpt2_774m": 774_030_080,
+  "gpt2_1558m": 1_557_611_200,
+  "llama2_7b": 6_738_415_616,
+  "llama2_13b": 13_015_864_320,
+  "llama2_70b": 68_976_648_192,
+  "llama3_8b": 8_030_261_248,
+  "llama3_70b": 70_553_706_496,
+  "llama31_8b": 8_030_261_248,
+  "llama31_70b": 70_553_706_496,
+  "llama31_405b": 405_853_388_800,
+  "llama32_1b": 1_235_814_400,
+  "llama32_3b": 3_212_749_824,
+  "mistral_7b_v01": 7_241_732_096,
+  "mistral_7b_v03": 7_248_023_552,
+  "mixtral_8x7b": 46_702_792_704,
+  "mixtral_8x22b": 140_620_634_112,
+  "qwen25_0_5b": 494_032_768,
+  "qwen25_1_5b": 1_543_714_304,
+  "qwen25_3b": 3_085_938_688,
+  "qwen25_7b": 7_615_616_512,
+  "qwen25_14b": 14_770_033_664,
+  "qwen25_32b": 32_763_876_352,
+  "qwen25_72b": 72_706_203_648,
+  "qwen3_0_6b": 596_049_920,
+  "qwen3_1_7b": 1_720_574_976,
+  "qwen3_4b": 4_022_468_096,
+  "qwen3_8b": 8_190_735_360,
+  "qwen3_14b": 14_768_307_200,
+  "qwen3_32b": 32_762_123_264,
+  "qwen3_30b_a3b": 30_532_122_624,
+  "qwen3_235b_a22b": 235_093_634_560,
+  "gemma_2b": 2_506_172_416,
+  "gemma_7b": 8_537_680_896,
+  "gemma2_2b": 2_614_341_888,
+  "gemma2_9b": 9_241_705_984,
+  "gemma2_27b": 27_227_128_320,
+  "gemma3_1b": 999_885_952,
+  "gemma3_270m": 268_098_176,
+  "phi3_mini": 3_821_079_552,
+  "phi3_medium": 13_960_238_080,
+  "olmo2_1b": 1_484_916_736,
+  "olmo2_7b": 7_298_617_344,
+  "olmo2_13b": 13_716_198_400,
+  "olmo2_32b": 32_234_279_936,
+  "smollm2_135m": 134_515_008,
+  "smollm2_360m": 361_821_120,
+  "smollm2_1_7b": 1_711_376_384,
+  "starcoder2_3b": 3_030_371_328,
+  "starcoder2_7b": 7_173_923_840,
+  "deepseek_v2_lite": 15_706_484_224,
+  "deepseek_v3": 671_026_419_200,
+  "bert_base": 109_514_298,
+  "bert_large": 335_174_458,
+  "roberta_base": 124_697_433,
+  "roberta_large": 355_412_057,
+  "modernbert_base": 149_655_232,
+  "modernbert_large": 395_881_664,
 }
 # RoBERTa's table has two positions that no token ever has; ModernBERT's first layer has no norm
 # before its attention, where ours has one that is not used.
-MORE = {"roberta_base": -2 * 768, "roberta_large": -2 * 1024, "modernbert_base": 768,
-        "modernbert_large": 1024}
+MORE = {
+  "roberta_base": -2 * 768,
+  "roberta_large": -2 * 1024,
+  "modernbert_base": 768,
+  "modernbert_large": 1024,
+}
 
 
 def make(causal=True, **fields):
   c = config.base()
-  c.model.update(dict(vocab_size=50, max_len=16, num_layers=2, width=32, num_heads=4, init_std=0.2)
-                 | fields)  # nested sections are merged
+  c.model.update(
+    dict(vocab_size=50, max_len=16, num_layers=2, width=32, num_heads=4, init_std=0.2) | fields
+  )  # nested sections are merged
   c.data.seq_len = 16
   c = config.resolve(c)
   fields = ml_collections.ConfigDict(c.model)
@@ -123,8 +219,9 @@ def test_local_layers_read_a_window(causal):
   pattern = dict(num_layers=1, attention_pattern=("local",), window=3)
   distance = np.arange(12)[:, None] - np.arange(12)
   want = np.abs(distance) < 3
-  np.testing.assert_array_equal(reads("llama", causal=causal, **pattern),
-                                want & (distance >= 0) if causal else want)
+  np.testing.assert_array_equal(
+    reads("llama", causal=causal, **pattern), want & (distance >= 0) if causal else want
+  )
 
 
 @pytest.mark.parametrize("style", ["gpt2", "post"])
@@ -135,21 +232,33 @@ def test_an_encoder_reads_both_ways(style):
 def test_layers_are_scanned_over_the_periods_of_their_pattern():
   def names(**fields):
     return [(s.name, s.kinds, s.repeats) for s in stacks.of(make(**fields)[0].cfg)]
+
   local, full = ("local", "dense"), ("global", "dense")
   assert names(num_layers=3) == [("layers", (full,), 3)]
   pattern = dict(attention_pattern=("local", "local", "global"), window=4)
-  assert names(num_layers=8, **pattern) == [("layers", (local, local, full), 2),
-                                            ("last_layers", (local,), 2)]
+  assert names(num_layers=8, **pattern) == [
+    ("layers", (local, local, full), 2),
+    ("last_layers", (local,), 2),
+  ]
   assert names(num_layers=4, mlp_pattern=("dense", "moe"), moe=dict(experts=2), **pattern)[0] == (
-      "last_layers", (local, ("local", "moe"), full, ("local", "moe")), 1)
+    "last_layers",
+    (local, ("local", "moe"), full, ("local", "moe")),
+    1,
+  )
   assert names(num_layers=5, mlp_pattern=("moe",), moe=dict(experts=2, first_dense=2)) == [
-      ("first_layers", (full,), 2), ("layers", (("global", "moe"),), 3)]
+    ("first_layers", (full,), 2),
+    ("layers", (("global", "moe"),), 3),
+  ]
 
 
-@pytest.mark.parametrize("head, shape", [
+@pytest.mark.parametrize(
+  "head, shape",
+  [
     (dict(head="classifier", num_labels=3, head_transform="tanh"), (2, 3)),
     (dict(head="pooler", head_transform="tanh", pooling="mean"), (2, 32)),
-    (dict(head="none"), (2, 12, 32))])
+    (dict(head="none"), (2, 12, 32)),
+  ],
+)
 def test_heads_give_one_vector_a_row_or_the_hidden_states(head, shape):
   c = ml_collections.ConfigDict(make(**STYLES["post"])[0].cfg)
   c.update(dict(head_transform="none", head_bias=False, causal=False) | head)
@@ -177,8 +286,12 @@ def test_the_output_of_every_layer_can_be_had():
   assert out.layers.shape == (5, 2, 12, 32)
   first = jax.tree.map(lambda x: x[:1], params["layers"])
   model1, _ = make(**STYLES["gemma"] | {"num_layers": 2})
-  two = apply(model1, {k: v for k, v in params.items() if k != "last_layers"} | {"layers": first},
-              *tokens_and_positions(), layer_outputs=True)
+  two = apply(
+    model1,
+    {k: v for k, v in params.items() if k != "last_layers"} | {"layers": first},
+    *tokens_and_positions(),
+    layer_outputs=True,
+  )
   np.testing.assert_allclose(out.layers[:2], two.layers, atol=1e-5)
 
 
@@ -213,13 +326,21 @@ def test_prefill_and_decode_equal_the_full_forward(style):
   out = apply(model, params, padded, places, cache=cache, logits_at_B=jnp.array([4, 4]))
   np.testing.assert_allclose(out.logits, full[:, 4], atol=2e-5)
   for t in range(5, 12):
-    out = apply(model, params, tokens[:, t:t + 1], positions[:, t:t + 1], cache=out.cache)
+    out = apply(model, params, tokens[:, t : t + 1], positions[:, t : t + 1], cache=out.cache)
     np.testing.assert_allclose(out.logits[:, 0], full[:, t], atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "save_qkv", "save_attention",
-                                   "save:q,k,v,attention,o,gate,up,down",
-                                   "save:gate,up+offload:q,k,attention"])
+@pytest.mark.parametrize(
+  "remat",
+  [
+    "full",
+    "dots",
+    "save_qkv",
+    "save_attention",
+    "save:q,k,v,attention,o,gate,up,down",
+    "save:gate,up+offload:q,k,attention",
+  ],
+)
 def test_recomputation_and_unrolling_change_no_gradient(remat):
   tokens, positions = tokens_and_positions()
 

@@ -62,24 +62,46 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start(site, name, count, devices=1, env=(), args=lambda i: (), port=None,
-          which=None):
+def start(site, name, count, devices=1, env=(), args=lambda i: (), port=None, which=None):
   """`count` processes of one run (or `which` of them), on `devices` pretended devices each."""
   port = port or free_port()
   out = []
   for i in which or range(count):
-    several = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count),
-               "JAX_PROCESS_ID": str(i)} if count > 1 else {}
+    several = (
+      {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(i),
+      }
+      if count > 1
+      else {}
+    )
     base = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-                     "--xla_backend_optimization_level=0"}
-    out.append(subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt", "train", f"--config={site}/c.py",
-         f"--config.data.path={site}/data", f"--workdir={site}/{name}", *args(i)],
-        env=base | several | dict(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+      "PYTHONPATH": str(ROOT),
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+      "--xla_backend_optimization_level=0",
+    }
+    out.append(
+      subprocess.Popen(
+        [
+          sys.executable,
+          "-m",
+          "jaxgpt",
+          "train",
+          f"--config={site}/c.py",
+          f"--config.data.path={site}/data",
+          f"--workdir={site}/{name}",
+          *args(i),
+        ],
+        env=base | several | dict(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
   return out
 
 
@@ -124,8 +146,9 @@ def assert_same(site, got, want="one", steps=8):
   assert column(site, got, "step") == list(range(1, steps + 1))
   for key in ("loss", "grad_norm", "param_norm", "tokens"):
     np.testing.assert_allclose(column(site, got, key), column(site, want, key), rtol=2e-5)
-  np.testing.assert_allclose(column(site, got, "loss", "validation"),
-                             column(site, want, "loss", "validation"), rtol=2e-5)
+  np.testing.assert_allclose(
+    column(site, got, "loss", "validation"), column(site, want, "loss", "validation"), rtol=2e-5
+  )
 
 
 def test_two_processes_compute_what_one_does(site, alone):
@@ -136,7 +159,7 @@ def test_only_the_first_process_writes_and_prints(site, alone):
   (_, first, _), (_, second, _) = alone
   assert "done:" in first and "step 8/8" in first
   assert "done" not in second and "step" not in second
-  start, = run_folder.read_starts(site / "two")
+  (start,) = run_folder.read_starts(site / "two")
   assert start["processes"] == 2 and start["mesh"]["fsdp"] == 2
 
 
@@ -166,24 +189,35 @@ def test_an_error_that_all_have_is_printed_once_and_one_that_one_has_is_named(si
 
 def test_a_coordinator_that_does_not_answer_is_named(site):
   port = free_port()
-  (code, _, err), = train(site, "x", 2, args=lambda i: ["--join-timeout=3"], port=port, which=[1])
+  ((code, _, err),) = train(site, "x", 2, args=lambda i: ["--join-timeout=3"], port=port, which=[1])
   assert code == 75
   assert f"no start within 3 s at the coordinator 127.0.0.1:{port}: nobody answers there" in err
 
 
-@pytest.mark.parametrize("hosts, words", [
+@pytest.mark.parametrize(
+  "hosts, words",
+  [
     ("", "not all processes came: connected are, with this one, 127.0.0.1;"),
-    ("node-7.invalid", "node-7.invalid did not come;")])
+    ("node-7.invalid", "node-7.invalid did not come;"),
+  ],
+)
 def test_a_process_that_does_not_come_is_named(site, hosts, words):
-  (code, _, err), = train(site, "x", 2, args=lambda i: ["--join-timeout=3"], which=[0],
-                          env={"TPU_WORKER_HOSTNAMES": hosts})
+  ((code, _, err),) = train(
+    site,
+    "x",
+    2,
+    args=lambda i: ["--join-timeout=3"],
+    which=[0],
+    env={"TPU_WORKER_HOSTNAMES": hosts},
+  )
   assert code == 75 and words in err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_the_others_at_once_and_the_rerun_is_exact(
-    site, alone, killed):
+  site, alone, killed
+):
   name = f"killed{killed}"
   processes = start(site, name, 2, env={"TEST_SIGNAL": f"{killed} {signal.SIGKILL:d} 7"})
   processes[killed].wait(120)
@@ -192,7 +226,9 @@ def test_a_process_that_is_killed_ends_the_others_at_once_and_the_rerun_is_exact
   assert time.monotonic() - before < 10
   assert results[killed][0] == -signal.SIGKILL and results[1 - killed][0] == 75, results
   assert f"process {killed} of 2 (" in results[1 - killed][2]
-  assert results[1 - killed][2].count("was lost") == 1 and "Check failure" not in results[1 - killed][2]
+  assert (
+    results[1 - killed][2].count("was lost") == 1 and "Check failure" not in results[1 - killed][2]
+  )
   assert [code for code, _, _ in train(site, name, 2)] == [0, 0]
   assert column(site, name, "loss") == column(site, "two", "loss")
 
@@ -217,12 +253,15 @@ def test_copies_on_two_processes_with_two_devices_each(site, alone):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_leaves_its_evidence_once(site):
-  bad = lambda i: ["--config.optim.lr=1e16", "--config.optim.clip_norm=0",
-                   "--config.schedule.warmup_steps=0"]
+  bad = lambda i: [
+    "--config.optim.lr=1e16",
+    "--config.optim.clip_norm=0",
+    "--config.schedule.warmup_steps=0",
+  ]
   first, second = train(site, "nonfinite", 2, args=bad)
   assert first[0] == second[0] == 2 and "is not finite: loss" in first[2]
   assert "not finite" not in second[2]
-  where, = (site / "nonfinite").glob("nonfinite_*")
+  (where,) = (site / "nonfinite").glob("nonfinite_*")
   assert np.load(where / "batch.npz")["tokens"].shape == (8, 32)
   assert (where / "state").exists() and (where / "metrics.json").exists()
 
@@ -240,10 +279,22 @@ def several(program, count=2):
   """Processes that run a text of Python and find each other."""
   port, out = free_port(), []
   for i in range(count):
-    env = os.environ | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT),
-                        "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i), "XLA_FLAGS": ""}
-    out.append(subprocess.Popen([sys.executable, "-c", program], env=env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    env = os.environ | {
+      "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+      "PYTHONPATH": str(ROOT),
+      "JAX_NUM_PROCESSES": str(count),
+      "JAX_PROCESS_ID": str(i),
+      "XLA_FLAGS": "",
+    }
+    out.append(
+      subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+      )
+    )
   return out
 
 
@@ -279,7 +330,7 @@ def test_processes_see_a_number_at_the_same_call_and_ask_about_once_a_second(sit
   """The second process raises it at call 50; calls take 10 ms, so 100 of them are a second."""
   first, second = finish(several(AGREEMENT))
   assert first[0] == second[0] == 0, first
-  line, = [line for line in first[1].splitlines() if line.startswith("seen")]
+  (line,) = [line for line in first[1].splitlines() if line.startswith("seen")]
   assert line in second[1].splitlines()
   _, seen, _, asked, _, now = line.split()
   assert 50 < int(seen) < 299 and 4 <= int(asked) <= 20 and now == "15"
@@ -298,7 +349,7 @@ def test_a_stream_is_read_by_each_process_and_goes_on_exactly_on_as_many(site):
   assert "data.stream" not in whole[1][1]
   term = {"TEST_SIGNAL": f"0 {signal.SIGTERM:d} 3"}
   assert {r[0] for r in train(site, "stream_cut", 2, env=term, args=of_stream)} == {143}
-  (code, _, err), = train(site, "stream_cut", 1, args=of_stream)
+  ((code, _, err),) = train(site, "stream_cut", 1, args=of_stream)
   assert code == 2 and "on 2 hosts and can't go on with it on 1" in err
   assert [r[0] for r in train(site, "stream_cut", 2, args=of_stream)] == [0, 0]
   for key in ("loss", "grad_norm", "epochs/stream"):

@@ -21,16 +21,32 @@ from tests.parallel.mesh_test import Chip
 STEPS, ROWS, LENGTH, VOCABULARY = 5, 8, 16, 32
 TOLERANCE = 5e-6  # relative: what the order of sums in float32 may make over five steps
 
-MODELS = {"dense": {}, "moe": dict(mlp_pattern=("moe",), moe=dict(experts=4, width=16)),
-          "moe with capacity": dict(mlp_pattern=("moe",), moe=dict(experts=4, width=16, capacity=1.0))}
+MODELS = {
+  "dense": {},
+  "moe": dict(mlp_pattern=("moe",), moe=dict(experts=4, width=16)),
+  "moe with capacity": dict(mlp_pattern=("moe",), moe=dict(experts=4, width=16, capacity=1.0)),
+}
 
 
 def resolved(model, **mesh):
   """A config of four small layers, on the axes given and no others."""
   c = config.base()
-  c.model.update(dict(num_layers=4, width=16, num_heads=4, mlp_width=32, vocab_size=VOCABULARY,
-                      norm="rmsnorm", position="rotary", activation="silu", gated=True, bias=False,
-                      init_std=0.1) | MODELS[model])
+  c.model.update(
+    dict(
+      num_layers=4,
+      width=16,
+      num_heads=4,
+      mlp_width=32,
+      vocab_size=VOCABULARY,
+      norm="rmsnorm",
+      position="rotary",
+      activation="silu",
+      gated=True,
+      bias=False,
+      init_std=0.1,
+    )
+    | MODELS[model]
+  )
   c.data.update(dict(seq_len=LENGTH, batch_size=ROWS))
   c.optim.lr = 1e-2
   c.schedule.warmup_steps = 1
@@ -49,11 +65,13 @@ def batch(step):
   starts = np.c_[np.zeros(ROWS, int), ends]
   real = document < 3
   tokens = draw.integers(0, VOCABULARY, (ROWS, LENGTH))
-  return {"tokens": tokens.astype(np.int32),
-          "targets": ((tokens * 5 + 3) % VOCABULARY).astype(np.int32),
-          "loss_weights": real.astype(np.float32),
-          "segment_ids": np.where(real, document + 1, 0).astype(np.int32),
-          "positions": (place - np.take_along_axis(starts, document, 1)).astype(np.int32)}
+  return {
+    "tokens": tokens.astype(np.int32),
+    "targets": ((tokens * 5 + 3) % VOCABULARY).astype(np.int32),
+    "loss_weights": real.astype(np.float32),
+    "segment_ids": np.where(real, document + 1, 0).astype(np.int32),
+    "positions": (place - np.take_along_axis(starts, document, 1)).astype(np.int32),
+  }
 
 
 def trajectory(c, mesh):
@@ -79,32 +97,66 @@ def serial(model):
 def assert_equal_to_serial(model, mesh=None, **axes):
   c = resolved(model, **axes)
   sizes = [c.mesh[axis] for axis in config.MESH_AXES]
-  got = trajectory(c, mesh or mesh_lib.make(c.mesh, jax.devices()[:int(np.prod(sizes))]))
+  got = trajectory(c, mesh or mesh_lib.make(c.mesh, jax.devices()[: int(np.prod(sizes))]))
   print(f"largest deviation {np.abs(got / serial(model) - 1).max():.1e}: {model}, {axes}")
   np.testing.assert_allclose(got, serial(model), rtol=TOLERANCE)
 
 
 # Each pair of axes is in one of these six.
-@pytest.mark.parametrize("model, axes, more", [
-    ("dense", "data fsdp seq", {}), ("moe", "data fsdp tensor", {}),
+@pytest.mark.parametrize(
+  "model, axes, more",
+  [
+    ("dense", "data fsdp seq", {}),
+    ("moe", "data fsdp tensor", {}),
     ("moe with capacity", "data expert stage", dict(stage_repeats=2)),
     ("moe", "fsdp expert stage", dict(stage_microbatches=2)),
-    ("moe with capacity", "seq tensor expert", {}), ("dense", "seq tensor stage", {})])
+    ("moe with capacity", "seq tensor expert", {}),
+    ("dense", "seq tensor stage", {}),
+  ],
+)
 def test_three_axes_together_compute_what_one_device_does(model, axes, more):
   assert_equal_to_serial(model, **dict.fromkeys(axes.split(), 2), **more)
 
 
 # Weights cut another way, activations too: over axes that share the batch, several, or none.
-@pytest.mark.parametrize("model, axes, rules", [
-    ("dense", dict(fsdp=2, tensor=4), dict(
-        embed="none", mlp="fsdp,tensor", heads="fsdp", kv_heads="fsdp", head_dim="tensor",
-        vocab="tensor,fsdp", residual_length="seq", act_embed="tensor", act_heads="none",
-        act_vocab="none")),
-    ("moe", dict(fsdp=2, tensor=2, expert=2), dict(
-        embed="tensor", mlp="fsdp,expert", experts="none", heads="none", kv_heads="none",
-        vocab="expert")),
-    ("moe with capacity", dict(fsdp=2, expert=2, stage=2), dict(
-        embed="none", mlp="none", experts="expert,fsdp", expert_batch="data", vocab="stage"))])
+@pytest.mark.parametrize(
+  "model, axes, rules",
+  [
+    (
+      "dense",
+      dict(fsdp=2, tensor=4),
+      dict(
+        embed="none",
+        mlp="fsdp,tensor",
+        heads="fsdp",
+        kv_heads="fsdp",
+        head_dim="tensor",
+        vocab="tensor,fsdp",
+        residual_length="seq",
+        act_embed="tensor",
+        act_heads="none",
+        act_vocab="none",
+      ),
+    ),
+    (
+      "moe",
+      dict(fsdp=2, tensor=2, expert=2),
+      dict(
+        embed="tensor",
+        mlp="fsdp,expert",
+        experts="none",
+        heads="none",
+        kv_heads="none",
+        vocab="expert",
+      ),
+    ),
+    (
+      "moe with capacity",
+      dict(fsdp=2, expert=2, stage=2),
+      dict(embed="none", mlp="none", experts="expert,fsdp", expert_batch="data", vocab="stage"),
+    ),
+  ],
+)
 def test_other_rules_compute_what_one_device_does(model, axes, rules):
   assert_equal_to_serial(model, **axes, rules=rules)
 
@@ -114,14 +166,20 @@ def over_two_slices(c):
   devices = jax.devices()
   chips = mesh_lib.make(c.mesh, [Chip(i) for i in range(8)]).devices
   types = (AxisType.Auto,) * len(config.MESH_AXES)
-  return Mesh(np.vectorize(lambda chip: devices[chip.id])(chips), config.MESH_AXES, axis_types=types)
+  return Mesh(
+    np.vectorize(lambda chip: devices[chip.id])(chips), config.MESH_AXES, axis_types=types
+  )
 
 
-@pytest.mark.parametrize("model, axes", [
+@pytest.mark.parametrize(
+  "model, axes",
+  [
     ("dense", dict(stage=2, fsdp=4)),
     pytest.param("moe with capacity", dict(data=2, expert=4), marks=pytest.mark.slow),
     pytest.param("moe", dict(data=2, fsdp=2, stage=2), marks=pytest.mark.slow),
-    pytest.param("dense", dict(fsdp=4, tensor=2), marks=pytest.mark.slow)])
+    pytest.param("dense", dict(fsdp=4, tensor=2), marks=pytest.mark.slow),
+  ],
+)
 def test_two_slices_compute_what_one_device_does(model, axes):
   mesh = over_two_slices(resolved(model, **axes))
   assert_equal_to_serial(model, mesh, **axes)
@@ -136,8 +194,12 @@ def test_each_axis_alone_computes_what_one_device_does(model, axis):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("two, four", [
+@pytest.mark.parametrize(
+  "two, four",
+  [
     pair if number % 2 else pair[::-1]
-    for number, pair in enumerate(itertools.combinations(config.MESH_AXES, 2))])
+    for number, pair in enumerate(itertools.combinations(config.MESH_AXES, 2))
+  ],
+)
 def test_each_pair_of_axes_computes_what_one_device_does(model, two, four):
   assert_equal_to_serial(model, **{two: 2, four: 4})

@@ -16,16 +16,25 @@ def section(**sizes):
 def test_minus_one_takes_what_is_left():
   assert mesh.axis_sizes(section(data=2, fsdp=-1), 8)["fsdp"] == 4
   assert dict(mesh.make(section(data=-1, fsdp=2)).shape) == {
-      "data": 4, "fsdp": 2, "seq": 1, "tensor": 1, "expert": 1, "stage": 1}
+    "data": 4,
+    "fsdp": 2,
+    "seq": 1,
+    "tensor": 1,
+    "expert": 1,
+    "stage": 1,
+  }
   assert mesh.make(section(), jax.devices()[:3]).shape["fsdp"] == 3
 
 
-@pytest.mark.parametrize("sizes, words", [
+@pytest.mark.parametrize(
+  "sizes, words",
+  [
     (dict(data=3), "mesh.data=3.*3 does not divide the 8 devices"),
     (dict(data=3, fsdp=1), "mesh.data=3: the axes multiply to 3, but there are 8 devices"),
     (dict(data=-1), "only one axis may be -1"),
     (dict(data=0), "mesh.data=0.*at least 1"),
-])
+  ],
+)
 def test_a_mesh_that_does_not_fit_is_named(sizes, words):
   with pytest.raises(UserError, match=words):
     mesh.axis_sizes(section(**sizes), 8)
@@ -34,7 +43,9 @@ def test_a_mesh_that_does_not_fit_is_named(sizes, words):
 def test_a_batch_must_divide():
   sizes = mesh.axis_sizes(section(data=2, fsdp=4), 8)
   mesh.check_batch(sizes, 16, 2)
-  with pytest.raises(UserError, match=r"data.batch_size=12 .*mesh.data=2 x mesh.fsdp=4 = 8; choose a multiple"):
+  with pytest.raises(
+    UserError, match=r"data.batch_size=12 .*mesh.data=2 x mesh.fsdp=4 = 8; choose a multiple"
+  ):
     mesh.check_batch(sizes, 12)
   with pytest.raises(UserError, match=r"optim.accumulate=4 = 32"):
     mesh.check_batch(sizes, 16, 4)
@@ -42,6 +53,7 @@ def test_a_batch_must_divide():
 
 class Chip:
   """What a mesh over slices asks of a device."""
+
   platform = device_kind = "cpu"
 
   def __init__(self, number):
@@ -50,6 +62,7 @@ class Chip:
 
 class TorusChip:
   """What a mesh over a torus of 4 x 4 x 4 asks of a device."""
+
   platform, device_kind, core_on_chip, slice_index = "tpu", "TPU v5", 0, 0
 
   def __init__(self, number):
@@ -64,9 +77,16 @@ def test_an_axis_may_be_part_of_the_torus(seq):
   assert len({d.id for d in made.devices.flat}) == 64
 
 
-@pytest.mark.parametrize("sizes, across", [
-    (dict(data=2, fsdp=4), "data"), (dict(data=1, fsdp=8), "fsdp"), (dict(data=8, fsdp=1), "data"),
-    (dict(data=1, fsdp=4, stage=2), "stage"), (dict(data=2, fsdp=2, stage=2), "data")])
+@pytest.mark.parametrize(
+  "sizes, across",
+  [
+    (dict(data=2, fsdp=4), "data"),
+    (dict(data=1, fsdp=8), "fsdp"),
+    (dict(data=8, fsdp=1), "data"),
+    (dict(data=1, fsdp=4, stage=2), "stage"),
+    (dict(data=2, fsdp=2, stage=2), "data"),
+  ],
+)
 def test_one_axis_goes_over_the_slices(sizes, across):
   made = mesh.make(section(**sizes), [Chip(i) for i in range(8)])
   assert {axis: made.shape[axis] for axis in sizes} == sizes
@@ -84,5 +104,7 @@ def test_slices_that_no_axis_divides_are_named():
 def test_memory_that_a_device_lacks_is_named():
   here = mesh.make(section(), jax.devices()[:1])
   mesh.check_memory(here, "pinned_host", "model.remat='offload:q'")
-  with pytest.raises(UserError, match="model.remat='offload:q' needs memory of the kind tape, and cpu has"):
+  with pytest.raises(
+    UserError, match="model.remat='offload:q' needs memory of the kind tape, and cpu has"
+  ):
     mesh.check_memory(here, "tape", "model.remat='offload:q'")

@@ -20,8 +20,10 @@ def lines(monkeypatch):
   made = [None] * 3
 
   def make(i):
-    made[i] = peer_watch.Lifeline(i, NAMES, address, "secret", listener if i == 0 else None,
-                                ends[i].append)
+    made[i] = peer_watch.Lifeline(
+      i, NAMES, address, "secret", listener if i == 0 else None, ends[i].append
+    )
+
   threads = [threading.Thread(target=make, args=(i,)) for i in range(3)]
   for t in threads:
     t.start()
@@ -75,8 +77,13 @@ def test_a_process_that_is_done_is_not_missed(lines):
 def test_strangers_are_not_listened_to(lines):
   made, _ = lines
   port = made[0]._listener.getsockname()[1]
-  for hello in (b"GET / HTTP/1.1\r\n\r\n", b"3\n", b'{"token": "x", "process": 1}\n',
-                b'{"process": 1, "code": 2, "message": "gotcha"}\n', os.urandom(100)):
+  for hello in (
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"3\n",
+    b'{"token": "x", "process": 1}\n',
+    b'{"process": 1, "code": 2, "message": "gotcha"}\n',
+    os.urandom(100),
+  ):
     with socket.create_connection(("127.0.0.1", port)) as s:
       s.sendall(hello)
   assert made[0].wait(0.5) is None

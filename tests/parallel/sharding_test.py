@@ -24,7 +24,9 @@ def mesh(processes, **sizes):
   return Mesh(devices, config.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-@pytest.mark.parametrize("processes, sizes, want", [
+@pytest.mark.parametrize(
+  "processes, sizes, want",
+  [
     ([0, 0, 1, 1], dict(fsdp=4), [(0, 2), (1, 2)]),
     ([0, 0, 1, 1], dict(data=2, fsdp=2), [(0, 2), (1, 2)]),
     ([0, 1, 0, 1], dict(fsdp=4), [(0, 2), (1, 2)]),  # rows 0 and 2, rows 1 and 3
@@ -32,7 +34,8 @@ def mesh(processes, **sizes):
     ([0, 0, 1, 1], dict(tensor=4), [(0, 1), (0, 1)]),  # copies of all rows
     ([0, 0, 1, 1], dict(fsdp=2, expert=2), [(0, 2), (1, 2)]),  # experts share the batch out too
     ([0, 0, 1, 1, 2, 2, 3, 3], dict(data=2, tensor=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
-])
+  ],
+)
 def test_processes_share_out_the_rows_that_their_devices_hold(processes, sizes, want):
   m = mesh(processes, **sizes)
   assert [sharding.host_slice(m, p) for p in range(len(want))] == want

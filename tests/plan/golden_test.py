@@ -17,28 +17,48 @@ from jaxgpt.training import build as build_lib
 from jaxgpt.training import train_step
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-SMALL = {"model.num_layers": 2, "model.width": 256, "model.num_heads": 2, "model.num_kv_heads": 2,
-         "model.mlp_width": 512, "model.vocab_size": 1024, "model.head_dim": 128,
-         "data.seq_len": 256, "data.batch_size": 8}
+SMALL = {
+  "model.num_layers": 2,
+  "model.width": 256,
+  "model.num_heads": 2,
+  "model.num_kv_heads": 2,
+  "model.mlp_width": 512,
+  "model.vocab_size": 1024,
+  "model.head_dim": 128,
+  "data.seq_len": 256,
+  "data.batch_size": 8,
+}
 EXPERTS = {"model.moe.experts": 4, "model.moe.capacity": 1.25, "model.moe.width": 512}
 # axis -> (preset, overrides, the rule that is taken away)
 AXES = {
-    "fsdp": ("llama2_7b", {"mesh.fsdp": 4}, "embed"),
-    "tensor": ("llama2_7b", {"mesh.fsdp": 2, "mesh.tensor": 2, "model.mlp_width": 1536}, "mlp"),
-    "expert": ("mixtral_8x7b", EXPERTS | {"mesh.fsdp": 2, "mesh.expert": 2}, "experts"),
-    "seq": ("llama2_7b", {"mesh.fsdp": 2, "mesh.seq": 2, "data.seq_len": 512}, "length"),
+  "fsdp": ("llama2_7b", {"mesh.fsdp": 4}, "embed"),
+  "tensor": ("llama2_7b", {"mesh.fsdp": 2, "mesh.tensor": 2, "model.mlp_width": 1536}, "mlp"),
+  "expert": ("mixtral_8x7b", EXPERTS | {"mesh.fsdp": 2, "mesh.expert": 2}, "experts"),
+  "seq": ("llama2_7b", {"mesh.fsdp": 2, "mesh.seq": 2, "data.seq_len": 512}, "length"),
 }
 
 
 def plan_of(axis):
   preset, values, _ = AXES[axis]
-  return f"configs/llama3_8b.py:{preset}", [f"--config.{k}={v}" for k, v in (SMALL | values).items()]
+  return f"configs/llama3_8b.py:{preset}", [
+    f"--config.{k}={v}" for k, v in (SMALL | values).items()
+  ]
 
 
 def figures(**collectives):
-  return {"estimate": "schedule", "collectives": [
-      {"opcode": name.replace("_", "-"), "dtype": "bf16", "phase": "exposed", "calls": calls,
-       "bytes": size} for name, (calls, size) in collectives.items()]}
+  return {
+    "estimate": "schedule",
+    "collectives": [
+      {
+        "opcode": name.replace("_", "-"),
+        "dtype": "bf16",
+        "phase": "exposed",
+        "calls": calls,
+        "bytes": size,
+      }
+      for name, (calls, size) in collectives.items()
+    ],
+  }
 
 
 def test_a_budget_of_communication_is_written_and_then_kept(tmp_path, capsys):
@@ -89,13 +109,19 @@ def budget_on_pretended_devices(axis, overrides=()):
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   compiled = train_step.compile(step, parts.state, lower.batch_shapes(c), where)
   found = cost.of_program(hlo.parse(compiled.as_text())).collectives
-  return golden.budget({"collectives": [
-      {"opcode": opcode, "dtype": dtype, "calls": calls, "bytes": size}
-      for (opcode, dtype, _), (calls, size) in found.items()]})
+  return golden.budget(
+    {
+      "collectives": [
+        {"opcode": opcode, "dtype": dtype, "calls": calls, "bytes": size}
+        for (opcode, dtype, _), (calls, size) in found.items()
+      ]
+    }
+  )
 
 
-@pytest.mark.parametrize("axis", ["fsdp", *(
-    pytest.param(axis, marks=pytest.mark.slow) for axis in AXES if axis != "fsdp")])
+@pytest.mark.parametrize(
+  "axis", ["fsdp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in AXES if axis != "fsdp")]
+)
 def test_a_lost_rule_breaks_the_budget_of_pretended_devices(axis, monkeypatch):
   want = budget_on_pretended_devices(axis)
   assert want

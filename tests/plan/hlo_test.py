@@ -48,9 +48,11 @@ def test_a_loop_runs_as_often_as_its_counter_says():
   assert cost.of_program(program).cycles["other"] == 40
   noted = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
   assert cost.of_program(hlo.parse(noted)).cycles["other"] == 70
-  counting_down = LOOP.replace("direction=LT", "direction=GT").replace(
-      "%zero = s32[] constant(0)", "%zero = s32[] constant(14)").replace(
-          "%step = s32[] constant(2)", "%step = s32[] constant(-3)")
+  counting_down = (
+    LOOP.replace("direction=LT", "direction=GT")
+    .replace("%zero = s32[] constant(0)", "%zero = s32[] constant(14)")
+    .replace("%step = s32[] constant(2)", "%step = s32[] constant(-3)")
+  )
   assert cost.of_program(hlo.parse(counting_down)).cycles["other"] == 20  # 14, 11
 
 
@@ -61,12 +63,15 @@ def test_names_of_arguments_are_read():
 def test_a_program_of_this_compiler_is_read():
   def f(x, w):
     return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=5)[0]
+
   shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 16), (16, 16))]
   text = jax.jit(f).lower(*shapes).compile().as_text()
   assert cost.of_program(hlo.parse(text)).flops == 5 * 2 * 8 * 16 * 16
 
 
-@pytest.mark.parametrize("window, labels, lhs, rhs, out, flops", [
+@pytest.mark.parametrize(
+  "window, labels, lhs, rhs, out, flops",
+  [
     ("{size=1}", "0bf_io0->0bf", "2,1024,64", "64,32,1", "2,1024,32", 2 * 2048 * 64 * 32),
     # A window of 3 over 8 with padding 1: the first and the last place meet padding once.
     ("{size=3 pad=1_1}", "b0f_0io->b0f", "1,8,4", "3,4,4", "1,8,4", 2 * 22 * 4 * 4),
@@ -74,7 +79,8 @@ def test_a_program_of_this_compiler_is_read():
     ("{size=3 stride=2 pad=1_0}", "b0f_0io->b0f", "1,8,4", "3,4,4", "1,4,4", 2 * 11 * 4 * 4),
     # Holes between the inputs: every other place meets none.
     ("{size=2 lhs_dilate=2}", "b0f_0io->b0f", "1,4,4", "2,4,4", "1,6,4", 2 * 6 * 4 * 4),
-])
+  ],
+)
 def test_flops_of_what_a_tpu_makes_of_a_dot(window, labels, lhs, rhs, out, flops):
   text = f"""HloModule m
 ENTRY %main (a: bf16[{lhs}], b: bf16[{rhs}]) -> bf16[{out}] {{
@@ -127,9 +133,11 @@ ENTRY %main (a: bf16[256], b: f32[8], c: f32[4096]) -> f32[256] {
 def test_each_collective_counts_once_and_as_what_it_is():
   found = cost.of_program(hlo.parse(GATHERS))
   assert found.collectives == {
-      ("all-gather", "bf16", "overlapped"): [1, 8192], ("all-gather", "bf16", "exposed"): [1, 8192],
-      ("collective-permute", "bf16", "overlapped"): [1, 8192],
-      ("reduce-scatter", "f32", "exposed"): [1, 16384]}
+    ("all-gather", "bf16", "overlapped"): [1, 8192],
+    ("all-gather", "bf16", "exposed"): [1, 8192],
+    ("collective-permute", "bf16", "overlapped"): [1, 8192],
+    ("reduce-scatter", "f32", "exposed"): [1, 16384],
+  }
   assert found.bytes("exposed") == 8192 + 16384
   assert found.kernels == {"kernel": [1, 0]}
 

@@ -35,8 +35,16 @@ def test_the_figures_are_of_many_kinds(errors):
   chips = {topology.parse(COMPILED[name]["topology"]).chip.name for name in errors}
   flags = [flag for name in errors for flag in COMPILED[name]["overrides"]]
   assert chips >= {"v4", "v5e", "v5p", "v6e"}
-  for key in ("mesh.tensor", "mesh.seq", "mesh.expert", "mesh.data", "optim.accumulate",
-              "optim.name", "objective.name", "objective.loss_chunk"):
+  for key in (
+    "mesh.tensor",
+    "mesh.seq",
+    "mesh.expert",
+    "mesh.data",
+    "optim.accumulate",
+    "optim.name",
+    "objective.name",
+    "objective.loss_chunk",
+  ):
     assert any(flag.startswith(f"--config.{key}=") for flag in flags), key
   assert len({flag for flag in flags if "model.remat" in flag}) >= 9
   assert len({entry["libtpu"] for entry in COMPILED.values()}) == 1

@@ -11,9 +11,16 @@ from jaxgpt.model import transformer
 from jaxgpt.parallel import mesh, sharding
 from jaxgpt.plan import lower, shardings
 
-SMALL = ["--config.model.num_layers=2", "--config.model.width=64", "--config.model.num_heads=4",
-         "--config.model.num_kv_heads=4", "--config.model.mlp_width=128",
-         "--config.model.vocab_size=256", "--config.data.seq_len=32", "--config.data.batch_size=8"]
+SMALL = [
+  "--config.model.num_layers=2",
+  "--config.model.width=64",
+  "--config.model.num_heads=4",
+  "--config.model.num_kv_heads=4",
+  "--config.model.mlp_width=128",
+  "--config.model.vocab_size=256",
+  "--config.data.seq_len=32",
+  "--config.data.batch_size=8",
+]
 LLAMA = "configs/llama3_8b.py:llama2_7b"
 
 
@@ -21,12 +28,25 @@ def _resolved(*overrides):
   return lower.resolve(config.load(LLAMA, [*SMALL, *overrides])[0])
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2},
-                                  {"seq": 2, "fsdp": 4}, {"tensor": 4, "seq": 2},
-                                  {"fsdp": 2, "tensor": 4, "rules.embed": "tensor,fsdp",
-                                   "rules.mlp": "none", "rules.act_heads": "none",
-                                   "rules.vocab": "none", "rules.heads": "none",
-                                   "rules.kv_heads": "none"}])
+@pytest.mark.parametrize(
+  "axes",
+  [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"seq": 2, "fsdp": 4},
+    {"tensor": 4, "seq": 2},
+    {
+      "fsdp": 2,
+      "tensor": 4,
+      "rules.embed": "tensor,fsdp",
+      "rules.mlp": "none",
+      "rules.act_heads": "none",
+      "rules.vocab": "none",
+      "rules.heads": "none",
+      "rules.kv_heads": "none",
+    },
+  ],
+)
 def test_each_device_holds_what_jax_gives_it(axes):
   axes = {"fsdp": 1} | axes
   c = _resolved(*(f"--config.mesh.{axis}={size}" for axis, size in axes.items()))
@@ -45,10 +65,13 @@ def test_each_device_holds_what_jax_gives_it(axes):
     assert found == {index: sorted(held) for index, held in expected.items()}, array.name
 
 
-@pytest.mark.parametrize("sizes, words", [
+@pytest.mark.parametrize(
+  "sizes, words",
+  [
     ({"tensor": 8}, "mesh.tensor=8 does not divide dimension 'kv_heads' = 4"),
     ({"fsdp": 128}, "mesh.fsdp=128 does not divide dimension 'embed' = 64"),
-])
+  ],
+)
 def test_what_training_refuses_is_not_drawn(sizes, words):
   sizes = dict.fromkeys(config.MESH_AXES, 1) | sizes
   with pytest.raises(UserError, match=words):
@@ -60,29 +83,44 @@ def test_all_parameters_are_listed_with_their_bytes():
   shapes, _ = transformer.abstract(transformer.Transformer(c.model))
   names = {array.name: array for array in shardings.parameters(c)}
   assert names.keys() == tree.flatten(shapes).keys()
-  lines = shardings.table([names["layers/mlp/up"]], mesh.axis_sizes(c.mesh, 8),
-                          sharding.DEFAULT)
-  assert lines[1].split() == ["layers/mlp/up", "layers", "2", "x", "embed", "64", "x", "mlp", "128",
-                              "embed:", "fsdp", "[2,8,128]", f"{2 * 8 * 128 * 4 / 2**20:.2f}"]
+  lines = shardings.table([names["layers/mlp/up"]], mesh.axis_sizes(c.mesh, 8), sharding.DEFAULT)
+  assert lines[1].split() == [
+    "layers/mlp/up",
+    "layers",
+    "2",
+    "x",
+    "embed",
+    "64",
+    "x",
+    "mlp",
+    "128",
+    "embed:",
+    "fsdp",
+    "[2,8,128]",
+    f"{2 * 8 * 128 * 4 / 2**20:.2f}",
+  ]
 
 
 def test_a_picture_of_copies_and_one_of_many_parts():
   array = shardings.Array("w", (("embed", 64), ("mlp", 128)), 4)
   sizes = {"data": 2, "fsdp": 8, "seq": 1, "tensor": 2, "expert": 1, "stage": 1}
   assert shardings.picture(array, sizes, sharding.DEFAULT) == [
-      "w [64, 128]   ↓ embed over fsdp   → mlp over tensor",
-      "┌───────┬───────┐",
-      "│ 0 16  │ 1 17  │",
-      "├───────┼───────┤",
-      "│ 2 18  │ 3 19  │",
-      "├───────┼───────┤",
-      "│ …     │ …     │",
-      "├───────┼───────┤",
-      "│ 14 30 │ 15 31 │",
-      "└───────┴───────┘"]
+    "w [64, 128]   ↓ embed over fsdp   → mlp over tensor",
+    "┌───────┬───────┐",
+    "│ 0 16  │ 1 17  │",
+    "├───────┼───────┤",
+    "│ 2 18  │ 3 19  │",
+    "├───────┼───────┤",
+    "│ …     │ …     │",
+    "├───────┼───────┤",
+    "│ 14 30 │ 15 31 │",
+    "└───────┴───────┘",
+  ]
   whole = shardings.Array("scale", (("norm", 64),), 4)
   assert shardings.picture(whole, sizes, sharding.DEFAULT)[::2] == [
-      "scale [64]   whole on each", "│ 0-31 │"]
+    "scale [64]   whole on each",
+    "│ 0-31 │",
+  ]
 
 
 def test_shardings_are_drawn_without_a_compiler(capsys, monkeypatch):

@@ -42,8 +42,12 @@ def _s3_server(patch, url):
   pytest.importorskip("s3fs")
   moto = pytest.importorskip("moto.server")
   boto3 = pytest.importorskip("boto3")
-  for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "a",
-                      "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+  for name, value in {
+    "AWS_ENDPOINT_URL": url,
+    "AWS_ACCESS_KEY_ID": "a",
+    "AWS_SECRET_ACCESS_KEY": "b",
+    "AWS_DEFAULT_REGION": "us-east-1",
+  }.items():
     patch.setenv(name, value)
   logging.getLogger("werkzeug").setLevel(logging.WARNING)
   server = moto.ThreadedMotoServer(port=PORTS["s3"], verbose=False)
@@ -55,24 +59,30 @@ def _s3_server(patch, url):
 def _gs_server(patch, url):
   pytest.importorskip("gcsfs")
   emulator = pytest.importorskip("gcp_storage_emulator.server")
-  for name, value in {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url,
-                      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "a", "FSSPEC_GS_TOKEN": "anon",
-                      "FSSPEC_GCS_TOKEN": "anon"}.items():
+  for name, value in {
+    "STORAGE_EMULATOR_HOST": url,
+    "TENSORSTORE_GCS_HTTP_URL": url,
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "a",
+    "FSSPEC_GS_TOKEN": "anon",
+    "FSSPEC_GCS_TOKEN": "anon",
+  }.items():
     patch.setenv(name, value)
   from gcp_storage_emulator.handlers import objects
+
   download = objects.download
+
   def with_generation(request, response, storage, *args):
     """TensorStore wants a header that the emulator leaves out."""
     download(request, response, storage, *args)
     if response.status in (200, 206):
       found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
       response["x-goog-generation"] = found["generation"]
+
   patch.setattr(objects, "download", with_generation)
   patch.setattr("http.server.BaseHTTPRequestHandler.log_message", lambda *_: None)
   # One thread would wait for ever for a connection that its client keeps in reserve.
   patch.setattr("http.server.HTTPServer", http.server.ThreadingHTTPServer)
-  server = emulator.create_server("localhost", PORTS["gs"], in_memory=True,
-                                  default_bucket="bucket")
+  server = emulator.create_server("localhost", PORTS["gs"], in_memory=True, default_bucket="bucket")
   server.start()
   return server
 
@@ -88,8 +98,9 @@ def _forget_servers():
 def web(tmp_path_factory):
   """The address of a text file on a web server."""
   folder = tmp_path_factory.mktemp("web")
-  lines = [json.dumps({"text": f"the cat number {i} sat on mat {i * 7 % 60}. " * 4})
-           for i in range(200)]
+  lines = [
+    json.dumps({"text": f"the cat number {i} sat on mat {i * 7 % 60}. " * 4}) for i in range(200)
+  ]
   (folder / "cats.jsonl").write_text("\n".join(lines) + "\n")
 
   class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -134,8 +145,10 @@ def get_config():
 @pytest.fixture(scope="module")
 def data(bucket, web):
   """Prepared data in the bucket."""
-  assert main.main(["data", web, f"--out={bucket}/data", "--tokenizer=bytes",
-                   "--shard-tokens=9000"]) == 0
+  assert (
+    main.main(["data", web, f"--out={bucket}/data", "--tokenizer=bytes", "--shard-tokens=9000"])
+    == 0
+  )
   return f"{bucket}/data"
 
 
@@ -144,11 +157,13 @@ def test_the_whole_way(bucket, data, config, tmp_path, capsys, monkeypatch):
   assert run(capsys, *train, f"--workdir={tmp_path}/local")[0] == 0
 
   original, calls = checkpoints_lib.Checkpoints.save, []
+
   def interrupted(*args):
     calls.append(1)
     if len(calls) == 2:
       os.kill(os.getpid(), signal.SIGTERM)
     return original(*args)
+
   with monkeypatch.context() as patch:
     patch.setattr(checkpoints_lib.Checkpoints, "save", interrupted)
     assert run(capsys, *train, f"--workdir={bucket}/run")[0] == 128 + signal.SIGTERM
@@ -157,17 +172,21 @@ def test_the_whole_way(bucket, data, config, tmp_path, capsys, monkeypatch):
   def steps_and_losses(folder):
     lines = (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [(r["step"], r["kind"], r["loss"]) for r in map(json.loads, lines)]
+
   assert steps_and_losses(f"{bucket}/run") == steps_and_losses(tmp_path / "local")
   checkpoints = checkpoints_lib.Checkpoints(f"{bucket}/run/checkpoints", read_only=True)
   assert checkpoints.latest() == 6
-  assert {p.name for p in epath.Path(f"{bucket}/run/checkpoints").iterdir()
-          if p.name.isdecimal()} == {"4", "6"}
+  assert {
+    p.name for p in epath.Path(f"{bucket}/run/checkpoints").iterdir() if p.name.isdecimal()
+  } == {"4", "6"}
 
   _, there, _ = run(capsys, "evaluate", f"--workdir={bucket}/run")
   _, here, _ = run(capsys, "evaluate", f"--workdir={tmp_path}/local")
   assert "bits" in here and there.replace(f"{bucket}", f"{tmp_path}") == here
-  said = [run(capsys, "generate", f"--workdir={folder}", "--prompt=the cat", "--max-new=8")
-          for folder in (f"{bucket}/run", tmp_path / "local")]
+  said = [
+    run(capsys, "generate", f"--workdir={folder}", "--prompt=the cat", "--max-new=8")
+    for folder in (f"{bucket}/run", tmp_path / "local")
+  ]
   assert said[0][0] == 0 and said[0][1] == said[1][1]
 
 
@@ -226,11 +245,13 @@ def test_copying_goes_on_where_it_was_killed(bucket, tmp_path, capsys, monkeypat
   (tmp_path / "a.txt").write_text("some text\n" * 200)
   data = ("data", tmp_path / "a.txt", f"--out={bucket}/killed", "--tokenizer=bytes")
   real = buckets.upload
+
   def killed(folder, address, last):
     real(folder, address, "no such file")
     epath.Path(f"{address}/{buckets.UNFINISHED}").write_text("")
     epath.Path(f"{address}/{shards.MANIFEST}").unlink()
     raise KeyboardInterrupt
+
   with monkeypatch.context() as patch:
     patch.setattr(buckets, "upload", killed)
     assert run(capsys, *data)[0] == 130
@@ -244,15 +265,18 @@ def test_copying_goes_on_where_it_was_killed(bucket, tmp_path, capsys, monkeypat
 
 def test_a_bucket_that_cannot_be_reached_is_named(bucket):
   address = bucket.replace("bucket", "no-such-bucket")
-  for call in (lambda: run_folder.read_config(f"{address}/run"),
-               lambda: shards.read_manifest(f"{address}/data"),
-               lambda: checkpoints_lib.Checkpoints(f"{address}/run/checkpoints", read_only=True)):
+  for call in (
+    lambda: run_folder.read_config(f"{address}/run"),
+    lambda: shards.read_manifest(f"{address}/data"),
+    lambda: checkpoints_lib.Checkpoints(f"{address}/run/checkpoints", read_only=True),
+  ):
     with pytest.raises(UserError, match="no-such-bucket"):
       call()
 
 
-@pytest.mark.parametrize("keep, keep_every, old", [
-    (None, 0, []), (2, 0, [2, 4]), (1, 4, [2, 6]), (9, 0, [])])
+@pytest.mark.parametrize(
+  "keep, keep_every, old", [(None, 0, []), (2, 0, [2, 4]), (1, 4, [2, 6]), (9, 0, [])]
+)
 def test_checkpoints_that_are_deleted(keep, keep_every, old):
   assert bucket_checkpoints.old_steps([2, 4, 6, 8], keep, keep_every) == old
 

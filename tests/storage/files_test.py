@@ -10,11 +10,24 @@ from jaxgpt.errors import UserError
 from jaxgpt.storage import files
 from jaxgpt.text.readers import documents
 
-TREE = {"b.txt": "two\r\n", "a/z.md": "one", "a/__pycache__/x.txt": "no", ".git/c.txt": "no",
-        ".hidden.txt": "no", "image.png": "no", "c.py": b"\xef\xbb\xbfthree", "a/d/e.jsonl.gz": "x",
-        "a[1].txt": "four"}
-LISTED = ["corpus/a/d/e.jsonl.gz", "corpus/a/z.md", "corpus/a[1].txt", "corpus/b.txt",
-          "corpus/c.py"]
+TREE = {
+  "b.txt": "two\r\n",
+  "a/z.md": "one",
+  "a/__pycache__/x.txt": "no",
+  ".git/c.txt": "no",
+  ".hidden.txt": "no",
+  "image.png": "no",
+  "c.py": b"\xef\xbb\xbfthree",
+  "a/d/e.jsonl.gz": "x",
+  "a[1].txt": "four",
+}
+LISTED = [
+  "corpus/a/d/e.jsonl.gz",
+  "corpus/a/z.md",
+  "corpus/a[1].txt",
+  "corpus/b.txt",
+  "corpus/c.py",
+]
 
 
 def write(folder, tree):
@@ -45,23 +58,39 @@ def test_sources_do_not_depend_on_where_the_folder_is(tmp_path, monkeypatch):
 def test_patterns_and_files_given_twice_are_listed_once(tmp_path):
   write(tmp_path, {"a.txt": "a", "d/b.txt": "b", "d/e/c.log": "c", "d/.x/y.txt": "no"})
   paths = [f"{tmp_path}/**/*.txt", tmp_path / "a.txt", f"{tmp_path}/d/*/*.log"]
-  assert [pathlib.Path(f.address).name for f in documents.find(paths)] == ["a.txt", "b.txt", "c.log"]
+  assert [pathlib.Path(f.address).name for f in documents.find(paths)] == [
+    "a.txt",
+    "b.txt",
+    "c.log",
+  ]
 
 
-@pytest.mark.parametrize("exclude, left", [
+@pytest.mark.parametrize(
+  "exclude, left",
+  [
     ((), ["keep/a.txt", "src/a.txt", "tests/t.txt", "tests/x/b.txt"]),
-    (("tests",), ["keep/a.txt", "src/a.txt"]), (("test*",), ["keep/a.txt", "src/a.txt"]),
+    (("tests",), ["keep/a.txt", "src/a.txt"]),
+    (("test*",), ["keep/a.txt", "src/a.txt"]),
     (("keep/*",), ["src/a.txt", "tests/t.txt", "tests/x/b.txt"]),
-    ("*b*", ["keep/a.txt", "src/a.txt", "tests/t.txt"])])
+    ("*b*", ["keep/a.txt", "src/a.txt", "tests/t.txt"]),
+  ],
+)
 def test_exclude_matches_any_part_below_the_given_folder(tmp_path, exclude, left):
   root = tmp_path / "test_root"
   write(root, {"keep/a.txt": "x", "src/a.txt": "x", "tests/t.txt": "x", "tests/x/b.txt": "x"})
   assert sources(root, exclude) == [f"test_root/{name}" for name in left]
 
 
-@pytest.mark.parametrize("path, message", [
-    ("missing", "no such file or folder"), ("*.none", "matches no file"),
-    ("empty", "no file to read"), ("a\0b", "no such file"), ("x" * 300, "can't be read")])
+@pytest.mark.parametrize(
+  "path, message",
+  [
+    ("missing", "no such file or folder"),
+    ("*.none", "matches no file"),
+    ("empty", "no file to read"),
+    ("a\0b", "no such file"),
+    ("x" * 300, "can't be read"),
+  ],
+)
 def test_nothing_to_read_is_an_error(tmp_path, path, message):
   write(tmp_path, {"empty/x.bin": "x"})
   with pytest.raises(UserError, match=message):
@@ -75,21 +104,30 @@ def test_an_empty_path_is_not_this_folder(tmp_path, monkeypatch):
     files.find([""], (), (".txt",))
 
 
-@pytest.mark.parametrize("address, suffix", [
-    ("a/B.JSONL.gz", ".jsonl"), ("a.txt", ".txt"), ("a.gz", ""), ("a", ""), ("a.b/c", ""),
+@pytest.mark.parametrize(
+  "address, suffix",
+  [
+    ("a/B.JSONL.gz", ".jsonl"),
+    ("a.txt", ".txt"),
+    ("a.gz", ""),
+    ("a", ""),
+    ("a.b/c", ""),
     ("x.warc.wet.gz", ".wet"),
-    ("s3://b/k.v1.parquet", ".parquet"), ("https://h/a.csv.zst?sig=x.y", ".csv")])
+    ("s3://b/k.v1.parquet", ".parquet"),
+    ("https://h/a.csv.zst?sig=x.y", ".csv"),
+  ],
+)
 def test_the_suffix_before_a_compression_tells_the_format(address, suffix):
   assert files.suffix(address) == suffix
 
 
 def test_size_and_version_change_with_the_content(tmp_path):
   write(tmp_path, {"a.txt": "x"})
-  before, = documents.find(tmp_path)
+  (before,) = documents.find(tmp_path)
   assert before.size == 1
   write(tmp_path, {"a.txt": "xyz"})
   os.utime(tmp_path / "a.txt", ns=(1, 1))
-  after, = documents.find(tmp_path)
+  (after,) = documents.find(tmp_path)
   assert after.size == 3 and after.version != before.version
 
 
@@ -113,7 +151,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
 
 def test_a_name_that_is_no_utf8_is_written_out(tmp_path):
   os.close(os.open(os.fsencode(tmp_path) + b"/\xff.txt", os.O_CREAT))
-  file, = documents.find(tmp_path)
+  (file,) = documents.find(tmp_path)
   assert file.source.endswith(r"/\udcff.txt")
   assert os.path.exists(file.address)
 
@@ -121,13 +159,18 @@ def test_a_name_that_is_no_utf8_is_written_out(tmp_path):
 def test_an_address_of_the_web_is_one_file(web):
   address, folder = web
   write(folder, {"a.txt": "x"})
-  file, = documents.find(f"{address}/ranges/a.txt?key=secret#part")
+  (file,) = documents.find(f"{address}/ranges/a.txt?key=secret#part")
   assert (file.source, file.size) == ("a.txt", 1)
 
 
-@pytest.mark.parametrize("path, message", [
-    ("status/404/a.txt", "Not Found|no such file"), ("status/403/a.txt", "Forbidden"),
-    ("status/500/a.txt", "Server Error")])
+@pytest.mark.parametrize(
+  "path, message",
+  [
+    ("status/404/a.txt", "Not Found|no such file"),
+    ("status/403/a.txt", "Forbidden"),
+    ("status/500/a.txt", "Server Error"),
+  ],
+)
 def test_what_the_web_answers_is_said(web, path, message):
   with pytest.raises(UserError, match=message) as e:
     documents.find(f"{web[0]}/{path}")
@@ -149,25 +192,33 @@ def test_a_bucket_is_listed_as_a_folder_is(service, request):
   else:
     filesystem, bucket = request.getfixturevalue(service)
   for name, content in TREE.items():
-    filesystem.pipe(f"bucket/corpus/{name}",
-                    content if isinstance(content, bytes) else content.encode())
+    filesystem.pipe(
+      f"bucket/corpus/{name}", content if isinstance(content, bytes) else content.encode()
+    )
   assert sources(f"{bucket}/corpus") == sources(f"{bucket}/corpus/") == LISTED
   assert sources(f"{bucket}/corpus", "a") == [s for s in LISTED if not s.startswith("corpus/a/")]
   assert sources(f"{bucket}/corpus/**/*.md") == ["corpus/a/z.md"]
   assert sources(f"{bucket}/corpus/a[1].txt") == ["a[1].txt"], "a name like a pattern"
-  listed = documents.find([f"{bucket}/corpus/c.py", f"{bucket}/corpus/*.py", f"{bucket}/corpus/b.txt"])
+  listed = documents.find(
+    [f"{bucket}/corpus/c.py", f"{bucket}/corpus/*.py", f"{bucket}/corpus/b.txt"]
+  )
   assert [(d.source, d.text) for d in documents.documents(listed)] == [
-      ("c.py", "three"), ("b.txt", "two\r\n")]
+    ("c.py", "three"),
+    ("b.txt", "two\r\n"),
+  ]
   assert all(f.size and f.version for f in listed)
-  for wrong, message in ((f"{bucket}/none", "no such file"),
-                         (f"{bucket}/*.zip", "nothing is there"),
-                         (f"{bucket}x/a.txt", "no such file|NoSuchBucket")):
+  for wrong, message in (
+    (f"{bucket}/none", "no such file"),
+    (f"{bucket}/*.zip", "nothing is there"),
+    (f"{bucket}x/a.txt", "no such file|NoSuchBucket"),
+  ):
     with pytest.raises(UserError, match=message):
       documents.find(wrong)
 
 
 def test_wrong_credentials_are_one_message(s3, monkeypatch):
   import s3fs
+
   for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
     monkeypatch.delenv(key)
   s3fs.S3FileSystem.clear_instance_cache()
@@ -175,9 +226,15 @@ def test_wrong_credentials_are_one_message(s3, monkeypatch):
     documents.find("s3://bucket/a.txt")
 
 
-@pytest.mark.parametrize("address, module, extra", [
-    ("s3://b/x", "fsspec", "data"), ("http://h/x", "aiohttp", "data"),
-    ("s3://b/x", "s3fs", "data,s3"), ("gs://b/x", "gcsfs", "data,gcs")])
+@pytest.mark.parametrize(
+  "address, module, extra",
+  [
+    ("s3://b/x", "fsspec", "data"),
+    ("http://h/x", "aiohttp", "data"),
+    ("s3://b/x", "s3fs", "data,s3"),
+    ("gs://b/x", "gcsfs", "data,gcs"),
+  ],
+)
 def test_a_missing_extra_is_named(monkeypatch, address, module, extra):
   registry = pytest.importorskip("fsspec.registry")
   for name in ("_registry", "registry"):  # where fsspec keeps what it has imported

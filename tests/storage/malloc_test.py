@@ -25,6 +25,12 @@ print((size() - first) >> 10)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_blocks_below_one_that_is_in_use_are_given_back():
-  left = {given: int(subprocess.run([sys.executable, "-c", _HEAP, given], capture_output=True,
-                                    text=True, check=True).stdout) for given in ("yes", "no")}
+  left = {
+    given: int(
+      subprocess.run(
+        [sys.executable, "-c", _HEAP, given], capture_output=True, text=True, check=True
+      ).stdout
+    )
+    for given in ("yes", "no")
+  }
   assert left["yes"] < 8 < 50 < left["no"], left

@@ -48,9 +48,9 @@ def test_compression_is_told_by_the_first_bytes(tmp_path, suffix, name):
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_what_came_before_a_cut_is_read(tmp_path, suffix):
   data = COMPRESS[suffix](DATA)
-  members = COMPRESS[suffix](DATA[:DATA.index(b"\n") + 1]) + data[:-len(data) // 3]
+  members = COMPRESS[suffix](DATA[: DATA.index(b"\n") + 1]) + data[: -len(data) // 3]
   lines, error = read_up_to_error(stream_of(tmp_path / "a", members))
-  assert b"".join(lines) == (DATA[:DATA.index(b"\n") + 1] + DATA)[:sum(map(len, lines))]
+  assert b"".join(lines) == (DATA[: DATA.index(b"\n") + 1] + DATA)[: sum(map(len, lines))]
   assert len(lines) > 10_000 or suffix == ".bz2", "bzip2 has blocks of 900 kB"
   assert lines and "ended before the end" in str(error)
 
@@ -137,4 +137,5 @@ def test_a_connection_that_breaks_is_counted_and_the_next_file_is_read(web, monk
   found = list(documents.documents(listed, dropped=dropped))
   assert 100_000 <= len(found) <= 150_000
   assert dropped.counts["unreadable"] == 1 and dropped.read == len(found) + sum(
-      dropped.counts.values())
+    dropped.counts.values()
+  )

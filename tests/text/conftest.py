@@ -14,6 +14,7 @@ class _Web(http.server.SimpleHTTPRequestHandler):
   'ranges': one may ask for parts of a file; 'cut': each connection breaks halfway; 'flaky': each
   other one; 'status': the answer to /status/N is N.
   """
+
   answers = 0
 
   def do_GET(self):
@@ -29,7 +30,7 @@ class _Web(http.server.SimpleHTTPRequestHandler):
     if asked:
       start, end = asked.removeprefix("bytes=").split("-")
       start, end = int(start), min(int(end or whole - 1), whole - 1)
-      data = data[start:end + 1]
+      data = data[start : end + 1]
       self.send_response(206)
       self.send_header("Content-Range", f"bytes {start}-{end}/{whole}")
     else:
@@ -41,7 +42,7 @@ class _Web(http.server.SimpleHTTPRequestHandler):
     if self.command == "GET":
       _Web.answers += 1
       breaks = "cut" in way or ("flaky" in way and _Web.answers % 2)
-      self.wfile.write(data[:len(data) // 2] if breaks else data)
+      self.wfile.write(data[: len(data) // 2] if breaks else data)
 
   do_HEAD = do_GET
 
@@ -56,7 +57,8 @@ def web(tmp_path):
   folder = tmp_path / "web"
   folder.mkdir()
   server = http.server.ThreadingHTTPServer(
-      ("127.0.0.1", 0), functools.partial(_Web, directory=os.fspath(folder)))
+    ("127.0.0.1", 0), functools.partial(_Web, directory=os.fspath(folder))
+  )
   threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
   yield f"http://127.0.0.1:{server.server_port}", folder
   server.shutdown()
@@ -78,8 +80,13 @@ def _s3_server():
 def s3(_s3_server, monkeypatch):
   """An empty bucket, found through the variables that a user sets: (its file system, address)."""
   import s3fs
-  for key, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"),
-                     ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_ENDPOINT_URL", _s3_server)):
+
+  for key, value in (
+    ("AWS_ACCESS_KEY_ID", "key"),
+    ("AWS_SECRET_ACCESS_KEY", "secret"),
+    ("AWS_DEFAULT_REGION", "us-east-1"),
+    ("AWS_ENDPOINT_URL", _s3_server),
+  ):
     monkeypatch.setenv(key, value)
   s3fs.S3FileSystem.clear_instance_cache()
   filesystem = s3fs.S3FileSystem()

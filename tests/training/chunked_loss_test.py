@@ -18,9 +18,13 @@ B, T, D, V = 8, 16, 32, 48
 def arrays():
   """(hidden states, weight, bias, targets, weights of the predictions)."""
   keys = jax.random.split(jax.random.key(0), 5)
-  return (jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V)) * 0.3,
-          jax.random.normal(keys[2], (V,)), jax.random.randint(keys[3], (B, T), 0, V),
-          jax.random.uniform(keys[4], (B, T)))
+  return (
+    jax.random.normal(keys[0], (B, T, D)),
+    jax.random.normal(keys[1], (D, V)) * 0.3,
+    jax.random.normal(keys[2], (V,)),
+    jax.random.randint(keys[3], (B, T), 0, V),
+    jax.random.uniform(keys[4], (B, T)),
+  )
 
 
 def by_definition(x, w, bias, targets, weights, softcap, z_loss):
@@ -32,14 +36,24 @@ def by_definition(x, w, bias, targets, weights, softcap, z_loss):
   return ((nll + z_loss * z**2) * weights).sum(), (nll * weights).sum()
 
 
-@pytest.mark.parametrize("softcap, z_loss, has_bias, chunk", [
-    (None, 0.0, False, 5), (5.0, 0.1, True, 3), (None, 0.1, False, 10**6)])
-@pytest.mark.parametrize("axes, rules", [
-    ({}, {}), (dict(fsdp=4, tensor=2), {}), (dict(data=2, seq=2, fsdp=2), {}),
-    (dict(expert=2, tensor=4), {}), (dict(fsdp=4, tensor=2), dict(vocab="fsdp", embed="tensor")),
-    (dict(fsdp=2, tensor=2, seq=2), dict(vocab="tensor,seq,fsdp", embed="none"))])
-def test_value_and_gradients_are_those_of_the_definition(arrays, axes, rules, softcap, z_loss,
-                                                         has_bias, chunk):
+@pytest.mark.parametrize(
+  "softcap, z_loss, has_bias, chunk",
+  [(None, 0.0, False, 5), (5.0, 0.1, True, 3), (None, 0.1, False, 10**6)],
+)
+@pytest.mark.parametrize(
+  "axes, rules",
+  [
+    ({}, {}),
+    (dict(fsdp=4, tensor=2), {}),
+    (dict(data=2, seq=2, fsdp=2), {}),
+    (dict(expert=2, tensor=4), {}),
+    (dict(fsdp=4, tensor=2), dict(vocab="fsdp", embed="tensor")),
+    (dict(fsdp=2, tensor=2, seq=2), dict(vocab="tensor,seq,fsdp", embed="none")),
+  ],
+)
+def test_value_and_gradients_are_those_of_the_definition(
+  arrays, axes, rules, softcap, z_loss, has_bias, chunk
+):
   x, w, bias, targets, weights = arrays
   bias = bias if has_bias else None
   what = (0, 1, 2) if has_bias else (0, 1)
@@ -48,7 +62,7 @@ def test_value_and_gradients_are_those_of_the_definition(arrays, axes, rules, so
   c = config.base().mesh
   c.update(dict(fsdp=1, rules=rules) | axes)
   terms = chunked_loss.Terms(chunk, softcap, z_loss, False, sharding.rules(c))
-  mesh = mesh_lib.make(c, jax.devices()[:8 if axes else 1])
+  mesh = mesh_lib.make(c, jax.devices()[: 8 if axes else 1])
   with jax.set_mesh(mesh):
     tripled = lambda f: jax.jit(jax.grad(lambda *args: 3 * f(*args)[0], what))
     got = jax.jit(chunked)(x, w, bias), tripled(chunked)(x, w, bias)
@@ -67,7 +81,8 @@ def test_memory_is_that_of_a_chunk(arrays):
 
   terms = chunked_loss.Terms(64, None, 0.0, False, sharding.DEFAULT)
   in_chunks = temporaries(
-      lambda x, w: chunked_loss.loss_sums(x, w, None, targets, weights, terms)[0])
+    lambda x, w: chunked_loss.loss_sums(x, w, None, targets, weights, terms)[0]
+  )
   whole = temporaries(lambda x, w: objectives.cross_entropy(x @ w, targets)[0].sum())
   assert whole > 2 * 256 * 50257 * 4 and in_chunks < whole / 2
 

@@ -32,15 +32,24 @@ def saved(tiny, tmp_path_factory):
   values = config.flatten(tiny(model__vocab_size=264, train__steps=3, mesh__fsdp=4, mesh__data=2))
   path = folder / "tiny.py"
   path.write_text(FILE.format(values={k: v for k, v in values.items() if v is not None}))
-  assert main.main(["plan", f"--config={path}", "--topology=here", f"--save={folder / 'step'}"]) == 0
+  assert (
+    main.main(["plan", f"--config={path}", "--topology=here", f"--save={folder / 'step'}"]) == 0
+  )
 
   def train(name, *flags, step=folder / "step"):
     names = []
     listener = lambda event, _, **about: event == COMPILED and names.append(about["fun_name"])
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-      code = main.main(["train", f"--config={path}", f"--workdir={folder / name}",
-                       f"--config.mesh.compiled_step={step}", *flags])
+      code = main.main(
+        [
+          "train",
+          f"--config={path}",
+          f"--workdir={folder / name}",
+          f"--config.mesh.compiled_step={step}",
+          *flags,
+        ]
+      )
     finally:
       jax.monitoring.unregister_event_duration_listener(listener)
     assert code == 0
@@ -86,10 +95,14 @@ def test_another_step_is_compiled_and_the_reason_is_told(saved, capsys):
   assert "is of no use here, so the step is compiled: the program was" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, why", [
+@pytest.mark.parametrize(
+  "flags, why",
+  [
     (["--config.data.batch_size=16"], "the program was"),
     (["--config.mesh.fsdp=8", "--config.mesh.data=1"], "the mesh was data=2 fsdp=4, and is fsdp=8"),
-    (["--config.mesh.compiler_options=('a=b',)"], "the compiler's options was none, and is a=b")])
+    (["--config.mesh.compiler_options=('a=b',)"], "the compiler's options was none, and is a=b"),
+  ],
+)
 def test_what_differs_is_named(saved, flags, why):
   compiled, reason = load(*saved[:2], *flags)
   assert compiled is None and why in reason
@@ -98,7 +111,9 @@ def test_what_differs_is_named(saved, flags, why):
 def test_other_versions_and_variables_are_named(saved, monkeypatch):
   path, step, _ = saved
   assert load(path, step)[1] is None
-  monkeypatch.setattr(compiled_step.packages, "version", lambda name: "9.9.9" if name == "jaxlib" else None)
+  monkeypatch.setattr(
+    compiled_step.packages, "version", lambda name: "9.9.9" if name == "jaxlib" else None
+  )
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--x=1")
   compiled, reason = load(path, step)
   assert compiled is None
@@ -120,26 +135,34 @@ def test_where_pallas_kernels_stand_in_the_source_is_no_part_of_a_program():
   class Lowered:
     def __init__(self, text):
       self.as_text = lambda: text
+
   mesh = jax.make_mesh((8,), ("data",))
   text = r'{backend_config = "{\22debug_locations\22: \22AAAA==\22, \22body\22: \22BB\22}"}'
-  one, other, third = (compiled_step.identity(Lowered(t), mesh)["the program"]
-                       for t in (text, text.replace("AAAA", "CCCC"), text.replace("BB", "DD")))
+  one, other, third = (
+    compiled_step.identity(Lowered(t), mesh)["the program"]
+    for t in (text, text.replace("AAAA", "CCCC"), text.replace("BB", "DD"))
+  )
   assert one == other != third
 
 
 def test_a_program_for_gpus_is_not_saved_where_there_are_none(saved, tmp_path, capsys):
-  code = main.main(["plan", f"--config={saved[0]}", "--topology=h100x8", f"--save={tmp_path / 'x'}"])
+  code = main.main(
+    ["plan", f"--config={saved[0]}", "--topology=h100x8", f"--save={tmp_path / 'x'}"]
+  )
   assert code == 2 and "save it on the GPUs with --topology=here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, words", [
+@pytest.mark.parametrize(
+  "flags, words",
+  [
     (["--topology=here", "--search"], "--search does nothing beside --topology=here"),
     (["--topology=here", "--json=x"], "--json does nothing beside --topology=here"),
     (["--topology=v5e-8", "--search", "--golden=x"], "--golden does nothing beside --search"),
     (["--topology=v5e-8", "--shardings", "--top=3"], "--top does nothing beside --shardings"),
     (["--topology=v5e-8", "--keep-batch"], "--keep-batch is of a search"),
     (["--topology=h100x8", "--top=3"], "a GPU's has none"),
-])
+  ],
+)
 def test_flags_of_plan_that_would_do_nothing_are_refused(saved, capsys, flags, words):
   assert main.main(["plan", f"--config={saved[0]}", *flags]) == 2
   assert words in capsys.readouterr().err

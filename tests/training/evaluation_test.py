@@ -22,21 +22,26 @@ def uniform(params, frozen, batch, key):
 
 @pytest.mark.parametrize("batch_size, seq_len", [(4, 32), (7, 50), (64, 16)])
 def test_a_uniform_model_of_bytes_needs_eight_bits_and_the_end_of_each_document(
-    corpus, batch_size, seq_len):
+  corpus, batch_size, seq_len
+):
   data = pipeline.make(corpus, "validation", seq_len=seq_len, batch_size=batch_size)
-  result = evaluation.evaluate(evaluation.make_step(uniform), None, data.epoch_batches(),
-                             loop.bytes_per_token(data))
+  result = evaluation.evaluate(
+    evaluation.make_step(uniform), None, data.epoch_batches(), loop.bytes_per_token(data)
+  )
   split = data.sources[0].split
   assert result["tokens"] == split.bytes + split.num_documents
-  assert result["bits_per_byte"] == pytest.approx(8 * (1 + split.num_documents / split.bytes),
-                                                  rel=1e-5)
+  assert result["bits_per_byte"] == pytest.approx(
+    8 * (1 + split.num_documents / split.bytes), rel=1e-5
+  )
   assert result["perplexity"] == pytest.approx(256, rel=1e-4)
 
 
 def test_sums_are_exact_beyond_what_float32_counts():
   ones = {"loss_weights": jnp.ones(4097)}
-  step = lambda params, batch: {"tokens": batch["loss_weights"].sum(),
-                                "nll": jnp.float32(0.5) * batch["loss_weights"].sum()}
+  step = lambda params, batch: {
+    "tokens": batch["loss_weights"].sum(),
+    "nll": jnp.float32(0.5) * batch["loss_weights"].sum(),
+  }
   result = evaluation.evaluate(step, None, [ones] * 5000, 1.0)
   assert result["tokens"] == 4097 * 5000 > 2**24
   assert result["loss"] == 0.5

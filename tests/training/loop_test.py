@@ -37,8 +37,10 @@ def train(c, folder):
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory):
   """(config, folder) of a run of 8 steps on 8 devices."""
-  c, folder = tiny(eval__every=4, checkpoint__every=4, checkpoint__keep=1, log__every=2,
-                   model__dropout=0.1), tmp_path_factory.mktemp("finished") / "run"
+  c, folder = (
+    tiny(eval__every=4, checkpoint__every=4, checkpoint__keep=1, log__every=2, model__dropout=0.1),
+    tmp_path_factory.mktemp("finished") / "run",
+  )
   train(c, folder)
   return c, folder
 
@@ -47,7 +49,13 @@ def test_a_run_reports_what_it_did(finished):
   c, folder = finished
   record = lines(folder)
   assert [(r["step"], r["kind"]) for r in record] == [
-      (2, "train"), (4, "train"), (4, "validation"), (6, "train"), (8, "train"), (8, "validation")]
+    (2, "train"),
+    (4, "train"),
+    (4, "validation"),
+    (6, "train"),
+    (8, "train"),
+    (8, "validation"),
+  ]
   assert {"loss", "grad_norm", "param_norm", "lr", "tokens"} <= record[0].keys()
   assert {"bits_per_byte", "perplexity"} <= record[-1].keys()
   assert record[-1]["bits_per_byte"] < record[2]["bits_per_byte"] < 9
@@ -55,11 +63,12 @@ def test_a_run_reports_what_it_did(finished):
   assert all(raw[name] >= 0 for name in TIMES)
   saved = run_folder.read_config(folder)
   assert saved.optim.lr == c.optim.lr and saved.model.vocab_size == 264
-  start, = run_folder.read_starts(folder)
+  (start,) = run_folder.read_starts(folder)
   assert start["packages"]["jax"] == jax.__version__
   assert start["mesh"]["data"] == 8 and start["data_digest"] and start["command"]
   assert json.loads((folder / "config.json").read_text())["origin"].keys() == (
-      config.flatten(c).keys())
+    config.flatten(c).keys()
+  )
 
 
 def test_running_a_finished_run_again_trains_no_step(finished):
@@ -98,13 +107,13 @@ def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkey
 
 
 STAGES = {  # where a signal arrives: (object, attribute, which call)
-    "data": (loop.pipeline, "make", 1),
-    "run folder": (run_folder, "enter", 1),
-    "initial state": (loop.train_step, "first_state", 1),
-    "compile": (loop.train_step, "compile", 1),
-    "save": (checkpoints_lib.Checkpoints, "save", 1),
-    "evaluation": (loop.evaluate, "evaluate", 1),
-    "last evaluation": (loop.evaluate, "evaluate", 2),
+  "data": (loop.pipeline, "make", 1),
+  "run folder": (run_folder, "enter", 1),
+  "initial state": (loop.train_step, "first_state", 1),
+  "compile": (loop.train_step, "compile", 1),
+  "save": (checkpoints_lib.Checkpoints, "save", 1),
+  "evaluation": (loop.evaluate, "evaluate", 1),
+  "last evaluation": (loop.evaluate, "evaluate", 2),
 }
 
 
@@ -143,8 +152,7 @@ def test_a_second_signal_is_not_held_back():
   signal.signal(signal.SIGINT, old)
 
 
-def test_a_start_that_was_killed_before_its_config_was_written_is_made_good(
-    finished, tmp_path):
+def test_a_start_that_was_killed_before_its_config_was_written_is_made_good(finished, tmp_path):
   c, folder = finished
   (tmp_path / "run" / "tokenizer").mkdir(parents=True)
   (tmp_path / "run" / "config.json.part").write_text("{")
@@ -164,8 +172,10 @@ def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.mesh_lib, "make", lambda c_mesh: make(c_mesh, devices))
     train(half, tmp_path / "moved")
-  want, got = ([r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
-               for name in ("whole", "moved"))
+  want, got = (
+    [r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
+    for name in ("whole", "moved")
+  )
   np.testing.assert_allclose(got, want, rtol=1e-4)
   run = load.load(tmp_path / "whole")  # put to use, it has no stages
   assert run.mesh.shape["stage"] == 1
@@ -179,12 +189,23 @@ def test_a_run_goes_on_and_is_used_under_other_rules(tiny, tmp_path):
   c = tiny(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   train(c, tmp_path / "whole")
   other = config.from_dict(c.to_dict())
-  other.mesh.rules.update(dict(embed="none", mlp="tensor,fsdp", vocab="fsdp", head_dim="tensor",
-                               heads="none", kv_heads="none", act_heads="none"))
+  other.mesh.rules.update(
+    dict(
+      embed="none",
+      mlp="tensor,fsdp",
+      vocab="fsdp",
+      head_dim="tensor",
+      heads="none",
+      kv_heads="none",
+      act_heads="none",
+    )
+  )
   cut(other, tmp_path / "moved", at=4)
   train(c, tmp_path / "moved")  # put to use, it has the rules that it began with
-  want, got = ([r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
-               for name in ("whole", "moved"))
+  want, got = (
+    [r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
+    for name in ("whole", "moved")
+  )
   np.testing.assert_allclose(got, want, rtol=1e-4)
   used = [load.load(tmp_path / name) for name in ("whole", "moved")]
   specs = [run.params["layers"]["mlp"]["up"].sharding.spec for run in used]
@@ -221,11 +242,13 @@ def test_a_run_on_a_stream_goes_on_exactly_where_it_stopped(tiny, tmp_path, caps
 def cut(c, folder, at):
   """Trains a run until step `at` and stops it there as SIGTERM would."""
   original, seen = loop.to_devices, []
+
   def counting(batch, mesh):
     seen.append(1)
     if len(seen) == at:
       os.kill(os.getpid(), signal.SIGTERM)
     return original(batch, mesh)
+
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "to_devices", counting)
     steps, _, _ = train(c, folder)
@@ -233,17 +256,20 @@ def cut(c, folder, at):
 
 
 def test_the_loop_makes_no_hidden_transfer_and_never_waits_for_the_step_it_dispatched(
-    tiny, tmp_path, monkeypatch):
+  tiny, tmp_path, monkeypatch
+):
   """Step n is dispatched before step n-1 is read; under the guard, only explicit reads happen."""
   events = []
   get, compile_step = jax.device_get, loop.train_step.compile
 
   def compiled(*args):
     step = compile_step(*args)
+
     def traced(state, batch):
       assert jax.config.jax_transfer_guard == "disallow"
       events.append("dispatch")
       return step(state, batch)
+
     return traced
 
   def reading(x):
@@ -267,16 +293,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, t
   c = tiny(optim__lr=1e16, optim__clip_norm=0.0, schedule__warmup_steps=0, log__every=1)
   with pytest.raises(UserError, match=r"step \d+ is not finite: loss .* the state before it"):
     train(c, tmp_path / "run")
-  where, = (tmp_path / "run").glob("nonfinite_*")
+  (where,) = (tmp_path / "run").glob("nonfinite_*")
   step = int(where.name.split("_")[1])
   batch = np.load(where / "batch.npz")
   _, resolved = loop.load_tokenizer_and_config(c)
-  np.testing.assert_array_equal(batch["tokens"],
-                                loop.split_batches(resolved, "train").batch(step)["tokens"])
+  np.testing.assert_array_equal(
+    batch["tokens"], loop.split_batches(resolved, "train").batch(step)["tokens"]
+  )
   metrics = json.loads((where / "metrics.json").read_text())
   assert not np.isfinite([metrics[k] for k in ("loss", "grad_norm", "param_norm")]).all()
   mesh = loop.mesh_lib.make(resolved.mesh)
-  state, _ = checkpoints_lib.Checkpoints(where / "state").restore(build_lib.build(resolved, mesh).state)
+  state, _ = checkpoints_lib.Checkpoints(where / "state").restore(
+    build_lib.build(resolved, mesh).state
+  )
   assert int(state["step"]) == step
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
 
@@ -302,7 +331,8 @@ def test_a_saved_state_is_not_touched_by_the_steps_that_go_on_meanwhile(tiny, tm
     state = loop.train_step.first_state(parts.model, parts.tx, 0, parts.state)
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
   step = loop.train_step.compile(
-      loop.train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh)
+    loop.train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh
+  )
   want = jax.tree.map(lambda x: np.array(x, copy=True), state)
   checkpoints = checkpoints_lib.Checkpoints(tmp_path)
   checkpoints.save(state)
@@ -317,15 +347,19 @@ def test_weights_are_averaged_where_the_run_keeps_an_average(tiny, tmp_path):
   train(tiny(optim__ema=0.9), tmp_path / "run")
   run = load.load(tmp_path / "run")
   params = checkpoints_lib.Checkpoints(tmp_path / "run" / "checkpoints").restore(
-      {"params": run.parts.state["params"], "ema": run.parts.state["ema"]})[0]
+    {"params": run.parts.state["params"], "ema": run.parts.state["ema"]}
+  )[0]
   jax.tree.map(np.testing.assert_array_equal, run.params, params["ema"])
   assert not np.array_equal(params["ema"]["embed"], params["params"]["embed"])
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize(
+  "change, words",
+  [
     ({"optim.lr": 0.5}, "optim.lr was 0.01, is 0.5"),
     ({"model.width": 64}, "model.width was 32, is 64"),
-])
+  ],
+)
 def test_a_folder_with_a_run_of_another_config_is_refused(finished, change, words):
   c, folder = finished
   c = config.from_dict(c.to_dict())

@@ -25,9 +25,17 @@ def test_an_untied_embedding_is_a_lookup_and_no_matmul():
   assert metrics.flops_per_token(c, 8192) == 6 * (weights + 2 * 32 * 8192 * 4096)
 
 
-@pytest.mark.parametrize("kind, peak", [
-    ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12), ("TPU v4", 275e12),
-    ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)])
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("TPU v5 lite", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("cpu", None),
+  ],
+)
 def test_the_peak_of_a_device(kind, peak):
   assert metrics.peak_flops(kind) == peak
 
@@ -45,7 +53,12 @@ def test_means_are_weighted_by_tokens_and_survive_json():
   assert state["sums"]["tokens"] == 30.0, "the saved state is a copy"
   means = metrics.Means(**json.loads(json.dumps(state)))
   means.add({"loss": 3.0, "tokens": 10.0, "grad_norm": 3.0, "lr": 0.2, "param_norm": 6.0})
-  assert means.take() == {"loss": 1.5, "tokens": 40.0, "grad_norm": 2.0, "lr": 0.2,
-                          "param_norm": 6.0}
+  assert means.take() == {
+    "loss": 1.5,
+    "tokens": 40.0,
+    "grad_norm": 2.0,
+    "lr": 0.2,
+    "param_norm": 6.0,
+  }
   means.add({"loss": 7.0, "tokens": 1.0, "grad_norm": 1.0, "lr": 0.1, "param_norm": 5.0})
   assert means.take()["loss"] == 7.0

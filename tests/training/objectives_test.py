@@ -22,12 +22,17 @@ def records(kind):
     word = WORDS[i % 6]
     text = f"{i % 20} {word} things"
     yield {
-        "classification": {"text": f"{i} " + f"{word} " * (2 + i % 4), "label": word},
-        "seq2seq": {"input": text, "target": word.upper()},
-        "chat": {"messages": [{"role": "user", "content": text},
-                              {"role": "assistant", "content": word.upper()}]},
-        "preference": {"prompt": text + ": ", "chosen": word.upper(), "rejected": word},
-        "text": {"text": f"{text}, {word} as ever {word}"}}[kind]
+      "classification": {"text": f"{i} " + f"{word} " * (2 + i % 4), "label": word},
+      "seq2seq": {"input": text, "target": word.upper()},
+      "chat": {
+        "messages": [
+          {"role": "user", "content": text},
+          {"role": "assistant", "content": word.upper()},
+        ]
+      },
+      "preference": {"prompt": text + ": ", "chosen": word.upper(), "rejected": word},
+      "text": {"text": f"{text}, {word} as ever {word}"},
+    }[kind]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +43,15 @@ def data(tmp_path_factory):
   def make(kind):
     if not (root / kind).exists():
       (root / f"{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(kind)))
-      prepare.prepare(root / f"{kind}.jsonl", root / kind, tokenizer="bytes", kind=kind,
-                      validation=0.2, test=0.0, cut_chars=0)
+      prepare.prepare(
+        root / f"{kind}.jsonl",
+        root / kind,
+        tokenizer="bytes",
+        kind=kind,
+        validation=0.2,
+        test=0.0,
+        cut_chars=0,
+      )
     return str(root / kind)
 
   return make
@@ -58,9 +70,18 @@ def test_masked_words_are_learned(tiny, data, tmp_path):
 
 
 def test_classes_are_learned(tiny, data, tmp_path):
-  result = train(tiny, tmp_path / "run", data("classification"), "classification",
-                 model__causal=False, model__head="classifier", model__num_labels=6,
-                 model__head_transform="tanh", model__pooling="mean", train__steps=150)
+  result = train(
+    tiny,
+    tmp_path / "run",
+    data("classification"),
+    "classification",
+    model__causal=False,
+    model__head="classifier",
+    model__num_labels=6,
+    model__head_transform="tanh",
+    model__pooling="mean",
+    train__steps=150,
+  )
   assert result["accuracy"] > 0.9 and result["tokens"] > 10 and "perplexity" not in result
 
 
@@ -71,8 +92,9 @@ def test_answers_are_learned(tiny, data, tmp_path, kind):
 
 
 def test_preferences_are_learned_by_adapters(tiny, data, tmp_path):
-  c = tiny(data__path=data("preference"), objective__name="preference", train__steps=30,
-           log__every=1)
+  c = tiny(
+    data__path=data("preference"), objective__name="preference", train__steps=30, log__every=1
+  )
   c.model.lora.update(dict(rank=4, targets=("*",)))
   loop.train(c, tmp_path / "run", {})
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
@@ -91,13 +113,22 @@ def test_preferences_need_adapters():
 def test_a_regression_is_a_squared_error():
   class Model:
     cfg = config.base().model
+
     def apply(self, params, tokens, *args, **kwargs):
       del params, args, kwargs
+
       class Out:
         logits, router = tokens[:, :1] * 1.0, None
+
       return Out
+
   Model.cfg.num_labels = 1
-  batch = {"tokens": jnp.array([[1], [2]]), "positions": None, "segment_ids": None,
-           "labels": jnp.array([1.5, 4.0]), "loss_weights": jnp.ones(2)}
+  batch = {
+    "tokens": jnp.array([[1], [2]]),
+    "positions": None,
+    "segment_ids": None,
+    "labels": jnp.array([1.5, 4.0]),
+    "loss_weights": jnp.ones(2),
+  }
   loss, weight, aux = objectives.classification(Model(), None)({}, None, batch, jax.random.key(0))
   assert (loss, weight) == (0.25 + 4, 2) and "correct" not in aux

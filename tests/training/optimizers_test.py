@@ -16,8 +16,9 @@ from jaxgpt.training import optimizers
 
 def setup(**fields):
   c = config.base()
-  c.model.update(dict(vocab_size=40, num_layers=2, width=16, num_heads=2, gated=True,
-                      tie_embeddings=False))
+  c.model.update(
+    dict(vocab_size=40, num_layers=2, width=16, num_heads=2, gated=True, tie_embeddings=False)
+  )
   c.optim.update(fields)
   c = config.resolve(c)
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
@@ -41,13 +42,16 @@ def test_adafactor_treats_each_layer_on_its_own():
   params, _, update = setup(name="adafactor", weight_decay=0.0)
   grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
   louder = tree.map_named(
-      lambda name, g: g.at[1].multiply(100.0) if name.startswith("layers") else g, grads)
+    lambda name, g: g.at[1].multiply(100.0) if name.startswith("layers") else g, grads
+  )
   first, second = (tree.flatten(update(g, params)) for g in (grads, louder))
   for name in ("layers/mlp/up", "layers/attn/q", "layers/attn_norm/scale"):
     np.testing.assert_allclose(first[name][0], second[name][0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("axes, want", [
+@pytest.mark.parametrize(
+  "axes, want",
+  [
     (("layers", "embed", "heads", "head_dim"), ((1,), (2, 3))),
     (("layers", "heads", "head_dim", "embed"), ((1, 2), (3,))),
     (("layers", "embed", "mlp"), ((1,), (2,))),
@@ -56,7 +60,8 @@ def test_adafactor_treats_each_layer_on_its_own():
     (("vocab", "embed"), None),
     (("layers", "norm"), None),
     (("layers", "heads", "head_dim"), None),
-])
+  ],
+)
 def test_matrices_map_the_residual_stream(axes, want):
   assert optimizers.matrix_axes(axes) == want
 
@@ -64,7 +69,8 @@ def test_matrices_map_the_residual_stream(axes, want):
 def test_muon_orthogonalises_each_layers_matrices_and_leaves_the_rest_to_adam():
   params, _, update = setup(name="muon", lr=1.0, adam_lr=0.1, weight_decay=0.0)
   grads = tree.map_named(
-      lambda name, p: jax.random.normal(jax.random.key(len(name)), p.shape), params)
+    lambda name, p: jax.random.normal(jax.random.key(len(name)), p.shape), params
+  )
   named = tree.flatten(update(grads, params))
   up = named["layers/mlp/up"]  # [L, D, F]
   for layer in up:
@@ -81,22 +87,34 @@ def test_moments_are_rounded_only_for_the_next_step(name):
   params, _, exact = setup(name=name)
   _, _, rounded = setup(name=name, first_dtype="bfloat16", b2=0.95)
   grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-               rounded(grads, params), exact(grads, params))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+    rounded(grads, params),
+    exact(grads, params),
+  )
 
 
-@pytest.mark.parametrize("fields, want", [
+@pytest.mark.parametrize(
+  "fields, want",
+  [
     (dict(name="adafactor", first_dtype="bfloat16"), "keeps no such moment"),
     (dict(name="lion", second_dtype="bfloat16"), "keeps no such moment"),
-    (dict(second_dtype="bfloat16", b2=0.999), "rounds away what a step changes")])
+    (dict(second_dtype="bfloat16", b2=0.999), "rounds away what a step changes"),
+  ],
+)
 def test_moments_that_bfloat16_cannot_hold_are_refused(fields, want):
   with pytest.raises(UserError, match=want):
     setup(**fields)
 
 
 def test_rates_fall_from_layer_to_layer_and_by_pattern():
-  params, _, update = setup(name="lion", lr=1.0, weight_decay=0.0, layer_decay=0.5,
-                            lr_scales=(("layers/mlp/*", 0.1), ("head", 3.0)))
+  params, _, update = setup(
+    name="lion",
+    lr=1.0,
+    weight_decay=0.0,
+    layer_decay=0.5,
+    lr_scales=(("layers/mlp/*", 0.1), ("head", 3.0)),
+  )
   updates = tree.flatten(update(jax.tree.map(jnp.ones_like, params), params))
   assert (updates["embed"] == -0.25).all()  # one below the first of two layers
   np.testing.assert_array_equal(updates["layers/attn/q"][:, 0, 0, 0], [-0.5, -1.0])
@@ -106,8 +124,16 @@ def test_rates_fall_from_layer_to_layer_and_by_pattern():
 
 def test_depths_follow_the_pattern_of_the_layers():
   c = config.base()
-  c.model.update(dict(vocab_size=40, num_layers=5, width=16, num_heads=2, window=4,
-                      attention_pattern=("local", "global")))
+  c.model.update(
+    dict(
+      vocab_size=40,
+      num_layers=5,
+      width=16,
+      num_heads=2,
+      window=4,
+      attention_pattern=("local", "global"),
+    )
+  )
   c = config.resolve(c)
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   depths = tree.flatten(transformer.depths(c.model, transformer.abstract(model)[0]))
@@ -117,10 +143,16 @@ def test_depths_follow_the_pattern_of_the_layers():
   assert depths["embed"] == -1 and depths["final_norm/scale"] == 4
 
 
-@pytest.mark.parametrize("fields, want", [
-    (dict(trainable=("layers/*",), frozen=("*bias",)),
-     lambda path: path.startswith("layers/") and not path.endswith("bias")),
-    (dict(frozen=("*embed",)), lambda path: not path.endswith("embed"))])
+@pytest.mark.parametrize(
+  "fields, want",
+  [
+    (
+      dict(trainable=("layers/*",), frozen=("*bias",)),
+      lambda path: path.startswith("layers/") and not path.endswith("bias"),
+    ),
+    (dict(frozen=("*embed",)), lambda path: not path.endswith("embed")),
+  ],
+)
 def test_patterns_choose_what_is_trained(fields, want):
   _, axes, _ = setup()
   c = config.base().optim

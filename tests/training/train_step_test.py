@@ -24,7 +24,7 @@ def start(c):
   """(mesh, compiled step, first state, data) of a config."""
   _, c = loop.load_tokenizer_and_config(c)
   sizes = [c.mesh[axis] for axis in config.MESH_AXES if c.mesh[axis] > 0]
-  mesh = mesh_lib.make(c.mesh, jax.devices()[:int(np.prod(sizes))])
+  mesh = mesh_lib.make(c.mesh, jax.devices()[: int(np.prod(sizes))])
   parts = build_lib.build(c, mesh)
   data = loop.split_batches(c, "train")
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
@@ -50,12 +50,14 @@ def _reference(make):
   return trajectory(make(mesh__data=1, data__batch_size=32))[0]
 
 
-@pytest.mark.parametrize("data, fsdp, accumulate",
-                         [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 2), (1, 1, 4), (2, 2, 4)])
+@pytest.mark.parametrize(
+  "data, fsdp, accumulate", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 2), (1, 1, 4), (2, 2, 4)]
+)
 def test_the_mesh_and_accumulation_do_not_change_the_losses(tiny, data, fsdp, accumulate):
   want = _reference(tiny)
-  got, _ = trajectory(tiny(mesh__data=data, mesh__fsdp=fsdp, optim__accumulate=accumulate,
-                                  data__batch_size=32))
+  got, _ = trajectory(
+    tiny(mesh__data=data, mesh__fsdp=fsdp, optim__accumulate=accumulate, data__batch_size=32)
+  )
   np.testing.assert_allclose(got, want, rtol=TOLERANCE)
   assert want[-1, 0] < want[0, 0] - 0.5, "it learns"
 
@@ -74,8 +76,10 @@ def test_heads_columns_and_experts_are_sharded(tiny):
 def test_parameters_and_optimizer_state_are_sharded_over_fsdp(tiny):
   _, _, state, _ = start(tiny(mesh__data=1, mesh__fsdp=8))
   whole = tree.count(state["params"]) + tree.count(state["opt"])
-  local = sum(leaf.addressable_shards[0].data.size
-              for leaf in jax.tree.leaves((state["params"], state["opt"])))
+  local = sum(
+    leaf.addressable_shards[0].data.size
+    for leaf in jax.tree.leaves((state["params"], state["opt"]))
+  )
   assert local < 1.2 * whole / 8
 
 
@@ -87,8 +91,13 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_named(tiny):
 
 # One step from the seed; update these figures only where a change is meant to change the numbers,
 # and say so in the commit.
-GOLDEN = {"loss": 5.600665, "grad_norm": 1.998161, "param_norm": 13.028795, "lr": 0.005,
-          "tokens": 256.0}
+GOLDEN = {
+  "loss": 5.600665,
+  "grad_norm": 1.998161,
+  "param_norm": 13.028795,
+  "lr": 0.005,
+  "tokens": 256.0,
+}
 
 
 def test_golden_metrics_of_one_step(tiny):
@@ -119,8 +128,7 @@ def test_the_moving_average_follows_the_weights(tiny):
   mesh, compiled, state, data = start(tiny(mesh__data=1, optim__ema=0.75))
   before = jax.tree.map(np.asarray, state["ema"])
   state, _ = compiled(state, loop.to_devices(data.batch(0), mesh))
-  want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * np.asarray(new), before,
-                      state["params"])
+  want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * np.asarray(new), before, state["params"])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state["ema"], want)
 
 
@@ -154,8 +162,14 @@ def test_after_an_update_that_is_not_finite_nothing_is_changed(tiny):
 
 def test_old_and_new_state_are_not_held_together(tiny):
   """Temporaries stay within the gradients and one matrix: a second state would be 12 bytes more."""
-  c = tiny(mesh__data=1, data__batch_size=1, model__width=256, model__mlp_width=2048,
-           model__num_layers=8, model__remat="full")
+  c = tiny(
+    mesh__data=1,
+    data__batch_size=1,
+    model__width=256,
+    model__mlp_width=2048,
+    model__num_layers=8,
+    model__remat="full",
+  )
   _, compiled, state, _ = start(c)
   found = compiled.memory_analysis()
   assert found.output_size_in_bytes - found.alias_size_in_bytes < 1e4
@@ -169,15 +183,21 @@ def test_z_loss_adds_the_squared_log_normaliser(tiny):
   assert with_z[0, 0] - plain[0, 0] == pytest.approx(0.1 * np.log(264) ** 2, rel=0.05)
 
 
-@pytest.mark.parametrize("fields, axes", [
+@pytest.mark.parametrize(
+  "fields, axes",
+  [
     (dict(tie_embeddings=True), dict(data=1, fsdp=2, tensor=2)),
-    (dict(tie_embeddings=False, head_bias=True, logit_softcap=5.0), dict(data=2, seq=2))])
+    (dict(tie_embeddings=False, head_bias=True, logit_softcap=5.0), dict(data=2, seq=2)),
+  ],
+)
 def test_a_loss_in_chunks_is_the_same_loss(tiny, fields, axes):
   """Of rows of 8 x 32 tokens, 64 or fewer a device: 24 at once leaves a rest."""
+
   def losses(**overrides):
     c = tiny(objective__z_loss=0.01, **overrides)
     c.model.update(fields)
     return trajectory(c, 3)[0]
+
   got = losses(objective__loss_chunk=24, **{f"mesh__{k}": v for k, v in axes.items()})
   np.testing.assert_allclose(got, losses(mesh__data=1), rtol=TOLERANCE)
 
@@ -196,19 +216,32 @@ def test_moments_in_bfloat16_follow_those_in_float32(tiny):
 @pytest.mark.parametrize("chunk", [0, 64])
 def test_gradients_leave_the_matmuls_in_float32_where_it_is_asked_for(tiny, chunk):
   """Numbers that went through bfloat16 have 16 bits of zeros; the first moment is a tenth of them."""
+
   def rounded(**fields):
-    c = tiny(mesh__data=1, optim__b1=0.0, optim__clip_norm=0.0, model__dtype="bfloat16",
-             objective__loss_chunk=chunk, **fields)
+    c = tiny(
+      mesh__data=1,
+      optim__b1=0.0,
+      optim__clip_norm=0.0,
+      model__dtype="bfloat16",
+      objective__loss_chunk=chunk,
+      **fields,
+    )
     c.model.update(tie_embeddings=False)
     _, c = loop.load_tokenizer_and_config(c)
     parts = build_lib.build(c, mesh_lib.make(c.mesh, jax.devices()[:1]))
     batch = jax.tree.map(jnp.asarray, loop.split_batches(c, "train").batch(0))
     params = transformer.init(parts.model, jax.random.key(0))
     grads = jax.jit(jax.grad(lambda p: parts.objective(p, None, batch, None)[0]))(params)
-    named = {name: g[g != 0] for name, g in tree.flatten(grads).items()
-             if g.ndim > 2 or name in ("embed", "head")}
-    return {name: float((g == g.astype(jnp.bfloat16).astype(jnp.float32)).mean())
-            for name, g in named.items()}
+    named = {
+      name: g[g != 0]
+      for name, g in tree.flatten(grads).items()
+      if g.ndim > 2 or name in ("embed", "head")
+    }
+    return {
+      name: float((g == g.astype(jnp.bfloat16).astype(jnp.float32)).mean())
+      for name, g in named.items()
+    }
+
   narrow, wide = rounded(), rounded(model__grad_dtype="float32")
   assert narrow.keys() == wide.keys() and len(wide) > 6
   assert all(share == 1 for share in narrow.values()), narrow
@@ -220,23 +253,44 @@ def test_frozen_parameters_are_read_and_not_differentiated():
   def objective(params, frozen, batch, key):
     del key
     return (params["a"] * frozen["b"] * batch["x"]).sum(), batch["x"].sum(), {}
+
   f = train_step.accumulated(objective, 2)
-  (loss, weight, _), grads = f({"a": jnp.float32(2)}, {"b": jnp.float32(3)},
-                               {"x": jnp.arange(4.0)}, jax.random.key(0))
+  (loss, weight, _), grads = f(
+    {"a": jnp.float32(2)}, {"b": jnp.float32(3)}, {"x": jnp.arange(4.0)}, jax.random.key(0)
+  )
   assert (float(loss), float(weight)) == (36.0, 6.0)
   assert {k: float(v) for k, v in grads.items()} == {"a": 18.0}
 
 
-@pytest.mark.parametrize("rules, words", [
-    (dict(embed="tensor"), "mesh.rules.embed='tensor' and mesh.rules.vocab='tensor': parameter "
-     "embed .*'tensor' twice; take 'tensor' out of mesh.rules.embed"),
-    (dict(norm="stage", kv_heads="none"), "mesh.rules.norm='stage': parameter layers.*'layers' always is"),
-    (dict(mlp="fsdp,tensor", embed="none", act_heads="tensor,stage", heads="none", kv_heads="none"),
-     "mesh.rules.act_heads='tensor,stage'"),
-    (dict(head_dim="tensor,fsdp", heads="none", kv_heads="none", embed="none"),
-     "mesh.tensor=4 x mesh.fsdp=2 does not divide dimension 'head_dim' = 4"),
-    (dict(kv_heads="none"), "mesh.tensor=4 does not divide model.num_kv_heads=2, and mesh.rules."
-     "act_heads='tensor' .*set it to none")])
+@pytest.mark.parametrize(
+  "rules, words",
+  [
+    (
+      dict(embed="tensor"),
+      "mesh.rules.embed='tensor' and mesh.rules.vocab='tensor': parameter "
+      "embed .*'tensor' twice; take 'tensor' out of mesh.rules.embed",
+    ),
+    (
+      dict(norm="stage", kv_heads="none"),
+      "mesh.rules.norm='stage': parameter layers.*'layers' always is",
+    ),
+    (
+      dict(
+        mlp="fsdp,tensor", embed="none", act_heads="tensor,stage", heads="none", kv_heads="none"
+      ),
+      "mesh.rules.act_heads='tensor,stage'",
+    ),
+    (
+      dict(head_dim="tensor,fsdp", heads="none", kv_heads="none", embed="none"),
+      "mesh.tensor=4 x mesh.fsdp=2 does not divide dimension 'head_dim' = 4",
+    ),
+    (
+      dict(kv_heads="none"),
+      "mesh.tensor=4 does not divide model.num_kv_heads=2, and mesh.rules."
+      "act_heads='tensor' .*set it to none",
+    ),
+  ],
+)
 def test_rules_that_cut_no_array_are_refused(rules, words):
   with pytest.raises(UserError, match=words):
     c = config.base()

@@ -101,8 +101,9 @@ def _fold(x):
 
 
 def _dot(a, b, contract_a, contract_b, dtype=None):
-  return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0,), (0,))),
-                             preferred_element_type=dtype)
+  return jax.lax.dot_general(
+    a, b, (((contract_a,), (contract_b,)), ((0,), (0,))), preferred_element_type=dtype
+  )
 
 
 def _chunked_fwd(q, k, v, bias, scale, chunks):
@@ -143,8 +144,19 @@ def _chunked_bwd(scale, chunks, saved, dout):
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causal=False,
-           window=None, interpret=False, rules=sharding.DEFAULT):
+def splash(
+  q_BTNH,
+  k_BSKH,
+  v_BSKH,
+  segment_ids_BT,
+  *,
+  scale,
+  softcap=None,
+  causal=False,
+  window=None,
+  interpret=False,
+  rules=sharding.DEFAULT,
+):
   """Splash attention, the Pallas kernel for TPUs, which skips what a mask hides block by block.
 
   Under a mesh each device takes its rows and heads; see `in_parts` for rows that are cut.
@@ -162,8 +174,15 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
   T, N = q_BTNH.shape[1:3]
   mesh = jax.sharding.get_abstract_mesh()
   shards = 1 if mesh.empty else rules.num_shards(mesh, "act_heads")
-  kernel = blockwise.splash_of(blockwise.Band(causal, window), N, T, T,
-                           blockwise.Kernel("splash", softcap, interpret), OUTPUT, shards)
+  kernel = blockwise.splash_of(
+    blockwise.Band(causal, window),
+    N,
+    T,
+    T,
+    blockwise.Kernel("splash", softcap, interpret),
+    OUTPUT,
+    shards,
+  )
   q, k, v = blockwise.padded(*(x.swapaxes(1, 2) for x in (q_BTNH * scale, k_BSKH, v_BSKH)))
 
   def local(kernel, q, k, v, ids_BT):
@@ -174,14 +193,17 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, scale, softcap=None, causa
     rows, heads = rules.spec(("batch", "act_heads"))
     of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(heads, None)))
     whole = P(rows, heads)
-    local = jax.shard_map(local, in_specs=(of_kernel, whole, whole, whole, P(rows)),
-                          out_specs=whole, check_vma=False)
+    local = jax.shard_map(
+      local, in_specs=(of_kernel, whole, whole, whole, P(rows)), out_specs=whole, check_vma=False
+    )
   out = local(kernel, q, k, v, segment_ids_BT)
-  return out[..., :v_BSKH.shape[-1]].swapaxes(1, 2).astype(q_BTNH.dtype)
+  return out[..., : v_BSKH.shape[-1]].swapaxes(1, 2).astype(q_BTNH.dtype)
 
 
 OUTPUT = "attention"  # name of what attention puts out, and its kernels' statistics, for remat
-CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's name of the step that makes both at once
+CUDNN_FORWARD = (
+  "dot_product_attention_fwd_wrapper"  # JAX's name of the step that makes both at once
+)
 
 
 def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, causal=False, rules=sharding.DEFAULT):
@@ -197,22 +219,37 @@ def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, causal=False, rules=shardi
   Returns:
     As `reference`, but a row with no True has some average of the values.
   """
+
   def local(q, k, v, mask):
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, is_causal=causal,
-                                        implementation="cudnn")
+    return jax.nn.dot_product_attention(
+      q, k, v, mask=mask[:, None], scale=scale, is_causal=causal, implementation="cudnn"
+    )
 
   args, mesh = (q_BTNH, k_BSKH, v_BSKH, mask_BTS), jax.sharding.get_abstract_mesh()
   if mesh.size > 1 and not mesh.manual_axes:
     # Left to itself, JAX would write the addresses of Python objects into the program.
-    specs = [rules.fitting_spec(mesh, x.shape, ("batch", None, "act_heads", None))
-             for x in args[:3]]
+    specs = [
+      rules.fitting_spec(mesh, x.shape, ("batch", None, "act_heads", None)) for x in args[:3]
+    ]
     specs.append(rules.fitting_spec(mesh, mask_BTS.shape, ("batch", None, None)))
     local = jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
   return local(*args)
 
 
-def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, causal, window,
-             interpret=False, rules=sharding.DEFAULT):
+def in_parts(
+  form,
+  q_BTNH,
+  k_BTKH,
+  v_BTKH,
+  segment_ids_BT,
+  *,
+  scale,
+  softcap,
+  causal,
+  window,
+  interpret=False,
+  rules=sharding.DEFAULT,
+):
   """Attention where the mesh cuts rows over devices: see `context` and `ring`.
 
   Args:
@@ -224,7 +261,7 @@ def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, ca
   """
   mesh = jax.sharding.get_abstract_mesh()
   kernel = blockwise.Kernel("splash" if form == "splash" else "plain", softcap, interpret)
-  axis, = sharding.FIXED.mesh_axes("length")
+  (axis,) = sharding.FIXED.mesh_axes("length")
   plan = context_parallel.Plan(kernel, causal, window, axis, mesh.shape[axis], OUTPUT)
   first = lambda x: x.swapaxes(1, 2)
   run, args = ring.attend, (first(q_BTNH * scale), first(k_BTKH), first(v_BTKH))
@@ -235,8 +272,9 @@ def in_parts(form, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, scale, softcap, ca
   ids = segment_ids_BT[:, None]
   specs = [rules.fitting_spec(mesh, x.shape, order) for x in args]
   specs.append(rules.fitting_spec(mesh, ids.shape, ("batch", None, "length")))
-  out = jax.shard_map(functools.partial(run, plan), in_specs=tuple(specs), out_specs=specs[0],
-                      check_vma=False)(*args, ids)
+  out = jax.shard_map(
+    functools.partial(run, plan), in_specs=tuple(specs), out_specs=specs[0], check_vma=False
+  )(*args, ids)
   return first(out) if run is ring.attend else out
 
 
@@ -267,16 +305,24 @@ def choose(form, platform, *, length, dtype, softcap, heads):
   """
   auto = f"leave model.attention=auto, or choose one of {', '.join(FORMS[:2])}"
   if form in KERNELS and platform not in KERNELS[form]:
-    raise UserError(f"model.attention={form!r} is a kernel for {KERNELS[form][0].upper()}s, and the "
-                    f"devices are of the kind {platform!r}; {auto}")
+    raise UserError(
+      f"model.attention={form!r} is a kernel for {KERNELS[form][0].upper()}s, and the "
+      f"devices are of the kind {platform!r}; {auto}"
+    )
   if form == "splash" and length % blockwise.LANES:
-    raise UserError(f"model.attention='splash': data.seq_len={length} is no multiple of "
-                    f"{blockwise.LANES}, its smallest block; make it one, or {auto}")
+    raise UserError(
+      f"model.attention='splash': data.seq_len={length} is no multiple of "
+      f"{blockwise.LANES}, its smallest block; make it one, or {auto}"
+    )
   if form == "cudnn" and jnp.dtype(dtype).itemsize != 2:
-    raise UserError(f"model.attention='cudnn' takes 16-bit types: set model.dtype=bfloat16, or {auto}")
+    raise UserError(
+      f"model.attention='cudnn' takes 16-bit types: set model.dtype=bfloat16, or {auto}"
+    )
   if form == "cudnn" and not _cudnn_takes(*heads):
-    raise UserError(f"model.attention='cudnn': cuDNN has no kernel for heads of {heads[0]} (values "
-                    f"{heads[1]}) on {_gpu() or 'a GPU that is not here'}; leave model.attention=auto")
+    raise UserError(
+      f"model.attention='cudnn': cuDNN has no kernel for heads of {heads[0]} (values "
+      f"{heads[1]}) on {_gpu() or 'a GPU that is not here'}; leave model.attention=auto"
+    )
   if form != "auto":
     return form
   if platform == "cpu":
@@ -295,8 +341,12 @@ def _cudnn_takes(of_keys, of_values):
   if not version.replace(".", "", 1).isdigit():
     return False  # not NVIDIA's
   is_new = float(version) >= 9.0
-  return (of_keys % 8 == 0 and of_values % 8 == 0 and of_keys <= (256 if is_new else 128)
-          and (of_keys == of_values or is_new))
+  return (
+    of_keys % 8 == 0
+    and of_values % 8 == 0
+    and of_keys <= (256 if is_new else 128)
+    and (of_keys == of_values or is_new)
+  )
 
 
 def _gpu():
@@ -310,8 +360,20 @@ def needs_mask(form, length):
   return form != "splash" and context_parallel.parts(length) == 1
 
 
-def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale, softcap=None,
-           causal=False, window=None, rules=sharding.DEFAULT):
+def attend(
+  form,
+  q_BTNH,
+  k_BSKH,
+  v_BSKH,
+  mask_BTS,
+  segment_ids_BT=None,
+  *,
+  scale,
+  softcap=None,
+  causal=False,
+  window=None,
+  rules=sharding.DEFAULT,
+):
   """Attention by the named form; the result is named `OUTPUT` for remat policies.
 
   Args:
@@ -325,9 +387,20 @@ def attend(form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segment_ids_BT=None, *, scale
   The other arguments and the result are those of `reference`.
   """
   if mask_BTS is None:
-    run = functools.partial(in_parts, form) if context_parallel.parts(q_BTNH.shape[1]) > 1 else splash
-    return run(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, softcap=softcap,
-               causal=causal, window=window, rules=rules)
+    run = (
+      functools.partial(in_parts, form) if context_parallel.parts(q_BTNH.shape[1]) > 1 else splash
+    )
+    return run(
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      segment_ids_BT,
+      scale=scale,
+      softcap=softcap,
+      causal=causal,
+      window=window,
+      rules=rules,
+    )
   if form == "cudnn" and softcap is None:
     out = cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, causal=causal, rules=rules)
   elif form == "batched":

@@ -34,6 +34,7 @@ class Kernel(NamedTuple):
     softcap: on the logits, or None.
     interpret: splash: runs the kernel's definition on any backend, slowly.
   """
+
   form: str
   softcap: float | None = None
   interpret: bool = False
@@ -51,6 +52,7 @@ class Band(NamedTuple):
     causal, window: see `ops.visible`.
     offset: place of the first query less that of the first key.
   """
+
   causal: bool = False
   window: int | None = None
   offset: int = 0
@@ -59,7 +61,8 @@ class Band(NamedTuple):
     """Whether some of T queries may not read some of S keys."""
     least, most = self.offset - S + 1, self.offset + T - 1
     return (self.causal and least < 0) or (
-        self.window is not None and max(most, -least) >= self.window)
+      self.window is not None and max(most, -least) >= self.window
+    )
 
   def array(self, T, S):
     """[T, S] bool."""
@@ -136,9 +139,11 @@ def _plain_backward(kernel, band, q, k, v, q_ids, k_ids, out, log_z, dout):
   if kernel.softcap is not None:
     dlogits *= 1 - jnp.square(jnp.tanh(raw / kernel.softcap))
   weights, dlogits = weights.astype(q.dtype), dlogits.astype(q.dtype)
-  return (jnp.einsum("BKGTS,BKSH->BKGTH", dlogits, k).reshape(q.shape),
-          jnp.einsum("BKGTS,BKGTH->BKSH", dlogits, _grouped(q, k)),
-          jnp.einsum("BKGTS,BKGTH->BKSH", weights, d))
+  return (
+    jnp.einsum("BKGTS,BKSH->BKGTH", dlogits, k).reshape(q.shape),
+    jnp.einsum("BKGTS,BKGTH->BKSH", dlogits, _grouped(q, k)),
+    jnp.einsum("BKGTS,BKGTH->BKSH", weights, d),
+  )
 
 
 @functools.cache
@@ -160,12 +165,19 @@ def splash_of(band, N, T, S, kernel, name=None, head_shards=1):
     head_shards: parts that the heads are cut into outside.
   """
   q, kv = math.gcd(T, SPLASH_BLOCK), math.gcd(S, SPLASH_BLOCK)
-  sizes = splash_kernel.BlockSizes(block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv,
-                                   block_q_dq=q, block_kv_dq=kv)
+  sizes = splash_kernel.BlockSizes(
+    block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
+  )
   mask = splash_mask.MultiHeadMask([_mask_of(band, T, S)] * N)
   return splash_kernel.make_splash_mha(
-      mask, block_sizes=sizes, head_shards=head_shards, q_seq_shards=1,
-      attn_logits_soft_cap=kernel.softcap, interpret=kernel.interpret, residual_checkpoint_name=name)
+    mask,
+    block_sizes=sizes,
+    head_shards=head_shards,
+    q_seq_shards=1,
+    attn_logits_soft_cap=kernel.softcap,
+    interpret=kernel.interpret,
+    residual_checkpoint_name=name,
+  )
 
 
 def padded(*heads):
@@ -181,11 +193,12 @@ def _splash_forward(kernel, band, q, k, v, q_ids, k_ids):
   def one(q, k, v, q_ids, k_ids):
     ids = splash_kernel.SegmentIds(q=q_ids[0], kv=k_ids[0])
     out, (log_z,) = splash_kernel._splash_attention_forward(
-        made.fwd_mask_info, q, k, v, ids, None, **made.kwargs | {"save_residuals": True})
+      made.fwd_mask_info, q, k, v, ids, None, **made.kwargs | {"save_residuals": True}
+    )
     return out, log_z
 
   out, log_z = jax.vmap(one)(*padded(q, k, v), q_ids, k_ids)
-  return out[..., :v.shape[-1]], log_z
+  return out[..., : v.shape[-1]], log_z
 
 
 def _splash_backward(kernel, band, q, k, v, q_ids, k_ids, out, log_z, dout):
@@ -199,7 +212,7 @@ def _splash_backward(kernel, band, q, k, v, q_ids, k_ids, out, log_z, dout):
 
   out, dout = padded(out.astype(q.dtype), dout)
   grads = jax.vmap(one)(*padded(q, k, v), q_ids, k_ids, out, log_z, dout)
-  return tuple(d[..., :x.shape[-1]] for d, x in zip(grads, (q, k, v), strict=True))
+  return tuple(d[..., : x.shape[-1]] for d, x in zip(grads, (q, k, v), strict=True))
 
 
 _FORMS = {"plain": (_plain_forward, _plain_backward), "splash": (_splash_forward, _splash_backward)}

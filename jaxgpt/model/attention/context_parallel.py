@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     axis, size: the mesh axis that rows are cut over, and its devices.
     name: of the output and its normaliser, for remat policies.
   """
+
   kernel: blockwise.Kernel
   causal: bool
   window: int | None
@@ -68,11 +69,12 @@ def _reordered(x, axis, which):
   n = 1 if x is None else parts(x.shape[axis])
   if n == 1:
     return x
-  cut = x.reshape(*x.shape[:axis], 2 * n, -1, *x.shape[axis + 1:])
+  cut = x.reshape(*x.shape[:axis], 2 * n, -1, *x.shape[axis + 1 :])
   x = jnp.take(cut, which(chunks(n, True).reshape(-1)), axis=axis).reshape(x.shape)
   of_tokens = sharding.FIXED.spec(("length",))[0]
   return jax.lax.with_sharding_constraint(
-      x, P(*(of_tokens if i == axis else P.UNCONSTRAINED for i in range(x.ndim))))
+    x, P(*(of_tokens if i == axis else P.UNCONSTRAINED for i in range(x.ndim)))
+  )
 
 
 def mask_of(plan, ids_BT, all_ids_BS):

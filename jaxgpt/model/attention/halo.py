@@ -34,11 +34,11 @@ class _Neighbours:
   def queries(self, x):
     """Those that see the other chunk; linear."""
     x = jnp.concatenate(context_parallel.halves(x))
-    return x[:, :, :self._reach] if self._distance > 0 else x[:, :, -self._reach:]
+    return x[:, :, : self._reach] if self._distance > 0 else x[:, :, -self._reach :]
 
   def keys(self, x):
     """The end of the other chunk; zeros where there is none. Linear."""
-    end = lambda c: c[:, :, -self._reach:] if self._distance > 0 else c[:, :, :self._reach]
+    end = lambda c: c[:, :, -self._reach :] if self._distance > 0 else c[:, :, : self._reach]
     mine = [end(c) for c in context_parallel.halves(x)]
     wanted = self._chunks - self._distance
     got = []
@@ -56,7 +56,9 @@ class _Neighbours:
     """What `queries` gave, or came of it, and `fill` for the chunks' other queries."""
     rest = self._size - self._reach
     ends = (0, rest) if self._distance > 0 else (rest, 0)
-    return jnp.pad(x, [ends if i == T_AXIS else (0, 0) for i in range(x.ndim)], constant_values=fill)
+    return jnp.pad(
+      x, [ends if i == T_AXIS else (0, 0) for i in range(x.ndim)], constant_values=fill
+    )
 
   def segments(self, ids):
     """As `keys`, of segments, with `pairs.ABSENT` where there is no other chunk."""
@@ -98,8 +100,12 @@ def forward(plan, q, k, v, ids):
   total = out.astype(jnp.float32), log_z
   for meet, *keys, of_keys in met:
     keys, total = context_parallel.in_turn(keys, total)
-    part = blockwise.forward(plan.kernel, meet.band, meet.queries(q), *keys, meet.queries(ids), of_keys)
-    total = blockwise.join(total, (meet.filled(part[0], 0), meet.filled(part[1], blockwise.NOTHING)))
+    part = blockwise.forward(
+      plan.kernel, meet.band, meet.queries(q), *keys, meet.queries(ids), of_keys
+    )
+    total = blockwise.join(
+      total, (meet.filled(part[0], 0), meet.filled(part[1], blockwise.NOTHING))
+    )
   return tuple(jnp.concatenate(jnp.split(x, 2), T_AXIS) for x in total)
 
 
@@ -110,8 +116,9 @@ def backward(plan, q, k, v, ids, out, log_z, dout):
   grads = [_put_back(_stacked, x, d) for x, d in zip((q, k, v), got)]
   for meet, *keys, of_keys in met:
     saved = map(meet.queries, (out, log_z, dout))
-    got = blockwise.backward(plan.kernel, meet.band, meet.queries(q), *keys, meet.queries(ids), of_keys,
-                         *saved)
+    got = blockwise.backward(
+      plan.kernel, meet.band, meet.queries(q), *keys, meet.queries(ids), of_keys, *saved
+    )
     takes = (meet.queries, meet.keys, meet.keys)
     for i, (take, x, d) in enumerate(zip(takes, (q, k, v), got)):
       grads[i] += _put_back(take, x, d)

@@ -122,8 +122,9 @@ class _Visit:
     """The (out, log_z) of the `_parts` of the device's queries, with those of `queries` joined."""
     if not self._causal:
       return (blockwise.join(total[0], part),)
-    first, at_early, at_late = zip(*(
-        self._dealt(x, nothing) for x, nothing in zip(part, (0, blockwise.NOTHING))))
+    first, at_early, at_late = zip(
+      *(self._dealt(x, nothing) for x, nothing in zip(part, (0, blockwise.NOTHING)))
+    )
     early, late = total
     return blockwise.join(early, at_early), blockwise.join(blockwise.join(late, first), at_late)
 
@@ -173,8 +174,15 @@ def _ring_forward(plan, q, k, v, ids):
     there = None if is_last else _shifted(plan, carry[0])
     (k, v, of_keys), total = context_parallel.in_turn(*carry)
     meet = _Visit(plan, s)
-    part = blockwise.forward(plan.kernel, blockwise.Band(), meet.queries(q_parts), meet.keys(k),
-                         meet.keys(v), meet.queries(ids_parts), meet.keys(of_keys))
+    part = blockwise.forward(
+      plan.kernel,
+      blockwise.Band(),
+      meet.queries(q_parts),
+      meet.keys(k),
+      meet.keys(v),
+      meet.queries(ids_parts),
+      meet.keys(of_keys),
+    )
     return there, meet.joined(total, part)
 
   q_parts, ids_parts, *own = (_parts(plan, x) for x in (q, ids, out.astype(jnp.float32), log_z))
@@ -203,5 +211,7 @@ def _ring_backward(plan, q, k, v, ids, out, log_z, dout):
   dq = jnp.concatenate(dq, T_AXIS)
   dk, dv = _shifted(plan, dkv)  # while the device's own are read
   (k, v), dq = context_parallel.in_turn((k, v), dq)
-  own = blockwise.backward(plan.kernel, blockwise.Band(plan.causal), q, k, v, ids, ids, out, log_z, dout)
+  own = blockwise.backward(
+    plan.kernel, blockwise.Band(plan.causal), q, k, v, ids, ids, out, log_z, dout
+  )
   return dq + own[0], dk + own[1], dv + own[2]

@@ -133,7 +133,9 @@ class _Row(NamedTuple):
 
 
 def _build(spec):
-  name, options = step_specs.parse(spec, "--clean", {name: row.defaults for name, row in STEPS.items()})
+  name, options = step_specs.parse(
+    spec, "--clean", {name: row.defaults for name, row in STEPS.items()}
+  )
   row = STEPS[name]
   pages = options.pop("pages_only", False)
   return _Step(name, row.build(spec, **options), row.rewrites, pages)
@@ -222,7 +224,8 @@ def _html(spec, *, timeout, favour_precision):
   errors.optional("trafilatura", EXTRA, f"--clean={spec}")
   # Its `deduplicate` remembers paragraphs of other documents.
   block = datatrove("pipeline.extractors.trafilatura").Trafilatura(
-      favour_precision=favour_precision, deduplicate=False)
+    favour_precision=favour_precision, deduplicate=False
+  )
 
   def run(text):
     try:
@@ -247,8 +250,11 @@ def _deadline(seconds):
   the extraction. A timer's signal does for code that is mostly Python; where there is none
   (Windows, or not the main thread) there is no limit.
   """
-  if (not seconds or not hasattr(signal, "setitimer")
-      or threading.current_thread() is not threading.main_thread()):
+  if (
+    not seconds
+    or not hasattr(signal, "setitimer")
+    or threading.current_thread() is not threading.main_thread()
+  ):
     yield
     return
 
@@ -271,7 +277,8 @@ def _filter(module, name, **fixed):
     del spec
     Document = datatrove("data").Document
     block = getattr(datatrove(f"pipeline.filters.{module}"), name)(
-        **options, **fixed, language=word_tokenizer())
+      **options, **fixed, language=word_tokenizer()
+    )
 
     def run(text):
       document = Document(text=text, id="")
@@ -286,8 +293,10 @@ def _filter(module, name, **fixed):
 
 def _language(spec, *, model, keep, threshold):
   if not os.path.isfile(model):
-    raise UserError(f"--clean={spec}: model={model!r} is no file; name a fastText model such as "
-                    "lid.176.bin, which is not part of this package")
+    raise UserError(
+      f"--clean={spec}: model={model!r} is no file; name a fastText model such as "
+      "lid.176.bin, which is not part of this package"
+    )
   if not keep:
     raise UserError(f"--clean={spec}: name the languages to keep, as in keep=en;de")
   fasttext = errors.optional("fasttext.FastText", EXTRA, f"--clean={spec}")
@@ -308,38 +317,96 @@ def _language(spec, *, model, keep, threshold):
 # name -> how it is built, its keys with their defaults (0 or -1: that rule is off, as datatrove
 # has it), whether it only rewrites. A new step is a row.
 STEPS = {
-    "ftfy": _Row(_ftfy, {"fix_latin_ligatures": False, "fix_character_width": False,
-                         "uncurl_quotes": False, "fix_line_breaks": False}, rewrites=True),
-    "unicode": _Row(_unicode, {"form": "NFC"}, rewrites=True),
-    "html": _Row(_html, {"pages_only": True, "timeout": 30.0, "favour_precision": True}),
-    "pii": _Row(_pii, {"remove_emails": True, "remove_ips": True, "only_remove_public_ips": True,
-                       "email_replacement": ("email@example.com",),
-                       "ip_replacement": ("22.214.171.124",)}, rewrites=True),
-    "repeated_lines": _Row(_repeated_lines, {"min_chars": 30}, rewrites=True),
-    "c4_lines": _Row(
-        _filter("c4_filters", "C4QualityFilter", min_num_sentences=-1, filter_lorem_ipsum=False,
-                filter_curly_bracket=False),
-        {"filter_no_terminal_punct": True, "min_words_per_line": 3, "max_word_length": 1000,
-         "filter_javascript": True, "filter_policy": True, "remove_citations": True}),
-    "c4_quality": _Row(
-        _filter("c4_filters", "C4QualityFilter"),
-        {"filter_no_terminal_punct": True, "min_num_sentences": 5, "min_words_per_line": 3,
-         "max_word_length": 1000, "filter_lorem_ipsum": True, "filter_javascript": True,
-         "filter_curly_bracket": True, "filter_policy": True, "remove_citations": True}),
-    "gopher_quality": _Row(
-        _filter("gopher_quality_filter", "GopherQualityFilter"),
-        {"min_doc_words": 50, "max_doc_words": 100_000, "min_avg_word_length": 3.0,
-         "max_avg_word_length": 10.0, "max_symbol_word_ratio": 0.1, "max_bullet_lines_ratio": 0.9,
-         "max_ellipsis_lines_ratio": 0.3, "max_non_alpha_words_ratio": 0.8, "min_stop_words": 2,
-         "stop_words": ("the", "be", "to", "of", "and", "that", "have", "with")}),
-    "gopher_repetition": _Row(
-        _filter("gopher_repetition_filter", "GopherRepetitionFilter"),
-        {"dup_line_frac": 0.3, "dup_para_frac": 0.3, "dup_line_char_frac": 0.2,
-         "dup_para_char_frac": 0.2}),
-    "fineweb_quality": _Row(
-        _filter("fineweb_quality_filter", "FineWebQualityFilter"),
-        {"line_punct_thr": 0.12, "line_punct_exclude_zero": False, "short_line_thr": 0.67,
-         "short_line_length": 30, "char_duplicates_ratio": 0.01, "new_line_ratio": 0.3}),
-    "language": _Row(_language, {"model": "", "keep": (), "threshold": 0.65}),
-    "length": _Row(_length, {"min_chars": 0, "max_chars": 0, "min_words": 0, "max_words": 0}),
+  "ftfy": _Row(
+    _ftfy,
+    {
+      "fix_latin_ligatures": False,
+      "fix_character_width": False,
+      "uncurl_quotes": False,
+      "fix_line_breaks": False,
+    },
+    rewrites=True,
+  ),
+  "unicode": _Row(_unicode, {"form": "NFC"}, rewrites=True),
+  "html": _Row(_html, {"pages_only": True, "timeout": 30.0, "favour_precision": True}),
+  "pii": _Row(
+    _pii,
+    {
+      "remove_emails": True,
+      "remove_ips": True,
+      "only_remove_public_ips": True,
+      "email_replacement": ("email@example.com",),
+      "ip_replacement": ("22.214.171.124",),
+    },
+    rewrites=True,
+  ),
+  "repeated_lines": _Row(_repeated_lines, {"min_chars": 30}, rewrites=True),
+  "c4_lines": _Row(
+    _filter(
+      "c4_filters",
+      "C4QualityFilter",
+      min_num_sentences=-1,
+      filter_lorem_ipsum=False,
+      filter_curly_bracket=False,
+    ),
+    {
+      "filter_no_terminal_punct": True,
+      "min_words_per_line": 3,
+      "max_word_length": 1000,
+      "filter_javascript": True,
+      "filter_policy": True,
+      "remove_citations": True,
+    },
+  ),
+  "c4_quality": _Row(
+    _filter("c4_filters", "C4QualityFilter"),
+    {
+      "filter_no_terminal_punct": True,
+      "min_num_sentences": 5,
+      "min_words_per_line": 3,
+      "max_word_length": 1000,
+      "filter_lorem_ipsum": True,
+      "filter_javascript": True,
+      "filter_curly_bracket": True,
+      "filter_policy": True,
+      "remove_citations": True,
+    },
+  ),
+  "gopher_quality": _Row(
+    _filter("gopher_quality_filter", "GopherQualityFilter"),
+    {
+      "min_doc_words": 50,
+      "max_doc_words": 100_000,
+      "min_avg_word_length": 3.0,
+      "max_avg_word_length": 10.0,
+      "max_symbol_word_ratio": 0.1,
+      "max_bullet_lines_ratio": 0.9,
+      "max_ellipsis_lines_ratio": 0.3,
+      "max_non_alpha_words_ratio": 0.8,
+      "min_stop_words": 2,
+      "stop_words": ("the", "be", "to", "of", "and", "that", "have", "with"),
+    },
+  ),
+  "gopher_repetition": _Row(
+    _filter("gopher_repetition_filter", "GopherRepetitionFilter"),
+    {
+      "dup_line_frac": 0.3,
+      "dup_para_frac": 0.3,
+      "dup_line_char_frac": 0.2,
+      "dup_para_char_frac": 0.2,
+    },
+  ),
+  "fineweb_quality": _Row(
+    _filter("fineweb_quality_filter", "FineWebQualityFilter"),
+    {
+      "line_punct_thr": 0.12,
+      "line_punct_exclude_zero": False,
+      "short_line_thr": 0.67,
+      "short_line_length": 30,
+      "char_duplicates_ratio": 0.01,
+      "new_line_ratio": 0.3,
+    },
+  ),
+  "language": _Row(_language, {"model": "", "keep": (), "threshold": 0.65}),
+  "length": _Row(_length, {"min_chars": 0, "max_chars": 0, "min_words": 0, "max_words": 0}),
 }

@@ -38,6 +38,7 @@ class Config:
       a benchmark's instructions) and don't count; 0: all count.
     remove: False only reports.
   """
+
   words: int = 13
   runs: int = 1
   share: float = 0.0
@@ -117,8 +118,10 @@ class Filter:
     """Takes the folder of `merge` and the config it was made with."""
     self._folder, self._config = folder, config
     names = json.loads(pathlib.Path(folder, _NAMES).read_text(encoding="utf-8"))
-    self._index = {name: np.load(pathlib.Path(folder, f"{number}.npy"), mmap_mode="r")
-                   for number, name in enumerate(names)}
+    self._index = {
+      name: np.load(pathlib.Path(folder, f"{number}.npy"), mmap_mode="r")
+      for number, name in enumerate(names)
+    }
     self.found = dict.fromkeys(names, 0)
 
   def __reduce__(self):
@@ -130,11 +133,14 @@ class Filter:
     reasons = []
     for name, index in self._index.items():
       at = np.searchsorted(index, runs)
-      hits = first[(at < len(index)) & (index[np.minimum(at, len(index) - 1)] == runs)] \
-          if len(index) else first[:0]
+      hits = (
+        first[(at < len(index)) & (index[np.minimum(at, len(index) - 1)] == runs)]
+        if len(index)
+        else first[:0]
+      )
       if len(hits) >= self._config.runs and len(hits) >= self._config.share * len(runs):
         self.found[name] += 1
-        run = words.plain_words(text)[hits.min():hits.min() + self._config.words]
+        run = words.plain_words(text)[hits.min() : hits.min() + self._config.words]
         reasons.append(f"{name}: {len(hits)} of {len(runs)} runs, such as {' '.join(run)!r}")
     return "; ".join(reasons) or None
 

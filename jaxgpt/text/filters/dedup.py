@@ -34,13 +34,13 @@ from jaxgpt.text.filters import clean, step_specs, words
 RULES = ("duplicate", "near duplicate")  # as dropped documents are counted
 
 _SPECS = {
-    "exact": {"ignore_space": True, "ignore_case": False},
-    # A document with 5 % of its words changed shares 0.95^3 / (2 - 0.95^3) = 0.75 of its 3-grams,
-    # but only 0.63 of datatrove's 5-grams, of which its 14 buckets of 8 hashes find 30 %. 20
-    # buckets of 6 hashes find 0.75 with probability 1 - (1 - 0.75^6)^20 = 98 %; but 0.5 with 27 %
-    # too, which is why pairs are compared in all 120 hashes (standard error 0.04) before a
-    # document is removed. tests/benchmarks/dedup.py measures both.
-    "near": {"ngram": 3, "buckets": 20, "hashes": 6, "threshold": 0.65, "seed": 1},
+  "exact": {"ignore_space": True, "ignore_case": False},
+  # A document with 5 % of its words changed shares 0.95^3 / (2 - 0.95^3) = 0.75 of its 3-grams,
+  # but only 0.63 of datatrove's 5-grams, of which its 14 buckets of 8 hashes find 30 %. 20
+  # buckets of 6 hashes find 0.75 with probability 1 - (1 - 0.75^6)^20 = 98 %; but 0.5 with 27 %
+  # too, which is why pairs are compared in all 120 hashes (standard error 0.04) before a
+  # document is removed. tests/benchmarks/dedup.py measures both.
+  "near": {"ngram": 3, "buckets": 20, "hashes": 6, "threshold": 0.65, "seed": 1},
 }
 _DIGESTS = "digests.npy"
 _TABLE = "table.npy"
@@ -52,6 +52,7 @@ _ROWS = 1 << 16  # signatures that are compared at once
 @dataclasses.dataclass(frozen=True)
 class Config:
   """What `make` returns. `exact` and `near` are dicts of options, or None: not asked for."""
+
   exact: dict | None
   near: dict | None
 
@@ -126,7 +127,8 @@ def buckets(rank, inputs, out, config):
     config: a `Config`.
   """
   block = clean.datatrove("pipeline.dedup.minhash").MinhashDedupBuckets(
-      str(out), str(out), config=_minhash_config(config.near), lines_to_buffer=1000)
+    str(out), str(out), config=_minhash_config(config.near), lines_to_buffer=1000
+  )
   block.input_folder = _SignatureFiles(inputs, rank)
   block.run(None, rank, config.near["buckets"])
 
@@ -148,14 +150,19 @@ def cluster(inputs, pairs, out, config):
   none = np.zeros((0, 2), np.int64)
   exact = _exact(digests, starts) if config.exact is not None else none
   near = _near(inputs, pairs, out, starts, exact, config.near) if config.near else none
-  rows = np.concatenate([np.column_stack((found, np.full(len(found), rule)))
-                         for rule, found in enumerate((exact, near))])
+  rows = np.concatenate(
+    [
+      np.column_stack((found, np.full(len(found), rule)))
+      for rule, found in enumerate((exact, near))
+    ]
+  )
   rows = rows[np.argsort(rows[:, 0])]  # document, the first one like it, rule
   for rank in range(len(inputs)):
-    own = rows[slice(*np.searchsorted(rows[:, 0], starts[rank:rank + 2]))]
+    own = rows[slice(*np.searchsorted(rows[:, 0], starts[rank : rank + 2]))]
     first_rank = np.searchsorted(starts, own[:, 1], side="right") - 1
-    own = np.column_stack((own[:, 0] - starts[rank], own[:, 2], first_rank,
-                           own[:, 1] - starts[first_rank]))
+    own = np.column_stack(
+      (own[:, 0] - starts[rank], own[:, 2], first_rank, own[:, 1] - starts[first_rank])
+    )
     np.save(pathlib.Path(out, f"{rank:05d}.npy"), own.astype(np.int64))
   return dict(zip(RULES, (len(exact), len(near))))
 
@@ -183,8 +190,9 @@ def kept(documents, rank, folder, dropped):
   for number, document in enumerate(documents):
     if number in out:
       rule, first_rank, first = out[number]
-      dropped.add(RULES[rule], document.source,
-                  f"like document {first} of input group {first_rank}")
+      dropped.add(
+        RULES[rule], document.source, f"like document {first} of input group {first_rank}"
+      )
     else:
       yield document
 
@@ -221,9 +229,12 @@ def _digest(text, options):
 
 def _minhash_config(near):
   return clean.datatrove("pipeline.dedup.minhash").MinhashConfig(
-      n_grams=near["ngram"], num_buckets=near["buckets"], hashes_per_bucket=near["hashes"],
-      seed=near["seed"],
-      hash_config=clean.datatrove("utils.hashing").HashConfig(precision=32))
+    n_grams=near["ngram"],
+    num_buckets=near["buckets"],
+    hashes_per_bucket=near["hashes"],
+    seed=near["seed"],
+    hash_config=clean.datatrove("utils.hashing").HashConfig(precision=32),
+  )
 
 
 def _signature_block(folder, near):
@@ -235,8 +246,10 @@ def _signature_block(folder, near):
       return np.unique(hashes).reshape(-1, 1)
 
     def get_signature(self, shingles):
-      parts = [super(Signature, self).get_signature(shingles[i:i + _SHINGLES])
-               for i in range(0, len(shingles), _SHINGLES)]
+      parts = [
+        super(Signature, self).get_signature(shingles[i : i + _SHINGLES])
+        for i in range(0, len(shingles), _SHINGLES)
+      ]
       return np.min(np.array(parts, np.uint32), axis=0).tolist()
 
   return Signature(str(folder), config=_minhash_config(near), language=clean.word_tokenizer())
@@ -279,8 +292,11 @@ def _near(inputs, folders, out, starts, exact, near):
   nodes, group = nodes[order], group[order]
   table = _signatures_of(nodes, inputs, pathlib.Path(out, _TABLE), starts, near)
   bounds = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
-  found = [like_first for start, end in itertools.pairwise(bounds)
-           for like_first in _greedy(nodes[start:end], table[start:end], near["threshold"])]
+  found = [
+    like_first
+    for start, end in itertools.pairwise(bounds)
+    for like_first in _greedy(nodes[start:end], table[start:end], near["threshold"])
+  ]
   pathlib.Path(out, _TABLE).unlink()
   return np.array(found, np.int64).reshape(-1, 2)
 
@@ -311,7 +327,7 @@ def _signatures_of(nodes, inputs, path, starts, near):
       records = np.fromfile(_signature_file(inputs[rank], bucket, rank), record)
       by_number = np.argsort(records["document"])
       at = by_number[np.searchsorted(records["document"], numbers, sorter=by_number)]
-      table[rows, bucket * size:(bucket + 1) * size] = records["hashes"][at]
+      table[rows, bucket * size : (bucket + 1) * size] = records["hashes"][at]
   return table
 
 
@@ -320,7 +336,11 @@ def _greedy(nodes, table, threshold):
   left = np.arange(len(nodes))
   while len(left) > 1:
     first, left = left[0], left[1:]
-    like = np.concatenate([(table[left[i:i + _ROWS]] == table[first]).mean(axis=1) >= threshold
-                           for i in range(0, len(left), _ROWS)])
+    like = np.concatenate(
+      [
+        (table[left[i : i + _ROWS]] == table[first]).mean(axis=1) >= threshold
+        for i in range(0, len(left), _ROWS)
+      ]
+    )
     yield from ((nodes[i], nodes[first]) for i in left[like])
     left = left[~like]

@@ -25,23 +25,26 @@ def parse(spec, flag, table):
   """
   name, _, rest = spec.partition(":")
   if name not in table:
-    raise UserError(f"{flag}={spec}: no {name!r}{nearest(name, table)}; choose from "
-                    f"{', '.join(table)}")
+    raise UserError(
+      f"{flag}={spec}: no {name!r}{nearest(name, table)}; choose from {', '.join(table)}"
+    )
   options = dict(table[name])
   for item in rest.split(",") if rest else ():
     key, equals, value = item.partition("=")
     if key not in options:
       keys = ", ".join(options) or "none"
-      raise UserError(f"{flag}={spec}: {name} has no key {key!r}{nearest(key, options)}; its keys: "
-                      f"{keys}")
+      raise UserError(
+        f"{flag}={spec}: {name} has no key {key!r}{nearest(key, options)}; its keys: {keys}"
+      )
     if not equals:
       raise UserError(f"{flag}={spec}: give {key} a value, as in {name}:{key}={table[name][key]}")
     try:
       options[key] = _value(value, table[name][key])
     except ValueError as e:
       kind = type(table[name][key]).__name__
-      raise UserError(f"{flag}={spec}: {key}={value!r} is no {kind}; its default is "
-                      f"{table[name][key]!r}") from e
+      raise UserError(
+        f"{flag}={spec}: {key}={value!r} is no {kind}; its default is {table[name][key]!r}"
+      ) from e
   return name, options
 
 

@@ -13,18 +13,22 @@ import numpy as np
 _PART = 1 << 20  # characters whose words are held at once
 
 _SIGN = (  # punctuation and symbols, as ranges of a character class
-    r"!-/:-@\[-`{-~\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f¡-©«-±´¶-¸»¿×÷"
-    r"\u037e\u0387\u055a-\u055f\u0589\u05be\u060c\u061b\u061f"
-    r"\u066a-\u066d\u06d4\u0964\u0965\u1360-\u1368\u2010-\u2027\u2030-\u205e"
-    r"\u20a0-\u20cf\u2100-\u2bff\u3001-\u3004\u3008-\u3020\u3030\ufe30-\ufe6b\uff01-\uff0f"
-    r"\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\U0001f000-\U0001faff")
+  r"!-/:-@\[-`{-~\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f¡-©«-±´¶-¸»¿×÷"
+  r"\u037e\u0387\u055a-\u055f\u0589\u05be\u060c\u061b\u061f"
+  r"\u066a-\u066d\u06d4\u0964\u0965\u1360-\u1368\u2010-\u2027\u2030-\u205e"
+  r"\u20a0-\u20cf\u2100-\u2bff\u3001-\u3004\u3008-\u3020\u3030\ufe30-\ufe6b\uff01-\uff0f"
+  r"\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\U0001f000-\U0001faff"
+)
 _UNSPACED = (
-    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u302f\u3031-\u30ff"
-    r"\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
+  r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u302f\u3031-\u30ff"
+  r"\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
 _LETTERS = rf"[^\s{_SIGN}{_UNSPACED}]+"
 _LEADS, _JOINS = r"*+./=\\^_|~-", r"'’*+./=\\^_|~-"
-_WORD = re.compile(rf"[{_LEADS}]*{_LETTERS}(?:[{_JOINS}]{_LETTERS})*|[{_UNSPACED}]"
-                   rf"|([{_LEADS}])\1*|[{_SIGN}]")
+_WORD = re.compile(
+  rf"[{_LEADS}]*{_LETTERS}(?:[{_JOINS}]{_LETTERS})*|[{_UNSPACED}]"
+  rf"|([{_LEADS}])\1*|[{_SIGN}]"
+)
 _PLAIN_WORD = re.compile(rf"{_LETTERS}(?:['’]{_LETTERS})*|[{_UNSPACED}]")
 # A full stop ends a sentence where white space and no small letter follow it.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z]|\s*$)|[。！？｡।۔؟]+[”’」』）]*|\n+")
@@ -54,8 +58,7 @@ def sentence_spans(text):
   for end in [*ends, len(text)]:
     sentence = text[start:end]
     if sentence.strip():
-      spans.append((start + len(sentence) - len(sentence.lstrip()),
-                    start + len(sentence.rstrip())))
+      spans.append((start + len(sentence) - len(sentence.lstrip()), start + len(sentence.rstrip())))
     start = end
   return spans
 
@@ -70,12 +73,13 @@ def ngram_hashes(text, n):
   Returns:
     uint64 [max(plain words - n + 1, 0)]. Two different runs share a hash with probability 2^-64.
   """
-  hashes = np.concatenate([np.fromiter(map(_hash, plain_words(part)), np.uint64)
-                           for part in _parts(text)])
+  hashes = np.concatenate(
+    [np.fromiter(map(_hash, plain_words(part)), np.uint64) for part in _parts(text)]
+  )
   count = len(hashes)
   total = np.zeros(max(count - n + 1, 0), np.uint64)
   for k in range(n if total.size else 0):
-    total += hashes[k:k + total.size] * np.uint64(_hash(f"place {k}") | 1)
+    total += hashes[k : k + total.size] * np.uint64(_hash(f"place {k}") | 1)
   # The sums of neighbours are alike in their low bits: mix as SplitMix64 does.
   total = (total ^ (total >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   total = (total ^ (total >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -95,5 +99,6 @@ def _parts(text):
 
 @functools.lru_cache(1 << 16)
 def _hash(word):
-  return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"),
-                                        digest_size=8).digest(), "little")
+  return int.from_bytes(
+    hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+  )

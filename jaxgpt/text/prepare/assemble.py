@@ -62,14 +62,19 @@ def _join_arrays(paths, to, are_offsets):
   parts = [np.load(path, mmap_mode="r") for path in paths]
   total = sum(len(part) for part in parts) - (len(parts) - 1 if are_offsets else 0)
   with to.open("wb") as out:
-    np.lib.format.write_array_header_1_0(out, {
-        "descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False,
-        "shape": (total, *parts[0].shape[1:])})
+    np.lib.format.write_array_header_1_0(
+      out,
+      {
+        "descr": np.lib.format.dtype_to_descr(parts[0].dtype),
+        "fortran_order": False,
+        "shape": (total, *parts[0].shape[1:]),
+      },
+    )
     base = 0
     for number, part in enumerate(parts):
       if are_offsets:
         end = base + int(part[-1])
-        part = part[1 if number else 0:] + part.dtype.type(base)
+        part = part[1 if number else 0 :] + part.dtype.type(base)
         base = end
       out.write(np.ascontiguousarray(part).tobytes())
 

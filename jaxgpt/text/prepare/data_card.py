@@ -1,8 +1,8 @@
 """The data card: what a prepared folder holds, what was left out and why, for people to read.
 
-    DIR/card.md      the card
-    DIR/lengths.svg  its picture: how long documents are
-    DIR/card.json    the same figures for programs
+DIR/card.md      the card
+DIR/lengths.svg  its picture: how long documents are
+DIR/card.json    the same figures for programs
 """
 
 import json
@@ -34,34 +34,52 @@ def write(folder, manifest, dropped, dropped_bytes, changed, sources):
     The card as a dict, as in `card.json`.
   """
   folder = pathlib.Path(folder)
-  stored = {split: np.load(folder / f"{split}.tokens.npy", mmap_mode="r")
-            for split in shards.SPLITS}
+  stored = {
+    split: np.load(folder / f"{split}.tokens.npy", mmap_mode="r") for split in shards.SPLITS
+  }
   total = manifest["total"]
   bytes_per_token = total["bytes"] / max(total["tokens"], 1)
   card = {
-      "digest": manifest["digest"],
-      "kind": manifest["kind"],
-      "tokenizer": manifest["tokenizer"],
-      "documents": {"read": manifest["read"], "kept": manifest["kept"]},
-      "splits": {split: {key: entry[key] for key in ("documents", "tokens", "bytes")}
-                 for split, entry in manifest["splits"].items()},
-      "bytes_per_token": round(bytes_per_token, 4),
-      "dropped": {rule: {"documents": count, "bytes": dropped_bytes.get(rule, 0),
-                         "tokens (estimate)": round(dropped_bytes.get(rule, 0) / bytes_per_token),
-                         "examples": dropped.examples[rule]}
-                  for rule, count in sorted(dropped.counts.items())},
-      "changed": {step: {"documents": documents, "characters": characters}
-                  for step, (documents, characters) in sorted(changed.items())},
-      "languages dropped": {rule.removeprefix("language: "): count for rule, count
-                            in sorted(dropped.counts.items()) if rule.startswith("language: ")},
-      "lengths": _lengths(stored["train"]),
-      "packing": _packing(stored["train"]),
-      "labels": _labels(folder, manifest),
-      "sources": {name: {"documents": documents, "bytes": size} for name, (documents, size)
-                  in sorted(sources.items(), key=lambda item: (-item[1][1], item[0]))},
+    "digest": manifest["digest"],
+    "kind": manifest["kind"],
+    "tokenizer": manifest["tokenizer"],
+    "documents": {"read": manifest["read"], "kept": manifest["kept"]},
+    "splits": {
+      split: {key: entry[key] for key in ("documents", "tokens", "bytes")}
+      for split, entry in manifest["splits"].items()
+    },
+    "bytes_per_token": round(bytes_per_token, 4),
+    "dropped": {
+      rule: {
+        "documents": count,
+        "bytes": dropped_bytes.get(rule, 0),
+        "tokens (estimate)": round(dropped_bytes.get(rule, 0) / bytes_per_token),
+        "examples": dropped.examples[rule],
+      }
+      for rule, count in sorted(dropped.counts.items())
+    },
+    "changed": {
+      step: {"documents": documents, "characters": characters}
+      for step, (documents, characters) in sorted(changed.items())
+    },
+    "languages dropped": {
+      rule.removeprefix("language: "): count
+      for rule, count in sorted(dropped.counts.items())
+      if rule.startswith("language: ")
+    },
+    "lengths": _lengths(stored["train"]),
+    "packing": _packing(stored["train"]),
+    "labels": _labels(folder, manifest),
+    "sources": {
+      name: {"documents": documents, "bytes": size}
+      for name, (documents, size) in sorted(
+        sources.items(), key=lambda item: (-item[1][1], item[0])
+      )
+    },
   }
-  (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n",
-                                    encoding="utf-8")
+  (folder / "card.json").write_text(
+    json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+  )
   (folder / "lengths.svg").write_text(histogram(card["lengths"]["histogram"]), encoding="utf-8")
   (folder / "card.md").write_text(markdown(card), encoding="utf-8")
   return card
@@ -71,31 +89,44 @@ def _lengths(stored):
   """Stored tokens of documents: quantiles, and a histogram whose bars end at powers of two."""
   if not len(stored):
     return {"histogram": []}
-  counts = sum(np.bincount(np.ceil(np.log2(part)).astype(int), minlength=33)
-               for part in _parts(stored))
+  counts = sum(
+    np.bincount(np.ceil(np.log2(part)).astype(int), minlength=33) for part in _parts(stored)
+  )
   low, high = np.flatnonzero(counts)[[0, -1]].tolist()
-  return {"mean": round(float(np.mean(stored)), 1), "most": int(np.max(stored)),
-          "quantiles": {str(q): int(x) for q, x in zip(
-              _QUANTILES, np.quantile(stored, _QUANTILES, method="lower"))},
-          "histogram": [[1 << end, int(counts[end])] for end in range(low, high + 1)]}
+  return {
+    "mean": round(float(np.mean(stored)), 1),
+    "most": int(np.max(stored)),
+    "quantiles": {
+      str(q): int(x) for q, x in zip(_QUANTILES, np.quantile(stored, _QUANTILES, method="lower"))
+    },
+    "histogram": [[1 << end, int(counts[end])] for end in range(low, high + 1)],
+  }
 
 
 def _packing(stored):
   """Share of a row's places that predictions fill, by packing and length of the rows."""
   stored = stored[:_PACKED_DOCUMENTS]
   predictions = int(np.sum(stored, dtype=np.int64)) - len(stored)
-  rows = {seq_len: {name: sum(packing.PACKINGS[name](part - 1, seq_len).num_rows
-                              for part in _parts(stored))
-                    for name in ("best_fit", "one_per_row")}
-          for seq_len in _SEQ_LENS if len(stored)}
-  return {str(seq_len): {name: round(predictions / (count * seq_len), 4) if count else 1.0
-                         for name, count in counts.items()}
-          for seq_len, counts in rows.items()}
+  rows = {
+    seq_len: {
+      name: sum(packing.PACKINGS[name](part - 1, seq_len).num_rows for part in _parts(stored))
+      for name in ("best_fit", "one_per_row")
+    }
+    for seq_len in _SEQ_LENS
+    if len(stored)
+  }
+  return {
+    str(seq_len): {
+      name: round(predictions / (count * seq_len), 4) if count else 1.0
+      for name, count in counts.items()
+    }
+    for seq_len, counts in rows.items()
+  }
 
 
 def _parts(stored):
   """int64 arrays of so many documents that memory stays flat."""
-  return (stored[start:start + _PART].astype(np.int64) for start in range(0, len(stored), _PART))
+  return (stored[start : start + _PART].astype(np.int64) for start in range(0, len(stored), _PART))
 
 
 def _labels(folder, manifest):
@@ -113,18 +144,24 @@ def histogram(bars, width=640, height=240):
   left, bottom, top = 10, 40, 24
   most = max([count for _, count in bars], default=1) or 1
   step = (width - 2 * left) / max(len(bars), 1)
-  parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-           f'font-family="sans-serif" font-size="11" text-anchor="middle">',
-           f'<rect width="{width}" height="{height}" fill="white"/>']
+  parts = [
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+    f'font-family="sans-serif" font-size="11" text-anchor="middle">',
+    f'<rect width="{width}" height="{height}" fill="white"/>',
+  ]
   for i, (end, count) in enumerate(bars):
     tall = (height - bottom - top) * count / most
     x, y = left + i * step, height - bottom - tall
-    parts += [f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
-              f'fill="#4878a8"><title>up to {end} tokens: {count}</title></rect>',
-              f'<text x="{x + step / 2:.1f}" y="{y - 4:.1f}">{_short(count)}</text>',
-              f'<text x="{x + step / 2:.1f}" y="{height - bottom + 14}">{_short(end)}</text>']
-  parts += [f'<text x="{width / 2}" y="{height - 8}">documents by length: up to so many '
-            'tokens</text>', "</svg>\n"]
+    parts += [
+      f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
+      f'fill="#4878a8"><title>up to {end} tokens: {count}</title></rect>',
+      f'<text x="{x + step / 2:.1f}" y="{y - 4:.1f}">{_short(count)}</text>',
+      f'<text x="{x + step / 2:.1f}" y="{height - bottom + 14}">{_short(end)}</text>',
+    ]
+  parts += [
+    f'<text x="{width / 2}" y="{height - 8}">documents by length: up to so many tokens</text>',
+    "</svg>\n",
+  ]
   return "\n".join(parts)
 
 
@@ -139,41 +176,77 @@ def markdown(card):
   """The card as Markdown."""
   lengths, documents = card["lengths"], card["documents"]
   lines = [
-      "# Data card", "",
-      f"{documents['read']:,} documents of kind {card['kind']} were read, {documents['kept']:,} "
-      f"kept. A token is {card['bytes_per_token']:.2f} bytes of text on average, with the "
-      f"{card['tokenizer']['kind']} tokenizer of {card['tokenizer']['vocab_size']:,} tokens. "
-      f"Digest of the manifest: `{card['digest']}`.", "",
-      *_table(("split", "documents", "tokens", "bytes"),
-              [(split, *entry.values()) for split, entry in card["splits"].items()]),
-      "## Left out", "",
-      "Documents read = kept + dropped. Bytes are those of texts that could be read; tokens are "
-      "estimated from them.", "",
-      *_table(("rule", "documents", "bytes", "tokens"),
-              [(rule, x["documents"], x["bytes"], x["tokens (estimate)"])
-               for rule, x in card["dropped"].items()] or [("none", 0, 0, 0)])]
+    "# Data card",
+    "",
+    f"{documents['read']:,} documents of kind {card['kind']} were read, {documents['kept']:,} "
+    f"kept. A token is {card['bytes_per_token']:.2f} bytes of text on average, with the "
+    f"{card['tokenizer']['kind']} tokenizer of {card['tokenizer']['vocab_size']:,} tokens. "
+    f"Digest of the manifest: `{card['digest']}`.",
+    "",
+    *_table(
+      ("split", "documents", "tokens", "bytes"),
+      [(split, *entry.values()) for split, entry in card["splits"].items()],
+    ),
+    "## Left out",
+    "",
+    "Documents read = kept + dropped. Bytes are those of texts that could be read; tokens are "
+    "estimated from them.",
+    "",
+    *_table(
+      ("rule", "documents", "bytes", "tokens"),
+      [
+        (rule, x["documents"], x["bytes"], x["tokens (estimate)"])
+        for rule, x in card["dropped"].items()
+      ]
+      or [("none", 0, 0, 0)],
+    ),
+  ]
   for rule, x in card["dropped"].items():
     lines += [f"{rule}, such as", "", *(f"    {_one_line(e)}" for e in x["examples"]), ""]
   if card["changed"]:
-    lines += ["## Changed by cleaning", "",
-              *_table(("step", "documents", "characters taken away"),
-                      [(step, *x.values()) for step, x in card["changed"].items()])]
+    lines += [
+      "## Changed by cleaning",
+      "",
+      *_table(
+        ("step", "documents", "characters taken away"),
+        [(step, *x.values()) for step, x in card["changed"].items()],
+      ),
+    ]
   if card["languages dropped"]:
-    lines += ["## Languages that were dropped", "",
-              *_table(("language", "documents"), card["languages dropped"].items())]
+    lines += [
+      "## Languages that were dropped",
+      "",
+      *_table(("language", "documents"), card["languages dropped"].items()),
+    ]
   if lengths["histogram"]:
-    lines += ["## Lengths of training documents", "", "![lengths](lengths.svg)", "",
-              f"Mean {lengths['mean']:,} tokens, longest {lengths['most']:,}; quantiles: "
-              + ", ".join(f"{q}: {x:,}" for q, x in lengths["quantiles"].items()) + ".", "",
-              "Share of a row's places that is filled:", "",
-              *_table(("data.seq_len", "best_fit", "one_per_row"),
-                      [(seq_len, *(f"{x:.2%}" for x in shares.values()))
-                       for seq_len, shares in card["packing"].items()])]
+    lines += [
+      "## Lengths of training documents",
+      "",
+      "![lengths](lengths.svg)",
+      "",
+      f"Mean {lengths['mean']:,} tokens, longest {lengths['most']:,}; quantiles: "
+      + ", ".join(f"{q}: {x:,}" for q, x in lengths["quantiles"].items())
+      + ".",
+      "",
+      "Share of a row's places that is filled:",
+      "",
+      *_table(
+        ("data.seq_len", "best_fit", "one_per_row"),
+        [
+          (seq_len, *(f"{x:.2%}" for x in shares.values()))
+          for seq_len, shares in card["packing"].items()
+        ],
+      ),
+    ]
   if card["labels"]:
     lines += ["## Classes", "", *_table(("class", "training documents"), card["labels"].items())]
-  lines += ["## Sources", "",
-            *_table(("source", "documents", "bytes"),
-                    [(name, *x.values()) for name, x in card["sources"].items()])]
+  lines += [
+    "## Sources",
+    "",
+    *_table(
+      ("source", "documents", "bytes"), [(name, *x.values()) for name, x in card["sources"].items()]
+    ),
+  ]
   return "\n".join(lines)
 
 
@@ -183,7 +256,13 @@ def _one_line(text):
 
 def _table(head, rows):
   """Lines of a Markdown table, and an empty one."""
-  cells = [[f"{x:,}" if isinstance(x, int) else _one_line(str(x)).replace("|", "\\|") for x in row]
-           for row in rows]
-  return [" | ".join(("", *head, "")).strip(), "|---" * len(head) + "|",
-          *(" | ".join(("", *row, "")).strip() for row in cells), ""]
+  cells = [
+    [f"{x:,}" if isinstance(x, int) else _one_line(str(x)).replace("|", "\\|") for x in row]
+    for row in rows
+  ]
+  return [
+    " | ".join(("", *head, "")).strip(),
+    "|---" * len(head) + "|",
+    *(" | ".join(("", *row, "")).strip() for row in cells),
+    "",
+  ]

@@ -33,7 +33,8 @@ class Writer:
     """Args: folder: an existing pathlib.Path; salt: a string that the hashes depend on."""
     self._folder, self._salt = folder, salt.encode() + b"\0"
     self._writer = array_record_module.ArrayRecordWriter(
-        str(folder / "documents.arrayrecord"), _WRITER_OPTIONS)
+      str(folder / "documents.arrayrecord"), _WRITER_OPTIONS
+    )
     self._rows, self._parts, self._ends = [], [], [0]
     self._block, self._block_bytes = [], 0
 
@@ -41,9 +42,13 @@ class Writer:
     """Appends a `read.Document`; returns the UTF-8 bytes of its text."""
     data = document.text.encode()
     found = hashlib.sha256(self._salt + data).digest()
-    self._rows.append((int.from_bytes(found[:6], "big"),
-                       (int.from_bytes(found[6:14], "little"),
-                        int.from_bytes(found[14:22], "little")), len(data)))
+    self._rows.append(
+      (
+        int.from_bytes(found[:6], "big"),
+        (int.from_bytes(found[6:14], "little"), int.from_bytes(found[14:22], "little")),
+        len(data),
+      )
+    )
     self._block.append(tuple(document))
     self._block_bytes += len(data)
     if self._block_bytes >= _BLOCK_BYTES:
@@ -100,10 +105,11 @@ class Store:
     if not len(blocks):
       return
     reader = array_record_module.ArrayRecordReader(
-        str(self._folder / "documents.arrayrecord"), options=_READER_OPTIONS)
+      str(self._folder / "documents.arrayrecord"), options=_READER_OPTIONS
+    )
     try:
       for start in range(0, len(blocks), _READ_BLOCKS):
-        for record in reader.read(list(blocks[start:start + _READ_BLOCKS])):
+        for record in reader.read(list(blocks[start : start + _READ_BLOCKS])):
           yield [documents_lib.Document(*fields) for fields in pickle.loads(record)]
     finally:
       reader.close()

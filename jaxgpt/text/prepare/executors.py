@@ -51,15 +51,19 @@ def make(kind, workers=0, options=None, report=None):
     return None
   if kind == "local" and importlib.util.find_spec("datatrove") is None:
     if report:
-      report("datatrove is not installed, so one process does the work; "
-             "pip install 'jaxgpt[data]' uses all cores")
+      report(
+        "datatrove is not installed, so one process does the work; "
+        "pip install 'jaxgpt[data]' uses all cores"
+      )
     return None
   cls = _executor_class(kind)
   names = [name for name in inspect.signature(cls.__init__).parameters if name not in _OURS]
   _check_options(kind, options, names)
   if kind == "slurm" and (missing := {"time", "partition"} - options.keys()):
-    raise UserError(f"--executor=slurm needs --executor-option={min(missing)}=…: Slurm wants a "
-                    "time limit (20:00:00) and a partition")
+    raise UserError(
+      f"--executor=slurm needs --executor-option={min(missing)}=…: Slurm wants a "
+      "time limit (20:00:00) and a partition"
+    )
   launch = {"local": _run_local, "slurm": _run_slurm, "ray": _run_ray}[kind]
   return lambda stage, ranks: launch(cls, stage, ranks, workers, options)
 
@@ -67,8 +71,10 @@ def make(kind, workers=0, options=None, report=None):
 def _check_options(kind, options, names):
   for name in options:
     if name not in names:
-      raise UserError(f"--executor-option={name}=…: the executor {kind} has no such option; "
-                      f"it has {', '.join(names) or 'none'}")
+      raise UserError(
+        f"--executor-option={name}=…: the executor {kind} has no such option; "
+        f"it has {', '.join(names) or 'none'}"
+      )
 
 
 def _executor_class(kind):
@@ -87,6 +93,7 @@ def make_step(stage, ranks, threads):
 
   class Step(optional("datatrove.pipeline.base", "data", "this executor").PipelineStep):
     """Runs one task of a stage; documents come and go through files."""
+
     name, type = stage.name, "jaxgpt"
 
     def run(self, data, rank=0, world_size=1):
@@ -109,8 +116,7 @@ def make_step(stage, ranks, threads):
 def _make(cls, stage, ranks, **options):
   logs = stage.folder.parent / "logs" / stage.folder.name
   step = make_step(stage, ranks, options.get("cpus_per_task", 1))
-  return cls([step], tasks=len(ranks), logging_dir=str(logs),
-             skip_completed=False, **options)
+  return cls([step], tasks=len(ranks), logging_dir=str(logs), skip_completed=False, **options)
 
 
 def _run_local(cls, stage, ranks, workers, options):
@@ -141,7 +147,8 @@ def _start_server():
   finally:
     signal.signal(signal.SIGINT, heard)
   first = optional("multiprocess.context", "data", "this executor").ForkServerProcess(
-      target=os.getpid)
+    target=os.getpid
+  )
   first.start()
   first.join()
 
@@ -176,8 +183,11 @@ class _WatchWorkers:
   def _watch(self):
     suspects = set()
     while not self._stop.wait(1.0):
-      dead = {path for path in self._stage.folder.glob(".0*-*-*")
-              if not _is_alive(int(path.name.split("-")[1])) and path.exists()}
+      dead = {
+        path
+        for path in self._stage.folder.glob(".0*-*-*")
+        if not _is_alive(int(path.name.split("-")[1])) and path.exists()
+      }
       if dead & suspects:
         signal.pthread_kill(threading.main_thread().ident, self._SIGNAL)
         return
@@ -209,8 +219,10 @@ def _run_slurm(cls, stage, ranks, workers, options):
   try:
     executor.run()
   except (OSError, subprocess.CalledProcessError) as e:
-    raise UserError(f"--executor=slurm can't submit a job with sbatch ({e}); run this where "
-                    "Slurm's commands are, and check --executor-option") from e
+    raise UserError(
+      f"--executor=slurm can't submit a job with sbatch ({e}); run this where "
+      "Slurm's commands are, and check --executor-option"
+    ) from e
   gone = 0
   while gone < 3 and stage.missing() and not stage.failures():
     time.sleep(_POLL_SECONDS)
@@ -220,7 +232,8 @@ def _run_slurm(cls, stage, ranks, workers, options):
 
 def _is_queued(job):
   with contextlib.suppress(OSError):
-    found = subprocess.run(["squeue", "--noheader", "--jobs", str(job)], capture_output=True,
-                           check=False)
+    found = subprocess.run(
+      ["squeue", "--noheader", "--jobs", str(job)], capture_output=True, check=False
+    )
     return found.returncode == 0 and bool(found.stdout.strip())
   return False

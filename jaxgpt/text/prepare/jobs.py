@@ -72,6 +72,7 @@ class Stage:
     folder: where the outputs are, in folders named by `task_folder`.
     run_id: of the run that works on it; a process that outlived another run has another.
   """
+
   name: str
   tasks: int
   run: Callable
@@ -87,7 +88,8 @@ class Stage:
     try:
       done = json.loads((folder / _DONE).read_text(encoding="utf-8"))
       if done.keys() == {"account", "counts", "files"} and all(
-          (folder / name).stat().st_size == size for name, size in done["files"].items()):
+        (folder / name).stat().st_size == size for name, size in done["files"].items()
+      ):
         return done
     except (OSError, ValueError, AttributeError):
       pass
@@ -134,8 +136,10 @@ class Work:
     self.folder = folder
     self.found = folder.exists() and any(folder.iterdir())
     if self.found and not any((folder / name).is_file() for name in (_STATE, _PUBLISHED)):
-      raise UserError(f"{folder} is in the way: it is where unfinished work goes, and no run of "
-                      "jaxgpt left it; move it, or name another --out")
+      raise UserError(
+        f"{folder} is in the way: it is where unfinished work goes, and no run of "
+        "jaxgpt left it; move it, or name another --out"
+      )
     folder.mkdir(exist_ok=True)
     self._lock = os.open(folder, os.O_RDONLY)
     try:
@@ -144,8 +148,9 @@ class Work:
         raise FileNotFoundError
     except (BlockingIOError, FileNotFoundError) as e:
       os.close(self._lock)
-      raise UserError(f"another run is at work in {folder}; wait for it, or name another "
-                      "--out") from e
+      raise UserError(
+        f"another run is at work in {folder}; wait for it, or name another --out"
+      ) from e
     _locks.add(self._lock)
     (folder / _STATE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     self._key, self._run_id = "", secrets.token_hex(4)
@@ -189,8 +194,9 @@ class Work:
 
   def remove(self):
     """Deletes everything, what tells a rerun that all is done last."""
-    for path in sorted(self.folder.iterdir(), key=lambda path: (path.name == _PUBLISHED,
-                                                                path.name == _STATE)):
+    for path in sorted(
+      self.folder.iterdir(), key=lambda path: (path.name == _PUBLISHED, path.name == _STATE)
+    ):
       if path.is_dir():
         shutil.rmtree(path)
       else:
@@ -223,11 +229,14 @@ def run_task(stage, rank):
     progress = Progress(folder)
     account = _run_in(folder, stage, rank, progress)
     (folder / _PROGRESS).unlink(missing_ok=True)
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size
-             for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+      path.relative_to(folder).as_posix(): path.stat().st_size
+      for path in sorted(folder.rglob("*"))
+      if path.is_file()
+    }
     (folder / _DONE).write_text(
-        json.dumps({"account": account, "counts": progress.counts, "files": files}),
-        encoding="utf-8")
+      json.dumps({"account": account, "counts": progress.counts, "files": files}), encoding="utf-8"
+    )
     if stage.account(rank) is None:  # else a process that outlived its run was faster
       shutil.rmtree(final, ignore_errors=True)
       with contextlib.suppress(FileExistsError, OSError):
@@ -258,8 +267,11 @@ def run_task_or_note(stage, rank):
     run_task(stage, rank)
   except Exception as e:
     kind = next((cls.__name__ for cls in _TOLD if isinstance(e, cls)), None)
-    failure = {"kind": kind, "message": getattr(e, "strerror", None) or str(e),
-               "traceback": traceback.format_exc()}
+    failure = {
+      "kind": kind,
+      "message": getattr(e, "strerror", None) or str(e),
+      "traceback": traceback.format_exc(),
+    }
     path = stage.folder / f".failed-{stage.run_id}-{rank:05d}"
     with contextlib.suppress(FileNotFoundError):  # a later run has deleted the stage
       path.write_text(json.dumps(failure), encoding="utf-8")
@@ -300,14 +312,17 @@ def run(stage, executor, report):
   accounts = [stage.account(rank) for rank in range(stage.tasks)]
   lost = [rank for rank, account in enumerate(accounts) if account is None]
   if lost:
-    raise UserError(f"{len(lost)} of {stage.tasks} tasks of the stage {stage.name} ended without a "
-                    f"result (the first: {lost[0]}); their processes were ended from outside, "
-                    f"often for want of memory (give fewer --workers) or of room on the disk. "
-                    f"Their logs are in "
-                    f"{stage.folder.parent}/logs; the same command goes on")
+    raise UserError(
+      f"{len(lost)} of {stage.tasks} tasks of the stage {stage.name} ended without a "
+      f"result (the first: {lost[0]}); their processes were ended from outside, "
+      f"often for want of memory (give fewer --workers) or of room on the disk. "
+      f"Their logs are in "
+      f"{stage.folder.parent}/logs; the same command goes on"
+    )
   if missing:
-    report(f"{stage.name}: {stage.tasks} task{'s' * (stage.tasks > 1)}, "
-           f"{time.monotonic() - start:.1f} s")
+    report(
+      f"{stage.name}: {stage.tasks} task{'s' * (stage.tasks > 1)}, {time.monotonic() - start:.1f} s"
+    )
   return accounts
 
 
@@ -317,13 +332,15 @@ def _raise_failures(stage):
     for cls in _TOLD:
       if failure["kind"] == cls.__name__:
         raise cls(failure["message"])
-    raise RuntimeError(f"task {path.name[-5:]} of stage {stage.name} failed:\n"
-                       f"{failure['traceback']}")
+    raise RuntimeError(
+      f"task {path.name[-5:]} of stage {stage.name} failed:\n{failure['traceback']}"
+    )
 
 
 class Status(NamedTuple):
   """How far a stage is: its name, tasks that are done of how many, documents that were gone
   through, and bytes a second since this run began with it."""
+
   stage: str
   done: int
   tasks: int
@@ -360,8 +377,15 @@ class Monitor:
       documents, num_bytes = self._look()
       done, seconds = self._stage.tasks - len(self._left), time.monotonic() - start
       if self._show:
-        self._show(Status(self._stage.name, done, self._stage.tasks, self._documents + documents,
-                          (self._bytes + num_bytes - before) / seconds))
+        self._show(
+          Status(
+            self._stage.name,
+            done,
+            self._stage.tasks,
+            self._documents + documents,
+            (self._bytes + num_bytes - before) / seconds,
+          )
+        )
         continue
       line = f"{self._stage.name}: {done} of {self._stage.tasks} tasks done"
       if documents:

@@ -32,11 +32,14 @@ _LIBRARIES = ("sentencepiece", "tokenizers", "tiktoken", "datatrove", "ftfy", "t
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
   """What `prepare` can be told of the data, each with its default."""
+
   kind: str = "text"  # text | classification | seq2seq | chat | preference
   fields: tuple = ()  # (name, column): a column that isn't called like the name (`read.KINDS`)
   format: str | None = None  # of all files (`formats.FORMATS`); None: by the suffix of each
   exclude: tuple = ()  # shell patterns of files and folders to leave out
-  max_record_bytes: int = documents.MAX_BYTES  # longer records are dropped, longer text files are cut
+  max_record_bytes: int = (
+    documents.MAX_BYTES
+  )  # longer records are dropped, longer text files are cut
   max_errors: int | None = None  # broken records after which to give up; None: any number is fine
   examples: int = documents.EXAMPLES  # dropped documents that are named, of each rule
   clean: tuple = ()  # steps in order, as `clean.make` takes them
@@ -66,21 +69,35 @@ class Options:
       if not 0 <= getattr(self, key) < 1:
         raise UserError(f"{key}={getattr(self, key)} must be a share in [0, 1)")
     if self.validation + self.test >= 1:
-      raise UserError(f"validation={self.validation} and test={self.test} leave nothing to train "
-                      "on; their sum must be below 1")
-    for key, least in (("sample_bytes", 1), ("shard_tokens", 1), ("task_bytes", 1),
-                       ("cut_chars", 0), ("max_errors", 0), ("examples", 0)):
+      raise UserError(
+        f"validation={self.validation} and test={self.test} leave nothing to train "
+        "on; their sum must be below 1"
+      )
+    for key, least in (
+      ("sample_bytes", 1),
+      ("shard_tokens", 1),
+      ("task_bytes", 1),
+      ("cut_chars", 0),
+      ("max_errors", 0),
+      ("examples", 0),
+    ):
       if getattr(self, key) is not None and getattr(self, key) < least:
         raise UserError(f"{key}={getattr(self, key)} must be at least {least}")
     if self.cut_chars and self.kind != "text":
-      raise UserError(f"cut_chars={self.cut_chars} is for kind=text: an example of "
-                      f"kind={self.kind} can't be cut; leave it out")
+      raise UserError(
+        f"cut_chars={self.cut_chars} is for kind=text: an example of "
+        f"kind={self.kind} can't be cut; leave it out"
+      )
     if self.template and self.kind not in ("chat", "preference"):
-      raise UserError(f"template={self.template!r} is for kind=chat and preference, this is "
-                      f"kind={self.kind}; leave it out")
+      raise UserError(
+        f"template={self.template!r} is for kind=chat and preference, this is "
+        f"kind={self.kind}; leave it out"
+      )
     if self.decontaminate_options and not self.decontaminate:
-      raise UserError(f"decontaminate_options={self.decontaminate_options!r} says how, "
-                      "decontaminate=PATH or held-out from what; give both")
+      raise UserError(
+        f"decontaminate_options={self.decontaminate_options!r} says how, "
+        "decontaminate=PATH or held-out from what; give both"
+      )
 
 
 def prepare(paths, out, *, overwrite=False, report=None, executor=None, **options):
@@ -115,20 +132,29 @@ def prepare(paths, out, *, overwrite=False, report=None, executor=None, **option
   address = os.fspath(out) if buckets.is_remote(out) else None
   out = pathlib.Path(os.path.abspath(out))
   if address:
-    out = buckets.cache_folder().joinpath("out", *address.rstrip("/").replace("://", "/").split("/"))
+    out = buckets.cache_folder().joinpath(
+      "out", *address.rstrip("/").replace("://", "/").split("/")
+    )
   files = documents.find(paths, options.exclude)
   _check_options(options, files)
   try:
     return _prepare(files, out, overwrite, options, report, executor, address)
   except OSError as e:
-    raise UserError(f"--out={out} can't be written ({e.strerror or e}); name another folder, make "
-                    "room or change its permissions") from e
+    raise UserError(
+      f"--out={out} can't be written ({e.strerror or e}); name another folder, make "
+      "room or change its permissions"
+    ) from e
 
 
 def _check_options(options, files):
   """Raises what is wrong with options, or missing for the files, now, not after hours of work."""
-  documents.documents(files, kind=options.kind, fields=dict(options.fields), form=options.format,
-                 max_bytes=options.max_record_bytes)
+  documents.documents(
+    files,
+    kind=options.kind,
+    fields=dict(options.fields),
+    form=options.format,
+    max_bytes=options.max_record_bytes,
+  )
   clean.make(options.clean)
   dedup.make(options.dedup)
   decontaminate.make(options.decontaminate_options)
@@ -136,7 +162,9 @@ def _check_options(options, files):
     if path != tasks.HELD_OUT:
       documents.find(path)
   tokenizer = _given_tokenizer(options)
-  if options.kind == "chat" or options.template:  # one that is trained gets the marks that bytes have
+  if (
+    options.kind == "chat" or options.template
+  ):  # one that is trained gets the marks that bytes have
     chat_template.load(options.template, tokenizer or tokenizers.ByteTokenizer())
 
 
@@ -146,8 +174,10 @@ class _SampleIsWanted(Exception):
 
 def _given_tokenizer(options):
   """The tokenizer that is named, or None where one is to be trained."""
+
   def sample():
     raise _SampleIsWanted
+
   try:
     return tokenizers.from_spec(options.tokenizer, sample, symbols=options.symbols)
   except _SampleIsWanted:
@@ -163,8 +193,7 @@ def _prepare(files, out, overwrite, options, report, executor, address):
   if not folder.exists() or not any(folder.iterdir()):
     _check_free(out, overwrite or address)
   out.parent.mkdir(parents=True, exist_ok=True)
-  with (jobs.Work(folder, {"out": out.name, **_versions()}) as work,
-        _say_what_is_left(work, report)):
+  with jobs.Work(folder, {"out": out.name, **_versions()}) as work, _say_what_is_left(work, report):
     if (folder / "replaced").exists() and not out.exists():  # killed between two renames
       (folder / "replaced").rename(out)
     if work.published and work.published == [fingerprint, _digest_of(out)]:  # killed after the last
@@ -191,11 +220,14 @@ def _check_free_bucket(address, overwrite):
   if not there or buckets.UNFINISHED in there:  # or what a killed run has copied of its work
     return
   if shards.MANIFEST not in there:
-    raise UserError(f"--out={address} is not empty and no prepared data folder; name another, or "
-                    "delete it yourself")
+    raise UserError(
+      f"--out={address} is not empty and no prepared data folder; name another, or "
+      "delete it yourself"
+    )
   if not overwrite:
-    raise UserError(f"--out={address} holds prepared data; give --overwrite to replace it, or name "
-                    "another folder")
+    raise UserError(
+      f"--out={address} holds prepared data; give --overwrite to replace it, or name another folder"
+    )
 
 
 def _copy(out, address, overwrite, report):
@@ -213,8 +245,10 @@ def _say_what_is_left(work, report):
   try:
     yield
   except BaseException:
-    report(f"what is done so far is in {work.folder}: the same command goes on, and another one "
-           "takes what it can use")
+    report(
+      f"what is done so far is in {work.folder}: the same command goes on, and another one "
+      "takes what it can use"
+    )
     raise
 
 
@@ -228,8 +262,11 @@ def _digest_of(out):
 
 def _versions():
   found = {name: installed.version(name) for name in _LIBRARIES}
-  return {"jaxgpt": jaxgpt.__version__, "format": shards.FORMAT,
-          **{name: version for name, version in found.items() if version}}
+  return {
+    "jaxgpt": jaxgpt.__version__,
+    "format": shards.FORMAT,
+    **{name: version for name, version in found.items() if version},
+  }
 
 
 def _digest(value):
@@ -240,11 +277,13 @@ def _check_free(out, overwrite):
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return
   if not (out / shards.MANIFEST).is_file():
-    raise UserError(f"{out} exists and is no prepared data folder; name another, or delete it "
-                    "yourself")
+    raise UserError(
+      f"{out} exists and is no prepared data folder; name another, or delete it yourself"
+    )
   if not overwrite:
-    raise UserError(f"{out} holds prepared data; give --overwrite to replace it, or name another "
-                    "folder")
+    raise UserError(
+      f"{out} holds prepared data; give --overwrite to replace it, or name another folder"
+    )
 
 
 class _Run:
@@ -266,29 +305,47 @@ class _Run:
       for line in dropped.lines():
         self._report(line)
       raise tasks.nothing_to_train_on(options)
-    label_names = examples.label_names(
-        label for account in accounts for label in account["labels"])
+    label_names = examples.label_names(label for account in accounts for label in account["labels"])
     clusters = self._duplicates(stores) if options.dedup else None
     contaminated = self._contaminated(stores, clusters) if options.decontaminate else None
     corpus = tasks.Corpus(stores, clusters, contaminated)
     given = _given_tokenizer(options)
-    made, _ = self._stage("tokenizer", 1, tasks.make_tokenizer, (corpus, options),
-                          [options.tokenizer, given and given.digest, options.sample_bytes,
-                           options.symbols, options.validation, options.test])
+    made, _ = self._stage(
+      "tokenizer",
+      1,
+      tasks.make_tokenizer,
+      (corpus, options),
+      [
+        options.tokenizer,
+        given and given.digest,
+        options.sample_bytes,
+        options.symbols,
+        options.validation,
+        options.test,
+      ],
+    )
     saved = made[0] / "tokenizer"
-    written, accounts = self._stage("tokenize", len(stores), tasks.tokenize,
-                                    (corpus, saved, label_names, options),
-                                    [options.shard_tokens, options.template, options.examples])
+    written, accounts = self._stage(
+      "tokenize",
+      len(stores),
+      tasks.tokenize,
+      (corpus, saved, label_names, options),
+      [options.shard_tokens, options.template, options.examples],
+    )
     for account in accounts:
       dropped.merge(account["dropped"])
     for line in dropped.lines():
       self._report(line)
     assert dropped.kept == sum(account["encoded"] for account in accounts), dropped.to_json()
     manifest = self._assemble(written, accounts, saved, label_names, dropped)
-    data_card.write(self._work.folder / "publish", manifest, dropped,
-               _sum(account["dropped_bytes"] for account in cleaned + accounts),
-               _sum(account["changed"] for account in cleaned),
-               _sum(account["sources"] for account in accounts))
+    data_card.write(
+      self._work.folder / "publish",
+      manifest,
+      dropped,
+      _sum(account["dropped_bytes"] for account in cleaned + accounts),
+      _sum(account["changed"] for account in cleaned),
+      _sum(account["sources"] for account in accounts),
+    )
     return manifest
 
   def _stage(self, name, count, run, args, depends):
@@ -300,26 +357,50 @@ class _Run:
   def _documents(self, files, inputs):
     """Read and cleaned: folders and accounts by rank."""
     options = self._options
-    listed, accounts = self._stage("inputs", 1, tasks.list_inputs, (files, options.task_bytes),
-                                   [inputs, options.task_bytes, _versions()])
+    listed, accounts = self._stage(
+      "inputs",
+      1,
+      tasks.list_inputs,
+      (files, options.task_bytes),
+      [inputs, options.task_bytes, _versions()],
+    )
     cut_chars = tasks.cut_chars(files, options, self._report)
-    return self._stage("read", accounts[0]["tasks"], tasks.read_and_clean,
-                       (listed[0], options, cut_chars),
-                       [options.kind, options.fields, options.format, options.max_record_bytes,
-                        cut_chars, options.clean, options.salt, options.examples])
+    return self._stage(
+      "read",
+      accounts[0]["tasks"],
+      tasks.read_and_clean,
+      (listed[0], options, cut_chars),
+      [
+        options.kind,
+        options.fields,
+        options.format,
+        options.max_record_bytes,
+        cut_chars,
+        options.clean,
+        options.salt,
+        options.examples,
+      ],
+    )
 
   def _duplicates(self, stores):
     """The folder that says which documents are duplicates."""
     config = dedup.make(self._options.dedup)
-    signed, _ = self._stage("signatures", len(stores), tasks.sign, (stores, config),
-                            dataclasses.asdict(config))
-    pairs, _ = self._stage("buckets", dedup.bucket_tasks(config), tasks.fill_buckets,
-                           (signed, config), [])
+    signed, _ = self._stage(
+      "signatures", len(stores), tasks.sign, (stores, config), dataclasses.asdict(config)
+    )
+    pairs, _ = self._stage(
+      "buckets", dedup.bucket_tasks(config), tasks.fill_buckets, (signed, config), []
+    )
     found, accounts = self._stage("duplicates", 1, tasks.cluster, (signed, pairs, config), [])
     asked = (config.exact, config.near)
-    self._report("duplicates: " + ", ".join(
-        f"{count:,} by rule {rule!r}" for (rule, count), options in zip(accounts[0].items(), asked)
-        if options))
+    self._report(
+      "duplicates: "
+      + ", ".join(
+        f"{count:,} by rule {rule!r}"
+        for (rule, count), options in zip(accounts[0].items(), asked)
+        if options
+      )
+    )
     return found[0]
 
   def _contaminated(self, stores, clusters):
@@ -329,25 +410,48 @@ class _Run:
     sources = [documents.find(path) for path in paths]
     own = stores if tasks.HELD_OUT in options.decontaminate else []
     collected, accounts = self._stage(
-        "held-out", len(own) + len(sources), tasks.collect_held_out,
-        (own, clusters, sources, options, config),
-        [options.validation, options.test, options.decontaminate, options.decontaminate_field,
-         dataclasses.asdict(config),
-         [[file.source, file.size, file.version] for listed in sources for file in listed]])
-    short = sum(part["too short"] for account in accounts for part in
-                (account.values() if "too short" not in account else [account]))
+      "held-out",
+      len(own) + len(sources),
+      tasks.collect_held_out,
+      (own, clusters, sources, options, config),
+      [
+        options.validation,
+        options.test,
+        options.decontaminate,
+        options.decontaminate_field,
+        dataclasses.asdict(config),
+        [[file.source, file.size, file.version] for listed in sources for file in listed],
+      ],
+    )
+    short = sum(
+      part["too short"]
+      for account in accounts
+      for part in (account.values() if "too short" not in account else [account])
+    )
     if short:
-      self._report(f"{short:,} held-out documents have fewer than {config.words} words, so they "
-                   "can't be found: --decontaminate-options=words=…")
-    inputs = {split: [folder / split for folder in collected[:len(own)]]
-              for split in shards.SPLITS[1:] if own}
-    inputs.update((path, [folder]) for path, folder in zip(paths, collected[len(own):]))
+      self._report(
+        f"{short:,} held-out documents have fewer than {config.words} words, so they "
+        "can't be found: --decontaminate-options=words=…"
+      )
+    inputs = {
+      split: [folder / split for folder in collected[: len(own)]]
+      for split in shards.SPLITS[1:]
+      if own
+    }
+    inputs.update((path, [folder]) for path, folder in zip(paths, collected[len(own) :]))
     index, _ = self._stage("index", 1, tasks.index_held_out, (inputs, config), [])
-    found, accounts = self._stage("contaminated", len(stores), tasks.find_contaminated,
-                                  (stores, clusters, index[0], options, config), [])
+    found, accounts = self._stage(
+      "contaminated",
+      len(stores),
+      tasks.find_contaminated,
+      (stores, clusters, index[0], options, config),
+      [],
+    )
     for name in inputs:
-      self._report(f"{sum(account['found'][name] for account in accounts):,} training documents "
-                   f"share runs of words with {name}")
+      self._report(
+        f"{sum(account['found'][name] for account in accounts):,} training documents "
+        f"share runs of words with {name}"
+      )
     return found
 
   def _assemble(self, written, accounts, saved, label_names, dropped):
@@ -355,19 +459,25 @@ class _Run:
     folder = self._work.folder / "publish"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    splits = {split: assemble.assemble(folder, [(part, account["splits"][split])
-                                                for part, account in zip(written, accounts)])
-              for split in shards.SPLITS}
+    splits = {
+      split: assemble.assemble(
+        folder, [(part, account["splits"][split]) for part, account in zip(written, accounts)]
+      )
+      for split in shards.SPLITS
+    }
     if not splits["train"]["documents"]:
       raise tasks.nothing_to_train_on(self._options)
     shutil.copytree(saved, folder / "tokenizer")
     template = next((a["template"] for a in accounts if a["template"]), None)
-    manifest = shards.make_manifest(tokenizers.load(saved), splits, dropped, self._options.kind,
-                                    label_names, template)
+    manifest = shards.make_manifest(
+      tokenizers.load(saved), splits, dropped, self._options.kind, label_names, template
+    )
     shards.write_manifest(folder, manifest)
     for split, entry in splits.items():
-      self._report(f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
-                   f"{entry['bytes']:>14,} bytes")
+      self._report(
+        f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
+        f"{entry['bytes']:>14,} bytes"
+      )
     return manifest
 
 

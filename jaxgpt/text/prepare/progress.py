@@ -15,10 +15,15 @@ class Terminal:
   def __init__(self):
     screen = console.Console(stderr=True, highlight=False)
     self._bar = progress.Progress(
-        progress.TextColumn("{task.description}"), progress.BarColumn(20),
-        progress.TextColumn("{task.completed}/{task.total} tasks  {task.fields[text]}  ETA"),
-        progress.TimeRemainingColumn(compact=True), console=screen, auto_refresh=False,
-        transient=True, redirect_stdout=sys.stdout.isatty())
+      progress.TextColumn("{task.description}"),
+      progress.BarColumn(20),
+      progress.TextColumn("{task.completed}/{task.total} tasks  {task.fields[text]}  ETA"),
+      progress.TimeRemainingColumn(compact=True),
+      console=screen,
+      auto_refresh=False,
+      transient=True,
+      redirect_stdout=sys.stdout.isatty(),
+    )
     self._task = None
     self.show = self._show if screen.is_terminal else None
 

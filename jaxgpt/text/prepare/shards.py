@@ -99,15 +99,16 @@ class SplitWriter:
     if self._writer is None or self._shards[-1]["tokens"] >= self._shard_tokens:
       self._next_shard()
     for start in range(0, len(stored), RECORD_TOKENS):
-      self._writer.write(stored[start:start + RECORD_TOKENS].tobytes())
+      self._writer.write(stored[start : start + RECORD_TOKENS].tobytes())
     shard = self._shards[-1]
     shard["documents"] += 1
     shard["tokens"] += len(stored)
     shard["records"] += int(records_of(len(stored)))
     self._tokens.append(len(stored))
     self._bytes.append(num_bytes)
-    self._source_ends.append(self._source_ends[-1]
-                             + self._sources.write(os.fsencode(source) + b"\n"))
+    self._source_ends.append(
+      self._source_ends[-1] + self._sources.write(os.fsencode(source) + b"\n")
+    )
     if self._kind == "classification":
       self._labels.append(encoded.label)
       self._second.append(encoded.second or 0)
@@ -118,7 +119,8 @@ class SplitWriter:
   def _next_shard(self):
     self.close()
     self._writer = array_record_module.ArrayRecordWriter(
-        str(self._unnamed(len(self._shards))), _WRITER_OPTIONS)
+      str(self._unnamed(len(self._shards))), _WRITER_OPTIONS
+    )
     self._shards.append({"documents": 0, "tokens": 0, "records": 0})
 
   def _unnamed(self, number):
@@ -147,20 +149,28 @@ class SplitWriter:
     for name, column in self._columns().items():
       sidecars.append(self._folder / f"{self._split}.{name}.npy")
       np.save(sidecars[-1], column)
-    return {"documents": len(self._tokens), "tokens": sum(self._tokens),
-            "bytes": sum(self._bytes), "shards": self._shards,
-            "sidecars": [_describe(path) for path in sidecars]}
-
+    return {
+      "documents": len(self._tokens),
+      "tokens": sum(self._tokens),
+      "bytes": sum(self._bytes),
+      "shards": self._shards,
+      "sidecars": [_describe(path) for path in sidecars],
+    }
 
   def _columns(self):
     """{name: array} of the sidecars that this kind has."""
-    out = {"tokens": np.array(self._tokens, "<u4"), "bytes": np.array(self._bytes, "<u4"),
-           "sources": np.array(self._source_ends, "<u8")}
+    out = {
+      "tokens": np.array(self._tokens, "<u4"),
+      "bytes": np.array(self._bytes, "<u4"),
+      "sources": np.array(self._source_ends, "<u8"),
+    }
     if self._kind == "classification":
       out |= {"labels": np.array(self._labels, "<f8"), "second": np.array(self._second, "<u4")}
     elif self._kind in WITH_RANGES:
-      out |= {"trained": np.array(self._trained, "<i4").reshape(-1, 2),
-              "trained_offsets": np.array(self._trained_ends, "<u8")}
+      out |= {
+        "trained": np.array(self._trained, "<i4").reshape(-1, 2),
+        "trained_offsets": np.array(self._trained_ends, "<u8"),
+      }
     return out
 
 
@@ -186,22 +196,28 @@ def make_manifest(tokenizer, splits, dropped, kind="text", label_names=(), templ
     the rest.
   """
   manifest = {
-      "format": FORMAT,
-      "jaxgpt": jaxgpt.__version__,
-      "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest,
-                    "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-                    "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id},
-      "kind": kind,
-      "label_names": list(label_names),
-      "chat_template": template,
-      "dtype": token_dtype(tokenizer.vocab_size).name,
-      "record_tokens": RECORD_TOKENS,
-      "splits": splits,
-      "read": dropped.read,
-      "kept": dropped.kept,
-      "dropped": dict(sorted(dropped.counts.items())),
-      "total": {key: sum(split[key] for split in splits.values())
-                for key in ("documents", "tokens", "bytes")},
+    "format": FORMAT,
+    "jaxgpt": jaxgpt.__version__,
+    "tokenizer": {
+      "kind": tokenizer.kind,
+      "digest": tokenizer.digest,
+      "vocab_size": tokenizer.vocab_size,
+      "bos_id": tokenizer.bos_id,
+      "eos_id": tokenizer.eos_id,
+      "pad_id": tokenizer.pad_id,
+    },
+    "kind": kind,
+    "label_names": list(label_names),
+    "chat_template": template,
+    "dtype": token_dtype(tokenizer.vocab_size).name,
+    "record_tokens": RECORD_TOKENS,
+    "splits": splits,
+    "read": dropped.read,
+    "kept": dropped.kept,
+    "dropped": dict(sorted(dropped.counts.items())),
+    "total": {
+      key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes")
+    },
   }
   manifest["digest"] = manifest_digest(manifest)
   return manifest
@@ -231,17 +247,21 @@ def read_manifest(folder):
   buckets.check(folder)
   path = epath.Path(folder) / MANIFEST
   if not path.is_file():
-    raise UserError(f"data.path={os.fspath(folder)!r} is no prepared data folder: it has no "
-                    f"{MANIFEST}; run `jaxgpt data` first, or set --config.data.path")
+    raise UserError(
+      f"data.path={os.fspath(folder)!r} is no prepared data folder: it has no "
+      f"{MANIFEST}; run `jaxgpt data` first, or set --config.data.path"
+    )
   try:
     manifest = json.loads(path.read_text())
     version, digest = manifest["format"], manifest["digest"]
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(f"{path} is damaged ({e}); run `jaxgpt data` again") from e
   if version != FORMAT:
-    raise UserError(f"{path} has format {version}, this version of jaxgpt reads {FORMAT}; run "
-                    "`jaxgpt data` again")
+    raise UserError(
+      f"{path} has format {version}, this version of jaxgpt reads {FORMAT}; run `jaxgpt data` again"
+    )
   if digest != manifest_digest(manifest):
-    raise UserError(f"{path} was changed: its content does not match its digest; run "
-                    "`jaxgpt data` again")
+    raise UserError(
+      f"{path} was changed: its content does not match its digest; run `jaxgpt data` again"
+    )
   return manifest

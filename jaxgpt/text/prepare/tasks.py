@@ -54,9 +54,14 @@ def read_and_clean(inputs, options, cut_chars, rank, folder, progress):
   """Files to cleaned documents. Parts of a document that is cut count as one document each."""
   dropped = SizedDropped(options.examples)
   documents = documents_lib.documents(
-      pickle.loads((inputs / f"{rank:05d}").read_bytes()), kind=options.kind,
-      fields=dict(options.fields), form=options.format, max_bytes=options.max_record_bytes,
-      max_errors=options.max_errors, dropped=dropped)
+    pickle.loads((inputs / f"{rank:05d}").read_bytes()),
+    kind=options.kind,
+    fields=dict(options.fields),
+    form=options.format,
+    max_bytes=options.max_record_bytes,
+    max_errors=options.max_errors,
+    dropped=dropped,
+  )
   cleaner = clean.make(options.clean)
   labels = {}
   with document_store.Writer(folder, options.salt) as writer:
@@ -66,8 +71,12 @@ def read_and_clean(inputs, options, cut_chars, rank, folder, progress):
         progress(1, writer.add(part))
       if options.kind == "classification":
         _note_label(labels, document)
-  return {"dropped": dropped.to_json(), "dropped_bytes": dropped.bytes,
-          "changed": cleaner.changed, "labels": list(labels)}
+  return {
+    "dropped": dropped.to_json(),
+    "dropped_bytes": dropped.bytes,
+    "changed": cleaner.changed,
+    "labels": list(labels),
+  }
 
 
 class SizedDropped(documents_lib.Dropped):
@@ -96,24 +105,29 @@ def cut_chars(files, options, report):
     return options.cut_chars or 0
   if options.kind != "text":
     return 0
-  documents = documents_lib.documents(files, fields=dict(options.fields), form=options.format,
-                             max_bytes=options.max_record_bytes)
+  documents = documents_lib.documents(
+    files, fields=dict(options.fields), form=options.format, max_bytes=options.max_record_bytes
+  )
   lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
   if len(lengths) == _FEW_DOCUMENTS:
     return 0
   total = sum(lengths)
   size = max(total // _CUT_INTO, min(_LEAST_CUT, total // _LEAST_PARTS), 100)
   if any(length > size for length in lengths):
-    report(f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
-           "there is something to hold out (--cut-chars=0: don't)")
+    report(
+      f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
+      "there is something to hold out (--cut-chars=0: don't)"
+    )
   return size
 
 
 def _cut(document, chars):
   if not chars or len(document.text) <= chars:
     return [document]
-  return [document._replace(source=f"{document.source}#{number}", text=text)
-          for number, text in enumerate(documents_lib.chunks(document.text, chars), 1)]
+  return [
+    document._replace(source=f"{document.source}#{number}", text=text)
+    for number, text in enumerate(documents_lib.chunks(document.text, chars), 1)
+  ]
 
 
 def _note_label(labels, document):
@@ -121,14 +135,19 @@ def _note_label(labels, document):
   label = document.fields["label"]
   labels.setdefault(0.5 if isinstance(label, float) else label)
   if len(labels) > _MOST_LABELS:
-    raise UserError(f"more than {_MOST_LABELS:,} different labels, such as {label!r} in "
-                    f"{document.source}; name the column of the labels with --field label=COLUMN")
+    raise UserError(
+      f"more than {_MOST_LABELS:,} different labels, such as {label!r} in "
+      f"{document.source}; name the column of the labels with --field label=COLUMN"
+    )
 
 
 def sign(stores, config, rank, folder, progress):
   """First stage of `dedup`."""
-  return {"documents": dedup.signatures(_watched(document_store.Store(stores[rank]), progress), rank,
-                                        folder, config)}
+  return {
+    "documents": dedup.signatures(
+      _watched(document_store.Store(stores[rank]), progress), rank, folder, config
+    )
+  }
 
 
 def fill_buckets(signed, config, rank, folder, progress):
@@ -166,8 +185,9 @@ def collect_held_out(stores, clusters, sources, options, config, rank, folder, p
       chosen = documents.take(np.flatnonzero((split_of == number) & stay))
       accounts[split] = decontaminate.collect(_watched(chosen, progress), folder / split, config)
     return accounts
-  listed = documents_lib.documents(sources[rank - len(stores)],
-                          fields={"text": options.decontaminate_field})
+  listed = documents_lib.documents(
+    sources[rank - len(stores)], fields={"text": options.decontaminate_field}
+  )
   return decontaminate.collect(_watched(listed, progress), folder, config)
 
 
@@ -219,6 +239,7 @@ def gone(clusters, contaminated, rank, count):
 @dataclasses.dataclass(frozen=True)
 class Corpus:
   """Cleaned documents and what is known of them: what the last stages read."""
+
   stores: list
   clusters: pathlib.Path | None
   contaminated: list | None
@@ -231,8 +252,11 @@ def make_tokenizer(corpus, options, rank, folder, progress):
   """The tokenizer, trained on a sample where it is to be trained."""
   del rank, progress
   tokenizer = tokenizers.from_spec(
-      options.tokenizer, lambda: sample(corpus, options), sample_bytes=options.sample_bytes,
-      symbols=options.symbols)
+    options.tokenizer,
+    lambda: sample(corpus, options),
+    sample_bytes=options.sample_bytes,
+    symbols=options.symbols,
+  )
   tokenizer.save(folder / "tokenizer")
   malloc.trim()  # this process waits for others from now on, and one is forked from it
   return {"digest": tokenizer.digest}
@@ -250,12 +274,18 @@ def sample(corpus, options):
     mask = document_store.splits_of(index, options.validation, options.test) == 0
     mask[list(corpus.removed(task))] = False
     number = np.flatnonzero(mask)
-    rows = np.stack([index["key"][number], np.full(len(number), task, np.uint64),
-                     number.astype(np.uint64),
-                     np.minimum(index["bytes"][number], options.sample_bytes)], axis=1)
+    rows = np.stack(
+      [
+        index["key"][number],
+        np.full(len(number), task, np.uint64),
+        number.astype(np.uint64),
+        np.minimum(index["bytes"][number], options.sample_bytes),
+      ],
+      axis=1,
+    )
     best = np.concatenate((best, rows))
     best = best[np.lexsort((best[:, 2], best[:, 1], best[:, 0]))]
-    best = best[:np.searchsorted(np.cumsum(best[:, 3]), options.sample_bytes) + 1]
+    best = best[: np.searchsorted(np.cumsum(best[:, 3]), options.sample_bytes) + 1]
   if not len(best):
     raise nothing_to_train_on(options)
   texts = {}
@@ -263,16 +293,17 @@ def sample(corpus, options):
     numbers = np.sort(best[best[:, 1] == task, 2].astype(np.int64))
     documents = document_store.Store(corpus.stores[task]).take(numbers)
     for number, document in zip(numbers.tolist(), documents):
-      texts[task, number] = document.text[:options.sample_bytes]
+      texts[task, number] = document.text[: options.sample_bytes]
   return [texts[task, number] for task, number in best[:, 1:3].tolist()]
 
 
 def nothing_to_train_on(options):
   return UserError(
-      "no document for the training split: either none has any text (the rules and counts are "
-      f"reported), or all went to validation={options.validation} and test={options.test}; lower "
-      "these shares, give more documents (a line of a .jsonl file is one), cut long ones with "
-      "cut_chars, or set another salt")
+    "no document for the training split: either none has any text (the rules and counts are "
+    f"reported), or all went to validation={options.validation} and test={options.test}; lower "
+    "these shares, give more documents (a line of a .jsonl file is one), cut long ones with "
+    "cut_chars, or set another salt"
+  )
 
 
 @functools.lru_cache(maxsize=1)
@@ -284,16 +315,22 @@ def _load_tokenizer(saved):
 def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   """Cleaned documents to shards of each split."""
   tokenizer = _load_tokenizer(saved)
-  template = (chat_template.load(options.template, tokenizer) if options.kind in ("chat", "preference")
-              else None)
+  template = (
+    chat_template.load(options.template, tokenizer)
+    if options.kind in ("chat", "preference")
+    else None
+  )
   dropped, sources, templated = SizedDropped(options.examples), {}, False
-  writers = {split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens,
-                                       options.kind) for split in shards.SPLITS}
+  writers = {
+    split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens, options.kind)
+    for split in shards.SPLITS
+  }
   encoded = 0
   try:
     for batch in _batches(_kept(corpus, rank, options, dropped)):
-      stored = examples.encode_batch([document for _, _, document in batch], options.kind,
-                                     tokenizer, template, label_names)
+      stored = examples.encode_batch(
+        [document for _, _, document in batch], options.kind, tokenizer, template, label_names
+      )
       for (split, num_bytes, document), parts in zip(batch, stored):
         if isinstance(parts, UserError):
           dropped.at_hand = num_bytes
@@ -310,10 +347,14 @@ def tokenize(corpus, saved, label_names, options, rank, folder, progress):
   finally:
     for writer in writers.values():
       writer.close()
-  return {"splits": {split: writer.finish() for split, writer in writers.items()},
-          "dropped": dropped.to_json(), "dropped_bytes": dropped.bytes, "encoded": encoded,
-          "sources": sources,
-          "template": template.name if templated else None}
+  return {
+    "splits": {split: writer.finish() for split, writer in writers.items()},
+    "dropped": dropped.to_json(),
+    "dropped_bytes": dropped.bytes,
+    "encoded": encoded,
+    "sources": sources,
+    "template": template.name if templated else None,
+  }
 
 
 def _kept(corpus, rank, options, dropped):
@@ -347,8 +388,10 @@ def _source_group(source):
 def _answer_bytes(document):
   """UTF-8 bytes of the two texts of a preference: the prompt with each of its answers."""
   if examples.is_chat(document, "preference"):
-    return [sum(len(message["content"].encode()) for message in messages)
-            for messages in examples.conversations(document.fields)]
+    return [
+      sum(len(message["content"].encode()) for message in messages)
+      for messages in examples.conversations(document.fields)
+    ]
   prompt = len(document.fields.get("prompt", "").encode())
   return [prompt + len(document.fields[name].encode()) for name in ("chosen", "rejected")]
 

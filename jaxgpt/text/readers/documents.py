@@ -14,16 +14,25 @@ MAX_BYTES = 64 << 20  # longest record
 
 # kind -> its columns by name; those in brackets may be missing. `id` may be there in any kind.
 KINDS = {
-    "text": ("text",),
-    "classification": ("text", "[text_pair]", "label"),
-    "seq2seq": ("input", "target"),
-    "chat": ("messages",),
-    "preference": ("[prompt]", "chosen", "rejected"),  # no prompt: an empty one
+  "text": ("text",),
+  "classification": ("text", "[text_pair]", "label"),
+  "seq2seq": ("input", "target"),
+  "chat": ("messages",),
+  "preference": ("[prompt]", "chosen", "rejected"),  # no prompt: an empty one
 }
 
 # The rules of what is broken; other rules are choices.
-ERRORS = ("unreadable", "invalid utf-8", "invalid json", "invalid csv", "invalid warc", "binary",
-          "missing field", "wrong type", "too long")
+ERRORS = (
+  "unreadable",
+  "invalid utf-8",
+  "invalid json",
+  "invalid csv",
+  "invalid warc",
+  "binary",
+  "missing field",
+  "wrong type",
+  "too long",
+)
 
 
 class Document(NamedTuple):
@@ -38,6 +47,7 @@ class Document(NamedTuple):
     fields: of a labelled kind, its values by name (`KINDS`); of kind text empty.
     html: the text is an HTML page, markup and all.
   """
+
   source: str
   text: str
   id: str = ""
@@ -70,7 +80,7 @@ class Dropped:
   def _extend(self, rule, count, examples):
     self.counts[rule] = self.counts.get(rule, 0) + count
     kept = self.examples.setdefault(rule, [])
-    kept.extend(examples[:max(self.limit - len(kept), 0)])
+    kept.extend(examples[: max(self.limit - len(kept), 0)])
 
   @property
   def kept(self):
@@ -97,10 +107,15 @@ class Dropped:
     """
     errors = sum(count for rule, count in self.counts.items() if rule in ERRORS)
     if max_errors is not None and errors > max_errors:
-      such_as = [f", such as {self.examples[rule][-1]}" for rule in self.counts
-                 if rule in ERRORS and self.examples[rule]]
-      raise UserError(f"{errors:,} broken records, more than max_errors={max_errors}"
-                      f"{(such_as or [''])[-1]}; mend or leave out the file, or allow more")
+      such_as = [
+        f", such as {self.examples[rule][-1]}"
+        for rule in self.counts
+        if rule in ERRORS and self.examples[rule]
+      ]
+      raise UserError(
+        f"{errors:,} broken records, more than max_errors={max_errors}"
+        f"{(such_as or [''])[-1]}; mend or leave out the file, or allow more"
+      )
 
   def lines(self):
     """The report: a line for each rule, followed by its examples."""
@@ -131,8 +146,9 @@ def find(paths, exclude=()):
   return files.find(paths, exclude, formats.SUFFIXES)
 
 
-def documents(listed, *, kind="text", fields=None, form=None, max_bytes=MAX_BYTES, max_errors=None,
-              dropped=None) -> Iterator[Document]:
+def documents(
+  listed, *, kind="text", fields=None, form=None, max_bytes=MAX_BYTES, max_errors=None, dropped=None
+) -> Iterator[Document]:
   """Reads the documents of files, one at a time, in constant memory.
 
   A line of a `.jsonl` file is a document, as is a row of a table, a page of a WARC file or any
@@ -207,8 +223,10 @@ def _document(record, kind, columns):
       return records.Fault("missing field", where, f"kind={kind} needs columns, a text has none")
     values, columns = {"text": values}, {"text": "text"}
   try:
-    found = {name: _value(values, column, f"[{name}]" in KINDS[kind] or name == "id")
-             for name, column in columns.items()}
+    found = {
+      name: _value(values, column, f"[{name}]" in KINDS[kind] or name == "id")
+      for name, column in columns.items()
+    }
     if "prompt" in found:
       found["prompt"] = found["prompt"] or ""
     found = {name: value for name, value in found.items() if value is not None}
@@ -272,8 +290,11 @@ def _messages(name, value):
   if not isinstance(value, list):
     raise TypeError(f"{name} is a {type(value).__name__}, not a list of {{role, content}}")
   for number, message in enumerate(value, 1):
-    if not (isinstance(message, dict) and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)):
+    if not (
+      isinstance(message, dict)
+      and isinstance(message.get("role"), str)
+      and isinstance(message.get("content"), str)
+    ):
       raise TypeError(f"{name}: message {number} is no {{role, content}} with two strings")
   return value
 
@@ -282,5 +303,10 @@ def _text_or_messages(name, value):
   return _messages(name, value) if isinstance(value, list) else _string(name, value)
 
 
-_CHECKS = {"label": _label, "messages": _messages, "prompt": _text_or_messages,
-           "chosen": _text_or_messages, "rejected": _text_or_messages}
+_CHECKS = {
+  "label": _label,
+  "messages": _messages,
+  "prompt": _text_or_messages,
+  "chosen": _text_or_messages,
+  "rejected": _text_or_messages,
+}

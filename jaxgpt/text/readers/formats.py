@@ -62,8 +62,12 @@ def split(listed, size):
   out = []
   for file in listed:
     try:
-      cut = (file.size > size and file.end is None
-             and _BY_SUFFIX.get(files.suffix(file.address)) == "jsonl" and streams.is_plain(file))
+      cut = (
+        file.size > size
+        and file.end is None
+        and _BY_SUFFIX.get(files.suffix(file.address)) == "jsonl"
+        and streams.is_plain(file)
+      )
       out.extend(_ranges(file, size) if cut else [file])
     except OSError:  # told again, and counted, when it is read
       out.append(file)
@@ -101,8 +105,11 @@ def _read_text(file, want):
     for number in itertools.count():
       data = _read_up_to(stream, want.max_bytes + 1, left)
       more = len(data) > want.max_bytes
-      end = (data.rfind(b"\n", 0, want.max_bytes) + 1 or _whole_characters(data, want.max_bytes)
-             if more else len(data))
+      end = (
+        data.rfind(b"\n", 0, want.max_bytes) + 1 or _whole_characters(data, want.max_bytes)
+        if more
+        else len(data)
+      )
       data, left = data[:end], data[end:]
       where = f"{file.source}:{line}" if more or number else file.source
       yield records.decoded(where, data, "utf-8" if number else "utf-8-sig", html)
@@ -154,8 +161,11 @@ def _read_json(file, want):
   try:
     head = head.removeprefix(b"[").decode("utf-8", "replace").lstrip()
     value, end = json.JSONDecoder().raw_decode(head)
-    rows = (isinstance(value, dict) and not set(want.required).isdisjoint(value)
-            and (array or "\n" not in head[:end]))
+    rows = (
+      isinstance(value, dict)
+      and not set(want.required).isdisjoint(value)
+      and (array or "\n" not in head[:end])
+    )
   except (ValueError, RecursionError):
     rows = False
   return (_read_array if array else _read_jsonl)(file, want) if rows else _read_text(file, want)
@@ -205,26 +215,28 @@ def _read_array(file, want):
 
 
 _TEXT_SUFFIXES = (
-    ".txt .text .md .markdown .rst .tex .org .html .htm .xhtml .xml .yaml .yml .toml .ini .cfg "
-    ".py .pyi .ipynb .c .h .cc .cpp .cxx .hpp .hh .cu .java .kt .scala .go .rs .swift .js .jsx .ts "
-    ".tsx .css .rb .php .pl .lua .r .jl .hs .ml .clj .ex .erl .sh .bash .sql .proto .s .asm")
+  ".txt .text .md .markdown .rst .tex .org .html .htm .xhtml .xml .yaml .yml .toml .ini .cfg "
+  ".py .pyi .ipynb .c .h .cc .cpp .cxx .hpp .hh .cu .java .kt .scala .go .rs .swift .js .jsx .ts "
+  ".tsx .css .rb .php .pl .lua .r .jl .hs .ml .clj .ex .erl .sh .bash .sql .proto .s .asm"
+)
 
 
 class Format(NamedTuple):
   """A format: function(file, want) -> iterator of Record and Fault, and the suffixes it has."""
+
   read: Callable
   suffixes: tuple
 
 
 # A new format is a row.
 FORMATS = {
-    "text": Format(_read_text, tuple(_TEXT_SUFFIXES.split())),
-    "jsonl": Format(_read_jsonl, (".jsonl", ".ndjson")),
-    "json": Format(_read_json, (".json",)),
-    "csv": Format(tables.read_csv, (".csv",)),
-    "tsv": Format(tables.read_tsv, (".tsv",)),
-    "parquet": Format(tables.read_parquet, (".parquet",)),
-    "warc": Format(warc.read, (".warc", ".wet")),
+  "text": Format(_read_text, tuple(_TEXT_SUFFIXES.split())),
+  "jsonl": Format(_read_jsonl, (".jsonl", ".ndjson")),
+  "json": Format(_read_json, (".json",)),
+  "csv": Format(tables.read_csv, (".csv",)),
+  "tsv": Format(tables.read_tsv, (".tsv",)),
+  "parquet": Format(tables.read_parquet, (".parquet",)),
+  "warc": Format(warc.read, (".warc", ".wet")),
 }
 _MODULES = {"parquet": "pyarrow.parquet", "warc": "warcio.archiveiterator"}
 _BY_SUFFIX = {suffix: name for name, row in FORMATS.items() for suffix in row.suffixes}

@@ -10,6 +10,7 @@ class Record(NamedTuple):
 
   `values` is a dict of columns, or the text itself where the format has no columns.
   """
+
   where: str
   values: dict | str
   id: str = ""
@@ -18,6 +19,7 @@ class Record(NamedTuple):
 
 class Fault(NamedTuple):
   """What could not be read: a rule's name, a place, a reason, and how many records it is."""
+
   rule: str
   where: str
   why: str
@@ -26,6 +28,7 @@ class Fault(NamedTuple):
 
 class Want(NamedTuple):
   """What a reader is asked for."""
+
   columns: tuple  # names of columns; those a format can leave out cheaply are left out
   required: tuple  # those without which there is no document
   max_bytes: int  # longer records are faults
@@ -58,8 +61,9 @@ def decoded(where, data, encoding="utf-8", html=False):
   try:
     return Record(where, data.decode(encoding), html=html)
   except UnicodeDecodeError as e:
-    return Fault("invalid utf-8", where, f"{e.reason} at byte {e.start}; other encodings must be "
-                 "converted")
+    return Fault(
+      "invalid utf-8", where, f"{e.reason} at byte {e.start}; other encodings must be converted"
+    )
 
 
 def from_object(where, value):

@@ -95,8 +95,9 @@ def read_parquet(file, want):
     try:
       if not stream.seekable():
         raise OSError("the server does not allow to read a file in parts; download it first")
-      table = parquet.ParquetFile(stream, buffer_size=streams.BUFFER,
-                                  page_checksum_verification=True)
+      table = parquet.ParquetFile(
+        stream, buffer_size=streams.BUFFER, page_checksum_verification=True
+      )
       names, rows = table.schema_arrow.names, table.metadata.num_rows
     except broken as e:
       yield records.Fault("unreadable", file.source, _first_line(e))

@@ -89,7 +89,8 @@ def _record_id(record):
 def _decode_page(data, content_type):
   """A page's text, by the encoding that it names, or as browsers guess it."""
   named = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", content_type) or re.search(
-      r"<meta[^>]+charset\s*=\s*[\"']?([\w.:-]+)", data[:4096].decode("latin-1"), re.I)
+    r"<meta[^>]+charset\s*=\s*[\"']?([\w.:-]+)", data[:4096].decode("latin-1"), re.I
+  )
   if data.startswith(codecs.BOM_UTF8):
     return data.decode("utf-8-sig", "replace")
   for encoding, errors in ((named and named[1], "replace"), ("utf-8", "strict")):

@@ -18,8 +18,16 @@ CHAT_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 # transformers reads, so a folder of `save` is one that it loads too.
 SPEC = "jaxgpt_tokenizer.json"
 CONFIG = "tokenizer_config.json"
-HF_FILES = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-            "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model")
+HF_FILES = (
+  CONFIG,
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "vocab.json",
+  "vocab.txt",
+  "merges.txt",
+  "tokenizer.model",
+)
 
 
 THREADS = "JAXGPT_THREADS"  # environment variable: threads that `encode_batch` uses; else all cores
@@ -53,6 +61,7 @@ class Tokenizer(abc.ABC):
     chat_template: the Jinja template that came with it, or None.
     digest: sha256, in hex, of what defines the tokenizer.
   """
+
   kind: str
   vocab_size: int
   bos_id: int
@@ -76,8 +85,11 @@ class Tokenizer(abc.ABC):
       return self.encode_batch([text])[0].tolist()
     parts = self._split_at_specials(text)
     plain = iter(self.encode_batch([part for part in parts if part not in self.special_ids]))
-    return [i for part in parts for i in (
-        [self.special_ids[part]] if part in self.special_ids else next(plain).tolist())]
+    return [
+      i
+      for part in parts
+      for i in ([self.special_ids[part]] if part in self.special_ids else next(plain).tolist())
+    ]
 
   def _split_at_specials(self, text):
     names = sorted(self.special_ids, key=len, reverse=True)  # the longest name wins
@@ -127,6 +139,7 @@ class Tokenizer(abc.ABC):
 
 class ByteTokenizer(Tokenizer):
   """UTF-8 bytes: nothing to train, and any text comes back as it was."""
+
   kind = "bytes"
   pad_id, bos_id, eos_id = 0, 1, 2
   _first = 3  # id of byte 0
@@ -134,10 +147,15 @@ class ByteTokenizer(Tokenizer):
   vocab_size = mask_id + 1 + len(CHAT_MARKS)
 
   def __init__(self):
-    self.special_ids = {"<pad>": self.pad_id, "<s>": self.bos_id, "</s>": self.eos_id,
-                        **{name: self.mask_id + i for i, name in enumerate((MASK, *CHAT_MARKS))}}
+    self.special_ids = {
+      "<pad>": self.pad_id,
+      "<s>": self.bos_id,
+      "</s>": self.eos_id,
+      **{name: self.mask_id + i for i, name in enumerate((MASK, *CHAT_MARKS))},
+    }
     self.digest = hashlib.sha256(
-        f"bytes first={self._first} {sorted(self.special_ids.items())}".encode()).hexdigest()
+      f"bytes first={self._first} {sorted(self.special_ids.items())}".encode()
+    ).hexdigest()
 
   def encode_batch(self, texts):
     return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) + self._first for t in texts]
@@ -175,8 +193,9 @@ def read_json(files, name):
 def added_tokens(files):
   """{token: id} of what tokenizer_config.json and added_tokens.json add to a vocabulary."""
   decoder = read_json(files, CONFIG).get("added_tokens_decoder", {})
-  return (read_json(files, "added_tokens.json")
-          | {token["content"]: int(i) for i, token in decoder.items()})
+  return read_json(files, "added_tokens.json") | {
+    token["content"]: int(i) for i, token in decoder.items()
+  }
 
 
 def role_tokens(files):

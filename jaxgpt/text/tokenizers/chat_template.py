@@ -20,6 +20,7 @@ class Turn(NamedTuple):
   Of an assistant's message, lead, content and after are what is learned and what is generated
   following `before`.
   """
+
   before: str = ""
   after: str = ""
   gap: str = ""
@@ -37,6 +38,7 @@ class Format(NamedTuple):
       user's message.
     trim: whether white space around a content is left out.
   """
+
   turns: dict
   marks: tuple = ()
   begin: str = "{bos}"
@@ -47,27 +49,44 @@ class Format(NamedTuple):
 def _turns(before, after, gap="", **names):
   """The same turn for each role, with the name that the format has for it."""
   names = dict(system="system", user="user", assistant="assistant") | names
-  return {role: Turn(before.replace("{role}", name), after, gap)
-          for role, name in names.items() if name}
+  return {
+    role: Turn(before.replace("{role}", name), after, gap) for role, name in names.items() if name
+  }
 
 
 FORMATS = {
-    # The marks that each tokenizer trained here has.
-    "simple": Format(_turns("<|{role}|>", "<|end|>"),
-                     ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
-    # No marks: for tokenizers without any. A line feed ends a question, eos an answer.
-    "raw": Format({"system": Turn(after="\n"), "user": Turn(after="\n"),
-                   "assistant": Turn(after="{eos}", gap="\n")}),
-    "chatml": Format(_turns("<|im_start|>{role}\n", "<|im_end|>", "\n"),
-                     ("<|im_start|>", "<|im_end|>"), begin=""),
-    "llama2": Format({"user": Turn("{bos}[INST] ", " [/INST]"),
-                      "assistant": Turn("", " {eos}", lead=" ")}, begin="",
-                     system="<<SYS>>\n{}\n<</SYS>>\n\n", trim=True),
-    "llama3": Format(_turns("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"),
-                     ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), trim=True),
-    "gemma": Format(_turns("<start_of_turn>{role}\n", "<end_of_turn>", "\n", system=None,
-                           assistant="model"),
-                    ("<start_of_turn>", "<end_of_turn>"), system="{}\n\n", trim=True),
+  # The marks that each tokenizer trained here has.
+  "simple": Format(
+    _turns("<|{role}|>", "<|end|>"), ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+  ),
+  # No marks: for tokenizers without any. A line feed ends a question, eos an answer.
+  "raw": Format(
+    {
+      "system": Turn(after="\n"),
+      "user": Turn(after="\n"),
+      "assistant": Turn(after="{eos}", gap="\n"),
+    }
+  ),
+  "chatml": Format(
+    _turns("<|im_start|>{role}\n", "<|im_end|>", "\n"), ("<|im_start|>", "<|im_end|>"), begin=""
+  ),
+  "llama2": Format(
+    {"user": Turn("{bos}[INST] ", " [/INST]"), "assistant": Turn("", " {eos}", lead=" ")},
+    begin="",
+    system="<<SYS>>\n{}\n<</SYS>>\n\n",
+    trim=True,
+  ),
+  "llama3": Format(
+    _turns("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"),
+    ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    trim=True,
+  ),
+  "gemma": Format(
+    _turns("<start_of_turn>{role}\n", "<end_of_turn>", "\n", system=None, assistant="model"),
+    ("<start_of_turn>", "<end_of_turn>"),
+    system="{}\n\n",
+    trim=True,
+  ),
 }
 
 
@@ -89,8 +108,9 @@ class Template:
     if self._format:
       names = [*self._format.marks, *self._ends]
       self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-      self.stop = next(p.text for p in self._parse(self._format.turns["assistant"].after)
-                       if p.special)
+      self.stop = next(
+        p.text for p in self._parse(self._format.turns["assistant"].after) if p.special
+      )
 
   def __call__(self, messages, generate=False):
     """The pieces of a conversation, all of its special tokens among them.
@@ -114,9 +134,11 @@ class Template:
     for message in self._folded(messages):
       turn = form.turns.get(message["role"])
       if turn is None:
-        raise UserError(f"the chat template {self.name!r} has no place for a message of role "
-                        f"{message['role']!r}, only for {', '.join(form.turns)}; rename the role "
-                        "or choose another template")
+        raise UserError(
+          f"the chat template {self.name!r} has no place for a message of role "
+          f"{message['role']!r}, only for {', '.join(form.turns)}; rename the role "
+          "or choose another template"
+        )
       content = message["content"].strip() if form.trim else message["content"]
       trained = message["role"] == "assistant" and bool(message.get("weight", 1))
       pieces += self._parse(turn.before)
@@ -129,8 +151,10 @@ class Template:
 
   def _parse(self, text, trained=False):
     parts = [part for part in self._split.split(text) if part]
-    return [Piece(self._ends.get(part, part), trained, bool(self._split.fullmatch(part)))
-            for part in parts]
+    return [
+      Piece(self._ends.get(part, part), trained, bool(self._split.fullmatch(part)))
+      for part in parts
+    ]
 
   def _folded(self, messages):
     """The messages with a leading system message put into the user's first."""
@@ -138,8 +162,10 @@ class Template:
     if form.system is None or not messages or messages[0]["role"] != "system":
       return messages
     if len(messages) < 2 or messages[1]["role"] != "user":
-      raise UserError(f"the chat template {self.name!r} puts a system message in front of a "
-                      "user's; there is none after it")
+      raise UserError(
+        f"the chat template {self.name!r} puts a system message in front of a "
+        "user's; there is none after it"
+      )
     system, user = (m["content"].strip() if form.trim else m["content"] for m in messages[:2])
     return [{"role": "user", "content": form.system.replace("{}", system, 1) + user}, *messages[2:]]
 
@@ -153,8 +179,10 @@ def _checked(message):
     if not isinstance(role, str) or not isinstance(content, str):
       raise TypeError("role and content must be strings")
   except (KeyError, TypeError, IndexError) as e:
-    raise UserError(f"a chat message is {message!r:.200}, not {{'role': …, 'content': …}} "
-                    f"({type(e).__name__}: {e}); name the columns with --field") from e
+    raise UserError(
+      f"a chat message is {message!r:.200}, not {{'role': …, 'content': …}} "
+      f"({type(e).__name__}: {e}); name the columns with --field"
+    ) from e
   return {**message, "role": role, "content": content}
 
 
@@ -184,15 +212,19 @@ def load(name, tokenizer) -> Template:
   """
   specials = tokenizer.special_ids
   if not name:
-    fits = [key for key in FORMATS if FORMATS[key].marks and specials.keys() >= {
-        *FORMATS[key].marks}]
+    fits = [
+      key for key in FORMATS if FORMATS[key].marks and specials.keys() >= {*FORMATS[key].marks}
+    ]
     name = OWN if tokenizer.chat_template else fits[0] if fits else "raw"
   if name == OWN:
     jinja_template.check(tokenizer)
   elif name not in FORMATS:
-    raise UserError(f"there is no chat template {name!r}; choose one of {OWN}, "
-                    f"{', '.join(FORMATS)}")
+    raise UserError(
+      f"there is no chat template {name!r}; choose one of {OWN}, {', '.join(FORMATS)}"
+    )
   elif missing := [mark for mark in FORMATS[name].marks if mark not in specials]:
-    raise UserError(f"the chat template {name!r} needs {', '.join(missing)}, which this tokenizer "
-                    "does not have as special tokens; choose another template, such as raw")
+    raise UserError(
+      f"the chat template {name!r} needs {', '.join(missing)}, which this tokenizer "
+      "does not have as special tokens; choose another template, such as raw"
+    )
   return Template(name, tokenizer)

@@ -19,6 +19,7 @@ class Encoded(NamedTuple):
     label: a class's number or, for a regression, a float; None: none.
     second: stored token at which the second text of a pair starts; None: there is one text.
   """
+
   ids: np.ndarray
   trained: np.ndarray | None = None
   label: float | None = None
@@ -27,6 +28,7 @@ class Encoded(NamedTuple):
 
 class Piece(NamedTuple):
   """A part of a document that is tokenized on its own."""
+
   text: str
   trained: bool = False  # whether its tokens are predicted
   special: bool = False  # the text is the name of a special token
@@ -59,12 +61,21 @@ def encode_batch(documents, kind, tokenizer, template=None, label_names=()):
     UserError: a label that is not in label_names, or is no number.
   """
   plans = [_plan(document, kind, template) for document in documents]
-  texts = [p.text for plan in plans if not isinstance(plan, UserError)
-           for pieces in plan for p in pieces if not p.special]
+  texts = [
+    p.text
+    for plan in plans
+    if not isinstance(plan, UserError)
+    for pieces in plan
+    for p in pieces
+    if not p.special
+  ]
   tokens = iter(tokenizer.encode_batch(texts))
-  return [plan if isinstance(plan, UserError) else
-          [_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in plan]
-          for document, plan in zip(documents, plans)]
+  return [
+    plan
+    if isinstance(plan, UserError)
+    else [_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in plan]
+    for document, plan in zip(documents, plans)
+  ]
 
 
 def label_names(labels):
@@ -94,8 +105,9 @@ def _plan(document, kind, template):
     return [[Piece(f["input"] + "\n"), Piece(f["target"], trained=True)]]
   if is_chat(document, kind):
     try:
-      return [template(messages) for messages in
-              ([f["messages"]] if kind == "chat" else conversations(f))]
+      return [
+        template(messages) for messages in ([f["messages"]] if kind == "chat" else conversations(f))
+      ]
     except UserError as e:
       return e
   prompt = [Piece(f["prompt"])] if f.get("prompt") is not None else []
@@ -104,8 +116,9 @@ def _plan(document, kind, template):
 
 def is_chat(document, kind):
   """Whether a document's messages are written by a template."""
-  return kind == "chat" or (kind == "preference" and any(
-      isinstance(value, list) for value in document.fields.values()))
+  return kind == "chat" or (
+    kind == "preference" and any(isinstance(value, list) for value in document.fields.values())
+  )
 
 
 def conversations(fields):
@@ -141,8 +154,7 @@ def _join(pieces, tokens, tokenizer, kind, document, names):
       parts += eos
       at += 1
       second = at
-    ids = (np.array([tokenizer.special_ids[piece.text]], np.int32) if piece.special
-           else next(tokens))
+    ids = np.array([tokenizer.special_ids[piece.text]], np.int32) if piece.special else next(tokens)
     if piece.trained:
       trained.append((max(at, 1), at + len(ids)))  # nothing precedes the first
     parts.append(ids)
@@ -172,8 +184,10 @@ def _label(document, names):
   label = document.fields["label"]
   if names:
     if str(label) not in names:
-      raise UserError(f"{document.source}: label {label!r} is none of {', '.join(names[:20])}; "
-                      "name the column of the labels with --field label=COLUMN")
+      raise UserError(
+        f"{document.source}: label {label!r} is none of {', '.join(names[:20])}; "
+        "name the column of the labels with --field label=COLUMN"
+      )
     return names.index(str(label))
   try:
     return float(label)

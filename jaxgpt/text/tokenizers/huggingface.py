@@ -12,11 +12,11 @@ from jaxgpt.text.tokenizers import base
 MODEL = "tokenizer.json"
 # Beside a tokenizer.json alone, which names no roles: what the families call them, best first.
 _ROLES = {
-    "bos": ("<|begin_of_text|>", "<bos>", "<s>", "[CLS]", "<|startoftext|>"),
-    "eos": ("<|end_of_text|>", "<eos>", "</s>", "[SEP]", "<|endoftext|>", "<|im_end|>"),
-    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
-    "mask": ("<mask>", "[MASK]"),
-    "unk": ("<unk>", "[UNK]"),
+  "bos": ("<|begin_of_text|>", "<bos>", "<s>", "[CLS]", "<|startoftext|>"),
+  "eos": ("<|end_of_text|>", "<eos>", "</s>", "[SEP]", "<|endoftext|>", "<|im_end|>"),
+  "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+  "mask": ("<mask>", "[MASK]"),
+  "unk": ("<unk>", "[UNK]"),
 }
 
 
@@ -28,6 +28,7 @@ class HuggingFaceTokenizer(base.Tokenizer):
   these files the post-processor tells, or the usual names. Whether a text comes back exactly is
   up to the vocabulary: byte-level ones give back any text, BERT's folds case and white space.
   """
+
   kind = "huggingface"
 
   def __init__(self, files, name="the tokenizer"):
@@ -47,8 +48,10 @@ class HuggingFaceTokenizer(base.Tokenizer):
     try:
       inner = tokenizers.Tokenizer.from_str(files[MODEL].decode())
     except Exception as e:  # the library raises no narrower one
-      raise UserError(f"{name} is no tokenizer.json that tokenizers {tokenizers.__version__} reads "
-                      f"({e}); save it anew with transformers, or update tokenizers") from e
+      raise UserError(
+        f"{name} is no tokenizer.json that tokenizers {tokenizers.__version__} reads "
+        f"({e}); save it anew with transformers, or update tokenizers"
+      ) from e
     inner.no_truncation()
     inner.no_padding()
     inner.encode_special_tokens = True  # their names in a text are text
@@ -60,21 +63,31 @@ class HuggingFaceTokenizer(base.Tokenizer):
 
   def _set_specials(self, name):
     inner = self._inner
-    self.special_ids = {token.content: i for i, token in inner.get_added_tokens_decoder().items()
-                        if token.special}
+    self.special_ids = {
+      token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special
+    }
     roles = base.role_tokens(self._files)
     frame = {} if roles else _frame(json.loads(self._files[MODEL]).get("post_processor"))
+
     def pick(role, substitute=None):
       own = [roles.get(role), roles.get(substitute), frame.get(role)]
       names = [token for token in own if token] or ([] if roles else _ROLES[role])
       return next((token for token in names if inner.token_to_id(token) is not None), None)
-    tokens = {"bos": pick("bos", "cls"), "eos": pick("eos", "sep"), "pad": pick("pad"),
-              "mask": pick("mask"), "unk": pick("unk")}
+
+    tokens = {
+      "bos": pick("bos", "cls"),
+      "eos": pick("eos", "sep"),
+      "pad": pick("pad"),
+      "mask": pick("mask"),
+      "unk": pick("unk"),
+    }
     ids = {role: token and inner.token_to_id(token) for role, token in tokens.items()}
     if ids["eos"] is None and ids["bos"] is None:
-      raise UserError(f"{name} names no token that ends a text; add an \"eos_token\" to the "
-                      f"{base.CONFIG} beside it (its specials: "
-                      f"{', '.join(list(self.special_ids)[:10]) or 'none'})")
+      raise UserError(
+        f'{name} names no token that ends a text; add an "eos_token" to the '
+        f"{base.CONFIG} beside it (its specials: "
+        f"{', '.join(list(self.special_ids)[:10]) or 'none'})"
+      )
     self.special_ids |= {token: ids[role] for role, token in tokens.items() if token}
     self.bos_id = ids["eos"] if ids["bos"] is None else ids["bos"]
     self.eos_id = ids["bos"] if ids["eos"] is None else ids["eos"]
@@ -92,8 +105,11 @@ class HuggingFaceTokenizer(base.Tokenizer):
   def _spelled_out(self, text):
     """A text whose model knows a special's name as a word, as Unigram ones do: cut within it."""
     names = "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True)))
-    parts = [part for piece in re.split(f"({names})", text)
-             for part in ((piece[:1], piece[1:]) if piece in self.special_ids else (piece,))]
+    parts = [
+      part
+      for piece in re.split(f"({names})", text)
+      for part in ((piece[:1], piece[1:]) if piece in self.special_ids else (piece,))
+    ]
     encoded = self._inner.encode_batch_fast(parts, add_special_tokens=False)
     return np.array([i for e in encoded for i in e.ids], np.int32)
 
@@ -119,11 +135,13 @@ def _frame(processor):
     return {"bos": processor["cls"][0], "eos": processor["sep"][0]}
   if kind != "TemplateProcessing":
     return {}
-  names = [part["SpecialToken"]["id"] if "SpecialToken" in part else None
-           for part in processor["single"]]
+  names = [
+    part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in processor["single"]
+  ]
   place = names.index(None)
   return ({"bos": names[0]} if place else {}) | (
-      {"eos": names[place + 1]} if place + 1 < len(names) else {})
+    {"eos": names[place + 1]} if place + 1 < len(names) else {}
+  )
 
 
 def read(folder):
@@ -134,5 +152,6 @@ def read(folder):
   """
   if folder.is_file():
     return HuggingFaceTokenizer({MODEL: folder.read_bytes()}, repr(os.fspath(folder)))
-  return HuggingFaceTokenizer(base.read_files(folder, (MODEL, *base.HF_FILES)),
-                              os.fspath(folder / MODEL))
+  return HuggingFaceTokenizer(
+    base.read_files(folder, (MODEL, *base.HF_FILES)), os.fspath(folder / MODEL)
+  )

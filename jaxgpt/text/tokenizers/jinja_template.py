@@ -27,17 +27,20 @@ def _compiled(source):
     import jinja2
     import jinja2.sandbox
   except ImportError as e:
-    raise UserError("the tokenizer's own chat template needs jinja2: pip install 'jaxgpt[data]'"
-                    ) from e
+    raise UserError(
+      "the tokenizer's own chat template needs jinja2: pip install 'jaxgpt[data]'"
+    ) from e
 
   def fail(message):
     raise jinja2.exceptions.TemplateError(message)
 
   env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+  )
   env.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
-  env.globals.update(raise_exception=fail,
-                     strftime_now=lambda form: datetime.datetime.now().strftime(form))
+  env.globals.update(
+    raise_exception=fail, strftime_now=lambda form: datetime.datetime.now().strftime(form)
+  )
   source = _GENERATION.sub(lambda m: m[1] + ("endif" if m[2] else "if true") + m[3], source)
   try:
     template = env.from_string(source)
@@ -46,10 +49,12 @@ def _compiled(source):
 
   def render(messages, generate, **values):
     try:
-      return template.render(messages=messages, add_generation_prompt=generate, tools=None,
-                             documents=None, **values)
+      return template.render(
+        messages=messages, add_generation_prompt=generate, tools=None, documents=None, **values
+      )
     except jinja2.exceptions.TemplateError as e:
       raise UserError(f"the tokenizer's chat template refuses a conversation: {e}") from e
+
   return render
 
 
@@ -71,8 +76,10 @@ def pieces(tokenizer, ends, messages, generate):
   """
   values = {"bos_token": ends["{bos}"], "eos_token": ends["{eos}"]}
   source = _compiled(tokenizer.chat_template)
+
   def render(messages, generate=False):
     return source(messages, generate, **values)
+
   whole = render(messages, generate)
   contents = _contents(render, messages, generate, whole)
   names = sorted(tokenizer.special_ids, key=len, reverse=True)
@@ -80,14 +87,22 @@ def pieces(tokenizer, ends, messages, generate):
   if contents is None:
     bad = next((name for m in messages for name in names if name in m["content"]), None)
     if bad:
-      raise UserError(f"the tokenizer's chat template rewrites a message that holds {bad!r}, the "
-                      "name of a special token; choose another template")
+      raise UserError(
+        f"the tokenizer's chat template rewrites a message that holds {bad!r}, the "
+        "name of a special token; choose another template"
+      )
     contents = {}
   inside = [span for spans in contents.values() for span in spans]
-  marks = [m.span() for m in pattern.finditer(whole)
-           if not any(a < m.end() and m.start() < b for a, b in inside)]
-  trained = [_answer(render, messages, i, whole, contents.get(i), marks)
-             for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
+  marks = [
+    m.span()
+    for m in pattern.finditer(whole)
+    if not any(a < m.end() and m.start() < b for a, b in inside)
+  ]
+  trained = [
+    _answer(render, messages, i, whole, contents.get(i), marks)
+    for i, m in enumerate(messages)
+    if m["role"] == "assistant" and m.get("weight", 1)
+  ]
   return _cut(whole, marks, [*filter(None, trained)])
 
 
@@ -117,8 +132,9 @@ def _answer(render, messages, i, whole, content, marks):
   elif begins:
     start = begins
   else:
-    raise UserError("the tokenizer's chat template does not say where an answer begins; choose "
-                    "another template")
+    raise UserError(
+      "the tokenizer's chat template does not say where an answer begins; choose another template"
+    )
   return start, next((end for first, end in marks if first >= start), len(whole))
 
 
@@ -126,5 +142,7 @@ def _cut(text, marks, trained):
   """Pieces of a text: cut at its special tokens and where what is learned begins and ends."""
   edges = sorted({0, len(text), *(x for span in (*marks, *trained) for x in span)})
   specials = set(marks)
-  return [Piece(text[a:b], any(s <= a and b <= e for s, e in trained), (a, b) in specials)
-          for a, b in itertools.pairwise(edges)]
+  return [
+    Piece(text[a:b], any(s <= a and b <= e for s, e in trained), (a, b) in specials)
+    for a, b in itertools.pairwise(edges)
+  ]

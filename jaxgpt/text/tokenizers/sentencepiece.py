@@ -15,8 +15,14 @@ from jaxgpt.text.tokenizers import base, word_cache
 _SPACE_MARK = "▁"  # U+2581, which SentencePiece writes for a space and can't tell from one
 _CHUNK = 1 << 18  # characters encoded at a time: bounds memory, and shares a long text out
 MODEL = "tokenizer.model"
-KNOWN_MARKS = (base.MASK, *base.CHAT_MARKS, "<start_of_turn>", "<end_of_turn>", "<|im_start|>",
-               "<|im_end|>")
+KNOWN_MARKS = (
+  base.MASK,
+  *base.CHAT_MARKS,
+  "<start_of_turn>",
+  "<end_of_turn>",
+  "<|im_start|>",
+  "<|im_end|>",
+)
 _RESERVED = ("<pad>", "<unk>", "<s>", "</s>", base.MASK, *base.CHAT_MARKS)
 
 
@@ -26,6 +32,7 @@ class SentencePieceTokenizer(base.Tokenizer):
   Models of `train_sentencepiece` give each text back exactly. Others do so as far as they were
   trained to: many fold white space or put a space in front.
   """
+
   kind = "sentencepiece"
 
   def __init__(self, model, name="the SentencePiece model", extras=None):
@@ -44,51 +51,64 @@ class SentencePieceTokenizer(base.Tokenizer):
     try:
       self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError) as e:
-      raise UserError(f"{name} is no SentencePiece model ({len(model)} bytes); train one with "
-                      "--tokenizer=sentencepiece:4096 or name another file") from e
+      raise UserError(
+        f"{name} is no SentencePiece model ({len(model)} bytes); train one with "
+        "--tokenizer=sentencepiece:4096 or name another file"
+      ) from e
     self._model, self._extras = model, extras or {}
     added = base.added_tokens(self._extras)
     self._check_numbers(added, name)
     self.vocab_size = max([p.get_piece_size() - 1, *added.values()]) + 1
     self._set_specials(added, name)
     self.chat_template = base.chat_template(self._extras)
-    self.digest = (base.files_digest(self.files()) if self._extras
-                   else hashlib.sha256(model).hexdigest())
+    self.digest = (
+      base.files_digest(self.files()) if self._extras else hashlib.sha256(model).hexdigest()
+    )
     # A model that puts a space in front of each text would put one in front of each chunk.
     halves = p.encode(["a\n", "b"])
     self._cuts_are_free = p.decode(halves[0] + halves[1]) == "a\nb"
     self._words = word_cache.WordCache(self._encode_lists) if self._is_cut_at_spaces() else None
     self._spelled = self._make_spelled() if self._cuts_are_free else {}
     self._pattern = self._spelled and re.compile(
-        "(" + "|".join(map(re.escape, sorted(self._spelled, key=len, reverse=True))) + ")")
+      "(" + "|".join(map(re.escape, sorted(self._spelled, key=len, reverse=True))) + ")"
+    )
 
   def _check_numbers(self, added, name):
     for token, i in added.items():
       if i < self._processor.get_piece_size() and self._processor.id_to_piece(i) != token:
         raise UserError(
-            f"{name} calls piece {i} {self._processor.id_to_piece(i)!r}, the files beside it "
-            f"{token!r}: this family numbers its pieces in its own way; name a folder that has a "
-            "tokenizer.json too")
+          f"{name} calls piece {i} {self._processor.id_to_piece(i)!r}, the files beside it "
+          f"{token!r}: this family numbers its pieces in its own way; name a folder that has a "
+          "tokenizer.json too"
+        )
 
   def _set_specials(self, added, name):
     p = self._processor
-    self.special_ids = {p.id_to_piece(i): i for i in range(p.get_piece_size())
-                        if p.is_control(i) or p.is_unknown(i)} | added
+    self.special_ids = {
+      p.id_to_piece(i): i for i in range(p.get_piece_size()) if p.is_control(i) or p.is_unknown(i)
+    } | added
     for token in KNOWN_MARKS:  # some models have them as pieces that text may hold
       i = p.piece_to_id(token)
       if i != p.unk_id():
         self.special_ids[token] = i
     roles = base.role_tokens(self._extras)
+
     def pick(role, own, *names):
       if roles.get(role) in self.special_ids:
         return self.special_ids[roles[role]]
-      return own if own >= 0 else next(
-          (self.special_ids[name] for name in names if name in self.special_ids), None)
+      return (
+        own
+        if own >= 0
+        else next((self.special_ids[name] for name in names if name in self.special_ids), None)
+      )
+
     bos = pick("bos", p.bos_id(), "<s>", "<bos>")
     eos = pick("eos", p.eos_id(), "</s>", "<eos>", "<|endoftext|>")
     if eos is None and bos is None:
-      raise UserError(f"{name} has no piece that can close a document (eos_id=-1, bos_id=-1); "
-                      "train it with eos_id set")
+      raise UserError(
+        f"{name} has no piece that can close a document (eos_id=-1, bos_id=-1); "
+        "train it with eos_id set"
+      )
     self.eos_id = bos if eos is None else eos
     self.bos_id = self.eos_id if bos is None else bos
     self.pad_id = pick("pad", p.pad_id(), "<pad>")
@@ -102,12 +122,17 @@ class SentencePieceTokenizer(base.Tokenizer):
     over the text, where rounding may break a tie in another way.
     """
     p = self._processor
-    ids = [i for i in range(p.get_piece_size())
-           if not (p.is_control(i) or p.is_unknown(i) or p.is_byte(i))]
-    return (self._cuts_are_free and p.encode("a  b") == p.encode("a") + p.encode("  b")
-            and all(p.get_score(i).is_integer() for i in ids)
-            and not any(re.search(f"[^{_SPACE_MARK}]{_SPACE_MARK}", p.id_to_piece(i))
-                        for i in ids))
+    ids = [
+      i
+      for i in range(p.get_piece_size())
+      if not (p.is_control(i) or p.is_unknown(i) or p.is_byte(i))
+    ]
+    return (
+      self._cuts_are_free
+      and p.encode("a  b") == p.encode("a") + p.encode("  b")
+      and all(p.get_score(i).is_integer() for i in ids)
+      and not any(re.search(f"[^{_SPACE_MARK}]{_SPACE_MARK}", p.id_to_piece(i)) for i in ids)
+    )
 
   def _encode_lists(self, texts):
     return self._processor.encode(texts, num_threads=base.threads())
@@ -136,11 +161,16 @@ class SentencePieceTokenizer(base.Tokenizer):
         plan.extend(range(len(runs), len(runs) + len(chunks)))
         runs.extend(chunks)
       ends.append(len(plan))
-    encoded = self._words(runs) if self._words else self._processor.encode(
-        runs, return_type="numpy", num_threads=base.threads())
+    encoded = (
+      self._words(runs)
+      if self._words
+      else self._processor.encode(runs, return_type="numpy", num_threads=base.threads())
+    )
     ids = [encoded[item] if isinstance(item, int) else item for item in plan]
-    return [ids[start] if end - start == 1 else np.concatenate(ids[start:end])
-            for start, end in zip([0, *ends[:-1]], ends)]
+    return [
+      ids[start] if end - start == 1 else np.concatenate(ids[start:end])
+      for start, end in zip([0, *ends[:-1]], ends)
+    ]
 
   def _decode(self, ids):
     return self._processor.decode(ids[ids < self._processor.get_piece_size()].tolist())
@@ -152,8 +182,7 @@ class SentencePieceTokenizer(base.Tokenizer):
     return SentencePieceTokenizer, (self._model, "the SentencePiece model", self._extras)
 
 
-def train_sentencepiece(texts, *, vocab_size, model_type="bpe", sample_bytes=4_000_000,
-                        symbols=()):
+def train_sentencepiece(texts, *, vocab_size, model_type="bpe", sample_bytes=4_000_000, symbols=()):
   """Trains a tokenizer whose `decode(encode(x))` is `x`, for any x, and that suits code.
 
   White space is text like any other (no normalization, no dummy prefix, runs of spaces are
@@ -184,14 +213,29 @@ def train_sentencepiece(texts, *, vocab_size, model_type="bpe", sample_bytes=4_0
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=itertools.chain([first], sentences), model_writer=model,
-        vocab_size=vocab_size, model_type=model_type,
-        pad_id=0, unk_id=1, bos_id=2, eos_id=3, control_symbols=[base.MASK, *base.CHAT_MARKS],
-        user_defined_symbols=[symbol.replace(" ", _SPACE_MARK) for symbol in symbols],
-        byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        split_digits=True, split_by_unicode_script=False, max_sentencepiece_length=24,
-        max_sentence_length=1 << 24, num_threads=base.threads(), minloglevel=3)
+      sentence_iterator=itertools.chain([first], sentences),
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type=model_type,
+      pad_id=0,
+      unk_id=1,
+      bos_id=2,
+      eos_id=3,
+      control_symbols=[base.MASK, *base.CHAT_MARKS],
+      user_defined_symbols=[symbol.replace(" ", _SPACE_MARK) for symbol in symbols],
+      byte_fallback=True,
+      character_coverage=0.9995,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      split_digits=True,
+      split_by_unicode_script=False,
+      max_sentencepiece_length=24,
+      max_sentence_length=1 << 24,
+      num_threads=base.threads(),
+      minloglevel=3,
+    )
   except (RuntimeError, ValueError) as e:  # ValueError: more than its 32 bits hold
     raise _training_error(str(e), vocab_size, model_type, 9 + len(symbols)) from e
   return SentencePieceTokenizer(model.getvalue())
@@ -205,7 +249,7 @@ def _sentences(texts, sample_bytes):
   left = sample_bytes
   for text in texts:
     for start in range(0, len(text), 4096):
-      part = text[start:start + 4096]
+      part = text[start : start + 4096]
       yield part
       left -= len(part.encode())
       if left <= 0:
@@ -218,8 +262,15 @@ def check_training(model_type, symbols):
     raise UserError(f"tokenizer model type {model_type!r}: choose one of bpe, unigram, char")
   for i, symbol in enumerate(symbols):
     if not symbol or symbol in symbols[:i] or symbol in _RESERVED or _SPACE_MARK in symbol:
-      why = ("is empty" if not symbol else "is given twice" if symbol in symbols[:i] else
-             f"holds {_SPACE_MARK!r}" if _SPACE_MARK in symbol else "is a special token")
+      why = (
+        "is empty"
+        if not symbol
+        else "is given twice"
+        if symbol in symbols[:i]
+        else f"holds {_SPACE_MARK!r}"
+        if _SPACE_MARK in symbol
+        else "is a special token"
+      )
       raise UserError(f"the symbol {symbol!r} {why}; leave it out")
 
 
@@ -227,13 +278,19 @@ def _training_error(message, vocab_size, model_type, specials):
   """SentencePiece's complaint about the vocabulary's size, as a user can act on it."""
   way_out = "set it with --tokenizer=sentencepiece:SIZE, or take --tokenizer=bytes"
   if found := re.search(r"size too high \(\d+\)\D*(\d+)", message):
-    return UserError(f"vocab_size={vocab_size} is more than this text supports: at most "
-                     f"{found[1]} pieces repeat in it; {way_out}, or give more text")
+    return UserError(
+      f"vocab_size={vocab_size} is more than this text supports: at most "
+      f"{found[1]} pieces repeat in it; {way_out}, or give more text"
+    )
   if found := re.search(r"\d+ vs (\d+)", message):
-    return UserError(f"vocab_size={vocab_size} is too small: {specials} specials and "
-                     f"symbols, 256 bytes and the "
-                     f"characters of this text need {found[1]}; {way_out}")
+    return UserError(
+      f"vocab_size={vocab_size} is too small: {specials} specials and "
+      f"symbols, 256 bytes and the "
+      f"characters of this text need {found[1]}; {way_out}"
+    )
   if model_type == "char" and "vocab_size" in message:
-    return UserError(f"vocab_size={vocab_size} is too small: {specials} specials and symbols "
-                     f"and 256 bytes need {specials + 256}, and each character one more; {way_out}")
+    return UserError(
+      f"vocab_size={vocab_size} is too small: {specials} specials and symbols "
+      f"and 256 bytes need {specials + 256}, and each character one more; {way_out}"
+    )
   return UserError(f"SentencePiece can't train on this text: {message.strip()}; {way_out}")

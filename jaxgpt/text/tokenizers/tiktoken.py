@@ -18,6 +18,7 @@ _EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 
 class TiktokenTokenizer(base.Tokenizer):
   """Byte-level BPE by tiktoken: any text comes back as it was."""
+
   kind = "tiktoken"
 
   def __init__(self, vocabulary, settings, name="the tiktoken vocabulary"):
@@ -42,24 +43,37 @@ class TiktokenTokenizer(base.Tokenizer):
     try:
       read = json.loads(settings)
       self.special_ids = {str(token): int(i) for token, i in read["special_tokens"].items()}
-      self._inner = tiktoken.Encoding(name, pat_str=read["pattern"], mergeable_ranks=ranks,
-                                      special_tokens=self.special_ids)
+      self._inner = tiktoken.Encoding(
+        name, pat_str=read["pattern"], mergeable_ranks=ranks, special_tokens=self.special_ids
+      )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-      raise UserError(f"the {SETTINGS} of {name} is not right ({type(e).__name__}: {e}); it holds "
-                      '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}') from e
+      raise UserError(
+        f"the {SETTINGS} of {name} is not right ({type(e).__name__}: {e}); it holds "
+        '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}'
+      ) from e
     ids = [*ranks.values(), *self.special_ids.values()]
     self.vocab_size = max(ids) + 1
     self._is_token = np.zeros(self.vocab_size, bool)
     self._is_token[ids] = True
     self.digest = base.files_digest(self.files())
     roles = base.role_tokens({base.CONFIG: settings})
+
     def pick(role, *names):
-      return next((self.special_ids[token] for token in (roles.get(role), *names)
-                   if token in self.special_ids), None)
+      return next(
+        (
+          self.special_ids[token]
+          for token in (roles.get(role), *names)
+          if token in self.special_ids
+        ),
+        None,
+      )
+
     eos, bos = pick("eos", *_EOS), pick("bos", *_BOS)
     if eos is None and bos is None:
-      raise UserError(f"the {SETTINGS} of {name} names no token that ends a text; add "
-                      '"eos_token", one of its special_tokens')
+      raise UserError(
+        f"the {SETTINGS} of {name} names no token that ends a text; add "
+        '"eos_token", one of its special_tokens'
+      )
     self.bos_id, self.eos_id = eos if bos is None else bos, bos if eos is None else eos
     self.pad_id, self.mask_id = pick("pad"), pick("mask", base.MASK)
 
@@ -86,8 +100,9 @@ def _ranks(vocabulary, name):
       token, rank = line.split()
       ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (ValueError, binascii.Error) as e:
-      raise UserError(f"{name}:{number} is no base64 token and its rank; name a .tiktoken "
-                      "file") from e
+      raise UserError(
+        f"{name}:{number} is no base64 token and its rank; name a .tiktoken file"
+      ) from e
   missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
   if missing:
     raise UserError(f"{name} has no token for byte {missing[0]}: it is not complete")
@@ -104,7 +119,9 @@ def read(path):
   """The tokenizer of a .tiktoken file (an `epath.Path`) and the tiktoken.json beside it."""
   settings = path.parent / SETTINGS
   if not settings.is_file():
-    raise UserError(f"{os.fspath(path)!r} has no {SETTINGS} beside it: write one with "
-                    '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}, as in the code '
-                    "that came with the vocabulary")
+    raise UserError(
+      f"{os.fspath(path)!r} has no {SETTINGS} beside it: write one with "
+      '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}, as in the code '
+      "that came with the vocabulary"
+    )
   return TiktokenTokenizer(path.read_bytes(), settings.read_bytes(), os.fspath(path))

@@ -15,8 +15,14 @@ from jaxgpt.text.tokenizers.sentencepiece import (
   train_sentencepiece,
 )
 
-__all__ = ["ByteTokenizer", "SentencePieceTokenizer", "Tokenizer", "from_spec", "load",
-           "train_sentencepiece"]
+__all__ = [
+  "ByteTokenizer",
+  "SentencePieceTokenizer",
+  "Tokenizer",
+  "from_spec",
+  "load",
+  "train_sentencepiece",
+]
 
 _EXTRAS = (base.CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
@@ -35,22 +41,32 @@ def from_spec(spec, sample, *, sample_bytes=4_000_000, symbols=()) -> Tokenizer:
   kind, _, rest = spec.partition(":")
   trains = kind == "sentencepiece"
   if symbols and not trains:
-    raise UserError(f"symbols are for a tokenizer that is trained, tokenizer={spec!r} is not; "
-                    "leave them out")
+    raise UserError(
+      f"symbols are for a tokenizer that is trained, tokenizer={spec!r} is not; leave them out"
+    )
   if spec == "bytes":
     return ByteTokenizer()
   if not trains:
     if not epath.Path(spec).exists():
-      raise UserError(f"tokenizer={spec!r} is neither bytes, sentencepiece:SIZE nor a tokenizer's "
-                      "file or folder that exists")
+      raise UserError(
+        f"tokenizer={spec!r} is neither bytes, sentencepiece:SIZE nor a tokenizer's "
+        "file or folder that exists"
+      )
     return load(spec)
   size, _, model_type = rest.partition(":")
   if not size.isdecimal():
-    raise UserError(f"tokenizer={spec!r} names no vocabulary size; write it as "
-                    "sentencepiece:4096 or sentencepiece:4096:unigram")
+    raise UserError(
+      f"tokenizer={spec!r} names no vocabulary size; write it as "
+      "sentencepiece:4096 or sentencepiece:4096:unigram"
+    )
   check_training(model_type or "bpe", symbols)
-  return train_sentencepiece(sample(), vocab_size=int(size), model_type=model_type or "bpe",
-                             sample_bytes=sample_bytes, symbols=tuple(symbols))
+  return train_sentencepiece(
+    sample(),
+    vocab_size=int(size),
+    model_type=model_type or "bpe",
+    sample_bytes=sample_bytes,
+    symbols=tuple(symbols),
+  )
 
 
 def load(folder) -> Tokenizer:
@@ -78,9 +94,10 @@ def load(folder) -> Tokenizer:
     if found := tiktoken.find(place):
       return tiktoken.read(found)
   raise UserError(
-      f"no tokenizer in {name!r}: it is neither a .model, .tiktoken or tokenizer.json file nor a "
-      f"folder with {base.SPEC}, {huggingface.MODEL} or {MODEL}; run `jaxgpt data` to make one, or "
-      "save another with transformers' save_pretrained")
+    f"no tokenizer in {name!r}: it is neither a .model, .tiktoken or tokenizer.json file nor a "
+    f"folder with {base.SPEC}, {huggingface.MODEL} or {MODEL}; run `jaxgpt data` to make one, or "
+    "save another with transformers' save_pretrained"
+  )
 
 
 def _load_file(path, name):
@@ -112,12 +129,15 @@ def _load_kind(kind, folder):
   if kind == ByteTokenizer.kind:
     return ByteTokenizer()
   if kind == SentencePieceTokenizer.kind:
-    return SentencePieceTokenizer((folder / MODEL).read_bytes(), os.fspath(folder / MODEL),
-                                  base.read_files(folder, _EXTRAS))
+    return SentencePieceTokenizer(
+      (folder / MODEL).read_bytes(), os.fspath(folder / MODEL), base.read_files(folder, _EXTRAS)
+    )
   if kind == huggingface.HuggingFaceTokenizer.kind:
     (folder / huggingface.MODEL).stat()
     return huggingface.read(folder)
   if kind == tiktoken.TiktokenTokenizer.kind:
     return tiktoken.read(folder / tiktoken.MODEL)
-  raise UserError(f"tokenizer kind {kind!r} in {name!r} is not one that this version of jaxgpt "
-                  "knows (bytes, sentencepiece, huggingface, tiktoken); update jaxgpt")
+  raise UserError(
+    f"tokenizer kind {kind!r} in {name!r} is not one that this version of jaxgpt "
+    "knows (bytes, sentencepiece, huggingface, tiktoken); update jaxgpt"
+  )

@@ -33,8 +33,9 @@ class WordCache:
     words = [_WORDS.findall(text) for text in texts]
     with self._lock:
       self._learn(words)
-      numbers = np.fromiter(map(self._numbers.__getitem__, itertools.chain.from_iterable(words)),
-                            np.int64)
+      numbers = np.fromiter(
+        map(self._numbers.__getitem__, itertools.chain.from_iterable(words)), np.int64
+      )
       lengths = self._lengths[numbers]
       ends = np.concatenate(([0], np.cumsum(lengths)))
       places = np.repeat(self._starts[numbers] - ends[:-1], lengths)
@@ -45,8 +46,11 @@ class WordCache:
 
   def _learn(self, words):
     """Encodes what is new, the words to keep first: the others' places are those of the next call."""
-    new = [word for word in dict.fromkeys(itertools.chain.from_iterable(words))
-           if word not in self._numbers]
+    new = [
+      word
+      for word in dict.fromkeys(itertools.chain.from_iterable(words))
+      if word not in self._numbers
+    ]
     if not new:
       return
     new.sort(key=_is_long)
@@ -59,10 +63,11 @@ class WordCache:
     self._starts = _grown(self._starts, known + len(new))
     self._lengths = _grown(self._lengths, known + len(new))
     self._pool = _grown(self._pool, total)
-    self._starts[known:known + len(new)] = ends - lengths
-    self._lengths[known:known + len(new)] = lengths
-    self._pool[self._used:total] = np.fromiter(
-        itertools.chain.from_iterable(encoded), np.int32, total - self._used)
+    self._starts[known : known + len(new)] = ends - lengths
+    self._lengths[known : known + len(new)] = lengths
+    self._pool[self._used : total] = np.fromiter(
+      itertools.chain.from_iterable(encoded), np.int32, total - self._used
+    )
     numbers = zip(new, itertools.count(known))
     self._numbers.update(itertools.islice(numbers, keep))
     self._numbers.others = dict(numbers)
@@ -75,6 +80,7 @@ class _Numbers(dict):
   In one dict, the others that come and go would make it be built anew every now and then, twice as
   large for a moment.
   """
+
   others = {}  # noqa: RUF012 (replaced, never changed)
 
   def __missing__(self, word):
@@ -90,5 +96,5 @@ def _grown(array, size):
   if size <= len(array):
     return array
   out = np.zeros(max(size, 2 * len(array)), array.dtype)
-  out[:len(array)] = array
+  out[: len(array)] = array
   return out

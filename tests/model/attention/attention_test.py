@@ -43,8 +43,7 @@ def by_definition(q, k, v, mask, scale, softcap):
 def test_forms_agree_with_the_definition(form, softcap, heads):
   q, k, v, mask = inputs(N=heads[0], K=heads[1])
   out = attention.attend(form, q, k, v, mask, scale=0.3, softcap=softcap)
-  np.testing.assert_allclose(out, by_definition(q, k, v, np.asarray(mask), 0.3, softcap),
-                             atol=1e-5)
+  np.testing.assert_allclose(out, by_definition(q, k, v, np.asarray(mask), 0.3, softcap), atol=1e-5)
 
 
 @pytest.mark.parametrize("T", [8, 7, 12])
@@ -53,19 +52,24 @@ def test_the_causal_form_skips_only_what_the_mask_hides(T, monkeypatch):
   monkeypatch.setattr(attention, "_MOST_CHUNKS", 4)
   q, k, v, mask = inputs(T=T)
   mask &= jnp.tril(jnp.ones((T, T), bool))
+
   def both(f):
     out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, mask, scale=0.3), q, k, v)
     return out, vjp(jnp.cos(out))
+
   got = both(functools.partial(attention.batched, causal=True))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got,
-               both(attention.reference))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, both(attention.reference)
+  )
 
 
 @pytest.mark.parametrize("form", ["reference", "batched"])
 def test_gradients_agree_and_a_row_that_sees_nothing_has_none(form):
   q, k, v, mask = inputs()
+
   def loss(form):
     return lambda q, k, v: jnp.sin(attention.attend(form, q, k, v, mask, scale=0.3)).sum()
+
   got = jax.grad(loss(form), (0, 1, 2))(q, k, v)
   want = jax.grad(loss("reference"), (0, 1, 2))(q, k, v)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
@@ -78,9 +82,15 @@ def test_heads_that_do_not_divide_are_refused():
     attention.reference(q, k, v, mask, scale=1.0)
 
 
-@pytest.mark.parametrize("fields", [
-    dict(causal=True), dict(causal=True, window=40), dict(causal=False, window=40),
-    dict(causal=True, softcap=2.0, K=1)])
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(causal=True),
+    dict(causal=True, window=40),
+    dict(causal=False, window=40),
+    dict(causal=True, softcap=2.0, K=1),
+  ],
+)
 def test_the_kernel_for_tpus_agrees_with_the_definition(fields):
   T = 256
   fields = dict(fields)
@@ -94,8 +104,11 @@ def test_the_kernel_for_tpus_agrees_with_the_definition(fields):
     out, vjp = jax.vjp(lambda q, k, v: f(q, k, v) * real, q, k, v)
     return out, vjp(jnp.cos(out) * real)
 
-  got = both(lambda q, k, v: attention.splash(q, k, v, segments, scale=0.3, softcap=softcap,
-                                              interpret=True, **fields))
+  got = both(
+    lambda q, k, v: attention.splash(
+      q, k, v, segments, scale=0.3, softcap=softcap, interpret=True, **fields
+    )
+  )
   want = both(lambda q, k, v: attention.reference(q, k, v, mask, scale=0.3, softcap=softcap))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
@@ -112,23 +125,35 @@ def test_the_kernel_for_tpus_under_a_mesh():
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("platform, more, form", [
-    ("cpu", {}, "batched"), ("tpu", {}, "splash"), ("tpu", dict(length=100), "reference"),
-    ("gpu", {}, "cudnn"), ("gpu", dict(dtype="float32"), "reference"),
-    ("gpu", dict(softcap=30.0), "reference"), ("gpu", dict(heads=(256, 256)), "reference"),
-    ("gpu", dict(heads=(100, 100)), "reference"), ("gpu", dict(heads=(128, 64)), "reference")])
+@pytest.mark.parametrize(
+  "platform, more, form",
+  [
+    ("cpu", {}, "batched"),
+    ("tpu", {}, "splash"),
+    ("tpu", dict(length=100), "reference"),
+    ("gpu", {}, "cudnn"),
+    ("gpu", dict(dtype="float32"), "reference"),
+    ("gpu", dict(softcap=30.0), "reference"),
+    ("gpu", dict(heads=(256, 256)), "reference"),
+    ("gpu", dict(heads=(100, 100)), "reference"),
+    ("gpu", dict(heads=(128, 64)), "reference"),
+  ],
+)
 def test_auto_goes_by_the_platform(platform, more, form):
   fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(64, 64)) | more
   assert attention.choose("auto", platform, **fields) == form
   assert attention.choose("batched", platform, **fields) == "batched"
 
 
-@pytest.mark.parametrize("form, platform, more, words", [
+@pytest.mark.parametrize(
+  "form, platform, more, words",
+  [
     ("splash", "cpu", {}, "a kernel for TPUs, and the devices are of the kind 'cpu'"),
     ("cudnn", "tpu", {}, "a kernel for GPUs, and the devices are of the kind 'tpu'"),
     ("splash", "tpu", dict(length=1000), "data.seq_len=1000 is no multiple of 128"),
     ("cudnn", "gpu", dict(dtype="float32"), "set model.dtype=bfloat16"),
-])
+  ],
+)
 def test_a_kernel_that_cannot_run_is_refused(form, platform, more, words):
   fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(64, 64)) | more
   with pytest.raises(UserError, match=words):
@@ -137,7 +162,9 @@ def test_a_kernel_that_cannot_run_is_refused(form, platform, more, words):
 
 def test_heads_go_to_cudnn_where_the_gpu_has_kernels_for_them(monkeypatch):
   fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(256, 128))
-  with pytest.raises(UserError, match=r"no kernel for heads of 256 \(values 128\) on a GPU that is not"):
+  with pytest.raises(
+    UserError, match=r"no kernel for heads of 256 \(values 128\) on a GPU that is not"
+  ):
     attention.choose("cudnn", "gpu", **fields)
   gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
   monkeypatch.setattr(jax, "local_devices", lambda: [gpu])

@@ -18,14 +18,14 @@ from jaxgpt.parallel import sharding
 def mesh_of(seq, **axes):
   c = config.base().mesh
   c.update(dict(data=1, fsdp=1, seq=seq) | axes)
-  return mesh_lib.make(c, jax.devices()[:seq * int(np.prod(list(axes.values()), dtype=int))])
+  return mesh_lib.make(c, jax.devices()[: seq * int(np.prod(list(axes.values()), dtype=int))])
 
 
 def inputs(T, N=4, K=2):
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(key, (2, T, heads, 8)) for key, heads in zip(keys, (N, K, K)))
   segments = np.ones((2, T), np.int32)
-  segments[0, T // 4:], segments[0, 3 * T // 4:], segments[1, T // 8:] = 2, 0, 2
+  segments[0, T // 4 :], segments[0, 3 * T // 4 :], segments[1, T // 8 :] = 2, 0, 2
   return q, k, v, jnp.asarray(segments)
 
 
@@ -48,17 +48,23 @@ def agree(mesh, T, form, atol=1e-5, interpret=False, **fields):
   plain = {name: fields[name] for name in ("scale", "softcap")}
   want = with_gradients(lambda *x: attention.reference(*x, mask, **plain), segments, q, k, v)
   same = lambda x: x
-  to, back = (context_parallel.balance, context_parallel.restore) if fields["causal"] else (same, same)
+  to, back = (
+    (context_parallel.balance, context_parallel.restore) if fields["causal"] else (same, same)
+  )
 
   def cut(*qkv):
-    return back(attention.in_parts(form, *map(to, qkv), to(segments), interpret=interpret, **fields))
+    return back(
+      attention.in_parts(form, *map(to, qkv), to(segments), interpret=interpret, **fields)
+    )
 
   with jax.set_mesh(mesh):
     got = with_gradients(cut, segments, q, k, v)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
 
 
-@pytest.mark.parametrize("seq, fields", [
+@pytest.mark.parametrize(
+  "seq, fields",
+  [
     (2, dict(causal=True, window=None)),
     (4, dict(causal=True, window=None, softcap=2.0)),
     (8, dict(causal=True, window=None)),
@@ -66,7 +72,8 @@ def agree(mesh, T, form, atol=1e-5, interpret=False, **fields):
     (4, dict(causal=True, window=21)),  # three chunks
     (4, dict(causal=False, window=None)),
     (2, dict(causal=False, window=20)),
-])
+  ],
+)
 def test_rows_that_are_cut_attend_as_whole_ones(seq, fields):
   agree(mesh_of(seq), 64, "batched", **fields)
 
@@ -93,9 +100,14 @@ def test_heads_take_their_turn_where_there_is_much_of_them():
   assert turns(512, 32, 8) == turns(16_384, 8, 1) == [1]
 
 
-@pytest.mark.parametrize("fields", [
-    dict(causal=True, window=None), dict(causal=True, window=40, softcap=2.0),
-    pytest.param(dict(causal=False, window=200), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(causal=True, window=None),
+    dict(causal=True, window=40, softcap=2.0),
+    pytest.param(dict(causal=False, window=200), marks=pytest.mark.slow),
+  ],
+)
 def test_the_kernel_for_tpus_in_parts(fields):
   agree(mesh_of(2), 512, "splash", atol=2e-5, interpret=True, **fields)
 
@@ -125,6 +137,7 @@ def test_order_and_back():
 
 def counted(monkeypatch, n, window=None, order=context_parallel.chunks):
   """How many keys the ring lets each query of a row read: [device, its queries], and their places."""
+
   def forward(kernel, band, q, k, v, q_ids, k_ids):
     there = band.array(q.shape[2], k.shape[2]) & (k_ids[..., None, :] > 0)
     count = there.sum(-1).astype(jnp.float32)  # [B, 1, T]
@@ -139,8 +152,11 @@ def counted(monkeypatch, n, window=None, order=context_parallel.chunks):
   monkeypatch.setattr(context_parallel, "chunks", order)
   x, T = jnp.ones((1, 64, 1, 1)), 64
   with jax.set_mesh(mesh_of(n)):
-    out = jax.jit(functools.partial(attention.in_parts, "batched", scale=1.0, softcap=None,
-                                    causal=True, window=window))(x, x, x, jnp.ones((1, T), jnp.int32))
+    out = jax.jit(
+      functools.partial(
+        attention.in_parts, "batched", scale=1.0, softcap=None, causal=True, window=window
+      )
+    )(x, x, x, jnp.ones((1, T), jnp.int32))
   places = order(n, True)[..., None] * (T // (2 * n)) + np.arange(T // (2 * n))
   return np.asarray(out).reshape(n, -1), places.reshape(n, -1)
 
@@ -168,6 +184,7 @@ def test_attention_that_is_saved_does_not_go_around_again():
     def layer(x, _):
       qkv = layers.named(sharding.DEFAULT, x * 2, x * 3, x * 4)
       return attention.attend("batched", *qkv, None, segments, scale=0.3, causal=True), None
+
     layer = jax.checkpoint(layer, policy=remat_lib.policy(remat))
     run = lambda x: jax.lax.scan(layer, x, None, length=2)[0].sum()
     return jax.jit(jax.grad(run)).lower(q).compile().as_text().count(" exponential(")
@@ -179,8 +196,10 @@ def test_attention_that_is_saved_does_not_go_around_again():
 def test_no_array_of_all_pairs_of_positions():
   T = 96
   q, k, v, segments = inputs(T)
+
   def loss(q, k, v):
     return attention.attend("batched", q, k, v, None, segments, scale=0.3, causal=True).sum()
+
   with jax.set_mesh(mesh_of(4)):
     assert not attention.needs_mask("batched", T) and attention.needs_mask("batched", T + 1)
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).as_text()

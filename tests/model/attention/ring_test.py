@@ -13,16 +13,30 @@ from jaxgpt.training import evaluation, loop, train_step
 from tests.training.train_step_test import TOLERANCE, start, trajectory
 
 MODELS = {
-    "dense": {},
-    "windows": dict(model__attention_pattern=("local", "global"), model__window=7,
-                    model__attn_softcap=5.0, model__rope__scaling="yarn", model__rope__factor=4.0,
-                    model__rope__original_len=16, model__max_len=32),
-    "masked": dict(objective__name="masked_lm", model__causal=False,
-                   model__attention_pattern=("global", "local"), model__window=7),
-    "experts": dict(model__mlp_pattern=("moe",), model__moe__experts=4, model__moe__width=32),
-    "capacity": dict(model__mlp_pattern=("dense", "moe"), model__moe__experts=4,
-                     model__moe__width=32, model__moe__capacity=1.0),
-    "recomputed": dict(model__remat="save_attention", optim__accumulate=2),
+  "dense": {},
+  "windows": dict(
+    model__attention_pattern=("local", "global"),
+    model__window=7,
+    model__attn_softcap=5.0,
+    model__rope__scaling="yarn",
+    model__rope__factor=4.0,
+    model__rope__original_len=16,
+    model__max_len=32,
+  ),
+  "masked": dict(
+    objective__name="masked_lm",
+    model__causal=False,
+    model__attention_pattern=("global", "local"),
+    model__window=7,
+  ),
+  "experts": dict(model__mlp_pattern=("moe",), model__moe__experts=4, model__moe__width=32),
+  "capacity": dict(
+    model__mlp_pattern=("dense", "moe"),
+    model__moe__experts=4,
+    model__moe__width=32,
+    model__moe__capacity=1.0,
+  ),
+  "recomputed": dict(model__remat="save_attention", optim__accumulate=2),
 }
 QUICK = {("dense", 2), ("windows", 8), ("masked", 4), ("capacity", 4)}
 
@@ -32,9 +46,14 @@ def _whole(tiny, name):
   return trajectory(tiny(mesh__data=1, **MODELS[name]), 5)[0]
 
 
-@pytest.mark.parametrize("name, seq", [
+@pytest.mark.parametrize(
+  "name, seq",
+  [
     pytest.param(name, seq, marks=() if (name, seq) in QUICK else pytest.mark.slow)
-    for name in MODELS for seq in (2, 4, 8)])
+    for name in MODELS
+    for seq in (2, 4, 8)
+  ],
+)
 def test_rows_that_are_cut_train_as_whole_ones(tiny, name, seq):
   got, _ = trajectory(tiny(mesh__data=1, mesh__seq=seq, **MODELS[name]), 5)
   np.testing.assert_allclose(got, _whole(tiny, name), rtol=TOLERANCE)
@@ -51,8 +70,11 @@ def test_evaluation_and_the_model_alone_do_not_know_of_the_order(tiny):
     with jax.set_mesh(made):
       state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
       sums = evaluation.make_step(parts.objective)(state["params"], loop.to_devices(batch, made))
-      apply = jax.jit(lambda p, b, m=parts.model: m.apply(
-          {"params": p}, b["tokens"], b["positions"], b["segment_ids"]).logits)
+      apply = jax.jit(
+        lambda p, b, m=parts.model: (
+          m.apply({"params": p}, b["tokens"], b["positions"], b["segment_ids"]).logits
+        )
+      )
       logits = apply(state["params"], loop.to_devices(batch, made))
     found.append((float(sums["nll"]), np.asarray(logits)[batch["segment_ids"] > 0]))
   np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
@@ -60,10 +82,15 @@ def test_evaluation_and_the_model_alone_do_not_know_of_the_order(tiny):
 
 
 def test_a_row_that_cannot_be_cut_is_named(tiny):
-  with pytest.raises(UserError, match=r"data.seq_len=36 is no multiple of 8, which mesh.seq=4 .*"
-                                      r"set data.seq_len=32, or mesh.seq=1"):
+  with pytest.raises(
+    UserError,
+    match=r"data.seq_len=36 is no multiple of 8, which mesh.seq=4 .*"
+    r"set data.seq_len=32, or mesh.seq=1",
+  ):
     start(tiny(mesh__data=1, mesh__seq=4, data__seq_len=36))
   sizes = {"seq": 8}
-  with pytest.raises(UserError, match=r"data.seq_len=9000 is no multiple of 2048.*set data.seq_len=8192"):
+  with pytest.raises(
+    UserError, match=r"data.seq_len=9000 is no multiple of 2048.*set data.seq_len=8192"
+  ):
     mesh.check_length(sizes, 9000, "splash")
   mesh.check_length(sizes, 8192, "splash")

@@ -13,12 +13,23 @@ from jaxgpt.errors import UserError
 from jaxgpt.text.filters import clean, words
 from jaxgpt.text.readers import documents as documents_lib
 
-PROSE = ("The committee met on Tuesday to discuss the plan that it had been given. Nobody was "
-         "happy with the first draft, and so they sent it back to the authors. \"We have to be "
-         "quick,\" said the chair. It took the better part of the year to write a second one. "
-         "When it came, the members of the committee agreed that it was better than the first.")
-DATATROVE = {"ftfy", "html", "pii", "c4_lines", "c4_quality", "gopher_quality",
-             "gopher_repetition", "fineweb_quality", "language"}
+PROSE = (
+  "The committee met on Tuesday to discuss the plan that it had been given. Nobody was "
+  'happy with the first draft, and so they sent it back to the authors. "We have to be '
+  'quick," said the chair. It took the better part of the year to write a second one. '
+  "When it came, the members of the committee agreed that it was better than the first."
+)
+DATATROVE = {
+  "ftfy",
+  "html",
+  "pii",
+  "c4_lines",
+  "c4_quality",
+  "gopher_quality",
+  "gopher_repetition",
+  "fineweb_quality",
+  "language",
+}
 
 
 def run(specs, texts):
@@ -62,16 +73,32 @@ def test_what_is_left_without_text_is_dropped():
   assert run(["c4_lines"], ["Home | About | Contact"])[1] == {"c4_lines: empty": 1}
 
 
-@pytest.mark.parametrize("spec, text, want", [
+@pytest.mark.parametrize(
+  "spec, text, want",
+  [
     ("ftfy", "caf\u00c3\u00a9 \u00e2\u20ac\u201d ok", "caf\u00e9 \u2014 ok"),
-    ("pii", "to bob@site.org from 8.8.4.4, 10.0.0.1",
-     "to email@example.com from 22.214.171.124, 10.0.0.1"),
-    ("pii:remove_ips=false,email_replacement=<mail>", "to bob@site.org from 8.8.4.4",
-     "to <mail> from 8.8.4.4"),
-    ("c4_lines", "Menu\nThis line has an end.\nYou must enable javascript now.\nSo has this one.",
-     "This line has an end.\nSo has this one."),
-    ("html:pages_only=false", f"<html><body><nav><a href='/'>Home</a></nav><p>{PROSE}</p></body></html>",
-     PROSE)])
+    (
+      "pii",
+      "to bob@site.org from 8.8.4.4, 10.0.0.1",
+      "to email@example.com from 22.214.171.124, 10.0.0.1",
+    ),
+    (
+      "pii:remove_ips=false,email_replacement=<mail>",
+      "to bob@site.org from 8.8.4.4",
+      "to <mail> from 8.8.4.4",
+    ),
+    (
+      "c4_lines",
+      "Menu\nThis line has an end.\nYou must enable javascript now.\nSo has this one.",
+      "This line has an end.\nSo has this one.",
+    ),
+    (
+      "html:pages_only=false",
+      f"<html><body><nav><a href='/'>Home</a></nav><p>{PROSE}</p></body></html>",
+      PROSE,
+    ),
+  ],
+)
 def test_what_is_rewritten(spec, text, want):
   pytest.importorskip("datatrove")
   kept, _, changed = run([spec], [text])
@@ -79,7 +106,9 @@ def test_what_is_rewritten(spec, text, want):
   assert changed == {spec.split(":")[0]: [1, len(text) - len(want)]}
 
 
-@pytest.mark.parametrize("spec, text, rule", [
+@pytest.mark.parametrize(
+  "spec, text, rule",
+  [
     ("gopher_quality", "too short", "gopher_quality: gopher_short_doc"),
     ("gopher_quality:min_stop_words=0", "zxcv bnmq " * 60, None),
     ("gopher_quality", "zxcv bnmq " * 60, "gopher_quality: gopher_enough_stop_words"),
@@ -87,7 +116,9 @@ def test_what_is_rewritten(spec, text, want):
     ("fineweb_quality", "no stop\n" * 40, "fineweb_quality: line_punct_ratio"),
     ("c4_quality", f"{PROSE}\nif (x) {{ return to the start. }}.", "c4_quality: curly_bracket"),
     ("c4_quality", "Just one sentence is here.", "c4_quality: too_few_sentences"),
-    ("html:pages_only=false", "<html><body></body></html>", "html: no text found")])
+    ("html:pages_only=false", "<html><body></body></html>", "html: no text found"),
+  ],
+)
 def test_what_is_dropped_and_that_good_prose_is_not(spec, text, rule):
   pytest.importorskip("datatrove")
   kept, dropped, _ = run([spec], [text])
@@ -109,10 +140,14 @@ def test_fields_of_labelled_documents_are_rewritten_but_labels_and_roles():
   fields = {"messages": [{"role": lig, "content": lig}], "label": lig, "text": lig, "n": 3}
   document = documents_lib.Document("a", lig * 5, "", fields)
   steps = ["unicode:form=NFKC", "length:min_chars=10"]
-  cleaned, = clean.make(steps)([document], documents_lib.Dropped())
+  (cleaned,) = clean.make(steps)([document], documents_lib.Dropped())
   assert cleaned.text == "fi" * 5
-  assert cleaned.fields == {"messages": [{"role": lig, "content": "fi"}], "label": lig,
-                            "text": "fi", "n": 3}
+  assert cleaned.fields == {
+    "messages": [{"role": lig, "content": "fi"}],
+    "label": lig,
+    "text": "fi",
+    "n": 3,
+  }
 
 
 def test_order_and_neighbours_do_not_matter():
@@ -131,14 +166,16 @@ def test_a_step_that_fails_drops_its_document_only(monkeypatch):
     if "bad" in text:
       raise KeyError("oops")
     return text.upper(), None
+
   monkeypatch.setitem(clean.STEPS, "shout", clean._Row(lambda spec: fail, {}))
   kept, dropped, _ = run(["shout"], ["good", "bad", "fine"])
   assert kept == ["GOOD", "FINE"] and dropped == {"shout: error": 1}
 
 
 def test_a_text_without_utf8_form_is_dropped(monkeypatch):
-  monkeypatch.setitem(clean.STEPS, "break",
-                      clean._Row(lambda spec: lambda text: ("\ud800", None), {}))
+  monkeypatch.setitem(
+    clean.STEPS, "break", clean._Row(lambda spec: lambda text: ("\ud800", None), {})
+  )
   assert run(["break"], ["x"])[1] == {"break: error": 1}
 
 
@@ -152,6 +189,7 @@ def test_time_is_up_for_an_extraction_that_does_not_end(monkeypatch):
       with contextlib.suppress(Exception):  # as trafilatura would
         sum(range(1000))
     return text
+
   monkeypatch.setattr(block, "extract", extract)
   kept, dropped, _ = run(["html:pages_only=false,timeout=0.1"], ["forever", "fine"])
   assert kept == ["fine"] and dropped == {"html: timeout": 1}
@@ -161,8 +199,9 @@ def test_the_cleaner_pickles():
   pytest.importorskip("datatrove")
   cleaner = pickle.loads(pickle.dumps(clean.make(["gopher_quality:min_doc_words=5", "unicode"])))
   dropped = documents_lib.Dropped()
-  assert list(cleaner([documents_lib.Document("a", PROSE), documents_lib.Document("b", "no")], dropped)) == [
-      documents_lib.Document("a", PROSE)]
+  assert list(
+    cleaner([documents_lib.Document("a", PROSE), documents_lib.Document("b", "no")], dropped)
+  ) == [documents_lib.Document("a", PROSE)]
   assert dropped.examples == {"gopher_quality: gopher_short_doc": ["b: 'no'"]}
 
 
@@ -197,11 +236,18 @@ def test_language_by_a_model_of_the_user(tmp_path):
     clean.make([f"language:model={model},keep=de"])
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("ftfi", "did you mean 'ftfy'"), ("length:min_char=3", "did you mean 'min_chars'"),
-    ("length:min_chars=many", "'many' is no int"), ("length:min_chars", "give min_chars a value"),
-    ("unicode:form=UTF8", "choose from NFC"), ("", "choose from"),
-    ("language:model=/none.bin,keep=en", "is no file")])
+@pytest.mark.parametrize(
+  "spec, message",
+  [
+    ("ftfi", "did you mean 'ftfy'"),
+    ("length:min_char=3", "did you mean 'min_chars'"),
+    ("length:min_chars=many", "'many' is no int"),
+    ("length:min_chars", "give min_chars a value"),
+    ("unicode:form=UTF8", "choose from NFC"),
+    ("", "choose from"),
+    ("language:model=/none.bin,keep=en", "is no file"),
+  ],
+)
 def test_bad_specs_are_named(spec, message):
   with pytest.raises(UserError, match=message) as e:
     clean.make(["length", spec])
@@ -221,9 +267,26 @@ def test_without_the_extra_a_step_says_what_to_install(name, monkeypatch):
 
 def test_words_and_sentences():
   assert words.words("Don't stop (e.g. at a-b, x_1=3.14)... ===\n") == [
-      "Don't", "stop", "(", "e.g", ".", "at", "a-b", ",", "x_1=3.14", ")", "...", "==="]
+    "Don't",
+    "stop",
+    "(",
+    "e.g",
+    ".",
+    "at",
+    "a-b",
+    ",",
+    "x_1=3.14",
+    ")",
+    "...",
+    "===",
+  ]
   assert words.words("漢字 ไทย नमस्ते हिन्दी।") == ["漢", "字", "ไ", "ท", "ย", "नमस्ते", "हिन्दी", "।"]
   assert words.plain_words("A b_c, 1.5! Don't") == ["a", "b", "c", "1", "5", "don't"]
-  text = "One here. \"Two?\" Three, e.g. this one\nfour。五"
+  text = 'One here. "Two?" Three, e.g. this one\nfour。五'
   assert [text[a:b] for a, b in words.sentence_spans(text)] == [
-      "One here.", "\"Two?\"", "Three, e.g. this one", "four。", "五"]
+    "One here.",
+    '"Two?"',
+    "Three, e.g. this one",
+    "four。",
+    "五",
+  ]

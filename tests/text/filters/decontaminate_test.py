@@ -40,8 +40,10 @@ def test_what_shares_thirteen_words_goes_and_the_rest_stays(tmp_path):
   held = [text() for _ in range(20)]
   clean = [text() for _ in range(50)]
   part = held[4].split()
-  leaks = [f"{clean[0]}\n{' '.join(part[20:35])} {clean[1]}",
-           f"{clean[2]} {', '.join(part[5:25]).upper()}! {clean[3]}"]
+  leaks = [
+    f"{clean[0]}\n{' '.join(part[20:35])} {clean[1]}",
+    f"{clean[2]} {', '.join(part[5:25]).upper()}! {clean[3]}",
+  ]
   almost = f"{clean[4]} {' '.join(part[30:42])} {clean[5]}"
   judge = make_filter(tmp_path, {"bench": held}, decontaminate.make())
   dropped = documents_lib.Dropped()
@@ -49,7 +51,8 @@ def test_what_shares_thirteen_words_goes_and_the_rest_stays(tmp_path):
   assert dropped.counts == {"contaminated": 2}
   assert judge.found == {"bench": 2}
   assert dropped.examples["contaminated"][0] == (
-      f"s:50: bench: 3 of 123 runs, such as {' '.join(part[20:33])!r}")
+    f"s:50: bench: 3 of 123 runs, such as {' '.join(part[20:33])!r}"
+  )
 
 
 def test_every_planted_leak_is_found_and_nothing_else(tmp_path):
@@ -57,7 +60,7 @@ def test_every_planted_leak_is_found_and_nothing_else(tmp_path):
   train = [text(200) for _ in range(1000)]
   for i in range(0, 1000, 5):
     start = RANDOM.randrange(87)
-    train[i] += " " + " ".join(held[i % 300].split()[start:start + 13])
+    train[i] += " " + " ".join(held[i % 300].split()[start : start + 13])
   judge = make_filter(tmp_path, {"test": held}, decontaminate.make(), tasks=3)
   assert [i for i, t in enumerate(train) if judge.check(t)] == list(range(0, 1000, 5))
 
@@ -76,8 +79,9 @@ def test_phrases_of_many_held_out_texts_do_not_count(tmp_path):
   licence = text(40)
   held = [f"{text()} {licence}" for _ in range(6)]
   for common, found in ((5, False), (6, True), (0, True)):
-    judge = make_filter(tmp_path / str(common), {"x": held},
-                        decontaminate.make(f"common={common}"), tasks=2)
+    judge = make_filter(
+      tmp_path / str(common), {"x": held}, decontaminate.make(f"common={common}"), tasks=2
+    )
     assert bool(judge.check(f"{text()} {licence}")) == found
     assert judge.check(held[0])
 
@@ -85,15 +89,22 @@ def test_phrases_of_many_held_out_texts_do_not_count(tmp_path):
 def test_how_much_must_be_shared(tmp_path):
   held = text(60)
   train = f"{text(100)} {' '.join(held.split()[:20])}"  # 8 of 108 runs
-  for given, found in (("runs=8", True), ("runs=9", False), ("share=0.07", True),
-                       ("share=0.08", False), ("words=20", True), ("words=21", False)):
+  for given, found in (
+    ("runs=8", True),
+    ("runs=9", False),
+    ("share=0.07", True),
+    ("share=0.08", False),
+    ("words=20", True),
+    ("words=21", False),
+  ):
     judge = make_filter(tmp_path / given, {"x": [held]}, decontaminate.make(given))
     assert bool(judge.check(train)) == found, given
 
 
 def test_texts_that_are_too_short_to_be_found_are_counted(tmp_path):
-  assert decontaminate.collect(documents(["one two", text(13), text(12)]), tmp_path,
-                               decontaminate.make()) == {"documents": 3, "too short": 2}
+  assert decontaminate.collect(
+    documents(["one two", text(13), text(12)]), tmp_path, decontaminate.make()
+  ) == {"documents": 3, "too short": 2}
 
 
 def test_counting_in_parts_changes_nothing(tmp_path, monkeypatch):
@@ -109,8 +120,10 @@ def test_counting_in_parts_changes_nothing(tmp_path, monkeypatch):
   assert set(arrays[0]["texts"].tolist()) == {2} and len(arrays[0]) == 9 * 48
 
 
-@pytest.mark.parametrize("given, message", [
-    ("word=3", "did you mean 'words'"), ("words=0", "at least 1"), ("remove=maybe", "no bool")])
+@pytest.mark.parametrize(
+  "given, message",
+  [("word=3", "did you mean 'words'"), ("words=0", "at least 1"), ("remove=maybe", "no bool")],
+)
 def test_bad_options_are_named(given, message):
   with pytest.raises(UserError, match=message):
     decontaminate.make(given)
@@ -121,7 +134,7 @@ def test_runs_have_the_same_hashes_on_every_machine():
   assert runs.dtype == np.uint64 and len(runs) == 4 and runs[0] == runs[3]
   assert len(set(runs.tolist())) == 3
   assert runs[0] != words.ngram_hashes("b a", 2)[0]
-  assert words.ngram_hashes("golden hash", 2).tolist() == [0x37acd92536d946bd]
+  assert words.ngram_hashes("golden hash", 2).tolist() == [0x37ACD92536D946BD]
   assert len(words.ngram_hashes("a", 2)) == 0
 
 

@@ -14,12 +14,15 @@ from jaxgpt.text.filters import dedup
 from jaxgpt.text.readers import documents as documents_lib
 
 _spec = importlib.util.spec_from_file_location(
-    "dedup_benchmark", pathlib.Path(__file__).parents[3] / "benchmarks" / "dedup.py")
+  "dedup_benchmark", pathlib.Path(__file__).parents[3] / "benchmarks" / "dedup.py"
+)
 benchmark = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(benchmark)
 
-TEXTS = [f"Text {i} of a few that begin with the number {i} and go on with {i * i} words." * 2
-         for i in range(40)]
+TEXTS = [
+  f"Text {i} of a few that begin with the number {i} and go on with {i * i} words." * 2
+  for i in range(40)
+]
 
 
 def documents(texts):
@@ -31,8 +34,9 @@ def removed(texts, given, folder, tasks=3):
 
 
 def files(folder):
-  return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-          if p.is_file()}
+  return {
+    str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+  }
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,9 @@ def test_the_bar_on_real_documents(natural, tmp_path):
   like = [benchmark.similarity(found[a].text, found[b].text) for a, b in gone.items()]
   assert np.mean(np.array(like) < 0.5) < 0.02, "what goes is like what stays"
   planted = benchmark.plant(base, 0.2, seed=1)
-  share, false = benchmark.found(planted, benchmark.remove(
-      [d for d, *_ in planted], dedup.make(["exact", "near"]), tmp_path))
+  share, false = benchmark.found(
+    planted, benchmark.remove([d for d, *_ in planted], dedup.make(["exact", "near"]), tmp_path)
+  )
   assert share["exact"] >= 0.99 and share["changed"] >= 0.90 and false < 0.005
 
 
@@ -60,7 +65,10 @@ def test_the_first_exact_duplicate_stays(tmp_path):
   texts = TEXTS[:10] + [TEXTS[3], " " + TEXTS[4].replace(" ", "\n"), TEXTS[5].upper(), TEXTS[3]]
   assert removed(texts, ["exact"], tmp_path / "a") == {10: 3, 11: 4, 13: 3}
   assert removed(texts, ["exact:ignore_space=false,ignore_case=true"], tmp_path / "b") == {
-      10: 3, 12: 5, 13: 3}
+    10: 3,
+    12: 5,
+    13: 3,
+  }
 
 
 def test_digests_sorted_in_parts_find_the_same(tmp_path, monkeypatch):
@@ -68,15 +76,21 @@ def test_digests_sorted_in_parts_find_the_same(tmp_path, monkeypatch):
   whole = removed(texts, ["exact"], tmp_path / "a")
   monkeypatch.setattr(dedup, "_PART", 7)
   assert removed(texts, ["exact"], tmp_path / "b") == whole
-  assert len(whole) == 20 == sum(
-      len(dedup.removals(rank, tmp_path / "b" / "cluster")) for rank in range(3))
+  assert (
+    len(whole)
+    == 20
+    == sum(len(dedup.removals(rank, tmp_path / "b" / "cluster")) for rank in range(3))
+  )
 
 
 def test_an_exact_duplicate_is_no_near_duplicate_too(natural, tmp_path):
   text, other = (d.text for d in natural[2][:2])
   removed([text, other, text, text + " And more.", text], ["exact", "near"], tmp_path, tasks=1)
   assert dedup.removals(0, tmp_path / "cluster").tolist() == [
-      [2, 0, 0, 0], [3, 1, 0, 0], [4, 0, 0, 0]]
+    [2, 0, 0, 0],
+    [3, 1, 0, 0],
+    [4, 0, 0, 0],
+  ]
 
 
 @pytest.mark.parametrize("given", [["near"], ["exact", "near"]])
@@ -93,7 +107,7 @@ def test_a_chain_of_likenesses_does_not_remove_what_is_not_like_what_stays(tmp_p
   """Each is like its neighbour, the last is not like the first: a connected group would go."""
   pytest.importorskip("datatrove")
   words = [f"w{i}" for i in range(400)]
-  texts = [" ".join(words[30 * i:30 * i + 200]) for i in range(6)]
+  texts = [" ".join(words[30 * i : 30 * i + 200]) for i in range(6)]
   likeness = [benchmark.similarity(texts[0], t) for t in texts]
   assert likeness[1] > 0.7 > 0.6 > likeness[2]
   gone = removed(texts, ["near"], tmp_path)
@@ -106,8 +120,9 @@ def test_a_chain_of_likenesses_does_not_remove_what_is_not_like_what_stays(tmp_p
 def test_shared_buckets_are_not_enough(natural, tmp_path):
   """With one hash a bucket all share buckets; only what is like goes."""
   base = [d.text for d in natural[2][:60]]
-  assert removed(base + [base[7]], ["near:hashes=1,buckets=100,threshold=0.95"],
-                 tmp_path) == {60: 7}
+  assert removed(base + [base[7]], ["near:hashes=1,buckets=100,threshold=0.95"], tmp_path) == {
+    60: 7
+  }
 
 
 def test_a_long_text_is_hashed_in_parts(tmp_path, monkeypatch):
@@ -144,13 +159,21 @@ def test_kept_documents_and_the_account(natural, tmp_path):
 def test_short_and_no_documents(tmp_path):
   pytest.importorskip("datatrove")
   assert removed(["a", "b", "a", "!", "a b", "a b"], ["exact", "near"], tmp_path / "a") == {
-      2: 0, 5: 4}
+    2: 0,
+    5: 4,
+  }
   assert removed([], ["exact", "near"], tmp_path / "b") == {}
 
 
-@pytest.mark.parametrize("given, message", [
-    (["exakt"], "did you mean 'exact'"), (["near:bucket=3"], "did you mean 'buckets'"),
-    (["near:threshold=2"], "threshold=2.0"), (["near:hashes=0"], "hashes=0")])
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    (["exakt"], "did you mean 'exact'"),
+    (["near:bucket=3"], "did you mean 'buckets'"),
+    (["near:threshold=2"], "threshold=2.0"),
+    (["near:hashes=0"], "hashes=0"),
+  ],
+)
 def test_bad_specs_are_named(given, message):
   with pytest.raises(UserError, match=message):
     dedup.make(given)

@@ -41,77 +41,131 @@ def link(target):
 
 # name: (file, content or a function that makes it, documents kept, {rule: dropped}, options)
 SURVIVED = {
-    "empty file": ("a.txt", b"", 0, {"empty": 1}),
-    "white space": ("a.txt", " \n\u2003\t".encode(), 0, {"empty": 1}),
-    "picture called text": ("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 0, {"binary": 1}),
-    "latin-1": ("a.txt", "Grüße".encode("latin-1"), 0, {"invalid utf-8": 1}),
-    "utf-16": ("a.txt", "Hello".encode("utf-16"), 0, {"binary": 1}),
-    "byte order mark and old line ends": ("a.txt", b"\xef\xbb\xbfone\rtwo\r\n", 1, {}),
-    "half a json line": ("a.jsonl", b'{"text": "x"}\n{"text": "y', 1, {"invalid json": 1}),
-    "blank lines and crlf": ("a.jsonl", b'\r\n{"text": "x"}\r\n \r\n{"text": "y"}', 2, {}),
-    "zeros in json": ("a.jsonl", b'{"text": "x"}\n' + bytes(500) + b"\n", 1, {"invalid json": 1}),
-    "no utf-8 in json": ("a.jsonl", b'{"text": "\xff"}\n{"text": "x"}', 1, {"invalid utf-8": 1}),
-    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}\n', 0, {"invalid utf-8": 1}),
-    "json too deep": ("a.jsonl", b"[" * 200_000 + b"\n", 0, {"invalid json": 1}),
-    "number too long": ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 9000 + b"}", 0,
-                        {"invalid json": 1}),
-    "a key twice": ("a.jsonl", b'{"text": 1, "text": "x"}', 1, {}),
-    "no number": ("a.jsonl", b'{"text": "x", "score": NaN, "n": -Infinity}', 1, {}),
-    "json that is no object": ("a.jsonl", b'[1]\n"text"\n3\nnull\n', 0, {"missing field": 4}),
-    "null text": ("a.jsonl", jsonl({"text": None}, {}), 0, {"missing field": 2}),
-    "text of another type": ("a.jsonl", jsonl({"text": 3}, {"text": ["x"]}, {"text": {}}), 0,
-                             {"wrong type": 3}),
-    "line of 200 MB": ("a.jsonl", lambda: jsonl({"text": "x" * 200_000_000}, {"text": "y"}), 1,
-                       {"too long": 1}),
-    "truncated gzip": ("a.jsonl.gz", lambda: gzip.compress(LINES[:30_000]) + gzip.compress(
-        LINES)[:9], 1041, {"unreadable": 1}),
-    "garbage after gzip": ("a.jsonl.gz", gzip.compress(jsonl({"text": "x"})) + b"garbage", 1,
-                           {"unreadable": 1}),
-    "no gzip": ("a.txt.gz", b"\0\1\2\3 not compressed", 0, {"binary": 1}),
-    "a bomb": ("a.jsonl.gz", lambda: gzip.compress(b"0" * 90_000_000), 0, {"too long": 1}),
-    "damaged xz": ("a.txt.xz", lambda: lzma.compress(LINES)[:500] + bytes(99), 0,
-                   {"unreadable": 1}),
-    "damaged zstandard": ("a.txt.zst", lambda: zstd(LINES)[:-50] + bytes(50), 0, {"unreadable": 1}),
-    "truncated zstandard": ("a.txt.zst", lambda: zstd(LINES)[:-9], 0, {"unreadable": 1}),
-    "no parquet": ("a.parquet", b"PAR1 and then nothing", 0, {"unreadable": 1}),
-    "truncated parquet": ("a.parquet", lambda: parquet("text", ["x"] * 9)[:-9], 0,
-                          {"unreadable": 1}),
-    "parquet without the column": ("a.parquet", lambda: parquet("body", ["x"] * 9), 0,
-                                   {"missing field": 9}),
-    "parquet of numbers and nulls": ("a.parquet", lambda: parquet("text", [1, None, 2]), 0,
-                                     {"wrong type": 2, "missing field": 1}),
-    "parquet with a column twice": (
-        "a.parquet", lambda: parquet("text text", ["x"], ["y"]), 0, {"missing field": 1}),
-    "csv with an open quote": ("a.csv", b'text,n\nx,1\n"y,2\nz,3\n', 1, {"invalid csv": 1}),
-    "csv with zeros": ("a.csv", b"text\nx\n\0\0\n", 1, {"binary": 1}),
-    "csv with ragged rows": ("a.csv", b"text,n\nx\ny,1\nz,2,3\n", 1, {"invalid csv": 2}),
-    "csv without the column": ("a.csv", b"body,n\nx,1\ny,2\n", 0, {"missing field": 1}),
-    "csv with a field of 1 MB": ("a.csv", b'text\n"' + b"x\n" * 500_000 + b'"\n', 1, {}),
-    "json array that breaks off": ("a.json", b'[{"text": "x"}, {"text": "y"}, {"te', 2,
-                                   {"invalid json": 1}),
-    "no web archive": ("a.warc", b"once upon a time\n" * 50, 0, {"invalid warc": 1}),
-    "link to nothing": ("a.txt", link("nowhere"), 0, {"unreadable": 1}),
-    "link to its own folder": ("a", link("."), 0, {}),
-    "a link to a file that is there": ("z.txt", link("good.txt"), 0, {}),
-    "a pipe": ("a.txt", os.mkfifo, 0, {}),
-    "a folder called like a file": ("a.txt", os.mkdir, 0, {}),
-    "a name that is no utf-8": (b"\xff\n.txt", b"x", 1, {}),
-    "messages that are none": (
-        "a.jsonl", messages("hi", {"role": "user"}, [3], [{"role": "user"}], [["user", "hi"]]), 0,
-        {"wrong type": 5}, {"kind": "chat"}),
-    "messages without content": (
-        "a.jsonl", messages(None, [], [{"role": "user", "content": None}],
-                            [{"role": "user", "content": " "}]), 0,
-        {"missing field": 1, "empty": 2, "wrong type": 1}, {"kind": "chat"}),
-    "labels that are none": (
-        "a.jsonl", jsonl({"text": "x"}, {"text": "x", "label": None}, {"text": "x", "label": []},
-                         {"text": "x", "label": float("nan")}, {"text": "x", "label": "\udc80"},
-                         {"text": "x", "label": float("inf")}, {"text": "x", "label": 10**400}), 0,
-        {"missing field": 2, "wrong type": 4, "invalid utf-8": 1}, {"kind": "classification"}),
-    "a text among tables": ("a.txt", b"x", 0, {"missing field": 1}, {"kind": "seq2seq"}),
+  "empty file": ("a.txt", b"", 0, {"empty": 1}),
+  "white space": ("a.txt", " \n\u2003\t".encode(), 0, {"empty": 1}),
+  "picture called text": ("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 0, {"binary": 1}),
+  "latin-1": ("a.txt", "Grüße".encode("latin-1"), 0, {"invalid utf-8": 1}),
+  "utf-16": ("a.txt", "Hello".encode("utf-16"), 0, {"binary": 1}),
+  "byte order mark and old line ends": ("a.txt", b"\xef\xbb\xbfone\rtwo\r\n", 1, {}),
+  "half a json line": ("a.jsonl", b'{"text": "x"}\n{"text": "y', 1, {"invalid json": 1}),
+  "blank lines and crlf": ("a.jsonl", b'\r\n{"text": "x"}\r\n \r\n{"text": "y"}', 2, {}),
+  "zeros in json": ("a.jsonl", b'{"text": "x"}\n' + bytes(500) + b"\n", 1, {"invalid json": 1}),
+  "no utf-8 in json": ("a.jsonl", b'{"text": "\xff"}\n{"text": "x"}', 1, {"invalid utf-8": 1}),
+  "half a character": ("a.jsonl", b'{"text": "\\ud83d"}\n', 0, {"invalid utf-8": 1}),
+  "json too deep": ("a.jsonl", b"[" * 200_000 + b"\n", 0, {"invalid json": 1}),
+  "number too long": (
+    "a.jsonl",
+    b'{"text": "x", "n": ' + b"9" * 9000 + b"}",
+    0,
+    {"invalid json": 1},
+  ),
+  "a key twice": ("a.jsonl", b'{"text": 1, "text": "x"}', 1, {}),
+  "no number": ("a.jsonl", b'{"text": "x", "score": NaN, "n": -Infinity}', 1, {}),
+  "json that is no object": ("a.jsonl", b'[1]\n"text"\n3\nnull\n', 0, {"missing field": 4}),
+  "null text": ("a.jsonl", jsonl({"text": None}, {}), 0, {"missing field": 2}),
+  "text of another type": (
+    "a.jsonl",
+    jsonl({"text": 3}, {"text": ["x"]}, {"text": {}}),
+    0,
+    {"wrong type": 3},
+  ),
+  "line of 200 MB": (
+    "a.jsonl",
+    lambda: jsonl({"text": "x" * 200_000_000}, {"text": "y"}),
+    1,
+    {"too long": 1},
+  ),
+  "truncated gzip": (
+    "a.jsonl.gz",
+    lambda: gzip.compress(LINES[:30_000]) + gzip.compress(LINES)[:9],
+    1041,
+    {"unreadable": 1},
+  ),
+  "garbage after gzip": (
+    "a.jsonl.gz",
+    gzip.compress(jsonl({"text": "x"})) + b"garbage",
+    1,
+    {"unreadable": 1},
+  ),
+  "no gzip": ("a.txt.gz", b"\0\1\2\3 not compressed", 0, {"binary": 1}),
+  "a bomb": ("a.jsonl.gz", lambda: gzip.compress(b"0" * 90_000_000), 0, {"too long": 1}),
+  "damaged xz": ("a.txt.xz", lambda: lzma.compress(LINES)[:500] + bytes(99), 0, {"unreadable": 1}),
+  "damaged zstandard": ("a.txt.zst", lambda: zstd(LINES)[:-50] + bytes(50), 0, {"unreadable": 1}),
+  "truncated zstandard": ("a.txt.zst", lambda: zstd(LINES)[:-9], 0, {"unreadable": 1}),
+  "no parquet": ("a.parquet", b"PAR1 and then nothing", 0, {"unreadable": 1}),
+  "truncated parquet": ("a.parquet", lambda: parquet("text", ["x"] * 9)[:-9], 0, {"unreadable": 1}),
+  "parquet without the column": (
+    "a.parquet",
+    lambda: parquet("body", ["x"] * 9),
+    0,
+    {"missing field": 9},
+  ),
+  "parquet of numbers and nulls": (
+    "a.parquet",
+    lambda: parquet("text", [1, None, 2]),
+    0,
+    {"wrong type": 2, "missing field": 1},
+  ),
+  "parquet with a column twice": (
+    "a.parquet",
+    lambda: parquet("text text", ["x"], ["y"]),
+    0,
+    {"missing field": 1},
+  ),
+  "csv with an open quote": ("a.csv", b'text,n\nx,1\n"y,2\nz,3\n', 1, {"invalid csv": 1}),
+  "csv with zeros": ("a.csv", b"text\nx\n\0\0\n", 1, {"binary": 1}),
+  "csv with ragged rows": ("a.csv", b"text,n\nx\ny,1\nz,2,3\n", 1, {"invalid csv": 2}),
+  "csv without the column": ("a.csv", b"body,n\nx,1\ny,2\n", 0, {"missing field": 1}),
+  "csv with a field of 1 MB": ("a.csv", b'text\n"' + b"x\n" * 500_000 + b'"\n', 1, {}),
+  "json array that breaks off": (
+    "a.json",
+    b'[{"text": "x"}, {"text": "y"}, {"te',
+    2,
+    {"invalid json": 1},
+  ),
+  "no web archive": ("a.warc", b"once upon a time\n" * 50, 0, {"invalid warc": 1}),
+  "link to nothing": ("a.txt", link("nowhere"), 0, {"unreadable": 1}),
+  "link to its own folder": ("a", link("."), 0, {}),
+  "a link to a file that is there": ("z.txt", link("good.txt"), 0, {}),
+  "a pipe": ("a.txt", os.mkfifo, 0, {}),
+  "a folder called like a file": ("a.txt", os.mkdir, 0, {}),
+  "a name that is no utf-8": (b"\xff\n.txt", b"x", 1, {}),
+  "messages that are none": (
+    "a.jsonl",
+    messages("hi", {"role": "user"}, [3], [{"role": "user"}], [["user", "hi"]]),
+    0,
+    {"wrong type": 5},
+    {"kind": "chat"},
+  ),
+  "messages without content": (
+    "a.jsonl",
+    messages(None, [], [{"role": "user", "content": None}], [{"role": "user", "content": " "}]),
+    0,
+    {"missing field": 1, "empty": 2, "wrong type": 1},
+    {"kind": "chat"},
+  ),
+  "labels that are none": (
+    "a.jsonl",
+    jsonl(
+      {"text": "x"},
+      {"text": "x", "label": None},
+      {"text": "x", "label": []},
+      {"text": "x", "label": float("nan")},
+      {"text": "x", "label": "\udc80"},
+      {"text": "x", "label": float("inf")},
+      {"text": "x", "label": 10**400},
+    ),
+    0,
+    {"missing field": 2, "wrong type": 4, "invalid utf-8": 1},
+    {"kind": "classification"},
+  ),
+  "a text among tables": ("a.txt", b"x", 0, {"missing field": 1}, {"kind": "seq2seq"}),
 }
-KINDS = {"chat": {"messages": [{"role": "user", "content": GOOD}]},
-         "classification": {"text": GOOD, "label": 1}, "seq2seq": {"input": "", "target": GOOD}}
+KINDS = {
+  "chat": {"messages": [{"role": "user", "content": GOOD}]},
+  "classification": {"text": GOOD, "label": 1},
+  "seq2seq": {"input": "", "target": GOOD},
+}
 
 
 @pytest.mark.parametrize("name", SURVIVED)
@@ -138,17 +192,26 @@ def test_survived(tmp_path, name):
   assert len(found) == kept + 1
   assert account.counts == dropped
   assert account.read == len(found) + sum(dropped.values()) and account.kept == len(found)
-  assert all(os.fsencode(file) in e.encode() or isinstance(file, bytes)
-             for examples in account.examples.values() for e in examples)
-  manifest = prepare.prepare([folder], tmp_path / "out", tokenizer="bytes", validation=0, test=0,
-                             cut_chars=0, **options)
+  assert all(
+    os.fsencode(file) in e.encode() or isinstance(file, bytes)
+    for examples in account.examples.values()
+    for e in examples
+  )
+  manifest = prepare.prepare(
+    [folder], tmp_path / "out", tokenizer="bytes", validation=0, test=0, cut_chars=0, **options
+  )
   assert manifest["dropped"] == dropped
   assert manifest["total"]["documents"] == len(found)
 
 
-@pytest.mark.parametrize("files, options, message", [
-    (["missing.txt"], {}, "no such file or folder"), (["*.zip"], {}, "matches no file"),
-    (["pipe"], {}, "is a pipe or device"), (["x" * 5000], {}, "can't be read"), ([], {}, "no file"),
+@pytest.mark.parametrize(
+  "files, options, message",
+  [
+    (["missing.txt"], {}, "no such file or folder"),
+    (["*.zip"], {}, "matches no file"),
+    (["pipe"], {}, "is a pipe or device"),
+    (["x" * 5000], {}, "can't be read"),
+    ([], {}, "no file"),
     (["bad.jsonl"], {"max_errors": 2}, r"3 broken records.*bad.jsonl:3: Expecting value"),
     (["bad.jsonl"], {"max_bytes": 3}, "max_record_bytes=3"),
     (["bad.jsonl"], {"kind": "poems"}, "kind='poems': choose one of text"),
@@ -156,7 +219,8 @@ def test_survived(tmp_path, name):
     (["bad.jsonl"], {"form": "xlsx"}, "format='xlsx': choose one of text"),
     (["http://127.0.0.1:9/a.txt"], {}, "can't be reached|pip install"),
     (["s4://bucket/a.txt"], {}, "Protocol not known|pip install"),
-])
+  ],
+)
 def test_refused(tmp_path, files, options, message):
   os.mkfifo(tmp_path / "pipe")
   (tmp_path / "bad.jsonl").write_bytes(b"x\n" * 50)

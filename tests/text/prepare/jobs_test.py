@@ -57,32 +57,48 @@ def write_corpus(folder, files=12, documents=40, words=60):
   for i in range(files):
     lines = []
     for j in range(documents):
-      text = " ".join(draw.choice(["alpha", "beta", "gamma", "δέλτα", "x", f"w{i}{j}"])
-                      for _ in range(draw.randrange(1, words)))
+      text = " ".join(
+        draw.choice(["alpha", "beta", "gamma", "δέλτα", "x", f"w{i}{j}"])
+        for _ in range(draw.randrange(1, words))
+      )
       lines.append(json.dumps({"text": text + "\n"}) if draw.random() > 0.05 else "{broken")
     (folder / f"{i:02}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def digests(folder):
-  return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-          for path in sorted(folder.rglob("*")) if path.is_file()}
+  return {
+    path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
 
 
-OPTIONS = {"tokenizer": "sentencepiece:300", "task_bytes": 10_000, "shard_tokens": 2_000,
-           "cut_chars": 0}
+OPTIONS = {
+  "tokenizer": "sentencepiece:300",
+  "task_bytes": 10_000,
+  "shard_tokens": 2_000,
+  "cut_chars": 0,
+}
 
 
 def crash_everywhere(tmp_path, step):
   write_corpus(tmp_path / "in", files=2, documents=20)
   options = {**OPTIONS, "task_bytes": 2_000, "clean": ["unicode"], "dedup": ["exact"]}
   prepare.prepare([tmp_path / "in"], tmp_path / "whole", **options)
-  done = subprocess.run([sys.executable, "-c", _CRASH_MATRIX, str(tmp_path), str(step),
-                         json.dumps(options)], capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [sys.executable, "-c", _CRASH_MATRIX, str(tmp_path), str(step), json.dumps(options)],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   kills = int(done.stdout)
   whole = digests(tmp_path / "whole")
-  outs = [path for path in tmp_path.iterdir() if path.name.startswith("out")
-          and not path.name.endswith(".unfinished")]
+  outs = [
+    path
+    for path in tmp_path.iterdir()
+    if path.name.startswith("out") and not path.name.endswith(".unfinished")
+  ]
   assert len(outs) == kills + 1
   for out in outs:
     assert digests(out) == whole, out
@@ -100,8 +116,17 @@ def test_killed_at_every_file_operation(tmp_path):
 
 def command(folder, out, *more):
   options = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
-  return [sys.executable, "-m", "jaxgpt", "data", str(folder), f"--out={out}", *options,
-          "--workers=2", *more]
+  return [
+    sys.executable,
+    "-m",
+    "jaxgpt",
+    "data",
+    str(folder),
+    f"--out={out}",
+    *options,
+    "--workers=2",
+    *more,
+  ]
 
 
 def kill_at_random(tmp_path, kills, *more):
@@ -109,17 +134,21 @@ def kill_at_random(tmp_path, kills, *more):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=2)
   start = time.monotonic()
-  subprocess.run(command(tmp_path / "in", tmp_path / "whole", *more), check=True,
-                 capture_output=True)
+  subprocess.run(
+    command(tmp_path / "in", tmp_path / "whole", *more), check=True, capture_output=True
+  )
   seconds = time.monotonic() - start
   whole, draw, killed, runs = digests(tmp_path / "whole"), random.Random(1), 0, 0
   while killed < kills:
     out = tmp_path / f"out{runs}"
     runs += 1
     while True:
-      process = subprocess.Popen(command(tmp_path / "in", out, *more),
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                 start_new_session=True)
+      process = subprocess.Popen(
+        command(tmp_path / "in", out, *more),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+      )
       try:
         code = process.wait(draw.uniform(0.1, 1.0) * seconds if killed < kills else None)
         assert code == 0, process.stderr.read()
@@ -137,8 +166,14 @@ def kill_at_random(tmp_path, kills, *more):
 
 @pytest.mark.slow
 def test_twenty_kills_of_the_whole_process_group(tmp_path):
-  kill_at_random(tmp_path, 20, "--clean=length:min_chars=3", "--dedup=exact", "--dedup=near",
-                 "--decontaminate=held-out")
+  kill_at_random(
+    tmp_path,
+    20,
+    "--clean=length:min_chars=3",
+    "--dedup=exact",
+    "--dedup=near",
+    "--decontaminate=held-out",
+  )
 
 
 def test_three_kills_of_the_whole_process_group(tmp_path):
@@ -149,8 +184,9 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=5)
   prepare.prepare([tmp_path / "in"], tmp_path / "process", **OPTIONS)
-  subprocess.run(command(tmp_path / "in", tmp_path / "local", "--workers=3"), check=True,
-                 capture_output=True)
+  subprocess.run(
+    command(tmp_path / "in", tmp_path / "local", "--workers=3"), check=True, capture_output=True
+  )
   assert digests(tmp_path / "local") == digests(tmp_path / "process")
 
 
@@ -158,9 +194,12 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
 def test_ctrl_c_is_one_line_whoever_hears_it(tmp_path, delay):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=4, documents=2000, words=200)
-  process = subprocess.Popen(command(tmp_path / "in", tmp_path / "out", "--task-bytes=20000"),
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             start_new_session=True)
+  process = subprocess.Popen(
+    command(tmp_path / "in", tmp_path / "out", "--task-bytes=20000"),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+  )
   assert process.stdout.readline().startswith(b"inputs:")  # now workers are started
   time.sleep(delay)
   os.killpg(process.pid, signal.SIGINT)
@@ -173,16 +212,18 @@ def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=4, documents=400, words=200)
   more = ["--task-bytes=20000"]
-  process = subprocess.Popen(command(tmp_path / "in", tmp_path / "out", *more),
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  process = subprocess.Popen(
+    command(tmp_path / "in", tmp_path / "out", *more),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+  )
   for line in process.stdout:
     if line.startswith(b"tokenizer:"):  # the next stage begins
       break
   time.sleep(0.1)
   process.kill()
   assert process.wait() == -signal.SIGKILL  # it was still at work
-  subprocess.run(command(tmp_path / "in", tmp_path / "out", *more), check=True,
-                 capture_output=True)
+  subprocess.run(command(tmp_path / "in", tmp_path / "out", *more), check=True, capture_output=True)
   options = {**OPTIONS, "task_bytes": 20_000}
   prepare.prepare([tmp_path / "in"], tmp_path / "again", **options)
   assert digests(tmp_path / "out") == digests(tmp_path / "again")
@@ -200,8 +241,9 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on(tmp_path, workers):
   assert done.returncode == 2 and "Traceback" not in done.stderr
   assert "can't be written" in done.stderr and "make room" in done.stderr
   subprocess.run(run, check=True, capture_output=True)
-  subprocess.run(command(tmp_path / "in", tmp_path / "whole", *options), check=True,
-                 capture_output=True)
+  subprocess.run(
+    command(tmp_path / "in", tmp_path / "whole", *options), check=True, capture_output=True
+  )
   assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -226,9 +268,14 @@ def break_(rank, folder, progress):
   return {"value": 1 // (rank - 1)}
 
 
-@pytest.mark.parametrize("run, error, message", [
-    (fail, UserError, "no such thing as task 1"), (die, UserError, "ended without a result"),
-    (break_, RuntimeError, "ZeroDivisionError")])
+@pytest.mark.parametrize(
+  "run, error, message",
+  [
+    (fail, UserError, "no such thing as task 1"),
+    (die, UserError, "ended without a result"),
+    (break_, RuntimeError, "ZeroDivisionError"),
+  ],
+)
 def test_failures_of_workers_are_told(tmp_path, run, error, message):
   pytest.importorskip("datatrove")
   stage = _stage(tmp_path, run)
@@ -297,16 +344,26 @@ def test_a_terminal_is_shown_documents_and_bytes_a_second(tmp_path, monkeypatch)
   *shown, last = report.shown
   assert last is None and not any("at work" in line for line in report)
   assert {(s.done, s.tasks, s.documents) for s in shown} <= {
-      (1, 3, 2), (1, 3, 4), (2, 3, 4), (2, 3, 6), (3, 3, 6)}
+    (1, 3, 2),
+    (1, 3, 4),
+    (2, 3, 4),
+    (2, 3, 6),
+    (3, 3, 6),
+  }
   assert (2, 3, 6) in {(s.done, s.tasks, s.documents) for s in shown}
   assert 5e6 < shown[-1].rate < 6e6 / 0.35  # what was there before is not counted
 
 
-@pytest.mark.parametrize("args, message", [
-    (("cloud",), "--executor=cloud: choose one of process"), (("local", -1), "--workers=-1"),
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (("cloud",), "--executor=cloud: choose one of process"),
+    (("local", -1), "--workers=-1"),
     (("process", 0, {"time": 1}), "process has no such option"),
     (("slurm", 0, {"partition": "cpu"}), "--executor-option=time="),
-    (("slurm", 0, {"queue": "cpu"}), "it has time, partition")])
+    (("slurm", 0, {"queue": "cpu"}), "it has time, partition"),
+  ],
+)
 def test_bad_executors_are_named(args, message):
   pytest.importorskip("datatrove")
   with pytest.raises(UserError, match=message):
@@ -330,9 +387,11 @@ for i in range(last + 1):
 print("Submitted batch job 7")
 """
 _COMMANDS = {
-    "sbatch": _SBATCH,
-    "srun": '#!/bin/bash\nwhile [ "$1" != launch_pickled_pipeline ]; do shift; done\n"$@"\n',
-    "squeue": "#!/bin/bash\nexit 1\n", "scontrol": "#!/bin/bash\necho here\n"}
+  "sbatch": _SBATCH,
+  "srun": '#!/bin/bash\nwhile [ "$1" != launch_pickled_pipeline ]; do shift; done\n"$@"\n',
+  "squeue": "#!/bin/bash\nexit 1\n",
+  "scontrol": "#!/bin/bash\necho here\n",
+}
 
 
 @pytest.fixture
@@ -355,8 +414,9 @@ def test_slurm_jobs_do_the_work(tmp_path, slurm):
   write_corpus(tmp_path / "in", files=2)
   prepare.prepare([tmp_path / "in"], tmp_path / "here", **OPTIONS)
   options = {"partition": "cpu", "time": "01:00:00", "mem_per_cpu_gb": 4}
-  prepare.prepare([tmp_path / "in"], tmp_path / "there", **OPTIONS,
-                  executor=executors.make("slurm", 3, options))
+  prepare.prepare(
+    [tmp_path / "in"], tmp_path / "there", **OPTIONS, executor=executors.make("slurm", 3, options)
+  )
   assert digests(tmp_path / "there") == digests(tmp_path / "here")
   scripts = (slurm / "scripts").read_text()
   for line in ("--partition=cpu", "--time=01:00:00", "--mem-per-cpu=4G", "%3"):
@@ -368,12 +428,14 @@ def test_a_slurm_job_that_fails_is_told(tmp_path, slurm):
   (slurm / "srun").write_text("#!/bin/bash\nexit 1\n")
   options = {"partition": "cpu", "time": "01:00:00"}
   with pytest.raises(UserError, match="ended without a result"):
-    prepare.prepare([tmp_path / "in"], tmp_path / "out", **OPTIONS,
-                    executor=executors.make("slurm", 0, options))
+    prepare.prepare(
+      [tmp_path / "in"], tmp_path / "out", **OPTIONS, executor=executors.make("slurm", 0, options)
+    )
   (slurm / "sbatch").write_text("#!/bin/bash\nexit 1\n")
   with pytest.raises(UserError, match="can't submit a job"):
-    prepare.prepare([tmp_path / "in"], tmp_path / "out", **OPTIONS,
-                    executor=executors.make("slurm", 0, options))
+    prepare.prepare(
+      [tmp_path / "in"], tmp_path / "out", **OPTIONS, executor=executors.make("slurm", 0, options)
+    )
 
 
 @pytest.mark.slow
@@ -382,6 +444,10 @@ def test_ray_does_the_work(tmp_path):
   pytest.importorskip("ray")
   write_corpus(tmp_path / "in", files=4)
   prepare.prepare([tmp_path / "in"], tmp_path / "here", **OPTIONS)
-  subprocess.run(command(tmp_path / "in", tmp_path / "ray", "--executor=ray",
-                         "--executor-option=mem_per_cpu_gb=0.5"), check=True)
+  subprocess.run(
+    command(
+      tmp_path / "in", tmp_path / "ray", "--executor=ray", "--executor-option=mem_per_cpu_gb=0.5"
+    ),
+    check=True,
+  )
   assert digests(tmp_path / "ray") == digests(tmp_path / "here")

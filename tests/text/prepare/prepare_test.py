@@ -89,10 +89,13 @@ def not_again(*args):
 
 @pytest.mark.parametrize("where", ["write_manifest", "make_manifest"])
 def test_a_crash_leaves_nothing_that_looks_finished_and_a_rerun_goes_on(
-    corpus, tmp_path, monkeypatch, where):
+  corpus, tmp_path, monkeypatch, where
+):
   with monkeypatch.context() as m:
+
     def crash(*args, **kwargs):
       raise KeyboardInterrupt
+
     m.setattr(shards, where, crash)
     with pytest.raises(KeyboardInterrupt):
       prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes")
@@ -111,8 +114,9 @@ def test_a_crash_leaves_nothing_that_looks_finished_and_a_rerun_goes_on(
 def test_an_error_in_a_late_stage_keeps_the_early_ones(corpus, tmp_path, monkeypatch):
   lines = []
   with pytest.raises(UserError, match="at most"):
-    prepare.prepare([corpus], tmp_path / "out", tokenizer="sentencepiece:60000",
-                    report=lines.append)
+    prepare.prepare(
+      [corpus], tmp_path / "out", tokenizer="sentencepiece:60000", report=lines.append
+    )
   assert any("out.unfinished" in line for line in lines)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.unfinished"]
   monkeypatch.setattr(tasks, "read_and_clean", not_again)
@@ -132,8 +136,10 @@ def test_changed_inputs_and_options_start_anew(corpus, tmp_path, monkeypatch):
 
 
 def test_two_runs_at_once(corpus, tmp_path):
-  with (jobs.Work(tmp_path / "out.unfinished", {}),
-        pytest.raises(UserError, match="another run is at work")):
+  with (
+    jobs.Work(tmp_path / "out.unfinished", {}),
+    pytest.raises(UserError, match="another run is at work"),
+  ):
     prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes")
   prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes")
 
@@ -176,10 +182,12 @@ def test_the_tokenizer_of_another_folder_is_taken_over(corpus, tmp_path):
 def test_the_tokenizer_learns_from_training_documents_only(corpus, tmp_path, monkeypatch):
   seen = []
   train = tokenizer.train_sentencepiece
-  monkeypatch.setattr(tokenizer, "train_sentencepiece",
-                      lambda texts, **kw: seen.extend(texts) or train(texts, **kw))
-  prepare.prepare([corpus], tmp_path / "out", tokenizer="sentencepiece:300", validation=0.3,
-                  sample_bytes=10_000)
+  monkeypatch.setattr(
+    tokenizer, "train_sentencepiece", lambda texts, **kw: seen.extend(texts) or train(texts, **kw)
+  )
+  prepare.prepare(
+    [corpus], tmp_path / "out", tokenizer="sentencepiece:300", validation=0.3, sample_bytes=10_000
+  )
   assert set(seen) < set(contents(tmp_path / "out", "train"))
   assert 10_000 <= sum(map(len, seen)) < 11_000
   assert seen != [t for t in DOCUMENTS if t in set(seen)], "drawn by hash, not in file order"
@@ -187,24 +195,31 @@ def test_the_tokenizer_learns_from_training_documents_only(corpus, tmp_path, mon
 
 def test_one_long_text_is_cut_into_all_splits(tmp_path):
   (tmp_path / "play.txt").write_text("".join(f"Line {i} of the play.\n" for i in range(2000)))
-  prepare.prepare(tmp_path / "play.txt", tmp_path / "out", tokenizer="bytes", cut_chars=500,
-                  validation=0.2)
+  prepare.prepare(
+    tmp_path / "play.txt", tmp_path / "out", tokenizer="bytes", cut_chars=500, validation=0.2
+  )
   pieces = contents(tmp_path / "out", "train")
   assert len(pieces) > 40 and contents(tmp_path / "out", "validation")
   assert all(len(p) <= 500 and p.endswith("\n") for p in pieces)
   assert source.open_split(tmp_path / "out", "train").source_name(0).startswith("play.txt#")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"validation": 1.5}, "validation=1.5"), ({"validation": 0.6, "test": 0.4}, "below 1"),
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"validation": 1.5}, "validation=1.5"),
+    ({"validation": 0.6, "test": 0.4}, "below 1"),
     ({"tokenizer": "sentencepiece"}, "names no vocabulary size"),
-    ({"tokenizer": "gpt2"}, "'gpt2' is neither"), ({"shard_tokens": 0}, "shard_tokens=0"),
+    ({"tokenizer": "gpt2"}, "'gpt2' is neither"),
+    ({"shard_tokens": 0}, "shard_tokens=0"),
     ({"tokenizer": "sentencepiece:300:wordpiece"}, "model type 'wordpiece'"),
     ({"template": "simple"}, "template='simple' is for kind=chat and pref"),
     ({"kind": "chat", "template": "simpel"}, "no chat template 'simpel'"),
     ({"kind": "chat", "template": "chatml", "tokenizer": "bytes"}, "needs <.im_start.>"),
     ({"decontaminate": ["nowhere.jsonl"]}, "nowhere.jsonl"),
-    ({"decontaminate_options": "words=5"}, "decontaminate_options='words=5'")])
+    ({"decontaminate_options": "words=5"}, "decontaminate_options='words=5'"),
+  ],
+)
 def test_bad_options_are_named_before_anything_is_done(corpus, tmp_path, options, message):
   with pytest.raises(UserError, match=message):
     prepare.prepare([corpus], tmp_path / "out", **options)
@@ -228,8 +243,14 @@ def test_dropped_documents_are_in_the_manifest_and_the_report(corpus, tmp_path):
   (corpus / "bad.jsonl").write_text("{\n" * 30)
   for examples in (0, 1, 12):
     lines.clear()
-    prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append,
-                    overwrite=True, examples=examples)
+    prepare.prepare(
+      [corpus],
+      tmp_path / "out",
+      tokenizer="bytes",
+      report=lines.append,
+      overwrite=True,
+      examples=examples,
+    )
     assert sum("bad.jsonl:" in line for line in lines) == examples
 
 

@@ -30,8 +30,9 @@ def write(path, rows):
 
 def run(tmp_path, rows, *more):
   write(tmp_path / "in.jsonl", rows)
-  code = main.main(["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/out",
-                   "--tokenizer=bytes", *more])
+  code = main.main(
+    ["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/out", "--tokenizer=bytes", *more]
+  )
   assert code == 0
   return shards.read_manifest(tmp_path / "out")
 
@@ -43,8 +44,14 @@ def texts(folder, split):
 
 def test_classification(tmp_path):
   rows = [{"sentence": sentence(i), "other": sentence(i + 1), "stars": i % 3} for i in range(80)]
-  manifest = run(tmp_path, rows, "--kind=classification", "--field=text=sentence",
-                 "--field=text_pair=other", "--field=label=stars")
+  manifest = run(
+    tmp_path,
+    rows,
+    "--kind=classification",
+    "--field=text=sentence",
+    "--field=text_pair=other",
+    "--field=label=stars",
+  )
   assert manifest["kind"] == "classification" and manifest["label_names"] == ["0", "1", "2"]
   split = source.open_split(tmp_path / "out", "train")
   by_text = {f"{row['sentence']}{row['other']}": row["stars"] for row in rows}
@@ -56,41 +63,67 @@ def test_classification(tmp_path):
 
 
 def test_labels_that_are_floats_are_a_regression(tmp_path):
-  manifest = run(tmp_path, [{"text": sentence(i), "label": i / 7} for i in range(60)],
-                 "--kind=classification")
+  manifest = run(
+    tmp_path, [{"text": sentence(i), "label": i / 7} for i in range(60)], "--kind=classification"
+  )
   assert manifest["label_names"] == []
 
 
-@pytest.mark.parametrize("kind, row, learned", [
+@pytest.mark.parametrize(
+  "kind, row, learned",
+  [
     ("seq2seq", {"input": "question", "target": "answer"}, "answer"),
-    ("chat", {"messages": [{"role": "user", "content": "question"},
-                           {"role": "assistant", "content": "answer"}]}, "answer")])
+    (
+      "chat",
+      {
+        "messages": [
+          {"role": "user", "content": "question"},
+          {"role": "assistant", "content": "answer"},
+        ]
+      },
+      "answer",
+    ),
+  ],
+)
 def test_what_is_learned_of_a_kind(tmp_path, kind, row, learned):
   manifest = run(tmp_path, [row, *[row] * 60], f"--kind={kind}", "--validation=0", "--test=0")
   assert manifest["chat_template"] == ("simple" if kind == "chat" else None)
   split, t = source.open_split(tmp_path / "out", "train"), tokenizer.load(tmp_path / "out")
-  (start, end), = split.trained(3)
+  ((start, end),) = split.trained(3)
   assert t.decode(split.read(3, int(start), int(end - start))) == learned
 
 
 def test_conversations_that_a_template_has_no_place_for_are_counted(tmp_path):
   def row(role, i):
-    return {"messages": [{"role": role, "content": "question"},
-                         {"role": "assistant", "content": f"answer {i}"}]}
-  manifest = run(tmp_path, [row("tool" if i % 3 == 0 else "user", i) for i in range(60)],
-                 "--kind=chat", "--validation=0", "--test=0")
+    return {
+      "messages": [
+        {"role": role, "content": "question"},
+        {"role": "assistant", "content": f"answer {i}"},
+      ]
+    }
+
+  manifest = run(
+    tmp_path,
+    [row("tool" if i % 3 == 0 else "user", i) for i in range(60)],
+    "--kind=chat",
+    "--validation=0",
+    "--test=0",
+  )
   assert manifest["dropped"] == {"chat template": 20}
   assert (manifest["read"], manifest["kept"]) == (60, 40)
   split = source.open_split(tmp_path / "out", "train")
   assert split.num_documents == 40
   data_card = json.loads((tmp_path / "out" / "card.json").read_text())
-  assert "no place for a message of role 'tool'" in data_card["dropped"]["chat template"]["examples"][0]
+  assert (
+    "no place for a message of role 'tool'" in data_card["dropped"]["chat template"]["examples"][0]
+  )
   assert split.source_name(0).endswith(":2"), "the others keep their order"
 
 
 def test_preferences_are_pairs(tmp_path):
-  rows = [{"prompt": f"{sentence(i, 4)}\n", "chosen": f"yes {i}", "rejected": "no"}
-          for i in range(60)]
+  rows = [
+    {"prompt": f"{sentence(i, 4)}\n", "chosen": f"yes {i}", "rejected": "no"} for i in range(60)
+  ]
   manifest = run(tmp_path, rows, "--kind=preference", "--validation=0", "--test=0")
   assert manifest["kept"] == 60 and manifest["total"]["documents"] == 120
   got = texts(tmp_path / "out", "train")
@@ -101,21 +134,33 @@ def test_preferences_are_pairs(tmp_path):
 def test_preferences_of_messages(tmp_path):
   def answer(content):
     return [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": content}]
-  rows = [{"prompt": "Why?", "chosen": answer(f"é {i}"), "rejected": answer("no")}
-          for i in range(20)]
-  rows += [{"chosen": answer("x"), "rejected": "x"},  # neither the one nor the other
-           {"chosen": answer("x")[:1], "rejected": answer("x")[:1]}]
-  manifest = run(tmp_path, rows, "--kind=preference", "--validation=0", "--test=0",
-                 "--clean=unicode", "--template=simple")
+
+  rows = [
+    {"prompt": "Why?", "chosen": answer(f"é {i}"), "rejected": answer("no")} for i in range(20)
+  ]
+  rows += [
+    {"chosen": answer("x"), "rejected": "x"},  # neither the one nor the other
+    {"chosen": answer("x")[:1], "rejected": answer("x")[:1]},
+  ]
+  manifest = run(
+    tmp_path,
+    rows,
+    "--kind=preference",
+    "--validation=0",
+    "--test=0",
+    "--clean=unicode",
+    "--template=simple",
+  )
   assert manifest["dropped"] == {"wrong type": 1, "chat template": 1}
   assert (manifest["kept"], manifest["chat_template"]) == (20, "simple")
   split, t = source.open_split(tmp_path / "out", "train"), tokenizer.load(tmp_path / "out")
   for i, want in ((0, "é 0"), (1, "no")):
-    (start, end), = split.trained(i)
+    ((start, end),) = split.trained(i)
     ids = split.read(i, int(start), int(end - start))
     assert (t.decode(ids[:-1]), ids[-1]) == (want, t.special_ids["<|end|>"])
   assert manifest["total"]["bytes"] == sum(
-      8 + len(f"é {i}".encode()) + len("no") for i in range(20))
+    8 + len(f"é {i}".encode()) + len("no") for i in range(20)
+  )
 
 
 def test_the_account_adds_up_and_names_its_rules(tmp_path):
@@ -127,13 +172,24 @@ def test_the_account_adds_up_and_names_its_rules(tmp_path):
   rows += [{"text": f"before that, {text} and so on"} for text in bench] * 1
   rows += [{"text": "short"}] * 4 + [{"body": "x"}] * 3 + [{"text": " "}] * 2
   manifest = run(
-      tmp_path, rows, "--clean=length:min_chars=20", "--dedup=exact", "--task-bytes=9000",
-      "--executor=process", f"--decontaminate={tmp_path}/bench.jsonl", "--decontaminate-field=q")
+    tmp_path,
+    rows,
+    "--clean=length:min_chars=20",
+    "--dedup=exact",
+    "--task-bytes=9000",
+    "--executor=process",
+    f"--decontaminate={tmp_path}/bench.jsonl",
+    "--decontaminate-field=q",
+  )
   held_out = sum(manifest["splits"][split]["documents"] for split in ("validation", "test"))
   assert held_out > 10
   assert manifest["dropped"] == {
-      "duplicate": 25, "missing field": 3, "empty": 2, "length: too few characters": 4,
-      "contaminated": manifest["dropped"]["contaminated"]}
+    "duplicate": 25,
+    "missing field": 3,
+    "empty": 2,
+    "length: too few characters": 4,
+    "contaminated": manifest["dropped"]["contaminated"],
+  }
   assert 1 <= manifest["dropped"]["contaminated"] <= 3
   assert manifest["read"] == len(rows) == manifest["kept"] + sum(manifest["dropped"].values())
   train = texts(tmp_path / "out", "train")
@@ -144,22 +200,36 @@ def test_the_account_adds_up_and_names_its_rules(tmp_path):
 def test_training_documents_that_share_runs_with_held_out_ones_go(tmp_path):
   unique = [sentence(i) for i in range(300)]
   longer = [f"{text} {sentence(5000 + i)}" for i, text in enumerate(unique)]
-  manifest = run(tmp_path, [{"text": text} for text in unique + longer], "--validation=0.2",
-                 "--decontaminate=held-out", "--task-bytes=20000", "--executor=process")
+  manifest = run(
+    tmp_path,
+    [{"text": text} for text in unique + longer],
+    "--validation=0.2",
+    "--decontaminate=held-out",
+    "--task-bytes=20000",
+    "--executor=process",
+  )
   assert 60 < manifest["dropped"]["contaminated"] < 200
   held_out = texts(tmp_path / "out", "validation") + texts(tmp_path / "out", "test")
   train = texts(tmp_path / "out", "train")
-  runs = {tuple(w[i:i + 13]) for w in map(str.split, held_out) for i in range(len(w) - 12)}
-  assert not any(tuple(w[i:i + 13]) in runs for w in map(str.split, train)
-                 for i in range(len(w) - 12))
+  runs = {tuple(w[i : i + 13]) for w in map(str.split, held_out) for i in range(len(w) - 12)}
+  assert not any(
+    tuple(w[i : i + 13]) in runs for w in map(str.split, train) for i in range(len(w) - 12)
+  )
 
 
 def test_near_duplicates_over_several_tasks(tmp_path):
   pytest.importorskip("datatrove")
   unique = [sentence(i, 80) for i in range(60)]
   near = [text + " " + sentence(i, 2) for i, text in enumerate(unique[:20])]
-  manifest = run(tmp_path, [{"text": text} for text in unique + near], "--dedup=near",
-                 "--dedup=exact", "--task-bytes=7000", "--executor=process", "--cut-chars=0")
+  manifest = run(
+    tmp_path,
+    [{"text": text} for text in unique + near],
+    "--dedup=near",
+    "--dedup=exact",
+    "--task-bytes=7000",
+    "--executor=process",
+    "--cut-chars=0",
+  )
   assert manifest["dropped"] == {"near duplicate": 20}
   data_card = (tmp_path / "out" / "card.md").read_text()
   assert "like in.jsonl:1" in data_card
@@ -174,8 +244,9 @@ def test_too_many_errors_end_the_run(tmp_path):
   assert manifest["read"] == 56
 
 
-@pytest.mark.parametrize("total, size", [(900, 100), (20_000, 500), (100_000, 1000),
-                                         (400_000, 1000), (4_000_000, 10_000)])
+@pytest.mark.parametrize(
+  "total, size", [(900, 100), (20_000, 500), (100_000, 1000), (400_000, 1000), (4_000_000, 10_000)]
+)
 def test_parts_of_few_documents_are_no_snippets(tmp_path, total, size):
   (tmp_path / "a.txt").write_text("x" * total)
   options = prepare.Options(tokenizer="bytes")
@@ -208,15 +279,23 @@ def test_a_card_says_what_is_in_the_folder(tmp_path):
   assert "a\\|b" not in (tmp_path / "out" / "card.md").read_text().split("## Left out")[0]
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--clean=lenght"], "did you mean 'length'"), (["--dedup=nearly"], "--dedup=nearly"),
-    (["--kind=chats"], "kind='chats'"), (["--field=text"], "--field=text: write it as"),
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (["--clean=lenght"], "did you mean 'length'"),
+    (["--dedup=nearly"], "--dedup=nearly"),
+    (["--kind=chats"], "kind='chats'"),
+    (["--field=text"], "--field=text: write it as"),
     (["--kind=chat", "--cut-chars=100"], "cut_chars=100 is for kind=text"),
-    (["--executor=clouds"], "--executor=clouds"), (["--template=x", "--kind=chat"], "'x'")])
+    (["--executor=clouds"], "--executor=clouds"),
+    (["--template=x", "--kind=chat"], "'x'"),
+  ],
+)
 def test_bad_flags_are_named(tmp_path, capsys, args, message):
   write(tmp_path / "in.jsonl", [{"text": sentence(i), "messages": []} for i in range(9)])
-  code = main.main(["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/out",
-                   "--tokenizer=bytes", *args])
+  code = main.main(
+    ["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/out", "--tokenizer=bytes", *args]
+  )
   assert code == 2 and message in capsys.readouterr().err
 
 

@@ -23,16 +23,31 @@ def rows(path, *values):
 
 
 def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path):
-  lines = [b'{"text": "good"}', b"", b"{broken", b'{"body": "x"}', b'{"text": 3}',
-           b'{"text": "\xff"}', b'{"text": " \\n"}', b'{"text": "\\ud800"}', b'["text"]',
-           b'{"text": "last"}']
-  write(tmp_path, {"a.jsonl": b"\n".join(lines), "b.txt": b"\xff\xfe", "c.txt": "",
-                   "d.txt": "fine"})
+  lines = [
+    b'{"text": "good"}',
+    b"",
+    b"{broken",
+    b'{"body": "x"}',
+    b'{"text": 3}',
+    b'{"text": "\xff"}',
+    b'{"text": " \\n"}',
+    b'{"text": "\\ud800"}',
+    b'["text"]',
+    b'{"text": "last"}',
+  ]
+  write(
+    tmp_path, {"a.jsonl": b"\n".join(lines), "b.txt": b"\xff\xfe", "c.txt": "", "d.txt": "fine"}
+  )
   dropped = documents_lib.Dropped()
   texts = [d.text for d in documents_lib.documents(documents_lib.find(tmp_path), dropped=dropped)]
   assert texts == ["good", "last", "fine"]
-  assert dropped.counts == {"invalid json": 1, "missing field": 2, "wrong type": 1,
-                            "invalid utf-8": 3, "empty": 2}
+  assert dropped.counts == {
+    "invalid json": 1,
+    "missing field": 2,
+    "wrong type": 1,
+    "invalid utf-8": 3,
+    "empty": 2,
+  }
   assert (dropped.read, dropped.kept) == (12, 3)
   report = "\n".join(dropped.lines())
   assert "a.jsonl:3: " in report
@@ -49,8 +64,9 @@ def test_only_the_first_examples_of_a_rule_are_kept(tmp_path, limit):
 
 
 def test_accounts_of_parts_add_up_to_the_account_of_the_whole(tmp_path):
-  write(tmp_path, {f"{i}.jsonl": '{"text": "x"}\n' + "bad\n" * i + '{"text": ""}\n'
-                   for i in range(4)})
+  write(
+    tmp_path, {f"{i}.jsonl": '{"text": "x"}\n' + "bad\n" * i + '{"text": ""}\n' for i in range(4)}
+  )
   whole, merged = documents_lib.Dropped(3), documents_lib.Dropped(3)
   list(documents_lib.documents(documents_lib.find(tmp_path), dropped=whole))
   for file in documents_lib.find(tmp_path):
@@ -61,29 +77,48 @@ def test_accounts_of_parts_add_up_to_the_account_of_the_whole(tmp_path):
   assert whole.read == 14 and len(whole.examples["invalid json"]) == 3
 
 
-@pytest.mark.parametrize("kind, row, text, fields", [
+@pytest.mark.parametrize(
+  "kind, row, text, fields",
+  [
     ("text", {"text": "a", "label": 1}, "a", {}),
     ("classification", {"text": "a", "label": "x"}, "a", {"text": "a", "label": "x"}),
-    ("classification", {"text": "a", "text_pair": "b", "label": True}, "a\nb",
-     {"text": "a", "text_pair": "b", "label": 1}),
+    (
+      "classification",
+      {"text": "a", "text_pair": "b", "label": True},
+      "a\nb",
+      {"text": "a", "text_pair": "b", "label": 1},
+    ),
     ("seq2seq", {"input": "a", "target": "b"}, "a\nb", {"input": "a", "target": "b"}),
     ("chat", {"messages": CHAT}, "hi\nhello", {"messages": CHAT}),
     ("chat", {"messages": json.dumps(CHAT)}, "hi\nhello", {"messages": CHAT}),
-    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, "a\nb\nc",
-     {"prompt": "a", "chosen": "b", "rejected": "c"}),
-    ("preference", {"chosen": "b", "rejected": "c"}, "\nb\nc",
-     {"prompt": "", "chosen": "b", "rejected": "c"})])
+    (
+      "preference",
+      {"prompt": "a", "chosen": "b", "rejected": "c"},
+      "a\nb\nc",
+      {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ),
+    (
+      "preference",
+      {"chosen": "b", "rejected": "c"},
+      "\nb\nc",
+      {"prompt": "", "chosen": "b", "rejected": "c"},
+    ),
+  ],
+)
 def test_the_values_and_the_text_of_each_kind(tmp_path, kind, row, text, fields):
   path = rows(tmp_path / "a.jsonl", {**row, "id": 7})
-  document, = documents_lib.documents(documents_lib.find(path), kind=kind)
+  (document,) = documents_lib.documents(documents_lib.find(path), kind=kind)
   assert document == ("a.jsonl:1", text, "7", fields, False)
   assert type(document.fields.get("label")) is not bool
 
 
 def test_other_columns_hold_the_values(tmp_path):
   path = rows(tmp_path / "a.jsonl", {"translation": {"de": "ja", "en": "yes"}, "input": "no"})
-  document, = documents_lib.documents(documents_lib.find(path), kind="seq2seq",
-                             fields={"input": "translation.de", "target": "translation.en"})
+  (document,) = documents_lib.documents(
+    documents_lib.find(path),
+    kind="seq2seq",
+    fields={"input": "translation.de", "target": "translation.en"},
+  )
   assert document.fields == {"input": "ja", "target": "yes"}
 
 
@@ -103,7 +138,11 @@ def test_errors_end_the_run_where_the_user_says_so(tmp_path, max_errors, ends):
   with pytest.raises(UserError, match=f"max_errors={max_errors}, such as .*a.jsonl:1"):
     list(documents)
   with pytest.raises(UserError, match=f"max_errors={max_errors}; mend"):
-    list(documents_lib.documents(documents_lib.find(tmp_path), max_errors=max_errors, dropped=documents_lib.Dropped(0)))
+    list(
+      documents_lib.documents(
+        documents_lib.find(tmp_path), max_errors=max_errors, dropped=documents_lib.Dropped(0)
+      )
+    )
 
 
 def test_chunks_join_to_the_text_and_end_after_lines():

@@ -32,8 +32,10 @@ def table(path, columns, **options):
 
 
 def test_jsonl_ids_and_nested_columns(tmp_path):
-  path = write(tmp_path / "a.ndjson", '\ufeff{"t": {"en": "hello"}, "n": 5}\n\n{"t": {"de": "hallo"}}\n'
-               '{"t.en": "dotted"}')
+  path = write(
+    tmp_path / "a.ndjson",
+    '\ufeff{"t": {"en": "hello"}, "n": 5}\n\n{"t": {"de": "hallo"}}\n{"t.en": "dotted"}',
+  )
   found, dropped = read_all(path, fields={"text": "t.en", "id": "n"})
   assert found == [("a.ndjson:1", "hello", "5", {}, False), ("a.ndjson:4", "dotted", "", {}, False)]
   assert dropped.examples == {"missing field": ["a.ndjson:3: no 't.en' in 't'"]}
@@ -54,23 +56,32 @@ def test_a_long_text_file_is_several_documents_cut_after_lines(tmp_path):
   found, _ = read_all(write(tmp_path / "a.txt", text), max_bytes=1500)
   assert "".join(d.text for d in found) == text
   assert all(len(d.text.encode()) <= 1500 for d in found)
-  line = text[:text.index(found[1].text)].count("\n") + 1
+  line = text[: text.index(found[1].text)].count("\n") + 1
   assert [d.source for d in found[:2]] == ["a.txt:1", f"a.txt:{line}"]
 
 
-@pytest.mark.parametrize("content", [
+@pytest.mark.parametrize(
+  "content",
+  [
     '[{"text": "a", "id": 1}, {"text": "b]"}\n,\n{"x": [1, "]"], "text": "c"}]\n',
     '\ufeff [{"text": "a", "id": 1},{"text": "b]"},{"text": "c"}]',
-    '{"text": "a", "id": 1}\n{"text": "b]"}\n{"text": "c"}'])
+    '{"text": "a", "id": 1}\n{"text": "b]"}\n{"text": "c"}',
+  ],
+)
 def test_json_files_may_be_arrays_or_lines(tmp_path, content):
   found, dropped = read_all(write(tmp_path / "a.json", content))
   assert [(d.source, d.text) for d in found] == [
-      ("a.json:1", "a"), ("a.json:2", "b]"), ("a.json:3", "c")]
+    ("a.json:1", "a"),
+    ("a.json:2", "b]"),
+    ("a.json:3", "c"),
+  ]
   assert found[0].id == "1" and not dropped.counts
 
 
-@pytest.mark.parametrize("content", ['{"name": "x"}', '[{"name": "x"}]', "[1, 2]", "{", "[",
-                                     '{\n "text": "x"\n}', "not json at all"])
+@pytest.mark.parametrize(
+  "content",
+  ['{"name": "x"}', '[{"name": "x"}]', "[1, 2]", "{", "[", '{\n "text": "x"\n}', "not json at all"],
+)
 def test_other_json_files_are_texts(tmp_path, content):
   found, _ = read_all(write(tmp_path / "a.json", content))
   assert [d.text for d in found] == [content]
@@ -107,8 +118,15 @@ def test_csv_fields_may_hold_commas_quotes_and_line_ends(tmp_path):
 
 
 def test_broken_csv_rows_are_named_and_the_next_are_read(tmp_path):
-  content = (b'text,n\na,1\nb\n"c"x,3\n\xff,4\n\0,5\n\n' + b"d" * 3000 + b',6\n"' + b"e" * 900
-             + b"\n" + b"e" * 900 + b'",7\nf,8\n"half')
+  content = (
+    b'text,n\na,1\nb\n"c"x,3\n\xff,4\n\0,5\n\n'
+    + b"d" * 3000
+    + b',6\n"'
+    + b"e" * 900
+    + b"\n"
+    + b"e" * 900
+    + b'",7\nf,8\n"half'
+  )
   found, dropped = read_all(write(tmp_path / "a.csv", content), max_bytes=1024)
   assert [(d.source, d.text) for d in found] == [("a.csv:2", "a"), ("a.csv:11", "f")]
   assert dropped.counts == {"invalid csv": 3, "invalid utf-8": 1, "binary": 1, "too long": 2}
@@ -116,29 +134,39 @@ def test_broken_csv_rows_are_named_and_the_next_are_read(tmp_path):
 
 
 def test_a_quote_in_a_tsv_file_is_a_character(tmp_path):
-  found, _ = read_all(write(tmp_path / "a.tsv", 'text\tlabel\n"a\tx\nb"\ty\n'),
-                      kind="classification")
+  found, _ = read_all(
+    write(tmp_path / "a.tsv", 'text\tlabel\n"a\tx\nb"\ty\n'), kind="classification"
+  )
   assert [(d.text, d.fields["label"]) for d in found] == [('"a', "x"), ('b"', "y")]
 
 
-@pytest.mark.parametrize("header, why", [
-    ("body,n", "no column 'text' in 'body', 'n'"), ("text,text", "more than one column 'text'")])
+@pytest.mark.parametrize(
+  "header, why",
+  [("body,n", "no column 'text' in 'body', 'n'"), ("text,text", "more than one column 'text'")],
+)
 def test_a_table_without_the_column_is_named_once(tmp_path, header, why):
   found, dropped = read_all(write(tmp_path / "a.csv", f"{header}\na,1\nb,2\n"))
   assert not found and dropped.examples == {"missing field": [f"a.csv:1: {why}"]}
 
 
 def test_parquet_rows_are_numbered_across_row_groups(tmp_path):
-  path = table(tmp_path / "a.parquet", {"text": [f"t{i}" for i in range(1000)], "n": range(1000)},
-               row_group_size=300)
+  path = table(
+    tmp_path / "a.parquet",
+    {"text": [f"t{i}" for i in range(1000)], "n": range(1000)},
+    row_group_size=300,
+  )
   found, _ = read_all(path, fields={"id": "n"})
   assert [d[:3] for d in found] == [(f"a.parquet:{i + 1}", f"t{i}", str(i)) for i in range(1000)]
 
 
 def test_parquet_nested_values_and_nulls(tmp_path):
-  path = table(tmp_path / "a.parquet", {
+  path = table(
+    tmp_path / "a.parquet",
+    {
       "messages": [[{"role": "user", "content": "hi"}], None, []],
-      "meta": [{"id": "x"}, None, None]})
+      "meta": [{"id": "x"}, None, None],
+    },
+  )
   found, dropped = read_all(path, kind="chat", fields={"id": "meta.id"})
   assert [(d.text, d.id) for d in found] == [("hi", "x")]
   assert found[0].fields == {"messages": [{"role": "user", "content": "hi"}]}
@@ -153,11 +181,17 @@ def test_a_parquet_file_without_the_column_drops_all_its_rows(tmp_path):
 
 def test_a_broken_row_group_leaves_the_others(tmp_path):
   texts = [f"{i} " + str(i * 7919) * 20 for i in range(600)]
-  path = table(tmp_path / "a.parquet", {"text": texts}, row_group_size=200, compression="none",
-               use_dictionary=False, write_page_checksum=True)
+  path = table(
+    tmp_path / "a.parquet",
+    {"text": texts},
+    row_group_size=200,
+    compression="none",
+    use_dictionary=False,
+    write_page_checksum=True,
+  )
   data = bytearray(path.read_bytes())
   at = data.index(b"300 ")
-  data[at - 40_000:at + 2000] = bytes(42_000)
+  data[at - 40_000 : at + 2000] = bytes(42_000)
   path.write_bytes(data)
   found, dropped = read_all(path)
   assert {d.source for d in found} >= {f"a.parquet:{i}" for i in range(401, 601)}
@@ -179,41 +213,60 @@ def warc(kind, payload, http=None, **headers):
   """One record as a WARC file holds it."""
   if http is not None:
     payload = f"HTTP/1.1 {http}\r\n\r\n".encode() + payload
-  names = {"WARC-Type": kind, "WARC-Record-ID": f"<urn:uuid:{len(payload)}>",
-           "Content-Type": "application/http; msgtype=response" if http else "text/plain",
-           "Content-Length": len(payload), **headers}
+  names = {
+    "WARC-Type": kind,
+    "WARC-Record-ID": f"<urn:uuid:{len(payload)}>",
+    "Content-Type": "application/http; msgtype=response" if http else "text/plain",
+    "Content-Length": len(payload),
+    **headers,
+  }
   head = "WARC/1.0\r\n" + "".join(f"{k}: {v}\r\n" for k, v in names.items()) + "\r\n"
   return head.encode() + payload + b"\r\n\r\n"
 
 
 def test_wet_records_are_texts(tmp_path):
   pytest.importorskip("warcio")
-  data = (warc("warcinfo", b"software: x") + warc("conversion", "Grüße\n".encode())
-          + warc("conversion", b"\xff") + warc("conversion", b"x" * 3000)
-          + warc("conversion", b"last"))
+  data = (
+    warc("warcinfo", b"software: x")
+    + warc("conversion", "Grüße\n".encode())
+    + warc("conversion", b"\xff")
+    + warc("conversion", b"x" * 3000)
+    + warc("conversion", b"last")
+  )
   members = b"".join(gzip.compress(r) for r in (data[:100], data[100:]))
   found, dropped = read_all(write(tmp_path / "a.warc.wet.gz", members), max_bytes=1024)
   assert [d[:3] for d in found] == [
-      ("a.warc.wet.gz:2", "Grüße\n", "urn:uuid:8"), ("a.warc.wet.gz:5", "last", "urn:uuid:4")]
+    ("a.warc.wet.gz:2", "Grüße\n", "urn:uuid:8"),
+    ("a.warc.wet.gz:5", "last", "urn:uuid:4"),
+  ]
   assert dropped.counts == {"invalid utf-8": 1, "too long": 1}
 
 
 def test_warc_responses_are_marked_as_html_and_decoded(tmp_path):
   pytest.importorskip("warcio")
   html = "200 OK\r\nContent-Type: text/html"
-  data = (warc("request", b"", "200") + warc("response", "é".encode(), html)
-          + warc("response", "é".encode("latin-1"), html + "; charset=ISO-8859-1")
-          + warc("response", "<meta charset='cp1251'>Ж".encode("cp1251"), html)
-          + warc("response", "“".encode("cp1252"), html)
-          + warc("response", gzip.compress(b"zipped"), html + "\r\nContent-Encoding: gzip")
-          + warc("response", b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n",
-                 html + "\r\nTransfer-Encoding: chunked")
-          + warc("response", b"gone", "404 Not Found\r\nContent-Type: text/html")
-          + warc("response", b"GIF89a", "200 OK\r\nContent-Type: image/gif")
-          + warc("response", b"plain", "200 OK\r\nContent-Type: text/plain"))
+  data = (
+    warc("request", b"", "200")
+    + warc("response", "é".encode(), html)
+    + warc("response", "é".encode("latin-1"), html + "; charset=ISO-8859-1")
+    + warc("response", "<meta charset='cp1251'>Ж".encode("cp1251"), html)
+    + warc("response", "“".encode("cp1252"), html)
+    + warc("response", gzip.compress(b"zipped"), html + "\r\nContent-Encoding: gzip")
+    + warc("response", b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", html + "\r\nTransfer-Encoding: chunked")
+    + warc("response", b"gone", "404 Not Found\r\nContent-Type: text/html")
+    + warc("response", b"GIF89a", "200 OK\r\nContent-Type: image/gif")
+    + warc("response", b"plain", "200 OK\r\nContent-Type: text/plain")
+  )
   found, dropped = read_all(write(tmp_path / "a.warc", data))
-  assert [d.text for d in found] == ["é", "é", "<meta charset='cp1251'>Ж", "“", "zipped", "abc",
-                                     "plain"]
+  assert [d.text for d in found] == [
+    "é",
+    "é",
+    "<meta charset='cp1251'>Ж",
+    "“",
+    "zipped",
+    "abc",
+    "plain",
+  ]
   assert [d.html for d in found] == [True] * 6 + [False]
   assert dropped.counts == {"http status": 1, "not text": 1}
 

@@ -8,35 +8,49 @@ from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import chat_template, examples, tokenizer
 from tests.text.tokenizers import huggingface_test as hf_test
 
-MARKS = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
-         "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")
-TALK = [{"role": "system", "content": "Be short."}, {"role": "user", "content": " Who? "},
-        {"role": "assistant", "content": "Me."}, {"role": "user", "content": "<|im_end|> Why?"},
-        {"role": "assistant", "content": "So.\n"}]
+MARKS = (
+  "<|begin_of_text|>",
+  "<|eot_id|>",
+  "<|start_header_id|>",
+  "<|end_header_id|>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<start_of_turn>",
+  "<end_of_turn>",
+)
+TALK = [
+  {"role": "system", "content": "Be short."},
+  {"role": "user", "content": " Who? "},
+  {"role": "assistant", "content": "Me."},
+  {"role": "user", "content": "<|im_end|> Why?"},
+  {"role": "assistant", "content": "So.\n"},
+]
 
 # The formats as Jinja, to be rendered by transformers.
 _LOOP = "{% for m in messages %}"
 _FIRST = "messages[0]['content'] | trim + "
 JINJA = {
-    "chatml": _LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
-              "+ '<|im_end|>' + '\n' }}"
-              "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "llama3": "{{ bos_token }}" + _LOOP +
-              "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
-              "m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-              "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-             "{% set first = " + _FIRST + "'\n\n' %}"
-             "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}" + _LOOP +
-             "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-             "{{ (first if loop.first else '') + m['content'] | trim + '<end_of_turn>\n' }}"
-             "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    "llama2": "{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
-              "{% set first = '<<SYS>>\n' + " + _FIRST + "'\n<</SYS>>\n\n' %}{% set messages = messages[1:]"
-              " %}{% endif %}" + _LOOP + "{% if m['role'] == 'user' %}{{ bos_token + "
-              "'[INST] ' + "
-              "(first if loop.first else '') + m['content'] | trim + ' [/INST]' }}{% else %}"
-              "{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+  "chatml": _LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
+  "+ '<|im_end|>' + '\n' }}"
+  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+  "llama3": "{{ bos_token }}"
+  + _LOOP
+  + "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+  "m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+  "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+  "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+  "{% set first = " + _FIRST + "'\n\n' %}"
+  "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+  + _LOOP
+  + "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+  "{{ (first if loop.first else '') + m['content'] | trim + '<end_of_turn>\n' }}"
+  "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+  "llama2": "{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
+  "{% set first = '<<SYS>>\n' + " + _FIRST + "'\n<</SYS>>\n\n' %}{% set messages = messages[1:]"
+  " %}{% endif %}" + _LOOP + "{% if m['role'] == 'user' %}{{ bos_token + "
+  "'[INST] ' + "
+  "(first if loop.first else '') + m['content'] | trim + ' [/INST]' }}{% else %}"
+  "{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
 }
 
 
@@ -58,11 +72,17 @@ def learned(pieces):
 def model(tmp_path_factory):
   """Makes a tokenizer with all marks and perhaps a template: (it, its folder)."""
   inner = hf_test.byte_level(MARKS)
+
   def make(template=None):
     folder = hf_test.folder(
-        tmp_path_factory.mktemp("hf") / "t", inner, bos_token="<|begin_of_text|>",
-        eos_token="<|eot_id|>", **({"chat_template": template} if template else {}))
+      tmp_path_factory.mktemp("hf") / "t",
+      inner,
+      bos_token="<|begin_of_text|>",
+      eos_token="<|eot_id|>",
+      **({"chat_template": template} if template else {}),
+    )
     return tokenizer.load(folder), folder
+
   return make
 
 
@@ -88,24 +108,33 @@ def test_formats_and_their_jinja_agree_with_transformers(model, name, generate):
 def test_what_the_formats_write(model):
   talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
   t, _ = model()
-  assert {name: written(chat_template.load(name, t)(talk)) for name in chat_template.FORMATS if name != "simple"} == {
-      "raw": "<|begin_of_text|>Hi\nYo<|eot_id|>\n",
-      "chatml": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n",
-      "llama2": "<|begin_of_text|>[INST] Hi [/INST] Yo <|eot_id|>",
-      "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-                "<|start_header_id|>assistant<|end_header_id|>\n\nYo<|eot_id|>",
-      "gemma": "<|begin_of_text|><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
-               "Yo<end_of_turn>\n"}
+  assert {
+    name: written(chat_template.load(name, t)(talk))
+    for name in chat_template.FORMATS
+    if name != "simple"
+  } == {
+    "raw": "<|begin_of_text|>Hi\nYo<|eot_id|>\n",
+    "chatml": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n",
+    "llama2": "<|begin_of_text|>[INST] Hi [/INST] Yo <|eot_id|>",
+    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nYo<|eot_id|>",
+    "gemma": "<|begin_of_text|><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
+    "Yo<end_of_turn>\n",
+  }
   pieces = chat_template.load("simple", tokenizer.ByteTokenizer())(talk)
   assert written(pieces) == "<s><|user|>Hi<|end|><|assistant|>Yo<|end|>"
   assert [p.special for p in pieces] == [True, True, False, True, True, False, True]
 
 
-@pytest.mark.parametrize("name, want", [
+@pytest.mark.parametrize(
+  "name, want",
+  [
     ("chatml", ["Me.<|im_end|>", "So.\n<|im_end|>"]),
     ("llama3", ["Me.<|eot_id|>", "So.<|eot_id|>"]),
     ("gemma", ["Me.<end_of_turn>", "So.<end_of_turn>"]),
-    ("llama2", [" Me. <|eot_id|>", " So. <|eot_id|>"])])
+    ("llama2", [" Me. <|eot_id|>", " So. <|eot_id|>"]),
+  ],
+)
 def test_answers_and_their_ends_are_learned_and_nothing_else(model, name, want):
   t, _ = model(JINJA[name])
   for which in (name, "tokenizer"):
@@ -125,19 +154,24 @@ def test_no_message_can_write_a_special_token(model, name):
     pieces = chat_template.load(which, t)(TALK)
     said = next(p for p in pieces if "Why?" in p.text)
     assert not said.special and "<|im_end|>" in said.text
-    clean = chat_template.load(which, t)([{**m, "content": m["content"].replace("<|im_end|>", "")}
-                                 for m in TALK])
+    clean = chat_template.load(which, t)(
+      [{**m, "content": m["content"].replace("<|im_end|>", "")} for m in TALK]
+    )
     assert [p.text for p in pieces if p.special] == [p.text for p in clean if p.special]
 
 
 def test_what_is_stored_and_learned_of_a_chat(model):
   t, _ = model()
+
   class Document:
     source, fields = "a:1", {"messages": TALK}
+
   [[e]] = examples.encode_batch([Document], "chat", t, chat_template.load("llama3", t))
   assert t.decode(e.ids, specials=True) == written(chat_template.load("llama3", t)(TALK))
   assert [t.decode(e.ids[a:b], specials=True) for a, b in e.trained] == [
-      "Me.<|eot_id|>", "So.<|eot_id|>"]
+    "Me.<|eot_id|>",
+    "So.<|eot_id|>",
+  ]
 
 
 def test_the_template_that_is_chosen_where_none_is_named(model):
@@ -151,11 +185,16 @@ def test_the_template_that_is_chosen_where_none_is_named(model):
 
 def test_a_template_that_marks_what_is_generated(model):
   start = "{{ '<|im_start|>'"
-  source = JINJA["chatml"].replace(start, "{%- generation -%}" + start).replace(
-      "+ '\n' }}{% endfor", "+ '\n' }}{%- endgeneration %}{% endfor")
+  source = (
+    JINJA["chatml"]
+    .replace(start, "{%- generation -%}" + start)
+    .replace("+ '\n' }}{% endfor", "+ '\n' }}{%- endgeneration %}{% endfor")
+  )
   assert "endgeneration" in source
   t, _ = model(source)
-  assert written(chat_template.load("tokenizer", t)(TALK)) == written(chat_template.load("chatml", t)(TALK))
+  assert written(chat_template.load("tokenizer", t)(TALK)) == written(
+    chat_template.load("chatml", t)(TALK)
+  )
 
 
 def test_a_template_that_rewrites_what_is_said(model):
@@ -168,16 +207,24 @@ def test_a_template_that_rewrites_what_is_said(model):
 
 
 def test_what_a_template_writes_ahead_of_an_answer_is_learned_with_it(model):
-  t, _ = model(JINJA["chatml"].replace("m['role'] + '\n' +", "m['role'] + '\n' + ("
-                                       "'Well: ' if m['role'] == 'assistant' else '') +"))
+  t, _ = model(
+    JINJA["chatml"].replace(
+      "m['role'] + '\n' +", "m['role'] + '\n' + ('Well: ' if m['role'] == 'assistant' else '') +"
+    )
+  )
   pieces = chat_template.load("tokenizer", t)(TALK)
   assert learned(pieces) == ["Well: Me.<|im_end|>", "Well: So.\n<|im_end|>"]
 
 
-@pytest.mark.parametrize("talk, message", [
+@pytest.mark.parametrize(
+  "talk, message",
+  [
     ([{"role": "tool", "content": "x"}], "no place for a message of role 'tool'"),
-    ([{"from": "user"}], "a chat message is"), (["x"], "a chat message is"),
-    ([{"role": "user", "content": None}], "a chat message is")])
+    ([{"from": "user"}], "a chat message is"),
+    (["x"], "a chat message is"),
+    ([{"role": "user", "content": None}], "a chat message is"),
+  ],
+)
 def test_a_message_that_is_none(model, talk, message):
   with pytest.raises(UserError, match=message):
     chat_template.load("chatml", model()[0])(talk)
@@ -191,10 +238,11 @@ def test_contents_in_parts(model):
 def test_a_template_that_cannot_be_used(model, monkeypatch):
   bytes_ = tokenizer.ByteTokenizer()
   for name, t, message in (
-      ("alpaca", bytes_, "no chat template 'alpaca'; choose one of tokenizer, simple"),
-      ("chatml", bytes_, r"needs <\|im_start\|>, <\|im_end\|>"),
-      ("tokenizer", bytes_, "came with no chat template"),
-      ("tokenizer", model("{% if %}")[0], "can't be used")):
+    ("alpaca", bytes_, "no chat template 'alpaca'; choose one of tokenizer, simple"),
+    ("chatml", bytes_, r"needs <\|im_start\|>, <\|im_end\|>"),
+    ("tokenizer", bytes_, "came with no chat template"),
+    ("tokenizer", model("{% if %}")[0], "can't be used"),
+  ):
     with pytest.raises(UserError, match=message):
       chat_template.load(name, t)
   with pytest.raises(UserError, match="refuses a conversation: no"):

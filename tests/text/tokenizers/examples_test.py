@@ -62,11 +62,19 @@ def turns(*pairs):
   return [{"role": role, "content": content} for role, content in pairs]
 
 
-@pytest.mark.parametrize("prompt, chosen, rejected", [
+@pytest.mark.parametrize(
+  "prompt, chosen, rejected",
+  [
     (turns(("user", "Q")), turns(("assistant", "yes")), turns(("assistant", "no"))),
     ("Q", turns(("assistant", "yes")), turns(("assistant", "no"))),
-    ("other", turns(("user", "Q"), ("assistant", "yes")), turns(("user", "Q"), ("assistant", "no"))),
-    (turns(("user", "Q")), "yes", "no")])
+    (
+      "other",
+      turns(("user", "Q"), ("assistant", "yes")),
+      turns(("user", "Q"), ("assistant", "no")),
+    ),
+    (turns(("user", "Q")), "yes", "no"),
+  ],
+)
 def test_preferences_of_messages_go_through_the_template(prompt, chosen, rejected):
   fields = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
   a, b = encode("preference", fields, template=chat_template.load("simple", T))
@@ -76,12 +84,20 @@ def test_preferences_of_messages_go_through_the_template(prompt, chosen, rejecte
 
 def test_of_preferences_only_the_last_answer_is_learned():
   both = turns(("user", "Q"), ("assistant", "A"), ("user", "R"))
-  a, b = encode("preference", {"prompt": "", "chosen": [*both, *turns(("assistant", "yes"))],
-                               "rejected": [*both, *turns(("assistant", "no"))]},
-                template=chat_template.load("simple", T))
+  a, b = encode(
+    "preference",
+    {
+      "prompt": "",
+      "chosen": [*both, *turns(("assistant", "yes"))],
+      "rejected": [*both, *turns(("assistant", "no"))],
+    },
+    template=chat_template.load("simple", T),
+  )
   assert len(a.trained) == len(b.trained) == 1
   assert [named(x.ids[slice(*x.trained[0])]) for x in (a, b)] == ["yes<|end|>", "no<|end|>"]
-  error = encode("preference", {"chosen": both, "rejected": both}, template=chat_template.load("simple", T))
+  error = encode(
+    "preference", {"chosen": both, "rejected": both}, template=chat_template.load("simple", T)
+  )
   assert "chosen does not end with a message of role 'assistant'" in str(error)
 
 
@@ -92,8 +108,17 @@ def test_a_conversation_is_stored_as_its_template_writes_it():
       trained = m["role"] == "assistant"
       out += [examples.Piece(m["content"], trained), examples.Piece("</s>", trained, special=True)]
     return out
-  messages = [{"role": r, "content": c} for r, c in (
-      ("user", "ab"), ("assistant", "c>d"), ("assistant", "e"), ("user", "f"), ("assistant", ""))]
+
+  messages = [
+    {"role": r, "content": c}
+    for r, c in (
+      ("user", "ab"),
+      ("assistant", "c>d"),
+      ("assistant", "e"),
+      ("user", "f"),
+      ("assistant", ""),
+    )
+  ]
   [e] = encode("chat", {"messages": messages}, template=template)
   assert text(e.ids) == "<ab>c>d>e>f>>"
   assert trained(e) == ["c>d>e>", ">"], "adjacent ranges are one; an empty answer still ends"
@@ -108,13 +133,21 @@ def test_classes_get_the_numbers_of_their_names():
   assert names == ("ham", "spam")
   [e] = encode("classification", {"text": "ab", "label": "spam"}, label_names=names)
   assert (text(e.ids), e.label, e.second) == ("<ab>", 1, None)
-  [e] = encode("classification", {"text": "ab", "text_pair": "c", "label": "ham"},
-               label_names=names)
-  assert (text(e.ids), e.label, text(e.ids[e.second:])) == ("<ab>c>", 0, "c>")
+  [e] = encode(
+    "classification", {"text": "ab", "text_pair": "c", "label": "ham"}, label_names=names
+  )
+  assert (text(e.ids), e.label, text(e.ids[e.second :])) == ("<ab>c>", 0, "c>")
 
 
-@pytest.mark.parametrize("labels, names", [
-    ([3, 1, 10], ("1", "3", "10")), (["1", 1, "0"], ("1", "0")), ([0.5, 1], ()), (["b", "a"], ("a", "b"))])
+@pytest.mark.parametrize(
+  "labels, names",
+  [
+    ([3, 1, 10], ("1", "3", "10")),
+    (["1", 1, "0"], ("1", "0")),
+    ([0.5, 1], ()),
+    (["b", "a"], ("a", "b")),
+  ],
+)
 def test_what_labels_are_called(labels, names):
   assert examples.label_names(labels) == names
   [e] = encode("classification", {"text": "", "label": labels[0]}, label_names=names)
@@ -133,8 +166,10 @@ def write(folder, kind, encoded, label_names=()):
   writer = shards.SplitWriter(folder, "train", T, 1 << 20, kind)
   for e in encoded:
     writer.add(e, 1, "file")
-  shards.write_manifest(folder, shards.make_manifest(
-      T, {"train": writer.finish()}, documents.Dropped(), kind, label_names))
+  shards.write_manifest(
+    folder,
+    shards.make_manifest(T, {"train": writer.finish()}, documents.Dropped(), kind, label_names),
+  )
   return source.open_split(folder, "train")
 
 
@@ -148,7 +183,11 @@ def test_what_was_encoded_is_read_back(tmp_path):
     np.testing.assert_array_equal(s.read(doc, 0, len(e.ids)), e.ids)
     np.testing.assert_array_equal(s.trained(doc), e.trained)
   pairs = [{"text": "a", "label": "x"}, {"text": "a", "text_pair": "b", "label": "y"}]
-  s = write(tmp_path / "b", "classification", [
-      encode("classification", f, label_names=("x", "y"))[0] for f in pairs], ("x", "y"))
+  s = write(
+    tmp_path / "b",
+    "classification",
+    [encode("classification", f, label_names=("x", "y"))[0] for f in pairs],
+    ("x", "y"),
+  )
   assert (s.labels.tolist(), s.second.tolist(), s.label_names) == ([0, 1], [0, 3], ["x", "y"])
   assert s.trained(0) is None

@@ -26,9 +26,14 @@ def byte_level(specials):
   t = tokenizers.Tokenizer(tokenizers.models.BPE())
   t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   t.decoder = tokenizers.decoders.ByteLevel()
-  t.train_from_iterator([TEXT, "<|x|>" * 5000], tokenizers.trainers.BpeTrainer(
-      vocab_size=400, show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+  t.train_from_iterator(
+    [TEXT, "<|x|>" * 5000],
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=400,
+      show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
   t.add_special_tokens(list(specials))
   return t
 
@@ -39,10 +44,13 @@ def bert():
   t.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
   t.decoder = tokenizers.decoders.WordPiece()
   names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-  t.train_from_iterator([TEXT], tokenizers.trainers.WordPieceTrainer(
-      vocab_size=400, special_tokens=names, show_progress=False))
+  t.train_from_iterator(
+    [TEXT],
+    tokenizers.trainers.WordPieceTrainer(vocab_size=400, special_tokens=names, show_progress=False),
+  )
   t.post_processor = tokenizers.processors.TemplateProcessing(
-      single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+  )
   t.enable_truncation(8)
   t.enable_padding(length=8)
   return t
@@ -61,15 +69,21 @@ QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
   path = tmp_path_factory.mktemp("hf") / "qwen"
-  folder(path, byte_level(QWEN), bos_token=None, eos_token="<|im_end|>",
-         pad_token={"__type": "AddedToken", "content": "<|endoftext|>"},
-         chat_template="{{ messages }}")
+  folder(
+    path,
+    byte_level(QWEN),
+    bos_token=None,
+    eos_token="<|im_end|>",
+    pad_token={"__type": "AddedToken", "content": "<|endoftext|>"},
+    chat_template="{{ messages }}",
+  )
   (path / "model.safetensors").write_text("weights")
   return path
 
 
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-                     deadline=None)
+@hypothesis.settings(
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None
+)
 @hypothesis.given(text=tokenizer_test.TEXTS)
 def test_any_text_comes_back_from_byte_level_vocabularies(qwen, text):
   t = tokenizer.load(qwen)
@@ -95,8 +109,11 @@ def test_names_of_specials_in_a_text_are_text(qwen):
 
 
 def test_a_unigram_vocabulary_that_knows_the_names_of_its_specials_as_words(tmp_path):
-  inner = tokenizers.Tokenizer(tokenizers.models.Unigram(
-      [("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "</s>ab")], unk_id=0))
+  inner = tokenizers.Tokenizer(
+    tokenizers.models.Unigram(
+      [("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "</s>ab")], unk_id=0
+    )
+  )
   inner.add_special_tokens(["</s>"])
   t = tokenizer.load(folder(tmp_path / "t5", inner, eos_token="</s>", unk_token="<unk>"))
   assert t.eos_id == t.bos_id == 1
@@ -105,9 +122,21 @@ def test_a_unigram_vocabulary_that_knows_the_names_of_its_specials_as_words(tmp_
 
 @pytest.mark.parametrize("lone", [True, False])
 def test_bert(tmp_path, lone):
-  path = folder(tmp_path / "bert", bert(), **({} if lone else dict(
-      cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]",
-      unk_token="[UNK]")))
+  path = folder(
+    tmp_path / "bert",
+    bert(),
+    **(
+      {}
+      if lone
+      else dict(
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        unk_token="[UNK]",
+      )
+    ),
+  )
   t = tokenizer.load(path / "tokenizer.json" if lone else path)
   assert (t.pad_id, t.unk_id, t.bos_id, t.eos_id, t.mask_id) == (0, 1, 2, 3, 4)
   ids = t.encode("Return the value of this object, or raise ValueError")  # longer than 8
@@ -134,9 +163,12 @@ def test_a_post_processor_tells_the_ends(tmp_path):
   inner.save(str(tmp_path / "a.json"))
   t = tokenizer.load(tmp_path / "a.json")
   assert (t.bos_id, t.eos_id) == (400, 401)
-  inner.post_processor = tokenizers.processors.Sequence([
+  inner.post_processor = tokenizers.processors.Sequence(
+    [
       tokenizers.processors.ByteLevel(),
-      tokenizers.processors.TemplateProcessing(single="<a> $A", special_tokens=[("<a>", 400)])])
+      tokenizers.processors.TemplateProcessing(single="<a> $A", special_tokens=[("<a>", 400)]),
+    ]
+  )
   inner.save(str(tmp_path / "b.json"))
   t = tokenizer.load(tmp_path / "b.json")
   assert (t.bos_id, t.eos_id) == (400, 400)
@@ -152,7 +184,8 @@ def test_a_saved_one_is_the_same_and_its_files_are_as_they_came(qwen, tmp_path):
     assert (tmp_path / "tokenizer" / name).read_bytes() == (qwen / name).read_bytes()
   assert not (tmp_path / "tokenizer" / "model.safetensors").exists()
   (tmp_path / "tokenizer" / "tokenizer.json").write_text(
-      (qwen / "tokenizer.json").read_text() + " ")
+    (qwen / "tokenizer.json").read_text() + " "
+  )
   with pytest.raises(UserError, match="does not match its digest"):
     tokenizer.load(tmp_path)
   (tmp_path / "tokenizer" / "tokenizer.json").unlink()
@@ -199,9 +232,11 @@ def tiktoken_folder(path, **settings):
   path.mkdir()
   lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
   (path / "mine.tiktoken").write_text("".join(lines))
-  (path / "tiktoken.json").write_text(json.dumps({
-      "pattern": GPT2_PATTERN, "special_tokens": {"<|endoftext|>": 400, "<mask>": 410},
-      **settings}))
+  (path / "tiktoken.json").write_text(
+    json.dumps(
+      {"pattern": GPT2_PATTERN, "special_tokens": {"<|endoftext|>": 400, "<mask>": 410}, **settings}
+    )
+  )
   return path, inner
 
 
@@ -223,8 +258,11 @@ def test_a_tiktoken_vocabulary(tmp_path):
   assert not {400, 410} & set(t.encode(text))
   assert t.encode(text, specials=True)[0] == 400
   t.save(tmp_path / "b")
-  for back in (tokenizer.load(tmp_path / "b"), tokenizer.load(path / "mine.tiktoken"),
-               pickle.loads(pickle.dumps(t))):
+  for back in (
+    tokenizer.load(tmp_path / "b"),
+    tokenizer.load(path / "mine.tiktoken"),
+    pickle.loads(pickle.dumps(t)),
+  ):
     assert back.digest == t.digest and back.encode(text) == t.encode(text)
 
 

@@ -15,11 +15,34 @@ from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import base, tokenizer
 from jaxgpt.text.tokenizers import sentencepiece as sentencepiece_lib
 
-CODE = "".join(path.read_text() for path in
-               sorted(pathlib.Path(json.__file__).parent.glob("*.py")))
-SPECIAL = ["<|user|>", "<mask>", "</s>", "<|end|>", "\0", "\t", "\n", "\r", " ", "  ", "▁", "▅",
-           "⁇", "<s>", "<0x0A>", "<unk>", "\ufeff",
-           "\u2028", "e\u0301", "é", "😀", "\U0010ffff", "ab", "1", "\ufffd"]
+CODE = "".join(path.read_text() for path in sorted(pathlib.Path(json.__file__).parent.glob("*.py")))
+SPECIAL = [
+  "<|user|>",
+  "<mask>",
+  "</s>",
+  "<|end|>",
+  "\0",
+  "\t",
+  "\n",
+  "\r",
+  " ",
+  "  ",
+  "▁",
+  "▅",
+  "⁇",
+  "<s>",
+  "<0x0A>",
+  "<unk>",
+  "\ufeff",
+  "\u2028",
+  "e\u0301",
+  "é",
+  "😀",
+  "\U0010ffff",
+  "ab",
+  "1",
+  "\ufffd",
+]
 TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(SPECIAL)).map("".join))
 
 
@@ -29,8 +52,9 @@ def trained(request):
   return tokenizer.train_sentencepiece([CODE], vocab_size=size, model_type=request.param)
 
 
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-                     deadline=None)
+@hypothesis.settings(
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None
+)
 @hypothesis.given(text=TEXTS)
 def test_any_text_comes_back_from_sentencepiece(trained, text):
   ids = trained.encode(text)
@@ -89,12 +113,20 @@ def test_training_reads_no_more_than_the_sample():
   def texts():
     yield "some words and some more words " * 200
     raise AssertionError("read on")
+
   tokenizer.train_sentencepiece(texts(), vocab_size=290, sample_bytes=4000)
 
 
-@pytest.mark.parametrize("size, kind, message", [
-    (50_000, "bpe", "at most [0-9]+ pieces"), (5_000, "unigram", "at most [0-9]+ pieces"),
-    (200, "bpe", "too small"), (200, "char", "too small"), (400, "wordpiece", "choose one of")])
+@pytest.mark.parametrize(
+  "size, kind, message",
+  [
+    (50_000, "bpe", "at most [0-9]+ pieces"),
+    (5_000, "unigram", "at most [0-9]+ pieces"),
+    (200, "bpe", "too small"),
+    (200, "char", "too small"),
+    (400, "wordpiece", "choose one of"),
+  ],
+)
 def test_a_vocabulary_that_the_text_does_not_support(size, kind, message):
   with pytest.raises(UserError, match=message):
     tokenizer.train_sentencepiece([CODE[:2000]], vocab_size=size, model_type=kind)
@@ -107,11 +139,17 @@ def test_no_text_to_train_on():
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_a_saved_tokenizer_is_the_same_one(tmp_path, kind):
-  t = tokenizer.ByteTokenizer() if kind == "bytes" else tokenizer.train_sentencepiece(
-      [CODE], vocab_size=400)
+  t = (
+    tokenizer.ByteTokenizer()
+    if kind == "bytes"
+    else tokenizer.train_sentencepiece([CODE], vocab_size=400)
+  )
   t.save(tmp_path / "tokenizer")
-  for back in (tokenizer.load(tmp_path / "tokenizer"), tokenizer.load(tmp_path),
-               pickle.loads(pickle.dumps(t))):
+  for back in (
+    tokenizer.load(tmp_path / "tokenizer"),
+    tokenizer.load(tmp_path),
+    pickle.loads(pickle.dumps(t)),
+  ):
     assert back.digest == t.digest
     assert back.encode(CODE[:200]) == t.encode(CODE[:200])
 
@@ -121,8 +159,15 @@ def test_any_sentencepiece_model_loads(tmp_path):
   source = tmp_path / "text.txt"
   source.write_text(CODE)
   sentencepiece.SentencePieceTrainer.train(
-      input=str(source), model_prefix=str(tmp_path / "m"), vocab_size=300, pad_id=-1, bos_id=-1,
-      eos_id=1, unk_id=0, minloglevel=3)
+    input=str(source),
+    model_prefix=str(tmp_path / "m"),
+    vocab_size=300,
+    pad_id=-1,
+    bos_id=-1,
+    eos_id=1,
+    unk_id=0,
+    minloglevel=3,
+  )
   t = tokenizer.load(tmp_path / "m.model")
   assert (t.pad_id, t.mask_id, t.bos_id, t.eos_id) == (None, None, 1, 1)
   assert t.decode(t.encode("def encode(self)")) == "def encode(self)"
@@ -130,8 +175,13 @@ def test_any_sentencepiece_model_loads(tmp_path):
 
 def test_specials_have_names_and_ids_and_no_text_is_encoded_to_them(trained):
   for t in (tokenizer.ByteTokenizer(), trained):
-    assert {"<pad>": t.pad_id, "<s>": t.bos_id, "</s>": t.eos_id, "<mask>": t.mask_id,
-            "<|user|>": t.mask_id + 2}.items() <= t.special_ids.items()
+    assert {
+      "<pad>": t.pad_id,
+      "<s>": t.bos_id,
+      "</s>": t.eos_id,
+      "<mask>": t.mask_id,
+      "<|user|>": t.mask_id + 2,
+    }.items() <= t.special_ids.items()
     assert len(set(t.special_ids.values())) == len(t.special_ids)
     assert max(t.special_ids.values()) < t.vocab_size
     text = "<|user|>hi<mask></s>"
@@ -166,6 +216,7 @@ def test_a_symbol_that_cannot_be_one(symbol):
 def test_what_a_specification_names(tmp_path):
   def sample():
     return [CODE]
+
   assert tokenizer.from_spec("bytes", sample).kind == "bytes"
   t = tokenizer.from_spec("sentencepiece:500:char", sample, symbols=["<h1>"])
   assert t.vocab_size < 500
@@ -180,9 +231,14 @@ def test_what_a_specification_names(tmp_path):
 
 def test_a_model_whose_pieces_look_like_marks_keeps_them_from_text():
   """Gemma's model holds its marks as pieces that SentencePiece finds in any text."""
-  t = trained_elsewhere(user_defined_symbols=["<start_of_turn>"], add_dummy_prefix=False,
-                        remove_extra_whitespaces=False, byte_fallback=True, vocab_size=400,
-                        normalization_rule_name="identity")
+  t = trained_elsewhere(
+    user_defined_symbols=["<start_of_turn>"],
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    byte_fallback=True,
+    vocab_size=400,
+    normalization_rule_name="identity",
+  )
   text = "a<start_of_turn>user\n"
   mark = t.special_ids["<start_of_turn>"]
   assert mark not in t.encode(text) and t.decode(t.encode(text)) == text
@@ -191,8 +247,9 @@ def test_a_model_whose_pieces_look_like_marks_keeps_them_from_text():
 
 def trained_elsewhere(**options):
   model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CODE.splitlines()),
-                                           model_writer=model, minloglevel=3, **options)
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CODE.splitlines()), model_writer=model, minloglevel=3, **options
+  )
   return tokenizer.SentencePieceTokenizer(model.getvalue())
 
 
@@ -208,9 +265,17 @@ def llama_folder(folder, model, **added):
   folder.mkdir()
   (folder / "tokenizer.model").write_bytes(model)
   decoder = {str(i): {"content": token, "special": True} for token, i in added.items()}
-  (folder / "tokenizer_config.json").write_text(json.dumps({
-      "bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<extra>",
-      "added_tokens_decoder": decoder, "chat_template": "{{ messages }}"}))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps(
+      {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "pad_token": "<extra>",
+        "added_tokens_decoder": decoder,
+        "chat_template": "{{ messages }}",
+      }
+    )
+  )
   return folder
 
 
@@ -223,8 +288,9 @@ def test_a_folder_with_a_sentencepiece_model_and_added_tokens(tmp_path):
   t.save(tmp_path / "b")
   back = tokenizer.load(tmp_path / "b")
   assert back.digest == t.digest != own.digest and back.special_ids == t.special_ids
-  assert ((tmp_path / "b" / "tokenizer_config.json").read_bytes()
-          == (tmp_path / "a" / "tokenizer_config.json").read_bytes())
+  assert (tmp_path / "b" / "tokenizer_config.json").read_bytes() == (
+    tmp_path / "a" / "tokenizer_config.json"
+  ).read_bytes()
   with pytest.raises(UserError, match="in its own way"):
     tokenizer.load(llama_folder(tmp_path / "c", own._model, **{"<s>": 7}))
 
@@ -236,9 +302,12 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
   with pytest.raises(UserError, match=r"x\.model' is no SentencePiece model"):
     tokenizer.load(tmp_path / "x.model")
   tokenizer.ByteTokenizer().save(tmp_path)
-  for spec, message in (("{", "damaged"), ('{"kind": "bytes", "digest": "0"}', "match its digest"),
-                        ('{"kind": "morse", "digest": "0"}', "'morse'"),
-                        ('{"kind": "sentencepiece", "digest": "0"}', "is missing")):
+  for spec, message in (
+    ("{", "damaged"),
+    ('{"kind": "bytes", "digest": "0"}', "match its digest"),
+    ('{"kind": "morse", "digest": "0"}', "'morse'"),
+    ('{"kind": "sentencepiece", "digest": "0"}', "is missing"),
+  ):
     (tmp_path / base.SPEC).write_text(spec)
     with pytest.raises(UserError, match=message):
       tokenizer.load(tmp_path)

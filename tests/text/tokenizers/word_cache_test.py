@@ -12,8 +12,24 @@ from jaxgpt.text.tokenizers import word_cache
 from jaxgpt.text.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 TEXT = pathlib.Path(word_cache.__file__).read_text(encoding="utf-8")
-ODD = ["", " ", "   ", "a", " a", "a ", "a  b", "\n\n  x", "\t x\u00a0 y", "δέ \u0301x", "▁ a▁b",
-       "x" * 99, "<|user|> </s> <mask>", "é " * 50, "\x00 \x00", "🙂 🙂🙂"]
+ODD = [
+  "",
+  " ",
+  "   ",
+  "a",
+  " a",
+  "a ",
+  "a  b",
+  "\n\n  x",
+  "\t x\u00a0 y",
+  "δέ \u0301x",
+  "▁ a▁b",
+  "x" * 99,
+  "<|user|> </s> <mask>",
+  "é " * 50,
+  "\x00 \x00",
+  "🙂 🙂🙂",
+]
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram", "char"])
