@@ -1,31 +1,52 @@
-"""The one exception that a user sees as a message instead of a traceback."""
+"""User errors: the one exception that a user sees as a message and not as a traceback."""
 
+import difflib
 import importlib
+import types
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
   """A bad input: a file, a config key, a checkpoint or a mesh.
 
-  The message names the thing, its value and the way out. The command line prints it and exits
-  with `exit_code`: 2, or 75 where the same command may work later. Anything else that is raised is
-  a bug and keeps its traceback.
+  The message names the thing, its value and the way out. The command line prints it and exits with
+  `exit_code`. Any other exception is a bug and keeps its traceback.
+
+  Attributes:
+    exit_code: 2, or 75 if the same command may succeed later.
   """
 
-  def __init__(self, message, exit_code=2):
+  def __init__(self, message: str, exit_code: int = 2):
     super().__init__(message)
     self.exit_code = exit_code
 
 
-def optional(module, extra, what):
-  """An optional dependency's module, imported now.
+def nearest(name: str, names: Iterable[str]) -> str:
+  """A hint such as "did you mean 'adamw'? ", or '' if no name is close."""
+  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+  return f"did you mean {close[0]!r}? " if close else ""
+
+
+def first_line(error: BaseException, limit: int | None = None) -> str:
+  """The first line of an exception's message, or '?' if it has none.
 
   Args:
-    module: its dotted name.
-    extra: the extra of this package that installs it.
-    what: what can't be done without it, as the message begins.
+    error: The exception.
+    limit: Length in characters after which the line is cut.
+  """
+  return (str(error).splitlines() or ["?"])[0][:limit]
+
+
+def optional(module: str, extra: str, what: str) -> types.ModuleType:
+  """Imports an optional dependency.
+
+  Args:
+    module: Dotted name of the module.
+    extra: The extra of this package that installs it.
+    what: The feature that needs it; the error message starts with it.
 
   Raises:
-    UserError: it isn't installed; the message names the extra.
+    UserError: The module is not installed. The message names the extra.
   """
   try:
     return importlib.import_module(module)

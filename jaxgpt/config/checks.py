@@ -1,9 +1,8 @@
 """What values the keys of a config may have, alone and together."""
 
-import difflib
 import math
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, nearest
 
 CHOICES = {
   "objective.name": ("causal_lm", "masked_lm", "classification", "preference"),
@@ -55,12 +54,6 @@ PATTERNS = {  # keys whose value is a tuple of these
   "model.attention_pattern": ("global", "local", "nope"),
   "model.mlp_pattern": ("dense", "moe"),
 }
-
-
-def nearest(name, names):
-  """A hint 'did you mean …? ' with the closest of `names`, or ''."""
-  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-  return f"did you mean {close[0]!r}? " if close else ""
 
 
 def values(flat):

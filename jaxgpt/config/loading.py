@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from jaxgpt.config import checks
 from jaxgpt.config.keys import FREE_ON_RESUME, MESH_AXES, base
 from jaxgpt.config.presets import PRESETS
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, nearest
 
 
 def preset(name):
@@ -29,7 +29,7 @@ def preset(name):
   """
   if name not in PRESETS:
     raise UserError(
-      f"no preset {name!r}; {checks.nearest(name, PRESETS)}there are: {', '.join(sorted(PRESETS))}"
+      f"no preset {name!r}; {nearest(name, PRESETS)}there are: {', '.join(sorted(PRESETS))}"
     )
   return dict(PRESETS[name], preset=name)
 
@@ -60,7 +60,7 @@ def from_dict(tree):
   known = flatten(c)
   for key, value in flatten(tree).items():
     if key not in known:
-      raise UserError(f"unknown config key {key!r}; {checks.nearest(key, known)}".rstrip("; "))
+      raise UserError(f"unknown config key {key!r}; {nearest(key, known)}".rstrip("; "))
     if value is not None:
       c.update_from_flattened_dict({key: value})
   return c
@@ -83,7 +83,7 @@ def load(path, overrides=()):
   path, _, arg = str(path).partition(":")
   if not pathlib.Path(path).is_file():
     near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-    hint = checks.nearest(path, near) + (f"there are: {', '.join(near)}" if near else "")
+    hint = nearest(path, near) + (f"there are: {', '.join(near)}" if near else "")
     raise UserError(f"--config={path}: no such file; {hint}".rstrip("; "))
   flat = flatten(base())
   for item in overrides:
@@ -97,7 +97,7 @@ def load(path, overrides=()):
       )
     if key not in flat and not any(k.startswith(key + ".") for k in flat):
       raise UserError(
-        f"unknown config key --config.{key}; {checks.nearest(key, flat)}"
+        f"unknown config key --config.{key}; {nearest(key, flat)}"
         "docs/config.md lists them all"
       )
   c, from_file = _parse(path, arg, overrides)
@@ -146,7 +146,7 @@ def _parse(path, arg, overrides):
   known, given = flatten(base()), flatten(c)
   for key in sorted(given.keys() ^ known.keys()):
     what = "unknown key" if key in given else "lacks the key"
-    hint = checks.nearest(key, known) if key in given else ""
+    hint = nearest(key, known) if key in given else ""
     raise UserError(f"{path}: {what} {key!r}; {hint}start from config.base()")
   for key, value in given.items():
     if value is None and known[key] is not None:

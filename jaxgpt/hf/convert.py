@@ -4,8 +4,7 @@ import re
 from typing import NamedTuple
 
 from jaxgpt import config, tree
-from jaxgpt.config import checks
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, nearest
 from jaxgpt.hf import config_map, families
 from jaxgpt.hf.layout import Layout
 from jaxgpt.model import stacks
@@ -70,7 +69,7 @@ def read(hf):
   if kind not in families.FAMILIES:
     raise UserError(
       f"config.json: model_type={kind!r} is not supported; "
-      f"{checks.nearest(str(kind), families.FAMILIES)}supported are: "
+      f"{nearest(str(kind), families.FAMILIES)}supported are: "
       f"{', '.join(families.FAMILIES)}"
     )
   family = families.FAMILIES[kind]
@@ -180,7 +179,7 @@ def family_of(c_model, name=None):
   """
   if name is not None and name not in families.FAMILIES:
     raise UserError(
-      f"no family {name!r}; {checks.nearest(name, families.FAMILIES)}there are: "
+      f"no family {name!r}; {nearest(name, families.FAMILIES)}there are: "
       f"{', '.join(families.FAMILIES)}"
     )
   against = {}

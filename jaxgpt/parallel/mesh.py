@@ -1,6 +1,5 @@
 """The devices as a mesh with named axes."""
 
-import ctypes
 import importlib.util
 import math
 import os
@@ -12,9 +11,8 @@ from jax.sharding import AxisType, Mesh
 from jaxgpt.config.checks import FIXED_RULES
 from jaxgpt.config.keys import MESH_AXES
 from jaxgpt.errors import UserError
+from jaxgpt.storage import malloc
 
-# glibc's mallopt (malloc.h): one arena, nothing mapped on its own, nothing trimmed.
-_MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 _ROWS = FIXED_RULES["rows"][0]  # axes that share a batch's rows
 
@@ -175,9 +173,4 @@ def prepare_cpu(several=False):
     return
   if several or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-  try:
-    mallopt = ctypes.CDLL(None).mallopt
-  except (AttributeError, OSError):  # no glibc: macOS, musl
-    return
-  for option, value in _MALLOPT:
-    mallopt(option, value)
+  malloc.keep()

@@ -7,13 +7,13 @@ import pytest
 
 _HEAP = """
 import pathlib, re, sys
-from jaxgpt.text import heap
+from jaxgpt.storage import malloc
 
 def size():
   return int(re.search(r"Pss_Anon: +([0-9]+)", pathlib.Path("/proc/self/smaps_rollup").read_text())[1])
 
 if sys.argv[1] == "yes":
-  heap.give_back()
+  malloc.give_back()
 first = size()
 bytearray(24 << 20)  # freed at once: from now on glibc keeps what is smaller
 blocks = [bytearray(b"x") * (1 << 20) for _ in range(64)]
