@@ -28,8 +28,9 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import init_from
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.text.prepare import shards
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import compiled_step, loop, train_step
+from jaxgpt.training import compiled_step, train_step
 
 _PROBE_SECONDS = 60  # clients of buckets try again for minutes
 
@@ -83,7 +84,7 @@ def data(c, found):
       f"{folder}: {total['documents']:,} documents, {total['tokens']:,} "
       f"tokens; its manifest is whole, digest {manifest['digest'][:12]}",
     )
-  both, finding = tried("data", lambda: loop.load_tokenizer_and_config(c))
+  both, finding = tried("data", lambda: batches_lib.load_tokenizer_and_config(c))
   if finding:
     yield finding
     return
@@ -96,7 +97,10 @@ def _first_batch(split, found):
   """Reads it; keeps that of the training split in `found`."""
   before, c = time.monotonic(), found["c"]
   batches, finding = tried(
-    "data", lambda: loop.training_data(c) if split == "train" else loop.split_batches(c, split)
+    "data",
+    lambda: (
+      batches_lib.training_data(c) if split == "train" else batches_lib.split_batches(c, split)
+    ),
   )
   if finding:
     return finding
@@ -210,7 +214,7 @@ def dry_step(found):
       state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
       jax.block_until_ready(state)
       before = time.monotonic()
-      jax.block_until_ready(compiled(state, loop.to_devices(zeros, mesh)))
+      jax.block_until_ready(compiled(state, batches_lib.to_devices(zeros, mesh)))
       seconds = time.monotonic() - before
   except jax.errors.JaxRuntimeError as e:
     reason = (str(e).splitlines() or ["?"])[0][:300]

@@ -11,7 +11,7 @@ from jaxgpt.inference import load
 from jaxgpt.run import run_folder
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
-from jaxgpt.training import loop
+from jaxgpt.training import batches as batches_lib
 
 
 def inspect(folder, step, row=None, data=None, chars=300):
@@ -43,7 +43,7 @@ def inspect(folder, step, row=None, data=None, chars=300):
     )
   if row is not None and row >= c.data.batch_size:
     raise UserError(f"--row={row}: the rows of a step are 0 to {c.data.batch_size - 1}")
-  batches = loop.split_batches(c, "train")
+  batches = batches_lib.split_batches(c, "train")
   load.check_data(batches, digest, c.data.path)
   tokenizer = tokenizer_lib.load(run_folder.tokenizer_folder(folder))
   seen = ", ".join(f"{name} {n:.2f}" for name, n in batches.epochs(step).items())

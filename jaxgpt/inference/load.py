@@ -15,8 +15,9 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import init_from, run_folder
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import evaluation, loop
+from jaxgpt.training import evaluation
 
 
 class Run(NamedTuple):
@@ -109,9 +110,9 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
       "an imported model has no data of its own; say where prepared text is with --data=DIR"
     )
   rows = batch_size or run.c.eval.batch_size
-  batches = loop.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
+  batches = batches_lib.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
   if not run.data_digest:  # an imported model has no data of its own
-    if not init_from.same_tokens(loop.load_tokenizer_and_config(c)[0], run.tokenizer):
+    if not init_from.same_tokens(batches_lib.load_tokenizer_and_config(c)[0], run.tokenizer):
       raise UserError(
         f"{c.data.path} was tokenized with another tokenizer than the imported "
         "model's; prepare it with jaxgpt data --tokenizer=RUN/tokenizer"
@@ -119,7 +120,7 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
   else:
     check_data(batches, run.data_digest, c.data.path)
   with jax.set_mesh(run.mesh):
-    return loop.evaluate_on(
+    return evaluation.evaluate_on(
       batches, run.mesh, c.data, evaluation.make_step(run.parts.objective), run.params, limit
     )
 

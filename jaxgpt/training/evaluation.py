@@ -1,51 +1,68 @@
-"""The loss on held-out data, and what it means: bits per byte, accuracy."""
+"""Evaluation on held-out data: loss, perplexity, bits per byte, accuracy."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 import jax
+import ml_collections
 
+from jaxgpt.data import pipeline
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import metrics
+from jaxgpt.training.objectives import LossFn
+from jaxgpt.tree import PyTree
+
+EvalStep: TypeAlias = Callable[[PyTree, PyTree], dict[str, jax.Array]]
+Result: TypeAlias = dict[str, float]
 
 _SUMS = ("nll", "correct")  # of an objective's aux
 
 
-def make_step(objective):
-  """A jitted step(params, batch) -> {'tokens', 'nll', …}, the sums of one batch.
+def make_step(loss_fn: LossFn) -> EvalStep:
+  """Makes the jitted evaluation step.
 
   Args:
-    objective: see `objectives`.
+    loss_fn: From `objectives.make`. It gets no PRNG key, which turns dropout off.
+
+  Returns:
+    step(params, batch) -> {'tokens', 'nll', …}: sums over one global batch.
   """
 
-  def step(params, batch):
-    _, weight, aux = objective(params, None, batch, None)
+  def step(params: PyTree, batch: PyTree) -> dict[str, jax.Array]:
+    _, weight, aux = loss_fn(params, None, batch, None)
     return {"tokens": weight, **{name: aux[name] for name in _SUMS if name in aux}}
 
   return jax.jit(step)
 
 
-def evaluate(step, params, batches, bytes_per_token):
-  """Runs the model over batches.
+def evaluate(
+  step: EvalStep, params: PyTree, batches: Iterable[PyTree], bytes_per_token: float | None
+) -> Result:
+  """Runs the model over batches and computes the metrics.
 
   Args:
-    step: from `make_step`.
-    params: the weights.
-    batches: iterable of batches on the devices.
-    bytes_per_token: of the whole split, which turns nats a token into bits a byte; None where
-      the loss does not predict each token of the text once.
+    step: From `make_step`.
+    params: All weights.
+    batches: Batches on the devices.
+    bytes_per_token: UTF-8 bytes per prediction of the whole split, which converts nats per token
+      to bits per byte. None where the batches do not predict each token of the text once.
 
   Returns:
-    {'loss', 'tokens'}: nats per token (or per example) and their number; with them, as far as they
-    mean something, 'perplexity', 'bits_per_byte' and 'accuracy'. Batches are added up in double
-    precision.
+    'loss' in nats per token (or per example) and 'tokens', their number. Where they have a meaning
+    also 'perplexity', 'bits_per_byte' and 'accuracy'. Batches are summed in double precision.
   """
   totals = {"tokens": 0.0, "nll": 0.0}
 
-  def add(sums):
+  def add(sums: Mapping[str, jax.Array]) -> None:
     for name, value in jax.device_get(sums).items():
       totals[name] = totals.get(name, 0.0) + float(value)
 
+  # The sums of a batch are read after the next batch is dispatched, so the device is never idle.
   in_flight = None
   for batch in batches:
     sums = step(params, batch)
-    if in_flight is not None:  # one batch late, so that the device is never idle
+    if in_flight is not None:
       add(in_flight)
     in_flight = sums
   if in_flight is not None:
@@ -61,33 +78,97 @@ def evaluate(step, params, batches, bytes_per_token):
   return out | {"tokens": int(totals["tokens"])}
 
 
-def combined(parts):
-  """The result over several sources, from those of each.
+def combined(by_source: Mapping[str, tuple[Result, float | None]]) -> Result:
+  """Combines the results of several sources into one.
 
   Args:
-    parts: {source: (result of `evaluate`, its bytes_per_token)}.
+    by_source: {source: (result of `evaluate`, its bytes_per_token)}.
 
   Returns:
-    As `evaluate`, and 'loss/SOURCE' of each.
+    The keys of `evaluate`, and 'loss/SOURCE' for each source.
   """
-  results = [result for result, _ in parts.values()]
-  tokens = sum(result["tokens"] for result in results)
+  results = [result for result, _ in by_source.values()]
+  counts = [result["tokens"] for result in results]
 
-  def mean(key, weights):
+  def mean(key: str, weights: list[float]) -> float:
     return sum(r[key] * w for r, w in zip(results, weights)) / max(sum(weights), 1)
 
-  counts = [result["tokens"] for result in results]
-  out = {key: mean(key, counts) for key in ("loss", "accuracy") if key in results[0]}
+  out: Result = {key: mean(key, counts) for key in ("loss", "accuracy") if key in results[0]}
   if "perplexity" in results[0]:
     out["perplexity"] = metrics.perplexity(out["loss"])
   if "bits_per_byte" in results[0]:
-    sizes = [result["tokens"] * per_token for result, per_token in parts.values()]
-    out["bits_per_byte"] = mean("bits_per_byte", sizes)
-  return out | {"tokens": tokens} | {f"loss/{name}": r["loss"] for name, (r, _) in parts.items()}
+    # A source's bits per byte are weighted by its bytes.
+    num_bytes = [r["tokens"] * per_token for r, per_token in by_source.values() if per_token]
+    out["bits_per_byte"] = mean("bits_per_byte", num_bytes)
+  out["tokens"] = sum(counts)
+  return out | {f"loss/{name}": result["loss"] for name, (result, _) in by_source.items()}
 
 
-def describe(result):
-  """A result of `evaluate` in words: 'loss 1.2345, perplexity 3.44, …'."""
+def bytes_per_token(data: pipeline.Batches) -> float | None:
+  """UTF-8 bytes of text per prediction of a split, or None if not all text is predicted."""
+  return data.bytes / data.predictions if data.predicts_all else None
+
+
+def held_out_batches(
+  data: pipeline.Batches,
+  mesh: jax.sharding.Mesh,
+  c_data: ml_collections.ConfigDict,
+  limit: int = 0,
+) -> Iterator[PyTree]:
+  """Batches of a split on the devices.
+
+  Args:
+    data: From `batches.split_batches`.
+    mesh: The device mesh.
+    c_data: The config's `data` section.
+    limit: If positive, the first `limit` batches of the shuffled rows, the same ones each time, so
+      that they represent the split. 0: all rows once.
+  """
+  share = batches_lib.host_share(mesh)
+  reading = {"threads": c_data.threads, "prefetch": c_data.prefetch}
+  if 0 < limit < data.steps_per_epoch:
+    batches = data.iterate(0, stop_step=limit, **share, **reading)
+  else:
+    batches = data.epoch_batches(**share, **reading)
+  return (batches_lib.to_devices(batch, mesh) for batch in batches)
+
+
+def evaluate_on(
+  data: pipeline.Batches,
+  mesh: jax.sharding.Mesh,
+  c_data: ml_collections.ConfigDict,
+  step: EvalStep,
+  params: PyTree,
+  limit: int = 0,
+  goes_on: Callable[[], bool] = lambda: True,
+) -> Result:
+  """Evaluates a split: each source and all together, or some batches of the mixture.
+
+  Args:
+    data: From `batches.split_batches`.
+    mesh: The device mesh.
+    c_data: The config's `data` section.
+    step: From `make_step`.
+    params: All weights.
+    limit: Batches; 0: all rows once.
+    goes_on: Called before each batch. The evaluation ends early if it returns False.
+
+  Returns:
+    See `evaluate` and `combined`.
+  """
+
+  def run(data: pipeline.Batches) -> tuple[Result, float | None]:
+    batches = held_out_batches(data, mesh, c_data, limit)
+    batches = itertools.takewhile(lambda _: goes_on(), batches)
+    return evaluate(step, params, batches, bytes_per_token(data)), bytes_per_token(data)
+
+  if len(data.sources) == 1 or 0 < limit < data.steps_per_epoch:
+    return run(data)[0]
+  return combined({name: run(source) for name, source in data.by_source().items()})
+
+
+def describe(result: Result) -> str:
+  """A result of `evaluate` as text: 'loss 1.2345, perplexity 3.44, …'."""
   forms = (
     ("loss", "loss {:.4f}"),
     ("perplexity", "perplexity {:.2f}"),

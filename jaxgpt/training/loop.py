@@ -5,15 +5,13 @@ dispatched before the metrics of step n-1 are read, so the device never waits fo
 """
 
 import contextlib
-import itertools
 import json
 import signal
 
 import jax
 from etils import epath
 
-from jaxgpt import config
-from jaxgpt.data import masking, pipeline, stream
+from jaxgpt.data import stream
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
@@ -21,128 +19,10 @@ from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import init_from, stop_signal, throughput
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import run_folder as run_folder_lib
-from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, evaluation, train_step
 from jaxgpt.training import metrics as metrics_lib
-
-
-def load_tokenizer_and_config(c):
-  """The data's tokenizer, and the config resolved with its vocabulary.
-
-  Raises:
-    UserError: no data, or a tokenizer with more ids than the model has rows.
-  """
-  if not c.data.path:
-    raise UserError(
-      "data.path is not set; prepare text with "
-      '"jaxgpt data --out=DIR FILES…" and add --config.data.path=DIR'
-    )
-  first = pipeline.check_sources(c.data.path)[0]
-  tokenizer = tokenizer_lib.load(epath.Path(first) / "tokenizer")
-  c = config.resolve(c, vocab_size=tokenizer.vocab_size)
-  if tokenizer.vocab_size > c.model.vocab_size:
-    raise UserError(
-      f"model.vocab_size={c.model.vocab_size} is smaller than the "
-      f"{tokenizer.vocab_size} ids of the tokenizer in data.path={c.data.path!r}"
-    )
-  return tokenizer, c
-
-
-def split_batches(c, split, batch_size=None):
-  """Batches of a split of the config's data; `batch_size` rows, or as many as training takes."""
-  masked = None
-  if c.objective.name == "masked_lm":
-    tokenizer = tokenizer_lib.load(pipeline.folders(c.data.path)[0])
-    masked = masking.make(c.objective, tokenizer, c.seed)
-  data = pipeline.make(
-    c.data.path,
-    split,
-    seq_len=c.data.seq_len,
-    packing=c.data.packing,
-    seed=c.seed,
-    batch_size=batch_size or c.data.batch_size,
-    shuffle=c.data.shuffle,
-    weights=c.data.weights,
-    weight_changes=c.data.weight_changes,
-    objective=c.objective.name,
-    masking=masked,
-  )
-  if c.objective.name == "classification":
-    data.check_labels(c.model.num_labels)
-  return data
-
-
-def training_data(c):
-  """What the config trains on: `pipeline.Batches`, or a `stream.Stream`."""
-  d = c.data
-  if not d.stream:
-    return split_batches(c, "train")
-  tokenizer = tokenizer_lib.load(pipeline.folders(d.path)[0])
-  return stream.make(
-    d.stream,
-    d.path,
-    tokenizer,
-    field=d.stream_field,
-    seq_len=d.seq_len,
-    batch_size=d.batch_size,
-    packing=d.packing,
-    window=d.stream_window,
-    seed=c.seed,
-    shuffle=d.shuffle,
-  )
-
-
-def to_devices(batch, mesh):
-  """This process's rows of a batch as part of a global array, by an explicit transfer."""
-  rows, count = sharding.batch_sharding(mesh), sharding.host_slice(mesh)[1]
-  return jax.tree.map(lambda x: sharding.global_array(rows, x, count), batch)
-
-
-def host_part(mesh):
-  """Which rows of a batch this process reads, as the arguments of `pipeline.Batches`."""
-  return dict(zip(("host_index", "host_count"), sharding.host_slice(mesh), strict=True))
-
-
-def held_out_batches(data, mesh, c_data, limit=0):
-  """Batches on the devices: all rows of a split once, or the same `limit` batches each time."""
-  host = host_part(mesh) | {"threads": c_data.threads, "prefetch": c_data.prefetch}
-  if 0 < limit < data.steps_per_epoch:  # of the shuffled rows, so that they speak for the split
-    batches = data.iterate(0, stop_step=limit, **host)
-  else:
-    batches = data.epoch_batches(**host)
-  return (to_devices(batch, mesh) for batch in batches)
-
-
-def bytes_per_token(data):
-  """UTF-8 bytes of text for each prediction of a split; None where not all text is predicted."""
-  return data.bytes / data.predictions if data.predicts_all else None
-
-
-def evaluate_on(data, mesh, c_data, step, params, limit=0, goes_on=lambda: True):
-  """The loss on held-out data: of each source and in all, or on some batches of the mixture.
-
-  Args:
-    data: from `split_batches`.
-    mesh: the device mesh.
-    c_data: the config's `data` section.
-    step: from `evaluate.make_step`.
-    params: the weights.
-    limit: batches; 0: all rows once.
-    goes_on: asked before each batch; the evaluation ends where it says no.
-
-  Returns:
-    See `evaluate.evaluate` and `evaluate.combined`.
-  """
-
-  def run(data):
-    batches = held_out_batches(data, mesh, c_data, limit)
-    batches = itertools.takewhile(lambda _: goes_on(), batches)
-    return evaluation.evaluate(step, params, batches, bytes_per_token(data)), bytes_per_token(data)
-
-  if len(data.sources) == 1 or 0 < limit < data.steps_per_epoch:
-    return run(data)[0]
-  return evaluation.combined({name: run(part) for name, part in data.by_source().items()})
 
 
 def train(c, folder, origin):
@@ -162,11 +42,14 @@ def train(c, folder, origin):
   """
   folder = epath.Path(folder)
   with stop_signal.StopSignal() as stop:
-    tokenizer, c = load_tokenizer_and_config(c)
+    tokenizer, c = batches_lib.load_tokenizer_and_config(c)
     mesh = mesh_lib.make(c.mesh)
     mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
-    data, held_out = training_data(c), split_batches(c, "validation", c.eval.batch_size)
+    data, held_out = (
+      batches_lib.training_data(c),
+      batches_lib.split_batches(c, "validation", c.eval.batch_size),
+    )
     if data.num_cut and distributed.is_first():
       print(
         f"{data.num_cut:,} of {data.num_documents:,} documents are longer than data.seq_len="
@@ -237,7 +120,7 @@ class _Run:
       state, extra = self._checkpoints.restore(self._parts.state, latest)
       self._means = metrics_lib.Means(**extra["means"])
       if isinstance(self._data, stream.Stream):
-        self._data.set_state(extra["stream"], **host_part(self._mesh))
+        self._data.set_state(extra["stream"], **batches_lib.host_share(self._mesh))
       return state | checkpoints_lib.load_frozen(self._folder, self._parts.state)
     given = self._given() if self._c.init_from else None
     state = train_step.first_state(
@@ -282,7 +165,7 @@ class _Run:
   def _train(self):
     c = self._c
     step_fn = train_step.make(self._parts.objective, self._parts.tx, self._parts.schedule, c)
-    host, rows = host_part(self._mesh), c.data.batch_size
+    host, rows = batches_lib.host_share(self._mesh), c.data.batch_size
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self._data.blank(1)
     )
@@ -300,7 +183,7 @@ class _Run:
       while self._step < c.train.steps and not self._stop_soon():
         with self._timer.waiting():
           batch = next(batches)
-        self._state, metrics = compiled(self._state, to_devices(batch, self._mesh))
+        self._state, metrics = compiled(self._state, batches_lib.to_devices(batch, self._mesh))
         self._step += 1
         self._read_metrics()
         self._in_flight = (self._step, metrics)
@@ -365,7 +248,7 @@ class _Run:
     if result is None:
       with self._timer.paused(), jax.transfer_guard("allow"):
         self._stop_now()  # batches have another pace than steps
-        result = evaluate_on(
+        result = evaluation.evaluate_on(
           self._held_out,
           self._mesh,
           self._c.data,

@@ -8,13 +8,22 @@ step's PRNG key or None when evaluating, `aux` a dict of further sums that are r
 B batch, T position, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.model import lora, moe
 from jaxgpt.model.attention import context_parallel
 from jaxgpt.training import chunked_loss
-from jaxgpt.tree import map_named, merge
+from jaxgpt.tree import PyTree, map_named, merge
+
+# (params, frozen, batch, key) -> (weighted loss sum, weight sum, aux sums)
+LossFn: TypeAlias = Callable[
+  [PyTree, PyTree | None, PyTree, jax.Array | None],
+  tuple[jax.Array, jax.Array, dict[str, jax.Array]],
+]
 
 
 @jax.custom_vjp

@@ -37,8 +37,9 @@ def ours():
   """The product's own train step, compiled as the loop compiles it."""
   from jaxgpt import config
   from jaxgpt.parallel import mesh as mesh_lib
+  from jaxgpt.training import batches as batches_lib
   from jaxgpt.training import build as build_lib
-  from jaxgpt.training import loop, train_step
+  from jaxgpt.training import train_step
 
   mesh_lib.prepare_cpu()
   import jax
@@ -67,7 +68,7 @@ def ours():
   )
   with jax.set_mesh(mesh):
     state = train_step.first_state(parts.model, parts.tx, 0, parts.state)
-  batch = loop.to_devices(batch, mesh)
+  batch = batches_lib.to_devices(batch, mesh)
 
   def step():
     nonlocal state

@@ -145,7 +145,7 @@ def test_a_folder_of_another_run_is_a_problem(tiny, tmp_path):
 @pytest.mark.parametrize("share, status", [(1.9, PROBLEM), (2.5, WARNING), (3.1, OK)])
 def test_room_for_checkpoints(tiny, share, status):
   """Two are kept, and a third is whole before the first goes."""
-  _, c = doctor.loop.load_tokenizer_and_config(tiny())
+  _, c = doctor.batches_lib.load_tokenizer_and_config(tiny())
   found = {"c": c, "parts": doctor.parts_lib.build(c, doctor.mesh_lib.make(c.mesh))}
   one = doctor.state_bytes(found["parts"].state)
   (finding,) = doctor.room(share * one, found)

@@ -10,7 +10,7 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import run_folder
 from jaxgpt.text.prepare import prepare
 from jaxgpt.text.tokenizers import tokenizer
-from jaxgpt.training import loop
+from jaxgpt.training import batches as batches_lib
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def run(tmp_path, tiny):
   def make(**over):
     c = config.resolve(tiny(data__batch_size=4, **over), 300)
     mesh = mesh_lib.make(c.mesh)
-    digest = loop.split_batches(c, "train").digest
+    digest = batches_lib.split_batches(c, "train").digest
     run_folder.enter(tmp_path / "run", c, {}, mesh, digest, tokenizer.ByteTokenizer())
     return str(tmp_path / "run"), c
 
@@ -36,7 +36,7 @@ def test_each_row_of_a_step_names_its_documents_and_shows_its_text(run, capsys):
   folder, c = run()
   code, out = command(capsys, "inspect", folder, "--step=3", "--chars=0")
   assert code == 0
-  b = loop.split_batches(c, "train")
+  b = batches_lib.split_batches(c, "train")
   assert "step 3 of" in out.out and "epochs before it: data" in out.out
   parts = out.out.split("\nrow ")[1:]
   assert len(parts) == 4
@@ -60,7 +60,7 @@ def test_masks_are_shown_with_what_they_hide(run, capsys):
   folder, c = run(objective__name="masked_lm", model__causal=False)
   code, out = command(capsys, "inspect", folder, "--step=0", "--row=0", "--chars=0")
   assert code == 0
-  batch = loop.split_batches(c, "train").batch(0)
+  batch = batches_lib.split_batches(c, "train").batch(0)
   hidden = batch["tokens"][0] == tokenizer.ByteTokenizer().mask_id
   assert out.out.count("<mask>") == hidden.sum() > 0
   assert "    to guess: '" in out.out

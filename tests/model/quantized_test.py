@@ -9,8 +9,9 @@ from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.model import quantized
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import loop, train_step
+from jaxgpt.training import train_step
 
 pytest.importorskip("qwix")
 
@@ -53,9 +54,9 @@ def test_products_are_made_of_eight_bits(gradients, want):
 
 
 def losses(c, steps=20):
-  _, c = loop.load_tokenizer_and_config(c)
+  _, c = batches_lib.load_tokenizer_and_config(c)
   mesh = mesh_lib.make(c.mesh, jax.devices()[:2])
-  parts, data = build_lib.build(c, mesh), loop.split_batches(c, "train")
+  parts, data = build_lib.build(c, mesh), batches_lib.split_batches(c, "train")
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   compiled = train_step.compile(step, parts.state, shapes, mesh)
@@ -63,7 +64,7 @@ def losses(c, steps=20):
   with jax.set_mesh(mesh):
     state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
     for i in range(steps):
-      state, metrics = compiled(state, loop.to_devices(data.batch(i), mesh))
+      state, metrics = compiled(state, batches_lib.to_devices(data.batch(i), mesh))
       out.append(float(metrics["loss"]))
   return np.array(out)
 

@@ -18,7 +18,9 @@ from jaxgpt.run import metric_writers, run_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """import os, signal
-from jaxgpt import config, distributed, loop
+from jaxgpt import config
+from jaxgpt.parallel import distributed
+from jaxgpt.training import batches as batches_lib
 
 distributed.Agreement.seconds = 0  # asked at each step, for runs of a few
 
@@ -38,13 +40,13 @@ def get_config():
 # Process WHO gets signal NUMBER before it hands over the batch of its Nth step.
 who, number, at = (int(x) for x in os.environ.get("TEST_SIGNAL", "-1 0 0").split())
 if who == int(os.environ.get("JAX_PROCESS_ID", 0)):
-  original, seen = loop.to_devices, []
+  original, seen = batches_lib.to_devices, []
   def to_devices(batch, mesh):
     seen.append(1)
     if len(seen) == at:
       os.kill(os.getpid(), number)
     return original(batch, mesh)
-  loop.to_devices = to_devices
+  batches_lib.to_devices = to_devices
 """
 
 

@@ -14,8 +14,9 @@ from jax.sharding import AxisType, Mesh
 
 from jaxgpt import config
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import loop, train_step
+from jaxgpt.training import train_step
 from tests.parallel.mesh_test import Chip
 
 STEPS, ROWS, LENGTH, VOCABULARY = 5, 8, 16, 32
@@ -84,7 +85,7 @@ def trajectory(c, mesh):
     state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
   out = []
   for i in range(STEPS):
-    state, metrics = compiled(state, loop.to_devices(batch(i), mesh))
+    state, metrics = compiled(state, batches_lib.to_devices(batch(i), mesh))
     out.append((metrics["loss"], metrics["grad_norm"]))
   return np.array(out, np.float64)
 

@@ -10,7 +10,7 @@ from jaxgpt import config
 from jaxgpt.data import pipeline
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.text.prepare import prepare
-from jaxgpt.training import evaluation, loop
+from jaxgpt.training import evaluation
 
 
 def uniform(params, frozen, batch, key):
@@ -26,7 +26,7 @@ def test_a_uniform_model_of_bytes_needs_eight_bits_and_the_end_of_each_document(
 ):
   data = pipeline.make(corpus, "validation", seq_len=seq_len, batch_size=batch_size)
   result = evaluation.evaluate(
-    evaluation.make_step(uniform), None, data.epoch_batches(), loop.bytes_per_token(data)
+    evaluation.make_step(uniform), None, data.epoch_batches(), evaluation.bytes_per_token(data)
   )
   split = data.sources[0].split
   assert result["tokens"] == split.bytes + split.num_documents
@@ -64,13 +64,13 @@ def test_sources_are_reported_each_and_together(corpus, tmp_path):
     return {"tokens": batch["loss_weights"].sum(), "nll": nll}
 
   mesh = mesh_lib.make(config.base().mesh)
-  result = loop.evaluate_on(data, mesh, c, step, None)
-  whole = evaluation.evaluate(step, None, data.epoch_batches(), loop.bytes_per_token(data))
+  result = evaluation.evaluate_on(data, mesh, c, step, None)
+  whole = evaluation.evaluate(step, None, data.epoch_batches(), evaluation.bytes_per_token(data))
   for key, value in whole.items():
     assert result[key] == pytest.approx(value, rel=1e-9), key
   parts = data.by_source()
   for name, part in parts.items():
-    one = evaluation.evaluate(step, None, part.epoch_batches(), loop.bytes_per_token(part))
+    one = evaluation.evaluate(step, None, part.epoch_batches(), evaluation.bytes_per_token(part))
     assert result[f"loss/{name}"] == pytest.approx(one["loss"])
   assert result["loss/data"] != result["loss/other"]
-  assert "loss/data" not in loop.evaluate_on(data, mesh, c, step, None, limit=1)
+  assert "loss/data" not in evaluation.evaluate_on(data, mesh, c, step, None, limit=1)

@@ -16,6 +16,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import metric_writers, run_folder, stop_signal
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import loop
 
@@ -84,7 +85,7 @@ def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkey
   """Stops inside a log window, at its end, and at an evaluation; then the same call goes on."""
   c, folder = finished
   count = 0
-  original = loop.to_devices
+  original = batches_lib.to_devices
 
   def counting(batch, mesh):
     nonlocal count
@@ -93,12 +94,12 @@ def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkey
       os.kill(os.getpid(), signal.SIGTERM if stop_after % 2 else signal.SIGINT)
     return original(batch, mesh)
 
-  monkeypatch.setattr(loop, "to_devices", counting)
+  monkeypatch.setattr(batches_lib, "to_devices", counting)
   c = config.from_dict(c.to_dict())
   c.eval.every = 0  # so that only training batches are counted
   steps, _, stopped = train(c, tmp_path / "run")
   assert stopped in (signal.SIGTERM, signal.SIGINT) and steps == stop_after
-  monkeypatch.setattr(loop, "to_devices", original)
+  monkeypatch.setattr(batches_lib, "to_devices", original)
   steps, _, stopped = train(c, tmp_path / "run")
   assert (steps, stopped) == (8, None)
   want = [r for r in lines(folder) if r["kind"] == "train"]
@@ -107,13 +108,13 @@ def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkey
 
 
 STAGES = {  # where a signal arrives: (object, attribute, which call)
-  "data": (loop.pipeline, "make", 1),
+  "data": (batches_lib.pipeline, "make", 1),
   "run folder": (run_folder, "enter", 1),
   "initial state": (loop.train_step, "first_state", 1),
   "compile": (loop.train_step, "compile", 1),
   "save": (checkpoints_lib.Checkpoints, "save", 1),
-  "evaluation": (loop.evaluate, "evaluate", 1),
-  "last evaluation": (loop.evaluate, "evaluate", 2),
+  "evaluation": (loop.evaluation, "evaluate", 1),
+  "last evaluation": (loop.evaluation, "evaluate", 2),
 }
 
 
@@ -241,7 +242,7 @@ def test_a_run_on_a_stream_goes_on_exactly_where_it_stopped(tiny, tmp_path, caps
 
 def cut(c, folder, at):
   """Trains a run until step `at` and stops it there as SIGTERM would."""
-  original, seen = loop.to_devices, []
+  original, seen = batches_lib.to_devices, []
 
   def counting(batch, mesh):
     seen.append(1)
@@ -250,7 +251,7 @@ def cut(c, folder, at):
     return original(batch, mesh)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "to_devices", counting)
+    patch.setattr(batches_lib, "to_devices", counting)
     steps, _, _ = train(c, folder)
   assert steps == at
 
@@ -284,7 +285,7 @@ def test_the_loop_makes_no_hidden_transfer_and_never_waits_for_the_step_it_dispa
 
 
 def test_the_guard_would_catch_a_hidden_transfer(tiny, tmp_path, monkeypatch):
-  monkeypatch.setattr(loop, "to_devices", lambda batch, mesh: batch)
+  monkeypatch.setattr(batches_lib, "to_devices", lambda batch, mesh: batch)
   with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
     train(tiny(), tmp_path / "run")
 
@@ -296,9 +297,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, t
   (where,) = (tmp_path / "run").glob("nonfinite_*")
   step = int(where.name.split("_")[1])
   batch = np.load(where / "batch.npz")
-  _, resolved = loop.load_tokenizer_and_config(c)
+  _, resolved = batches_lib.load_tokenizer_and_config(c)
   np.testing.assert_array_equal(
-    batch["tokens"], loop.split_batches(resolved, "train").batch(step)["tokens"]
+    batch["tokens"], batches_lib.split_batches(resolved, "train").batch(step)["tokens"]
   )
   metrics = json.loads((where / "metrics.json").read_text())
   assert not np.isfinite([metrics[k] for k in ("loss", "grad_norm", "param_norm")]).all()
@@ -324,9 +325,9 @@ def test_checkpoints_are_kept_by_number_and_by_period(tiny, tmp_path):
 
 def test_a_saved_state_is_not_touched_by_the_steps_that_go_on_meanwhile(tiny, tmp_path):
   """The save is asynchronous and the state is donated: on disk is still what was saved."""
-  _, c = loop.load_tokenizer_and_config(tiny(model__width=256, model__mlp_width=2048))
+  _, c = batches_lib.load_tokenizer_and_config(tiny(model__width=256, model__mlp_width=2048))
   mesh = loop.mesh_lib.make(c.mesh)
-  parts, data = build_lib.build(c, mesh), loop.split_batches(c, "train")
+  parts, data = build_lib.build(c, mesh), batches_lib.split_batches(c, "train")
   with jax.set_mesh(mesh):
     state = loop.train_step.first_state(parts.model, parts.tx, 0, parts.state)
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
@@ -337,7 +338,7 @@ def test_a_saved_state_is_not_touched_by_the_steps_that_go_on_meanwhile(tiny, tm
   checkpoints = checkpoints_lib.Checkpoints(tmp_path)
   checkpoints.save(state)
   for i in range(5):
-    state, _ = step(state, loop.to_devices(data.batch(i), mesh))
+    state, _ = step(state, batches_lib.to_devices(data.batch(i), mesh))
   checkpoints.wait()
   got, _ = checkpoints.restore(parts.state)
   jax.tree.map(np.testing.assert_array_equal, got, want)

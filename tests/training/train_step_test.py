@@ -12,8 +12,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import loop, train_step
+from jaxgpt.training import train_step
 
 STEPS = 20
 # Relative difference that the order of float32 sums may make over 20 steps.
@@ -22,11 +23,11 @@ TOLERANCE = 2e-4
 
 def start(c):
   """(mesh, compiled step, first state, data) of a config."""
-  _, c = loop.load_tokenizer_and_config(c)
+  _, c = batches_lib.load_tokenizer_and_config(c)
   sizes = [c.mesh[axis] for axis in config.MESH_AXES if c.mesh[axis] > 0]
   mesh = mesh_lib.make(c.mesh, jax.devices()[: int(np.prod(sizes))])
   parts = build_lib.build(c, mesh)
-  data = loop.split_batches(c, "train")
+  data = batches_lib.split_batches(c, "train")
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
   compiled = train_step.compile(step, parts.state, shapes, mesh)
@@ -40,7 +41,7 @@ def trajectory(c, steps=STEPS):
   mesh, compiled, state, data = start(c)
   out = []
   for i in range(steps):
-    state, metrics = compiled(state, loop.to_devices(data.batch(i), mesh))
+    state, metrics = compiled(state, batches_lib.to_devices(data.batch(i), mesh))
     out.append((metrics["loss"], metrics["grad_norm"]))
   return np.array(out, np.float64), state
 
@@ -102,7 +103,7 @@ GOLDEN = {
 
 def test_golden_metrics_of_one_step(tiny):
   mesh, compiled, state, data = start(tiny(mesh__data=1))
-  _, metrics = compiled(state, loop.to_devices(data.batch(0), mesh))
+  _, metrics = compiled(state, batches_lib.to_devices(data.batch(0), mesh))
   got = {k: float(metrics[k]) for k in GOLDEN}
   assert got == pytest.approx(GOLDEN, rel=1e-4), got
 
@@ -117,7 +118,7 @@ def test_every_optimizer_learns(tiny, name):
 
 def test_clipping_bounds_the_gradient_and_reports_the_norm_before(tiny):
   mesh, compiled, state, data = start(tiny(mesh__data=1, optim__clip_norm=1e-3, optim__b1=0.5))
-  state, metrics = compiled(state, loop.to_devices(data.batch(0), mesh))
+  state, metrics = compiled(state, batches_lib.to_devices(data.batch(0), mesh))
   assert metrics["grad_norm"] == pytest.approx(GOLDEN["grad_norm"], rel=1e-4)
   first_moment = tree.flatten(state["opt"][0].mu).values()
   norm = np.sqrt(sum(np.square(m).sum() for m in first_moment)) / (1 - 0.5)
@@ -127,18 +128,18 @@ def test_clipping_bounds_the_gradient_and_reports_the_norm_before(tiny):
 def test_the_moving_average_follows_the_weights(tiny):
   mesh, compiled, state, data = start(tiny(mesh__data=1, optim__ema=0.75))
   before = jax.tree.map(np.asarray, state["ema"])
-  state, _ = compiled(state, loop.to_devices(data.batch(0), mesh))
+  state, _ = compiled(state, batches_lib.to_devices(data.batch(0), mesh))
   want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * np.asarray(new), before, state["params"])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state["ema"], want)
 
 
 def test_the_state_freezes_at_the_first_step_that_is_not_finite(tiny):
   mesh, compiled, state, data = start(tiny(mesh__data=1))
-  state, _ = compiled(state, loop.to_devices(data.batch(0), mesh))
+  state, _ = compiled(state, batches_lib.to_devices(data.batch(0), mesh))
   before = jax.tree.map(np.asarray, state)
   bad = data.batch(1) | {"loss_weights": np.full((8, 32), np.nan, np.float32)}
   for batch in (bad, data.batch(2)):  # the second is a good one, which must not be applied
-    state, metrics = compiled(state, loop.to_devices(batch, mesh))
+    state, metrics = compiled(state, batches_lib.to_devices(batch, mesh))
     assert int(metrics["nonfinite_step"]) == 1
   after = jax.tree.map(np.asarray, state)
   assert after.pop("nonfinite_step") == 1
@@ -150,12 +151,12 @@ def test_after_an_update_that_is_not_finite_nothing_is_changed(tiny):
   """Loss and gradient are fine, the new weights overflow: they stay, and so does what follows."""
   c = tiny(mesh__data=1, optim__lr=1e38, optim__weight_decay=1e6, schedule__warmup_steps=0)
   mesh, compiled, state, data = start(c)
-  state, metrics = compiled(state, loop.to_devices(data.batch(0), mesh))
+  state, metrics = compiled(state, batches_lib.to_devices(data.batch(0), mesh))
   assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
   assert not np.isfinite(metrics["param_norm"]) and int(metrics["nonfinite_step"]) == 0
   before = jax.tree.map(np.asarray, state)
   assert before["step"] == 1, "the state is the one after the update"
-  state, metrics = compiled(state, loop.to_devices(data.batch(1), mesh))
+  state, metrics = compiled(state, batches_lib.to_devices(data.batch(1), mesh))
   assert int(metrics["nonfinite_step"]) == 0
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
 
@@ -227,9 +228,9 @@ def test_gradients_leave_the_matmuls_in_float32_where_it_is_asked_for(tiny, chun
       **fields,
     )
     c.model.update(tie_embeddings=False)
-    _, c = loop.load_tokenizer_and_config(c)
+    _, c = batches_lib.load_tokenizer_and_config(c)
     parts = build_lib.build(c, mesh_lib.make(c.mesh, jax.devices()[:1]))
-    batch = jax.tree.map(jnp.asarray, loop.split_batches(c, "train").batch(0))
+    batch = jax.tree.map(jnp.asarray, batches_lib.split_batches(c, "train").batch(0))
     params = transformer.init(parts.model, jax.random.key(0))
     grads = jax.jit(jax.grad(lambda p: parts.objective(p, None, batch, None)[0]))(params)
     named = {

@@ -8,8 +8,9 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh
+from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import evaluation, loop, train_step
+from jaxgpt.training import evaluation, train_step
 from tests.training.train_step_test import TOLERANCE, start, trajectory
 
 MODELS = {
@@ -63,19 +64,21 @@ def test_evaluation_and_the_model_alone_do_not_know_of_the_order(tiny):
   """`evaluate` goes through the objective; the model puts rows that it is given in order itself."""
   found = []
   for seq in (1, 4):
-    c = loop.load_tokenizer_and_config(tiny(mesh__data=1, mesh__seq=seq))[1]
+    c = batches_lib.load_tokenizer_and_config(tiny(mesh__data=1, mesh__seq=seq))[1]
     made = mesh.make(c.mesh, jax.devices()[:seq])
     parts = build_lib.build(c, made)
-    batch = loop.split_batches(c, "train").batch(0)
+    batch = batches_lib.split_batches(c, "train").batch(0)
     with jax.set_mesh(made):
       state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
-      sums = evaluation.make_step(parts.objective)(state["params"], loop.to_devices(batch, made))
+      sums = evaluation.make_step(parts.objective)(
+        state["params"], batches_lib.to_devices(batch, made)
+      )
       apply = jax.jit(
         lambda p, b, m=parts.model: (
           m.apply({"params": p}, b["tokens"], b["positions"], b["segment_ids"]).logits
         )
       )
-      logits = apply(state["params"], loop.to_devices(batch, made))
+      logits = apply(state["params"], batches_lib.to_devices(batch, made))
     found.append((float(sums["nll"]), np.asarray(logits)[batch["segment_ids"] > 0]))
   np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
   np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-5)
