@@ -97,8 +97,7 @@ def load(path, overrides=()):
       )
     if key not in flat and not any(k.startswith(key + ".") for k in flat):
       raise UserError(
-        f"unknown config key --config.{key}; {nearest(key, flat)}"
-        "docs/config.md lists them all"
+        f"unknown config key --config.{key}; {nearest(key, flat)}docs/config.md lists them all"
       )
   c, from_file = _parse(path, arg, overrides)
   final = flatten(c)
