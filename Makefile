@@ -1,11 +1,12 @@
 # `make demo` trains a small model on this machine; `make test` runs the tests.
+# Another Python, in an environment of its own: make test PYTHON=python3.13 VENV=.venv313
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= test
 export JAX_PLATFORMS ?= cpu
 
-# Tests in two processes: each compiles on a core of its own.
+# Tests run in two processes, each of which compiles on a core of its own.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
 PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_search.py plan_maxtext.py)
 
@@ -22,6 +23,8 @@ test-all: $(VENV)/installed-$(EXTRAS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/installed-test,bench,data
 	for f in $(filter-out $(PLANNING),$(wildcard tests/benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
@@ -37,7 +40,7 @@ docs: $(VENV)/installed
 	$(BIN)/python -m jaxgpt.config.reference > docs/config.md
 
 clean:
-	rm -rf $(VENV) build *.egg-info .jax_cache runs
+	rm -rf .venv* build *.egg-info .jax_cache runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("jaxgpt needs Python 3.11 or newer; make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
