@@ -10,7 +10,7 @@ export JAX_PLATFORMS ?= cpu
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
 PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_search.py plan_maxtext.py)
 
-.PHONY: demo test test-all lint bench bench-plan docs clean
+.PHONY: demo test test-all lint bench bench-plan docs site clean
 
 demo: $(VENV)/installed
 	$(BIN)/jaxgpt demo
@@ -38,6 +38,10 @@ bench-plan: $(VENV)/installed-test,tpu
 
 docs: $(VENV)/installed
 	$(BIN)/python -m jaxgpt.config.reference > docs/config.md
+
+# The documentation as a website, with search and the API: build/site/index.html.
+site: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf .venv* build *.egg-info .jax_cache runs
