@@ -37,7 +37,7 @@ bench-plan: $(VENV)/installed-test,tpu
 	$(BIN)/python tests/benchmarks/plan_search.py --cache=runs/plan_search.json
 
 docs: $(VENV)/installed
-	$(BIN)/python -m jaxgpt.config.reference > docs/config.md
+	$(BIN)/python -m jaxgpt.commands.reference
 
 # The documentation as a website, with search and the API: build/site/index.html.
 site: $(VENV)/installed-docs

@@ -1,10 +1,10 @@
-"""What is installed."""
+"""Versions of installed packages."""
 
 import importlib.metadata
 
 
-def version(name):
-  """The installed version of a package, or None."""
+def version(name: str) -> str | None:
+  """The installed version of a package, or None if it is not installed."""
   try:
     return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:

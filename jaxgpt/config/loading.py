@@ -1,31 +1,32 @@
-"""A config: the base, its merge with presets, files and the command line, and its checks.
+"""Loading a config file: its values, overrides from the command line, and where each came from."""
 
-A config file is the experiment. Its keys are those of `keys.base`.
-"""
-
+import ast
 import importlib.util
 import os
 import pathlib
 import traceback
+from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from jaxgpt.config import checks
-from jaxgpt.config.keys import FREE_ON_RESUME, MESH_AXES, base
+from jaxgpt.config import mesh_rules
+from jaxgpt.config.keys import KEYS, SECTIONS, base
 from jaxgpt.config.presets import PRESETS
+from jaxgpt.config.resolution import flatten, is_key, is_user_option
 from jaxgpt.errors import UserError, nearest
 
 
-def preset(name):
+def preset(name: str) -> dict[str, Any]:
   """The `model` section of a published architecture.
 
   Args:
-    name: a key of `presets.PRESETS`.
+    name: A key of `presets.PRESETS`.
 
   Raises:
-    UserError: there is no preset of that name.
+    UserError: There is no preset of that name.
   """
   if name not in PRESETS:
     raise UserError(
@@ -34,95 +35,63 @@ def preset(name):
   return dict(PRESETS[name], preset=name)
 
 
-def flatten(c):
-  """{'model.width': 384, …} of a nested ConfigDict or dict."""
-  out = {}
-  for key, value in c.items():
-    if isinstance(value, (dict, ml_collections.ConfigDict)):
-      out.update({f"{key}.{k}": v for k, v in flatten(value).items()})
-    else:
-      out[key] = _as_tuples(value)
-  return out
+def load(
+  path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
+  """Reads a config file and applies overrides.
 
-
-def _as_tuples(value):
-  """Lists, which JSON makes of tuples, as tuples again."""
-  return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def from_dict(tree):
-  """A locked config from a plain nested dict, such as a run folder's `config.json` holds.
-
-  Raises:
-    UserError: a key that `base` does not have.
-  """
-  c = base()
-  known = flatten(c)
-  for key, value in flatten(tree).items():
-    if key not in known:
-      raise UserError(f"unknown config key {key!r}; {nearest(key, known)}".rstrip("; "))
-    if value is not None:
-      c.update_from_flattened_dict({key: value})
-  return c
-
-
-def load(path, overrides=()):
-  """Reads a config file and applies overrides as JAX users type them.
+  Example:
+    >>> c, origin = config.load("configs/char_level.py", ["--config.optim.lr=3e-4"])
+    >>> origin["optim.lr"]
+    'command line'
 
   Args:
-    path: a Python file with `get_config()`; of `FILE.py:ARG`, `get_config(ARG)` is called.
-    overrides: strings `--config.optim.lr=3e-4`.
+    path: A Python file with `get_config()`. For FILE.py:ARG, `get_config(ARG)` is called.
+    overrides: Flags such as `--config.optim.lr=3e-4` or `--noconfig.data.shuffle`.
 
   Returns:
-    (config, provenance): the locked config, and for each flat key where its value came from:
-    'base', 'preset NAME', 'file' or 'command line'.
+    (config, origin). `origin` says for each flat key where its value came from: 'base',
+    'preset NAME', 'file' or 'command line'.
 
   Raises:
-    UserError: no such file, an unknown key, or a value of the wrong type.
+    UserError: No such file, an unknown key, or a value of the wrong type.
   """
-  path, _, arg = str(path).partition(":")
-  if not pathlib.Path(path).is_file():
+  file, _, arg = str(path).partition(":")
+  if not pathlib.Path(file).is_file():
     near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-    hint = nearest(path, near) + (f"there are: {', '.join(near)}" if near else "")
-    raise UserError(f"--config={path}: no such file; {hint}".rstrip("; "))
-  flat = flatten(base())
-  for item in overrides:
-    key = _overridden(item)
-    row = key.removeprefix("mesh.rules.")
-    if row != key and row in checks.FIXED_RULES:
-      names, by = checks.FIXED_RULES[row]
+    hint = nearest(file, near) + (f"there are: {', '.join(near)}" if near else "")
+    raise UserError(f"--config={file}: no such file; {hint}".rstrip("; "))
+  given = {_flat_key(override) for override in overrides}
+  for key in given:
+    mesh_rules.check_not_fixed(key)
+    if not is_key(key) and key not in SECTIONS:
       raise UserError(
-        f"--config.{key} cannot be set: {by} is written for {row!r} over "
-        f"{' x '.join(f'mesh.{name}' for name in names)}; set the sizes of these"
+        f"unknown config key --config.{key}; {nearest(key, KEYS)}docs/config.md lists them all"
       )
-    if key not in flat and not any(k.startswith(key + ".") for k in flat):
-      raise UserError(
-        f"unknown config key --config.{key}; {nearest(key, flat)}docs/config.md lists them all"
-      )
-  c, from_file = _parse(path, arg, overrides)
-  final = flatten(c)
-  preset_values = flatten({"model": PRESETS.get(c.model.preset, {})})
-  given = {_overridden(item) for item in overrides}
+  c = _from_file(file, arg)
+  defaults, from_file = flatten(base()), flatten(c)
+  c = _override(c, overrides)
+  from_preset = flatten({"model": PRESETS.get(c.model.preset, {})})
 
-  def origin(key):
+  def origin(key: str) -> str:
     if key in given:
       return "command line"
-    if key in preset_values and from_file[key] == preset_values[key]:
+    if key in from_preset and from_file[key] == from_preset[key]:
       return f"preset {c.model.preset}"
-    return "base" if from_file[key] == flat[key] else "file"
+    return "base" if key in defaults and from_file[key] == defaults[key] else "file"
 
-  return c, {key: origin(key) for key in final}
+  return c, {key: origin(key) for key in flatten(c)}
 
 
-def _overridden(item):
+def _flat_key(override: str) -> str:
   """'optim.lr' of '--config.optim.lr=3e-4', 'data.shuffle' of '--noconfig.data.shuffle'."""
-  return item.split("=", 1)[0].lstrip("-").removeprefix("no").removeprefix("config.")
+  return override.split("=", 1)[0].lstrip("-").removeprefix("no").removeprefix("config.")
 
 
-def _parse(path, arg, overrides):
-  """(config with overrides, flat values before them), through ml_collections' own flag parser."""
+def _from_file(path: str, arg: str) -> ml_collections.ConfigDict:
+  """Calls the file's `get_config` and checks the keys of its result."""
   spec = importlib.util.spec_from_file_location("jaxgpt_config_file", os.path.abspath(path))
-  if spec is None:
+  if spec is None or spec.loader is None:
     raise UserError(f"--config={path}: a config is a Python file, FILE.py")
   module = importlib.util.module_from_spec(spec)
   try:
@@ -142,82 +111,48 @@ def _parse(path, arg, overrides):
     raise UserError(
       f"{path}: get_config() returned a {type(c).__name__}; return config.base() with your changes"
     )
-  known, given = flatten(base()), flatten(c)
-  for key in sorted(given.keys() ^ known.keys()):
-    what = "unknown key" if key in given else "lacks the key"
-    hint = nearest(key, known) if key in given else ""
-    raise UserError(f"{path}: {what} {key!r}; {hint}start from config.base()")
-  for key, value in given.items():
-    if value is None and known[key] is not None:
-      raise UserError(f"{path}: {key}=None; give it a value, such as {known[key]!r}")
-  before = flatten(c)
+  given, defaults = flatten(c), flatten(base())
+  for key in sorted(given.keys() | KEYS.keys()):
+    if not is_key(key):
+      raise UserError(f"{path}: unknown key {key!r}; {nearest(key, KEYS)}start from config.base()")
+    if key not in given:
+      raise UserError(f"{path}: lacks the key {key!r}; start from config.base()")
+    if given[key] is None and defaults.get(key) is not None:
+      raise UserError(f"{path}: {key}=None; give it a value, such as {defaults[key]!r}")
+  return c
+
+
+def _override(c: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+  """Applies overrides through ml_collections' flag parser, which converts them to the key's type.
+
+  That parser needs keys that exist. An option of the user's own that the file does not set takes
+  the type that its value has as a Python literal.
+  """
+  known = []
+  for override in overrides:
+    key = _flat_key(override)
+    if is_user_option(key) and key not in flatten(c):
+      c.update_from_flattened_dict({key: _literal(override)})
+    else:
+      known.append(override)
   values = flags.FlagValues()
-  argv = ["jaxgpt", *overrides]
+  argv = ["jaxgpt", *known]
   config_flags.DEFINE_config_dict("config", c, flag_values=values, sys_argv=argv)
   try:
     values(argv)
   except (flags.Error, TypeError, ValueError) as e:
-    raise UserError(f"{str(e).removeprefix('flag ')}") from e
-  return values.config, before
+    raise UserError(str(e).removeprefix("flag ")) from e
+  return values.config
 
 
-def resolve(c, vocab_size=None):
-  """Fills the placeholders in and checks what can be checked without devices or data.
-
-  Args:
-    c: a config from `load`; unchanged.
-    vocab_size: the tokenizer's, for a config that leaves `model.vocab_size` open.
-
-  Returns:
-    A locked copy in which every key that the model reads has a value.
-
-  Raises:
-    UserError: values that exclude each other, named.
-  """
-  c = c.copy_and_resolve_references()
-  m = c.model
-  defaults = [  # in this order: some read what others fill in
-    (m, "vocab_size", lambda: vocab_size),
-    (m, "max_len", lambda: c.data.seq_len),
-    (m, "num_kv_heads", lambda: m.num_heads),
-    (m, "head_dim", lambda: m.width // m.num_heads),
-    (m, "mlp_width", lambda: 4 * m.width),
-    (m, "qkv_bias", lambda: m.bias),
-    (m, "attn_scale", lambda: m.head_dim**-0.5),
-    (m.rope, "original_len", lambda: m.max_len),
-    (m.moe, "width", lambda: m.mlp_width),
-    (m.latent, "v_dim", lambda: m.head_dim),
-    (c.optim, "adam_lr", lambda: c.optim.lr),
-    (c.eval, "batch_size", lambda: c.data.batch_size),
-  ]
-  checks.values(flatten(c))
-  checks.rules(c.mesh.rules, MESH_AXES)
-  if m.head_dim is None and m.width % m.num_heads:
-    raise UserError(
-      f"model.num_heads={m.num_heads} does not divide model.width={m.width}; "
-      "choose a divisor, or set model.head_dim"
-    )
-  for section, key, value in defaults:
-    if section[key] is None:
-      section[key] = value()
-  checks.combinations(c)
-  return c.lock()
-
-
-def difference(old, new):
-  """Keys, outside FREE_ON_RESUME, whose values differ: [(key, old value, new value)].
-
-  Args:
-    old, new: nested dicts or ConfigDicts.
-  """
-  a, b = flatten(old), flatten(new)
-  return [
-    (key, a.get(key), b.get(key))
-    for key in sorted(a.keys() | b.keys())
-    if not is_free_on_resume(key) and a.get(key) != b.get(key)
-  ]
-
-
-def is_free_on_resume(key):
-  """Whether a flat key may differ between a run and its continuation."""
-  return any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+def _literal(override: str) -> Any:
+  """The value of '--config.objective.options.gamma=2': a Python literal, else a string."""
+  _, equals, text = override.partition("=")
+  if not equals:  # '--config.a.b' and '--noconfig.a.b' set booleans
+    return not override.lstrip("-").startswith("no")
+  if text in ("true", "false"):
+    return text == "true"
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text

@@ -1,15 +1,32 @@
-"""Published architectures as values of the config's `model` section: data, no code.
+"""Published architectures as values of the config's `model` section: data without code.
 
-A family is nothing but the fields it sets; sizes of it override widths and depths.
+A family is a dict of fields. Each of its sizes adds widths and depths, and a few fields of its own.
 """
 
+from typing import Any, NamedTuple
 
-def _sizes(family, fields, **sizes):
-  """{'family_size': a size's (layers, width, heads, kv heads, mlp width) and what else it has}."""
-  keys = ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
+
+class _Size(NamedTuple):
+  """The dimensions in which the sizes of a family differ."""
+
+  num_layers: int
+  width: int
+  num_heads: int
+  num_kv_heads: int
+  mlp_width: int
+
+
+def _sizes(family: str, fields: dict[str, Any], **sizes: tuple[Any, ...]) -> dict[str, Any]:
+  """Presets of a family, {'family_size': fields}.
+
+  Args:
+    family: Prefix of the names.
+    fields: Fields that all sizes share.
+    **sizes: For each size the values of `_Size`, then a dict of its own fields.
+  """
   return {
-    f"{family}_{name}": fields | dict(zip(keys, values[:5], strict=True)) | values[5]
-    for name, values in sizes.items()
+    f"{family}_{name}": fields | _Size(*dimensions)._asdict() | own
+    for name, (*dimensions, own) in sizes.items()
   }
 
 
@@ -40,7 +57,7 @@ _QWEN3 = _LLAMA | dict(  # arXiv:2505.09388
 _TIED = dict(tie_embeddings=True)
 
 
-def _qwen3_moe(width):
+def _qwen3_moe(width: int) -> dict[str, Any]:
   return dict(mlp_pattern=("moe",), moe=dict(experts=128, per_token=8, width=width))
 
 
@@ -90,7 +107,7 @@ _MODERNBERT = _BERT | dict(  # arXiv:2412.13663
     position="rotary", token_types=0, gated=True, bias=False, window=65,
     attention_pattern=("global", "local", "local"), rope=dict(theta=160_000.0, local_theta=1e4))
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     **_sizes("gpt2", _GPT2,
              **{"124m": (12, 768, 12, 12, 3072, {}), "355m": (24, 1024, 16, 16, 4096, {}),
                 "774m": (36, 1280, 20, 20, 5120, {}), "1558m": (48, 1600, 25, 25, 6400, {})}),

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxgpt.config import checks
+from jaxgpt.config.remat import activations
 from jaxgpt.model import layers
 from jaxgpt.model.attention import attention
 
@@ -33,11 +33,11 @@ REMAT = {  # what the backward pass finds saved; everything else is computed aga
 
 
 def policy(remat, also=()):
-  """What `model.remat` saves, and other names: a key of `REMAT`, or names as `checks.kept` reads."""
+  """What `model.remat` saves, and other names: a key of `REMAT`, or names as `config.remat` reads."""
   if remat in REMAT:
     named = _SAVEABLE.save_only_these_names(*also)
     return _SAVEABLE.save_from_both_policies(REMAT[remat], named)
-  on_device, on_host = checks.kept(remat)
+  on_device, on_host = activations(remat)
   on_device = (*on_device, *also)
   if not on_host:
     return _named(*on_device)

@@ -8,13 +8,12 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxgpt.config.checks import FIXED_RULES
-from jaxgpt.config.keys import MESH_AXES
+from jaxgpt.config import MESH_AXES, mesh_rules
 from jaxgpt.errors import UserError
 from jaxgpt.storage import malloc
 
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-_ROWS = FIXED_RULES["rows"][0]  # axes that share a batch's rows
+_ROWS = mesh_rules.FIXED["rows"].mesh_axes  # axes that share a batch's rows
 
 
 def axis_sizes(c_mesh, num_devices):

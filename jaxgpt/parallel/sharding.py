@@ -2,7 +2,7 @@
 
 A parameter is declared once with its logical axes, in `model`. The tree of those axes decides how
 it is sharded, whether it decays and whether Muon treats it as a matrix. The table is the config's
-`mesh.rules`, and `checks.FIXED_RULES`, which no config may change.
+`mesh.rules`, and `mesh_rules.FIXED`, which no config may change.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import config, tree
-from jaxgpt.config import checks
+from jaxgpt.config import mesh_rules
 from jaxgpt.errors import UserError
 
 
@@ -61,7 +61,7 @@ class Rules:
 
   def check(self, name, axes):
     """Raises a UserError where a mesh axis would cut a parameter of these logical axes twice."""
-    checks.cut_once(dict(self.table), axes, f"parameter {name}")
+    mesh_rules.check_sharded_once(dict(self.table), axes, f"parameter {name}")
 
 
 def part(names):
@@ -75,12 +75,12 @@ def without(names, spec):
   return tuple(name for name in names if name not in named)
 
 
-FIXED = Rules(tuple((axis, names) for axis, (names, _) in checks.FIXED_RULES.items()))
+FIXED = Rules(tuple((axis, names) for axis, (names, _) in mesh_rules.FIXED.items()))
 
 
 def rules(c_mesh):
   """The `Rules` of the config's `mesh` section."""
-  own = ((axis, checks.mesh_axes_of(rule)) for axis, rule in c_mesh.rules.items())
+  own = ((axis, mesh_rules.mesh_axes_of(rule)) for axis, rule in c_mesh.rules.items())
   return Rules((*FIXED.table, *own))
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import ml_collections
 
 from jaxgpt import tree
-from jaxgpt.config import checks
+from jaxgpt.config.remat import activations
 from jaxgpt.model import stacks, transformer
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
@@ -129,7 +129,7 @@ def _part(c, sizes):
 def saved_names(remat):
   """Names of results that `model.remat` keeps on the device, of those the model names."""
   if remat.startswith(("save:", "offload:")):
-    return checks.kept(remat)[0]
+    return activations(remat).saved
   kept = {"full": (), "save_qkv": _DOTS[:3], "save_attention": _DOTS[:4], "dots": _DOTS[:-1]}
   return kept.get(remat, _DOTS)
 
@@ -330,7 +330,7 @@ def seconds(c, sizes, counts, topology):
   m, s, chip = c.model, _part(c, sizes), topology.chip
   tokens = s.rows * s.length * c.optim.accumulate
   wide, weights = _wide(m), _layer_weights(m)
-  names = saved_names(m.remat) + checks.kept(m.remat)[1]
+  names = saved_names(m.remat) + activations(m.remat).offloaded
   weights = {n: w / (s.mlp if n in ("gate", "up", "down") else s.heads) for n, w in weights.items()}
   again = sum(weights[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in names)
   head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0

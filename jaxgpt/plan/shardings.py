@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from jaxgpt import tree
-from jaxgpt.config.keys import MESH_AXES
+from jaxgpt.config import MESH_AXES
 from jaxgpt.model import transformer
 from jaxgpt.parallel import sharding
 from jaxgpt.training import build as build_lib

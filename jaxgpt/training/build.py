@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from jaxgpt import tree
-from jaxgpt.config import checks
+from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.model import remat, stacks, transformer
 from jaxgpt.model.attention import attention
@@ -45,7 +45,7 @@ def build(c, mesh):
     heads=(fields.head_dim, fields.latent.v_dim),
   )
   mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
-  if checks.kept(fields.remat)[1]:
+  if activations(fields.remat).offloaded:
     mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
   model = transformer.Transformer(
     ml_collections.FrozenConfigDict(fields),

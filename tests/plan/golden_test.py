@@ -9,7 +9,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.commands import plan
-from jaxgpt.config import checks
+from jaxgpt.config import mesh_rules
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh, sharding
 from jaxgpt.plan import cost, golden, hlo, lower
@@ -93,9 +93,9 @@ def test_of_another_compiler_all_bytes_are_compared(tmp_path, capsys, monkeypatc
 def lose(axis, monkeypatch):
   """The override that takes an axis's rule away; of a row that no config may change, a patch."""
   rule = AXES[axis][2]
-  if rule not in checks.FIXED_RULES:
+  if rule not in mesh_rules.FIXED:
     return [f"--config.mesh.rules.{rule}=none"]
-  monkeypatch.setitem(checks.FIXED_RULES, rule, ((), ""))
+  monkeypatch.setitem(mesh_rules.FIXED, rule, mesh_rules.FixedRule((), ""))
   left = tuple((name, () if name == rule else axes) for name, axes in sharding.FIXED.table)
   monkeypatch.setattr(sharding, "FIXED", sharding.Rules(left))
   return []

@@ -1,0 +1,215 @@
+"""Checks of a resolved config's values against each other, one function per topic."""
+
+import ml_collections
+
+from jaxgpt.errors import UserError
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+  """Raises a UserError if values of a resolved config exclude each other.
+
+  Checks that need devices, data or an optional package come later, in `training.build`.
+  """
+  attention_heads(c.model)
+  rotary(c.model)
+  experts(c.model)
+  latent_attention(c.model)
+  quantization(c.model)
+  pooler(c.model)
+  objective_and_model(c)
+  masking(c.objective)
+  loss_chunk(c.objective)
+  stream(c)
+  moments(c.optim)
+  lengths(c)
+
+
+def attention_heads(m: ml_collections.ConfigDict) -> None:
+  """Checks grouped queries and local attention of the `model` section."""
+  if m.num_heads % m.num_kv_heads:
+    raise UserError(
+      f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; "
+      "choose a divisor"
+    )
+  if "local" in m.attention_pattern and m.window is None:
+    raise UserError("model.attention_pattern has 'local' layers: set model.window, in tokens")
+
+
+def rotary(m: ml_collections.ConfigDict) -> None:
+  """Checks the rotated part of a head, and longrope's number of factors."""
+  if m.rope.fraction > 1:
+    raise UserError(f"model.rope.fraction={m.rope.fraction} is a fraction of a head: at most 1")
+  if m.position == "rotary" and not m.latent.kv_rank and m.head_dim * m.rope.fraction % 2:
+    raise UserError(
+      f"model.head_dim={m.head_dim} x model.rope.fraction={m.rope.fraction} must be even for "
+      "model.position='rotary'"
+    )
+  if m.rope.scaling == "longrope":
+    half = int(m.head_dim * m.rope.fraction) // 2
+    for key in ("short_factors", "long_factors"):
+      if len(m.rope[key]) != half:
+        raise UserError(
+          f"model.rope.{key} has {len(m.rope[key])} numbers; longrope needs one for each of the "
+          f"{half} frequencies"
+        )
+
+
+def experts(m: ml_collections.ConfigDict) -> None:
+  """Checks groups and numbers of experts, if there are layers of experts."""
+  if "moe" not in m.mlp_pattern:
+    return
+  x = m.moe
+  if x.experts < 1:
+    raise UserError("model.mlp_pattern has 'moe' layers: set model.moe.experts")
+  if x.experts % x.groups or x.top_groups > x.groups:
+    raise UserError(
+      f"model.moe.groups={x.groups} must divide model.moe.experts={x.experts} and be at least "
+      f"model.moe.top_groups={x.top_groups}"
+    )
+  if x.router == "sigmoid" and x.groups > 1 and x.experts // x.groups < 2:
+    raise UserError(
+      f"model.moe.groups={x.groups} leaves one expert per group, but model.moe.router='sigmoid' "
+      "ranks groups by their best two experts; use fewer groups"
+    )
+  choice = x.experts // x.groups * x.top_groups
+  if x.per_token > choice:
+    raise UserError(
+      f"model.moe.per_token={x.per_token} is more than the {choice} experts that a token can be "
+      "routed to; lower it, or raise model.moe.experts or model.moe.top_groups"
+    )
+  if x.first_dense >= m.num_layers:
+    raise UserError(
+      f"model.moe.first_dense={x.first_dense} leaves none of the model.num_layers="
+      f"{m.num_layers} layers to the experts"
+    )
+
+
+def latent_attention(m: ml_collections.ConfigDict) -> None:
+  """Checks the keys that multi-head latent attention fixes, and those that only it allows."""
+  if not m.latent.kv_rank:
+    if m.latent.v_dim != m.head_dim:
+      raise UserError(
+        f"model.latent.v_dim={m.latent.v_dim} differs from model.head_dim={m.head_dim}, which "
+        "only latent attention allows; set model.latent.kv_rank"
+      )
+    return
+  if m.position != "rotary" or m.num_kv_heads != m.num_heads or m.qk_norm != "none":
+    raise UserError(
+      f"model.latent.kv_rank={m.latent.kv_rank} needs model.position='rotary', "
+      "model.num_kv_heads = model.num_heads and model.qk_norm='none'"
+    )
+  if not m.latent.rope_dim < m.head_dim or m.latent.rope_dim % 2:
+    raise UserError(
+      f"model.latent.rope_dim={m.latent.rope_dim} must be even and below "
+      f"model.head_dim={m.head_dim}"
+    )
+
+
+def quantization(m: ml_collections.ConfigDict) -> None:
+  """Checks the keys that change the precision of matmuls."""
+  if m.quantize_gradients and m.quantize == "none":
+    raise UserError("model.quantize_gradients=True needs model.quantize='int8' or 'fp8'")
+  if m.quantize != "none" and m.grad_dtype != "compute":
+    raise UserError(
+      f"model.quantize={m.quantize!r} computes weight gradients in model.dtype: set "
+      f"model.grad_dtype='compute', not {m.grad_dtype!r}"
+    )
+
+
+def pooler(m: ml_collections.ConfigDict) -> None:
+  """Checks that a pooler has a layer."""
+  if m.head == "pooler" and m.head_transform == "none":
+    raise UserError("model.head='pooler' needs model.head_transform='tanh' or 'norm'")
+
+
+def objective_and_model(c: ml_collections.ConfigDict) -> None:
+  """Checks that the model has the attention, head and adapters that the objective needs."""
+  name, m = c.objective.name, c.model
+  if name in ("causal_lm", "preference") and not m.causal:
+    raise UserError(
+      f"objective.name={name!r} needs model.causal=True: otherwise each token attends to the one "
+      "it predicts"
+    )
+  if name == "preference" and not m.lora.rank:
+    raise UserError(
+      "objective.name='preference' compares the model with itself without adapters: set "
+      "model.lora.rank, such as 16"
+    )
+  head = "classifier" if name == "classification" else "lm"
+  if m.head in ("lm", "classifier") and m.head != head:
+    raise UserError(f"objective.name={name!r} needs model.head={head!r}, not {m.head!r}")
+
+
+def masking(o: ml_collections.ConfigDict) -> None:
+  """Checks the fractions of masked tokens in the `objective` section."""
+  if o.mask_replace + o.mask_random > 1:
+    raise UserError(
+      f"objective.mask_replace={o.mask_replace} and objective.mask_random={o.mask_random} are "
+      "fractions of the same tokens; their sum must not exceed 1"
+    )
+
+
+def loss_chunk(o: ml_collections.ConfigDict) -> None:
+  """Checks that the objective can compute its loss in chunks."""
+  if o.loss_chunk and o.name not in ("causal_lm", "masked_lm"):
+    raise UserError(
+      f"objective.loss_chunk={o.loss_chunk} is for causal_lm and masked_lm, not for "
+      f"objective.name={o.name!r}; set it to 0"
+    )
+
+
+def stream(c: ml_collections.ConfigDict) -> None:
+  """Checks the keys that a stream of training data excludes."""
+  if not c.data.stream:
+    return
+  if c.objective.name != "causal_lm":
+    raise UserError(
+      f"data.stream={c.data.stream!r} is for objective.name='causal_lm', not "
+      f"{c.objective.name!r}; prepare the files with `jaxgpt data`"
+    )
+  if c.data.weights or c.data.weight_changes:
+    raise UserError(
+      f"data.stream={c.data.stream!r} replaces the training splits that data.weights and "
+      "data.weight_changes mix; leave them out"
+    )
+
+
+_MOMENTS = {  # optimizer: its moments of a parameter's size whose dtype can be set
+  "adamw": ("first_dtype", "second_dtype"),
+  "muon": ("first_dtype", "second_dtype"),
+  "lion": ("first_dtype",),
+  "adafactor": (),
+}
+# With b2=0.98 a step changes the moment by at most 1/50: ten half units of bfloat16's rounding.
+_LARGEST_BFLOAT16_B2 = 0.98
+
+
+def moments(o: ml_collections.ConfigDict) -> None:
+  """Checks the dtypes of moments in the `optim` section."""
+  for key in ("first_dtype", "second_dtype"):
+    if o[key] != "float32" and key not in _MOMENTS.get(o.name, (key,)):
+      raise UserError(
+        f"optim.{key}={o[key]!r}: optim.name={o.name!r} has no such moment; leave it at 'float32'"
+      )
+  if o.second_dtype == "bfloat16" and o.b2 > _LARGEST_BFLOAT16_B2:
+    raise UserError(
+      f"optim.second_dtype='bfloat16' needs optim.b2 <= {_LARGEST_BFLOAT16_B2} (got {o.b2}): "
+      "smaller updates would be lost to bfloat16 rounding; set optim.b2=0.95, or keep 'float32'"
+    )
+
+
+def lengths(c: ml_collections.ConfigDict) -> None:
+  """Checks numbers of tokens, rows and steps that must fit each other."""
+  if c.data.seq_len > c.model.max_len:
+    raise UserError(
+      f"data.seq_len={c.data.seq_len} is longer than the model's context "
+      f"model.max_len={c.model.max_len}"
+    )
+  if c.data.batch_size % c.optim.accumulate:
+    raise UserError(
+      f"optim.accumulate={c.optim.accumulate} does not divide data.batch_size={c.data.batch_size}"
+    )
+  if c.schedule.warmup_steps > c.train.steps:
+    raise UserError(
+      f"schedule.warmup_steps={c.schedule.warmup_steps} is more than train.steps={c.train.steps}"
+    )

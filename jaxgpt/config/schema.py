@@ -1,0 +1,170 @@
+"""Declarations of config keys: everything that is known about a key, in one object.
+
+The base config, range checks, derived defaults, the freedom to change a key on resume and
+docs/config.md all follow from these objects. `keys.py` holds the declarations.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from jaxgpt.errors import UserError, nearest
+
+# A value that names an object in a user's Python file, such as 'my_losses.py:focal'.
+_USER_OBJECT = re.compile(r".+\.py:\w+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """The range of a number.
+
+  Attributes:
+    low: Smallest value.
+    high: Largest value.
+    open_low: The value must be above `low`.
+    open_high: The value must be below `high`.
+  """
+
+  low: float
+  high: float = math.inf
+  open_low: bool = False
+  open_high: bool = False
+
+  def __contains__(self, value: float) -> bool:
+    above = value > self.low if self.open_low else value >= self.low
+    return above and (value < self.high if self.open_high else value <= self.high)
+
+  def __str__(self) -> str:
+    if self.high == math.inf:
+      return f"{'above' if self.open_low else 'at least'} {self.low}"
+    return (
+      f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+    )
+
+
+AT_LEAST_0 = Interval(0)
+AT_LEAST_1 = Interval(1)
+ABOVE_0 = Interval(0, open_low=True)
+FRACTION = Interval(0, 1)
+BELOW_1 = Interval(0, 1, open_high=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """One config key.
+
+  Attributes:
+    default: The value in `config.base()`. None makes a placeholder of type `value_type`.
+    help: What the key does, its unit and its special values.
+    value_type: Type of a placeholder's values. Other keys have the type of their default.
+    derive: For a placeholder, computes its value from the config being resolved, in which all keys
+      declared before this one are set. Without it, a placeholder may stay None.
+    unset: For a placeholder, says in a few words what None stands for, such as 'model.width'.
+    interval: Range of a number.
+    choices: {value: a few words on it} of a key that takes one of several names.
+    registered: The names are those of a registry in `jaxgpt.training`, which checks them when the
+      step is built. A name FILE.py:NAME stands for an object in a user's file.
+    items: {value: a few words on it} of a key that takes a tuple of one or more names.
+    check: Raises a UserError for a bad (flat key, value) where the above is not enough.
+    free_on_resume: A run may continue with another value. This never changes the result.
+  """
+
+  default: Any
+  help: str
+  value_type: type | None = None
+  derive: Callable[[ml_collections.ConfigDict], Any] | None = None
+  unset: str = ""
+  interval: Interval | None = None
+  choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  registered: bool = False
+  items: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  check: Callable[[str, Any], None] | None = None
+  free_on_resume: bool = False
+
+  def validate(self, name: str, value: Any) -> None:
+    """Checks one value by itself.
+
+    Args:
+      name: The flat key, for the message.
+      value: Its value. A placeholder may be None.
+
+    Raises:
+      UserError: The value is out of range or not one of the choices.
+    """
+    if value is None:
+      return
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"{name}={value}: must be a finite number")
+    if self.interval is not None and value not in self.interval:
+      raise UserError(f"{name}={value}: must be {self.interval}")
+    if self.choices and value not in self.choices and not self._is_user_object(value):
+      raise UserError(
+        f"{name}={value!r}: {nearest(str(value), self.choices)}"
+        f"choose one of {', '.join(self.choices)}"
+      )
+    if self.items and (not value or set(value) - set(self.items)):
+      raise UserError(f"{name}={value!r}: give a tuple of one or more of {', '.join(self.items)}")
+    if self.check is not None:
+      self.check(name, value)
+
+  def _is_user_object(self, value: str) -> bool:
+    return self.registered and _USER_OBJECT.fullmatch(value) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A group of keys, one ConfigDict in a config.
+
+  Attributes:
+    help: What the section is for, in a sentence.
+    members: Keys and sections in the order of the config.
+    free_on_resume: All keys of the section are free on resume.
+    user_keys: The section is empty in the base config, and users may add any keys to it.
+  """
+
+  help: str
+  members: Mapping[str, "Key | Section"]
+  free_on_resume: bool = False
+  user_keys: bool = False
+
+  def config(self) -> ml_collections.ConfigDict:
+    """The defaults as an unlocked ConfigDict."""
+    c = ml_collections.ConfigDict()
+    for name, member in self.members.items():
+      if isinstance(member, Section):
+        c[name] = member.config()
+      elif member.default is None:
+        assert member.value_type is not None, name
+        c[name] = config_dict.placeholder(member.value_type)
+      else:
+        c[name] = member.default
+    return c
+
+  def keys(self, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """Yields (flat key, declaration) of all keys below this section, such as 'optim.lr'."""
+    for name, member in self.members.items():
+      if isinstance(member, Section):
+        yield from member.keys(f"{prefix}{name}.")
+      else:
+        yield prefix + name, member
+
+  def sections(self, prefix: str = "") -> Iterator[tuple[str, "Section"]]:
+    """Yields (flat name, section) of this section, named '' at the root, and all below it."""
+    yield prefix.removesuffix("."), self
+    for name, member in self.members.items():
+      if isinstance(member, Section):
+        yield from member.sections(f"{prefix}{name}.")
+
+  def on_path(self, flat: str) -> Iterator["Key | Section"]:
+    """Yields the declared sections that a flat key lies in, then its own declaration if any."""
+    node: Key | Section = self
+    for name in flat.split("."):
+      if not isinstance(node, Section) or name not in node.members:
+        return
+      node = node.members[name]
+      yield node
