@@ -84,7 +84,7 @@ MESH = Section(
     compiler_options=Key(
       (),
       'XLA options of the train step as "name=value". They take precedence over those that '
-      "jaxgpt/training/xla_options.py has for the chip.",
+      "jaxgpt/parallel/chips.py has for the chip.",
       check=checks.mesh_compiler_options,
     ),
     rules=RULES,

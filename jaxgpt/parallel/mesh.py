@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxgpt.config import MESH_AXES, mesh_rules
 from jaxgpt.errors import UserError
+from jaxgpt.parallel import chips
 from jaxgpt.storage import malloc
 
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
@@ -128,7 +129,7 @@ def check_length(sizes, seq_len, form):
     form: of attention.
   """
   n = sizes["seq"]
-  unit = 2 * n * (128 if form == "splash" else 1)  # the kernel's smallest block
+  unit = 2 * n * (chips.LANES if form == "splash" else 1)  # the kernel's smallest block
   if n > 1 and seq_len % unit:
     near = max(round(seq_len / unit), 1) * unit
     raise UserError(

@@ -13,14 +13,12 @@ import ml_collections
 from jaxgpt import tree
 from jaxgpt.config.remat import activations
 from jaxgpt.model import stacks, transformer
+from jaxgpt.parallel import chips, sharding
 from jaxgpt.parallel import mesh as mesh_lib
-from jaxgpt.parallel import sharding
 from jaxgpt.training import optimizers
 
-_LANES = 128  # of a TPU's vector registers: the last dimension is padded to them
 _DOTS = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 KERNEL_RATE = 0.5  # share of the peak that an attention kernel is taken to reach
-_BLOCK = 512  # of splash attention, which skips what is masked block by block
 _KERNEL_BACKWARD = 3.5  # times the forward kernel's work
 # How often memory is read or written, in arrays of a layer: what the schedules of compiled programs
 # came to (Llama-2-7B and Llama-3-8B on v5e, v5p and v6e; docs/log.md).
@@ -339,14 +337,21 @@ def seconds(c, sizes, counts, topology):
   busy = 1 - (pipe.bubble if pipe else 0)
   runs = 1 + _KERNEL_BACKWARD + ("attention" not in names)
   of_kernels = (
-    4 * m.num_layers * c.data.seq_len * widest(m) / s.heads * tokens * runs * visible_share(c)
+    4
+    * m.num_layers
+    * c.data.seq_len
+    * widest(m)
+    / s.heads
+    * tokens
+    * runs
+    * visible_share(c, chip.attention_block)
   )
   held = counts.held(sizes)
   gathered = held * sizes["fsdp"] * wide * (sizes["fsdp"] > 1)
   times = c.optim.accumulate * (
     pipe.ticks if pipe else 1
   )  # a stage gathers its layers for each tick
-  matmul = flops / (chip.peak_flops * chip.matmul_rate) / busy
+  matmul = flops / (chip.clocked_flops * chip.matmul_rate) / busy
   # Forward and backward the weights are gathered, and then their gradients are summed.
   hidden, summed = (2 * gathered, gathered) if chip.overlaps_gathers else (0, 3 * gathered)
   exposed = (
@@ -360,7 +365,7 @@ def seconds(c, sizes, counts, topology):
   return {
     "matmul": matmul,
     "other": tokens * _traffic(c, sizes, s, names) / chip.hbm_bandwidth / busy,
-    "kernels": of_kernels / (chip.peak_flops * KERNEL_RATE) / busy,
+    "kernels": of_kernels / (chip.clocked_flops * KERNEL_RATE) / busy,
     "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
     "between": between,
   }
@@ -401,23 +406,24 @@ def _between_devices(c, sizes, s, tokens):
   return total
 
 
-def visible_share(c, seq=1):
+def visible_share(c, block, seq=1):
   """Share of the pairs of positions that attention's kernels compute, over the layers.
 
   Args:
     c: the resolved config.
+    block: `attention_block` of the chip.
     seq: devices that share a row, and so the pairs that kernels are given (see `model.ring`).
   """
   T = c.data.seq_len / seq
   # A device's own pairs, and beside them half as many of each other device's, all of them visible.
   causal = (
-    (min((T + _BLOCK) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
+    (min((T + block) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
   )
   local = causal
   if c.model.window:
     size = T if seq == 1 else T / 2  # of the pieces that meet; beside them neighbours' ends
     far = 0 if seq == 1 else min(c.model.window / size, seq) * (1 if c.model.causal else 2)
-    local = min((c.model.window + _BLOCK) / (size * (1 + far)), causal)
+    local = min((c.model.window + block) / (size * (1 + far)), causal)
   pattern = c.model.attention_pattern
   return sum(local if kind == "local" else causal for kind in pattern) / len(pattern)
 
@@ -435,7 +441,7 @@ def _widths(m, padded=False):
   """Numbers a token of each named result; `padded` as TPUs lay them out, whose lanes a head fills."""
   used = m.moe.per_token * max(m.moe.capacity, 1) + m.moe.shared if "moe" in m.mlp_pattern else 1
   hidden = m.moe.width * used if "moe" in m.mlp_pattern else m.mlp_width
-  size = lambda n: -(-n // _LANES) * _LANES if padded else n
+  size = lambda n: -(-n // chips.LANES) * chips.LANES if padded else n
   key, value = size(m.head_dim), size(m.latent.v_dim)
   return {
     "q": m.num_heads * key,

@@ -1,8 +1,8 @@
 """A program that does not fit, in the words of the config."""
 
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.parallel.chips import GIB
 from jaxgpt.plan import estimate, search
-from jaxgpt.plan.chips import GIB
 
 _TRIES = 3  # of each kind of change: arithmetic may be too hopeful
 

@@ -1,9 +1,9 @@
 """A plan as figures, and the figures as a table."""
 
 from jaxgpt.model import stacks
+from jaxgpt.parallel.chips import GIB
 from jaxgpt.plan import cost as cost_lib
 from jaxgpt.plan import estimate, hlo, roofline
-from jaxgpt.plan.chips import GIB
 from jaxgpt.training import metrics, xla_options
 
 
@@ -59,10 +59,10 @@ def figures(compiled, topology, price=None):
       "seconds": seconds | {"step": step},
       "merit": merit / mine,
       "merit_with_kernels": step / mine,
-      "mfu": model_flops / step / chip.peak_flops,
+      "mfu": model_flops / step / chip.clocked_flops,
       "hardware_utilisation": (took["matmul_flops"] + took["kernel_flops"])
       / step
-      / chip.peak_flops,
+      / chip.clocked_flops,
       "tokens_per_second": tokens / step,
       "tokens_per_second_per_chip": tokens / step / topology.num_chips,
       "steps": c.train.steps,
@@ -92,12 +92,12 @@ def _by_kind(compiled):
 def _by_cycles(program, compiled, chip):
   """What the compiler's schedule says: seconds by kind, FLOPs, kernels, collectives."""
   cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
-  share = estimate.visible_share(compiled.c, compiled.mesh.shape["seq"])
+  share = estimate.visible_share(compiled.c, chip.attention_block, compiled.mesh.shape["seq"])
   kernel_flops = sum(work for _, work in cost.kernels.values()) * share
   seconds = {
     "matmul": cost.cycles["matmul"] / chip.clock,
     "other": cost.cycles["other"] / chip.clock,
-    "kernels": kernel_flops / (chip.peak_flops * estimate.KERNEL_RATE),
+    "kernels": kernel_flops / (chip.clocked_flops * estimate.KERNEL_RATE),
     "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
     "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
     "between": cost.bytes("between") / chip.dcn_bandwidth,

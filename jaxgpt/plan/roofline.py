@@ -147,12 +147,12 @@ class _Walk:
       name, flops = kernel
       out.kernels[name] = out.kernels.get(name, 0) + 1
       out.kernel_flops += flops
-      out.seconds["kernels"] += max(flops / self._chip.peak_flops, seconds)
+      out.seconds["kernels"] += max(flops / self._chip.clocked_flops, seconds)
       return
     flops = self._flops(computation, made)
     if flops:
       out.flops += flops
-      out.seconds["matmul"] += max(flops / self._chip.peak_flops, seconds)
+      out.seconds["matmul"] += max(flops / self._chip.clocked_flops, seconds)
     else:
       out.traffic += traffic
       out.seconds["other"] += seconds

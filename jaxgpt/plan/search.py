@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
-from jaxgpt.plan import chips, estimate, lower, report
+from jaxgpt.parallel.chips import GIB
+from jaxgpt.plan import estimate, lower, report
 
 REMATS = (
   "full",
@@ -65,8 +66,8 @@ class Result(NamedTuple):
   def gib(self):
     """What it takes of a device, in GiB as text, or '-'."""
     if self.figures:
-      return f"{self.figures['memory']['total'] / chips.GIB:.2f}"
-    return f"{needed / chips.GIB:.2f}" if (needed := getattr(self.error, "needed", 0)) else "-"
+      return f"{self.figures['memory']['total'] / GIB:.2f}"
+    return f"{needed / GIB:.2f}" if (needed := getattr(self.error, "needed", 0)) else "-"
 
 
 def changed(c, changes):
@@ -290,7 +291,7 @@ def verdict(result):
   if isinstance(result.error, UserError):
     return f"refused: {result.error}"
   if result.error:
-    return f"does not fit, needs {result.gib} of {result.error.limit / chips.GIB:.2f} GiB"
+    return f"does not fit, needs {result.gib} of {result.error.limit / GIB:.2f} GiB"
   f = result.figures
   return (
     f"{f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, MFU {f['mfu']:.1%}, "
@@ -338,7 +339,7 @@ def table(results):
     note = "best" if r is best and r.fits else why(r, best)
     yield (
       f"{describe(r.candidate.changes):<62} {found} {r.gib:>6} "
-      f"{r.candidate.bytes / chips.GIB:>6.2f}  {note}"
+      f"{r.candidate.bytes / GIB:>6.2f}  {note}"
     )
   yield ""
   if not best.fits:

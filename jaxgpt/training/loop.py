@@ -13,7 +13,7 @@ from etils import epath
 
 from jaxgpt.data import stream
 from jaxgpt.errors import UserError
-from jaxgpt.parallel import distributed, sharding
+from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import init_from, stop_signal, throughput
@@ -107,7 +107,7 @@ class _Run:
     self._state = self._first_state()
     self._step = int(self._state["step"])
     self._in_flight = None  # (step, metrics on the devices)
-    peak = metrics_lib.peak_flops(mesh.devices.flat[0].device_kind)
+    peak = chips.peak_flops(mesh.devices.flat[0].device_kind)
     self._timer = throughput.Timer(
       metrics_lib.flops_per_token(c.model, c.data.seq_len), peak and peak * mesh.size
     )

@@ -8,27 +8,6 @@ from jaxgpt import tree
 from jaxgpt.model import transformer
 from jaxgpt.parallel import sharding
 
-# bf16 FLOP/s of one device, by the prefix of jax's `device_kind`; vendors' data sheets.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(device_kind):
-  """bf16 FLOP/s of a device kind, or None where it is not known (CPUs)."""
-  kinds = [k for k in PEAK_FLOPS if device_kind.startswith(k)]
-  return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
-
 
 def flops_per_token(c_model, seq_len):
   """FLOPs that training spends on a token: forward, and twice that backward (arXiv:2204.02311, B).

@@ -221,7 +221,7 @@ def compile(train_step, state, batch, mesh, options=(), instead=None):
 
   Args:
     train_step, state, batch, mesh: as in `lower`.
-    options: of XLA, each "name=value", beside and before those of `compiler.DEFAULTS`.
+    options: of XLA, each "name=value", which override those of the chip.
     instead: is asked with what `lower` gives: returns a compiled function, or None.
 
   Returns:

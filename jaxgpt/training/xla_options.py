@@ -1,36 +1,24 @@
-"""Options of XLA that the train step is compiled with: one table by kind of device.
+"""XLA options of the train step: those of the chip (`parallel.chips`) and of the config.
 
-`train` and `plan` compile with the same ones; what each is worth is in docs/log.md.
+`train` and `plan` compile with the same options.
 """
 
 import jax
 
 from jaxgpt.errors import UserError
-
-# How much of a core's fast memory a fused matmul may take for its tiles. libtpu's own choice leaves the
-# matmuls of a large model at two thirds of the peak.
-_VMEM = "xla_tpu_scoped_vmem_limit_kib"
-# From how many MiB on a matmul beside a gather of mesh.tensor is cut into a loop of narrow ones, which
-# take two to four times as long as the wide one and its gather: never.
-_TENSOR = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-DEFAULTS = {  # by the name that JAX gives a device
-  "TPU v4": _TENSOR,
-  "TPU v5": _TENSOR | {_VMEM: "65536"},  # v5p
-  "TPU v5p": _TENSOR | {_VMEM: "65536"},
-  "TPU v5 lite": _TENSOR | {_VMEM: "65536"},  # v5e
-  "TPU v6 lite": _TENSOR | {_VMEM: "98304"},  # v6e
-  "TPU7x": _TENSOR | {_VMEM: "65536"},
-}
+from jaxgpt.parallel import chips
 
 
 def options(device_kind, given=()):
-  """What to compile with: {name: value}.
+  """XLA options to compile with, as {name: value}.
 
   Args:
-    device_kind: of a device, such as 'TPU v5 lite'.
-    given: the config's `mesh.compiler_options`, each "name=value"; they win over the table.
+    device_kind: From `jax.Device.device_kind`, such as 'TPU v5 lite'.
+    given: The config's `mesh.compiler_options`, each "name=value". They override the chip's.
   """
-  return DEFAULTS.get(device_kind, {}) | dict(option.split("=", 1) for option in given)
+  chip = chips.of_device(device_kind)
+  defaults = dict(chip.xla_options) if chip else {}
+  return defaults | dict(option.split("=", 1) for option in given)
 
 
 def compile(lowered, mesh, given=()):

@@ -22,7 +22,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from jaxgpt import config
-from jaxgpt.plan import chips, cost, hlo, lower, topology
+from jaxgpt.parallel import chips
+from jaxgpt.plan import cost, hlo, lower, topology
 
 # The recipes' flags; of v5p's without those that libtpu refuses there ("continuation fusion").
 _COMMON = (

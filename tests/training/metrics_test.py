@@ -25,21 +25,6 @@ def test_an_untied_embedding_is_a_lookup_and_no_matmul():
   assert metrics.flops_per_token(c, 8192) == 6 * (weights + 2 * 32 * 8192 * 4096)
 
 
-@pytest.mark.parametrize(
-  "kind, peak",
-  [
-    ("TPU v5 lite", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-    ("NVIDIA H100 80GB HBM3", 989e12),
-    ("cpu", None),
-  ],
-)
-def test_the_peak_of_a_device(kind, peak):
-  assert metrics.peak_flops(kind) == peak
-
-
 def test_bits_per_byte():
   assert metrics.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2)
   assert metrics.perplexity(1e6) == math.inf

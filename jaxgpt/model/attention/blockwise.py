@@ -19,11 +19,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from jaxgpt.model import ops
+from jaxgpt.parallel import chips
 
 NOTHING = -1e30  # log of a normaliser that sums nothing; finite, so that differences are numbers
 ABSENT = -1  # segment of keys that are not there
-SPLASH_BLOCK = 512
-LANES = 128  # of a TPU's vector registers, which a head has to fill
+LANES = chips.LANES  # a head has to fill them
 
 
 class Kernel(NamedTuple):
@@ -164,7 +164,8 @@ def splash_of(band, N, T, S, kernel, name=None, head_shards=1):
     name: of its results, for remat policies.
     head_shards: parts that the heads are cut into outside.
   """
-  q, kv = math.gcd(T, SPLASH_BLOCK), math.gcd(S, SPLASH_BLOCK)
+  block = chips.attention_block()
+  q, kv = math.gcd(T, block), math.gcd(S, block)
   sizes = splash_kernel.BlockSizes(
     block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
   )

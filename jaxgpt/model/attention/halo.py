@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxgpt.model.attention import blockwise, context_parallel
 from jaxgpt.model.attention.context_parallel import T_AXIS
+from jaxgpt.parallel import chips
 
 
 class _Neighbours:
@@ -25,7 +26,7 @@ class _Neighbours:
     self._chunks = context_parallel.chunks(plan.size, plan.causal)
     self._size = size = length // 2
     # In whole blocks, of which none is empty.
-    block = math.gcd(size, blockwise.SPLASH_BLOCK) if plan.kernel.form == "splash" else 1
+    block = math.gcd(size, chips.attention_block()) if plan.kernel.form == "splash" else 1
     left = plan.window - 1 - (abs(distance) - 1) * size  # places beyond the chunk's own border
     self._reach = min(-(-left // block) * block, size)
     away = (abs(distance) - 1) * size + self._reach
