@@ -32,7 +32,7 @@ def test_names_of_hosts_of_gpus(name, chip, hosts, num):
   [
     ("h100x16", "1 to 8 GPUs"),
     ("h100x8x0", "1 to 8 GPUs"),
-    ("h99x8", "chip='h99': did you mean 'h100'"),
+    ("h99x8", "chip='h99': choose one of v4, v5e"),
     ("h100", "for GPUs h100x8"),
     ("v4x8", "is not a GPU"),
   ],
