@@ -40,6 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
   """Adds the generated pages."""
   for package, modules in modules_by_package().items():
     title = f"jaxgpt.{package}" if package != "jaxgpt" else "jaxgpt"
-    text = f"# API: {title}\n\n" + "".join(f"::: {name}\n\n" for name in modules)
+    text = f"---\nsearch:\n  boost: 0.5\n---\n\n# API: {title}\n\n" + "".join(
+      f"::: {name}\n\n" for name in modules
+    )
     files.append(File.generated(config, f"api/{package}.md", content=text))
   return files
