@@ -7,8 +7,7 @@ import pathlib
 from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
-from jaxgpt.plan import cost, explain, hlo, lower, report, shardings
-from jaxgpt.plan import golden as golden_lib
+from jaxgpt.plan import communication_budget, cost, explain, hlo, lower, report, shardings
 from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
 from jaxgpt.training import compiled_step
@@ -66,7 +65,7 @@ def plan(
     print("\n".join(report.heaviest_lines(lines, where.chip)), flush=True)
   if out:
     _write(out, json.dumps(found, indent=2))
-  differs = golden_lib.check(golden, found) if golden else 0
+  differs = communication_budget.check(golden, found) if golden else 0
   memory = found["memory"]
   if not memory["fits"]:  # compilers of GPUs' programs don't refuse it
     print(flush=True)

@@ -2,7 +2,7 @@
 
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import GIB
-from jaxgpt.plan import estimate, search
+from jaxgpt.plan import memory_estimate, per_device, search
 
 _TRIES = 3  # of each kind of change: arithmetic may be too hopeful
 
@@ -23,11 +23,11 @@ def out_of_memory(error, c, topology):
   yield ""
   yield "the largest arrays on a device (by arithmetic), and what makes them smaller"
   sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
-  found = estimate.buffers(c, sizes, estimate.count(c))
+  found = memory_estimate.buffers(c, sizes, per_device.count(c))
   for buffer in found[:8]:
     if buffer.bytes >= GIB / 100:
       yield f"  {buffer.bytes / GIB:6.2f} GiB  {buffer.name:<28} {buffer.shape:<26} {buffer.keys}"
-  yield f"  {estimate.memory(found) / GIB:6.2f} GiB  in all, at the worst moment"
+  yield f"  {memory_estimate.peak(found) / GIB:6.2f} GiB  in all, at the worst moment"
 
 
 def remedies(c, topology):

@@ -3,7 +3,7 @@
 from jaxgpt.model import stacks
 from jaxgpt.parallel.chips import GIB
 from jaxgpt.plan import cost as cost_lib
-from jaxgpt.plan import estimate, hlo, roofline
+from jaxgpt.plan import hlo, memory_estimate, per_device, roofline, time_estimate
 from jaxgpt.training import metrics, xla_options
 
 
@@ -80,7 +80,7 @@ def _by_kind(compiled):
   The compiler names a sum; how much of it is saved activations is arithmetic.
   """
   c, memory = compiled.c, compiled.memory
-  found = estimate.buffers(c, dict(compiled.mesh.shape), estimate.count(c))
+  found = memory_estimate.buffers(c, dict(compiled.mesh.shape), per_device.count(c))
   saved = min(int(sum(b.bytes for b in found if b.kind == "saved")), memory.temporaries)
   return memory._asdict() | {
     "activations": saved,
@@ -92,12 +92,12 @@ def _by_kind(compiled):
 def _by_cycles(program, compiled, chip):
   """What the compiler's schedule says: seconds by kind, FLOPs, kernels, collectives."""
   cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
-  share = estimate.visible_share(compiled.c, chip.attention_block, compiled.mesh.shape["seq"])
+  share = time_estimate.visible_share(compiled.c, chip.attention_block, compiled.mesh.shape["seq"])
   kernel_flops = sum(work for _, work in cost.kernels.values()) * share
   seconds = {
     "matmul": cost.cycles["matmul"] / chip.clock,
     "other": cost.cycles["other"] / chip.clock,
-    "kernels": kernel_flops / (chip.clocked_flops * estimate.KERNEL_RATE),
+    "kernels": kernel_flops / (chip.clocked_flops * time_estimate.KERNEL_RATE),
     "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
     "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
     "between": cost.bytes("between") / chip.dcn_bandwidth,
@@ -256,7 +256,7 @@ def _time_lines(f):
     )
   )
   kernels = ", ".join(f"{calls} x {name}" for name, calls in f["kernels"].items()) or "none"
-  rate = f"; assumed at {estimate.KERNEL_RATE:.0%} of peak" if by_schedule else ""
+  rate = f"; assumed at {time_estimate.KERNEL_RATE:.0%} of peak" if by_schedule else ""
   yield f"  {'kernels':<14} {s['kernels']:>8.4f}     {kernels}{rate}"
   yield f"  {'exposed':<14} {s['exposed']:>8.4f}     {f['exposed_bytes']:.3g} bytes of collectives"
   yield (

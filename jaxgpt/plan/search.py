@@ -1,6 +1,6 @@
 """Looks for the mesh, what to save, and the rows a device that make a step fastest per token.
 
-All candidates are ranked by `estimate`; the best that should fit are compiled, and so is the best of
+All candidates are ranked by `time_estimate`; the best that should fit are compiled, and so is the best of
 those that should not, to show that it does not.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import GIB
-from jaxgpt.plan import estimate, lower, report
+from jaxgpt.plan import lower, memory_estimate, per_device, report, time_estimate
 
 REMATS = (
   "full",
@@ -128,7 +128,7 @@ def candidates(c, topology, keep_batch=False):
     topology: a `topology.Topology`.
     keep_batch: whether data.batch_size stays as it is, by accumulation.
   """
-  num, counts = topology.num_devices, estimate.count(c)
+  num, counts = topology.num_devices, per_device.count(c)
   out = []
   for sizes, remat in itertools.product(meshes(c, topology), REMATS):
     shards = mesh_lib.num_batch_shards(sizes)
@@ -142,14 +142,14 @@ def candidates(c, topology, keep_batch=False):
         changes["eval.batch_size"] = batch
       try:
         one = changed(c, changes)
-        took = estimate.seconds(one, sizes, counts, topology)
+        took = time_estimate.seconds(one, sizes, counts, topology)
       except UserError:  # such as a pattern of layers that does not suit the mesh
         continue
       out.append(
         Candidate(
           one,
           changes,
-          estimate.memory(estimate.buffers(one, sizes, counts)),
+          memory_estimate.peak(memory_estimate.buffers(one, sizes, counts)),
           sum(took.values()) * num / batch / c.data.seq_len,
         )
       )
@@ -245,9 +245,9 @@ def remedies(c, topology):
   Less is saved; or the batch is cut into more microbatches; or rows are taken away.
   """
   sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
-  counts, limit = estimate.count(c), topology.chip.hbm_limit
-  per_device = c.data.batch_size // mesh_lib.num_batch_shards(sizes) // c.optim.accumulate
-  halves = [2**i for i in range(1, 8) if per_device % 2**i == 0]
+  counts, limit = per_device.count(c), topology.chip.hbm_limit
+  rows = c.data.batch_size // mesh_lib.num_batch_shards(sizes) // c.optim.accumulate
+  halves = [2**i for i in range(1, 8) if rows % 2**i == 0]
   kinds = (
     [{"model.remat": remat} for remat in reversed(REMATS)],
     [{"optim.accumulate": c.optim.accumulate * n} for n in halves],
@@ -259,7 +259,9 @@ def remedies(c, topology):
       with contextlib.suppress(UserError):  # a change may exclude another value of the config
         one = changed(c, changes)
         sized.append(
-          Candidate(one, changes, estimate.memory(estimate.buffers(one, sizes, counts)), 0.0)
+          Candidate(
+            one, changes, memory_estimate.peak(memory_estimate.buffers(one, sizes, counts)), 0.0
+          )
         )
     yield [one for one in sized if one.bytes <= limit * 0.98]
 

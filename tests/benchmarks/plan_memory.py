@@ -2,11 +2,11 @@
 
   python tests/benchmarks/plan_memory.py [--minutes=N] [NAME…]      (needs jaxgpt[tpu]; no TPU)
 
-Compiles each case below that is not in `tests/plan/memory.json` as it is written here and with this
+Compiles each case below that is not in `tests/plan/memory_estimate.json` as it is written here and with this
 libtpu, rewrites that file after each, and prints the table. It wants libtpu 0.0.52: that of 0.0.50.1
 says more than the heap that it plans (docs/log.md). A case takes 20 s to 5 minutes on one core;
 after an interruption, or the minutes given, the next start goes on. With names: those, anew.
-`tests/plan/memory_test.py` holds the arithmetic against the file.
+`tests/plan/memory_estimate_test.py` holds the arithmetic against the file.
 """
 
 import gc
@@ -22,9 +22,9 @@ from jaxgpt.plan import environment
 environment.prepare()
 
 from jaxgpt import config
-from jaxgpt.plan import estimate, lower, topology
+from jaxgpt.plan import lower, memory_estimate, topology
 
-FILE = pathlib.Path(__file__).parents[1] / "plan" / "memory.json"
+FILE = pathlib.Path(__file__).parents[1] / "plan" / "memory_estimate.json"
 SAVE = "save:q,k,v,attention,gate,up"
 SAVE_O = "save:q,k,v,attention,o,gate,up"
 
@@ -214,7 +214,7 @@ CASES = [
 def predicted(path, where, overrides):
   """Bytes of a device by arithmetic alone."""
   c = lower.resolve(config.load(path, overrides)[0])
-  return estimate.total(c, topology.parse(where).num_devices)
+  return memory_estimate.total(c, topology.parse(where).num_devices)
 
 
 def compiled(path, where, overrides):

@@ -9,7 +9,16 @@ from jaxgpt import config
 from jaxgpt.commands import plan
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh
-from jaxgpt.plan import estimate, explain, lower, report, search, topology
+from jaxgpt.plan import (
+  explain,
+  lower,
+  memory_estimate,
+  per_device,
+  report,
+  search,
+  time_estimate,
+  topology,
+)
 from jaxgpt.training import build as build_lib
 
 LLAMA = "configs/llama3_8b.py:llama2_7b"
@@ -230,7 +239,7 @@ def test_remedies_are_compiled_until_one_fits(monkeypatch):
 )
 def test_memory_by_arithmetic_is_near_the_compilers(where, overrides, gib):
   c, t = llama(*overrides), topology.parse(where)
-  assert estimate.total(c, t.num_devices) / 2**30 == pytest.approx(gib, rel=0.1)
+  assert memory_estimate.total(c, t.num_devices) / 2**30 == pytest.approx(gib, rel=0.1)
 
 
 # Microseconds a token and device of the schedules that libtpu made (docs/log.md).
@@ -271,7 +280,7 @@ def test_seconds_by_arithmetic_are_near_the_compilers(
       ],
     )[0]
   )
-  took = estimate.seconds(c, mesh.axis_sizes(c.mesh, t.num_devices), estimate.count(c), t)
+  took = time_estimate.seconds(c, mesh.axis_sizes(c.mesh, t.num_devices), per_device.count(c), t)
   mine = rows * length / t.num_devices
   assert sum(took.values()) / mine * 1e6 == pytest.approx(micros, rel=0.04)
 
@@ -279,7 +288,7 @@ def test_seconds_by_arithmetic_are_near_the_compilers(
 def test_arithmetic_knows_of_narrow_moments_and_of_chunks_of_the_loss():
   def bytes_of(name, *overrides):
     c, t = llama("--config.data.seq_len=2048", *overrides), topology.parse("v5e-256")
-    found = estimate.buffers(c, mesh.axis_sizes(c.mesh, t.num_devices), estimate.count(c))
+    found = memory_estimate.buffers(c, mesh.axis_sizes(c.mesh, t.num_devices), per_device.count(c))
     return next(b.bytes for b in found if b.name == name)
 
   narrow = bytes_of("opt", "--config.optim.first_dtype=bfloat16")
@@ -413,9 +422,9 @@ def test_the_table_of_a_search_says_why_others_lost(few_axes):
 
 def test_causal_attention_computes_half_and_a_window_less():
   c = config.load(LLAMA, ["--config.data.seq_len=4096"])[0]
-  assert estimate.visible_share(c, 512) == (4096 + 512) / 8192
+  assert time_estimate.visible_share(c, 512) == (4096 + 512) / 8192
   c.model.window, c.model.attention_pattern = 512, ("local", "global")
-  assert estimate.visible_share(c, 512) == (0.25 + 0.5625) / 2
+  assert time_estimate.visible_share(c, 512) == (0.25 + 0.5625) / 2
 
 
 @pytest.mark.slow

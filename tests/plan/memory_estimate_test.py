@@ -6,15 +6,15 @@ import pathlib
 import pytest
 
 from jaxgpt import config
-from jaxgpt.plan import estimate, lower, topology
+from jaxgpt.plan import lower, memory_estimate, topology
 
-COMPILED = json.loads((pathlib.Path(__file__).parent / "memory.json").read_text())
+COMPILED = json.loads((pathlib.Path(__file__).parent / "memory_estimate.json").read_text())
 
 
 def error(entry):
   """How far the arithmetic is from the compiled figure, as a share of it."""
   c = lower.resolve(config.load(entry["config"], entry["overrides"])[0])
-  got = estimate.total(c, topology.parse(entry["topology"]).num_devices)
+  got = memory_estimate.total(c, topology.parse(entry["topology"]).num_devices)
   return got / entry["total"] - 1
 
 

@@ -12,11 +12,11 @@ from jaxgpt.commands import plan
 from jaxgpt.config import mesh_rules
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh, sharding
-from jaxgpt.plan import cost, golden, hlo, lower
+from jaxgpt.plan import communication_budget, cost, hlo, lower
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import train_step
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
+BUDGETS = pathlib.Path(__file__).parent / "communication_budgets"
 SMALL = {
   "model.num_layers": 2,
   "model.width": 256,
@@ -63,30 +63,33 @@ def figures(**collectives):
 
 def test_a_budget_of_communication_is_written_and_then_kept(tmp_path, capsys):
   path = tmp_path / "golden.json"
-  assert golden.check(path, figures(all_gather=(10, 2e9))) == 0
-  assert golden.check(path, figures(all_gather=(10, 2.01e9))) == 0
-  assert golden.check(path, figures(all_gather=(10, 2e9), all_reduce=(4, 1e9))) == 1
+  assert communication_budget.check(path, figures(all_gather=(10, 2e9))) == 0
+  assert communication_budget.check(path, figures(all_gather=(10, 2.01e9))) == 0
+  assert communication_budget.check(path, figures(all_gather=(10, 2e9), all_reduce=(4, 1e9))) == 1
   out = capsys.readouterr().out
   assert "all-reduce bf16: 0 calls, 0.000 GB in the budget; now 4 calls, 1.000 GB" in out
-  assert golden.check(path, figures(all_gather=(20, 2e9))) == 1
+  assert communication_budget.check(path, figures(all_gather=(20, 2e9))) == 1
   path.write_text("[3]")
   with pytest.raises(UserError, match="no communication budget"):
-    golden.check(path, figures())
+    communication_budget.check(path, figures())
   with pytest.raises(UserError, match="cannot be read or written: Is a directory"):
-    golden.check(tmp_path, figures())
+    communication_budget.check(tmp_path, figures())
   gpu = figures(all_gather=(10, 2e9)) | {"estimate": "roofline"}
-  assert golden.check(tmp_path / "gpu.json", gpu) == 0
+  assert communication_budget.check(tmp_path / "gpu.json", gpu) == 0
   assert "jax-cuda13-plugin" in json.loads((tmp_path / "gpu.json").read_text())["compilers"]
 
 
 def test_of_another_compiler_all_bytes_are_compared(tmp_path, capsys, monkeypatch):
   path = tmp_path / "golden.json"
-  monkeypatch.setattr(golden, "compilers", lambda _: {"libtpu": "1"})
-  assert golden.check(path, figures(all_gather=(10, 2e9))) == 0
-  monkeypatch.setattr(golden, "compilers", lambda _: {"libtpu": "2"})
-  assert golden.check(path, figures(all_gather=(4, 1e9), collective_permute=(99, 0.9e9))) == 0
+  monkeypatch.setattr(communication_budget, "compilers", lambda _: {"libtpu": "1"})
+  assert communication_budget.check(path, figures(all_gather=(10, 2e9))) == 0
+  monkeypatch.setattr(communication_budget, "compilers", lambda _: {"libtpu": "2"})
+  assert (
+    communication_budget.check(path, figures(all_gather=(4, 1e9), collective_permute=(99, 0.9e9)))
+    == 0
+  )
   assert "the budget is of libtpu 1, this program of libtpu 2" in capsys.readouterr().out
-  assert golden.check(path, figures(all_gather=(10, 1.7e9))) == 1
+  assert communication_budget.check(path, figures(all_gather=(10, 1.7e9))) == 1
   assert "all collectives: 2.000 GB in the budget; now 1.700 GB" in capsys.readouterr().out
 
 
@@ -109,7 +112,7 @@ def budget_on_pretended_devices(axis, overrides=()):
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   compiled = train_step.compile(step, parts.state, lower.batch_shapes(c), where)
   found = cost.of_program(hlo.parse(compiled.as_text())).collectives
-  return golden.budget(
+  return communication_budget.budget(
     {
       "collectives": [
         {"opcode": opcode, "dtype": dtype, "calls": calls, "bytes": size}
@@ -126,15 +129,15 @@ def test_a_lost_rule_breaks_the_budget_of_pretended_devices(axis, monkeypatch):
   want = budget_on_pretended_devices(axis)
   assert want
   got = budget_on_pretended_devices(axis, lose(axis, monkeypatch))
-  assert list(golden.differences(want, got))
-  assert list(golden.differences(want, got, same_compiler=False))
+  assert list(communication_budget.differences(want, got))
+  assert list(communication_budget.differences(want, got, same_compiler=False))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", AXES)
 def test_a_lost_rule_breaks_the_golden_budget_of_a_tpu(axis, monkeypatch, capsys):
   pytest.importorskip("libtpu")
-  path = GOLDENS / f"{axis}.json"
+  path = BUDGETS / f"{axis}.json"
   before = path.read_text()
   file, given = plan_of(axis)
   run = lambda more: plan.plan(file, [*given, *more], "v5e-4", golden=path)

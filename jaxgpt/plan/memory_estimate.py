@@ -1,0 +1,247 @@
+"""Memory of a train step by arithmetic: the arrays on one device, and how many live at once.
+
+The search prunes by it, and a program that does not fit is explained with it. Compiled figures
+decide. How far the arithmetic is from them is in `docs/benchmarks.md`.
+"""
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import ml_collections
+
+from jaxgpt.model import stacks
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.plan import per_device
+from jaxgpt.plan.per_device import Counts, Share
+
+
+class Buffer(NamedTuple):
+  """An array, or a group of arrays, that takes memory on a device.
+
+  Attributes:
+    name: Its place in the model.
+    kind: When it lives: 'saved', 'layers', 'logits', 'head', 'layer', 'gradients', 'parameters' or
+      'optimizer'; see `peak`.
+    shape: Its shape on one device, as text.
+    bytes: Its size.
+    keys: Config keys that make it smaller, as text.
+  """
+
+  name: str
+  kind: str
+  shape: str
+  bytes: float
+  keys: str
+
+
+_FEWER_TOKENS = "data.batch_size (fewer rows), optim.accumulate (more microbatches)"
+_MORE_SHARDS = "mesh.fsdp, mesh.tensor"
+
+
+def buffers(c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts) -> list[Buffer]:
+  """The buffers of a step on one device, largest first. `peak` says which live at the same time.
+
+  Args:
+    c: A resolved config.
+    sizes: Sizes of the mesh axes, {axis: size}.
+    counts: The model's weights, from `per_device.count`.
+  """
+  found = [
+    *_saved_activations(c, sizes),
+    *_head_buffers(c, sizes),
+    *_layer_buffers(c, sizes, counts),
+    *_state_buffers(c, sizes, counts),
+  ]
+  return sorted(found, key=lambda b: -b.bytes)
+
+
+def _state_buffers(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts
+) -> Iterator[Buffer]:
+  """The training state, gradients, and the copy of the weights that is gathered."""
+  itemsize = per_device.itemsize(c.model)
+  yield Buffer(
+    "parameters",
+    "parameters",
+    f"{counts.all:,} in float32",
+    4 * counts.held(sizes),
+    _MORE_SHARDS,
+  )
+  trained = 4 * counts.held(sizes, trained=True)
+  per_parameter = _moment_bytes(c.optim)
+  yield Buffer(
+    "opt",
+    "optimizer",
+    f"{per_parameter:g} bytes per parameter",
+    trained / 4 * per_parameter,
+    "mesh.fsdp, optim.name, optim.first_dtype, optim.second_dtype",
+  )
+  if c.optim.ema:
+    yield Buffer("ema", "optimizer", "1 per parameter", trained, "mesh.fsdp, optim.ema=0")
+  copies = 2 if c.optim.accumulate > 1 else 1
+  yield Buffer(
+    "gradients", "gradients", f"{copies:g} per parameter", trained * copies, _MORE_SHARDS
+  )
+  if itemsize < 4:  # cast before the loop over the layers, to halve the bytes that are gathered
+    yield Buffer(
+      "layers (weights as they are gathered)",
+      "layers",
+      "shards",
+      itemsize * counts.held_of_layers(sizes),
+      _MORE_SHARDS,
+    )
+
+
+def _moment_bytes(o: ml_collections.ConfigDict) -> float:
+  """Bytes of optimizer state per parameter."""
+  first, second = (2 if dtype == "bfloat16" else 4 for dtype in (o.first_dtype, o.second_dtype))
+  return {"adamw": first + second, "lion": first, "muon": first + 0.2 * second, "adafactor": 0.04}[
+    o.name
+  ]
+
+
+def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Iterator[Buffer]:
+  """Activations of all layers that the forward pass saves for the backward pass."""
+  m, s = c.model, per_device.share(c, sizes)
+  itemsize, rows = per_device.itemsize(m), f"{s.rows:g},{s.length:g}"
+  each = m.num_layers * s.rows * s.length
+
+  def one(name: str, width: float, size: int, keys: str = _FEWER_TOKENS) -> Buffer:
+    shape = f"[{m.num_layers},{rows},{width:g}]"
+    return Buffer(name, "saved", shape, each * width * size, keys)
+
+  yield one("layers (input of each)", m.width / s.residual, itemsize)
+  names, widths = per_device.saved_names(m.remat), per_device.widths(m, padded=True)
+  for name in names:
+    if name == "down" and m.norm_placement == "pre":
+      continue  # only added to the residual stream: no gradient needs it, and XLA drops it
+    where = "mlp" if name in ("gate", "up", "down") else "attn"
+    shards = s.residual if name in ("o", "down") else s.mlp if where == "mlp" else s.heads
+    yield one(
+      f"layers/{where}/{name}",
+      widths[name] / shards,
+      itemsize,
+      f"model.remat without {name!r}; {_FEWER_TOKENS}",
+    )
+  if "attention" in names:
+    yield one("layers/attn (statistics)", m.num_heads / s.heads, 4)
+  if m.remat == "none":
+    yield one(
+      "layers (norms, activations)",
+      _unnamed_width(m, s),
+      itemsize,
+      "model.remat=save:q,k,v,attention,gate,up",
+    )
+
+
+def _unnamed_width(m: ml_collections.ConfigDict, s: Share) -> float:
+  """Numbers per token and layer that autodiff saves without a name, in addition to the input."""
+  # The result of each norm. For RMSNorm also its input and two products, in float32.
+  norms = m.width * (2 + 6 * (4 / per_device.itemsize(m) if m.norm == "rmsnorm" else 0))
+  # The input of the matmul with o. In the MLP the activation, its derivative and products.
+  mlp = (4 if m.gated else 1) * m.mlp_width / s.mlp
+  return norms + per_device.all_heads(m) / s.heads + mlp
+
+
+def _head_buffers(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Iterator[Buffer]:
+  """Buffers of the output head, for one microbatch."""
+  m, s, itemsize = c.model, per_device.share(c, sizes), per_device.itemsize(c.model)
+  if m.head != "lm":
+    return
+  vocab, tokens, rows = m.vocab_size / s.vocab, s.rows * s.length, f"{s.rows:g},{s.length:g}"
+  weight = m.width * vocab
+  yield Buffer(
+    "final_norm (input, result, gradient)",
+    "logits",
+    f"[{rows},{m.width}]",
+    tokens * m.width * (2 * itemsize + 4),
+    _FEWER_TOKENS,
+  )
+  if 0 < c.objective.loss_chunk < tokens:
+    tokens, rows = c.objective.loss_chunk, f"{c.objective.loss_chunk}"
+    # Computed together with the loss, and scaled after the layers' backward pass.
+    yield Buffer(
+      "head/weight (gathered, and gradient)",
+      "logits",
+      f"[{m.width},{vocab:g}]",
+      weight * (4 + itemsize),
+      "mesh.tensor",
+    )
+    kind = "head"
+  else:
+    # XLA computes the gradient of the head's weight at once (v5e, v6e), or after the layers'
+    # backward pass (v5p), and then the logits live that long. This estimate does not know the
+    # chip, so it counts both.
+    yield Buffer(
+      "head/weight (gradient)", "head", f"[{m.width},{vocab:g}]", weight * 4, "mesh.tensor"
+    )
+    kind = "logits"
+  yield Buffer(
+    "head/logits",
+    kind,
+    f"[{rows},{vocab:g}]",
+    tokens * vocab * 4,
+    f"objective.loss_chunk, mesh.tensor; {_FEWER_TOKENS}",
+  )
+
+
+def _layer_buffers(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts
+) -> Iterator[Buffer]:
+  """Buffers of one layer's backward pass: gathered weights, and activations with gradients."""
+  m, s = c.model, per_device.share(c, sizes)
+  itemsize, w = per_device.itemsize(m), per_device.widths(m, padded=True)
+  # Without a capacity limit, a device gathers the weights of all experts.
+  cut = sizes if m.moe.capacity else dict(sizes) | {"expert": 1}
+  yield Buffer(
+    "layers (gathered)",
+    "layer",
+    "one layer",
+    counts.of_layer(cut, m.num_layers) * itemsize,
+    "moe.capacity, mesh.tensor" if cut != sizes else "mesh.tensor",
+  )
+  # Queries, keys, values, the output of attention and the inside of the MLP, with gradients.
+  inside = (
+    2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 3 * w["up"] / s.mlp + 4 * m.width
+  )
+  several = max(len(stack.kinds) for stack in stacks.of(m))  # layers per iteration of the scan
+  yield Buffer(
+    f"layers (backward pass of {several})",
+    "layer",
+    f"[{several},{s.rows:g},{s.length:g},…]",
+    several * (s.rows * s.length) * inside * itemsize,
+    f"mesh.tensor; {_FEWER_TOKENS}",
+  )
+
+
+def peak(found: Sequence[Buffer]) -> float:
+  """Bytes on a device at the worst moment of a step.
+
+  Two moments compete. In the head's backward pass all saved activations are alive. In the backward
+  pass of the last layers they still are, with one layer's buffers, the gradients, and on some chips
+  the logits. The update of the state is in place and adds nothing.
+
+        forward ───────► head ──► backward of the last layer ───► … ───► update
+        saved activations grow │  full              │  shrink
+                               └ + logits           └ + one layer, gradients
+
+  Args:
+    found: From `buffers`.
+  """
+  kinds: dict[str, float] = collections.defaultdict(float)
+  for buffer in found:
+    kinds[buffer.kind] += buffer.bytes
+  backward = (
+    kinds["saved"]
+    + kinds["layers"]
+    + kinds["logits"]
+    + max(kinds["head"], kinds["layer"] + kinds["gradients"])
+  )
+  return backward + kinds["parameters"] + kinds["optimizer"]
+
+
+def total(c: ml_collections.ConfigDict, num_devices: int) -> float:
+  """Bytes on a device at the worst moment of a step, for a resolved config and a device count."""
+  sizes = mesh_lib.axis_sizes(c.mesh, num_devices)
+  return peak(buffers(c, sizes, per_device.count(c)))

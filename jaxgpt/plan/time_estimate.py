@@ -1,0 +1,161 @@
+"""Seconds of a train step by arithmetic, by kind of work. The search ranks its candidates by them.
+
+Compiled figures decide. How far the arithmetic is from them is in `docs/benchmarks.md`.
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from jaxgpt.config.remat import activations
+from jaxgpt.model import stacks
+from jaxgpt.plan import per_device
+from jaxgpt.plan.per_device import Counts, Share
+from jaxgpt.plan.topology import Topology
+
+KERNEL_RATE = 0.5  # fraction of the peak that attention kernels are assumed to reach
+_KERNEL_BACKWARD = 3.5  # work of the backward kernels relative to the forward kernel
+
+# Memory traffic in units of an array of one layer. The counts were fitted to the schedules of
+# compiled programs: Llama-2-7B and Llama-3-8B on v5e, v5p and v6e (docs/log.md).
+_LAYER_PASSES = 60  # x residual stream: everything that is neither a matmul nor a kernel
+_SAVED_PASSES = 5  # x saved activations: stacked, sliced out of the stack, read
+_TENSOR_PASSES = 33  # x residual stream, for each additional device that shards the heads
+_RING_PASSES = 45, 35  # x queries in float32: once per ring, and for each of its hops
+_TENSOR_HOPS = 10  # x residual stream: gathers and scatters of both branches, forward and backward
+
+
+def seconds(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts, topology: Topology
+) -> dict[str, float]:
+  """Rough seconds of a step by kind of work, with the kinds of `report.figures`.
+
+  Args:
+    c: A resolved config.
+    sizes: Sizes of the mesh axes, {axis: size}.
+    counts: The model's weights, from `per_device.count`.
+    topology: The hardware.
+
+  Returns:
+    {'matmul', 'other', 'kernels', 'exposed', 'between'}. 'exposed' is time spent waiting for
+    collectives within a slice, 'between' for those between slices.
+
+  Raises:
+    UserError: The layers do not divide into the pipeline stages.
+  """
+  m, s, chip = c.model, per_device.share(c, sizes), topology.chip
+  assert chip is not None, "the estimate needs a chip's rates"
+  tokens = s.tokens * c.optim.accumulate
+  pipe = stacks.pipeline_of(c, sizes)
+  busy = 1 - (pipe.bubble if pipe else 0)
+  saved = per_device.saved_names(c.model.remat) + activations(c.model.remat).offloaded
+  matmul = _matmul_flops(m, s, saved, tokens) / (chip.clocked_flops * chip.matmul_rate) / busy
+  kernel_runs = 1 + _KERNEL_BACKWARD + ("attention" not in saved)
+  kernel_flops = (
+    4
+    * m.num_layers
+    * c.data.seq_len
+    * per_device.all_heads(m)
+    / s.heads
+    * tokens
+    * kernel_runs
+    * visible_share(c, chip.attention_block)
+  )
+  itemsize, held = per_device.itemsize(m), counts.held(sizes)
+  gathered = held * sizes["fsdp"] * itemsize * (sizes["fsdp"] > 1)
+  # A pipeline stage gathers its layers for each tick.
+  times = c.optim.accumulate * (pipe.ticks if pipe else 1)
+  # The weights are gathered in the forward and in the backward pass, then their gradients are
+  # reduced. The reduction is exposed on every chip, the gathers only on some.
+  hidden, summed = (2 * gathered, gathered) if chip.overlaps_gathers else (0, 3 * gathered)
+  exposed = (
+    max(summed, held * itemsize * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
+    + _activation_bytes_between_devices(c, sizes, s, tokens)
+  ) / chip.ici_bandwidth
+  between = 0.0
+  if topology.slices > 1:
+    # With data over slices, one reduction of the gradients crosses the network; with fsdp over
+    # slices the weights cross it too.
+    bytes_ = 2 * held * itemsize if sizes["data"] % topology.slices == 0 else 3 * gathered * times
+    between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
+  return {
+    "matmul": matmul,
+    "other": tokens * _traffic_per_token(c, sizes, s) / chip.hbm_bandwidth / busy,
+    "kernels": kernel_flops / (chip.clocked_flops * KERNEL_RATE) / busy,
+    "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
+    "between": between,
+  }
+
+
+def _matmul_flops(
+  m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...], tokens: float
+) -> float:
+  """FLOPs of a device's matmuls in a step, recomputation included."""
+  weights = {
+    name: count / (s.mlp if name in ("gate", "up", "down") else s.heads)
+    for name, count in per_device.layer_weights(m).items()
+  }
+  recomputed = sum(weights[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in saved)
+  head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
+  return tokens * (
+    6 * (m.num_layers * sum(weights.values()) + head) + 2 * m.num_layers * recomputed
+  )
+
+
+def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share) -> float:
+  """Bytes per token that are read and written outside matmuls and kernels."""
+  m, itemsize, widths = c.model, per_device.itemsize(c.model), per_device.widths(c.model)
+  saved = per_device.saved_names(m.remat) + activations(m.remat).offloaded
+  on_device = {
+    n: widths[n] / (s.mlp if n in ("gate", "up") else s.residual if n in ("o", "down") else s.heads)
+    for n in saved
+  }
+  each = itemsize * (m.width / s.residual * _LAYER_PASSES + sum(on_device.values()) * _SAVED_PASSES)
+  if s.heads * s.mlp > 1:  # between the matmuls of a branch a device holds whole tokens
+    each += itemsize * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)
+  if sizes["seq"] > 1:  # partial outputs are added up, and so are partial gradients
+    each += 4 * widths["q"] / s.heads * (_RING_PASSES[0] + _RING_PASSES[1] * (sizes["seq"] - 1))
+  # Logits are written once in the forward pass, read and written again in the backward pass.
+  return m.num_layers * each + (4 * 4 * m.vocab_size / s.vocab if m.head == "lm" else 0)
+
+
+def _activation_bytes_between_devices(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share, tokens: float
+) -> float:
+  """Bytes of activations that a device waits for in a step."""
+  m, widths = c.model, per_device.widths(c.model)
+  each, total = m.num_layers * tokens * per_device.itemsize(m), 0.0
+  if s.heads * s.mlp > 1:
+    total += _TENSOR_HOPS * each * m.width
+  if sizes["seq"] > 1:
+    # One hop of keys and values, forward and backward, and one of their gradients; the others are
+    # hidden behind the attention of the previous hop.
+    total += 3 * each * (widths["k"] + widths["v"]) / s.heads
+  if sizes["expert"] > 1:  # to the experts and back, forward and backward
+    total += 4 * each * m.width * m.moe.per_token * max(m.moe.capacity, 1)
+  return total
+
+
+def visible_share(c: ml_collections.ConfigDict, block: int, seq: int = 1) -> float:
+  """Fraction of query-key pairs that attention kernels compute, averaged over the layers.
+
+  A kernel skips a block of pairs only if the mask hides all of them.
+
+  Args:
+    c: A resolved config.
+    block: Block size of the kernel in tokens, `Chip.attention_block`.
+    seq: Devices that share a row and exchange keys in a ring; see `model.attention.ring`.
+  """
+  T = c.data.seq_len / seq
+  # A device computes its own pairs with a causal mask, and for each other device half as many
+  # pairs, all of them visible.
+  causal = (
+    (min((T + block) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
+  )
+  local = causal
+  if c.model.window:
+    size = T if seq == 1 else T / 2  # of the chunks that a device has; their neighbors lend ends
+    far = 0 if seq == 1 else min(c.model.window / size, seq) * (1 if c.model.causal else 2)
+    local = min((c.model.window + block) / (size * (1 + far)), causal)
+  pattern = c.model.attention_pattern
+  return sum(local if kind == "local" else causal for kind in pattern) / len(pattern)
