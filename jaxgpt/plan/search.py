@@ -1,20 +1,24 @@
-"""Looks for the mesh, what to save, and the rows a device that make a step fastest per token.
+"""Search for the mesh, remat policy and batch that make a step fastest per token.
 
-All candidates are ranked by `time_estimate`; the best that should fit are compiled, and so is the best of
-those that should not, to show that it does not.
+Candidates are ranked by arithmetic (`time_estimate`, `memory_estimate`). The best that should fit
+are compiled. The best of those that should not fit is compiled too, to show that it does not.
 """
 
 import collections
 import contextlib
 import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import ml_collections
 
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import GIB
 from jaxgpt.plan import lower, memory_estimate, per_device, report, time_estimate
+from jaxgpt.plan.topology import Topology
 
-REMATS = (
+REMATS = (  # each saves more than the one before it
   "full",
   "save:attention",
   "save:q,k,v,attention",
@@ -22,59 +26,60 @@ REMATS = (
   "save:q,k,v,attention,up",
   "save:q,k,v,attention,gate,up",
   "save:q,k,v,attention,o,gate,up",
-)  # in this order each saves more
+)
 _MATERIALIZE = ("values", "gradients")
 _TENSORS = (1, 2, 4, 8)
 _SEQS = (1, 2, 4, 8, 16)
-_SEQ_UNIT = 256  # tokens of a row that a device has at least
+_SEQ_UNIT = 256  # fewest tokens of a row per device
 _EXPERTS = (1, 2, 4, 8, 16)
 _STAGES = (1, 2, 4)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 _ACCUMULATE = (1, 2, 4, 8, 16)
 _FINALISTS = 6
-_SLACK = 1.02  # the arithmetic is wrong by a few per cent: so much above the limit is still tried
+_SLACK = 1.02  # the arithmetic is off by a few percent, so up to this factor is still compiled
 
 
 class Candidate(NamedTuple):
-  """A plan by arithmetic.
+  """A config to consider, with its estimates.
 
   Attributes:
-    c: the config with the changes.
-    changes: {key: value}.
-    bytes: of a device.
-    merit: seconds a token and device.
+    c: The resolved config with the changes.
+    changes: {config key: value}.
+    bytes: Estimated memory per device.
+    merit: Estimated seconds per token and device.
   """
 
-  c: Any
-  changes: dict
+  c: ml_collections.ConfigDict
+  changes: dict[str, Any]
   bytes: float
   merit: float
 
 
 class Result(NamedTuple):
-  """What compiling a candidate gave: figures of `report`, or why it does not fit or is refused."""
+  """A compiled candidate: its figures, or the reason that it does not fit or is refused."""
 
   candidate: Candidate
-  figures: dict | None
+  figures: dict[str, Any] | None
   error: lower.OutOfMemory | UserError | None
 
   @property
-  def fits(self):
+  def fits(self) -> bool:
+    """Whether it compiled and fits the memory of a device."""
     return self.figures is not None and self.figures["memory"]["fits"]
 
   @property
-  def gib(self):
-    """What it takes of a device, in GiB as text, or '-'."""
+  def gib(self) -> str:
+    """Memory per device in GiB, as text; '-' if it is not known."""
     if self.figures:
       return f"{self.figures['memory']['total'] / GIB:.2f}"
     return f"{needed / GIB:.2f}" if (needed := getattr(self.error, "needed", 0)) else "-"
 
 
-def changed(c, changes):
+def changed(c: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """A resolved config with other values.
 
   Raises:
-    UserError: the values exclude each other.
+    UserError: The values contradict each other.
   """
   c = c.copy_and_resolve_references()
   c.unlock()
@@ -82,15 +87,11 @@ def changed(c, changes):
   return lower.resolve(c.lock())
 
 
-def meshes(c, topology):
-  """Sizes of the mesh axes that suit a model and a topology: [{axis: size}].
+def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, int]]:
+  """Mesh sizes that suit a model and a topology, as [{axis: size}].
 
-  `data` goes over the slices, and over devices that fsdp cannot use; the others
-  stay within a slice, and beside fsdp and data at most two of them are used.
-
-  Args:
-    c: a resolved config.
-    topology: a `topology.Topology`.
+  `data` covers the slices, and the devices that fsdp cannot use. The other axes stay within a
+  slice. In addition to fsdp and data, at most two axes are used at once.
   """
   m, within = c.model, topology.num_devices // topology.slices
   experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if m.moe.capacity else [1]
@@ -105,8 +106,9 @@ def meshes(c, topology):
     left = within // (tensor * seq * expert * stage)
     if left * tensor * seq * expert * stage != within:
       continue
-    whole = next(n for n in range(left, 0, -1) if left % n == 0 and m.width % n == 0)
-    for fsdp in sorted({whole, 1}):
+    # The most that fsdp can take: it has to divide the width.
+    largest = next(n for n in range(left, 0, -1) if left % n == 0 and m.width % n == 0)
+    for fsdp in sorted({largest, 1}):
       out.append(
         {
           "data": topology.slices * left // fsdp,
@@ -120,58 +122,72 @@ def meshes(c, topology):
   return out
 
 
-def candidates(c, topology, keep_batch=False):
-  """All `Candidate`s of a config on a topology, the best estimate first.
+def candidates(
+  c: ml_collections.ConfigDict, topology: Topology, keep_batch: bool = False
+) -> list[Candidate]:
+  """All candidates for a config on a topology, the best estimate first.
 
   Args:
-    c: a resolved config.
-    topology: a `topology.Topology`.
-    keep_batch: whether data.batch_size stays as it is, by accumulation.
+    c: A resolved config.
+    topology: The hardware.
+    keep_batch: Keeps data.batch_size as it is, with gradient accumulation where needed.
   """
-  num, counts = topology.num_devices, per_device.count(c)
-  out = []
+  counts = per_device.count(c)
+  found = []
   for sizes, remat in itertools.product(meshes(c, topology), REMATS):
     shards = mesh_lib.num_batch_shards(sizes)
     for rows, accumulate in itertools.product(_ROWS, _ACCUMULATE if keep_batch else (1,)):
       batch = rows * shards * accumulate
       if keep_batch and batch != c.data.batch_size:
         continue
-      changes = {f"mesh.{axis}": size for axis, size in sizes.items()}
+      changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in sizes.items()}
       changes |= {"model.remat": remat, "data.batch_size": batch, "optim.accumulate": accumulate}
       if c.eval.batch_size == c.data.batch_size or c.eval.batch_size % shards:
         changes["eval.batch_size"] = batch
       try:
-        one = changed(c, changes)
-        took = time_estimate.seconds(one, sizes, counts, topology)
-      except UserError:  # such as a pattern of layers that does not suit the mesh
+        found.append(_estimated(changed(c, changes), changes, sizes, counts, topology))
+      except UserError:  # such as a layer pattern that does not suit the mesh
         continue
-      out.append(
-        Candidate(
-          one,
-          changes,
-          memory_estimate.peak(memory_estimate.buffers(one, sizes, counts)),
-          sum(took.values()) * num / batch / c.data.seq_len,
-        )
-      )
-  return sorted(out, key=lambda one: one.merit)
+  return sorted(found, key=lambda one: one.merit)
 
 
-def choose(found, limit, finalists):
-  """(candidates to compile, the smallest of the better ones that should not fit, or None).
+def _estimated(
+  c: ml_collections.ConfigDict,
+  changes: dict[str, Any],
+  sizes: Mapping[str, int],
+  counts: per_device.Counts,
+  topology: Topology,
+) -> Candidate:
+  took = time_estimate.seconds(c, sizes, counts, topology)
+  return Candidate(
+    c,
+    changes,
+    memory_estimate.peak(memory_estimate.buffers(c, sizes, counts)),
+    sum(took.values()) * topology.num_devices / c.data.batch_size / c.data.seq_len,
+  )
 
-  Of each mesh and rows a device the two best by what they save, one after the other: where the
-  compiler finds memory scarce it recomputes by itself, and the one that saves less is faster.
+
+def choose(
+  found: Sequence[Candidate], limit: float, finalists: int
+) -> tuple[list[Candidate], Candidate | None]:
+  """Chooses the candidates to compile.
+
+  For each mesh and number of rows these are the two best remat policies, one after the other: if
+  memory is scarce the compiler recomputes on its own, and the policy that saves less is faster.
 
   Args:
-    found: from `candidates`.
-    limit: bytes of a device.
-    finalists: how many to compile.
+    found: From `candidates`.
+    limit: Bytes of a device.
+    finalists: Number of candidates to compile.
+
+  Returns:
+    (candidates, the smallest of those that should be faster but should not fit, or None).
   """
-  kinds = collections.defaultdict(list)
+  groups = collections.defaultdict(list)
   for one in found:
     if one.bytes <= limit * _SLACK:
-      kinds[tuple(v for k, v in one.changes.items() if k != "model.remat")].append(one)
-  fitting = [one for same in kinds.values() for one in same[:2]]
+      groups[tuple(v for k, v in one.changes.items() if k != "model.remat")].append(one)
+  fitting = [one for same in groups.values() for one in same[:2]]
   beyond = [
     one
     for one in found
@@ -180,57 +196,82 @@ def choose(found, limit, finalists):
   return fitting[:finalists], min(beyond, key=lambda one: one.bytes, default=None)
 
 
-def search(c, topology, finalists=None, keep_batch=False, say=print, run=None):
-  """Compiles the most promising plans.
+def search(
+  c: ml_collections.ConfigDict,
+  topology: Topology,
+  finalists: int | None = None,
+  keep_batch: bool = False,
+  say: Callable[[str], None] = print,
+  run: Callable[[Candidate, Topology], Result] | None = None,
+) -> list[Result]:
+  """Compiles the most promising candidates.
 
   Args:
-    c: a resolved config.
-    topology: a `topology.Topology`.
-    finalists: how many to compile; None: 6.
-    keep_batch: see `candidates`.
-    say: is told what goes on.
-    run: compiles a candidate; default: `compiled`.
+    c: A resolved config.
+    topology: The hardware.
+    finalists: Number of candidates to compile. None: 6.
+    keep_batch: See `candidates`.
+    say: Receives lines on the progress.
+    run: Compiles a candidate. None: `compiled`.
 
   Returns:
-    `Result`s: those that fit, the best first, then the others.
+    The results that fit, the best first, then the others.
 
   Raises:
-    UserError: nothing can fit.
+    UserError: No mesh suits the model and the batch.
   """
-  run = run or compiled
+  run, limit = run or compiled, _limit(topology)
   found = candidates(c, topology, keep_batch)
   if not found:
     raise UserError(
-      f"no mesh over {topology.num_devices} devices suits this model and "
-      f"data.batch_size={c.data.batch_size}" + ("; leave --keep-batch out" if keep_batch else "")
+      f"data.batch_size={c.data.batch_size}: no mesh over {topology.num_devices} devices suits "
+      "this model and batch" + ("; leave --keep-batch out" if keep_batch else "")
     )
-  chosen, beyond = choose(found, topology.chip.hbm_limit, finalists or _FINALISTS)
+  chosen, beyond = choose(found, limit, finalists or _FINALISTS)
   say(
-    f"{len(found)} plans, {sum(1 for o in found if o.bytes <= topology.chip.hbm_limit)} should "
-    f"fit; compiling {len(chosen)}" + (" and one that should not" if beyond else "")
+    f"{len(found)} candidates, {sum(1 for one in found if one.bytes <= limit)} should fit; "
+    f"compiling {len(chosen)}" + (" and one that should not" if beyond else "")
   )
   results = []
   for one in chosen + ([beyond] if beyond else []):
     results.append(run(one, topology))
     say(f"  {describe(one.changes)}: {verdict(results[-1])}")
-  order = lambda r: (not r.fits, r.figures["merit_with_kernels"] if r.fits else r.candidate.merit)
-  best = min(results, key=order)
-  if best.fits:  # no arithmetic says which of these suits a generation
+  best = min(results, key=_rank)
+  if best.fits:  # which of these suits a chip is not known before compiling
     for value in _MATERIALIZE:
       if value != best.candidate.c.model.materialize:
         changes = best.candidate.changes | {"model.materialize": value}
         one = best.candidate._replace(c=changed(best.candidate.c, changes), changes=changes)
         results.append(run(one, topology))
         say(f"  {describe(changes)}: {verdict(results[-1])}")
-  if not any(r.fits for r in results):  # the arithmetic was too hopeful: save less until it fits
+  if not any(r.fits for r in results):
     results += _retreat(found, results, topology, say, run)
-  return sorted(results, key=order)
+  return sorted(results, key=_rank)
 
 
-def _retreat(found, results, topology, say, run, tries=3):
-  tried = [r.candidate for r in results]
-  least = min((one.bytes for one in tried), default=0)
-  out = []
+def _limit(topology: Topology) -> int:
+  assert topology.chip is not None, "the search needs a chip from the table"
+  return topology.chip.hbm_limit
+
+
+def _rank(result: Result) -> tuple[bool, float]:
+  """Sort key: results that fit first, then seconds per token."""
+  if result.fits and result.figures:
+    return (False, result.figures["merit_with_kernels"])
+  return (True, result.candidate.merit)
+
+
+def _retreat(
+  found: Sequence[Candidate],
+  results: Sequence[Result],
+  topology: Topology,
+  say: Callable[[str], None],
+  run: Callable[[Candidate, Topology], Result],
+  tries: int = 3,
+) -> list[Result]:
+  """Compiles smaller candidates until one fits, where the arithmetic was too optimistic."""
+  least = min((r.candidate.bytes for r in results), default=0)
+  out: list[Result] = []
   for one in [o for o in found if o.bytes < 0.93 * least][:tries]:
     out.append(run(one, topology))
     say(f"  {describe(one.changes)}: {verdict(out[-1])}")
@@ -239,45 +280,42 @@ def _retreat(found, results, topology, say, run, tries=3):
   return out
 
 
-def remedies(c, topology):
-  """Changes to a config that does not fit: for each kind the `Candidate`s that should, the least first.
+def remedies(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[Candidate]]:
+  """Changes to a config that does not fit, one list per kind of change, the smallest change first.
 
-  Less is saved; or the batch is cut into more microbatches; or rows are taken away.
+  The kinds: save fewer activations, split the batch into more microbatches, use fewer rows. Lists
+  hold only candidates that should fit.
   """
   sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
-  counts, limit = per_device.count(c), topology.chip.hbm_limit
+  counts, limit = per_device.count(c), _limit(topology)
   rows = c.data.batch_size // mesh_lib.num_batch_shards(sizes) // c.optim.accumulate
-  halves = [2**i for i in range(1, 8) if rows % 2**i == 0]
-  kinds = (
+  halvings = [2**i for i in range(1, 8) if rows % 2**i == 0]
+  kinds: tuple[list[dict[str, Any]], ...] = (
     [{"model.remat": remat} for remat in reversed(REMATS)],
-    [{"optim.accumulate": c.optim.accumulate * n} for n in halves],
-    [{"data.batch_size": c.data.batch_size // n} for n in halves],
+    [{"optim.accumulate": c.optim.accumulate * n} for n in halvings],
+    [{"data.batch_size": c.data.batch_size // n} for n in halvings],
   )
-  for ways in kinds:
+  for kind in kinds:
     sized = []
-    for changes in ways:
-      with contextlib.suppress(UserError):  # a change may exclude another value of the config
+    for changes in kind:
+      with contextlib.suppress(UserError):  # a change may contradict another value of the config
         one = changed(c, changes)
-        sized.append(
-          Candidate(
-            one, changes, memory_estimate.peak(memory_estimate.buffers(one, sizes, counts)), 0.0
-          )
-        )
+        needed = memory_estimate.peak(memory_estimate.buffers(one, sizes, counts))
+        sized.append(Candidate(one, changes, needed, 0.0))
     yield [one for one in sized if one.bytes <= limit * 0.98]
 
 
-def compiled(candidate, topology):
-  """The `Result` of compiling a candidate; one that is refused ends no search."""
+def compiled(candidate: Candidate, topology: Topology) -> Result:
+  """Compiles a candidate. A candidate that is refused becomes a result too."""
   try:
-    return Result(
-      candidate, report.figures(lower.compile_step(candidate.c, topology), topology), None
-    )
+    step = lower.compile_step(candidate.c, topology)
+    return Result(candidate, report.figures(step, topology), None)
   except (lower.OutOfMemory, UserError) as e:
     return Result(candidate, None, e)
 
 
-def describe(changes):
-  """A candidate in a few words; its rows are those of a group of devices that share them."""
+def describe(changes: Mapping[str, Any]) -> str:
+  """A candidate in a few words: its mesh, rows per data shard x microbatches, and remat policy."""
   sizes = {k.removeprefix("mesh."): v for k, v in changes.items() if k.startswith("mesh.")}
   axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
   rows = changes["data.batch_size"] // changes["optim.accumulate"]
@@ -288,48 +326,44 @@ def describe(changes):
   )
 
 
-def verdict(result):
-  """What compiling said, in a few words."""
+def verdict(result: Result) -> str:
+  """The outcome of compiling, in a few words."""
   if isinstance(result.error, UserError):
     return f"refused: {result.error}"
   if result.error:
     return f"does not fit, needs {result.gib} of {result.error.limit / GIB:.2f} GiB"
+  assert result.figures is not None, "a result without an error has figures"
   f = result.figures
   return (
-    f"{f['tokens_per_second_per_chip']:,.0f} tokens/s a chip, MFU {f['mfu']:.1%}, "
+    f"{f['tokens_per_second_per_chip']:,.0f} tokens/s per chip, MFU {f['mfu']:.1%}, "
     f"{result.gib} GiB" + ("" if f["memory"]["fits"] else ", does not fit")
   )
 
 
-def why(result, best):
-  """Why a result lost against the best: the part of a token's time that grew most."""
+_LOST_BY = {
+  "matmul": "slower or recomputed matmuls",
+  "other": "more work outside matmuls",
+  "kernels": "attention kernels run more often",
+  "exposed": "more exposed collectives",
+  "unhidden": "gathers longer than the compute that overlaps them",
+  "between": "more traffic between slices",
+}
+
+
+def why(result: Result, best: Result) -> str:
+  """The reason that a result lost against the best: the part of a token's time that grew most."""
   if isinstance(result.error, UserError):
     return str(result.error)
-  if not result.fits:
+  if not result.fits or result.figures is None or best.figures is None:
     return "too much memory"
-  a, b = (r.figures for r in (best, result))
+  a, b = best.figures, result.figures
   per_token = lambda f, key: f["seconds"][key] / f["batch_size"] * 1e6
-  key = max(
-    ("matmul", "other", "kernels", "exposed", "unhidden", "between"),
-    key=lambda k: per_token(b, k) - per_token(a, k),
-  )
-  word = {
-    "matmul": "slower or repeated matmuls",
-    "other": "more that is no matmul",
-    "kernels": "attention kernels run more often",
-    "exposed": "more exposed collectives",
-    "unhidden": "gathers longer than the compute beside them",
-    "between": "more between slices",
-  }[key]
-  return f"{b['merit_with_kernels'] / a['merit_with_kernels'] - 1:+.1%}: {word}"
+  key = max(_LOST_BY, key=lambda k: per_token(b, k) - per_token(a, k))
+  return f"{b['merit_with_kernels'] / a['merit_with_kernels'] - 1:+.1%}: {_LOST_BY[key]}"
 
 
-def table(results):
-  """Lines: the results, and what to paste for the best.
-
-  Args:
-    results: from `search`.
-  """
+def table(results: Sequence[Result]) -> Iterator[str]:
+  """Lines with the results of `search`, and the flags for the best one."""
   best = results[0]
   yield ""
   yield f"{'plan':<62} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'est.':>6}  "
@@ -345,7 +379,7 @@ def table(results):
     )
   yield ""
   if not best.fits:
-    yield "nothing that was tried fits: take a larger slice, or shorter rows"
+    yield "none of the candidates fits: take a larger slice, or shorter rows"
     return
   yield "to train with the best, add:"
   yield " ".join(f"--config.{key}={value}" for key, value in best.candidate.changes.items())
