@@ -21,6 +21,9 @@ from jaxgpt import config
 from jaxgpt.parallel import mesh
 from jaxgpt.text.prepare import prepare
 
+# Fixtures are found by the name under which a conftest imports them.
+from tests.servers import _s3_server, gcs, s3, web  # noqa: F401
+
 mesh.prepare_cpu()
 jax.config.update(
   "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")

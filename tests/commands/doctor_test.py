@@ -132,7 +132,7 @@ def test_a_folder_that_holds_something_else_is_a_problem(tmp_path):
 
 def test_a_folder_of_another_run_is_a_problem(tiny, tmp_path):
   c = tiny(train__steps=2)
-  doctor.loop.train(c, tmp_path / "run", config.flatten(c))
+  loop.train(c, tmp_path / "run", config.flatten(c))
   assert "holds this run" in said(
     doctor.examine(lambda: c, tmp_path / "run", step=False), OK, "workdir"
   )
@@ -146,7 +146,7 @@ def test_a_folder_of_another_run_is_a_problem(tiny, tmp_path):
 def test_room_for_checkpoints(tiny, share, status):
   """Two are kept, and a third is whole before the first goes."""
   _, c = doctor.batches_lib.load_tokenizer_and_config(tiny())
-  found = {"c": c, "parts": doctor.parts_lib.build(c, doctor.mesh_lib.make(c.mesh))}
+  found = {"c": c, "parts": doctor.build_lib.build(c, doctor.mesh_lib.make(c.mesh))}
   one = doctor.state_bytes(found["parts"].state)
   (finding,) = doctor.room(share * one, found)
   assert finding.status == status and "checkpoint.keep=2" in finding.text

@@ -112,7 +112,7 @@ def test_other_versions_and_variables_are_named(saved, monkeypatch):
   path, step, _ = saved
   assert load(path, step)[1] is None
   monkeypatch.setattr(
-    compiled_step.packages, "version", lambda name: "9.9.9" if name == "jaxlib" else None
+    compiled_step.installed, "version", lambda name: "9.9.9" if name == "jaxlib" else None
   )
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--x=1")
   compiled, reason = load(path, step)

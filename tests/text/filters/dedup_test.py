@@ -14,7 +14,7 @@ from jaxgpt.text.filters import dedup
 from jaxgpt.text.readers import documents as documents_lib
 
 _spec = importlib.util.spec_from_file_location(
-  "dedup_benchmark", pathlib.Path(__file__).parents[3] / "benchmarks" / "dedup.py"
+  "dedup_benchmark", pathlib.Path(__file__).parents[2] / "benchmarks" / "dedup.py"
 )
 benchmark = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(benchmark)
