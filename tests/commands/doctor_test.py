@@ -9,6 +9,7 @@ import pytest
 from jaxgpt import config
 from jaxgpt.commands import doctor, main
 from jaxgpt.commands.environment_checks import OK, PROBLEM, WARNING
+from jaxgpt.training import loop
 
 
 def said(findings, status, topic):
