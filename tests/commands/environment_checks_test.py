@@ -28,7 +28,7 @@ def versions(monkeypatch):
 @pytest.fixture
 def tpu(monkeypatch, versions):
   """A machine with TPU chips and libtpu."""
-  monkeypatch.setattr(environment_checks.cluster, "has_tpu_chips", lambda: True)
+  monkeypatch.setattr(environment_checks.cluster_lib, "has_tpu_chips", lambda: True)
   versions["libtpu"] = "0.0.1"
   return versions
 
