@@ -24,6 +24,7 @@ from jaxgpt.commands.environment_checks import (
 )
 from jaxgpt.data import pipeline, stream
 from jaxgpt.errors import UserError
+from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import init_from
 from jaxgpt.run import run_folder as run_folder_lib
@@ -172,7 +173,7 @@ def model(found, step):
     + (f"; {pipe}" if (pipe := found["parts"].model.pipeline) else ""),
   )
   if c.init_from:
-    _, finding = tried("init_from", lambda: init_from.check_source(c.init_from))
+    _, finding = tried("init_from", lambda: init_from.check_source(c.init_from, WEIGHT_SOURCES))
     yield finding or Finding(OK, "init_from", f"{c.init_from} holds a model")
   if step and "batch" in found:
     yield from dry_step(found)

@@ -8,12 +8,12 @@ from etils import epath
 
 from jaxgpt import config, tree
 from jaxgpt.errors import UserError
-from jaxgpt.hf import adapters, convert, parity, safetensors, weights
+from jaxgpt.hf import adapters, convert, parity, safetensors, weight_source, weights
 from jaxgpt.hf import tokenizer as hf_tokenizer
 from jaxgpt.inference import load
 from jaxgpt.model import lora
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import init_from, run_folder
+from jaxgpt.run import run_folder
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
 CONTEXT = 2048  # longest rows that an imported run evaluates and samples, unless told otherwise
@@ -39,7 +39,7 @@ def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=Non
     UserError: what is not supported, missing, too much, or in the way.
   """
   source, folder = epath.Path(source), epath.Path(folder)
-  family, hf = init_from.read_config_json(source)
+  family, hf = weight_source.read_family(source)
   _, found = convert.read(hf)
   c = convert.configured(
     found,

@@ -202,13 +202,14 @@ def _train(args):
   if settings is None:  # what is wrong with the config is said before anything heavy is imported
     loaded = config.load(args.config, args.overrides)
     config.resolve(loaded[0])
+  from jaxgpt.hf.weight_source import WEIGHT_SOURCES
   from jaxgpt.parallel import distributed
   from jaxgpt.training import evaluation, loop
 
   _start_backend(several=settings is not None)
   with distributed.joined(settings, args.join_timeout):
     c, origin = loaded or config.load(args.config, args.overrides)
-    step, result, stopped = loop.train(c, args.workdir, origin)
+    step, result, stopped = loop.train(c, args.workdir, origin, WEIGHT_SOURCES)
     say = print if distributed.is_first() else lambda _: None
   if stopped:
     say(

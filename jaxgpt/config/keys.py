@@ -305,7 +305,7 @@ DECLARATIONS = Section(
     mesh=MESH,
   ),
 )
-KEYS = dict(DECLARATIONS.keys())
+KEYS = dict(DECLARATIONS.flat_keys())
 SECTIONS = dict(DECLARATIONS.sections())
 
 

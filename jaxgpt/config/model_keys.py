@@ -1,11 +1,14 @@
 """Config keys of the `model` section: the architecture, its numerics and its memory use."""
 
+from ml_collections import ConfigDict
+
 from jaxgpt.config import remat
+from jaxgpt.config.model_subsection_keys import LATENT, LORA, MOE, ROPE, has_local_layers
 from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
 from jaxgpt.errors import UserError
 
 
-def _head_dim(c):
+def _head_dim(c: ConfigDict) -> int:
   m = c.model
   if m.width % m.num_heads:
     raise UserError(
@@ -15,150 +18,12 @@ def _head_dim(c):
   return m.width // m.num_heads
 
 
-ROPE = Section(
-  "Rotary position embedding, used where `model.position` is `rotary`.",
-  dict(
-    theta=Key(10_000.0, "Base of the rotary frequencies.", interval=ABOVE_0),
-    local_theta=Key(
-      None,
-      "Base of the frequencies in local layers, to which no scaling then applies.",
-      value_type=float,
-      unset="as in global layers",
-      interval=ABOVE_0,
-    ),
-    fraction=Key(1.0, "Fraction of a head that is rotated. At most 1.", interval=ABOVE_0),
-    scaling=Key(
-      "none",
-      "How the frequencies are changed for a longer context.",
-      choices={
-        "none": "not at all",
-        "linear": "positions divided by `factor`",
-        "ntk": "a larger base",
-        "llama3": "low frequencies divided by `factor` (Llama 3.1)",
-        "yarn": "arXiv:2309.00071",
-        "longrope": "one divisor per frequency (arXiv:2402.13753)",
-      },
-    ),
-    factor=Key(1.0, "Length of the new context divided by the original one.", interval=ABOVE_0),
-    original_len=Key(
-      None,
-      "Length of the original context, in tokens.",
-      value_type=int,
-      derive=lambda c: c.model.max_len,
-      unset="`model.max_len`",
-      interval=AT_LEAST_1,
-    ),
-    attention_factor=Key(
-      None,
-      "yarn, longrope: factor on sines and cosines.",
-      value_type=float,
-      unset="the paper's formula",
-      interval=ABOVE_0,
-    ),
-    low_freq=Key(
-      1.0,
-      "llama3: frequencies with fewer turns in the original context are divided by `factor`.",
-    ),
-    high_freq=Key(4.0, "llama3: frequencies with more turns in the original context are kept."),
-    beta_fast=Key(32.0, "yarn: frequencies with more turns in the original context are kept."),
-    beta_slow=Key(
-      1.0, "yarn: frequencies with fewer turns in the original context are divided by `factor`."
-    ),
-    short_factors=Key((), "longrope: divisors of the frequencies within the original context."),
-    long_factors=Key((), "longrope: divisors of the frequencies beyond the original context."),
-  ),
-)
-
-MOE = Section(
-  "Mixture of experts, used in layers that `model.mlp_pattern` calls `moe`.",
-  dict(
-    experts=Key(0, "Experts per layer.", interval=AT_LEAST_0),
-    per_token=Key(2, "Experts that each token is routed to.", interval=AT_LEAST_1),
-    width=Key(
-      None,
-      "Hidden size of an expert.",
-      value_type=int,
-      derive=lambda c: c.model.mlp_width,
-      unset="`model.mlp_width`",
-      interval=AT_LEAST_1,
-    ),
-    shared=Key(0, "Additional experts that every token is routed to.", interval=AT_LEAST_0),
-    first_dense=Key(
-      0, "Leading layers that are dense, whatever the pattern says.", interval=AT_LEAST_0
-    ),
-    router=Key(
-      "softmax",
-      "Scores of the experts.",
-      choices={
-        "softmax": "over all experts",
-        "sigmoid": "of each expert, with a bias in the selection (DeepSeek-V3)",
-      },
-    ),
-    normalize=Key(True, "Make a token's weights over its experts sum to 1."),
-    scale=Key(1.0, "Factor on these weights.", interval=ABOVE_0),
-    groups=Key(
-      1,
-      "Groups of experts. A token is routed to experts of its best `top_groups` groups.",
-      interval=AT_LEAST_1,
-    ),
-    top_groups=Key(1, "Groups that a token's experts come from.", interval=AT_LEAST_1),
-    capacity=Key(
-      0.0,
-      "Capacity of an expert per row, as a multiple of its share under an even load. Tokens "
-      "beyond it are dropped. 0: no limit.",
-      interval=AT_LEAST_0,
-    ),
-    balance_loss=Key(
-      0.01, "Weight of the loss that spreads tokens evenly over the experts.", interval=AT_LEAST_0
-    ),
-    z_loss=Key(
-      0.001, "Weight of the loss that keeps the router's logits small.", interval=AT_LEAST_0
-    ),
-  ),
-)
-
-LATENT = Section(
-  "Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), used where `kv_rank` is above 0.",
-  dict(
-    kv_rank=Key(
-      0, "Size of the latent that holds a token's keys and values. 0: off.", interval=AT_LEAST_0
-    ),
-    q_rank=Key(
-      0, "Size of the latent that holds a token's queries. 0: no latent.", interval=AT_LEAST_0
-    ),
-    rope_dim=Key(
-      64,
-      "Number of a head's last entries that are rotated. All heads share them in the keys.",
-      interval=AT_LEAST_1,
-    ),
-    v_dim=Key(
-      None,
-      "Size of a head's values.",
-      value_type=int,
-      derive=lambda c: c.model.head_dim,
-      unset="`model.head_dim`",
-      interval=AT_LEAST_1,
-    ),
-  ),
-)
-
-LORA = Section(
-  "Low-rank adapters (LoRA, arXiv:2106.09685), trained in place of the weights.",
-  dict(
-    rank=Key(0, "Rank of the adapters. 0: no adapters.", interval=AT_LEAST_0),
-    alpha=Key(16.0, "Factor on the adapters' output, divided by the rank.", interval=ABOVE_0),
-    dropout=Key(0.0, "Dropout rate on the adapters' input in training.", interval=BELOW_1),
-    targets=Key(
-      ("q", "v"),
-      "Weights that get an adapter, by name or pattern: q, k, v, o, gate, up, down.",
-    ),
-  ),
-)
-
 MODEL = Section(
   "The architecture, its numerics, and how its activations use memory. A preset fills it in.",
   dict(
-    preset=Key("", "Name of the preset that filled this section. For information only."),
+    preset=Key(
+      "", "Name of the preset that filled this section. For information only.", architecture=False
+    ),
     vocab_size=Key(
       None,
       "Rows of the embedding table.",
@@ -253,6 +118,7 @@ MODEL = Section(
       value_type=int,
       unset="no local layers",
       interval=AT_LEAST_1,
+      used=has_local_layers,
     ),
     attn_scale=Key(
       None,
@@ -308,7 +174,9 @@ MODEL = Section(
       unset="no cap",
       interval=ABOVE_0,
     ),
-    tie_embeddings=Key(True, "Use the transposed embedding as the output head."),
+    tie_embeddings=Key(
+      True, "Use the transposed embedding as the output head.", used=lambda m: m.head == "lm"
+    ),
     head=Key(
       "lm",
       "Output of the model.",
@@ -319,7 +187,7 @@ MODEL = Section(
         "none": "hidden states",
       },
     ),
-    head_bias=Key(False, "A bias on the logits."),
+    head_bias=Key(False, "A bias on the logits.", used=lambda m: m.head != "none"),
     head_transform=Key(
       "none",
       "Layer before the head.",
@@ -328,44 +196,56 @@ MODEL = Section(
         "tanh": "BERT's pooler",
         "norm": "activation and norm, as in BERT's masked-LM head",
       },
+      used=lambda m: m.head != "none",
     ),
     pooling=Key(
       "first",
       "Input of a classifier or pooler.",
       choices={"first": "the first token", "mean": "the mean over the tokens"},
+      used=lambda m: m.head in ("classifier", "pooler"),
     ),
-    num_labels=Key(2, "Classes of a classifier. 1: regression.", interval=AT_LEAST_1),
+    num_labels=Key(
+      2,
+      "Classes of a classifier. 1: regression.",
+      interval=AT_LEAST_1,
+      used=lambda m: m.head == "classifier",
+    ),
     causal=Key(True, "A token attends only to itself and to earlier tokens."),
     dropout=Key(
       0.0,
       "Dropout rate on the embeddings and on each residual branch in training.",
       interval=BELOW_1,
+      architecture=False,
     ),
     init_std=Key(
       0.02,
       "Standard deviation of initial weights. Weights that write into the residual stream get "
       "1/sqrt(2 * num_layers) of it.",
       interval=ABOVE_0,
+      architecture=False,
     ),
     dtype=Key(
       "float32",
       "dtype of activations and matmuls. Parameters, norms, softmax and loss stay in float32.",
       choices={"float32": "", "bfloat16": ""},
+      architecture=False,
     ),
     grad_dtype=Key(
       "compute",
       "dtype of weight gradients, as matmul output and in the cross-device reduction. Experts "
       "always use `compute`.",
       choices={"compute": "as `dtype`", "float32": ""},
+      architecture=False,
     ),
     quantize=Key(
       "none",
       "Eight-bit matmuls with the layers' weights, except those of experts. Needs the extra "
       "[quant].",
       choices={"none": "off", "int8": "", "fp8": ""},
+      architecture=False,
     ),
     quantize_gradients=Key(
-      False, "With `quantize`: eight-bit matmuls in the backward pass as well."
+      False, "With `quantize`: eight-bit matmuls in the backward pass as well.", architecture=False
     ),
     attention=Key(
       "auto",
@@ -378,12 +258,14 @@ MODEL = Section(
         "cudnn": "GPU kernel, bfloat16",
       },
       free_on_resume=True,
+      architecture=False,
     ),
     scan_unroll=Key(
       1,
       "Layers per iteration of the scan over layers. `num_layers` or more unrolls it completely.",
       interval=AT_LEAST_1,
       free_on_resume=True,
+      architecture=False,
     ),
     remat=Key(
       "none",
@@ -394,6 +276,7 @@ MODEL = Section(
       "`offload:` and a list moves these to host memory. `save:gate,up+offload:q,k,v` does both.",
       check=remat.check,
       free_on_resume=True,
+      architecture=False,
     ),
     materialize=Key(
       "values",
@@ -405,6 +288,7 @@ MODEL = Section(
         "gradients": "these and their gradients",
       },
       free_on_resume=True,
+      architecture=False,
     ),
     rope=ROPE,
     moe=MOE,

@@ -30,15 +30,15 @@ def get_config():
 jaxgpt train --config=my_config.py --config.optim.lr=3e-4 --noconfig.data.shuffle
 ```
 
-A default in *italics* says what an unset key stands for; most are computed from other keys. An unknown
-key or a value outside its range is an error that names the nearest key or the choices.
+A default in *italics* says what an unset key stands for. Most are computed from other keys. An
+unknown key or a value outside its range is an error that names the nearest key or the choices.
 
 Keys marked ↻ may change when a run continues, because they do not change the result. A run folder
 refuses to continue with any other change.
 
-The sections `objective.options`, `optim.options` and `schedule.options` are empty. They hold options
-of objectives, optimizers and schedules that you define in your own file: any keys, with numbers,
-strings, booleans or tuples of these as values.
+The sections `objective.options`, `optim.options` and `schedule.options` are empty. They hold
+options of objectives, optimizers and schedules that you define in your own file: any keys, with
+numbers, strings, booleans or tuples of these as values.
 """
 
 

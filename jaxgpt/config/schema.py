@@ -72,6 +72,9 @@ class Key:
     items: {value: a few words on it} of a key that takes a tuple of one or more names.
     check: Raises a UserError for a bad (flat key, value) where the above is not enough.
     free_on_resume: A run may continue with another value. This never changes the result.
+    architecture: In the `model` section: the key says what the model computes. False for keys that
+      say how it is trained or run.
+    used: In the `model` section: whether the key has an effect, given the section. Default: always.
   """
 
   default: Any
@@ -85,6 +88,8 @@ class Key:
   items: Mapping[str, str] = dataclasses.field(default_factory=dict)
   check: Callable[[str, Any], None] | None = None
   free_on_resume: bool = False
+  architecture: bool = True
+  used: Callable[[ml_collections.ConfigDict], bool] | None = None
 
   def validate(self, name: str, value: Any) -> None:
     """Checks one value by itself.
@@ -124,12 +129,14 @@ class Section:
     help: What the section is for, in a sentence.
     members: Keys and sections in the order of the config.
     free_on_resume: All keys of the section are free on resume.
+    used: As in `Key`, for all keys of the section.
     user_keys: The section is empty in the base config, and users may add any keys to it.
   """
 
   help: str
   members: Mapping[str, "Key | Section"]
   free_on_resume: bool = False
+  used: Callable[[ml_collections.ConfigDict], bool] | None = None
   user_keys: bool = False
 
   def config(self) -> ml_collections.ConfigDict:
@@ -145,11 +152,11 @@ class Section:
         c[name] = member.default
     return c
 
-  def keys(self, prefix: str = "") -> Iterator[tuple[str, Key]]:
+  def flat_keys(self, prefix: str = "") -> Iterator[tuple[str, Key]]:
     """Yields (flat key, declaration) of all keys below this section, such as 'optim.lr'."""
     for name, member in self.members.items():
       if isinstance(member, Section):
-        yield from member.keys(f"{prefix}{name}.")
+        yield from member.flat_keys(f"{prefix}{name}.")
       else:
         yield prefix + name, member
 

@@ -4,32 +4,11 @@ import re
 from typing import NamedTuple
 
 from jaxgpt import config, tree
+from jaxgpt.config.architecture import architecture, same_value
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.hf import config_map, families
 from jaxgpt.hf.layout import Layout
 from jaxgpt.model import stacks
-
-# Fields of `model` that say how it is trained or computed, and not what it is.
-FREE = (
-  "preset",
-  "dropout",
-  "init_std",
-  "dtype",
-  "grad_dtype",
-  "attention",
-  "scan_unroll",
-  "remat",
-  "materialize",
-  "quantize",
-  "quantize_gradients",
-  "moe.balance_loss",
-  "moe.z_loss",
-  "moe.capacity",
-  "lora.rank",
-  "lora.alpha",
-  "lora.dropout",
-  "lora.targets",
-)
 
 
 class Piece(NamedTuple):
@@ -114,43 +93,6 @@ def configured(found, **more):
   return config.resolve(c)
 
 
-def architecture(c_model):
-  """The fields that say what a model is, without those that others make irrelevant."""
-  flat = {k: v for k, v in config.flatten(c_model).items() if k not in FREE}
-  idle = []
-  for name in ("attention_pattern", "mlp_pattern"):
-    flat[name] = tuple(config_map.expanded(flat[name], flat["num_layers"]))
-  if "local" not in flat["attention_pattern"]:
-    idle += ["window", "rope.local_theta"]
-  if flat["position"] != "rotary":
-    idle.append("rope.")
-  elif flat["rope.scaling"] == "none":
-    idle += [
-      "rope." + x
-      for x in (
-        "factor",
-        "original_len",
-        "attention_factor",
-        "low",
-        "high",
-        "beta",
-        "short",
-        "long",
-      )
-    ]
-  if "moe" not in flat["mlp_pattern"]:
-    idle.append("moe.")
-  if not flat["latent.kv_rank"]:
-    idle.append("latent.")
-  if flat["head"] != "lm":
-    idle.append("tie_embeddings")
-  if flat["head"] != "classifier":
-    idle += ["num_labels"] + ([] if flat["head"] == "pooler" else ["pooling"])
-  if flat["head"] == "none":
-    idle += ["head_bias", "head_transform"]
-  return {k: v for k, v in flat.items() if not k.startswith(tuple(idle))}
-
-
 def differences(family, c_model):
   """What keeps a model from being of a family: each field's name, value and demand, as text."""
   try:
@@ -162,7 +104,7 @@ def differences(family, c_model):
   return [
     f"model.{key}={mine[key]!r}, where the family has {back.get(key)!r}"
     for key in mine
-    if key not in back or not config_map.close(back[key], mine[key])
+    if key not in back or not same_value(back[key], mine[key])
   ]
 
 

@@ -1,183 +1,234 @@
-"""Weights that a new run starts from: another run's, or a model published on Hugging Face."""
+"""Initial weights from another model: a run, or any other source of weights that the caller passes.
+
+`run` knows only run folders. Sources of other formats implement `WeightSource` in their own package,
+such as `jaxgpt.hf.weight_source`, and commands pass them down to the training loop.
+"""
 
 import json
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import ml_collections
 from etils import epath
 
 from jaxgpt import tree
+from jaxgpt.config.architecture import architecture, same_value
 from jaxgpt.errors import UserError
-from jaxgpt.hf import config_map, convert, safetensors, weights
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
-REPORT = "init.json"
+REPORT = "init.json"  # file in the run folder with the report of `load`
+# Text of several scripts and kinds, by which two tokenizers are compared.
 _PROBE = "The year 2024, näher: 東京 🙂\n\tdef f(x):  return x**2\n"
 
 
-class Given(NamedTuple):
-  """What `load` found."""
+class Weights(NamedTuple):
+  """The weights that a source holds for a new run."""
 
-  params: dict  # {path: array}, on the devices of the new run
-  report: dict  # 'source', 'loaded', 'initialized', 'left' (names), 'changed' ({field: [old, new]})
-  tokenizer: Any  # of the source, or None
+  params: dict[str, jax.Array]  # {path: array}, with the shardings of the new run
+  left: Collection[str]  # names of the source's parameters that the new run does not have
+  c_model: ml_collections.ConfigDict  # the source's resolved `model` section
+  tokenizer: Any  # the source's tokenizer, or None if it is not known
 
 
-def load(source, c_model, abstract):
+class WeightSource(Protocol):
+  """A format in which models are stored."""
+
+  def recognizes(self, folder: epath.Path) -> bool:
+    """Whether a folder, which holds a config.json, is in this format."""
+
+  def check(self, folder: epath.Path) -> None:
+    """Raises a UserError if the folder's model is not supported. Reads no weights."""
+
+  def load(
+    self, folder: epath.Path, c_model: ml_collections.ConfigDict, abstract: tree.PyTree
+  ) -> Weights:
+    """Reads the weights that a new run can use.
+
+    Args:
+      folder: A folder that `recognizes` accepts.
+      c_model: The new run's resolved `model` section.
+      abstract: Shapes and shardings of the new run's parameters.
+
+    Raises:
+      UserError: The model is not supported, or a parameter has another shape.
+    """
+
+
+class InitialWeights(NamedTuple):
+  """The result of `load`."""
+
+  params: dict[str, jax.Array]  # {path: array}, with the shardings of the new run
+  report: dict[str, Any]  # see `load`
+  tokenizer: Any  # the source's tokenizer, or None if it is not known
+
+
+def load(
+  folder: epath.PathLike,
+  c_model: ml_collections.ConfigDict,
+  abstract: tree.PyTree,
+  sources: Sequence[WeightSource] = (),
+) -> InitialWeights:
   """Reads the weights that a run starts from onto its mesh.
 
-  A parameter that the source lacks is initialised, one that the run lacks is left; each is named in
-  the report.
-
   Args:
-    source: a run folder or a folder in Hugging Face's format.
-    c_model: the new run's resolved `model` section.
-    abstract: its parameters' shapes and shardings.
+    folder: A run folder, or a folder that one of `sources` recognizes.
+    c_model: The new run's resolved `model` section.
+    abstract: Shapes and shardings of the new run's parameters.
+    sources: Formats besides run folders.
 
   Returns:
-    A `Given`.
+    `InitialWeights`. The report has the keys 'source', 'loaded' (parameters), 'initialized'
+    (parameters that the source lacks), 'left' (parameters that the new run lacks) and 'changed',
+    {key of the architecture: [source's value, new value]}.
 
   Raises:
-    UserError: no such source, or a parameter of another shape.
+    UserError: There is no model in the folder, or a parameter has another shape.
   """
-  folder = epath.Path(source)
-  if is_run(folder):
-    old = run_folder.read_config(folder)
-    params, left = _from_run(folder, old, abstract)
-    model, tokens = old.model, tokenizer_lib.load(run_folder.tokenizer_folder(folder))
-  else:
-    family, hf = read_config_json(folder)
-    model = convert.configured(convert.read(hf)[1]).model
-    params, left = _from_published(folder, family, c_model, abstract)
-    tokens = None
-  paths = tree.flatten(abstract)
-  old, new = convert.architecture(model), convert.architecture(c_model)
-  changed = {
-    key: [old.get(key), new.get(key)]
-    for key in sorted(old.keys() | new.keys())
-    if not config_map.close(old.get(key), new.get(key))
-  }
+  weights = _source_of(folder, sources).load(epath.Path(folder), c_model, abstract)
+  old, new = architecture(weights.c_model), architecture(c_model)
   report = {
-    "source": str(source),
-    "loaded": sorted(params),
-    "initialized": sorted(paths.keys() - params.keys()),
-    "left": sorted(left),
-    "changed": changed,
+    "source": str(folder),
+    "loaded": sorted(weights.params),
+    "initialized": sorted(tree.flatten(abstract).keys() - weights.params.keys()),
+    "left": sorted(weights.left),
+    "changed": {
+      key: [old.get(key), new.get(key)]
+      for key in sorted(old.keys() | new.keys())
+      if not same_value(old.get(key), new.get(key))
+    },
   }
-  return Given(params, report, tokens)
+  return InitialWeights(weights.params, report, weights.tokenizer)
 
 
-def check_source(source):
-  """Raises a UserError where `load` finds neither a run there nor a model that is supported."""
-  if not is_run(source):
-    read_config_json(epath.Path(source))
+def check_source(folder: epath.PathLike, sources: Sequence[WeightSource] = ()) -> None:
+  """Raises a UserError if `load` would not find a supported model. Reads no weights."""
+  _source_of(folder, sources).check(epath.Path(folder))
 
 
-def is_run(folder):
-  """Whether a folder is a run's, and not one in Hugging Face's format.
+def _source_of(folder: epath.PathLike, sources: Sequence[WeightSource]) -> WeightSource:
+  path = epath.Path(folder)
+  if not (path / "config.json").exists():
+    raise UserError(
+      f"init_from={str(folder)!r} holds no config.json: name a run folder, or a folder in "
+      "Hugging Face's format"
+    )
+  for source in (RunFolderSource(), *sources):
+    if source.recognizes(path):
+      return source
+  raise UserError(
+    f"init_from={str(folder)!r} is not a run folder; to read another format, call train with its "
+    "source, such as weight_sources=jaxgpt.hf.weight_source.WEIGHT_SOURCES"
+  )
+
+
+def read_config_json(folder: epath.Path) -> dict[str, Any]:
+  """The config.json of a folder.
 
   Raises:
-    UserError: it is neither.
+    UserError: The file does not hold a JSON object.
   """
-  path = epath.Path(folder) / "config.json"
-  if not path.exists():
-    raise UserError(
-      f"init_from={str(folder)!r} holds no config.json: name a run folder, or a "
-      "folder in Hugging Face's format"
-    )
-  return "config" in _json(path)
-
-
-def read_config_json(folder):
-  """(Family, config.json as a dict) of a folder in Hugging Face's format.
-
-  Raises:
-    UserError: no such folder, or a model that is not supported.
-  """
-  path = epath.Path(folder) / "config.json"
-  if not path.exists():
-    raise UserError(
-      f"{folder} holds no config.json; name a folder as transformers' save_pretrained writes it"
-    )
-  hf = _json(path)
-  return convert.read(hf)[0], hf
-
-
-def _json(path):
+  path = folder / "config.json"
   try:
     value = json.loads(path.read_text())
     if not isinstance(value, dict):
-      raise ValueError("no object")
+      raise ValueError("not an object")
     return value
   except ValueError as e:
-    raise UserError(f"{path} is no JSON ({e}); fetch it again") from e
+    raise UserError(f"{path} is not valid JSON ({e}); fetch it again") from e
 
 
-def _from_run(folder, old, abstract):
-  checkpoints = checkpoints_lib.Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
-  name = "ema" if old.optim.ema else "params"
-  trained, frozen = checkpoints.shapes(name), checkpoints_lib.frozen_shapes(folder)
-  there = trained | frozen
-  wanted = tree.flatten(abstract)
+def is_run(folder: epath.Path) -> bool:
+  """Whether a folder's config.json is that of a run, which has a key 'config'."""
+  return "config" in read_config_json(folder)
+
+
+class RunFolderSource:
+  """Weights from the newest checkpoint of another run: its moving average, if it has one."""
+
+  def recognizes(self, folder: epath.Path) -> bool:
+    return is_run(folder)
+
+  def check(self, folder: epath.Path) -> None:
+    """Accepts every run folder. Errors show when its config and checkpoint are read."""
+
+  def load(
+    self, folder: epath.Path, c_model: ml_collections.ConfigDict, abstract: tree.PyTree
+  ) -> Weights:
+    del c_model  # the shapes say it all
+    old = run_folder.read_config(folder)
+    checkpoints = checkpoints_lib.Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
+    name = "ema" if old.optim.ema else "params"
+    trained, frozen = checkpoints.shapes(name), checkpoints_lib.frozen_shapes(folder)
+    wanted = tree.flatten(abstract)
+    _check_shapes(folder, trained | frozen, wanted)
+    # Checkpoints are read whole. Parameters that the new run does not have go to one device.
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {
+      path: wanted.get(path, jax.ShapeDtypeStruct(shape, "float32", sharding=one))
+      for path, shape in (trained | frozen).items()
+    }
+    select = lambda paths: tree.unflatten({path: like[path] for path in paths})
+    state, _ = checkpoints.restore({name: select(trained)})
+    checkpoints.close()
+    if frozen:
+      state |= checkpoints_lib.load_frozen(folder, {"frozen": select(frozen)})
+    found = tree.flatten(tree.merge(state[name], state.get("frozen")))
+    return Weights(
+      {path: array for path, array in found.items() if path in wanted},
+      found.keys() - wanted.keys(),
+      old.model,
+      tokenizer_lib.load(run_folder.tokenizer_folder(folder)),
+    )
+
+
+def _check_shapes(
+  folder: epath.Path, stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Any]
+) -> None:
   wrong = [
-    f"{path} is {list(there[path])}, the config makes it {list(wanted[path].shape)}"
-    for path in there
-    if path in wanted and there[path] != wanted[path].shape
+    f"{path} is {list(shape)}, the config makes it {list(wanted[path].shape)}"
+    for path, shape in stored.items()
+    if path in wanted and shape != wanted[path].shape
   ]
   if wrong:
     raise UserError(
-      f"init_from={str(folder)!r}: {'; '.join(wrong[:5])}; take the model section of "
-      "that run (configs/finetune.py does)"
+      f"init_from={str(folder)!r}: {'; '.join(wrong[:5])}; take the model section of that run "
+      "(configs/finetune.py does)"
     )
-  one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  like = {
-    path: wanted.get(path, jax.ShapeDtypeStruct(shape, "float32", sharding=one))
-    for path, shape in there.items()
-  }
-  part = lambda paths: tree.unflatten({path: like[path] for path in paths})
-  state, _ = checkpoints.restore({name: part(trained)})
-  checkpoints.close()
-  if frozen:
-    state |= checkpoints_lib.load_frozen(folder, {"frozen": part(frozen)})
-  flat = tree.flatten(tree.merge(state[name], state.get("frozen")))
-  return {k: v for k, v in flat.items() if k in wanted}, flat.keys() - wanted.keys()
 
 
-def _from_published(folder, family, c_model, abstract):
-  tensors = safetensors.scan(folder)
-  published = convert.publish(family, c_model, abstract, partly=True)
-  found = convert.find(family, published, tensors, c_model.tie_embeddings)
-  paths = lambda published: {piece.path for p in published for piece in p.pieces}
-  torn = paths(found.missing) & paths(p for p, _ in found.pairs)  # some layers are there, some not
-  found = found._replace(missing=[p for p in found.missing if paths([p]) & torn], extra=[])
-  convert.check(found, tensors, folder)
-  used = {id(tensor) for _, tensor in found.pairs}
-  return weights.load(found.pairs, abstract), [n for n, t in tensors.items() if id(t) not in used]
+def check_tokenizer(given: InitialWeights, tokenizer: Any, c: ml_collections.ConfigDict) -> None:
+  """Raises a UserError if the data was tokenized with another tokenizer than the source's.
 
-
-def check_tokenizer(given, tokenizer, c):
-  """Raises a UserError where the data's tokens mean something else to the source's weights."""
+  Args:
+    given: From `load`.
+    tokenizer: The tokenizer of the data.
+    c: The new run's config, for the message.
+  """
   if given.tokenizer is not None and not same_tokens(given.tokenizer, tokenizer):
     raise UserError(
-      f"data.path={c.data.path!r} was tokenized with another tokenizer than the "
-      f"weights in init_from={c.init_from!r} were trained with; prepare it with "
+      f"data.path={c.data.path!r} was tokenized with another tokenizer than the weights in "
+      f"init_from={c.init_from!r} were trained with; prepare it with "
       f"jaxgpt data --tokenizer={c.init_from}/tokenizer"
     )
 
 
-def same_tokens(a, b):
-  """Whether two tokenizers make the same ids of text; they may have other specials."""
+def same_tokens(a: Any, b: Any) -> bool:
+  """Whether two tokenizers give text the same ids. Their special tokens may differ."""
   return a.digest == b.digest or a.encode(_PROBE) == b.encode(_PROBE)
 
 
-def describe(report):
-  """The report in lines."""
+def describe(report: Mapping[str, Any]) -> list[str]:
+  """The report of `load` in lines of text."""
   lines = [f"started from {report['source']}: {len(report['loaded'])} parameters loaded"]
-  for key, what in (("initialized", "initialised, since it has none"), ("left", "left there")):
+  for key, words in (
+    ("initialized", "initialized, because it has none"),
+    ("left", "not used"),
+  ):
     if report[key]:
-      lines.append(f"  {len(report[key])} {what}: {', '.join(report[key])}")
+      lines.append(f"  {len(report[key])} {words}: {', '.join(report[key])}")
   for key, (old, new) in report["changed"].items():
     lines.append(f"  model.{key} was {old!r} there, is {new!r}")
   return lines

@@ -25,13 +25,14 @@ from jaxgpt.training import compiled_step, evaluation, train_step
 from jaxgpt.training import metrics as metrics_lib
 
 
-def train(c, folder, origin):
+def train(c, folder, origin, weight_sources=()):
   """Trains, or goes on training, until the last step or a signal.
 
   Args:
     c: a config from `config.load`.
     folder: the run folder.
     origin: where the config's values came from.
+    weight_sources: `init_from.WeightSource`s besides run folders, for `init_from`.
 
   Returns:
     (steps so far, metrics of the whole validation split or None, the signal that stopped the run
@@ -70,7 +71,9 @@ def train(c, folder, origin):
       folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
     )
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
-      run = _Run(c, folder, mesh, (data, held_out), parts, checkpoints, stop, tokenizer)
+      run = _Run(
+        c, folder, mesh, (data, held_out), parts, checkpoints, stop, tokenizer, weight_sources
+      )
       with contextlib.closing(run):
         return run.run()
 
@@ -98,10 +101,11 @@ def _enter(folder, c, origin, mesh, data_digest, tokenizer):
 class _Run:
   """One start of a run: the state, the step in flight, and what is reported."""
 
-  def __init__(self, c, folder, mesh, data, parts, checkpoints, stop, tokenizer):
+  def __init__(self, c, folder, mesh, data, parts, checkpoints, stop, tokenizer, weight_sources):
     self._c, self._folder, self._mesh, self._parts = c, folder, mesh, parts
     self._data, self._held_out = data
     self._checkpoints, self._stop, self._tokenizer = checkpoints, stop, tokenizer
+    self._weight_sources = weight_sources
     self._agreement, self._stopped = distributed.Agreement(mesh), None
     self._means = metrics_lib.Means()
     self._state = self._first_state()
@@ -131,7 +135,12 @@ class _Run:
 
   def _given(self):
     """The weights of `init_from`; what of them was used is told and written down."""
-    given = init_from.load(self._c.init_from, self._c.model, train_step.weights(self._parts.state))
+    given = init_from.load(
+      self._c.init_from,
+      self._c.model,
+      train_step.weights(self._parts.state),
+      self._weight_sources,
+    )
     init_from.check_tokenizer(given, self._tokenizer, self._c)
     if distributed.is_first():
       run_folder_lib.write_whole(

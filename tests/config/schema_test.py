@@ -19,6 +19,8 @@ ALLOWED = {
   ("plan/search.py", "model.materialize"): "overrides that the search writes for the user",
   ("text/prepare/data_card.py", "data.seq_len"): "an example config to paste",
   ("hf/rotary.py", "attention_factor"): "translates keys to Hugging Face's names",
+  ("hf/rotary.py", "rope.factor"): "translates keys to Hugging Face's names",
+  ("hf/rotary.py", "rope.theta"): "translates keys to Hugging Face's names",
 }
 
 
@@ -69,11 +71,13 @@ def lists_of_keys(path):
   """Yields names of keys in the list, tuple, set and dict literals of a file.
 
   A literal counts if it contains a flat name ('optim.lr'), or if it has at least three strings,
-  which all are keys of the same section. Names of mesh axes and of logical axes are those of `mesh`
+  all of which are keys below the same section ('lr', 'options.x'). Names of mesh axes and of logical axes are those of `mesh`
   and `mesh.rules`; they are sharding annotations.
   """
   sections = [
-    set(section.members) for name, section in SECTIONS.items() if name.split(".")[0] != "mesh"
+    {key for key, _ in section.flat_keys()}
+    for name, section in SECTIONS.items()
+    if name.split(".")[0] != "mesh"
   ]
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, (ast.Tuple, ast.List, ast.Set)):

@@ -17,6 +17,7 @@ from jaxgpt import config
 from jaxgpt.commands import import_export
 from jaxgpt.errors import UserError
 from jaxgpt.hf import parity
+from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.inference import load
 from jaxgpt.run import init_from
 from jaxgpt.training import build as build_lib
@@ -236,7 +237,7 @@ def train_config(run, corpus, folder):
 
 def trained(run, corpus, folder, out):
   """A run of three steps from the weights of another."""
-  step, _, _ = loop.train(train_config(run, corpus, folder), out, {})
+  step, _, _ = loop.train(train_config(run, corpus, folder), out, {}, WEIGHT_SOURCES)
   assert step == 3
   report = json.loads((out / init_from.REPORT).read_text())
   assert not report["initialized"] and not report["left"] and not report["changed"]
@@ -376,7 +377,10 @@ def test_starting_from_part_of_a_model(llama, tmp_path, corpus, capsys):
     c = train_config(run, corpus, source)
     c.model.update(dict(tie_embeddings=True, bias=True))
     given = init_from.load(
-      source, config.resolve(c).model, build_lib.build(config.resolve(c), run.mesh).state["params"]
+      source,
+      config.resolve(c).model,
+      build_lib.build(config.resolve(c), run.mesh).state["params"],
+      WEIGHT_SOURCES,
     )
     assert "layers/attn/o_bias" in given.report["initialized"]
     assert given.report["left"] in (["head"], ["lm_head.weight"])
@@ -388,6 +392,7 @@ def test_starting_from_part_of_a_model(llama, tmp_path, corpus, capsys):
       llama[0],
       config.resolve(c).model,
       build_lib.build(config.resolve(c), run.mesh).state["params"],
+      WEIGHT_SOURCES,
     )
 
 

@@ -1,0 +1,193 @@
+"""Config keys of the sections below `model`: rotary embedding, experts, latent attention, LoRA."""
+
+from ml_collections import ConfigDict
+
+from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
+
+
+def has_local_layers(m: ConfigDict) -> bool:
+  """Whether a layer of the `model` section has local attention."""
+  # A pattern longer than the model is deep is cut.
+  return "local" in m.attention_pattern[: m.num_layers]
+
+
+def _is_scaled(m: ConfigDict) -> bool:
+  return m.rope.scaling != "none"
+
+
+ROPE = Section(
+  "Rotary position embedding, used where `model.position` is `rotary`.",
+  dict(
+    theta=Key(10_000.0, "Base of the rotary frequencies.", interval=ABOVE_0),
+    local_theta=Key(
+      None,
+      "Base of the frequencies in local layers, to which no scaling then applies.",
+      value_type=float,
+      unset="as in global layers",
+      interval=ABOVE_0,
+      used=has_local_layers,
+    ),
+    fraction=Key(1.0, "Fraction of a head that is rotated. At most 1.", interval=ABOVE_0),
+    scaling=Key(
+      "none",
+      "How the frequencies are changed for a longer context.",
+      choices={
+        "none": "not at all",
+        "linear": "positions divided by `factor`",
+        "ntk": "a larger base",
+        "llama3": "low frequencies divided by `factor` (Llama 3.1)",
+        "yarn": "arXiv:2309.00071",
+        "longrope": "one divisor per frequency (arXiv:2402.13753)",
+      },
+    ),
+    factor=Key(
+      1.0,
+      "Length of the new context divided by the original one.",
+      interval=ABOVE_0,
+      used=_is_scaled,
+    ),
+    original_len=Key(
+      None,
+      "Length of the original context, in tokens.",
+      value_type=int,
+      derive=lambda c: c.model.max_len,
+      unset="`model.max_len`",
+      interval=AT_LEAST_1,
+      used=_is_scaled,
+    ),
+    attention_factor=Key(
+      None,
+      "yarn, longrope: factor on sines and cosines.",
+      value_type=float,
+      unset="the paper's formula",
+      interval=ABOVE_0,
+      used=_is_scaled,
+    ),
+    low_freq=Key(
+      1.0,
+      "llama3: frequencies with fewer turns in the original context are divided by `factor`.",
+      used=_is_scaled,
+    ),
+    high_freq=Key(
+      4.0, "llama3: frequencies with more turns in the original context are kept.", used=_is_scaled
+    ),
+    beta_fast=Key(
+      32.0, "yarn: frequencies with more turns in the original context are kept.", used=_is_scaled
+    ),
+    beta_slow=Key(
+      1.0,
+      "yarn: frequencies with fewer turns in the original context are divided by `factor`.",
+      used=_is_scaled,
+    ),
+    short_factors=Key(
+      (), "longrope: divisors of the frequencies within the original context.", used=_is_scaled
+    ),
+    long_factors=Key(
+      (), "longrope: divisors of the frequencies beyond the original context.", used=_is_scaled
+    ),
+  ),
+  used=lambda m: m.position == "rotary",
+)
+
+MOE = Section(
+  "Mixture of experts, used in layers that `model.mlp_pattern` calls `moe`.",
+  dict(
+    experts=Key(0, "Experts per layer.", interval=AT_LEAST_0),
+    per_token=Key(2, "Experts that each token is routed to.", interval=AT_LEAST_1),
+    width=Key(
+      None,
+      "Hidden size of an expert.",
+      value_type=int,
+      derive=lambda c: c.model.mlp_width,
+      unset="`model.mlp_width`",
+      interval=AT_LEAST_1,
+    ),
+    shared=Key(0, "Additional experts that every token is routed to.", interval=AT_LEAST_0),
+    first_dense=Key(
+      0, "Leading layers that are dense, whatever the pattern says.", interval=AT_LEAST_0
+    ),
+    router=Key(
+      "softmax",
+      "Scores of the experts.",
+      choices={
+        "softmax": "over all experts",
+        "sigmoid": "of each expert, with a bias in the selection (DeepSeek-V3)",
+      },
+    ),
+    normalize=Key(True, "Make a token's weights over its experts sum to 1."),
+    scale=Key(1.0, "Factor on these weights.", interval=ABOVE_0),
+    groups=Key(
+      1,
+      "Groups of experts. A token is routed to experts of its best `top_groups` groups.",
+      interval=AT_LEAST_1,
+    ),
+    top_groups=Key(1, "Groups that a token's experts come from.", interval=AT_LEAST_1),
+    capacity=Key(
+      0.0,
+      "Capacity of an expert per row, as a multiple of its share under an even load. Tokens "
+      "beyond it are dropped. 0: no limit.",
+      interval=AT_LEAST_0,
+      architecture=False,
+    ),
+    balance_loss=Key(
+      0.01,
+      "Weight of the loss that spreads tokens evenly over the experts.",
+      interval=AT_LEAST_0,
+      architecture=False,
+    ),
+    z_loss=Key(
+      0.001,
+      "Weight of the loss that keeps the router's logits small.",
+      interval=AT_LEAST_0,
+      architecture=False,
+    ),
+  ),
+  used=lambda m: "moe" in m.mlp_pattern[: m.num_layers],
+)
+
+LATENT = Section(
+  "Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), used where `kv_rank` is above 0.",
+  dict(
+    kv_rank=Key(
+      0, "Size of the latent that holds a token's keys and values. 0: off.", interval=AT_LEAST_0
+    ),
+    q_rank=Key(
+      0, "Size of the latent that holds a token's queries. 0: no latent.", interval=AT_LEAST_0
+    ),
+    rope_dim=Key(
+      64,
+      "Number of a head's last entries that are rotated. All heads share them in the keys.",
+      interval=AT_LEAST_1,
+    ),
+    v_dim=Key(
+      None,
+      "Size of a head's values.",
+      value_type=int,
+      derive=lambda c: c.model.head_dim,
+      unset="`model.head_dim`",
+      interval=AT_LEAST_1,
+    ),
+  ),
+  used=lambda m: m.latent.kv_rank > 0,
+)
+
+LORA = Section(
+  "Low-rank adapters (LoRA, arXiv:2106.09685), trained in place of the weights.",
+  dict(
+    rank=Key(0, "Rank of the adapters. 0: no adapters.", interval=AT_LEAST_0, architecture=False),
+    alpha=Key(
+      16.0,
+      "Factor on the adapters' output, divided by the rank.",
+      interval=ABOVE_0,
+      architecture=False,
+    ),
+    dropout=Key(
+      0.0, "Dropout rate on the adapters' input in training.", interval=BELOW_1, architecture=False
+    ),
+    targets=Key(
+      ("q", "v"),
+      "Weights that get an adapter, by name or pattern: q, k, v, o, gate, up, down.",
+      architecture=False,
+    ),
+  ),
+)
