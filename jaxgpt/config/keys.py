@@ -68,7 +68,9 @@ DATA = Section(
 
 
 def _options(kind: str) -> Section:
-  return Section(f"Options of your own {kind}: any keys with plain values.", {}, user_keys=True)
+  return Section(
+    f"Options of {kind}s that you define: any keys with plain values.", {}, user_keys=True
+  )
 
 
 OBJECTIVE = Section(
@@ -299,6 +301,7 @@ DECLARATIONS = Section(
           10, "Steps between log lines. Metrics are means over these steps.", interval=AT_LEAST_1
         ),
         tensorboard=Key(False, "Also write TensorBoard event files. Needs the extra [track]."),
+        options=_options("metric writer"),
       ),
       free_on_resume=True,
     ),

@@ -36,9 +36,9 @@ unknown key or a value outside its range is an error that names the nearest key 
 Keys marked ↻ may change when a run continues, because they do not change the result. A run folder
 refuses to continue with any other change.
 
-The sections `objective.options`, `optim.options` and `schedule.options` are empty. They hold
-options of objectives, optimizers and schedules that you define in your own file: any keys, with
-numbers, strings, booleans or tuples of these as values.
+The sections called `options` are empty. They hold options of objectives, optimizers, schedules and
+metric writers that you define yourself: any keys, with numbers, strings, booleans or tuples of
+these as values.
 """
 
 

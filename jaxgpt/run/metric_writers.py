@@ -1,28 +1,186 @@
-"""Where metrics go: the terminal, a JSONL file, TensorBoard."""
+"""Metric writers: the terminal, a JSONL file in the run folder, and TensorBoard.
+
+A writer is a subclass of `MetricWriter` and an entry of `WRITERS` that says which configs turn it
+on. docs/extending.md shows how to add one.
+"""
 
 import contextlib
+import dataclasses
 import json
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO, TypeAlias
 
+import ml_collections
 from etils import epath
 from rich import console, progress
 
-from jaxgpt.errors import UserError
+from jaxgpt.config.registry import Registry
+from jaxgpt.errors import UserError, nearest, optional
 from jaxgpt.parallel import distributed
-from jaxgpt.run import run_folder
-from jaxgpt.storage import buckets
+from jaxgpt.storage import atomic, buckets
 
 JSONL = "metrics.jsonl"
 _REMOTE_SECONDS = 10.0  # between two writes of the file to a bucket
 
+Metrics: TypeAlias = Mapping[str, float]
 
-class Terminal:
-  """A live progress line on a terminal; plain lines in a pipe or a file."""
 
-  def __init__(self, total, start):
-    """Args: total: steps of the run. start: the step at which it goes on."""
+class Run(NamedTuple):
+  """The facts about a start of a run that writers need."""
+
+  c: ml_collections.ConfigDict  # the resolved config
+  folder: epath.Path  # the run folder
+  start: int  # step at which this start of the run begins
+
+
+class MetricWriter:
+  """Receives the metrics of a run, in the first process. Subclasses implement `write`."""
+
+  def write(self, step: int, kind: str, metrics: Metrics) -> None:
+    """Takes metrics.
+
+    Args:
+      step: Updates so far.
+      kind: 'train' (means since the last log line) or 'validation'.
+      metrics: {name: value}, such as 'loss' or 'tokens_per_second'.
+    """
+    raise NotImplementedError
+
+  def newest(self, step: int, kind: str) -> dict[str, Any] | None:
+    """The metrics stored for a step, if the writer can read them back; None otherwise."""
+    return None
+
+  def flush(self) -> None:
+    """Returns when everything written so far is stored. Called before each checkpoint."""
+
+  def close(self) -> None:
+    """Stores everything written and releases resources."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """An entry of `WRITERS`.
+
+  Attributes:
+    open: Makes the writer for a start of a run. May raise a UserError.
+    wanted: Whether a resolved config turns the writer on.
+    options: The keys below `log.options` that the writer reads.
+  """
+
+  open: Callable[[Run], MetricWriter]
+  wanted: Callable[[ml_collections.ConfigDict], bool] = lambda c: True
+  options: Sequence[str] = ()
+
+
+WRITERS: Registry[Entry] = Registry("metric writer")
+
+
+class Jsonl(MetricWriter):
+  """One JSON object per line in the run folder: step, kind, and the metrics at full precision.
+
+  An object in a bucket cannot be appended to. There the file is written as a whole, but at most
+  every 10 seconds.
+  """
+
+  def __init__(self, run: Run):
+    self._path = run.folder / JSONL
+    self._newest: dict[str, dict[str, Any]] = {}
+    self._lines = ""  # the whole file, for buckets
+    self._file: TextIO | None = None
+    self._written = time.monotonic()
+    with self._named_errors():
+      if self._path.exists():
+        self._drop_lines_after(run.start)
+      if not buckets.is_remote(self._path):
+        self._file = self._path.open("a")
+
+  def _drop_lines_after(self, start: int) -> None:
+    """Drops lines of steps that will be repeated, since the checkpoint is older than they are."""
+    records = [_record(line) for line in self._path.read_text().splitlines()]
+    kept = [r for r in records if r and r["step"] <= start]
+    self._newest = {r["kind"]: r for r in kept}
+    self._lines = "".join(json.dumps(r) + "\n" for r in kept)
+    atomic.write(self._path, self._lines)
+
+  def newest(self, step: int, kind: str) -> dict[str, Any] | None:
+    """The metrics that were written for a step, if they are the newest of their kind."""
+    record = self._newest.get(kind, {})
+    return record if record.get("step") == step else None
+
+  def write(self, step: int, kind: str, metrics: Metrics) -> None:
+    self._newest[kind] = {"step": step, "kind": kind, **metrics}
+    line = json.dumps(self._newest[kind]) + "\n"
+    if self._file is None:
+      self._lines += line
+      if time.monotonic() - self._written > _REMOTE_SECONDS:
+        self.flush()
+      return
+    with self._named_errors():
+      self._file.write(line)
+      self._file.flush()
+
+  def flush(self) -> None:
+    self._written = time.monotonic()
+    if self._file is None and self._lines:
+      with self._named_errors():
+        atomic.write(self._path, self._lines)
+
+  def close(self) -> None:
+    self.flush()
+    if self._file is not None:
+      self._file.close()
+
+  @contextlib.contextmanager
+  def _named_errors(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as e:
+      raise UserError(
+        f"{self._path} cannot be written ({e.strerror or e}); free some space or change its "
+        "permissions, then run the same command again to continue"
+      ) from e
+
+
+def _record(line: str) -> dict[str, Any] | None:
+  """A line as a dict, or None if a kill cut it short or it is not a record."""
+  try:
+    record = json.loads(line)
+    return record if {"step", "kind"} <= record.keys() else None
+  except (ValueError, AttributeError):
+    return None
+
+
+WRITERS.add("jsonl", Entry(Jsonl))
+
+
+class TensorBoard(MetricWriter):
+  """Event files in the folder `tensorboard` of the run folder."""
+
+  def __init__(self, run: Run):
+    tensorboardx = optional("tensorboardX", "track", "log.tensorboard=True")
+    # purge_step hides events of steps that will be repeated.
+    self._writer = tensorboardx.SummaryWriter(
+      str(run.folder / "tensorboard"), purge_step=run.start + 1
+    )
+
+  def write(self, step: int, kind: str, metrics: Metrics) -> None:
+    for name, value in metrics.items():
+      self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+WRITERS.add("tensorboard", Entry(TensorBoard, wanted=lambda c: c.log.tensorboard))
+
+
+class Terminal(MetricWriter):
+  """A live progress line on a terminal. Plain lines in a pipe or a file."""
+
+  def __init__(self, run: Run):
     self._console = console.Console(highlight=False, soft_wrap=True)
-    self._total = total
+    self._total = run.c.train.steps
     self._bar = progress.Progress(
       progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
       progress.BarColumn(20),
@@ -32,11 +190,10 @@ class Terminal:
       console=self._console,
       disable=not self._console.is_terminal,
     )
-    self._task = self._bar.add_task("", total=total, completed=start, text="compiling …")
+    self._task = self._bar.add_task("", total=self._total, completed=run.start, text="compiling …")
     self._bar.start()
 
-  def write(self, step, kind, metrics):
-    """See `Writers.write`."""
+  def write(self, step: int, kind: str, metrics: Metrics) -> None:
     text = _line(metrics)
     if kind == "train" and not self._bar.disable:
       self._bar.update(self._task, completed=step, text=text)
@@ -46,12 +203,14 @@ class Terminal:
       eta = f"  ETA {_clock((self._total - step) * metrics['step_time'])}"
     self._console.print(f"{kind:<10} step {step}/{self._total}  {text}{eta}")
 
-  def close(self):
+  def close(self) -> None:
     """Leaves the terminal as it was."""
     self._bar.stop()
 
 
-_SHOWN = (  # key, label, how it is printed
+WRITERS.add("terminal", Entry(Terminal))
+
+_SHOWN = (  # metrics on the terminal: key, label, format
   ("loss", "loss", "{:.4f}"),
   ("bits_per_byte", "bits/byte", "{:.4f}"),
   ("perplexity", "perplexity", "{:.2f}"),
@@ -63,7 +222,7 @@ _SHOWN = (  # key, label, how it is printed
 )
 
 
-def _line(metrics):
+def _line(metrics: Metrics) -> str:
   return "  ".join(
     f"{label} {form.format(metrics[key])}"
     for key, label, form in _SHOWN
@@ -71,151 +230,54 @@ def _line(metrics):
   )
 
 
-def _clock(seconds):
-  minutes, seconds = divmod(int(seconds), 60)
+def _clock(seconds: float) -> str:
+  minutes, rest = divmod(int(seconds), 60)
   hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Jsonl:
-  """One JSON object a line in the run folder: step, kind, and the metrics at full precision.
-
-  In a bucket, where nothing can be appended to, the file is written anew, but seldom.
-  """
-
-  def __init__(self, folder, start):
-    """Args: folder: the run's. start: the step at which it goes on; later lines are dropped."""
-    self._path = epath.Path(folder) / JSONL
-    self._newest, self._lines = {}, ""
-    self._file, self._said = None, time.monotonic()
-    with self._named_errors():
-      if self._path.exists():
-        records = [_record(line) for line in self._path.read_text().splitlines()]
-        records = [r for r in records if r and r["step"] <= start]
-        self._newest = {r["kind"]: r for r in records}
-        self._lines = "".join(json.dumps(r) + "\n" for r in records)
-        run_folder.write_whole(self._path, self._lines)
-      if not buckets.is_remote(self._path):
-        self._file = self._path.open("a")
-
-  def newest(self, step, kind):
-    """The metrics that were written for a step, if they are the newest of their kind; or None."""
-    record = self._newest.get(kind, {})
-    return record if record.get("step") == step else None
-
-  def write(self, step, kind, metrics):
-    """See `Writers.write`."""
-    self._newest[kind] = {"step": step, "kind": kind, **metrics}
-    line = json.dumps(self._newest[kind]) + "\n"
-    if self._file is None:
-      self._lines += line
-      if time.monotonic() - self._said > _REMOTE_SECONDS:
-        self.flush()
-      return
-    with self._named_errors():
-      self._file.write(line)
-      self._file.flush()
-
-  def flush(self):
-    """Returns when all lines are in the file."""
-    self._said = time.monotonic()
-    if self._file is None and self._lines:
-      with self._named_errors():
-        run_folder.write_whole(self._path, self._lines)
-
-  def close(self):
-    """Closes the file."""
-    self.flush()
-    if self._file is not None:
-      self._file.close()
-
-  @contextlib.contextmanager
-  def _named_errors(self):
-    try:
-      yield
-    except OSError as e:
-      raise UserError(
-        f"{self._path} can't be written ({e.strerror or e}); make room or change its "
-        "permissions, then the same command goes on"
-      ) from e
-
-
-def _record(line):
-  """A line as a dict; None where a kill cut it short or it is no record."""
-  try:
-    record = json.loads(line)
-    return record if {"step", "kind"} <= record.keys() else None
-  except (ValueError, AttributeError):
-    return None
-
-
-class TensorBoard:
-  """Event files in the run folder's `tensorboard`."""
-
-  def __init__(self, folder, start):
-    try:
-      import tensorboardX
-    except ImportError as e:
-      raise UserError("log.tensorboard=True needs tensorboardX: pip install 'jaxgpt[track]'") from e
-    self._writer = tensorboardX.SummaryWriter(
-      str(epath.Path(folder) / "tensorboard"), purge_step=start + 1
-    )
-
-  def write(self, step, kind, metrics):
-    """See `Writers.write`."""
-    for name, value in metrics.items():
-      self._writer.add_scalar(f"{kind}/{name}", value, step)
-
-  def close(self):
-    """Writes what is buffered."""
-    self._writer.close()
-
-
-class Writers:
+class Writers(MetricWriter):
   """Several writers as one."""
 
-  def __init__(self, jsonl, *others):
-    self.newest, self.flush = jsonl.newest, jsonl.flush
-    self._writers = (jsonl, *others)
+  def __init__(self, *writers: MetricWriter):
+    self._writers = writers
 
-  def write(self, step, kind, metrics):
-    """Args: step: updates so far. kind: 'train' or 'validation'. metrics: {name: float}."""
+  def write(self, step: int, kind: str, metrics: Metrics) -> None:
     for writer in self._writers:
       writer.write(step, kind, metrics)
 
-  def close(self):
-    """Closes them all."""
+  def newest(self, step: int, kind: str) -> dict[str, Any] | None:
+    found = (writer.newest(step, kind) for writer in self._writers)
+    return next((metrics for metrics in found if metrics is not None), None)
+
+  def flush(self) -> None:
+    for writer in self._writers:
+      writer.flush()
+
+  def close(self) -> None:
     for writer in self._writers:
       writer.close()
 
 
-class Silent:
-  """What the other processes have in place of `Writers`: the first one writes for all."""
-
-  def newest(self, step, kind):
-    """See `Jsonl.newest`; the first process knows."""
-
-  def write(self, step, kind, metrics):
-    """See `Writers.write`."""
-
-  def flush(self):
-    """See `Jsonl.flush`."""
-
-  def close(self):
-    """Nothing is open."""
-
-
-def make(c_log, folder, total, start):
-  """The writers that the config asks for, in the first process; `Silent` in the others.
+def make(c: ml_collections.ConfigDict, folder: epath.PathLike, start: int) -> Writers:
+  """Opens the writers that a config turns on. Only the first process has any.
 
   Args:
-    c_log: the config's `log` section.
-    folder: the run's.
-    total: steps of the run.
-    start: the step at which it goes on.
+    c: The resolved config.
+    folder: The run folder.
+    start: Step at which this start of the run begins.
+
+  Raises:
+    UserError: A key of `log.options` that no writer reads, or a writer that cannot be opened.
   """
+  options = [name for entry in WRITERS.values() for name in entry.options]
+  for name in c.log.options:
+    if name not in options:
+      raise UserError(
+        f"log.options.{name}: no metric writer reads it; {nearest(name, options)}there are: "
+        f"{', '.join(options) or 'none'}"
+      )
   if not distributed.is_first():
-    return Silent()
-  jsonl = Jsonl(folder, start)
-  extra = [TensorBoard(folder, start)] if c_log.tensorboard else []
-  return Writers(jsonl, *extra, Terminal(total, start))
+    return Writers()
+  run = Run(c, epath.Path(folder), start)
+  return Writers(*(entry.open(run) for entry in WRITERS.values() if entry.wanted(c)))

@@ -19,13 +19,13 @@ from etils import epath
 from jaxgpt import config
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError
-from jaxgpt.storage import buckets
+from jaxgpt.storage import atomic, buckets
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
 _STARTS = "starts.jsonl"
 _TOKENIZER = "tokenizer"
-_BEFORE_CONFIG = {_TOKENIZER, f"{_CONFIG}.part"}  # what a kill may leave of a start
+_BEFORE_CONFIG = {_TOKENIZER, _CONFIG + atomic.PART}  # what a kill may leave of a start
 _PACKAGES = (
   "jaxgpt",
   "jax",
@@ -69,10 +69,10 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
     if not (folder / _CONFIG).exists():
       tokenizer.save(folder / _TOKENIZER)
       text = json.dumps({"config": json.loads(c.to_json()), "origin": origin}, indent=2)
-      write_whole(folder / _CONFIG, text + "\n")
+      atomic.write(folder / _CONFIG, text + "\n")
     starts = folder / _STARTS
     before = starts.read_text() if starts.exists() else ""
-    write_whole(starts, before + json.dumps(_start(c, mesh, data_digest)) + "\n")
+    atomic.write(starts, before + json.dumps(_start(c, mesh, data_digest)) + "\n")
   except OSError as e:
     raise UserError(
       f"--workdir={folder} can't be written ({e.strerror or e}); "
@@ -89,16 +89,6 @@ def holds_something_else(folder):
   """Whether a folder that is no run's holds more than a start that was killed leaves behind."""
   folder = epath.Path(folder)
   return folder.exists() and not {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG
-
-
-def write_whole(path, text):
-  """Writes a file so that a kill leaves the old one or the new one."""
-  if buckets.is_remote(path):  # an object is replaced as a whole
-    path.write_text(text)
-    return
-  part = path.with_name(path.name + ".part")
-  part.write_text(text)
-  part.replace(path)
 
 
 def _check(folder, c, data_digest):

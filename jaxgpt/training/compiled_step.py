@@ -16,7 +16,7 @@ from jax.experimental import serialize_executable
 
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError
-from jaxgpt.storage import buckets
+from jaxgpt.storage import atomic
 from jaxgpt.training import xla_options
 
 _FORMAT = "jaxgpt compiled step 1"
@@ -102,12 +102,7 @@ def save(path, compiled, made_from):
   whole = json.dumps(head).encode() + b"\n" + payload
   path = epath.Path(path)
   try:
-    if buckets.is_remote(path):
-      path.write_bytes(whole)
-    else:
-      part = path.with_name(path.name + ".part")
-      part.write_bytes(whole)
-      part.replace(path)
+    atomic.write(path, whole)
   except OSError as e:
     raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
   return len(whole)

@@ -19,6 +19,7 @@ from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import init_from, stop_signal, throughput
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import run_folder as run_folder_lib
+from jaxgpt.storage import atomic
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, evaluation, train_step
@@ -116,7 +117,7 @@ class _Run:
       metrics_lib.flops_per_token(c.model, c.data.seq_len), peak and peak * mesh.size
     )
     self._eval_step = evaluation.make_step(parts.objective)
-    self._writers = metric_writers_lib.make(c.log, folder, c.train.steps, self._step)
+    self._writers = metric_writers_lib.make(c, folder, self._step)
 
   def _first_state(self):
     latest = distributed.share(self._checkpoints.latest())
@@ -143,9 +144,7 @@ class _Run:
     )
     init_from.check_tokenizer(given, self._tokenizer, self._c)
     if distributed.is_first():
-      run_folder_lib.write_whole(
-        self._folder / init_from.REPORT, json.dumps(given.report, indent=2)
-      )
+      atomic.write(self._folder / init_from.REPORT, json.dumps(given.report, indent=2))
       print("\n".join(init_from.describe(given.report)), flush=True)
     return given.params
 
