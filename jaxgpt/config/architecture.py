@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxgpt.config.model_keys import MODEL
+from jaxgpt.config.keys import MODEL
 from jaxgpt.config.resolution import flatten
 
 

@@ -1,22 +1,15 @@
-"""Every config key, declared once. `schema.py` explains the fields of a declaration."""
-
-import ml_collections
+"""Config keys of training: data, objective, optimizer, schedule, evaluation, checkpoints, logs."""
 
 from jaxgpt.config import checks
-from jaxgpt.config.mesh_keys import MESH, MESH_AXES
-from jaxgpt.config.model_keys import MODEL
 from jaxgpt.config.schema import (
   ABOVE_0,
   AT_LEAST_0,
   AT_LEAST_1,
   BELOW_1,
   FRACTION,
-  Interval,
   Key,
   Section,
 )
-
-__all__ = ["DECLARATIONS", "KEYS", "MESH_AXES", "SECTIONS", "base"]
 
 DATA = Section(
   "Training data: prepared folders or a stream, and how documents become batches.",
@@ -238,101 +231,56 @@ SCHEDULE = Section(
   ),
 )
 
-DECLARATIONS = Section(
-  "Keys outside any section.",
-  dict(
-    seed=Key(
-      0,
-      "Seed of the initial weights, of dropout and of the data order.",
-      interval=Interval(0, 2**31, open_high=True),
-    ),
-    init_from=Key(
-      "",
-      "Run folder or Hugging Face folder with the weights to start from. Empty: random weights.",
-    ),
-    model=MODEL,
-    data=DATA,
-    objective=OBJECTIVE,
-    optim=OPTIM,
-    schedule=SCHEDULE,
-    train=Section(
-      "The length of training.",
-      dict(steps=Key(1000, "Optimizer steps.", interval=AT_LEAST_1)),
-    ),
-    eval=Section(
-      "Evaluation on the validation split.",
-      dict(
-        every=Key(250, "Steps between evaluations. 0: only at the end.", interval=AT_LEAST_0),
-        batches=Key(
-          20,
-          "Batches per evaluation during training. 0: the whole split.",
-          interval=AT_LEAST_0,
-        ),
-        batch_size=Key(
-          None,
-          "Rows per batch.",
-          value_type=int,
-          derive=lambda c: c.data.batch_size,
-          unset="`data.batch_size`",
-          interval=AT_LEAST_1,
-        ),
-      ),
-      free_on_resume=True,
-    ),
-    checkpoint=Section(
-      "Checkpoints in the run folder.",
-      dict(
-        every=Key(
-          500, "Steps between checkpoints. The last step is always saved.", interval=AT_LEAST_1
-        ),
-        keep=Key(2, "Newest checkpoints to keep.", interval=AT_LEAST_1),
-        keep_every=Key(
-          0,
-          "Also keep every checkpoint whose step is a multiple of this. 0: none.",
-          interval=AT_LEAST_0,
-        ),
-      ),
-      free_on_resume=True,
-    ),
-    log=Section(
-      "Metrics during training.",
-      dict(
-        every=Key(
-          10, "Steps between log lines. Metrics are means over these steps.", interval=AT_LEAST_1
-        ),
-        tensorboard=Key(False, "Also write TensorBoard event files. Needs the extra [track]."),
-        options=_options("metric writer"),
-      ),
-      free_on_resume=True,
-    ),
-    mesh=MESH,
-  ),
+TRAIN = Section(
+  "The length of training.",
+  dict(steps=Key(1000, "Optimizer steps.", interval=AT_LEAST_1)),
 )
-KEYS = dict(DECLARATIONS.flat_keys())
-SECTIONS = dict(DECLARATIONS.sections())
 
+EVAL = Section(
+  "Evaluation on the validation split.",
+  dict(
+    every=Key(250, "Steps between evaluations. 0: only at the end.", interval=AT_LEAST_0),
+    batches=Key(
+      20,
+      "Batches per evaluation during training. 0: the whole split.",
+      interval=AT_LEAST_0,
+    ),
+    batch_size=Key(
+      None,
+      "Rows per batch.",
+      value_type=int,
+      derive=lambda c: c.data.batch_size,
+      unset="`data.batch_size`",
+      interval=AT_LEAST_1,
+    ),
+  ),
+  free_on_resume=True,
+)
 
-def base() -> ml_collections.ConfigDict:
-  """The default config, locked, with every key.
+CHECKPOINT = Section(
+  "Checkpoints in the run folder.",
+  dict(
+    every=Key(
+      500, "Steps between checkpoints. The last step is always saved.", interval=AT_LEAST_1
+    ),
+    keep=Key(2, "Newest checkpoints to keep.", interval=AT_LEAST_1),
+    keep_every=Key(
+      0,
+      "Also keep every checkpoint whose step is a multiple of this. 0: none.",
+      interval=AT_LEAST_0,
+    ),
+  ),
+  free_on_resume=True,
+)
 
-  Keys that are derived from others are None until `config.resolve` sets them. The `options`
-  sections are empty and take any key.
-
-  Example:
-    >>> c = config.base()
-    >>> c.optim.lr = 3e-4
-    >>> c.objective.options.gamma = 2.0
-  """
-  return lock(DECLARATIONS.config())
-
-
-def lock(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Locks a config against unknown keys, except in the sections of users' own options."""
-  c.lock()
-  for name, section in SECTIONS.items():
-    if section.user_keys:
-      node = c
-      for part in name.split("."):
-        node = node[part]
-      node.unlock()
-  return c
+LOG = Section(
+  "Metrics during training.",
+  dict(
+    every=Key(
+      10, "Steps between log lines. Metrics are means over these steps.", interval=AT_LEAST_1
+    ),
+    tensorboard=Key(False, "Also write TensorBoard event files. Needs the extra [track]."),
+    options=_options("metric writer"),
+  ),
+  free_on_resume=True,
+)

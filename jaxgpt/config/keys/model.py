@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from jaxgpt.config import remat
-from jaxgpt.config.model_subsection_keys import LATENT, LORA, MOE, ROPE, has_local_layers
+from jaxgpt.config.keys.model_sections import LATENT, LORA, MOE, ROPE, has_local_layers
 from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
 from jaxgpt.errors import UserError
 
