@@ -1,172 +1,108 @@
-"""`jaxgpt plan`: what a config takes on a topology, before it is rented."""
+"""`jaxgpt plan`: memory and time that a config takes on hardware, from compiling its train step."""
 
-import itertools
-import json
-import pathlib
+import dataclasses
 
-from jaxgpt import config
-from jaxgpt.errors import UserError
-from jaxgpt.parallel import mesh as mesh_lib
-from jaxgpt.plan import communication_budget, cost, explain, hlo, lower, report, shardings
-from jaxgpt.plan import search as search_lib
-from jaxgpt.plan import topology as topology_lib
-from jaxgpt.training import compiled_step
+from jaxgpt.commands import Command
+from jaxgpt.config.options import integer, option, overrides, refuse_unused
+
+HERE = "here"  # the topology of this machine
+COMPILE, SEARCH, DRAW = "compile", "search", "draw"
 
 
-def plan(
-  path, overrides, topology, *, price=None, out=None, golden=None, save_text=None, top=0, save=None
-):
-  """Compiles a config's train step for a topology and prints what it takes.
-
-  Args:
-    path, overrides: as `config.load` takes them.
-    topology: a name for `topology.parse`.
-    price: of a chip-hour, or None.
-    out: file for the figures as JSON, or None.
-    golden: file with a communication budget to compare with, or None; written where there is none.
-    save_text: file for the compiled program's text, or None.
-    top: how many of the heaviest instructions to print.
-    save: file for the compiled step, which `mesh.compiled_step` names, or None.
-
-  Returns:
-    An exit code: 0, or 1 where the program does not fit or exceeds its budget.
-
-  Raises:
-    UserError: see `config.load`, `topology.parse` and `lower.compile_step`; or a program for GPUs
-      is to be saved where there are none.
-  """
-  c = lower.resolve(config.load(path, overrides)[0])
-  where = topology_lib.parse(topology)
-  if save and where.chip.gpu:
-    raise UserError(
-      f"--save={save}: XLA tunes the matmuls of a GPU's program by measuring them, so "
-      "one that was compiled without a GPU would be slow; save it on the GPUs with "
-      f"--topology={topology_lib.HERE}"
-    )
-  if top and where.chip.gpu:
-    raise UserError(
-      f"--top={top} reads the cycles in a TPU's program; a GPU's has none: leave it out"
-    )
-  print(f"compiling for {where.num_chips} x {where.chip.name} …", flush=True)
-  try:
-    compiled = lower.compile_step(c, where, anew=bool(save))
-  except lower.OutOfMemory as e:
-    _explain(e, c, where)
-    return 1
-  text = compiled.executable.as_text()
-  if save_text:
-    _write(save_text, text)
-  if save:
-    _save(save, compiled)
-  found = report.figures(compiled, where, price)
-  print("\n".join(report.table(found)), flush=True)
-  if top:
-    lines = cost.heaviest(hlo.parse(text), top)
-    print("\n".join(report.heaviest_lines(lines, where.chip)), flush=True)
-  if out:
-    _write(out, json.dumps(found, indent=2))
-  differs = communication_budget.check(golden, found) if golden else 0
-  memory = found["memory"]
-  if not memory["fits"]:  # compilers of GPUs' programs don't refuse it
-    print(flush=True)
-    _explain(lower.OutOfMemory(memory["total"], memory["limit"]), c, where)
-    return 1
-  return differs
-
-
-def draw(path, overrides, topology):
-  """Prints how a config's arrays are cut over the mesh it asks for; compiles nothing.
-
-  Args:
-    path, overrides, topology: as in `plan`; no compiler is needed.
-
-  Raises:
-    UserError: as `plan`, or `mesh.axis_sizes`.
-  """
-  c = lower.resolve(config.load(path, overrides)[0])
-  sizes = mesh_lib.axis_sizes(c.mesh, topology_lib.parse(topology).num_devices)
-  mesh_lib.check_batch(sizes, c.data.batch_size, c.optim.accumulate)
-  print("\n".join(shardings.describe(c, sizes)))
-  return 0
-
-
-def here(path, overrides, *, save_text=None, save=None):
-  """Compiles a config's train step for the devices of this machine and prints what memory it takes.
-
-  Args:
-    path, overrides, save_text, save: as in `plan`.
-
-  Raises:
-    UserError: as `plan`.
-  """
-  c = lower.resolve(config.load(path, overrides)[0])
-  compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE), anew=bool(save))
-  print("\n".join(report.of_this_machine(compiled)), flush=True)
-  if save_text:
-    _write(save_text, compiled.executable.as_text())
-  if save:
-    _save(save, compiled)
-  return 0
-
-
-def _explain(error, c, where):
-  for line in itertools.chain(explain.out_of_memory(error, c, where), explain.remedies(c, where)):
-    print(line, flush=True)
-
-
-def _save(path, compiled):
-  made_from = compiled_step.identity(
-    compiled.lowered, compiled.mesh, compiled.c.mesh.compiler_options
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+  config: str = option(
+    metavar="FILE.py[:ARG]", help="the experiment; overrides follow as --config.KEY=VALUE"
   )
-  size = compiled_step.save(path, compiled.executable, made_from)
-  print(
-    f"wrote {path}, {size / 1e6:.1f} MB; train with --config.mesh.compiled_step={path}", flush=True
+  topology: str = option(
+    metavar="NAME",
+    selects={HERE: HERE},
+    help="v5e-256, v5p-128 (cores), v6e-64x2 (two slices), v5p:4x4x8, h100x8 (a host of 8 GPUs), "
+    "h100x8x2 (two hosts), …, or here (this machine; memory only)",
+  )
+  save: str | None = option(
+    None,
+    metavar="FILE",
+    modes=(COMPILE, HERE),
+    help="write the compiled step to a file for --config.mesh.compiled_step=FILE",
+  )
+  price: float | None = option(None, modes=(COMPILE,), help="price of a chip-hour, in any currency")
+  json: str | None = option(
+    None, metavar="FILE", modes=(COMPILE, SEARCH), help="write all figures to a file"
+  )
+  golden: str | None = option(
+    None,
+    metavar="FILE",
+    modes=(COMPILE,),
+    help="compare the collectives with the budget in a file, or write it if there is none",
+  )
+  top: int = integer(0, modes=(COMPILE,), help="number of the most expensive instructions to print")
+  shardings: bool = option(
+    False,
+    modes=(DRAW,),
+    selects={True: DRAW},
+    help="draw the sharding of parameters and activations over the mesh; compile nothing",
+  )
+  search: bool = option(
+    False,
+    modes=(SEARCH,),
+    selects={True: SEARCH},
+    help="search for the fastest mesh, batch size per device and remat policy",
+  )
+  finalists: int | None = integer(
+    None, least=1, modes=(SEARCH,), unset="6", help="plans that a search compiles"
+  )
+  keep_batch: bool = option(
+    False, modes=(SEARCH,), help="search with data.batch_size as it is, by gradient accumulation"
+  )
+  hlo: str | None = option(
+    None, metavar="FILE", modes=(COMPILE, HERE), help="write the compiled program as text to a file"
+  )
+  overrides: tuple[str, ...] = overrides()
+
+  @property
+  def mode(self) -> str:
+    """What the command does: COMPILE, SEARCH, DRAW or HERE."""
+    if self.shardings:
+      return DRAW
+    if self.topology == HERE:
+      return HERE
+    return SEARCH if self.search else COMPILE
+
+  def __post_init__(self) -> None:
+    refuse_unused(self, self.mode)
+
+
+def run(args: PlanOptions) -> int:
+  """Prints the plan. Returns 1 if nothing fits or the budget is exceeded, else 0."""
+  from jaxgpt.plan import environment
+
+  if args.topology == HERE:
+    from jaxgpt.commands.actions import backend
+
+    backend.start()
+  else:
+    environment.prepare()
+  from jaxgpt.commands.actions import plan
+
+  where = args.config, args.overrides, args.topology
+  if args.mode == DRAW:
+    return plan.draw(*where)
+  if args.mode == HERE:
+    return plan.here(args.config, args.overrides, save_text=args.hlo, save=args.save)
+  if args.mode == SEARCH:
+    return plan.search(*where, finalists=args.finalists, keep_batch=args.keep_batch, out=args.json)
+  return plan.plan(
+    *where,
+    price=args.price,
+    out=args.json,
+    golden=args.golden,
+    save_text=args.hlo,
+    top=args.top,
+    save=args.save,
   )
 
 
-def search(path, overrides, topology, *, finalists=None, keep_batch=False, out=None):
-  """Looks for the fastest plan that fits, and prints those that were compiled.
-
-  Args:
-    path, overrides, topology, out: as in `plan`.
-    finalists: how many plans to compile; None: 6.
-    keep_batch: whether data.batch_size stays.
-
-  Returns:
-    An exit code: 1 where nothing fits.
-
-  Raises:
-    UserError: as `plan`.
-  """
-  c = lower.resolve(config.load(path, overrides)[0])
-  where = topology_lib.parse(topology)
-  topology_lib.devices(where)  # that there is a compiler is asked once, not for each plan
-  results = search_lib.search(
-    c, where, finalists, keep_batch, say=lambda line: print(line, flush=True)
-  )
-  print("\n".join(search_lib.table(results)), flush=True)
-  if out:
-    _write(
-      out,
-      json.dumps(
-        [
-          {
-            "changes": r.candidate.changes,
-            "estimated_bytes": r.candidate.bytes,
-            "figures": r.figures,
-            "needed_bytes": getattr(r.error, "needed", None),
-            "refused": str(r.error) if isinstance(r.error, UserError) else None,
-          }
-          for r in results
-        ],
-        indent=2,
-      ),
-    )
-  return 0 if results[0].fits else 1
-
-
-def _write(path, text):
-  try:
-    pathlib.Path(path).write_text(text, encoding="utf-8")
-  except OSError as e:
-    raise UserError(f"{path} cannot be written: {e.strerror}") from e
+COMMAND = Command(
+  "plan", "plan a config on TPUs or GPUs that are not there, by compiling it", PlanOptions, run
+)

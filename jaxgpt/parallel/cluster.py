@@ -13,7 +13,6 @@ from jaxgpt.errors import UserError
 
 _ENV = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ESTABLISHED = "01"  # in /proc/net/tcp
-_FLAGS = ("--coordinator", "--num-processes", "--process-id")
 
 
 class Settings(NamedTuple):
@@ -22,6 +21,9 @@ class Settings(NamedTuple):
   coordinator: str | None = None
   num_processes: int | None = None
   process_id: int | None = None
+
+
+_FLAGS = tuple(f"--{name.replace('_', '-')}" for name in Settings._fields)
 
 
 def find(coordinator=None, num_processes=None, process_id=None, env=os.environ, on_tpu=None):

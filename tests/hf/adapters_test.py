@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxgpt.commands import import_export
+from jaxgpt.commands.actions import import_export
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load as load_lib
 from jaxgpt.training import loop

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.commands import import_export
+from jaxgpt.commands.actions import import_export
 from jaxgpt.errors import UserError
 from jaxgpt.hf import parity
 from jaxgpt.hf.weight_source import WEIGHT_SOURCES

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.commands import plan
+from jaxgpt.commands.actions import plan
 from jaxgpt.config import mesh_rules
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh, sharding

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxgpt.commands import plan
+from jaxgpt.commands.actions import plan
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips
 from jaxgpt.plan import gpu_target_config, hlo, roofline, topology

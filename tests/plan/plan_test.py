@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxgpt import config
-from jaxgpt.commands import plan
+from jaxgpt.commands.actions import plan
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh
 from jaxgpt.plan import (

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxgpt import config, tree
-from jaxgpt.commands import plan
+from jaxgpt.commands.actions import plan
 from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
 from jaxgpt.parallel import mesh, sharding

@@ -155,11 +155,11 @@ def test_a_program_for_gpus_is_not_saved_where_there_are_none(saved, tmp_path, c
 @pytest.mark.parametrize(
   "flags, words",
   [
-    (["--topology=here", "--search"], "--search does nothing beside --topology=here"),
-    (["--topology=here", "--json=x"], "--json does nothing beside --topology=here"),
-    (["--topology=v5e-8", "--search", "--golden=x"], "--golden does nothing beside --search"),
-    (["--topology=v5e-8", "--shardings", "--top=3"], "--top does nothing beside --shardings"),
-    (["--topology=v5e-8", "--keep-batch"], "--keep-batch is of a search"),
+    (["--topology=here", "--search"], "--search has no effect with --topology=here"),
+    (["--topology=here", "--json=x"], "--json has no effect with --topology=here"),
+    (["--topology=v5e-8", "--search", "--golden=x"], "--golden has no effect with --search"),
+    (["--topology=v5e-8", "--shardings", "--top=3"], "--top has no effect with --shardings"),
+    (["--topology=v5e-8", "--keep-batch"], "--keep-batch needs --search"),
     (["--topology=h100x8", "--top=3"], "a GPU's has none"),
   ],
 )

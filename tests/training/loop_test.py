@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import config
-from jaxgpt.commands import import_export, inspect_data
+from jaxgpt.commands.actions import import_export, inspect_data
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.run import checkpoints as checkpoints_lib

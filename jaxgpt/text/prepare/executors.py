@@ -13,9 +13,9 @@ import time
 from jaxgpt.errors import UserError, optional
 from jaxgpt.storage import malloc
 from jaxgpt.text.prepare import jobs
+from jaxgpt.text.prepare.options import EXECUTORS
 from jaxgpt.text.tokenizers import base
 
-KINDS = ("process", "local", "slurm", "ray")
 _OURS = ("self", "pipeline", "tasks", "workers", "logging_dir", "skip_completed", "depends")
 _POLL_SECONDS = 5.0
 
@@ -40,8 +40,8 @@ def make(kind, workers=0, options=None, report=None):
     UserError: an unknown kind or option, a missing one, or no datatrove.
   """
   options = dict(options or {})
-  if kind not in KINDS:
-    raise UserError(f"--executor={kind}: choose one of {', '.join(KINDS)}")
+  if kind not in EXECUTORS:
+    raise UserError(f"--executor={kind}: choose one of {', '.join(EXECUTORS)}")
   if workers < 0:
     raise UserError(f"--workers={workers} must be at least 1, or 0 for one a core")
   if kind == "local":

@@ -21,83 +21,13 @@ from jaxgpt.errors import UserError
 from jaxgpt.storage import buckets
 from jaxgpt.text.filters import clean, decontaminate, dedup
 from jaxgpt.text.prepare import assemble, data_card, jobs, shards, tasks
+from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.readers import documents
 from jaxgpt.text.tokenizers import chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 
 # What outputs depend on, besides this package.
 _LIBRARIES = ("sentencepiece", "tokenizers", "tiktoken", "datatrove", "ftfy", "trafilatura")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """What `prepare` can be told of the data, each with its default."""
-
-  kind: str = "text"  # text | classification | seq2seq | chat | preference
-  fields: tuple = ()  # (name, column): a column that isn't called like the name (`read.KINDS`)
-  format: str | None = None  # of all files (`formats.FORMATS`); None: by the suffix of each
-  exclude: tuple = ()  # shell patterns of files and folders to leave out
-  max_record_bytes: int = (
-    documents.MAX_BYTES
-  )  # longer records are dropped, longer text files are cut
-  max_errors: int | None = None  # broken records after which to give up; None: any number is fine
-  examples: int = documents.EXAMPLES  # dropped documents that are named, of each rule
-  clean: tuple = ()  # steps in order, as `clean.make` takes them
-  dedup: tuple = ()  # exact, near, as `dedup.make` takes them
-  # files of benchmarks, and 'held-out' for the validation and test splits: training documents that
-  # share runs of words with them are removed
-  decontaminate: tuple = ()
-  decontaminate_options: str = ""  # as `decontaminate.make` takes them
-  decontaminate_field: str = "text"  # column of the text in these files
-  # bytes | sentencepiece:SIZE | sentencepiece:SIZE:MODEL_TYPE (bpe, unigram, char), or what
-  # `tokenizer.load` takes: another prepared folder, Hugging Face's, tiktoken's, a .model file
-  tokenizer: str = "sentencepiece:4096"
-  template: str = ""  # kinds chat and preference: as `chat.load` takes it
-  sample_bytes: int = 4_000_000  # bytes of training documents that the tokenizer learns from
-  symbols: tuple = ()  # texts that are one token each wherever they occur
-  validation: float = 0.05  # share of the documents that go to the validation split
-  test: float = 0.05  # share of the documents that go to the test split
-  salt: str = ""  # another salt draws other documents for the splits
-  # longer documents are cut after a line, so that one long text can fill all splits; 0: never;
-  # None: only where there are few documents. Kind text only.
-  cut_chars: int | None = None
-  shard_tokens: int = 1 << 27  # tokens after which a new shard is begun
-  task_bytes: int = 16_000_000  # inputs are divided into tasks of about so many bytes
-
-  def __post_init__(self):
-    for key in ("validation", "test"):
-      if not 0 <= getattr(self, key) < 1:
-        raise UserError(f"{key}={getattr(self, key)} must be a share in [0, 1)")
-    if self.validation + self.test >= 1:
-      raise UserError(
-        f"validation={self.validation} and test={self.test} leave nothing to train "
-        "on; their sum must be below 1"
-      )
-    for key, least in (
-      ("sample_bytes", 1),
-      ("shard_tokens", 1),
-      ("task_bytes", 1),
-      ("cut_chars", 0),
-      ("max_errors", 0),
-      ("examples", 0),
-    ):
-      if getattr(self, key) is not None and getattr(self, key) < least:
-        raise UserError(f"{key}={getattr(self, key)} must be at least {least}")
-    if self.cut_chars and self.kind != "text":
-      raise UserError(
-        f"cut_chars={self.cut_chars} is for kind=text: an example of "
-        f"kind={self.kind} can't be cut; leave it out"
-      )
-    if self.template and self.kind not in ("chat", "preference"):
-      raise UserError(
-        f"template={self.template!r} is for kind=chat and preference, this is "
-        f"kind={self.kind}; leave it out"
-      )
-    if self.decontaminate_options and not self.decontaminate:
-      raise UserError(
-        f"decontaminate_options={self.decontaminate_options!r} says how, "
-        "decontaminate=PATH or held-out from what; give both"
-      )
 
 
 def prepare(paths, out, *, overwrite=False, report=None, executor=None, **options):

@@ -8,18 +8,7 @@ from typing import NamedTuple
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
 from jaxgpt.text.readers import formats, records
-
-EXAMPLES = 5  # dropped documents that a `Dropped` remembers by name, per rule
-MAX_BYTES = 64 << 20  # longest record
-
-# kind -> its columns by name; those in brackets may be missing. `id` may be there in any kind.
-KINDS = {
-  "text": ("text",),
-  "classification": ("text", "[text_pair]", "label"),
-  "seq2seq": ("input", "target"),
-  "chat": ("messages",),
-  "preference": ("[prompt]", "chosen", "rejected"),  # no prompt: an empty one
-}
+from jaxgpt.text.readers.kinds import EXAMPLES, KINDS, MAX_BYTES
 
 # The rules of what is broken; other rules are choices.
 ERRORS = (

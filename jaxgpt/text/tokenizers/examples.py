@@ -6,8 +6,6 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 
-KINDS = ("text", "classification", "seq2seq", "chat", "preference")
-
 
 class Encoded(NamedTuple):
   """One stored document.
@@ -48,7 +46,7 @@ def encode_batch(documents, kind, tokenizer, template=None, label_names=()):
 
   Args:
     documents: of `read.documents`, with the `fields` of their kind.
-    kind: one of `KINDS`.
+    kind: A key of `readers.kinds.KINDS`.
     tokenizer: from `tokenizer.load`.
     template: chat, preference: a function (messages) -> [Piece], such as of `chat.load`.
     label_names: classification: names of the classes, in their order; (): labels are numbers.

@@ -7,8 +7,9 @@ import threading
 import pytest
 
 from jaxgpt import config
-from jaxgpt.commands import doctor, main
-from jaxgpt.commands.environment_checks import OK, PROBLEM, WARNING
+from jaxgpt.commands import main
+from jaxgpt.commands.checks import examine
+from jaxgpt.commands.checks.environment import OK, PROBLEM, WARNING
 from jaxgpt.training import loop
 
 
@@ -18,7 +19,7 @@ def said(findings, status, topic):
 
 def test_a_sound_run_has_no_problem(tiny, tmp_path):
   c = tiny()
-  findings = list(doctor.examine(lambda: c, tmp_path / "run"))
+  findings = list(examine.examine(lambda: c, tmp_path / "run"))
   assert {f.status for f in findings} == {OK}, findings
   assert [f.topic for f in findings] == [
     "versions",
@@ -56,18 +57,18 @@ def test_a_sound_run_has_no_problem(tiny, tmp_path):
 )
 def test_a_config_that_does_not_fit_is_a_problem(tiny, change, topic, words):
   c = tiny(**change)
-  findings = list(doctor.examine(lambda: c, step=False))
+  findings = list(examine.examine(lambda: c, step=False))
   assert words in said(findings, PROBLEM, topic), findings
 
 
 def test_a_stream_is_read_up_to_its_first_batch(tiny, tmp_path):
   (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n{broken\n')
   c = tiny(data__stream=str(tmp_path))
-  findings = list(doctor.examine(lambda: c, step=False))
+  findings = list(examine.examine(lambda: c, step=False))
   assert {f.status for f in findings} == {OK}, findings
   assert "1 files; the first batch took" in said(findings, OK, "data")
   (tmp_path / "a.jsonl").write_text("{}")
-  assert "no document with text" in said(doctor.examine(lambda: c, step=False), PROBLEM, "data")
+  assert "no document with text" in said(examine.examine(lambda: c, step=False), PROBLEM, "data")
 
 
 def test_damaged_data_is_a_problem(tiny, corpus, tmp_path):
@@ -77,23 +78,25 @@ def test_damaged_data_is_a_problem(tiny, corpus, tmp_path):
   c = tiny(data__path=str(folder))
   shard.write_bytes(good[:-10])
   assert f"{len(good) - 10} bytes instead of" in said(
-    doctor.examine(lambda: c, step=False), PROBLEM, "data"
+    examine.examine(lambda: c, step=False), PROBLEM, "data"
   )
   shard.write_bytes(bytes(len(good)))
   assert "the first batch of train can't be read" in said(
-    doctor.examine(lambda: c, step=False), PROBLEM, "data"
+    examine.examine(lambda: c, step=False), PROBLEM, "data"
   )
   (folder / "manifest.json").write_text("{}")
-  assert "manifest.json is damaged" in said(doctor.examine(lambda: c, step=False), PROBLEM, "data")
+  assert "manifest.json is damaged" in said(examine.examine(lambda: c, step=False), PROBLEM, "data")
 
 
 def test_a_step_that_does_not_fit_into_memory_is_a_problem(tiny, monkeypatch):
   def full(*_):
-    raise doctor.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    raise examine.jax.errors.JaxRuntimeError(
+      "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+    )
 
-  monkeypatch.setattr(doctor.train_step, "first_state", full)
+  monkeypatch.setattr(examine.train_step, "first_state", full)
   c = tiny()
-  text = said(doctor.examine(lambda: c), PROBLEM, "step")
+  text = said(examine.examine(lambda: c), PROBLEM, "step")
   assert "RESOURCE_EXHAUSTED" in text and "a smaller data.batch_size" in text
 
 
@@ -101,55 +104,55 @@ def test_a_step_that_cannot_be_made_is_a_problem(tiny, monkeypatch):
   def broken(*_):
     raise NotImplementedError("no rule for this")
 
-  monkeypatch.setattr(doctor.train_step, "make", broken)
+  monkeypatch.setattr(examine.train_step, "make", broken)
   c = tiny()
-  findings = list(doctor.examine(lambda: c))
+  findings = list(examine.examine(lambda: c))
   assert "NotImplementedError: no rule for this" in said(findings, PROBLEM, "step")
 
 
 def test_a_compiled_step_that_is_not_there_is_a_problem(tiny, tmp_path):
   c = tiny(mesh__compiled_step=str(tmp_path / "none"))
-  assert "cannot be read" in said(doctor.examine(lambda: c), PROBLEM, "step")
+  assert "cannot be read" in said(examine.examine(lambda: c), PROBLEM, "step")
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
   (tmp_path / "file").write_text("")
   for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-    assert "can't be written" in said(doctor.run_folder(folder, {}), PROBLEM, "workdir")
+    assert "can't be written" in said(examine.run_folder(folder, {}), PROBLEM, "workdir")
 
 
 def test_a_bucket_that_does_not_answer_is_a_problem(monkeypatch):
-  monkeypatch.setattr(doctor, "probe", lambda folder: threading.Event().wait())
-  monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.1)
+  monkeypatch.setattr(examine, "probe", lambda folder: threading.Event().wait())
+  monkeypatch.setattr(examine, "_PROBE_SECONDS", 0.1)
   assert "no answer within 0.1 s" in said(
-    doctor.run_folder("gs://bucket/run", {}), PROBLEM, "workdir"
+    examine.run_folder("gs://bucket/run", {}), PROBLEM, "workdir"
   )
 
 
 def test_a_folder_that_holds_something_else_is_a_problem(tmp_path):
   (tmp_path / "photo.jpg").write_text("")
-  assert "holds no run" in said(doctor.run_folder(tmp_path, {}), PROBLEM, "workdir")
+  assert "holds no run" in said(examine.run_folder(tmp_path, {}), PROBLEM, "workdir")
 
 
 def test_a_folder_of_another_run_is_a_problem(tiny, tmp_path):
   c = tiny(train__steps=2)
   loop.train(c, tmp_path / "run", config.flatten(c))
   assert "holds this run" in said(
-    doctor.examine(lambda: c, tmp_path / "run", step=False), OK, "workdir"
+    examine.examine(lambda: c, tmp_path / "run", step=False), OK, "workdir"
   )
   other = tiny(train__steps=2, optim__lr=0.5)
   assert "optim.lr was 0.01, is 0.5" in said(
-    doctor.examine(lambda: other, tmp_path / "run", step=False), PROBLEM, "workdir"
+    examine.examine(lambda: other, tmp_path / "run", step=False), PROBLEM, "workdir"
   )
 
 
 @pytest.mark.parametrize("share, status", [(1.9, PROBLEM), (2.5, WARNING), (3.1, OK)])
 def test_room_for_checkpoints(tiny, share, status):
   """Two are kept, and a third is whole before the first goes."""
-  _, c = doctor.batches_lib.load_tokenizer_and_config(tiny())
-  found = {"c": c, "parts": doctor.build_lib.build(c, doctor.mesh_lib.make(c.mesh))}
-  one = doctor.state_bytes(found["parts"].state)
-  (finding,) = doctor.room(share * one, found)
+  _, c = examine.batches_lib.load_tokenizer_and_config(tiny())
+  found = {"c": c, "parts": examine.build_lib.build(c, examine.mesh_lib.make(c.mesh))}
+  one = examine.state_bytes(found["parts"].state)
+  (finding,) = examine.room(share * one, found)
   assert finding.status == status and "checkpoint.keep=2" in finding.text
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from jaxgpt.commands import environment_checks
-from jaxgpt.commands.environment_checks import OK, PROBLEM, WARNING
+from jaxgpt.commands.checks import environment as environment_checks
+from jaxgpt.commands.checks.environment import OK, PROBLEM, WARNING
 
 
 @pytest.fixture

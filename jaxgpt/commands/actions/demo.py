@@ -1,0 +1,125 @@
+"""`jaxgpt demo`: the main job from text to samples on text that every Python brings along.
+
+It calls the same functions as `jaxgpt data`, `train`, `evaluate` and `generate`, and says which
+command each stage is.
+"""
+
+import gzip
+import lzma
+import pathlib
+import sysconfig
+import time
+
+from etils import epath
+from rich import console, table
+
+from jaxgpt import config
+from jaxgpt.data import source
+from jaxgpt.errors import UserError
+from jaxgpt.inference import load
+from jaxgpt.text.prepare import prepare, shards
+from jaxgpt.training import loop
+
+_CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "demo.py"
+_PROMPTS = ("def read_config(path):\n", "class TestCase", "import ")
+_TOKENIZER = "sentencepiece:4096"
+# What is no program text, and third-party packages that were installed into the same folder.
+_EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+
+
+def main(folder, out=None):
+  """Prepares the text, trains, evaluates, samples and prints a summary.
+
+  A second call with the same folder goes on where the first one stopped.
+
+  Args:
+    folder: where the data and the run are written.
+    out: a rich Console; default: the terminal.
+
+  Returns:
+    The exit code.
+  """
+  out = out or console.Console(highlight=False, soft_wrap=True)
+  folder, start = epath.Path(folder), time.monotonic()
+  data, run_folder = folder / "data", folder / "run"
+  stdlib = sysconfig.get_paths()["stdlib"]
+  _stage(
+    out,
+    "text to tokens",
+    f"jaxgpt data {stdlib} --out={data} --tokenizer={_TOKENIZER} "
+    + " ".join(f"--exclude={name}" for name in _EXCLUDE),
+  )
+  _prepare(stdlib, data, out)
+
+  overrides = [f"--config.data.path={data}"]
+  _stage(
+    out, "training", f"jaxgpt train --config=configs/demo.py {overrides[0]} --workdir={run_folder}"
+  )
+  c, origin = config.load(_CONFIG, overrides)
+  _, _, stopped = loop.train(c, run_folder, origin)
+  if stopped:
+    out.print(f"stopped by {stopped.name}; the same command goes on")
+    return 128 + stopped
+
+  _stage(out, "evaluation", f"jaxgpt evaluate --workdir={run_folder} --split=test")
+  run = load.load(run_folder)
+  result = load.evaluate_run(run, "test")
+  _stage(out, "samples", f"jaxgpt generate --workdir={run_folder} --prompt={_PROMPTS[0]!r}")
+  sampler = load.Sampler(run)
+  for prompt in _PROMPTS:
+    (text,) = sampler(prompt, max_new=80, sampling=load.Sampling(temperature=0.7, top_p=0.95))
+    out.print(f"[bold]{prompt}[/]", end="")
+    out.print(text, markup=False)
+    out.print("[dim]…[/]")
+  _summary(out, folder, result, held_out_text(run), time.monotonic() - start)
+  return 0
+
+
+def _stage(out, title, command):
+  out.rule(f"[bold]{title}")
+  out.print(f"$ {command}", style="dim", markup=False)
+
+
+def _prepare(stdlib, data, out):
+  if (data / shards.MANIFEST).exists():
+    out.print(f"{data} is there already")
+    return
+  try:
+    prepare.prepare(
+      [stdlib],
+      data,
+      tokenizer=_TOKENIZER,
+      exclude=_EXCLUDE,
+      report=lambda line: out.print(line, markup=False),
+    )
+  except UserError as e:
+    raise UserError(
+      f"{e} (the demo reads the .py files of Python's standard library in {stdlib}; "
+      "where a distribution leaves them out, install its full Python package)"
+    ) from e
+
+
+def held_out_text(run):
+  """The text of the test split as bytes, end to end: what `evaluate` was given, decoded."""
+  split = source.open_split(run.c.data.path, "test")
+  ids = (split.read(i, 0, int(n) + 1) for i, n in enumerate(split.lengths))
+  return "".join(run.tokenizer.decode(x) for x in ids).encode()
+
+
+def _summary(out, folder, result, text, seconds):
+  out.rule("[bold]summary")
+  rows = [
+    ("jaxgpt, this model", result["bits_per_byte"]),
+    ("gzip -9", 8 * len(gzip.compress(text, 9)) / len(text)),
+    ("xz -9", 8 * len(lzma.compress(text, preset=9)) / len(text)),
+  ]
+  grid = table.Table("", "bits per byte", title=f"{len(text):,} held-out bytes")
+  for name, value in sorted(rows, key=lambda row: row[1]):
+    grid.add_row(name, f"{value:.3f}")
+  out.print(grid)
+  out.print(
+    f"data: {folder}/data   run, checkpoints, metrics: {folder}/run\n"
+    f"{seconds / 60:.1f} minutes in all. Next: docs/quickstart.md, or\n"
+    f"  jaxgpt generate --workdir={folder}/run --prompt='def main():' --samples=3",
+    markup=False,
+  )

@@ -1,0 +1,35 @@
+"""`jaxgpt evaluate`: loss and bits per byte of a run on held-out text."""
+
+import dataclasses
+
+from jaxgpt.commands import Command
+from jaxgpt.config.options import integer, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+  workdir: str = option(help="run folder")
+  step: int | None = integer(None, unset="the newest", help="step of the checkpoint")
+  split: str = option(
+    "validation", choices=("train", "validation", "test"), help="split to evaluate on"
+  )
+  data: str | None = option(None, metavar="DIR", help="the run's data folder, if it was moved")
+  batches: int = integer(0, help="batches to evaluate; 0: the whole split")
+  batch_size: int | None = integer(None, least=1, unset="the run's", help="rows per batch")
+
+
+def run(args: EvaluateOptions) -> None:
+  """Evaluates and prints one line."""
+  from jaxgpt.commands.actions import backend
+  from jaxgpt.inference import load
+  from jaxgpt.training import evaluation
+
+  backend.start()
+  found = load.load(args.workdir, args.step)
+  result = load.evaluate_run(found, args.split, args.batches, args.batch_size, args.data)
+  print(f"{args.split} at step {found.step}: {evaluation.describe(result)}")
+
+
+COMMAND = Command(
+  "evaluate", "compute loss and bits per byte of a run on held-out text", EvaluateOptions, run
+)

@@ -1,0 +1,76 @@
+"""`jaxgpt train`: trains a model, or resumes an interrupted run."""
+
+import dataclasses
+
+from jaxgpt.commands import Command
+from jaxgpt.config.options import Group, integer, option, overrides
+
+PROCESSES = Group(
+  "several processes",
+  "SLURM, Open MPI and Cloud TPU (also on GKE) need none of these. Elsewhere, start the same "
+  "command once per process. All processes must see the run folder and the data.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+  config: str = option(
+    metavar="FILE.py[:ARG]", help="the experiment; overrides follow as --config.KEY=VALUE"
+  )
+  workdir: str = option(help="run folder for checkpoints, metrics and the config")
+  coordinator: str | None = option(
+    None,
+    metavar="HOST:PORT",
+    group=PROCESSES,
+    unset="JAX_COORDINATOR_ADDRESS",
+    help="address of process 0",
+  )
+  num_processes: str | None = option(
+    None, metavar="N", group=PROCESSES, unset="JAX_NUM_PROCESSES", help="number of processes"
+  )
+  process_id: str | None = option(
+    None,
+    metavar="I",
+    group=PROCESSES,
+    unset="JAX_PROCESS_ID",
+    help="number of this process, from 0",
+  )
+  join_timeout: int = integer(
+    300, least=1, metavar="SECONDS", group=PROCESSES, help="time to wait for the other processes"
+  )
+  overrides: tuple[str, ...] = overrides()
+
+
+def run(args: TrainOptions) -> int:
+  """Trains, and prints the step at which the run ended."""
+  from jaxgpt import config
+  from jaxgpt.parallel import cluster
+
+  settings = cluster.find(args.coordinator, args.num_processes, args.process_id)
+  loaded = None
+  if settings is None:  # report a bad config before the heavy imports
+    loaded = config.load(args.config, args.overrides)
+    config.resolve(loaded[0])
+  from jaxgpt.commands.actions import backend
+  from jaxgpt.hf.weight_source import WEIGHT_SOURCES
+  from jaxgpt.parallel import distributed
+  from jaxgpt.training import evaluation, loop
+
+  backend.start(several=settings is not None)
+  with distributed.joined(settings, args.join_timeout):
+    c, origin = loaded or config.load(args.config, args.overrides)
+    step, result, stopped = loop.train(c, args.workdir, origin, WEIGHT_SOURCES)
+    is_first = distributed.is_first()
+  if stopped:
+    if is_first:
+      print(
+        f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
+        "the same command goes on"
+      )
+    return 128 + stopped
+  if is_first:
+    print(f"done: {args.workdir} holds {step} steps; validation {evaluation.describe(result)}")
+  return 0
+
+
+COMMAND = Command("train", "train a model, or resume an interrupted run", TrainOptions, run)

@@ -1,0 +1,169 @@
+"""The options of a preparation: arguments of `prepare.prepare` and of `jaxgpt data`."""
+
+import dataclasses
+
+from jaxgpt.config import options
+from jaxgpt.config.options import Group, key_value, option
+from jaxgpt.errors import UserError
+from jaxgpt.text.readers import kinds
+
+READING = Group("reading")
+CLEANING = Group("cleaning")
+TOKENS = Group("splits and tokens")
+EXECUTION = Group("execution")
+
+EXECUTORS = ("process", "local", "slurm", "ray")  # see `executors.make`
+
+_TEMPLATED = ("chat", "preference")  # kinds that a chat template turns into text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """The choices that decide the content of a prepared folder. Each has a default."""
+
+  kind: str = option(
+    "text",
+    choices=tuple(kinds.KINDS),
+    metavar="KIND",
+    group=READING,
+    help=f"kind of the documents: {' | '.join(kinds.KINDS)}",
+  )
+  fields: tuple[tuple[str, str], ...] = option(
+    (),
+    flag="field",
+    metavar="NAME=COLUMN",
+    parse=key_value(),
+    group=READING,
+    help="column of text, id, text_pair, label, input, target, messages, prompt, chosen or "
+    "rejected, if it has another name",
+  )
+  format: str | None = option(
+    None,
+    group=READING,
+    unset="by the suffix of each file",
+    help="format of all files: text, jsonl, csv, parquet, …",
+  )
+  exclude: tuple[str, ...] = option(
+    (), metavar="PATTERN", group=READING, help="shell pattern of files and folders to leave out"
+  )
+  max_record_bytes: int = option(
+    kinds.MAX_BYTES,
+    least=1,
+    group=READING,
+    help="longest record; longer records are dropped, longer text files are cut",
+  )
+  max_errors: int | None = option(
+    None, least=0, group=READING, unset="no limit", help="give up after this many broken records"
+  )
+  examples: int = option(
+    kinds.EXAMPLES,
+    least=0,
+    metavar="N",
+    group=READING,
+    help="dropped documents to name for each rule",
+  )
+  clean: tuple[str, ...] = option(
+    (),
+    metavar="STEP[:KEY=VALUE,…]",
+    group=CLEANING,
+    help="cleaning step, such as ftfy, html, length:min_chars=200 or gopher_quality; steps run in "
+    "the given order",
+  )
+  dedup: tuple[str, ...] = option(
+    (),
+    metavar="exact|near[:KEY=VALUE,…]",
+    group=CLEANING,
+    help="remove duplicates: exact ones, or near ones such as near:threshold=0.65",
+  )
+  decontaminate: tuple[str, ...] = option(
+    (),
+    metavar="PATH|held-out",
+    group=CLEANING,
+    help="remove training documents that share runs of words with these files, or with the "
+    "validation and test splits (held-out)",
+  )
+  decontaminate_options: str = option(
+    "",
+    metavar="KEY=VALUE,…",
+    group=CLEANING,
+    help="settings of --decontaminate, such as words=13,runs=1,share=0,common=10,remove=true",
+  )
+  decontaminate_field: str = option(
+    "text",
+    metavar="COLUMN",
+    group=CLEANING,
+    help="column that holds the text in the files of --decontaminate",
+  )
+  validation: float = option(
+    0.05, least=0, below=1, group=TOKENS, help="share of documents in the validation split"
+  )
+  test: float = option(
+    0.05, least=0, below=1, group=TOKENS, help="share of documents in the test split"
+  )
+  salt: str = option(
+    "", group=TOKENS, help="any text; another salt moves other documents into the held-out splits"
+  )
+  cut_chars: int | None = option(
+    None,
+    least=0,
+    metavar="N",
+    group=TOKENS,
+    unset="cut only if there are too few documents to hold some out",
+    help="cut documents into pieces of about N characters, at line ends; 0: never; kind text only",
+  )
+  tokenizer: str = option(
+    "sentencepiece:4096",
+    metavar="SPEC",
+    group=TOKENS,
+    help="bytes | sentencepiece:SIZE[:bpe|unigram|char] (trained on the data) | a .model, "
+    ".tiktoken or tokenizer.json file | a folder with one of these | a prepared folder",
+  )
+  template: str = option(
+    "",
+    group=TOKENS,
+    unset="the first that fits the tokenizer",
+    help="chat template for kinds chat and preference: simple, chatml, llama3, gemma, …, or "
+    "tokenizer for the template that came with the tokenizer",
+  )
+  sample_bytes: int = option(
+    4_000_000, least=1, group=TOKENS, help="bytes of training text to train a tokenizer on"
+  )
+  symbols: tuple[str, ...] = option(
+    (),
+    flag="symbol",
+    metavar="TEXT",
+    group=TOKENS,
+    help="text that a trained tokenizer keeps as one token",
+  )
+  shard_tokens: int = option(
+    1 << 27, least=1, group=TOKENS, help="tokens after which a task starts another shard"
+  )
+  task_bytes: int = option(
+    16_000_000,
+    least=1,
+    group=EXECUTION,
+    help="approximate bytes of input per task; at most 512 tasks",
+  )
+
+  def __post_init__(self) -> None:
+    options.check(self)
+    if self.validation + self.test >= 1:
+      raise UserError(
+        f"validation={self.validation} and test={self.test} leave nothing to train on; their sum "
+        "must be below 1"
+      )
+    if self.cut_chars and self.kind != "text":
+      raise UserError(
+        f"cut_chars={self.cut_chars} is for kind=text: an example of kind={self.kind} cannot be "
+        "cut; leave it out"
+      )
+    if self.template and self.kind not in _TEMPLATED:
+      raise UserError(
+        f"template={self.template!r} is for kind=chat and preference, not for kind={self.kind}; "
+        "leave it out"
+      )
+    if self.decontaminate_options and not self.decontaminate:
+      raise UserError(
+        f"decontaminate_options={self.decontaminate_options!r} needs decontaminate=PATH or "
+        "decontaminate=held-out: add it"
+      )

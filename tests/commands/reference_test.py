@@ -1,0 +1,76 @@
+"""docs/cli.md, and the one place of each option."""
+
+import ast
+import pathlib
+
+import pytest
+
+from jaxgpt import commands
+from jaxgpt.commands import main, reference
+from jaxgpt.config import options
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMANDS = commands.discover()
+TREES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "jaxgpt").rglob("*.py"))}
+
+
+def test_the_page_is_up_to_date():
+  assert (ROOT / "docs" / "cli.md").read_text() == reference.cli_page(), "run `make docs`"
+
+
+def test_each_file_of_the_folder_is_a_command():
+  files = {path.stem for path in (ROOT / "jaxgpt" / "commands").glob("*.py")}
+  assert len(COMMANDS) == len(files - {"__init__", "main", "reference"})
+  assert list(COMMANDS) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_every_option_with_its_default(name, capsys):
+  with pytest.raises(SystemExit) as e:
+    main.main([*name.split(), "--help"])
+  text = " ".join(capsys.readouterr().out.split())
+  assert e.value.code == 0
+  for o in options.declared(COMMANDS[name].options):
+    assert o.label in text
+    assert o.help[0].islower() or o.help.split()[0].isupper() or o.help[0] == ".", o.help
+    if default := main.default_text(o):
+      assert default in text
+
+
+def lists(tree):
+  """The strings of each list, tuple, set, dict and call of a file, with those nested in it."""
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
+      yield node, [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+
+
+def copied(node):
+  """Keywords of a call that repeat an attribute of `args`: f(kind=args.kind)."""
+  return [
+    k.arg
+    for k in node.keywords
+    if isinstance(k.value, ast.Attribute)
+    and isinstance(k.value.value, ast.Name)
+    and k.value.value.id == "args"
+    and k.value.attr == k.arg
+  ]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_option_is_declared_once(name):
+  """No list in the package names several options of a command a second time."""
+  declared = options.declared(COMMANDS[name].options)
+  flags = {o.label for o in declared}
+  words = {o.name for o in declared} | {o.name.replace("_", "-") for o in declared}
+  for path, tree in TREES.items():
+    for node, strings in lists(tree):
+      assert not flags & set(strings) - {"PATH"}, f"{path}:{node.lineno} lists flags of {name}"
+      if path.parent.name in ("commands", "prepare"):
+        again = words & {s for s in strings if isinstance(s, str)}
+        assert len(again) < max(3, len(declared) / 4), (
+          f"{path}:{node.lineno} lists options of {name}: {sorted(again)}"
+        )
+    if path.parent.name == "commands":
+      for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+          assert len(copied(node)) < 8, f"{path}:{node.lineno} copies options one by one"
