@@ -20,7 +20,8 @@ from jaxgpt.inference import load
 from jaxgpt.text.prepare import prepare, shards
 from jaxgpt.training import loop
 
-_CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "demo.py"
+_PACKAGE = pathlib.Path(__file__).parents[2]
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of a wheel, of a checkout
 _PROMPTS = ("def read_config(path):\n", "class TestCase", "import ")
 _TOKENIZER = "sentencepiece:4096"
 # What is no program text, and third-party packages that were installed into the same folder.
@@ -51,11 +52,9 @@ def main(folder, out=None):
   )
   _prepare(stdlib, data, out)
 
-  overrides = [f"--config.data.path={data}"]
-  _stage(
-    out, "training", f"jaxgpt train --config=configs/demo.py {overrides[0]} --workdir={run_folder}"
-  )
-  c, origin = config.load(_CONFIG, overrides)
+  overrides, path = [f"--config.data.path={data}"], config_path()
+  _stage(out, "training", f"jaxgpt train --config={path} {overrides[0]} --workdir={run_folder}")
+  c, origin = config.load(path, overrides)
   _, _, stopped = loop.train(c, run_folder, origin)
   if stopped:
     out.print(f"stopped by {stopped.name}; the same command goes on")
@@ -73,6 +72,13 @@ def main(folder, out=None):
     out.print("[dim]…[/]")
   _summary(out, folder, result, held_out_text(run), time.monotonic() - start)
   return 0
+
+
+def config_path():
+  """The demo's config file: 'configs/demo.py' in a checkout, else an absolute path."""
+  found = next(folder / "demo.py" for folder in _FOLDERS if (folder / "demo.py").is_file())
+  nearby = pathlib.Path("configs/demo.py")
+  return nearby if nearby.is_file() and nearby.samefile(found) else found
 
 
 def _stage(out, title, command):
