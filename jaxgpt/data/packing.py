@@ -7,11 +7,10 @@ inputs are stored[start : start + length] and whose targets are stored[start + 1
 """
 
 import dataclasses
-import itertools
 
 import numpy as np
 
-_WINDOW = 1 << 16
+from jaxgpt.text.prepare import best_fit as best_fit_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class PackIndex:
     return self.doc[s], self.start[s], self.length[s]
 
 
-def best_fit(lengths, seq_len, window=_WINDOW):
+def best_fit(lengths, seq_len, window=best_fit_lib.WINDOW):
   """Keeps documents together: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
 
   A document longer than a row is cut every `seq_len` predictions from its start: the whole pieces
@@ -67,14 +66,8 @@ def best_fit(lengths, seq_len, window=_WINDOW):
   Returns:
     A PackIndex.
   """
-  doc, start, length = _pieces(lengths, seq_len)
-  row = np.empty(len(doc), np.int64)
-  num_rows = 0
-  for low in range(0, len(doc), window):
-    part = slice(low, low + window)
-    local, count = _best_fit_decreasing(length[part], seq_len)
-    row[part] = local + num_rows
-    num_rows += count
+  doc, start, length = best_fit_lib.cut(lengths, seq_len)
+  row, num_rows = best_fit_lib.pack(length, seq_len, window)
   # Rename the rows by their first pieces; pieces are already in the documents' order.
   first = np.full(num_rows, len(doc), np.int64)
   np.minimum.at(first, row, np.arange(len(doc)))
@@ -83,48 +76,6 @@ def best_fit(lengths, seq_len, window=_WINDOW):
   row = rank[row]
   order = np.argsort(row, kind="stable")
   return _index(seq_len, row[order], doc[order], start[order], length[order])
-
-
-def _best_fit_decreasing(sizes, capacity):
-  """Rows for items of 1..capacity: (row of each item, number of rows).
-
-  Items of one size are placed together: best fit fills the fullest row that holds such an item for
-  as long as it does, so a group of equally full rows takes its items in one step. That makes the
-  work grow with the number of different sizes and not with the items.
-  """
-  order = np.argsort(-sizes, kind="stable")
-  ordered = sizes[order]
-  row_of = np.empty(len(sizes), np.int64)
-  rows_with = [[] for _ in range(capacity + 1)]  # by room left
-  has_rows = 0  # bit r is set where rows_with[r] has rows
-  num_rows = 0
-  cuts = [0, *(np.nonzero(np.diff(ordered))[0] + 1).tolist(), len(ordered)]
-  for low, high in itertools.pairwise(cuts):
-    size = int(ordered[low])
-    while low < high:
-      fitting = has_rows >> size
-      if fitting:
-        room = size + (fitting & -fitting).bit_length() - 1
-        rows = rows_with[room]
-      else:
-        room = capacity
-        new = -(-(high - low) // (room // size))
-        rows = rows_with[room]
-        rows.extend(range(num_rows, num_rows + new))
-        num_rows += new
-      per_row = room // size
-      use = min(len(rows), -(-(high - low) // per_row))
-      taken, rows_with[room] = rows[:use], rows[use:]
-      placed = min(high - low, use * per_row)
-      row_of[order[low : low + placed]] = np.repeat(taken, per_row)[:placed]
-      low += placed
-      last = placed - (use - 1) * per_row  # items in the last row taken
-      rows_with[room - per_row * size].extend(taken[:-1])
-      rows_with[room - last * size].append(taken[-1])
-      for changed in (room, room - per_row * size, room - last * size):
-        has_rows = has_rows | 1 << changed if rows_with[changed] else has_rows & ~(1 << changed)
-      has_rows &= ~1  # full rows hold nothing
-  return row_of, num_rows
 
 
 def concat(lengths, seq_len):
@@ -150,17 +101,8 @@ def one_per_row(lengths, seq_len):
 
   Args and returns: as `best_fit`.
   """
-  doc, start, length = _pieces(lengths, seq_len)
+  doc, start, length = best_fit_lib.cut(lengths, seq_len)
   return _index(seq_len, np.arange(len(doc)), doc, start, length)
-
-
-def _pieces(lengths, seq_len):
-  """(doc, start, length) of all documents cut every `seq_len`, in their order."""
-  lengths = np.asarray(lengths, np.int64)
-  counts = -(-lengths // seq_len)
-  doc = np.repeat(np.arange(len(lengths)), counts)
-  start = (np.arange(len(doc)) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_len
-  return doc, start, np.minimum(lengths[doc] - start, seq_len)
 
 
 def _index(seq_len, row, doc, start, length):

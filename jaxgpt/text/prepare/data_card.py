@@ -10,8 +10,7 @@ import pathlib
 
 import numpy as np
 
-from jaxgpt.data import packing
-from jaxgpt.text.prepare import shards
+from jaxgpt.text.prepare import best_fit, shards
 
 _SEQ_LENS = (512, 2048, 8192)
 _PACKED_DOCUMENTS = 1 << 20  # more than these are not packed for an estimate
@@ -107,21 +106,18 @@ def _packing(stored):
   """Share of a row's places that predictions fill, by packing and length of the rows."""
   stored = stored[:_PACKED_DOCUMENTS]
   predictions = int(np.sum(stored, dtype=np.int64)) - len(stored)
-  rows = {
-    seq_len: {
-      name: sum(packing.PACKINGS[name](part - 1, seq_len).num_rows for part in _parts(stored))
-      for name in ("best_fit", "one_per_row")
+  out = {}
+  for seq_len in _SEQ_LENS if len(stored) else ():
+    pieces = [best_fit.cut(part - 1, seq_len)[2] for part in _parts(stored)]
+    rows = {
+      "best_fit": sum(best_fit.pack(lengths, seq_len)[1] for lengths in pieces),
+      "one_per_row": sum(map(len, pieces)),
     }
-    for seq_len in _SEQ_LENS
-    if len(stored)
-  }
-  return {
-    str(seq_len): {
+    out[str(seq_len)] = {
       name: round(predictions / (count * seq_len), 4) if count else 1.0
-      for name, count in counts.items()
+      for name, count in rows.items()
     }
-    for seq_len, counts in rows.items()
-  }
+  return out
 
 
 def _parts(stored):
