@@ -170,7 +170,10 @@ class Batches:
     predicts_all: whether an epoch predicts each token once, so that bits per byte have a meaning.
     num_documents: documents of all sources.
     num_cut: documents that lost an end to fit into a row.
+    state_key: None; the batch at step N depends on N only (see `batch_source`).
   """
+
+  state_key: str | None = None
 
   def __init__(self, sources, mix, batch_size, layout, num_cut, digest):
     """Use `make`."""
@@ -194,6 +197,40 @@ class Batches:
       s.name: Batches([s], alone, self.batch_size, self.layout, 0, s.split.digest)
       for s in self.sources
     }
+
+  def host_checks(self):
+    """See `BatchSource`; `digest` says it all."""
+    return []
+
+  def describe(self, host_count=1):
+    """Lines for the start of a run: documents that lost an end."""
+    del host_count
+    if not self.num_cut:
+      return []
+    return [
+      f"{self.num_cut:,} of {self.num_documents:,} documents are longer than data.seq_len="
+      f"{self.seq_len} and lose an end"
+    ]
+
+  def summary(self):
+    """Steps of an epoch, in words."""
+    return f"shards have their sizes; an epoch has {self.steps_per_epoch:,} steps"
+
+  def account(self):
+    """No lines: prepared data was accounted for when it was prepared."""
+    return []
+
+  def get_state(self):
+    """None; see `state_key`."""
+    return None
+
+  def merge_states(self, states):
+    """None; see `state_key`."""
+    del states
+    return None
+
+  def set_state(self, merged, host_index, host_count):
+    """Does nothing; see `state_key`."""
 
   def check_labels(self, num_labels):
     """Raises a UserError where a model with so many labels can't learn those of the data."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxgpt.data import layouts, pipeline
 from jaxgpt.data import packing as packings
+from jaxgpt.data.batch_source import HostCheck
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.readers import documents as documents_lib
@@ -85,10 +86,10 @@ class Stream:
     batch_size: global B.
     seq_len: T.
     digest: of the prepared folders that go with it.
-    num_documents, num_cut: 0; what a stream holds is known when it has been read.
+    state_key: where a checkpoint keeps the reading of all hosts.
   """
 
-  num_documents = num_cut = 0
+  state_key: str | None = "stream"
 
   def __init__(self, addresses, listed, reading, batch_size, digest):
     """Use `make`."""
@@ -99,6 +100,21 @@ class Stream:
     ).hexdigest()
     self._begin = None  # the state to go on from
     self._last = collections.OrderedDict()  # step -> (batch, state after it)
+
+  def host_checks(self):
+    """All hosts must see the same files."""
+    return [
+      HostCheck(
+        f"the digest of the files of data.stream={self._addresses!r}",
+        self.files_digest,
+        "point data.stream at the same files on all hosts",
+      )
+    ]
+
+  def summary(self):
+    """Files and documents read, in words."""
+    read = self.account()[0].removeprefix("data.stream: ")
+    return f"data.stream has {len(self.files):,} files; {read}"
 
   def describe(self, host_count):
     """What a user should know before it starts, in lines."""
@@ -200,29 +216,29 @@ class Stream:
     """Where this host is after the last batch that it handed out: plain JSON; None: nowhere yet."""
     return next(reversed(self._last.values()))[1] if self._last else self._begin
 
-  def saved(self, states):
+  def merge_states(self, states):
     """What a checkpoint keeps: the states of all hosts, by their numbers; plain JSON."""
     return {"files": self.files_digest, "hosts": states}
 
-  def set_state(self, saved, host_index, host_count):
-    """Lets `iterate` go on from what `saved` returned.
+  def set_state(self, merged, host_index, host_count):
+    """Lets `iterate` go on from what `merge_states` returned.
 
     Raises:
       UserError: it is of other files, or of another number of hosts.
     """
-    if saved["files"] != self.files_digest:
+    if merged["files"] != self.files_digest:
       raise UserError(
         f"the files of data.stream={self._addresses!r} are not those that the run "
         "was reading: their names or sizes have changed; put them back, or start "
         "anew in another --workdir"
       )
-    if len(saved["hosts"]) != host_count:
+    if len(merged["hosts"]) != host_count:
       raise UserError(
-        f"the run read data.stream={self._addresses!r} on {len(saved['hosts'])} "
+        f"the run read data.stream={self._addresses!r} on {len(merged['hosts'])} "
         f"hosts and can't go on with it on {host_count}; start as many, or prepare "
         "the files with `jaxgpt data`: then any number goes on"
       )
-    self._begin = saved["hosts"][host_index]
+    self._begin = merged["hosts"][host_index]
 
 
 class _Remembering:

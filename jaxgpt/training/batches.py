@@ -11,7 +11,8 @@ import ml_collections
 from etils import epath
 
 from jaxgpt import config
-from jaxgpt.data import masking, pipeline, stream
+from jaxgpt.data import from_config, pipeline
+from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import sharding
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
@@ -61,46 +62,12 @@ def split_batches(
   Raises:
     UserError: The data does not fit the objective or the model's labels.
   """
-  masked = None
-  if c.objective.name == "masked_lm":
-    tokenizer = tokenizer_lib.load(pipeline.folders(c.data.path)[0])
-    masked = masking.make(c.objective, tokenizer, c.seed)
-  data = pipeline.make(
-    c.data.path,
-    split,
-    seq_len=c.data.seq_len,
-    packing=c.data.packing,
-    seed=c.seed,
-    batch_size=batch_size or c.data.batch_size,
-    shuffle=c.data.shuffle,
-    weights=c.data.weights,
-    weight_changes=c.data.weight_changes,
-    objective=c.objective.name,
-    masking=masked,
-  )
-  if c.objective.name == "classification":
-    data.check_labels(c.model.num_labels)
-  return data
+  return from_config.split_batches(c, split, c.objective.name, batch_size)
 
 
-def training_data(c: ml_collections.ConfigDict) -> pipeline.Batches | stream.Stream:
-  """Opens the batches that a resolved config trains on: prepared folders, or a stream of files."""
-  d = c.data
-  if not d.stream:
-    return split_batches(c, "train")
-  tokenizer = tokenizer_lib.load(pipeline.folders(d.path)[0])
-  return stream.make(
-    d.stream,
-    d.path,
-    tokenizer,
-    field=d.stream_field,
-    seq_len=d.seq_len,
-    batch_size=d.batch_size,
-    packing=d.packing,
-    window=d.stream_window,
-    seed=c.seed,
-    shuffle=d.shuffle,
-  )
+def training_data(c: ml_collections.ConfigDict) -> BatchSource:
+  """Opens the batch source that a resolved config trains on."""
+  return from_config.training_data(c, c.objective.name)
 
 
 def to_devices(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:

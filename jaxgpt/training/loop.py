@@ -11,7 +11,6 @@ import signal
 import jax
 from etils import epath
 
-from jaxgpt.data import stream
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
@@ -52,20 +51,9 @@ def train(c, folder, origin, weight_sources=()):
       batches_lib.training_data(c),
       batches_lib.split_batches(c, "validation", c.eval.batch_size),
     )
-    if data.num_cut and distributed.is_first():
-      print(
-        f"{data.num_cut:,} of {data.num_documents:,} documents are longer than data.seq_len="
-        f"{c.data.seq_len} and lose an end",
-        flush=True,
-      )
-    if isinstance(data, stream.Stream):
-      distributed.check_same(
-        f"the digest of the files of data.stream={c.data.stream!r}",
-        data.files_digest,
-        "point data.stream at the same files on all hosts",
-      )
-      if distributed.is_first():
-        print("\n".join(data.describe(sharding.host_slice(mesh)[1])), flush=True)
+    for check in data.host_checks():
+      distributed.check_same(*check)
+    _tell(data.describe(sharding.host_slice(mesh)[1]))
     parts = build_lib.build(c, mesh)
     _enter(folder, c, origin, mesh, data.digest, tokenizer)
     checkpoints = checkpoints_lib.Checkpoints(
@@ -77,6 +65,12 @@ def train(c, folder, origin, weight_sources=()):
       )
       with contextlib.closing(run):
         return run.run()
+
+
+def _tell(lines):
+  """Prints lines in the first process."""
+  if lines and distributed.is_first():
+    print("\n".join(lines), flush=True)
 
 
 def _enter(folder, c, origin, mesh, data_digest, tokenizer):
@@ -124,8 +118,8 @@ class _Run:
     if latest is not None:
       state, extra = self._checkpoints.restore(self._parts.state, latest)
       self._means = metrics_lib.Means(**extra["means"])
-      if isinstance(self._data, stream.Stream):
-        self._data.set_state(extra["stream"], **batches_lib.host_share(self._mesh))
+      if self._data.state_key is not None:
+        self._data.set_state(extra[self._data.state_key], **batches_lib.host_share(self._mesh))
       return state | checkpoints_lib.load_frozen(self._folder, self._parts.state)
     given = self._given() if self._c.init_from else None
     state = train_step.first_state(
@@ -200,7 +194,7 @@ class _Run:
         if self._is_due(c.eval.every) and self._step < c.train.steps:
           self._evaluate(c.eval.batches)
     self._read_metrics()
-    self._tell_account()
+    _tell(self._data.account())
 
   def _saved_step(self, lowered):
     """The compiled step of mesh.compiled_step, or None where there is none, or of another program."""
@@ -224,11 +218,6 @@ class _Run:
         flush=True,
       )
     return compiled
-
-  def _tell_account(self):
-    """What was left out of a stream, so far."""
-    if isinstance(self._data, stream.Stream) and distributed.is_first():
-      print("\n".join(self._data.account()), flush=True)
 
   def _is_due(self, every):
     return every and self._step and self._step % every == 0
@@ -277,12 +266,13 @@ class _Run:
       self._checkpoints.save(self._state, {"means": self._means.state()} | self._data_state())
 
   def _data_state(self):
-    """What a checkpoint keeps of the data beside the step: nothing, but for a stream."""
-    if not isinstance(self._data, stream.Stream):
+    """The batch source's entry in a checkpoint; empty if the batch is a function of the step."""
+    if self._data.state_key is None:
       return {}
     number, _ = sharding.host_slice(self._mesh)
     states = distributed.gather([number, self._data.get_state()])
-    return {"stream": self._data.saved([state for _, state in sorted(dict(states or []).items())])}
+    ordered = [state for _, state in sorted(dict(states or []).items())]
+    return {self._data.state_key: self._data.merge_states(ordered)}
 
   def _stop_at_nonfinite(self, step, metrics):
     where = self._folder / f"nonfinite_{step}"

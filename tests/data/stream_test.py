@@ -146,7 +146,7 @@ def test_it_goes_on_exactly_from_any_step(folder, corpus):
       np.testing.assert_array_equal(s.batch(at)["tokens"], batch["tokens"])
       at += 1
     iterator.close()
-    saved = json.dumps(s.saved([s.get_state()]))
+    saved = json.dumps(s.merge_states([s.get_state()]))
     account = s.account()
     s = make(folder, corpus)
   assert saved.count("invalid json") and account[0] == make_account(folder, corpus, steps)
@@ -202,7 +202,7 @@ def test_a_file_that_changed_behind_its_size_is_told(corpus, tmp_path):
   for _ in range(15):
     next(iterator)
   iterator.close()
-  saved = s.saved([s.get_state()])
+  saved = s.merge_states([s.get_state()])
   for text, words in (
     (good, None),
     (
@@ -232,7 +232,7 @@ def test_other_files_are_refused(folder, corpus, tmp_path, change, words):
   copy.mkdir()
   for path in folder.iterdir():
     (copy / path.name).write_bytes(path.read_bytes())
-  saved = make(folder, corpus).saved([None])
+  saved = make(folder, corpus).merge_states([None])
   make(copy, corpus).set_state(saved, 0, 1)  # the same files, moved
   change(copy)
   with pytest.raises(UserError, match=words):
@@ -242,7 +242,7 @@ def test_other_files_are_refused(folder, corpus, tmp_path, change, words):
 def test_another_number_of_hosts_is_refused(folder, corpus):
   s = make(folder, corpus)
   with pytest.raises(UserError, match="on 2 hosts and can't go on with it on 1"):
-    s.set_state(s.saved([None, None]), 0, 1)
+    s.set_state(s.merge_states([None, None]), 0, 1)
   with pytest.raises(UserError, match="23 files for 24 hosts"):
     make(folder, corpus, batch_size=24).iterate(host_count=24)
   with pytest.raises(UserError, match="batch_size=4 does not split evenly over 3"):

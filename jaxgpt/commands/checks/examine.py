@@ -22,7 +22,7 @@ from jaxgpt.commands.checks.environment import (
   tried,
   within,
 )
-from jaxgpt.data import pipeline, stream
+from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.parallel import mesh as mesh_lib
@@ -105,10 +105,11 @@ def _first_batch(split, found):
   )
   if finding:
     return finding
-  if isinstance(batches, stream.Stream):
-    return _first_of_stream(batches, found)
   try:
-    batch = batches.batch(0)
+    with contextlib.closing(batches.iterate(prefetch=1)) as iterator:
+      batch = next(iterator)
+  except UserError as e:
+    return Finding(PROBLEM, "data", str(e))
   except Exception as e:  # ArrayRecord, zstd and the file system share no class
     return Finding(
       PROBLEM,
@@ -122,24 +123,7 @@ def _first_batch(split, found):
   return Finding(
     OK,
     "data",
-    f"{split}: shards have their sizes; index and first batch took "
-    f"{time.monotonic() - before:.1f} s; an epoch has {batches.steps_per_epoch:,} "
-    "steps",
-  )
-
-
-def _first_of_stream(batches, found):
-  before, iterator = time.monotonic(), batches.iterate(prefetch=1)
-  batch, finding = tried("data", lambda: next(iterator))
-  iterator.close()
-  if finding:
-    return finding
-  found["batch"] = batch
-  return Finding(
-    OK,
-    "data",
-    f"data.stream: {len(batches.files):,} files; the first batch took "
-    f"{time.monotonic() - before:.1f} s: " + batches.account()[0].removeprefix("data.stream: "),
+    f"{split}: index and first batch took {time.monotonic() - before:.1f} s; {batches.summary()}",
   )
 
 

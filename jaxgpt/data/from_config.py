@@ -1,0 +1,119 @@
+"""The data of a config: its batch source for training, and its held-out splits.
+
+To add a batch source, implement `batch_source.BatchSource`, declare the config key that turns it
+on, and add an entry to `BATCH_SOURCES`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_collections
+
+from jaxgpt.config.registry import Registry
+from jaxgpt.data import masking, pipeline, stream
+from jaxgpt.data.batch_source import BatchSource
+from jaxgpt.errors import UserError
+from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
+
+
+class BatchSourceEntry(NamedTuple):
+  """A kind of batch source.
+
+  Attributes:
+    key: The config key that turns it on when it has a value.
+    make: Opens the source that a resolved config describes, in a row layout.
+    summary: One line for the documentation.
+  """
+
+  key: str
+  make: Callable[[ml_collections.ConfigDict, str], BatchSource]
+  summary: str
+
+
+def split_batches(
+  c: ml_collections.ConfigDict, split: str, layout: str, batch_size: int | None = None
+) -> pipeline.Batches:
+  """Opens a split of the prepared folders of a config.
+
+  Args:
+    c: The resolved config.
+    split: 'train', 'validation' or 'test'.
+    layout: The row layout that the objective reads, a key of `layouts.LAYOUTS`.
+    batch_size: Rows of a batch; by default `data.batch_size`.
+
+  Raises:
+    UserError: The folder is damaged, or its data does not fit the objective or the model.
+  """
+  masked = None
+  if layout == "masked_lm":
+    tokenizer = tokenizer_lib.load(pipeline.folders(c.data.path)[0])
+    masked = masking.make(c.objective, tokenizer, c.seed)
+  data = pipeline.make(
+    c.data.path,
+    split,
+    seq_len=c.data.seq_len,
+    packing=c.data.packing,
+    seed=c.seed,
+    batch_size=batch_size or c.data.batch_size,
+    shuffle=c.data.shuffle,
+    weights=c.data.weights,
+    weight_changes=c.data.weight_changes,
+    objective=layout,
+    masking=masked,
+  )
+  if layout == "classification":
+    data.check_labels(c.model.num_labels)
+  return data
+
+
+def _prepared(c: ml_collections.ConfigDict, layout: str) -> BatchSource:
+  return split_batches(c, "train", layout)
+
+
+def _stream(c: ml_collections.ConfigDict, layout: str) -> BatchSource:
+  del layout  # The config's checks refuse data.stream for any other than causal_lm.
+  d = c.data
+  return stream.make(
+    d.stream,
+    d.path,
+    tokenizer_lib.load(pipeline.folders(d.path)[0]),
+    field=d.stream_field,
+    seq_len=d.seq_len,
+    batch_size=d.batch_size,
+    packing=d.packing,
+    window=d.stream_window,
+    seed=c.seed,
+    shuffle=d.shuffle,
+  )
+
+
+# Later entries take precedence: data.path is always set, since it holds the validation split.
+BATCH_SOURCES: Registry[BatchSourceEntry] = Registry("batch source")
+BATCH_SOURCES.add(
+  "prepared",
+  BatchSourceEntry("data.path", _prepared, "the training split of prepared folders"),
+)
+BATCH_SOURCES.add(
+  "stream",
+  BatchSourceEntry("data.stream", _stream, "files that are read and tokenized while training"),
+)
+
+
+def training_data(c: ml_collections.ConfigDict, layout: str) -> BatchSource:
+  """Opens the training data of a resolved config.
+
+  The last entry of `BATCH_SOURCES` whose key has a value makes it.
+
+  Args:
+    c: The resolved config.
+    layout: As in `split_batches`.
+
+  Raises:
+    UserError: No key has a value, or the data can't be opened.
+  """
+  for entry in reversed(list(BATCH_SOURCES.values())):
+    section, _, key = entry.key.rpartition(".")
+    if (c[section] if section else c)[key]:
+      return entry.make(c, layout)
+  keys = " or ".join(entry.key for entry in BATCH_SOURCES.values())
+  raise UserError(f"the config names no training data: set {keys}")
