@@ -11,8 +11,13 @@ POLICIES = {
   "save_qkv": "save queries, keys and values",
   "save_attention": "save queries, keys, values and attention's output",
 }
-# Activations of a layer that 'save:' and 'offload:' can name.
-ACTIVATIONS = ("q", "k", "v", "attention", "o", "gate", "up", "down")
+# Activations of a layer that 'save:' and 'offload:' can name. The model marks each of them with
+# `jax.ad_checkpoint.checkpoint_name`.
+QKV = ("q", "k", "v")  # after the rotary embedding
+ATTENTION = "attention"  # output of the softmax; its kernels add their softmax statistics
+O = "o"  # noqa: E741  output of the attention layer
+GATE, UP, DOWN = "gate", "up", "down"  # of the MLP, before its activation function
+ACTIVATIONS = (*QKV, ATTENTION, O, GATE, UP, DOWN)
 
 
 class Activations(NamedTuple):

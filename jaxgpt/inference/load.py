@@ -10,7 +10,7 @@ from etils import epath
 from jaxgpt import config, tree
 from jaxgpt.errors import UserError
 from jaxgpt.inference import sampling as sampling_lib
-from jaxgpt.model.attention import attention
+from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import init_from, run_folder
@@ -79,7 +79,7 @@ def place(c):
       mesh = mesh_lib.make(section)
       here = c.copy_and_resolve_references()
       here.mesh.update(section)
-      if here.model.attention in attention.KERNELS:  # perhaps not of these devices
+      if here.model.attention in choose.KERNELS:  # perhaps not of these devices
         here.model.attention = "auto"
       return mesh, build_lib.build(here, mesh)
     except UserError:

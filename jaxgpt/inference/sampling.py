@@ -6,7 +6,7 @@ B sample, S cache slot, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model import transformer
+from jaxgpt.model import kv_cache
 
 
 def filter_logits(logits_BV, top_k, top_p, min_p):
@@ -83,7 +83,7 @@ def make(model, num_slots, eos_id, vocab_size):
       {"params": params},
       tokens_BS,
       places,
-      cache=transformer.init_cache(cfg, B, num_slots),
+      cache=kv_cache.init(cfg, B, num_slots),
       logits_at_B=jnp.full((B,), length - 1),
     )
     end = jnp.minimum(length + max_new, num_slots)

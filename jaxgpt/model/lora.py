@@ -1,42 +1,63 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685): merged into the weights, or published on their own.
+"""Low-rank adapters (LoRA, arXiv:2106.09685): names, targets, and merging into the weights.
 
-The adapters themselves are parameters of the model's layers, see `model.layers.Module.linear`.
+An adapted weight W has two more parameters next to it, A and B, and the layer computes
+x W + alpha / rank * (x A) B. `layers.Module.linear` declares them.
 """
+
+import fnmatch
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from jaxgpt import tree
+from jaxgpt.tree import PyTree
 
-SUFFIXES = ("_lora_a", "_lora_b")  # of the names of an adapter's two matrices
+A, B = SUFFIXES = ("_lora_a", "_lora_b")  # follow the name of the adapted weight
 
 
-def merge(params, c_lora):
-  """The weights with their adapters added: W + alpha / rank * A B.
+def adapts(c_lora: ml_collections.ConfigDict, name: str) -> bool:
+  """Whether a weight has an adapter: whether its name matches one of `model.lora.targets`."""
+  return bool(c_lora.rank) and any(fnmatch.fnmatchcase(name, t) for t in c_lora.targets)
+
+
+def is_adapter(path: str) -> bool:
+  """Whether the parameter at a path, such as 'layers/attn/q_lora_a', belongs to an adapter."""
+  return path.endswith(SUFFIXES)
+
+
+def adapters(named: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Finds the adapters among parameters.
 
   Args:
-    params: all parameters, those of the adapters too.
-    c_lora: the config's `model.lora` section.
+    named: {path: array} of all parameters.
 
   Returns:
-    A tree without adapters: what a model with `model.lora.rank` = 0 has.
+    {path of the adapted weight: (A, B)}, with A [layers, in..., rank] and B [layers, rank, out...].
+  """
+  return {
+    path.removesuffix(A): (a, named[path.removesuffix(A) + B])
+    for path, a in named.items()
+    if path.endswith(A)
+  }
+
+
+def merge(params: PyTree, c_lora: ml_collections.ConfigDict) -> PyTree:
+  """Adds the adapters to their weights: W + alpha / rank * A B.
+
+  Args:
+    params: All parameters, including those of the adapters.
+    c_lora: The config's `model.lora` section.
+
+  Returns:
+    The parameters of the same model with `model.lora.rank` = 0.
   """
   named = tree.flatten(params)
-  adapters = pairs(named)
+  found = adapters(named)
   product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1) * (c_lora.alpha / c_lora.rank))
   merged = {
-    path: w + product(*adapters[path]) if path in adapters else w
+    path: w + product(*found[path]) if path in found else w
     for path, w in named.items()
-    if not path.endswith(SUFFIXES)
+    if not is_adapter(path)
   }
   return tree.unflatten(merged)
-
-
-def pairs(named):
-  """{path of a weight: (A, B)} of {path: array}; A [layers, in…, rank], B [layers, rank, out…]."""
-  first, second = SUFFIXES
-  return {
-    path.removesuffix(first): (a, named[path.removesuffix(first) + second])
-    for path, a in named.items()
-    if path.endswith(first)
-  }

@@ -13,8 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.model import layers, ops
-from jaxgpt.model.attention import context_parallel
+from jaxgpt.model.attention import token_order
 from jaxgpt.parallel.sharding import Rules, part, without
+
+Statistics = dict[str, jax.Array]
 
 
 def route(logits, bias, c_moe):
@@ -168,7 +170,7 @@ class MoE(layers.Module):
     C = min(math.ceil(c.capacity * T * X / E), T)
     # A token's place among those of its row that go to the same expert, in the row's order.
     as_read, as_here = (
-      (context_parallel.restore, context_parallel.balance) if self.cfg.causal else (whole, whole)
+      (token_order.restore, token_order.balance) if self.cfg.causal else (whole, whole)
     )
     wanted_BTXE = jax.nn.one_hot(experts, E, dtype=jnp.int32) * real_BT[..., None, None]
     flat = as_read(wanted_BTXE).reshape(B, T * X, E)

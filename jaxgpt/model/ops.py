@@ -213,29 +213,3 @@ ACTIVATIONS = {
   "relu": jax.nn.relu,
   "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv:2109.08668
 }
-
-
-def visible(segment_ids_BT, *, causal, window=None):
-  """True where query t may read key s.
-
-  Args:
-    segment_ids_BT: 1, 2, … for the documents of a row, 0 for padding, which nobody reads.
-    causal: a token reads itself and what came before.
-    window: a token reads only those fewer than `window` places away; None: all.
-
-  Returns:
-    [B, T, S] bool.
-  """
-  T = segment_ids_BT.shape[1]
-  distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
-  mask = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-  mask &= segment_ids_BT[:, None, :] != 0
-  if causal:
-    mask &= distance >= 0
-  return mask if window is None else mask & (jnp.abs(distance) < window)
-
-
-def visible_slots(positions_BT, num_slots, *, window=None):
-  """True where query t may read cache slot s, which holds position s: [B, T, S] bool."""
-  distance = positions_BT[:, :, None] - jnp.arange(num_slots)
-  return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

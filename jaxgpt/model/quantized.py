@@ -1,7 +1,8 @@
-"""Products of activations and weights in eight bits, by qwix, for chips that do these twice as fast.
+"""Products of activations and weights in eight bits, by qwix, for chips that do these twice as
+fast.
 
-Each number is scaled by the largest of its row (of a token for activations, of an output for weights)
-when it is used; what is kept, of weights and of activations, stays as wide as it was.
+Each number is scaled by the largest of its row (of a token for activations, of an output for
+weights) when it is used; what is kept, of weights and of activations, stays as wide as it was.
 """
 
 import functools

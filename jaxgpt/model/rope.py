@@ -36,8 +36,8 @@ def rotate(x_BTNH, sin, cos, *, by_matmul=False):
   Args:
     x_BTNH: queries or keys.
     sin, cos: from `angles`.
-    by_matmul: swaps the halves of a head by a matmul, where R = H and x is bfloat16: for TPUs, whose
-      vector units would work on half-filled lanes. The values are the same.
+    by_matmul: swaps the halves of a head by a matmul, where R = H and x is bfloat16: for TPUs,
+      whose vector units would work on half-filled lanes. The values are the same.
 
   Returns:
     [B, T, N, H] in x's dtype.

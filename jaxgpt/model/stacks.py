@@ -1,33 +1,57 @@
-"""The layers as stacks of repeated patterns, and which of them stages of a pipeline share."""
+"""Stacks: the layers, grouped so that one scan runs over layers with equal parameters.
+
+The parameters of layers of the same kind are stored as one array with a leading `layers` axis, and
+a `scan` over that axis compiles the layer once. Layers may follow a pattern. Then a scan step runs
+one *period* of the pattern, and there is one array per block of the period. For attention_pattern =
+(local, global) with 5 layers:
+
+  layer        0      1       2      3       4
+               local  global  local  global  local
+  stack        'layers': period (local, global), 2 repeats    'last_layers': period (local), 1
+  repeat parameters   'layers/0/...' [2, ...] of layers 0 and 2       'last_layers/...' [1, ...] of
+  layer 4
+               'layers/1/...' [2, ...] of layers 1 and 3
+
+Leading dense layers of a mixture of experts (`moe.first_dense`) form the stack 'first_layers'.
+"""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
+
+import ml_collections
 
 from jaxgpt.model import pipeline
 
-PIPED = "layers"  # the stack that stages share; the others are short
+PIPELINED = "layers"  # the stack that pipeline stages share; the other stacks are short
+
+Kind = tuple[str, str]  # (attention, mlp), such as ('local', 'dense')
 
 
 class Stack(NamedTuple):
-  """Layers whose parameters are stacked: `repeats` times the blocks of `kinds`.
+  """Layers whose parameters are stacked: a period of blocks, repeated.
 
-  A kind is (attention, mlp), such as ('local', 'dense').
+  Attributes:
+    name: Name of the stack in the parameter tree.
+    kinds: Kinds of the blocks of the period.
+    repeats: Number of periods, the size of the leading axis of the parameters.
   """
 
   name: str
-  kinds: tuple
+  kinds: tuple[Kind, ...]
   repeats: int
 
   @property
-  def num_layers(self):
+  def num_layers(self) -> int:
+    """Number of layers."""
     return len(self.kinds) * self.repeats
 
 
-def of(cfg):
-  """The layers as stacks of repeated patterns, in their order.
+def of(cfg: ml_collections.FrozenConfigDict) -> list[Stack]:
+  """Groups the layers of a model into stacks, in their order.
 
-  Leading dense layers of a mixture of experts, and what is left over when the pattern does not
-  divide the layers, are stacks of their own.
+  Args:
+    cfg: The config's `model` section.
   """
   kinds = [
     (
@@ -41,7 +65,7 @@ def of(cfg):
   body = (cfg.num_layers - first) // period * period
   cuts = [
     ("first_layers", kinds[:first], len(cfg.attention_pattern)),
-    ("layers", kinds[first : first + body], period),
+    (PIPELINED, kinds[first : first + body], period),
     ("last_layers", kinds[first + body :], 1),
   ]
   out = []
@@ -56,13 +80,21 @@ def of(cfg):
   return out
 
 
-def pipeline_of(c, sizes):
-  """The `pipeline.Pipeline` of a resolved config on a mesh of {axis: size}, or None; see there."""
-  piped = sum(stack.repeats for stack in of(c.model) if stack.name == PIPED)
-  return pipeline.make(c, sizes, piped)
+def pipeline_of(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> pipeline.Pipeline | None:
+  """The pipeline of a resolved config on a mesh, or None if the mesh has one stage.
+
+  Args:
+    c: The resolved config.
+    sizes: Size of each mesh axis.
+
+  Raises:
+    UserError: See `pipeline.make`.
+  """
+  periods = sum(stack.repeats for stack in of(c.model) if stack.name == PIPELINED)
+  return pipeline.make(c, sizes, periods)
 
 
-def bubble(c, sizes):
-  """Share of a step's ticks in which a stage has nothing to do; 0 on a mesh without stages."""
+def bubble(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
+  """The pipeline bubble: share of a step in which a stage idles; 0 on a mesh without stages."""
   pipe = pipeline_of(c, sizes)
   return pipe.bubble if pipe else 0.0

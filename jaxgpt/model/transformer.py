@@ -1,8 +1,10 @@
-"""The one Transformer. Families are values of the config's `model` section; no code asks a name.
+"""The one Transformer. Model families are values of the config's `model` section; no code asks a
+name.
 
 B batch, T query position, S cache slot, D model, V vocabulary (or labels), E experts.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,112 +12,46 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt import tree
-from jaxgpt.model import layers, moe, ops, remat, rope, stacks
+from jaxgpt.model import layer_inputs, layers, moe, ops, remat, stacks
 from jaxgpt.model import pipeline as pipeline_lib
-from jaxgpt.model.attention import attention, context_parallel
+from jaxgpt.model.attention import token_order
+from jaxgpt.model.block import BlockInputs, Period
+from jaxgpt.model.kv_cache import Cache
+from jaxgpt.model.layer_inputs import LayerInputs
 from jaxgpt.parallel.sharding import DEFAULT, Rules
+from jaxgpt.tree import PyTree
+
+# f(hidden states, weight [D, V], bias [V] or None): replaces the product of the head.
+Project = Callable[[jax.Array, jax.Array, jax.Array | None], Any]
 
 
 class Output(NamedTuple):
-  """What the model computes from a batch.
+  """The results of a model call.
 
   Attributes:
-    logits: float32 [B, T, V], or [B, V] with `logits_at_B` and for the heads that pool.
-    hidden: [B, T, D] after the last norm.
-    cache: the filled cache, or None.
-    router: `moe.statistics` and 'dropped', summed over the layers; None without experts.
-    layers: [num_layers, B, T, D], the output of each block, where it was asked for.
+    logits: float32 [B, T, V]; [B, V] with `logits_at_B` and for heads that pool.
+    hidden: Hidden states [B, T, D] after the final norm.
+    cache: The KV cache with this call's tokens, or None.
+    router: Router statistics summed over the layers, see `moe.MoE`; None without experts.
+    layers: Output of each block, [num_layers, B, T, D], if it was asked for; else None.
   """
 
   logits: Any
-  hidden: Any
-  cache: Any
-  router: Any
-  layers: Any
-
-
-class Block(layers.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)), with the norms where `norm_placement` says."""
-
-  rules: Rules
-  kind: tuple
-
-  @nn.compact
-  def __call__(self, x_BTD, shared, layer):
-    cfg = self.cfg
-    kind, mlp = self.kind
-    key = layer["key"]
-    keys = (None, None) if key is None else jax.random.split(key)
-    lora_key = key if key is not None and cfg.lora.dropout else None
-
-    def attend(y):
-      attention_of = layers.Attention(cfg, self.rules, kind, name="attn")
-      return attention_of(y, shared, layer["cache"], lora_key)
-
-    def feed(y):
-      if mlp == "moe":
-        return moe.MoE(cfg, self.rules, name="mlp")(y, shared["real"], lora_key)
-      return layers.MLP(cfg, self.rules, cfg.mlp_width, name="mlp")(y, lora_key), None
-
-    x_BTD, cache = self._branch("attn", x_BTD, attend, keys[0], layer.get("is_first"))
-    x_BTD, router = self._branch("mlp", x_BTD, feed, keys[1])
-    return x_BTD, (cache, router)
-
-  def _branch(self, name, x_BTD, f, key, skip_norm=None):
-    """A residual branch; `skip_norm` is a traced bool that takes its input as it is."""
-    cfg = self.cfg
-    norm = lambda suffix: layers.Norm(cfg, cfg.norm, cfg.width, name=f"{name}{suffix}")
-    y = x_BTD
-    if cfg.norm_placement in ("pre", "both"):
-      y = ops.materialized(norm("_norm")(y), cfg.materialize)
-      if skip_norm is not None:
-        y = jnp.where(skip_norm, x_BTD, y)
-    y, extra = f(y)
-    if cfg.norm_placement in ("branch", "both"):
-      y = norm("_post_norm")(y)
-    x_BTD += ops.dropout(y, cfg.dropout, key)
-    if cfg.norm_placement == "post":
-      x_BTD = norm("_norm")(x_BTD)
-    return self.rules.constrain(x_BTD, "batch", "residual_length", "act_embed"), extra
-
-
-class Period(layers.Module):
-  """The blocks of one repetition of the layers' pattern."""
-
-  rules: Rules
-  kinds: tuple
-  layer_outputs: bool
-
-  @nn.compact
-  def __call__(self, x_BTD, shared, layer):
-    """Args: layer: for each block its key, cache and so on. Returns: (x_BTD, a tuple of each)."""
-    block = Block
-    if self.cfg.remat != "none":
-      block = nn.remat(Block, policy=remat.policy(self.cfg.remat), prevent_cse=self._is_unrolled())
-    out = []
-    for i, (kind, of_block) in enumerate(zip(self.kinds, layer, strict=True)):
-      one = block(self.cfg, self.rules, kind, name=str(i))
-      if len(self.kinds) == 1:  # 'layers/attn/q' and not 'layers/0/attn/q'
-        nn.share_scope(self, one)
-      x_BTD = checkpoint_name(x_BTD, remat.INPUT)
-      x_BTD, (cache, router) = one(x_BTD, shared, of_block)
-      out.append((cache, router, x_BTD if self.layer_outputs else None))
-    return x_BTD, tuple(zip(*out, strict=True))
-
-  def _is_unrolled(self):
-    return self.cfg.scan_unroll * len(self.kinds) >= self.cfg.num_layers
+  hidden: jax.Array
+  cache: Cache | None
+  router: moe.Statistics | None
+  layers: jax.Array | None
 
 
 class Transformer(layers.Module):
-  """Tokens to logits.
+  """Maps tokens to logits.
 
   Attributes:
-    cfg: the config's `model` section, resolved and frozen.
-    pipeline: a `pipeline.Pipeline` that whole batches go through, or None.
-    rules: how a mesh cuts what is computed.
+    cfg: The config's `model` section, resolved and frozen.
+    pipeline: The pipeline that whole batches go through, or None.
+    rules: Logical axis rules, which say how the mesh shards activations.
   """
 
   pipeline: pipeline_lib.Pipeline | None = None
@@ -124,35 +60,35 @@ class Transformer(layers.Module):
   @nn.compact
   def __call__(
     self,
-    tokens_BT,
-    positions_BT,
-    segment_ids_BT=None,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
     *,
-    token_types_BT=None,
-    cache=None,
-    dropout_key=None,
-    logits_at_B=None,
-    layer_outputs=False,
-    balanced=False,
-    project=None,
-  ):
+    token_types_BT: jax.Array | None = None,
+    cache: Cache | None = None,
+    dropout_key: jax.Array | None = None,
+    logits_at_B: jax.Array | None = None,
+    layer_outputs: bool = False,
+    balanced: bool = False,
+    project: Project | None = None,
+  ) -> Output:
     """Applies the model to a batch.
 
     Args:
-      tokens_BT: token ids.
-      positions_BT: positions within each document, below `max_len`. With a cache also the slots
-        that this call fills; those of a row must then be consecutive.
-      segment_ids_BT: 1, 2, … for the documents of a packed row, 0 for padding; None: one document
-        a row. Not used with a cache.
+      tokens_BT: Token ids.
+      positions_BT: Positions within each document, below `max_len`. With a cache they are also the
+        slots that this call fills; those of a row must then be consecutive.
+      segment_ids_BT: 1, 2, ... for the documents of a packed row, 0 for padding. None: each row is
+        one document. Not used with a cache.
       token_types_BT: 0 and 1 for the two texts of a pair, below `token_types`; None: all 0.
-      cache: from `init_cache` or an earlier call, or None.
-      dropout_key: PRNG key while training, None otherwise.
-      logits_at_B: for each row the one index into T whose logits are wanted; None: all.
-      layer_outputs: whether the output of every block is wanted too.
-      balanced: whether the caller has put the tokens of a causal model in the order of
-        `context.balance`, where the mesh cuts rows, and wants what follows from them in that order.
-      project: of an 'lm' head, what takes the place of its product:
-        f(hidden states, float32 weight [D, V], bias [V] or None), whose result stands for logits.
+      cache: KV cache from `kv_cache.init` or an earlier call, or None.
+      dropout_key: PRNG key during training, None otherwise.
+      logits_at_B: For each row, the one index into T to compute logits at; None: all.
+      layer_outputs: Whether to return the output of every block.
+      balanced: Whether the tokens of a causal model are already in the order of
+        `token_order.balance`, if the mesh shards rows. The results are then in that order too.
+      project: Replaces the product of an 'lm' head: f(hidden states, float32 weight [D, V], bias
+        [V] or None). Its result is returned as the logits.
 
     Returns:
       An `Output`.
@@ -164,10 +100,11 @@ class Transformer(layers.Module):
     reorder = cfg.causal and cache is None and not balanced
     if reorder:
       tokens_BT, positions_BT, segment_ids_BT, token_types_BT = map(
-        context_parallel.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT)
+        token_order.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT)
       )
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
-    # Gathered once, for the lookup and for a tied head; a lookup in shards would move activations.
+    # The table is gathered once, for the lookup and for a tied head. A lookup in a sharded table
+    # would move activations instead.
     gathered = self.rules.constrain(table.astype(self.dtype), "act_vocab", "act_embed")
     x = (
       ops.widely_summed(table, gathered, tokens_BT)
@@ -180,15 +117,15 @@ class Transformer(layers.Module):
     x = self.rules.constrain(x, "rows", "residual_length", "act_embed")
     if segment_ids_BT is None or cache is not None:
       segment_ids_BT = jnp.ones_like(tokens_BT)
-    shared = self._shared(positions_BT, segment_ids_BT, cache)
-    x, cache, router, outputs = self._layers(x, shared, cache, layers_key, layer_outputs)
+    inputs = layer_inputs.make(cfg, self.form, positions_BT, segment_ids_BT, cache)
+    x, cache, router, outputs = self._layers(x, inputs, cache, layers_key, layer_outputs)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
     x = self.rules.constrain(x, "rows", "length", "act_embed")
-    real = shared["real"]
+    real = inputs.real
     if reorder:
-      x, real = context_parallel.restore(x), context_parallel.restore(real)
-      outputs = None if outputs is None else context_parallel.restore(outputs, 2)
+      x, real = token_order.restore(x), token_order.restore(real)
+      outputs = None if outputs is None else token_order.restore(outputs, 2)
     at = x
     if logits_at_B is not None:
       at = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
@@ -196,127 +133,108 @@ class Transformer(layers.Module):
     logits = self._head(at, gathered if narrow else table, real, project)
     return Output(logits, x, cache, router, outputs)
 
-  def _embedded(self, x, positions_BT, token_types_BT):
+  def _embedded(
+    self, x: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None
+  ) -> jax.Array:
+    """Token embeddings [B, T, D], scaled, with position and type embeddings added, normalized."""
     cfg = self.cfg
     if cfg.embed_scale != 1:
       x *= jnp.asarray(cfg.embed_scale, self.dtype)
+    axes = ("positions", "embed")
     if cfg.position == "learned":
-      places = self.weight(
-        "pos_embed", (cfg.max_len, cfg.width), ("positions", "embed"), cfg.init_std
-      )
-      x += jnp.take(places, positions_BT, axis=0).astype(self.dtype)
+      table = self.weight("pos_embed", (cfg.max_len, cfg.width), axes, cfg.init_std)
+      x += jnp.take(table, positions_BT, axis=0).astype(self.dtype)
     if cfg.token_types:
-      types = self.weight(
-        "type_embed", (cfg.token_types, cfg.width), ("positions", "embed"), cfg.init_std
-      ).astype(self.dtype)
+      types = self.weight("type_embed", (cfg.token_types, cfg.width), axes, cfg.init_std)
+      types = types.astype(self.dtype)
       x += types[0] if token_types_BT is None else jnp.take(types, token_types_BT, axis=0)
     if cfg.embed_norm:
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="embed_norm")(x)
     return x
 
-  def _shared(self, positions_BT, segments, cache=None):
-    """What layers read: masks and rotary angles by kind of attention, the positions."""
-    cfg = self.cfg
-    if cache is not None:
-      length = jax.tree.leaves(cache)[0].shape[2]
-      mask = lambda window: ops.visible_slots(positions_BT, length, window=window)
-    else:
-      length = positions_BT.shape[1]
-      mask = lambda window: (
-        ops.visible(segments, causal=cfg.causal, window=window)
-        if attention.needs_mask(self.form, length)
-        else None
-      )
-    shared = {"positions": positions_BT, "segments": segments, "real": segments != 0}
-    for kind in sorted(set(cfg.attention_pattern)):
-      local = kind == "local"
-      rotary = None
-      if cfg.position == "rotary" and kind != "nope":
-        own = local and cfg.rope.local_theta is not None
-        rotary = rope.angles(
-          positions_BT,
-          rotated_size(cfg),
-          cfg.rope,
-          cfg.rope.local_theta if own else cfg.rope.theta,
-          "none" if own else cfg.rope.scaling,
-          length,
-        )
-      shared[kind] = {"mask": mask(cfg.window if local else None), "rotary": rotary}
-    return shared
-
-  def _layers(self, x, shared, cache, key, layer_outputs):
-    """All stacks: (x, cache, router's sums, layers' outputs)."""
+  def _layers(
+    self,
+    x: jax.Array,
+    inputs: LayerInputs,
+    cache: Cache | None,
+    key: jax.Array | None,
+    layer_outputs: bool,
+  ) -> tuple[jax.Array, Cache | None, moe.Statistics | None, jax.Array | None]:
+    """Applies all stacks: (x, cache, router statistics, outputs of the blocks)."""
     cfg = self.cfg
     keys = None if key is None else jax.random.split(key, cfg.num_layers)
-    caches, routers, outputs, at = {}, [], [], 0
+    caches: dict[str, Any] = {}
+    routers, outputs, start = [], [], 0
     for stack in stacks.of(cfg):
-      here = {
-        "key": keys,
-        "cache": cache and cache[stack.name],
-        "is_first": None if cfg.first_norm else jnp.arange(cfg.num_layers) == 0,
-      }
       n, p = stack.repeats, len(stack.kinds)
-      part = lambda v, at=at, n=n, p=p: v[at : at + n * p].reshape(n, p, *v.shape[1:])
-      of_blocks = tuple(
-        {
-          "key": None if keys is None else part(keys)[:, i],
-          "cache": here["cache"] and here["cache"][i],
-          "is_first": None if here["is_first"] is None else part(here["is_first"])[:, i],
-        }
+      is_first = None if cfg.first_norm else jnp.arange(cfg.num_layers) == 0
+
+      def of_block(v, i, start=start, n=n, p=p):
+        """[num_layers, ...] -> [n, ...]: the entries of the layers that are block i of a period."""
+        return None if v is None else v[start : start + n * p].reshape(n, p, *v.shape[1:])[:, i]
+
+      own = tuple(
+        BlockInputs(
+          key=of_block(keys, i),
+          cache=None if cache is None else cache[stack.name][i],
+          is_first=of_block(is_first, i),
+        )
         for i in range(p)
       )
       if self.pipeline and cache is None and not layer_outputs:
-        x, router = self._piped(stack, of_blocks, x, shared)
-        filled = None
+        x, router = self._pipelined(stack, own, x, inputs)
+        caches[stack.name] = None
       else:
-        x, (filled, router, out) = self._scanned(stack)(
-          cfg, self.rules, stack.kinds, layer_outputs, name=stack.name
-        )(x, shared, of_blocks)
-      caches[stack.name] = filled
+        period = self._scanned(stack)
+        period = period(cfg, self.rules, stack.kinds, layer_outputs, name=stack.name)
+        x, (caches[stack.name], router, out) = period(x, inputs, own)
+        if layer_outputs:
+          outputs.append(jnp.stack(out, 1).reshape(n * p, *x.shape))
       routers += [r for r in router if r is not None]
-      if layer_outputs:
-        outputs.append(jnp.stack(out, 1).reshape(n * p, *x.shape))
-      at += n * p
+      start += n * p
     total = jax.tree.map(lambda *xs: sum(v.sum(0) for v in xs), *routers) if routers else None
-    return (
-      x,
-      None if cache is None else caches,
-      total,
-      jnp.concatenate(outputs) if layer_outputs else None,
-    )
+    all_outputs = jnp.concatenate(outputs) if layer_outputs else None
+    return x, None if cache is None else caches, total, all_outputs
 
-  def _piped(self, stack, of_blocks, x, shared):
-    """A stack on a mesh with stages: (x, for each block the router's sums of its layers)."""
+  def _pipelined(
+    self, stack: stacks.Stack, own: tuple[BlockInputs, ...], x: jax.Array, inputs: LayerInputs
+  ) -> tuple[jax.Array, tuple[moe.Statistics | None, ...]]:
+    """Applies a stack on a mesh with stages: (x, router statistics of each block of the period)."""
     period = Period(self.cfg, self.rules, stack.kinds, False, parent=None)
 
-    def turn(layers_K, x, rows, number):
-      shared = self._shared(rows["positions"], rows["segments"])
+    def apply_layers(layers_K, x, sides, microbatch):
+      inputs = layer_inputs.make(self.cfg, self.form, sides["positions"], sides["segments"])
 
       def one(x, layer):
-        params, of_blocks = layer
-        keys = [
-          b["key"] if b["key"] is None else jax.random.fold_in(b["key"], number) for b in of_blocks
-        ]
-        of_blocks = [b | {"key": key} for b, key in zip(of_blocks, keys, strict=True)]
-        x, (_, router, _) = period.apply({"params": params}, x, shared, of_blocks)
-        return x, router
+        params, own = layer
+        # Each microbatch draws its own dropout.
+        keys = [b.key if b.key is None else jax.random.fold_in(b.key, microbatch) for b in own]
+        own = [b._replace(key=key) for b, key in zip(own, keys, strict=True)]
+        x, out = period.apply({"params": params}, x, inputs, own)
+        return x, out.routers
 
       x, router = jax.lax.scan(one, x, layers_K, unroll=self._unroll(stack))
       return x, jax.tree.map(lambda v: v.sum(0, keepdims=True), router)
 
-    own = (self.variables["params"][stack.name], of_blocks)
-    rows = {name: shared[name] for name in ("positions", "segments")}
-    if stack.name != stacks.PIPED:
-      x, sums = pipeline_lib.spread(turn, own, x, rows, self.pipeline.stages, self.rules)
+    layers_and_own = (self.variables["params"][stack.name], own)
+    sides = {"positions": inputs.positions, "segments": inputs.segments}
+    assert self.pipeline is not None
+    if stack.name != stacks.PIPELINED:
+      stages = self.pipeline.stages
+      x, sums = pipeline_lib.spread(apply_layers, layers_and_own, x, sides, stages, self.rules)
     else:
       policy = remat.tick_policy(self.cfg.remat, self.pipeline.repeats)
-      x, sums = pipeline_lib.run(turn, own, x, rows, self.pipeline, policy, self.rules)
+      x, sums = pipeline_lib.run(
+        apply_layers, layers_and_own, x, sides, self.pipeline, policy, self.rules
+      )
     return self.rules.constrain(x, "rows", "residual_length", "act_embed"), sums
 
-  def _unroll(self, stack):
+  def _unroll(self, stack: stacks.Stack) -> int:
+    """Number of periods in one iteration of the scan."""
     return min(max(self.cfg.scan_unroll // len(stack.kinds), 1), stack.repeats)
 
-  def _scanned(self, stack):
+  def _scanned(self, stack: stacks.Stack) -> Any:
+    """`Period`, scanned over the layers of a stack."""
     return nn.scan(
       Period,
       variable_axes={"params": 0},
@@ -327,8 +245,10 @@ class Transformer(layers.Module):
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
-  def _head(self, x, table_VD, real_BT, project):
-    """The logits, or what else `head` names, of hidden states [B, T, D] or [B, D]."""
+  def _head(
+    self, x: jax.Array, table_VD: jax.Array, real_BT: jax.Array, project: Project | None
+  ) -> Any:
+    """The result of `model.head`, from hidden states [B, T, D] or [B, D]."""
     cfg = self.cfg
     if cfg.head == "none":
       return x
@@ -350,8 +270,8 @@ class Transformer(layers.Module):
       logits += bias
     return ops.softcap(logits, cfg.logit_softcap)
 
-  def _transformed(self, x):
-    """What BERT does to hidden states before they become logits: a layer of their own."""
+  def _transformed(self, x: jax.Array) -> jax.Array:
+    """Applies BERT's dense layer between hidden states and logits (`model.head_transform`)."""
     cfg = self.cfg
     if cfg.head_transform == "none":
       return x
@@ -361,33 +281,29 @@ class Transformer(layers.Module):
       x += self.vector("head_dense_bias", (cfg.width,), ("norm",)).astype(self.dtype)
     if cfg.head_transform == "tanh":
       return jnp.tanh(x)
-    return layers.Norm(cfg, cfg.norm, cfg.width, name="head_norm")(
-      ops.ACTIVATIONS[cfg.activation](x)
-    )
+    norm = layers.Norm(cfg, cfg.norm, cfg.width, name="head_norm")
+    return norm(ops.ACTIVATIONS[cfg.activation](x))
 
 
-def rotated_size(cfg):
-  """How many entries of a head the rotary embedding turns."""
-  return cfg.latent.rope_dim if cfg.latent.kv_rank else int(cfg.head_dim * cfg.rope.fraction)
-
-
-def _is_box(x):
+def _is_box(x: Any) -> bool:
   return isinstance(x, nn.LogicallyPartitioned)
 
 
-def _init_boxed(model, key):
-  tokens = jnp.zeros((1, 1), jnp.int32)  # too short for kernels, whose choice makes no parameter
+def _init_boxed(model: Transformer, key: jax.Array) -> PyTree:
+  """Initial parameters, each in Flax's box that holds its logical axes."""
+  # One token is too short for kernels. The choice of an implementation does not affect parameters.
+  tokens = jnp.zeros((1, 1), jnp.int32)
   plain = ml_collections.FrozenConfigDict(model.cfg.to_dict() | {"attention": "reference"})
   model = model.clone(cfg=plain, pipeline=None)
   return model.init(key, tokens, tokens)["params"]
 
 
-def init(model, key):
-  """Initial parameters: a plain nested dict of arrays."""
+def init(model: Transformer, key: jax.Array) -> PyTree:
+  """Initial parameters: a plain nested dict of float32 arrays."""
   return jax.tree.map(lambda box: box.value, _init_boxed(model, key), is_leaf=_is_box)
 
 
-def abstract(model):
+def abstract(model: Transformer) -> tuple[PyTree, PyTree]:
   """Shapes and logical axes of the parameters, without computing any.
 
   Returns:
@@ -401,16 +317,16 @@ def abstract(model):
   )
 
 
-def depths(cfg, params):
-  """The layer that each parameter belongs to.
+def depths(cfg: ml_collections.FrozenConfigDict, params: PyTree) -> PyTree:
+  """The layer number of each parameter.
 
   Args:
-    cfg: the config's `model` section.
-    params: tree of arrays or `ShapeDtypeStruct`s.
+    cfg: The config's `model` section.
+    params: Tree of arrays or `ShapeDtypeStruct`s.
 
   Returns:
-    The same tree: -1 for embeddings, num_layers - 1 for what follows the layers, and for a
-    stacked parameter an array of the layers' numbers.
+    The same tree: -1 for embeddings, num_layers - 1 for parameters after the layers, and for a
+    stacked parameter an array of layer numbers.
   """
   first, layers_before = {}, 0
   for stack in stacks.of(cfg):
@@ -418,17 +334,10 @@ def depths(cfg, params):
     layers_before += stack.num_layers
 
   def one(path, leaf):
-    parts = path.split("/")
-    if parts[0] in first:
-      start, period = first[parts[0]]
-      return start + (int(parts[1]) if period > 1 else 0) + period * np.arange(leaf.shape[0])
-    return -1 if "embed" in parts[0] else cfg.num_layers - 1
+    keys = path.split("/")
+    if keys[0] in first:
+      start, period = first[keys[0]]
+      return start + (int(keys[1]) if period > 1 else 0) + period * np.arange(leaf.shape[0])
+    return -1 if "embed" in keys[0] else cfg.num_layers - 1
 
   return tree.map_named(one, params)
-
-
-def init_cache(cfg, batch_size, num_slots):
-  """An empty cache for `num_slots` tokens a row: {stack: (a layer's cache, stacked, …)}."""
-  one = layers.empty_cache(cfg, batch_size, num_slots)
-  stacked = lambda n: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)
-  return {s.name: tuple(stacked(s.repeats) for _ in s.kinds) for s in stacks.of(cfg)}

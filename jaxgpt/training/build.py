@@ -8,7 +8,7 @@ from jaxgpt import tree
 from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.model import remat, stacks, transformer
-from jaxgpt.model.attention import attention
+from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from jaxgpt.training import objectives, optimizers, schedules, train_step
@@ -36,14 +36,9 @@ def build(c, mesh):
       parameters matches none.
   """
   fields = c.model.copy_and_resolve_references()
-  fields.attention = attention.choose(
-    fields.attention,
-    mesh.devices.flat[0].platform,
-    length=c.data.seq_len,
-    dtype=fields.dtype,
-    softcap=fields.attn_softcap,
-    heads=(fields.head_dim, fields.latent.v_dim),
-  )
+  heads = (fields.head_dim, fields.latent.v_dim)
+  work = choose.Workload(c.data.seq_len, fields.dtype, fields.attn_softcap, heads)
+  fields.attention = choose.choose(fields.attention, mesh.devices.flat[0].platform, work)
   mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
   if activations(fields.remat).offloaded:
     mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")

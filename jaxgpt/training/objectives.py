@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.model import lora, moe
-from jaxgpt.model.attention import context_parallel
+from jaxgpt.model.attention import token_order
 from jaxgpt.training import chunked_loss
 from jaxgpt.tree import PyTree, map_named, merge
 
@@ -170,7 +170,7 @@ def preference(model, c_objective):
 
 
 def _without_adapters(params):
-  zero = lambda path, x: jnp.zeros_like(x) if path.endswith(lora.SUFFIXES[1]) else x
+  zero = lambda path, x: jnp.zeros_like(x) if path.endswith(lora.B) else x
   return map_named(zero, params)
 
 
@@ -214,7 +214,7 @@ def make(model, c_objective):
   objective = OBJECTIVES[c_objective.name](model, c_objective)
   if not model.cfg.causal:
     return objective
-  balanced = lambda x: context_parallel.balance(x) if x.ndim > 1 else x
+  balanced = lambda x: token_order.balance(x) if x.ndim > 1 else x
   return lambda params, frozen, batch, key: objective(
     params, frozen, jax.tree.map(balanced, batch), key
   )

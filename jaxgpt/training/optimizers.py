@@ -44,7 +44,7 @@ def trained(c_optim, axes):
         )
     return {path for path in paths for pattern in patterns if fnmatch.fnmatchcase(path, pattern)}
 
-  thin = {path for path in paths if path.endswith(lora.SUFFIXES)}
+  thin = {path for path in paths if lora.is_adapter(path)}
   chosen = matching("trainable", c_optim.trainable) or thin or paths
   chosen -= matching("frozen", c_optim.frozen)
   if not chosen:

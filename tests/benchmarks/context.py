@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.model.attention import attention
+from jaxgpt.model.attention.spec import Spec
 from jaxgpt.parallel import sharding
 from jaxgpt.plan import lower, topology
 
@@ -49,9 +50,8 @@ def of_attention(c, mesh):
   m, rows = c.model, c.data.batch_size
 
   def backward(q, k, v, segments, dout):
-    f = lambda q, k, v: attention.attend(
-      "splash", q, k, v, None, segments, scale=m.attn_scale, causal=True
-    )
+    spec = Spec(scale=m.attn_scale, causal=True)
+    f = lambda q, k, v: attention.attend("splash", q, k, v, None, segments, spec)
     out, vjp = jax.vjp(f, q, k, v)
     return out, vjp(dout)
 

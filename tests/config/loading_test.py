@@ -12,7 +12,7 @@ from jaxgpt.data import packing
 from jaxgpt.errors import UserError
 from jaxgpt.model import ops
 from jaxgpt.model import remat as policies
-from jaxgpt.model.attention import attention
+from jaxgpt.model.attention import choose
 from jaxgpt.training import objectives, optimizers, schedules
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -170,7 +170,7 @@ def test_every_choice_is_implemented():
   implemented = {
     "objective.name": objectives.OBJECTIVES,
     "model.activation": ops.ACTIVATIONS,
-    "model.attention": {"auto", *attention.FORMS},
+    "model.attention": {"auto", *choose.FORMS},
     "data.packing": packing.PACKINGS,
     "optim.name": optimizers.DIRECTIONS,
     "schedule.name": schedules.SHAPES,

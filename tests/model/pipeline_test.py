@@ -142,11 +142,11 @@ def test_the_pipeline_of_a_config():
   assert of_config() == (4, 1, 8)  # one row of each data shard at a time
   assert of_config(mesh__stage_repeats=2, mesh__stage_microbatches=4) == (4, 2, 4)
   assert of_config(optim__accumulate=2) == (4, 1, 4)
-  assert of_config().of_rows(12) == (4, 1, 4)  # of another batch
+  assert of_config().for_rows(12) == (4, 1, 4)  # of another batch
   assert of_config().bubble == pytest.approx(3 / 11)
   assert of_config(mesh__stage_repeats=2).bubble == pytest.approx(3 / 19)
   assert str(of_config(mesh__stage_repeats=2)) == (
-    "8 microbatches through 4 stages in 2 rounds, which wait 16% of their time"
+    "8 microbatches through 4 stages, 2 repeats, pipeline bubble 16%"
   )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt import config, tree
 from jaxgpt.config import presets
-from jaxgpt.model import stacks, transformer
+from jaxgpt.model import kv_cache, stacks, transformer
 
 STYLES = {
   "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True),
@@ -320,7 +320,7 @@ def test_prefill_and_decode_equal_the_full_forward(style):
   model, params = make(**STYLES[style])
   tokens, positions = tokens_and_positions()
   full = logits_of(model, params, tokens, positions)
-  cache = transformer.init_cache(model.cfg, 2, 16)
+  cache = kv_cache.init(model.cfg, 2, 16)
   padded = jnp.pad(tokens[:, :5], ((0, 0), (0, 11)))
   places = jnp.broadcast_to(jnp.arange(16), (2, 16))
   out = apply(model, params, padded, places, cache=cache, logits_at_B=jnp.array([4, 4]))

@@ -181,7 +181,7 @@ def export_adapter(folder, out, *, step=None, base=None, family=None):
   family = convert.family_of(plain.model, family)
   run = load.load(folder, step)
   more = [
-    path for path in tree.flatten(run.parts.state["params"]) if not path.endswith(lora.SUFFIXES)
+    path for path in tree.flatten(run.parts.state["params"]) if not lora.is_adapter(path)
   ]
   if more:
     raise UserError(

@@ -1,109 +1,58 @@
-"""Context parallelism: in which order the tokens of a row are cut over devices.
+"""Context parallelism: attention of rows whose tokens are sharded over devices.
 
-With n devices a row is 2n chunks. Under a causal mask device i holds chunks i and 2n-1-i, an early
-and a late one (Llama 3, arXiv:2407.21783, section 3.3.2), so that all devices compute equally much;
-`balance` puts tokens in that order, once, before the model reads them. `ring` and `neighbours` let
-the devices' tokens meet. Their arrays have tokens on axis 2.
+Three implementations: `ring` passes keys around, `halo` exchanges the ends of chunks where the
+layer has a window, and cuDNN gathers the keys. `token_order` says which tokens a device holds.
+
+B batch, T token of the row, N heads, K key/value heads, H head size.
 """
 
-from typing import NamedTuple
+import functools
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from jaxgpt.model.attention import blockwise
+from jaxgpt.model.attention import cudnn, ring
+from jaxgpt.model.attention.spec import ContextParallel, Spec
 from jaxgpt.parallel import sharding
 
-T_AXIS = 2
 
-
-class Plan(NamedTuple):
-  """How the tokens of a row meet.
-
-  Attributes:
-    kernel: a `pairs.Kernel`.
-    causal, window: see `ops.visible`; under a causal mask tokens are in the order of `balance`.
-    axis, size: the mesh axis that rows are cut over, and its devices.
-    name: of the output and its normaliser, for remat policies.
-  """
-
-  kernel: blockwise.Kernel
-  causal: bool
-  window: int | None
-  axis: str
-  size: int
-  name: str
-
-
-def parts(length):
-  """How many devices of the mesh that `jax.set_mesh` has set share a row of so many tokens."""
-  mesh = jax.sharding.get_abstract_mesh()
-  n = 1 if mesh.empty else sharding.FIXED.num_shards(mesh, "length")
-  return n if length % (2 * n) == 0 else 1
-
-
-def chunks(n, causal):
-  """[n, 2]: the two of a row's 2n chunks that each device holds."""
-  if not causal:
-    return np.arange(2 * n).reshape(n, 2)
-  return np.stack([np.arange(n), 2 * n - 1 - np.arange(n)], axis=1)
-
-
-def balance(x, axis=1):
-  """Tokens of rows in the order in which a causal model has them on this mesh.
+def attention(
+  form: str,
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segment_ids_BT: jax.Array,
+  spec: Spec,
+) -> jax.Array:
+  """Computes attention of rows that the current mesh shards.
 
   Args:
-    x: an array with tokens on `axis`, or None.
-  """
-  return _reordered(x, axis, lambda order: order)
-
-
-def restore(x, axis=1):
-  """The inverse of `balance`."""
-  return _reordered(x, axis, np.argsort)
-
-
-def _reordered(x, axis, which):
-  n = 1 if x is None else parts(x.shape[axis])
-  if n == 1:
-    return x
-  cut = x.reshape(*x.shape[:axis], 2 * n, -1, *x.shape[axis + 1 :])
-  x = jnp.take(cut, which(chunks(n, True).reshape(-1)), axis=axis).reshape(x.shape)
-  of_tokens = sharding.FIXED.spec(("length",))[0]
-  return jax.lax.with_sharding_constraint(
-    x, P(*(of_tokens if i == axis else P.UNCONSTRAINED for i in range(x.ndim)))
-  )
-
-
-def mask_of(plan, ids_BT, all_ids_BS):
-  """Which tokens of the whole row each of a device's tokens reads; inside of `jax.shard_map`.
-
-  Args:
-    plan: a `Plan`.
-    ids_BT, all_ids_BS: segments of the device's tokens, and of all in their order.
+    form: 'splash'; 'cudnn', which gathers keys; any other computes blocks by definition.
+    q_BTNH: Queries.
+    k_BTKH: Keys.
+    v_BTKH: Values.
+    segment_ids_BT: 1, 2, ... for the documents of a row; 0 for padding.
+    spec: Options. If `spec.causal`, tokens are in the order of `token_order.balance`.
 
   Returns:
-    [B, T, S] bool.
+    As `splash.attention`.
   """
-  size = ids_BT.shape[1] // 2
-  places = chunks(plan.size, plan.causal)[..., None] * size + np.arange(size)
-  mine = jnp.asarray(places.reshape(plan.size, -1))[jax.lax.axis_index(plan.axis)]
-  distance = mine[:, None] - places.reshape(-1)
-  mask = (ids_BT[:, :, None] == all_ids_BS[:, None]) & (all_ids_BS[:, None] != 0)
-  if plan.causal:
-    mask &= distance >= 0
-  return mask if plan.window is None else mask & (jnp.abs(distance) < plan.window)
-
-
-def halves(x):
-  """The two chunks of a device's tokens."""
-  C = x.shape[T_AXIS] // 2
-  return x[:, :, :C], x[:, :, C:]
-
-
-def in_turn(*xs):
-  """The same arrays, none before the others: else a compiler runs all blocks before it adds them up,
-  and what they give has to fit in memory together."""
-  return jax.lax.optimization_barrier(xs)
+  mesh = jax.sharding.get_abstract_mesh()
+  (axis,) = sharding.FIXED.mesh_axes("length")
+  kernel = "splash" if form == "splash" else "plain"
+  cp = ContextParallel(spec, kernel, axis, mesh.shape[axis])
+  heads_first = lambda x: x.swapaxes(1, 2)
+  q_BTNH *= spec.scale
+  gathers = form == "cudnn" and spec.softcap is None
+  if gathers:
+    run, args = cudnn.gathered_attention, (q_BTNH, k_BTKH, v_BTKH)
+    axes = ("batch", "length", "act_heads", None)
+  else:
+    run, args = ring.attend, tuple(map(heads_first, (q_BTNH, k_BTKH, v_BTKH)))
+    axes = ("batch", "act_heads", "length", None)
+  ids = segment_ids_BT[:, None]
+  specs = [spec.rules.fitting_spec(mesh, x.shape, axes) for x in args]
+  specs.append(spec.rules.fitting_spec(mesh, ids.shape, ("batch", None, "length")))
+  out = jax.shard_map(
+    functools.partial(run, cp), in_specs=tuple(specs), out_specs=specs[0], check_vma=False
+  )(*args, ids)
+  return out if gathers else heads_first(out)

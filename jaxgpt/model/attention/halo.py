@@ -1,126 +1,163 @@
-"""Attention of tokens that are cut over devices within a window: neighbouring chunks lend their ends.
+"""Attention within a window, of rows that are sharded over devices, by halo exchange.
 
-Names and axes are those of `ring`.
+With a window each chunk of a row needs only the end of the chunk before it (and, without a causal
+mask, the start of the chunk after it). So devices do not pass whole chunks around a ring. They send
+each other only these ends, the *halos*:
+
+       chunk c-1            chunk c
+    [ . . . . h h h ] -> [ q q q . . . . ]     h: the last `reach` keys of chunk c-1
+                                               q: the first `reach` queries of chunk c
+
+`reach` is window - 1, rounded up to whole kernel blocks. A window longer than a chunk also needs
+the chunk at distance 2, and so on; those in between are sent whole.
+
+Each device holds two chunks (see `token_order`). They are stacked along the batch, so that one
+kernel call computes both. Names and axes are those of `ring`.
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.model.attention import blockwise, context_parallel
-from jaxgpt.model.attention.context_parallel import T_AXIS
+from jaxgpt.model.attention import blockwise
+from jaxgpt.model.attention.masks import Band
+from jaxgpt.model.attention.spec import Block, BlockOutput, ContextParallel
+from jaxgpt.model.attention.token_order import T_AXIS, chunks, halves
 from jaxgpt.parallel import chips
 
+_Linear = Callable[[jax.Array], jax.Array]
 
-class _Neighbours:
-  """A device's chunks, stacked along the batch, and the ends of those some chunks away.
 
-  The queries of a chunk see `reach` tokens of the chunk `distance` before it (after it where that
-  is negative): the last ones, and only its own first queries see them.
-  """
+class _Halo:
+  """The exchange with the chunks `distance` before a device's own (after them if negative)."""
 
-  def __init__(self, plan, length, distance):
-    self._plan, self._distance = plan, distance
-    self._chunks = context_parallel.chunks(plan.size, plan.causal)
+  def __init__(self, cp: ContextParallel, length: int, distance: int):
+    assert cp.spec.window is not None
+    window = cp.spec.window
+    self._cp, self._distance = cp, distance
+    self._chunks = chunks(cp.size, cp.spec.causal)
     self._size = size = length // 2
-    # In whole blocks, of which none is empty.
-    block = math.gcd(size, chips.attention_block()) if plan.kernel.form == "splash" else 1
-    left = plan.window - 1 - (abs(distance) - 1) * size  # places beyond the chunk's own border
-    self._reach = min(-(-left // block) * block, size)
-    away = (abs(distance) - 1) * size + self._reach
-    self.band = blockwise.Band(plan.causal, plan.window, away if distance > 0 else -away)
+    # Whole kernel blocks, each of which has at least one visible pair.
+    block = math.gcd(size, chips.attention_block()) if cp.kernel == "splash" else 1
+    between = (abs(distance) - 1) * size  # tokens of the chunks in between
+    self._reach = min(-(-(window - 1 - between) // block) * block, size)
+    offset = between + self._reach  # from the first exchanged key to the first query
+    self.band = Band(cp.spec.causal, window, offset if distance > 0 else -offset)
 
-  def queries(self, x):
-    """Those that see the other chunk; linear."""
-    x = jnp.concatenate(context_parallel.halves(x))
+  def queries(self, x: jax.Array) -> jax.Array:
+    """The queries next to the other chunk: [2B, N, reach, ...] of [B, N, T, ...]. Linear."""
+    x = jnp.concatenate(halves(x))
     return x[:, :, : self._reach] if self._distance > 0 else x[:, :, -self._reach :]
 
-  def keys(self, x):
-    """The end of the other chunk; zeros where there is none. Linear."""
+  def keys(self, x: jax.Array) -> jax.Array:
+    """The halo of the other chunk, zeros where the row has no such chunk. Linear.
+
+    A device's two chunks (`here`) may need halos of either of another device's chunks (`there`), so
+    there are up to four collective permutes. Each sends only between the devices that need it.
+    """
     end = lambda c: c[:, :, -self._reach :] if self._distance > 0 else c[:, :, : self._reach]
-    mine = [end(c) for c in context_parallel.halves(x)]
-    wanted = self._chunks - self._distance
+    own = [end(c) for c in halves(x)]
+    wanted = self._chunks - self._distance  # [n, 2]: chunk numbers that each device needs
     got = []
     for here in (0, 1):
-      moved = []
+      received = []
       for there in (0, 1):
-        to, of = np.nonzero(wanted[:, here, None] == self._chunks[None, :, there])
+        to, source = np.nonzero(wanted[:, here, None] == self._chunks[None, :, there])
         if len(to):
-          way = list(zip(of.tolist(), to.tolist()))
-          moved.append(jax.lax.ppermute(mine[there], self._plan.axis, way))
-      got.append(sum(moved[1:], moved[0]) if moved else jnp.zeros_like(mine[here]))
+          pairs = list(zip(source.tolist(), to.tolist(), strict=True))
+          received.append(jax.lax.ppermute(own[there], self._cp.axis, pairs))
+      # A device that receives nothing in a permute gets zeros, so the sum picks what was sent.
+      got.append(sum(received[1:], received[0]) if received else jnp.zeros_like(own[here]))
     return jnp.concatenate(got)
 
-  def filled(self, x, fill):
-    """What `queries` gave, or came of it, and `fill` for the chunks' other queries."""
+  def segments(self, ids: jax.Array) -> jax.Array:
+    """As `keys`, for segments, with `blockwise.NO_SEGMENT` where the row has no such chunk."""
+    return self.keys(ids - blockwise.NO_SEGMENT) + blockwise.NO_SEGMENT
+
+  def pad(self, x: jax.Array, fill: float) -> jax.Array:
+    """An array over `queries`, padded with `fill` to all queries of the chunks."""
     rest = self._size - self._reach
     ends = (0, rest) if self._distance > 0 else (rest, 0)
-    return jnp.pad(
-      x, [ends if i == T_AXIS else (0, 0) for i in range(x.ndim)], constant_values=fill
-    )
-
-  def segments(self, ids):
-    """As `keys`, of segments, with `pairs.ABSENT` where there is no other chunk."""
-    return self.keys(ids - blockwise.ABSENT) + blockwise.ABSENT
+    widths = [ends if i == T_AXIS else (0, 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill)
 
 
-def _put_back(take, like, x):
-  """The transpose of a linear function: what it has taken back in its place, float32.
+def _transposed(f: _Linear, like: jax.Array, x: jax.Array) -> jax.Array:
+  """Applies the transpose of a linear function, in float32.
 
   Args:
-    take: the function.
-    like: an array that it takes from.
-    x: what it gave, or the gradient of that.
+    f: The function.
+    like: Array of the shape that `f` takes.
+    x: Gradient of f's result.
+
+  Returns:
+    Gradient of f's argument.
   """
   whole = jax.ShapeDtypeStruct(like.shape, jnp.float32)
-  return jax.linear_transpose(take, whole)(x.astype(jnp.float32))[0]
+  return jax.linear_transpose(f, whole)(x.astype(jnp.float32))[0]
 
 
-def _neighbours(plan, length):
-  far = min(math.ceil((plan.window - 1) / (length // 2)), 2 * plan.size - 1)
-  for distance in range(1, far + 1):
-    yield _Neighbours(plan, length, distance)
-    if not plan.causal:
-      yield _Neighbours(plan, length, -distance)
+def _halos(cp: ContextParallel, length: int) -> Iterator[_Halo]:
+  assert cp.spec.window is not None
+  farthest = min(math.ceil((cp.spec.window - 1) / (length // 2)), 2 * cp.size - 1)
+  for distance in range(1, farthest + 1):
+    yield _Halo(cp, length, distance)
+    if not cp.spec.causal:
+      yield _Halo(cp, length, -distance)
 
 
-def _stacked(x):
-  return jnp.concatenate(context_parallel.halves(x))
+def _stacked(x: jax.Array) -> jax.Array:
+  """[B, N, T, ...] -> [2B, N, T/2, ...]: a device's two chunks, stacked along the batch."""
+  return jnp.concatenate(halves(x))
 
 
-def _own_band(plan):
-  return blockwise.Band(plan.causal, plan.window)
+def _exchanged(
+  cp: ContextParallel, k: jax.Array, v: jax.Array, ids: jax.Array
+) -> list[tuple[_Halo, jax.Array, jax.Array, jax.Array]]:
+  """(halo, keys, values, segments) from each chunk within the window."""
+  return [(h, h.keys(k), h.keys(v), h.segments(ids)) for h in _halos(cp, k.shape[T_AXIS])]
 
 
-def forward(plan, q, k, v, ids):
-  met = [(m, m.keys(k), m.keys(v), m.segments(ids)) for m in _neighbours(plan, q.shape[T_AXIS])]
+def forward(
+  cp: ContextParallel, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array
+) -> BlockOutput:
+  """Attention of a device's queries, see `ring.attend`; the output is float32."""
+  halos = _exchanged(cp, k, v, ids)
   q2, k2, v2, ids2 = map(_stacked, (q, k, v, ids))
-  out, log_z = blockwise.forward(plan.kernel, _own_band(plan), q2, k2, v2, ids2, ids2)
-  total = out.astype(jnp.float32), log_z
-  for meet, *keys, of_keys in met:
-    keys, total = context_parallel.in_turn(keys, total)
-    part = blockwise.forward(
-      plan.kernel, meet.band, meet.queries(q), *keys, meet.queries(ids), of_keys
-    )
-    total = blockwise.join(
-      total, (meet.filled(part[0], 0), meet.filled(part[1], blockwise.NOTHING))
-    )
-  return tuple(jnp.concatenate(jnp.split(x, 2), T_AXIS) for x in total)
+  own = blockwise.forward(cp, Band(cp.spec.causal, cp.spec.window), Block(q2, k2, v2, ids2, ids2))
+  total = BlockOutput(own.out.astype(jnp.float32), own.log_z)
+  for halo, *keys, k_ids in halos:
+    keys, total = blockwise.in_sequence(keys, total)
+    block = Block(halo.queries(q), *keys, halo.queries(ids), k_ids)
+    found = blockwise.forward(cp, halo.band, block)
+    found = BlockOutput(halo.pad(found.out, 0), halo.pad(found.log_z, blockwise.NO_LOG_Z))
+    total = blockwise.merge(total, found)
+  return BlockOutput(*(jnp.concatenate(jnp.split(x, 2), T_AXIS) for x in total))
 
 
-def backward(plan, q, k, v, ids, out, log_z, dout):
-  met = [(m, m.keys(k), m.keys(v), m.segments(ids)) for m in _neighbours(plan, q.shape[T_AXIS])]
-  q2, k2, v2, ids2, *saved = map(_stacked, (q, k, v, ids, out, log_z, dout))
-  got = blockwise.backward(plan.kernel, _own_band(plan), q2, k2, v2, ids2, ids2, *saved)
-  grads = [_put_back(_stacked, x, d) for x, d in zip((q, k, v), got)]
-  for meet, *keys, of_keys in met:
-    saved = map(meet.queries, (out, log_z, dout))
-    got = blockwise.backward(
-      plan.kernel, meet.band, meet.queries(q), *keys, meet.queries(ids), of_keys, *saved
-    )
-    takes = (meet.queries, meet.keys, meet.keys)
-    for i, (take, x, d) in enumerate(zip(takes, (q, k, v), got)):
-      grads[i] += _put_back(take, x, d)
+def backward(
+  cp: ContextParallel,
+  qkv: tuple[jax.Array, jax.Array, jax.Array],
+  ids: jax.Array,
+  total: BlockOutput,
+  dout: jax.Array,
+) -> list[jax.Array]:
+  """Gradients of q, k and v, float32. The gradients of halos go back by the transposed exchange."""
+  q, k, v = qkv
+  halos = _exchanged(cp, k, v, ids)
+  q2, k2, v2, ids2, out2, log_z2, dout2 = map(_stacked, (q, k, v, ids, *total, dout))
+  band = Band(cp.spec.causal, cp.spec.window)
+  block = Block(q2, k2, v2, ids2, ids2)
+  found = blockwise.backward(cp, band, block, BlockOutput(out2, log_z2), dout2)
+  grads = [_transposed(_stacked, x, d) for x, d in zip(qkv, found, strict=True)]
+  for halo, *keys, k_ids in halos:
+    block = Block(halo.queries(q), *keys, halo.queries(ids), k_ids)
+    out, log_z, d = map(halo.queries, (*total, dout))
+    found = blockwise.backward(cp, halo.band, block, BlockOutput(out, log_z), d)
+    takes = (halo.queries, halo.keys, halo.keys)
+    for i, (take, x, d) in enumerate(zip(takes, qkv, found, strict=True)):
+      grads[i] += _transposed(take, x, d)
   return grads

@@ -1,161 +1,205 @@
-"""Attention of tokens that are cut over devices: keys and values go around the ring of devices.
+"""Ring attention: keys and values of a sharded row travel around the ring of devices.
 
-While a device's queries read those that are there, the next ones are on their way
-(arXiv:2310.01889), for some heads after the others. In local layers only the ends of neighbouring
-chunks move: `neighbours`.
+Each device keeps its queries. At step s it holds the keys of the device s places before it,
+computes their block, merges the result (`blockwise.merge`) and meanwhile passes them on
+(arXiv:2310.01889):
 
-B batch, N heads, K key/value heads, T token, H head size; arrays have their tokens on axis 2.
+            device 0    device 1    device 2    device 3
+  step 0    q0 x k0     q1 x k1     q2 x k2     q3 x k3
+  step 1    q0 x k3     q1 x k0     q2 x k1     q3 x k2
+  step 2    q0 x k2     q1 x k3     q2 x k0     q3 x k1
+  step 3    q0 x k1     q1 x k2     q2 x k3     q3 x k0
+
+In the backward pass the gradients of keys and values travel along with them, and one more step
+returns them to their owner. Heads are processed in groups, to bound memory. Layers with a window
+send only the ends of chunks, see `halo`.
+
+B batch, N heads, K key/value heads, T token, H head size; tokens are on axis 2.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.model.attention import blockwise, context_parallel, halo
-from jaxgpt.model.attention.context_parallel import T_AXIS
+from jaxgpt.config.remat import ATTENTION
+from jaxgpt.model.attention import blockwise, halo
+from jaxgpt.model.attention.masks import Band
+from jaxgpt.model.attention.spec import Block, BlockOutput, ContextParallel
+from jaxgpt.model.attention.token_order import T_AXIS, halves
+from jaxgpt.tree import PyTree
 
-_HEADS_BYTES = 2**22  # of queries, which read for so long that to start them costs little
+# Bytes of the queries in one group of heads: large enough that the cost of starting a group is
+# small.
+_GROUP_BYTES = 2**22
+
+_Chunks = tuple[jax.Array, ...]  # (early, late) under a causal mask, else (all tokens,)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan, q, k, v, ids):
-  """Attention of a device's queries to all keys of their rows; inside of `jax.shard_map`.
+def attend(
+  cp: ContextParallel, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array
+) -> jax.Array:
+  """Computes attention of a device's queries to all keys of their rows, under `jax.shard_map`.
 
   Args:
-    plan: a `context.Plan`.
-    q, k, v: [B, N, T, H] and [B, K, T, H], the device's tokens; queries have their scale already.
-    ids: [B, 1, T] segments.
+    cp: How rows are sharded.
+    q: This device's queries [B, N, T, H], already scaled.
+    k: This device's keys [B, K, T, H].
+    v: This device's values [B, K, T, H].
+    ids: Segments of this device's tokens, [B, 1, T].
 
   Returns:
     [B, N, T, H] in q's dtype.
   """
-  return _forward(plan, q, k, v, ids)[0]
+  return _forward(cp, q, k, v, ids)[0]
 
 
-def _forward(plan, q, k, v, ids):
-  run = halo.forward if plan.window is not None else _ring_forward
+def _forward(
+  cp: ContextParallel, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, tuple]:
+  run = halo.forward if cp.spec.window is not None else _ring_forward
 
   def of_heads(q, k, v):
-    out, log_z = run(plan, q, k, v, ids)
+    out, log_z = run(cp, q, k, v, ids)
     return out.astype(q.dtype), log_z
 
-  out, log_z = (checkpoint_name(x, plan.name) for x in _by_heads(of_heads, q, k, v))
+  out, log_z = (checkpoint_name(x, ATTENTION) for x in _by_heads(of_heads, q, k, v))
   return out, (q, k, v, ids, out, log_z)
 
 
-def _backward(plan, saved, dout):
-  run = halo.backward if plan.window is not None else _ring_backward
-  q, k, v, ids, *of_out = saved
+def _backward(cp: ContextParallel, saved: tuple, dout: jax.Array) -> tuple:
+  run = halo.backward if cp.spec.window is not None else _ring_backward
+  q, k, v, ids, out, log_z = saved
 
-  def of_heads(q, k, v, *of_out):
-    grads = run(plan, q, k, v, ids, *of_out)
-    return tuple(d.astype(x.dtype) for d, x in zip(grads, (q, k, v)))
+  def of_heads(q, k, v, out, log_z, dout):
+    grads = run(cp, (q, k, v), ids, BlockOutput(out, log_z), dout)
+    return tuple(d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
 
-  return (*_by_heads(of_heads, q, k, v, *of_out, dout), None)
+  return (*_by_heads(of_heads, q, k, v, out, log_z, dout), None)
 
 
 attend.defvjp(_forward, _backward)
 
 
-def _by_heads(run, q, k, *others):
-  """run(q, k, *others), some heads after the others: it takes memory for those alone.
+def _by_heads(run: Callable, q: jax.Array, k: jax.Array, *others: jax.Array) -> tuple:
+  """Computes run(q, k, *others) in a loop over groups of heads, which bounds its memory.
 
   Args:
-    run: a function of arrays with heads on axis 1, all results such arrays.
-    q, k: queries and keys, see `attend`; a key head and the queries that read it stay together.
+    run: Function of arrays with heads on axis 1, whose results have them there too.
+    q: Queries, see `attend`.
+    k: Keys. A key head stays with the query heads that read it.
+    *others: Further arrays.
   """
-  K, most = k.shape[1], max(q.size * q.dtype.itemsize // _HEADS_BYTES, 1)
-  turns = max(n for n in range(1, K + 1) if K % n == 0 and n <= most)
-  if turns == 1:
+  K, most = k.shape[1], max(q.size * q.dtype.itemsize // _GROUP_BYTES, 1)
+  groups = max(n for n in range(1, K + 1) if K % n == 0 and n <= most)
+  if groups == 1:
     return run(q, k, *others)
 
-  def of_turn(i, xs):
-    sizes = [x.shape[1] // turns for x in xs]
-    return [jax.lax.dynamic_slice_in_dim(x, i * n, n, 1) for x, n in zip(xs, sizes)]
+  def of_group(i, xs):
+    sizes = [x.shape[1] // groups for x in xs]
+    return [jax.lax.dynamic_slice_in_dim(x, i * n, n, 1) for x, n in zip(xs, sizes, strict=True)]
 
-  def turn(i, whole):
-    got = run(*of_turn(i, (q, k, *others)))
+  def one(i, whole):
+    got = run(*of_group(i, (q, k, *others)))
     put = jax.lax.dynamic_update_slice_in_dim
-    return tuple(put(w, x, i * x.shape[1], 1) for w, x in zip(whole, got))
+    return tuple(put(w, x, i * x.shape[1], 1) for w, x in zip(whole, got, strict=True))
 
-  shapes = jax.eval_shape(lambda: run(*of_turn(0, (q, k, *others))))
-  wide = lambda x: (x.shape[0], x.shape[1] * turns, *x.shape[2:])
-  return jax.lax.fori_loop(0, turns, turn, tuple(jnp.zeros(wide(x), x.dtype) for x in shapes))
+  shapes = jax.eval_shape(lambda: run(*of_group(0, (q, k, *others))))
+  wide = lambda x: (x.shape[0], x.shape[1] * groups, *x.shape[2:])
+  return jax.lax.fori_loop(0, groups, one, tuple(jnp.zeros(wide(x), x.dtype) for x in shapes))
 
 
 class _Visit:
-  """The queries and keys that meet when device i has the keys of device i - s.
+  """Step s of the ring: device i has the keys of device j = i - s (modulo n).
 
-  Under a causal mask these are two pairs of chunks, wherever the keys are from: the late queries
-  read the early keys, and either the early queries do too, or the late ones the late keys. So each
-  device does the same work, none of it masked.
+  Without a causal mask all queries attend to all keys. With it, both devices hold one early and one
+  late chunk of the row: i and 2n-1-i, j and 2n-1-j. Exactly two of the four pairs of chunks are
+  visible, and they are visible entirely:
+
+                     j before i (i >= s)          j after i (i < s)
+                    early keys  late keys        early keys  late keys
+    early queries       X           .                .           .
+    late queries        X           .                X           X
+
+  The late queries always attend to the early keys. The second pair depends on the device. The two
+  pairs are stacked along the batch, so that each device computes the same shape, without a mask and
+  without wasted work.
   """
 
-  def __init__(self, plan, s):
-    self._causal = plan.causal
-    self._earlier = jax.lax.axis_index(plan.axis) >= s  # the keys are of chunks before all queries
+  def __init__(self, cp: ContextParallel, s: int | jax.Array):
+    self._causal = cp.spec.causal
+    self._keys_before = jax.lax.axis_index(cp.axis) >= s
 
-  def _pair(self, always, early, late):
-    """One chunk that always takes part and one of two others, stacked along the batch."""
-    return jnp.concatenate([always, jnp.where(self._earlier, early, late)])
+  def _pair(self, always: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+    """Stacks the chunk of the first pair and that of the second, by where the keys are from."""
+    return jnp.concatenate([always, jnp.where(self._keys_before, before, after)])
 
-  def _dealt(self, pair, nothing):
-    """What `_pair` stacked, each in its place: (always, early, late), float32 or `nothing`."""
-    always, either = jnp.split(pair.astype(jnp.float32), 2)
-    here = self._earlier
-    return always, jnp.where(here, either, nothing), jnp.where(here, nothing, either)
+  def _unpair(self, pair: jax.Array, empty: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Inverts `_pair`: (always, before, after) in float32, with `empty` for the absent one."""
+    always, second = jnp.split(pair.astype(jnp.float32), 2)
+    before = self._keys_before
+    return always, jnp.where(before, second, empty), jnp.where(before, empty, second)
 
-  def queries(self, parts):
-    """The queries that read, of `_parts`: one or two chunks to the batch."""
-    return self._pair(parts[1], *parts) if self._causal else parts[0]
+  def queries(self, chunks: _Chunks) -> jax.Array:
+    """The queries that attend, from `_chunks`."""
+    return self._pair(chunks[1], *chunks) if self._causal else chunks[0]
 
-  def keys(self, x):
-    """The keys that are read."""
+  def keys(self, x: jax.Array) -> jax.Array:
+    """The keys that are attended to."""
     if not self._causal:
       return x
-    early, late = context_parallel.halves(x)
+    early, late = halves(x)
     return self._pair(early, early, late)
 
-  def joined(self, total, part):
-    """The (out, log_z) of the `_parts` of the device's queries, with those of `queries` joined."""
+  def merge(self, total: tuple[BlockOutput, ...], found: BlockOutput) -> tuple[BlockOutput, ...]:
+    """Merges this step's outputs over `queries` into those of the device's chunks."""
     if not self._causal:
-      return (blockwise.join(total[0], part),)
-    first, at_early, at_late = zip(
-      *(self._dealt(x, nothing) for x, nothing in zip(part, (0, blockwise.NOTHING)))
+      return (blockwise.merge(total[0], found),)
+    first, at_early, at_late = (
+      BlockOutput(*x)
+      for x in zip(
+        *(self._unpair(x, empty) for x, empty in zip(found, (0, blockwise.NO_LOG_Z), strict=True)),
+        strict=True,
+      )
     )
     early, late = total
-    return blockwise.join(early, at_early), blockwise.join(blockwise.join(late, first), at_late)
+    return (
+      blockwise.merge(early, at_early),
+      blockwise.merge(blockwise.merge(late, first), at_late),
+    )
 
-  def added(self, parts, d):
-    """Sums at the `_parts` of the device's queries, with those at `queries` added."""
+  def add_to_queries(self, chunks: _Chunks, d: jax.Array) -> _Chunks:
+    """Adds gradients of `queries` to those of the device's chunks."""
     if not self._causal:
-      return (parts[0] + d,)
-    first, at_early, at_late = self._dealt(d, 0)
-    return parts[0] + at_early, parts[1] + first + at_late
+      return (chunks[0] + d,)
+    first, at_early, at_late = self._unpair(d, 0)
+    return chunks[0] + at_early, chunks[1] + first + at_late
 
-  def at_keys(self, d):
-    """What is at `keys` at the places of the device's keys, float32."""
+  def to_keys(self, d: jax.Array) -> jax.Array:
+    """Gradients of `keys` as gradients of all keys, in float32."""
     if not self._causal:
       return d.astype(jnp.float32)
-    first, at_early, at_late = self._dealt(d, 0)
+    first, at_early, at_late = self._unpair(d, 0)
     return jnp.concatenate([first + at_early, at_late], T_AXIS)
 
 
-def _parts(plan, x):
-  """The chunks of the device's queries that a `_Visit` tells apart, cut once for all visits."""
-  return context_parallel.halves(x) if plan.causal else (x,)
+def _chunks(cp: ContextParallel, x: jax.Array) -> _Chunks:
+  """The chunks of a device's queries that a `_Visit` tells apart, cut once for all steps."""
+  return halves(x) if cp.spec.causal else (x,)
 
 
-def _shifted(plan, xs):
-  """Arrays of the device before this one."""
-  ring = [(i, (i + 1) % plan.size) for i in range(plan.size)]
-  return jax.tree.map(lambda x: jax.lax.ppermute(x, plan.axis, ring), xs)
+def _passed_on(cp: ContextParallel, xs: PyTree) -> PyTree:
+  """The arrays of the previous device in the ring."""
+  ring = [(i, (i + 1) % cp.size) for i in range(cp.size)]
+  return jax.tree.map(lambda x: jax.lax.ppermute(x, cp.axis, ring), xs)
 
 
-def _around(n, visit, carry):
-  """carry after visit(carry, s, is_first, is_last) for s = 1, …, n - 1; those between are a loop."""
+def _around(n: int, visit: Callable, carry: Any) -> Any:
+  """Applies visit(carry, s, is_first, is_last) for s = 1, ..., n - 1, by a scan in between."""
   carry = visit(carry, 1, True, n == 2)
   if n > 3:
     body = lambda carry, s: (visit(carry, s, False, False), None)
@@ -163,55 +207,67 @@ def _around(n, visit, carry):
   return visit(carry, n - 1, False, True) if n > 2 else carry
 
 
-def _ring_forward(plan, q, k, v, ids):
+def _ring_forward(
+  cp: ContextParallel, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array
+) -> BlockOutput:
   keys = (k, v, ids)
-  there = _shifted(plan, keys)  # on their way while the device's own are read
-  # In the order of `context.balance` a later token of a device is one that comes later in the row.
-  out, log_z = blockwise.forward(plan.kernel, blockwise.Band(plan.causal), q, k, v, ids, ids)
+  following = _passed_on(cp, keys)  # in flight while the device computes its own block
+  # In the balanced order a later token of a device is also later in the row, so the device's own
+  # block has a plain causal mask.
+  own = blockwise.forward(cp, Band(cp.spec.causal), Block(q, k, v, ids, ids))
 
   def visit(carry, s, is_first, is_last):
     del is_first
-    there = None if is_last else _shifted(plan, carry[0])
-    (k, v, of_keys), total = context_parallel.in_turn(*carry)
-    meet = _Visit(plan, s)
-    part = blockwise.forward(
-      plan.kernel,
-      blockwise.Band(),
-      meet.queries(q_parts),
-      meet.keys(k),
-      meet.keys(v),
-      meet.queries(ids_parts),
-      meet.keys(of_keys),
+    following = None if is_last else _passed_on(cp, carry[0])
+    (k, v, k_ids), total = blockwise.in_sequence(*carry)
+    step = _Visit(cp, s)
+    block = Block(
+      step.queries(q_chunks), step.keys(k), step.keys(v), step.queries(id_chunks), step.keys(k_ids)
     )
-    return there, meet.joined(total, part)
+    return following, step.merge(total, blockwise.forward(cp, Band(), block))
 
-  q_parts, ids_parts, *own = (_parts(plan, x) for x in (q, ids, out.astype(jnp.float32), log_z))
-  _, total = _around(plan.size, visit, (there, tuple(zip(*own))))
-  return tuple(jnp.concatenate(x, T_AXIS) for x in zip(*total))
+  q_chunks, id_chunks, *own_chunks = (
+    _chunks(cp, x) for x in (q, ids, own.out.astype(jnp.float32), own.log_z)
+  )
+  total = tuple(BlockOutput(*x) for x in zip(*own_chunks, strict=True))
+  _, total = _around(cp.size, visit, (following, total))
+  return BlockOutput(*(jnp.concatenate(x, T_AXIS) for x in zip(*total, strict=True)))
 
 
-def _ring_backward(plan, q, k, v, ids, out, log_z, dout):
-  """Gradients of keys and values travel with them, a step behind, and end at home."""
+def _ring_backward(
+  cp: ContextParallel,
+  qkv: tuple[jax.Array, jax.Array, jax.Array],
+  ids: jax.Array,
+  total: BlockOutput,
+  dout: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of q, k and v. Those of keys and values travel with them, one step behind."""
+  q, k, v = qkv
 
   def visit(carry, s, is_first, is_last):
     keys, dq, dkv = carry
-    there = None if is_last else _shifted(plan, keys)
-    dkv = None if is_first else _shifted(plan, dkv)
-    keys, dq = context_parallel.in_turn(keys, dq)
-    meet = _Visit(plan, s)
-    k, v, of_keys = map(meet.keys, keys)
-    q_here, ids_here, *saved = map(meet.queries, of_queries)
-    got = blockwise.backward(plan.kernel, blockwise.Band(), q_here, k, v, ids_here, of_keys, *saved)
-    new = tuple(map(meet.at_keys, got[1:]))
-    return there, meet.added(dq, got[0]), new if is_first else jax.tree.map(jnp.add, dkv, new)
+    following = None if is_last else _passed_on(cp, keys)
+    dkv = None if is_first else _passed_on(cp, dkv)
+    keys, dq = blockwise.in_sequence(keys, dq)
+    step = _Visit(cp, s)
+    k, v, k_ids = map(step.keys, keys)
+    q_here, ids_here, out, log_z, d = map(step.queries, of_queries)
+    block = Block(q_here, k, v, ids_here, k_ids)
+    found = blockwise.backward(cp, Band(), block, BlockOutput(out, log_z), d)
+    new = tuple(map(step.to_keys, found[1:]))
+    return (
+      following,
+      step.add_to_queries(dq, found[0]),
+      new if is_first else jax.tree.map(jnp.add, dkv, new),
+    )
 
-  of_queries = [_parts(plan, x) for x in (q, ids, out, log_z, dout)]
-  nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in of_queries[0])
-  _, dq, dkv = _around(plan.size, visit, (_shifted(plan, (k, v, ids)), nothing, None))
-  dq = jnp.concatenate(dq, T_AXIS)
-  dk, dv = _shifted(plan, dkv)  # while the device's own are read
-  (k, v), dq = context_parallel.in_turn((k, v), dq)
-  own = blockwise.backward(
-    plan.kernel, blockwise.Band(plan.causal), q, k, v, ids, ids, out, log_z, dout
-  )
+  of_queries = [_chunks(cp, x) for x in (q, ids, *total, dout)]
+  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in of_queries[0])
+  _, dq_chunks, dkv = _around(cp.size, visit, (_passed_on(cp, (k, v, ids)), zeros, None))
+  dq = jnp.concatenate(dq_chunks, T_AXIS)
+  dk, dv = _passed_on(
+    cp, dkv
+  )  # the last hop home, in flight while the device computes its own block
+  (k, v), dq = blockwise.in_sequence((k, v), dq)
+  own = blockwise.backward(cp, Band(cp.spec.causal), Block(q, k, v, ids, ids), total, dout)
   return dq + own[0], dk + own[1], dv + own[2]

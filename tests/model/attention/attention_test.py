@@ -1,7 +1,6 @@
-"""Every form of attention against a loop over queries."""
+"""Every attention implementation against a loop over queries in float64."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.errors import UserError
-from jaxgpt.model import ops
-from jaxgpt.model.attention import attention
+from jaxgpt.model.attention import attention, batched, masks, reference, splash
+from jaxgpt.model.attention.spec import Spec
 from jaxgpt.parallel import mesh as mesh_lib
 
 
@@ -42,14 +40,14 @@ def by_definition(q, k, v, mask, scale, softcap):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_forms_agree_with_the_definition(form, softcap, heads):
   q, k, v, mask = inputs(N=heads[0], K=heads[1])
-  out = attention.attend(form, q, k, v, mask, scale=0.3, softcap=softcap)
+  out = attention.attend(form, q, k, v, mask, None, Spec(0.3, softcap))
   np.testing.assert_allclose(out, by_definition(q, k, v, np.asarray(mask), 0.3, softcap), atol=1e-5)
 
 
 @pytest.mark.parametrize("T", [8, 7, 12])
-def test_the_causal_form_skips_only_what_the_mask_hides(T, monkeypatch):
-  monkeypatch.setattr(attention, "_CHUNK", 2)
-  monkeypatch.setattr(attention, "_MOST_CHUNKS", 4)
+def test_causal_chunks_skip_only_masked_keys(T, monkeypatch):
+  monkeypatch.setattr(batched, "_CHUNK", 2)
+  monkeypatch.setattr(batched, "_MAX_CHUNKS", 4)
   q, k, v, mask = inputs(T=T)
   mask &= jnp.tril(jnp.ones((T, T), bool))
 
@@ -57,18 +55,18 @@ def test_the_causal_form_skips_only_what_the_mask_hides(T, monkeypatch):
     out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, mask, scale=0.3), q, k, v)
     return out, vjp(jnp.cos(out))
 
-  got = both(functools.partial(attention.batched, causal=True))
+  got = both(functools.partial(batched.attention, causal=True))
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, both(attention.reference)
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, both(reference.attention)
   )
 
 
 @pytest.mark.parametrize("form", ["reference", "batched"])
-def test_gradients_agree_and_a_row_that_sees_nothing_has_none(form):
+def test_gradients_agree_and_a_query_without_keys_has_none(form):
   q, k, v, mask = inputs()
 
   def loss(form):
-    return lambda q, k, v: jnp.sin(attention.attend(form, q, k, v, mask, scale=0.3)).sum()
+    return lambda q, k, v: jnp.sin(attention.attend(form, q, k, v, mask, None, Spec(0.3))).sum()
 
   got = jax.grad(loss(form), (0, 1, 2))(q, k, v)
   want = jax.grad(loss("reference"), (0, 1, 2))(q, k, v)
@@ -76,10 +74,10 @@ def test_gradients_agree_and_a_row_that_sees_nothing_has_none(form):
   assert np.isfinite(got[0]).all() and not got[0][0, 3].any()
 
 
-def test_heads_that_do_not_divide_are_refused():
+def test_heads_that_do_not_divide_raise_an_error():
   q, k, v, mask = inputs(N=4, K=3)
-  with pytest.raises(ValueError, match="4 query heads are no multiple of 3"):
-    attention.reference(q, k, v, mask, scale=1.0)
+  with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
+    reference.attention(q, k, v, mask, scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -91,87 +89,32 @@ def test_heads_that_do_not_divide_are_refused():
     dict(causal=True, softcap=2.0, K=1),
   ],
 )
-def test_the_kernel_for_tpus_agrees_with_the_definition(fields):
+def test_splash_agrees_with_the_reference(fields):
   T = 256
   fields = dict(fields)
   q, k, v, _ = inputs(T=T, K=fields.pop("K", 2))
   segments = jnp.array([[1] * 100 + [2] * 100 + [0] * 56, [1] * T])
-  softcap = fields.pop("softcap", None)
-  mask = ops.visible(segments, **fields)
+  spec = Spec(scale=0.3, interpret=True, **fields)
+  mask = masks.visible(segments, causal=spec.causal, window=spec.window)
   real = (segments != 0)[..., None, None]
 
   def both(f):
     out, vjp = jax.vjp(lambda q, k, v: f(q, k, v) * real, q, k, v)
     return out, vjp(jnp.cos(out) * real)
 
-  got = both(
-    lambda q, k, v: attention.splash(
-      q, k, v, segments, scale=0.3, softcap=softcap, interpret=True, **fields
-    )
-  )
-  want = both(lambda q, k, v: attention.reference(q, k, v, mask, scale=0.3, softcap=softcap))
+  got = both(lambda q, k, v: splash.attention(q, k, v, segments, spec))
+  want = both(lambda q, k, v: reference.attention(q, k, v, mask, scale=0.3, softcap=spec.softcap))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
 
-def test_the_kernel_for_tpus_under_a_mesh():
+def test_splash_under_a_mesh():
   q, k, v, _ = inputs(B=4, T=256)
   segments = jnp.ones((4, 256), jnp.int32).at[:, 200:].set(2)
-  run = jax.jit(functools.partial(attention.splash, scale=0.3, causal=True, interpret=True))
+  spec = Spec(scale=0.3, causal=True, interpret=True)
+  run = jax.jit(functools.partial(splash.attention, spec=spec))
   c = config.base().mesh
   c.update(dict(data=4, fsdp=1, tensor=2))
   with jax.set_mesh(mesh_lib.make(c)):
     got = run(q, k, v, segments)
-  want = attention.reference(q, k, v, ops.visible(segments, causal=True), scale=0.3)
+  want = reference.attention(q, k, v, masks.visible(segments, causal=True), scale=0.3)
   np.testing.assert_allclose(got, want, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-  "platform, more, form",
-  [
-    ("cpu", {}, "batched"),
-    ("tpu", {}, "splash"),
-    ("tpu", dict(length=100), "reference"),
-    ("gpu", {}, "cudnn"),
-    ("gpu", dict(dtype="float32"), "reference"),
-    ("gpu", dict(softcap=30.0), "reference"),
-    ("gpu", dict(heads=(256, 256)), "reference"),
-    ("gpu", dict(heads=(100, 100)), "reference"),
-    ("gpu", dict(heads=(128, 64)), "reference"),
-  ],
-)
-def test_auto_goes_by_the_platform(platform, more, form):
-  fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(64, 64)) | more
-  assert attention.choose("auto", platform, **fields) == form
-  assert attention.choose("batched", platform, **fields) == "batched"
-
-
-@pytest.mark.parametrize(
-  "form, platform, more, words",
-  [
-    ("splash", "cpu", {}, "a kernel for TPUs, and the devices are of the kind 'cpu'"),
-    ("cudnn", "tpu", {}, "a kernel for GPUs, and the devices are of the kind 'tpu'"),
-    ("splash", "tpu", dict(length=1000), "data.seq_len=1000 is no multiple of 128"),
-    ("cudnn", "gpu", dict(dtype="float32"), "set model.dtype=bfloat16"),
-  ],
-)
-def test_a_kernel_that_cannot_run_is_refused(form, platform, more, words):
-  fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(64, 64)) | more
-  with pytest.raises(UserError, match=words):
-    attention.choose(form, platform, **fields)
-
-
-def test_heads_go_to_cudnn_where_the_gpu_has_kernels_for_them(monkeypatch):
-  fields = dict(length=1024, dtype="bfloat16", softcap=None, heads=(256, 128))
-  with pytest.raises(
-    UserError, match=r"no kernel for heads of 256 \(values 128\) on a GPU that is not"
-  ):
-    attention.choose("cudnn", "gpu", **fields)
-  gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
-  monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
-  assert attention.choose("auto", "gpu", **fields) == "cudnn"
-  assert attention.choose("cudnn", "gpu", **fields) == "cudnn"
-  gpu.compute_capability = "gfx942"
-  assert attention.choose("auto", "gpu", **fields) == "reference"
-  gpu.compute_capability = "8.0"
-  with pytest.raises(UserError, match="on NVIDIA H100; leave model.attention=auto"):
-    attention.choose("cudnn", "gpu", **fields)

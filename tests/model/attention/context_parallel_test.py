@@ -1,4 +1,4 @@
-"""Rows that are cut over devices: attention as if they were not, and as much work for each."""
+"""Rows that are sharded over devices: same attention as whole rows, equal work for each device."""
 
 import functools
 
@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.model import layers, ops
 from jaxgpt.model import remat as remat_lib
-from jaxgpt.model.attention import attention, blockwise, context_parallel, ring
+from jaxgpt.model import self_attention
+from jaxgpt.model.attention import (
+  attention,
+  blockwise,
+  context_parallel,
+  cudnn,
+  masks,
+  reference,
+  ring,
+  token_order,
+)
+from jaxgpt.model.attention.spec import BlockOutput, Spec
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 
@@ -41,24 +51,20 @@ def with_gradients(f, segments, *args):
   return run(*args)
 
 
-def agree(mesh, T, form, atol=1e-5, interpret=False, **fields):
+def agree(mesh, T, form, atol=1e-5, **fields):
   q, k, v, segments = inputs(T)
-  fields = dict(scale=0.3, softcap=None) | fields
-  mask = ops.visible(segments, causal=fields["causal"], window=fields["window"])
-  plain = {name: fields[name] for name in ("scale", "softcap")}
-  want = with_gradients(lambda *x: attention.reference(*x, mask, **plain), segments, q, k, v)
+  spec = Spec(scale=0.3, **fields)
+  mask = masks.visible(segments, causal=spec.causal, window=spec.window)
+  whole = functools.partial(reference.attention, scale=spec.scale, softcap=spec.softcap)
+  want = with_gradients(lambda *qkv: whole(*qkv, mask), segments, q, k, v)
   same = lambda x: x
-  to, back = (
-    (context_parallel.balance, context_parallel.restore) if fields["causal"] else (same, same)
-  )
+  to, back = (token_order.balance, token_order.restore) if spec.causal else (same, same)
 
-  def cut(*qkv):
-    return back(
-      attention.in_parts(form, *map(to, qkv), to(segments), interpret=interpret, **fields)
-    )
+  def sharded(*qkv):
+    return back(context_parallel.attention(form, *map(to, qkv), to(segments), spec))
 
   with jax.set_mesh(mesh):
-    got = with_gradients(cut, segments, q, k, v)
+    got = with_gradients(sharded, segments, q, k, v)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
 
 
@@ -74,30 +80,30 @@ def agree(mesh, T, form, atol=1e-5, interpret=False, **fields):
     (2, dict(causal=False, window=20)),
   ],
 )
-def test_rows_that_are_cut_attend_as_whole_ones(seq, fields):
+def test_sharded_rows_attend_as_whole_ones(seq, fields):
   agree(mesh_of(seq), 64, "batched", **fields)
 
 
-def test_rows_and_heads_are_cut_too():
+def test_batch_and_heads_are_sharded_too():
   agree(mesh_of(2, data=2, tensor=2), 32, "batched", causal=True, window=9)
 
 
 @pytest.mark.parametrize("seq, axes, window", [(4, {}, None), (2, dict(data=2), 9)])
-def test_some_heads_after_the_others(seq, axes, window, monkeypatch):
-  monkeypatch.setattr(ring, "_HEADS_BYTES", 1)  # as many turns as there are key heads
+def test_groups_of_heads(seq, axes, window, monkeypatch):
+  monkeypatch.setattr(ring, "_GROUP_BYTES", 1)  # one key head per group
   agree(mesh_of(seq, **axes), 64, "batched", causal=True, window=window)
 
 
-def test_heads_take_their_turn_where_there_is_much_of_them():
-  def turns(T, N, K):
+def test_large_queries_are_processed_in_groups_of_heads():
+  def groups(T, N, K):
     q, k = (jax.ShapeDtypeStruct((1, heads, T, 128), jnp.bfloat16) for heads in (N, K))
     counted = jax.make_jaxpr(lambda q, k: ring._by_heads(lambda q, k: (q, k), q, k))(q, k)
     loops = [e.params["length"] for e in counted.eqns if e.primitive.name == "scan"]
     return loops or [1]
 
-  assert turns(16_384, 32, 8) == turns(4096, 32, 8) == [8]
-  assert turns(1024, 32, 8) == [2]
-  assert turns(512, 32, 8) == turns(16_384, 8, 1) == [1]
+  assert groups(16_384, 32, 8) == groups(4096, 32, 8) == [8]
+  assert groups(1024, 32, 8) == [2]
+  assert groups(512, 32, 8) == groups(16_384, 8, 1) == [1]
 
 
 @pytest.mark.parametrize(
@@ -108,82 +114,85 @@ def test_heads_take_their_turn_where_there_is_much_of_them():
     pytest.param(dict(causal=False, window=200), marks=pytest.mark.slow),
   ],
 )
-def test_the_kernel_for_tpus_in_parts(fields):
+def test_splash_blocks(fields):
   agree(mesh_of(2), 512, "splash", atol=2e-5, interpret=True, **fields)
 
 
 @pytest.mark.slow
-def test_the_kernel_for_tpus_goes_around():
+def test_splash_blocks_in_a_ring():
   agree(mesh_of(4), 1024, "splash", atol=2e-5, interpret=True, causal=True, window=None)
 
 
 @pytest.mark.parametrize("fields", [dict(causal=True, window=None), dict(causal=False, window=9)])
-def test_what_gpus_read_of_gathered_keys(fields, monkeypatch):
-  monkeypatch.setattr(attention, "cudnn", attention.reference)  # which no CPU has
+def test_gathered_keys_for_cudnn(fields, monkeypatch):
+  # cuDNN's kernel does not run on CPUs.
+  by_definition = lambda q, k, v, mask, spec: reference.attention(q, k, v, mask, scale=spec.scale)
+  monkeypatch.setattr(cudnn, "attention", by_definition)
   agree(mesh_of(4), 64, "cudnn", **fields)
 
 
-def test_order_and_back():
+def test_balance_and_restore_are_inverse():
   x = jnp.arange(2 * 32 * 3).reshape(2, 32, 3)
   with jax.set_mesh(mesh_of(4)):
-    balanced = jax.jit(context_parallel.balance)(x)
-    np.testing.assert_array_equal(jax.jit(context_parallel.restore)(balanced), x)
+    balanced = jax.jit(token_order.balance)(x)
+    np.testing.assert_array_equal(jax.jit(token_order.restore)(balanced), x)
   first = balanced.addressable_shards[0].data[0, :, 0]
   np.testing.assert_array_equal(first // 3, [0, 1, 2, 3, 28, 29, 30, 31])
-  assert context_parallel.balance(x) is x, "no mesh"
+  assert token_order.balance(x) is x, "no mesh"
   with jax.set_mesh(mesh_of(4)):
-    assert context_parallel.balance(x[:, :30]) is not None and context_parallel.parts(30) == 1
+    assert token_order.balance(x[:, :30]) is not None and token_order.num_shards(30) == 1
 
 
-def counted(monkeypatch, n, window=None, order=context_parallel.chunks):
-  """How many keys the ring lets each query of a row read: [device, its queries], and their places."""
+def counted(monkeypatch, n, window=None):
+  """Number of keys that each query attends to, [device, query], and the queries' positions."""
 
-  def forward(kernel, band, q, k, v, q_ids, k_ids):
-    there = band.array(q.shape[2], k.shape[2]) & (k_ids[..., None, :] > 0)
-    count = there.sum(-1).astype(jnp.float32)  # [B, 1, T]
-    return jnp.broadcast_to(count[..., None], q.shape), jnp.zeros(q.shape[:3])
+  def forward(cp, band, block):
+    q, k_ids = block.q, block.k_ids
+    seen = band.array(q.shape[2], block.k.shape[2]) & (k_ids[..., None, :] > 0)
+    count = seen.sum(-1).astype(jnp.float32)  # [B, 1, T]
+    return BlockOutput(jnp.broadcast_to(count[..., None], q.shape), jnp.zeros(q.shape[:3]))
 
-  def join(part, other):
-    (a, log_a), (b, log_b) = part, other
-    return a + jnp.where(log_b[..., None] > blockwise.NOTHING / 2, b, 0), log_a
+  def merge(a, b):
+    exists = b.log_z[..., None] > blockwise.NO_LOG_Z / 2
+    return BlockOutput(a.out + jnp.where(exists, b.out, 0), a.log_z)
 
   monkeypatch.setattr(blockwise, "forward", forward)
-  monkeypatch.setattr(blockwise, "join", join)
-  monkeypatch.setattr(context_parallel, "chunks", order)
+  monkeypatch.setattr(blockwise, "merge", merge)
   x, T = jnp.ones((1, 64, 1, 1)), 64
+  spec = Spec(scale=1.0, causal=True, window=window)
   with jax.set_mesh(mesh_of(n)):
-    out = jax.jit(
-      functools.partial(
-        attention.in_parts, "batched", scale=1.0, softcap=None, causal=True, window=window
-      )
-    )(x, x, x, jnp.ones((1, T), jnp.int32))
-  places = order(n, True)[..., None] * (T // (2 * n)) + np.arange(T // (2 * n))
-  return np.asarray(out).reshape(n, -1), places.reshape(n, -1)
+    run = jax.jit(functools.partial(context_parallel.attention, "batched", spec=spec))
+    out = run(x, x, x, jnp.ones((1, T), jnp.int32))
+  size = T // (2 * n)
+  positions = token_order.chunks(n, True)[..., None] * size + np.arange(size)
+  return np.asarray(out).reshape(n, -1), positions.reshape(n, -1)
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
 @pytest.mark.parametrize("window", [None, 5, 24])
-def test_every_device_has_as_many_pairs_to_compute(n, window, monkeypatch):
-  got, places = counted(monkeypatch, n, window)
-  np.testing.assert_array_equal(got, np.minimum(places + 1, window or 64), "each key read once")
+def test_every_device_computes_equally_many_pairs(n, window, monkeypatch):
+  got, positions = counted(monkeypatch, n, window)
+  np.testing.assert_array_equal(got, np.minimum(positions + 1, window or 64), "each key once")
   block = (64 // (2 * n)) ** 2
-  # The first queries of a row have no full window, which longer windows spread over some devices.
+  # The first queries of a row see fewer keys than the window. Longer windows spread this over
+  # several devices.
   assert np.ptp(got.sum(1)) <= (0 if window is None else max(block, window**2 / 2))
 
 
-def test_in_the_rows_own_order_the_last_device_has_most():
+def test_contiguous_shards_would_leave_most_work_to_the_last_device():
   n, T = 4, 64
-  places = np.arange(T).reshape(n, -1)
-  assert np.ptp((places + 1).sum(1)) > 10 * (T // (2 * n)) ** 2
+  positions = np.arange(T).reshape(n, -1)
+  assert np.ptp((positions + 1).sum(1)) > 10 * (T // (2 * n)) ** 2
 
 
-def test_attention_that_is_saved_does_not_go_around_again():
+def test_saved_attention_is_not_computed_again():
   q, _, _, segments = inputs(32, N=2)
+  spec = Spec(scale=0.3, causal=True)
 
   def exponentials(remat):
     def layer(x, _):
-      qkv = layers.named(sharding.DEFAULT, x * 2, x * 3, x * 4)
-      return attention.attend("batched", *qkv, None, segments, scale=0.3, causal=True), None
+      qkv = self_attention.mark((x * 2, x * 3, x * 4), sharding.DEFAULT)
+      return attention.attend("batched", *qkv, None, segments, spec), None
 
     layer = jax.checkpoint(layer, policy=remat_lib.policy(remat))
     run = lambda x: jax.lax.scan(layer, x, None, length=2)[0].sum()
@@ -193,12 +202,13 @@ def test_attention_that_is_saved_does_not_go_around_again():
     assert exponentials("save_attention") < exponentials("save_qkv")
 
 
-def test_no_array_of_all_pairs_of_positions():
+def test_no_array_over_all_pairs_of_positions():
   T = 96
   q, k, v, segments = inputs(T)
+  spec = Spec(scale=0.3, causal=True)
 
   def loss(q, k, v):
-    return attention.attend("batched", q, k, v, None, segments, scale=0.3, causal=True).sum()
+    return attention.attend("batched", q, k, v, None, segments, spec).sum()
 
   with jax.set_mesh(mesh_of(4)):
     assert not attention.needs_mask("batched", T) and attention.needs_mask("batched", T + 1)

@@ -1,0 +1,152 @@
+"""Splash attention: the Pallas flash attention kernel for TPUs, which skips masked blocks.
+
+B batch, T query position, S key position, N heads, K key/value heads, H head size.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash_kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.config.remat import ATTENTION
+from jaxgpt.model.attention.masks import Band
+from jaxgpt.model.attention.spec import Block, BlockOutput, Spec
+from jaxgpt.parallel import chips
+
+LANES = chips.LANES  # heads are padded to it, and it is the smallest block in tokens
+
+
+def attention(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, spec: Spec
+) -> jax.Array:
+  """Computes attention within whole rows.
+
+  Under a mesh each device computes its own rows and heads. `context_parallel.attention` handles
+  rows that are sharded.
+
+  Args:
+    q_BTNH: Queries.
+    k_BSKH: Keys, with S = T.
+    v_BSKH: Values.
+    segment_ids_BT: 1, 2, ... for the documents of a row; 0 for padding, which attends to padding.
+    spec: Scale, softcap and mask.
+
+  Returns:
+    As `reference.attention`, except at padding.
+  """
+  T, N = q_BTNH.shape[1:3]
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1 if mesh.empty else spec.rules.num_shards(mesh, "act_heads")
+  band = Band(spec.causal, spec.window)
+  kernel = make_kernel(band, (N, T, T), spec, name=ATTENTION, head_shards=shards)
+  q, k, v = padded(*(x.swapaxes(1, 2) for x in (q_BTNH * spec.scale, k_BSKH, v_BSKH)))
+
+  def local(kernel, q, k, v, ids_BT):
+    one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(q=ids, kv=ids))
+    return jax.vmap(one)(q, k, v, ids_BT)
+
+  if not mesh.empty and mesh.size > 1:
+    batch, heads = spec.rules.spec(("batch", "act_heads"))
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(heads, None)))
+    whole = P(batch, heads)
+    local = jax.shard_map(
+      local, in_specs=(of_kernel, whole, whole, whole, P(batch)), out_specs=whole, check_vma=False
+    )
+  out = local(kernel, q, k, v, segment_ids_BT)
+  return out[..., : v_BSKH.shape[-1]].swapaxes(1, 2).astype(q_BTNH.dtype)
+
+
+@functools.cache
+def _mask(band: Band, T: int, S: int) -> splash_mask.Mask:
+  """A `Band` in the form that the kernel takes."""
+  if not band.hides(T, S):
+    return splash_mask.FullMask((T, S))
+  if band.window is None:
+    return splash_mask.CausalMask((T, S), band.offset)
+  reach = (band.window - 1, 0 if band.causal else band.window - 1)
+  return splash_mask.LocalMask((T, S), reach, band.offset)
+
+
+def make_kernel(
+  band: Band,
+  shape: tuple[int, int, int],
+  spec: Spec,
+  *,
+  name: str | None = None,
+  head_shards: int = 1,
+) -> splash_kernel.SplashAttentionKernel:
+  """Builds the kernel for one mask.
+
+  Args:
+    band: The mask.
+    shape: (N heads, T queries, S keys).
+    spec: Softcap, and whether to interpret the kernel.
+    name: Checkpoint name of the kernel's results, for remat policies.
+    head_shards: Number of shards of the heads, if the kernel is called under `jax.shard_map`.
+  """
+  N, T, S = shape
+  block = chips.attention_block()
+  q, kv = math.gcd(T, block), math.gcd(S, block)
+  sizes = splash_kernel.BlockSizes(
+    block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
+  )
+  return splash_kernel.make_splash_mha(
+    splash_mask.MultiHeadMask([_mask(band, T, S)] * N),
+    block_sizes=sizes,
+    head_shards=head_shards,
+    q_seq_shards=1,
+    attn_logits_soft_cap=spec.softcap,
+    interpret=spec.interpret,
+    residual_checkpoint_name=name,
+  )
+
+
+def padded(*heads: jax.Array) -> tuple[jax.Array, ...]:
+  """Pads arrays [..., H] with zeros until H is a multiple of `LANES`."""
+  return tuple(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)]) for x in heads)
+
+
+# The two passes of a block, see `blockwise`. JAX publishes them only as one differentiable
+# function, whose backward pass uses the softmax normalizer of its own block. A block of a longer
+# row needs the normalizer of the whole row, so these functions call the kernel's private passes.
+
+
+def block_forward(spec: Spec, band: Band, block: Block) -> BlockOutput:
+  """Computes `blockwise.forward` with the kernel."""
+  q, k, v, q_ids, k_ids = block
+  made = make_kernel(band, (q.shape[1], q.shape[2], k.shape[2]), spec)
+
+  def one(q, k, v, q_ids, k_ids):
+    ids = splash_kernel.SegmentIds(q=q_ids[0], kv=k_ids[0])
+    out, (log_z,) = splash_kernel._splash_attention_forward(
+      made.fwd_mask_info, q, k, v, ids, None, **made.kwargs | {"save_residuals": True}
+    )
+    return out, log_z
+
+  out, log_z = jax.vmap(one)(*padded(q, k, v), q_ids, k_ids)
+  return BlockOutput(out[..., : v.shape[-1]], log_z)
+
+
+def block_backward(
+  spec: Spec, band: Band, block: Block, total: BlockOutput, dout: jax.Array
+) -> tuple[jax.Array, ...]:
+  """Computes `blockwise.backward` with the kernel."""
+  q, k, v, q_ids, k_ids = block
+  made = make_kernel(band, (q.shape[1], q.shape[2], k.shape[2]), spec)
+  fields = made.kwargs | {"save_residuals": False}
+
+  def one(q, k, v, q_ids, k_ids, out, log_z, dout):
+    ids = splash_kernel.SegmentIds(q=q_ids[0], kv=k_ids[0])
+    residuals = (q, k, v, ids, None, out, log_z, made.dq_mask_info, made.dkv_mask_info)
+    return splash_kernel._splash_attention_bwd(res=residuals, do=dout, **fields)[3:6]
+
+  out, dout = padded(total.out.astype(q.dtype), dout)
+  grads = jax.vmap(one)(*padded(q, k, v), q_ids, k_ids, out, total.log_z, dout)
+  return tuple(d[..., : x.shape[-1]] for d, x in zip(grads, (q, k, v), strict=True))

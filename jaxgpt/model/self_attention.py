@@ -1,0 +1,179 @@
+"""The self-attention layer: projections, rotary embedding, KV cache, latent attention.
+
+B batch, T query position, D model, N heads, K key/value heads, H head size, R rotated part of a
+head, C compressed size (latent attention).
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxgpt.config.remat import QKV, O
+from jaxgpt.model import kv_cache, rope
+from jaxgpt.model.attention import attention
+from jaxgpt.model.attention.spec import Spec
+from jaxgpt.model.kv_cache import LayerCache
+from jaxgpt.model.layer_inputs import KindInputs, LayerInputs
+from jaxgpt.model.layers import Module, Norm
+from jaxgpt.parallel.sharding import Rules
+
+QKV = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class Attention(Module):
+  """Self-attention. Its cache is an argument and a result.
+
+  Attributes:
+    rules: Logical axis rules.
+    kind: 'global', 'local' (within `model.window`) or 'nope' (global, without positions).
+  """
+
+  rules: Rules
+  kind: str
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    inputs: LayerInputs,
+    cache: LayerCache | None,
+    lora_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, LayerCache | None]:
+    """Applies the layer.
+
+    Args:
+      x_BTD: Normalized residual stream.
+      inputs: Masks, rotary angles and positions.
+      cache: The cache of this layer, or None.
+      lora_key: PRNG key of adapter dropout, or None.
+
+    Returns:
+      (y_BTD, the cache with this call's tokens or None).
+    """
+    cfg = self.cfg
+    here = inputs.kinds[self.kind]
+    make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
+    (q, k, v), cache = make(x_BTD, here, inputs.positions, cache, lora_key)
+    form = "reference" if cache is not None else self.form
+    spec = Spec(
+      scale=cfg.attn_scale,
+      softcap=cfg.attn_softcap,
+      causal=cfg.causal and cache is None,
+      window=cfg.window if self.kind == "local" else None,
+      rules=self.rules,
+    )
+    out = attention.attend(form, q, k, v, here.mask, inputs.segments, spec)
+    _, _, N, H = out.shape
+    shape, axes = (N, H, cfg.width), ("heads", "head_dim", "embed")
+    y = self.linear("o", out, shape, axes, self.residual_std, num_in=2, key=lora_key)
+    if cfg.bias:
+      y += self.vector("o_bias", (cfg.width,), ("norm",)).astype(self.dtype)
+    return checkpoint_name(y, O), cache
+
+  def _heads(
+    self,
+    name: str,
+    x: jax.Array,
+    heads: tuple[str, int, int],
+    key: jax.Array | None,
+    in_axis: str = "embed",
+  ) -> jax.Array:
+    """Projects x [B, T, in] to [B, T, heads, size]; `heads` is (logical axis, heads, size)."""
+    head_axis, *shape = heads
+    axes = (in_axis, head_axis, "head_dim")
+    y = self.linear(name, x, (x.shape[-1], *shape), axes, self.cfg.init_std, key=key)
+    if self.cfg.qkv_bias:
+      y += self.vector(f"{name}_bias", tuple(shape), (head_axis, "head_dim")).astype(self.dtype)
+    return y
+
+  def _qkv(
+    self,
+    x_BTD: jax.Array,
+    here: KindInputs,
+    positions_BT: jax.Array,
+    cache: LayerCache | None,
+    key: jax.Array | None,
+  ) -> tuple[QKV, LayerCache | None]:
+    """Queries, keys and values; with a cache, keys and values of earlier tokens too."""
+    cfg = self.cfg
+    of_q, of_kv = (
+      ("heads", cfg.num_heads, cfg.head_dim),
+      ("kv_heads", cfg.num_kv_heads, cfg.head_dim),
+    )
+    q, k, v = (
+      self._heads(name, x_BTD, heads, key)
+      for name, heads in zip(QKV, (of_q, of_kv, of_kv), strict=True)
+    )
+    if cfg.qk_norm != "none":
+      q, k = self._normed("q_norm", q), self._normed("k_norm", k)
+    if here.rotary is not None:
+      rotate = functools.partial(rope.rotate, by_matmul=self.form == "splash")
+      q, k = (rotate(x, *here.rotary) for x in (q, k))
+    q, k, v = mark((q, k, v), self.rules)
+    if cache is not None:
+      cache = kv_cache.write(cache, {"k": k, "v": v}, positions_BT)
+      k, v = cache["k"], cache["v"]
+    return (q, k, v), cache
+
+  def _normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+    """RMSNorm over each head, or over all heads together (OLMo 2)."""
+    norm = functools.partial(Norm, self.cfg, "rmsnorm", name=name)
+    if self.cfg.qk_norm == "head":
+      return norm(size=x_BTNH.shape[-1])(x_BTNH)
+    flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+    return norm(size=flat.shape[-1])(flat).reshape(x_BTNH.shape)
+
+  def _latent_qkv(
+    self,
+    x_BTD: jax.Array,
+    here: KindInputs,
+    positions_BT: jax.Array,
+    cache: LayerCache | None,
+    key: jax.Array | None,
+  ) -> tuple[QKV, LayerCache | None]:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    Keys and values are computed from one compressed vector per token. The cache holds only that
+    vector and one rotated key that all heads share:
+
+      x -> kv_down -> [ latent C | shared key R ]
+                         |            |
+                 k, v <- norm      rotate        key of a head = [ k | shared key ]
+                                                 query of a head = [ plain | rotated R ]
+    """
+    cfg = self.cfg
+    assert here.rotary is not None
+    lat, N, D = cfg.latent, cfg.num_heads, cfg.width
+    R, plain = lat.rope_dim, cfg.head_dim - lat.rope_dim
+    down = functools.partial(self.linear, axes=("embed", "rank"), std=cfg.init_std, key=key)
+    x_BTC = x_BTD
+    if lat.q_rank:
+      x_BTC = down("q_down", x_BTD, (D, lat.q_rank))
+      x_BTC = Norm(cfg, "rmsnorm", lat.q_rank, name="q_down_norm")(x_BTC)
+    q_axis = "rank" if lat.q_rank else "embed"
+    q = self._heads("q", x_BTC, ("heads", N, cfg.head_dim), key, q_axis)
+    compressed = down("kv_down", x_BTD, (D, lat.kv_rank + R))
+    norm = Norm(cfg, "rmsnorm", lat.kv_rank, name="kv_down_norm")
+    latent_BTC = norm(compressed[..., : lat.kv_rank])
+    shared_key = rope.rotate(compressed[..., None, lat.kv_rank :], *here.rotary)
+    q = jnp.concatenate([q[..., :plain], rope.rotate(q[..., plain:], *here.rotary)], -1)
+    if cache is not None:
+      new = {"latent": latent_BTC, "shared_key": shared_key}
+      cache = kv_cache.write(cache, new, positions_BT)
+      latent_BTC, shared_key = cache["latent"], cache["shared_key"]
+    k = self._heads("k", latent_BTC, ("heads", N, plain), key, "rank")
+    v = self._heads("v", latent_BTC, ("heads", N, lat.v_dim), key, "rank")
+    k = jnp.concatenate([k, jnp.broadcast_to(shared_key, (*k.shape[:3], R))], -1)
+    return mark((q, k, v), self.rules), cache
+
+
+def mark(qkv: QKV, rules: Rules) -> QKV:
+  """Pins queries, keys and values to the mesh, and names them for remat policies."""
+  q, k, v = (
+    checkpoint_name(rules.constrain(x, "batch", "length", "act_heads", None), name)
+    for x, name in zip(qkv, QKV, strict=True)
+  )
+  return q, k, v
