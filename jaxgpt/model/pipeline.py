@@ -273,7 +273,7 @@ def spread(
 
 
 def _split(x: jax.Array, shards: int, S: int, G: int) -> jax.Array:
-  """[B, ...] -> [G, S, b, ...]; each data shard splits its own rows, which stay on their devices."""
+  """[B, ...] -> [G, S, b, ...]; each data shard splits its own rows, so none moves."""
   x = x.reshape(shards, S, G, -1, *x.shape[1:])
   return x.transpose(2, 1, 0, *range(3, x.ndim)).reshape(G, S, -1, *x.shape[4:])
 

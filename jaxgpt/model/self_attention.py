@@ -20,7 +20,7 @@ from jaxgpt.model.layer_inputs import KindInputs, LayerInputs
 from jaxgpt.model.layers import Module, Norm
 from jaxgpt.parallel.sharding import Rules
 
-QKV = tuple[jax.Array, jax.Array, jax.Array]
+Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
 
 
 class Attention(Module):
@@ -96,7 +96,7 @@ class Attention(Module):
     positions_BT: jax.Array,
     cache: LayerCache | None,
     key: jax.Array | None,
-  ) -> tuple[QKV, LayerCache | None]:
+  ) -> tuple[Heads, LayerCache | None]:
     """Queries, keys and values; with a cache, keys and values of earlier tokens too."""
     cfg = self.cfg
     of_q, of_kv = (
@@ -133,7 +133,7 @@ class Attention(Module):
     positions_BT: jax.Array,
     cache: LayerCache | None,
     key: jax.Array | None,
-  ) -> tuple[QKV, LayerCache | None]:
+  ) -> tuple[Heads, LayerCache | None]:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
     Keys and values are computed from one compressed vector per token. The cache holds only that
@@ -170,7 +170,7 @@ class Attention(Module):
     return mark((q, k, v), self.rules), cache
 
 
-def mark(qkv: QKV, rules: Rules) -> QKV:
+def mark(qkv: Heads, rules: Rules) -> Heads:
   """Pins queries, keys and values to the mesh, and names them for remat policies."""
   q, k, v = (
     checkpoint_name(rules.constrain(x, "batch", "length", "act_heads", None), name)
