@@ -1,6 +1,6 @@
-"""A run folder put to use: its weights are evaluated and sampled."""
+"""A trained model in use: loads a run folder, evaluates its weights and samples text from it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -8,8 +8,10 @@ import numpy as np
 from etils import epath
 
 from jaxgpt import config, tree
+from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.inference import sampling as sampling_lib
+from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
@@ -18,32 +20,43 @@ from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import evaluation
+from jaxgpt.tree import PyTree
 
 
 class Run(NamedTuple):
-  """What is needed to use a trained model."""
+  """A trained model, ready for use.
+
+  Attributes:
+    c: The run's config.
+    parts: The model and its objective, from `build.build`.
+    mesh: The device mesh.
+    params: All weights, on the mesh.
+    step: Step of the checkpoint.
+    tokenizer: The run's tokenizer.
+    data_digest: Digest of the data that it was trained on; '' for an imported model.
+  """
 
   c: ml_collections.ConfigDict
   parts: build_lib.Parts
   mesh: jax.sharding.Mesh
-  params: Any
+  params: PyTree
   step: int
-  tokenizer: Any
+  tokenizer: tokenizer_lib.Tokenizer
   data_digest: str
 
 
-def load(folder, step=None):
-  """Opens a run on the devices at hand, sharded over all of them.
+def load(folder: epath.PathLike, step: int | None = None) -> Run:
+  """Loads a run on the local devices, sharded over all of them.
 
   Args:
-    folder: the run folder.
-    step: which checkpoint; None: the newest.
+    folder: The run folder.
+    step: Step of the checkpoint; None: the newest.
 
   Returns:
-    A `Run`. Its weights are the moving average where the run keeps one.
+    The run. Its weights are the moving average if the run keeps one.
 
   Raises:
-    UserError: no run, or no checkpoint of that step.
+    UserError: There is no run, or no checkpoint of that step.
   """
   folder = epath.Path(folder)
   c = run_folder.read_config(folder)
@@ -54,54 +67,77 @@ def load(folder, step=None):
   wanted = {name: parts.state[name], "step": parts.state["step"]}
   state, _ = checkpoints.restore(wanted, step)
   checkpoints.close()
-  params = tree.merge(state[name], checkpoints_lib.load_frozen(folder, parts.state).get("frozen"))
+  frozen = checkpoints_lib.load_frozen(folder, parts.state).get("frozen")
   return Run(
-    c,
-    parts,
-    mesh,
-    params,
-    int(state["step"]),
-    tokenizer,
-    run_folder.read_starts(folder)[0]["data_digest"],
+    c=c,
+    parts=parts,
+    mesh=mesh,
+    params=tree.merge(state[name], frozen),
+    step=int(state["step"]),
+    tokenizer=tokenizer,
+    data_digest=run_folder.read_starts(folder)[0]["data_digest"],
   )
 
 
-def place(c):
-  """(mesh, parts) on the devices at hand: sharded where they divide the model, copies if not.
+def place(c: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, build_lib.Parts]:
+  """Builds a model on the local devices: sharded if they divide it, replicated otherwise.
 
-  Without stages, which one token after the other could not keep busy.
+  Tries the run's own mesh, then the default mesh, then copies. A mesh with stages is skipped, since
+  decoding, one token after the other, would leave most stages idle.
+
+  Args:
+    c: The resolved config of a run.
+
+  Returns:
+    (mesh, parts of `build.build`).
+
+  Raises:
+    UserError: The model cannot be built on these devices at all.
   """
   copies = config.base().mesh
   copies.update(dict(data=-1, fsdp=1))
   own = [c.mesh] if c.mesh.stage == 1 else []
-  for section in (*own, config.base().mesh, copies):
+  for section in (*own, config.base().mesh):
     try:
-      mesh = mesh_lib.make(section)
-      here = c.copy_and_resolve_references()
-      here.mesh.update(section)
-      if here.model.attention in choose.KERNELS:  # perhaps not of these devices
-        here.model.attention = "auto"
-      return mesh, build_lib.build(here, mesh)
+      return _place_on(c, section)
     except UserError:
-      if section is copies:
-        raise
+      continue
+  return _place_on(c, copies)
 
 
-def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
-  """The loss of a run on a split of the data it was trained on.
+def _place_on(
+  c: ml_collections.ConfigDict, section: ml_collections.ConfigDict
+) -> tuple[jax.sharding.Mesh, build_lib.Parts]:
+  """Builds a model on the mesh of one `mesh` section."""
+  mesh = mesh_lib.make(section)
+  here = c.copy_and_resolve_references()
+  here.mesh.update(section)
+  if here.model.attention in choose.KERNELS:  # these devices may not run the run's kernel
+    here.model.attention = "auto"
+  return mesh, build_lib.build(here, mesh)
+
+
+def evaluate_run(
+  run: Run,
+  split: str = "validation",
+  limit: int = 0,
+  batch_size: int | None = None,
+  data: str | None = None,
+) -> evaluation.Result:
+  """Evaluates a run on a split of its training data.
 
   Args:
-    run: from `load`.
-    data: where that data is now; None: where it was.
-    split: 'validation' or 'test'; 'train' works too.
-    limit: batches; 0: the whole split.
-    batch_size: rows a batch; None: the config's, rounded up to what the devices divide.
+    run: From `load`.
+    split: 'validation', 'test' or 'train'.
+    limit: Number of batches; 0: the whole split.
+    batch_size: Rows of a batch; None: that of the config, rounded up to a multiple of the devices.
+    data: Folder of the prepared data; None: the one that the run was trained on.
 
   Returns:
-    See `evaluate.evaluate`.
+    See `evaluation.evaluate`.
 
   Raises:
-    UserError: the data is not there, or is not what the run was trained on.
+    UserError: The data does not exist, or is not the data of this run.
   """
   c = run.c.copy_and_resolve_references()
   c.data.path = data or c.data.path
@@ -111,7 +147,7 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
     )
   rows = batch_size or run.c.eval.batch_size
   batches = batches_lib.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
-  if not run.data_digest:  # an imported model has no data of its own
+  if not run.data_digest:  # an imported model
     if not init_from.same_tokens(batches_lib.load_tokenizer_and_config(c)[0], run.tokenizer):
       raise UserError(
         f"{c.data.path} was tokenized with another tokenizer than the imported "
@@ -119,14 +155,22 @@ def evaluate_run(run, split="validation", limit=0, batch_size=None, data=None):
       )
   else:
     check_data(batches, run.data_digest, c.data.path)
+  step = evaluation.make_step(run.parts.objective)
   with jax.set_mesh(run.mesh):
-    return evaluation.evaluate_on(
-      batches, run.mesh, c.data, evaluation.make_step(run.parts.objective), run.params, limit
-    )
+    return evaluation.evaluate_on(batches, run.mesh, c.data, step, run.params, limit)
 
 
-def check_data(batches, digest, path):
-  """Raises a UserError where batches are not of the data that a run's digest names."""
+def check_data(batches: pipeline.Batches, digest: str, path: str) -> None:
+  """Checks that batches are of the data with a run's digest.
+
+  Args:
+    batches: The batches.
+    digest: Digest of the run's data.
+    path: Folder of the batches, for the error message.
+
+  Raises:
+    UserError: They are not.
+  """
   if batches.digest != digest:
     raise UserError(
       f"{path} is not the data of this run: its manifest's digest is "
@@ -135,54 +179,45 @@ def check_data(batches, digest, path):
     )
 
 
-class Sampling(NamedTuple):
-  """How tokens are drawn; see `generate.filter_logits`."""
-
-  temperature: float = 0.8
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
-
-  def check(self):
-    """Raises a UserError that names a value out of range."""
-    for name, ok, what in (
-      ("temperature", self.temperature >= 0, "at least 0"),
-      ("top_k", self.top_k >= 0, "at least 0"),
-      ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-      ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-    ):
-      if not ok:
-        raise UserError(f"--{name}={getattr(self, name)} must be {what}")
-
-
 _DEFAULT_SAMPLING = Sampling()
 
 
 class Sampler:
-  """Text from a run; compiled once for all prompts and settings."""
+  """Samples text from a run; compiled once for all prompts and settings."""
 
-  def __init__(self, run, num_samples=1):
-    """Args: run: from `load`. num_samples: texts a call."""
+  def __init__(self, run: Run, num_samples: int = 1):
+    """Prepares a sampler.
+
+    Args:
+      run: From `load`.
+      num_samples: Number of texts per call.
+    """
     self._run, self._num_samples = run, num_samples
     self._context = run.c.data.seq_len
     self._generate = sampling_lib.make(
       run.parts.model, self._context, run.tokenizer.eos_id, run.tokenizer.vocab_size
     )
 
-  def __call__(self, prompt, max_new=200, sampling=_DEFAULT_SAMPLING, seed=0):
+  def __call__(
+    self,
+    prompt: str,
+    max_new: int = 200,
+    sampling: Sampling = _DEFAULT_SAMPLING,
+    seed: int = 0,
+  ) -> list[str]:
     """Continues a prompt.
 
     Args:
-      prompt: text; may be empty.
-      max_new: tokens at most; the context is the other limit.
-      sampling: a `Sampling`.
-      seed: of the draws.
+      prompt: Text; may be empty.
+      max_new: Largest number of new tokens; the context is the other limit.
+      sampling: How tokens are drawn.
+      seed: Seed of the draws.
 
     Returns:
-      A list of `num_samples` texts, without the prompt.
+      `num_samples` texts, without the prompt.
 
     Raises:
-      UserError: the prompt leaves no room for a new token, or a setting is out of range.
+      UserError: The prompt leaves no room for a new token, or a setting is out of range.
     """
     sampling.check()
     run, tokenizer = self._run, self._run.tokenizer
@@ -194,6 +229,7 @@ class Sampler:
       )
     tokens = np.zeros((self._num_samples, self._context), np.int32)
     tokens[:, : len(ids)] = ids
+    settings = sampling._replace(top_k=min(sampling.top_k, tokenizer.vocab_size))
     with jax.set_mesh(run.mesh):
       out, lengths = jax.device_get(
         self._generate(
@@ -202,7 +238,7 @@ class Sampler:
           len(ids),
           min(max_new, self._context - len(ids)),
           jax.random.key(seed),
-          sampling._replace(top_k=min(sampling.top_k, tokenizer.vocab_size)),
+          settings,
         )
       )
     return [

@@ -1,26 +1,63 @@
-"""Sampling from a model with a key/value cache.
+"""Sampling tokens from a model with a KV cache.
 
 B sample, S cache slot, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model import kv_cache
+from jaxgpt.errors import UserError
+from jaxgpt.model import kv_cache, transformer
+from jaxgpt.tree import PyTree
 
 
-def filter_logits(logits_BV, top_k, top_p, min_p):
-  """Masks the tokens that a sampling rule leaves out; the rules apply one after the other.
+class Sampling(NamedTuple):
+  """How tokens are drawn, see `filter_logits` and `sample`."""
+
+  temperature: float = 0.8
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+
+  def check(self) -> None:
+    """Raises a UserError that names the first value out of range."""
+    for name, ok, valid in (
+      ("temperature", self.temperature >= 0, "at least 0"),
+      ("top_k", self.top_k >= 0, "at least 0"),
+      ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+      ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+    ):
+      if not ok:
+        raise UserError(f"--{name}={getattr(self, name)} must be {valid}")
+
+
+# generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B), see `make`.
+Generate = Callable[
+  [PyTree, jax.Array, int, int, jax.Array, tuple[float, int, float, float]],
+  tuple[jax.Array, jax.Array],
+]
+
+
+def filter_logits(
+  logits_BV: jax.Array,
+  top_k: int | jax.Array,
+  top_p: float | jax.Array,
+  min_p: float | jax.Array,
+) -> jax.Array:
+  """Masks the tokens that a sampling rule excludes; the rules apply one after the other.
 
   Args:
-    logits_BV: already divided by the temperature.
-    top_k: keep the k most likely tokens; 0: all.
-    top_p: keep the fewest most likely tokens whose probabilities reach p (arXiv:1904.09751);
+    logits_BV: Logits, already divided by the temperature.
+    top_k: Keep the k most likely tokens; 0: all.
+    top_p: Keep the fewest most likely tokens whose probabilities add up to p (arXiv:1904.09751);
       1: all.
-    min_p: keep tokens at least min_p times as likely as the likeliest (arXiv:2407.01082); 0: all.
+    min_p: Keep tokens at least min_p times as likely as the likeliest (arXiv:2407.01082); 0: all.
 
   Returns:
-    [B, V] with -inf for what is left out. The likeliest token always stays.
+    [B, V], with -inf for excluded tokens. The likeliest token always stays.
   """
   V = logits_BV.shape[-1]
   sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
@@ -28,70 +65,82 @@ def filter_logits(logits_BV, top_k, top_p, min_p):
   logits_BV = jnp.where(logits_BV < kth[:, None], -jnp.inf, logits_BV)
   sorted_BV = jnp.where(sorted_BV < kth[:, None], -jnp.inf, sorted_BV)
   probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-  before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # what the more likely ones hold together
+  before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # total probability of more likely tokens
   last = jnp.maximum((before_BV < top_p).sum(-1), 1) - 1
   threshold = jnp.take_along_axis(sorted_BV, last[:, None], axis=-1)
   floor = sorted_BV[:, :1] + jnp.log(min_p)
   return jnp.where((logits_BV < threshold) | (logits_BV < floor), -jnp.inf, logits_BV)
 
 
-def sample(logits_BV, key, temperature, top_k, top_p, min_p):
-  """One token id for each row; temperature 0 takes the most likely one.
+def sample(
+  logits_BV: jax.Array,
+  key: jax.Array,
+  temperature: float | jax.Array,
+  top_k: int | jax.Array,
+  top_p: float | jax.Array,
+  min_p: float | jax.Array,
+) -> jax.Array:
+  """Draws one token per row; temperature 0 takes the most likely one.
 
   Args:
-    logits_BV: float32.
+    logits_BV: float32 logits.
     key: PRNG key.
-    temperature: divides the logits.
-    top_k, top_p, min_p: see `filter_logits`.
+    temperature: Divides the logits.
+    top_k: See `filter_logits`.
+    top_p: See `filter_logits`.
+    min_p: See `filter_logits`.
 
   Returns:
-    [B] int32.
+    Token ids, [B] int32.
   """
   scaled = logits_BV / jnp.maximum(temperature, 1e-6)
   drawn = jax.random.categorical(key, filter_logits(scaled, top_k, top_p, min_p), axis=-1)
   return jnp.where(temperature > 0, drawn, logits_BV.argmax(-1)).astype(jnp.int32)
 
 
-def make(model, num_slots, eos_id, vocab_size):
-  """A jitted sampler: one compile for every prompt length, setting and number of new tokens.
+def make(model: transformer.Transformer, num_slots: int, eos_id: int, vocab_size: int) -> Generate:
+  """Makes a jitted sampler, compiled once for all prompt lengths, settings and sample lengths.
 
   Args:
-    model: a `Transformer`.
-    num_slots: the context: prompt and new tokens together.
-    eos_id: the token that ends a sample.
-    vocab_size: ids from here on, which only pad the embedding, are never drawn.
+    model: The model.
+    num_slots: S, the context: prompt and new tokens together.
+    eos_id: The token that ends a sample.
+    vocab_size: Token ids from here on only pad the embedding. They are never drawn.
 
   Returns:
-    generate(params, tokens_BS, length, max_new, key, rules) -> (tokens_BS, lengths_B). `rules` are
-    the arguments of `sample` after its key. `tokens_BS` holds a prompt of `length` tokens in each
-    row, the rest is ignored; at most min(max_new, S - length) tokens follow it, up to the first
-    `eos_id`, which is not counted in `lengths_B`.
+    generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B). Each row
+    of `tokens_BS` starts with a prompt of `length` tokens; the rest is ignored. At most
+    min(max_new, S - length) tokens follow it, up to the first `eos_id`, which `lengths_B` does not
+    count. `settings` is a `Sampling`, the arguments of `sample` after its key.
   """
   cfg = model.cfg
 
   @jax.jit
-  def generate(params, tokens_BS, length, max_new, key, rules):
+  def generate(params, tokens_BS, length, max_new, key, settings):
     B = tokens_BS.shape[0]
     is_token_V = jnp.arange(cfg.vocab_size) < vocab_size
 
     def draw(logits_BV, i):
-      return sample(jnp.where(is_token_V, logits_BV, -jnp.inf), jax.random.fold_in(key, i), *rules)
+      key_i = jax.random.fold_in(key, i)
+      return sample(jnp.where(is_token_V, logits_BV, -jnp.inf), key_i, *settings)
 
-    places = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
-    # Slots past the prompt get keys of padding; each is overwritten before it can be read.
+    # Prefill: one call fills the cache. Slots after the prompt get keys of ignored tokens. Each of
+    # them is overwritten before a query can attend to it.
+    positions = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
     out = model.apply(
       {"params": params},
       tokens_BS,
-      places,
+      positions,
       cache=kv_cache.init(cfg, B, num_slots),
       logits_at_B=jnp.full((B,), length - 1),
     )
     end = jnp.minimum(length + max_new, num_slots)
 
-    def going(carry):
+    def unfinished(carry):
       i, _, _, _, done_B, _ = carry
       return (i < end) & ~done_B.all()
 
+    # Decode: draw the token at position i, then compute the logits after it.
     def step(carry):
       i, tokens, cache, logits, done_B, lengths_B = carry
       token_B = draw(logits, i)
@@ -107,15 +156,9 @@ def make(model, num_slots, eos_id, vocab_size):
       )
       return i + 1, tokens, out.cache, out.logits, done_B, lengths_B
 
-    start = (
-      length,
-      tokens_BS,
-      out.cache,
-      out.logits,
-      jnp.zeros((B,), bool),
-      jnp.full((B,), length),
-    )
-    _, tokens, _, _, _, lengths_B = jax.lax.while_loop(going, step, start)
+    lengths_B = jnp.full((B,), length)
+    start = (length, tokens_BS, out.cache, out.logits, jnp.zeros((B,), bool), lengths_B)
+    _, tokens, _, _, _, lengths_B = jax.lax.while_loop(unfinished, step, start)
     return tokens, lengths_B
 
   return generate

@@ -1,25 +1,29 @@
-"""The mathematics of the model: arrays in, arrays out, no parameters of its own.
+"""The mathematics of the model: functions from arrays to arrays, without parameters.
 
-B batch, T query position, S key position, D model.
+B batch, T position, D model, V vocabulary.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+DType = Any  # a NumPy dtype or its name
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x, scale, bias, eps):
-  """(x - mean) / sqrt(var + eps) * scale + bias over the last axis (arXiv:1607.06450).
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+  """Computes (x - mean) / sqrt(var + eps) * scale + bias over the last axis (arXiv:1607.06450).
 
   Args:
-    x: [..., D] of any float dtype; the statistics are taken in float32.
+    x: [..., D] of any float dtype. Statistics are computed in float32.
     scale: [D].
     bias: [D], or None.
-    eps: added to the variance.
+    eps: Added to the variance.
 
   Returns:
     [..., D] in x's dtype.
@@ -27,8 +31,10 @@ def layer_norm(x, scale, bias, eps):
   return _layer_norm_fwd(x, scale, bias, eps)[0]
 
 
-# The gradient is written out because the derived one makes XLA pass over x more often.
-def _layer_norm_fwd(x, scale, bias, eps):
+# The gradient is written by hand: with the derived one XLA reads x from memory more often.
+def _layer_norm_fwd(
+  x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float
+) -> tuple[jax.Array, tuple]:
   x32 = x.astype(jnp.float32)
   mean = x32.mean(-1, keepdims=True)
   inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
@@ -36,29 +42,29 @@ def _layer_norm_fwd(x, scale, bias, eps):
   return (y if bias is None else y + bias).astype(x.dtype), (x, mean, inverse, scale, bias)
 
 
-def _layer_norm_bwd(eps, saved, dy):
+def _layer_norm_bwd(eps: float, saved: tuple, dy: jax.Array) -> tuple:
   del eps
   x, mean, inverse, scale, bias = saved
   dy32 = dy.astype(jnp.float32)
   normed = (x.astype(jnp.float32) - mean) * inverse
   d = dy32 * scale
   dx = (d - d.mean(-1, keepdims=True) - normed * (d * normed).mean(-1, keepdims=True)) * inverse
-  rows = tuple(range(x.ndim - 1))
-  dscale = (dy32 * normed).sum(rows).astype(scale.dtype)
-  dbias = None if bias is None else dy32.sum(rows).astype(bias.dtype)
+  leading = tuple(range(x.ndim - 1))
+  dscale = (dy32 * normed).sum(leading).astype(scale.dtype)
+  dbias = None if bias is None else dy32.sum(leading).astype(bias.dtype)
   return dx.astype(x.dtype), dscale, dbias
 
 
 layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
-def rms_norm(x, scale, eps):
-  """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv:1910.07467).
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Computes x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv:1910.07467).
 
   Args:
-    x: [..., D] of any float dtype; the statistics are taken in float32.
+    x: [..., D] of any float dtype. Statistics are computed in float32.
     scale: [D].
-    eps: added to the mean square.
+    eps: Added to the mean square.
 
   Returns:
     [..., D] in x's dtype.
@@ -68,16 +74,19 @@ def rms_norm(x, scale, eps):
   return y.astype(x.dtype)
 
 
-def times(x, w, num_in, *, wide_gradient, out_dtype=None):
-  """x times a weight, over x's last and w's first `num_in` dimensions, in x's dtype.
+def times(
+  x: jax.Array, w: jax.Array, num_in: int, *, wide_gradient: bool, out_dtype: DType | None = None
+) -> jax.Array:
+  """Multiplies x by a weight, over the last `num_in` dimensions of x and the first of w.
 
   Args:
-    x: activations.
-    w: float32; cast before it is multiplied, and with that before it is gathered from devices.
-    num_in: how many dimensions.
-    wide_gradient: whether w's gradient leaves its matmul, and is summed over devices, in float32.
-      Otherwise it is rounded to x's dtype before, which moves half of the bytes.
-    out_dtype: of the result; None: x's.
+    x: Activations.
+    w: float32 weight. It is cast to x's dtype before the product, hence also before it is gathered
+      from other devices.
+    num_in: Number of contracted dimensions.
+    wide_gradient: Whether the gradient of w leaves its matmul, and is summed over devices, in
+      float32. Otherwise it is rounded to x's dtype first, which moves half of the bytes.
+    out_dtype: dtype of the result; None: that of x.
   """
   if wide_gradient:
     return _wide_times(x, w, num_in, out_dtype)
@@ -85,11 +94,11 @@ def times(x, w, num_in, *, wide_gradient, out_dtype=None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _wide_times(x, w, num_in, out_dtype):
+def _wide_times(x: jax.Array, w: jax.Array, num_in: int, out_dtype: DType | None) -> jax.Array:
   return jnp.tensordot(x, w.astype(x.dtype), num_in, preferred_element_type=out_dtype)
 
 
-def _wide_times_bwd(num_in, out_dtype, saved, dy):
+def _wide_times_bwd(num_in: int, out_dtype: DType | None, saved: tuple, dy: jax.Array) -> tuple:
   del out_dtype
   x, w = saved
   dy = dy.astype(x.dtype)
@@ -107,8 +116,17 @@ _wide_times.defvjp(
 
 
 @jax.custom_vjp
-def widely_summed(table_VD, narrow_VD, ids):
-  """Rows `ids` of `narrow_VD`, a cast of `table_VD`, whose gradients are added up in float32."""
+def widely_summed(table_VD: jax.Array, narrow_VD: jax.Array, ids: jax.Array) -> jax.Array:
+  """Looks up `ids` in an embedding table; the gradients of a token are summed in float32.
+
+  Args:
+    table_VD: float32 table, which receives the gradient.
+    narrow_VD: The same table in the compute dtype, which is read.
+    ids: Token ids of any shape.
+
+  Returns:
+    [..., D] in the dtype of `narrow_VD`.
+  """
   del table_VD
   return jnp.take(narrow_VD, ids, axis=0)
 
@@ -126,23 +144,23 @@ widely_summed.defvjp(
 )
 
 
-def materialized(x, what):
-  """x, written to memory once instead of being computed anew inside each matmul that reads it.
+def materialized(x: jax.Array, what: str) -> jax.Array:
+  """Returns x, written to memory once instead of recomputed inside each matmul that reads it.
 
   XLA's TPU compiler fuses elementwise work into the matmuls around it, which then run at half of
-  their rate; and where the matmul of a weight's gradient asks for x with its tokens contiguous, the
-  compiler copies all that x is made of into that layout. So x is written with its last dimension
-  contiguous, as it is read everywhere else (docs/log.md).
+  their rate. And where the matmul of a weight gradient needs x with contiguous tokens, the compiler
+  copies all inputs of x into that layout. So x is written with its last dimension contiguous, which
+  all other readers need (docs/log.md).
 
   Args:
-    x: any array.
-    what: 'none', 'values' or 'gradients', of which the last is values too.
+    x: Any array.
+    what: 'none', 'values', or 'gradients' for values and gradients.
   """
   return x if what == "none" else _materialized(x, what == "gradients")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _materialized(x, gradient):
+def _materialized(x: jax.Array, gradient: bool) -> jax.Array:
   del gradient
   return with_layout_constraint(jax.lax.optimization_barrier(x), Layout(tuple(range(x.ndim))))
 
@@ -153,12 +171,12 @@ _materialized.defvjp(
 )
 
 
-def dropout(x, rate, key):
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
 
   Args:
-    x: any array.
-    rate: in [0, 1).
+    x: Any array.
+    rate: Probability in [0, 1).
     key: PRNG key, or None for no dropout.
   """
   if key is None or not rate:
@@ -167,46 +185,46 @@ def dropout(x, rate, key):
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def mean_of(x_BTD, real_BT):
-  """Mean over the tokens of each row that are no padding: [B, D]."""
+def mean_of(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
+  """Mean over the tokens of each row that are not padding, [B, D]."""
   weights = real_BT.astype(x_BTD.dtype)
   return jnp.einsum("BTD,BT->BD", x_BTD, weights) / jnp.maximum(weights.sum(-1, keepdims=True), 1)
 
 
-def softcap(x, cap):
-  """cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118), or x where cap is None."""
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Computes cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118), or returns x if cap is None."""
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-# 0.5 (1 + tanh(u)) is sigmoid(2u), which costs an exp where XLA's CPU backend has a slow tanh; with
-# its gradient written out only x is saved.
+# 0.5 (1 + tanh(u)) equals sigmoid(2u). It is computed with exp, because tanh is slow on XLA's CPU
+# backend. The gradient is written by hand, so that only x is saved for it.
 _GELU = 2 * (2 / math.pi) ** 0.5
 _GELU_CUBIC = 0.044715
 
 
 @jax.custom_vjp
-def gelu(x):
-  """x * Phi(x) in the tanh form of arXiv:1606.08415, as GPT-2 has it."""
+def gelu(x: jax.Array) -> jax.Array:
+  """Computes x * Phi(x) in the tanh approximation of arXiv:1606.08415, as GPT-2 does."""
   return _gelu_fwd(x)[0]
 
 
-def _gelu_fwd(x):
+def _gelu_fwd(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return x * _sigmoid(_GELU * x * (1 + _GELU_CUBIC * x * x)), x
 
 
-def _gelu_bwd(x, dy):
+def _gelu_bwd(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
   x2 = x * x
   s = _sigmoid(_GELU * x * (1 + _GELU_CUBIC * x2))
   return (dy * (s + x * s * (1 - s) * (_GELU * (1 + 3 * _GELU_CUBIC * x2))),)
 
 
-def _sigmoid(x):
+def _sigmoid(x: jax.Array) -> jax.Array:
   return 1 / (1 + jnp.exp(-x))
 
 
 gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": gelu,
   "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
   "silu": jax.nn.silu,

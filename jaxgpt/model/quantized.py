@@ -1,52 +1,59 @@
-"""Products of activations and weights in eight bits, by qwix, for chips that do these twice as
-fast.
+"""8-bit matmuls of activations and weights by qwix, for chips that run them at twice the rate.
 
-Each number is scaled by the largest of its row (of a token for activations, of an output for
-weights) when it is used; what is kept, of weights and of activations, stays as wide as it was.
+Operands are quantized when they are used, each channel (a token of the activations, an output of
+the weight) scaled by its largest magnitude. Stored weights and activations keep their dtype.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import optional
 
-# Of activations and weights, and of gradients.
+# (dtype of activations and weights, dtype of gradients)
 TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
+
+_Dims = tuple[tuple[int, ...], tuple[int, ...]]  # dimensions of the two operands
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def times(x, w, num_in, kind, gradients):
-  """x times a weight in eight bits, over x's last and w's first `num_in` dimensions, in x's dtype.
+def times(x: jax.Array, w: jax.Array, num_in: int, kind: str, gradients: bool) -> jax.Array:
+  """Multiplies x by a weight in 8 bits, over the last `num_in` dimensions of x and the first of w.
+
+  The gradient is that of the product without rounding (straight-through estimator,
+  arXiv:1308.3432).
 
   Args:
-    x: activations.
-    w: float32.
-    num_in: how many dimensions.
-    kind: a key of `TYPES`.
-    gradients: whether the two products of the gradient are in eight bits too. In any case it is
-      that of the unrounded product (straight-through, arXiv:1308.3432).
+    x: Activations.
+    w: float32 weight.
+    num_in: Number of contracted dimensions.
+    kind: A key of `TYPES`.
+    gradients: Whether the two matmuls of the gradient run in 8 bits too.
+
+  Returns:
+    The product in x's dtype.
 
   Raises:
     UserError: qwix is not installed.
   """
-  rows, ins = tuple(range(x.ndim - num_in)), tuple(range(num_in))
+  leading, ins = tuple(range(x.ndim - num_in)), tuple(range(num_in))
   inner = tuple(range(x.ndim - num_in, x.ndim))
-  return _product(
-    x, w.astype(x.dtype), (inner, ins), (rows, tuple(range(num_in, w.ndim))), (TYPES[kind][0],) * 2
-  )
+  kept = (leading, tuple(range(num_in, w.ndim)))
+  return _product(x, w.astype(x.dtype), (inner, ins), kept, (TYPES[kind][0],) * 2)
 
 
-def _backward(num_in, kind, gradients, saved, dy):
+def _backward(num_in: int, kind: str, gradients: bool, saved: tuple, dy: jax.Array) -> tuple:
   x, w = saved
   narrow = w.astype(x.dtype)
-  rows, outs = tuple(range(x.ndim - num_in)), tuple(range(num_in, w.ndim))
-  of_dy = tuple(range(len(rows), dy.ndim))
-  inner = tuple(range(len(rows), x.ndim))
+  leading, outs = tuple(range(x.ndim - num_in)), tuple(range(num_in, w.ndim))
+  of_dy = tuple(range(len(leading), dy.ndim))
+  inner = tuple(range(len(leading), x.ndim))
   forward, backward = TYPES[kind] if gradients else (None, None)
-  dx = _product(dy, narrow, (of_dy, outs), (rows, tuple(range(num_in))), (backward, forward))
-  dw = _product(x, dy, (rows, rows), (inner, of_dy), (forward, backward))
+  kept = (leading, tuple(range(num_in)))
+  dx = _product(dy, narrow, (of_dy, outs), kept, (backward, forward))
+  dw = _product(x, dy, (leading, leading), (inner, of_dy), (forward, backward))
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -55,15 +62,14 @@ times.defvjp(
 )
 
 
-def _product(a, b, contracted, kept, types):
-  """`dot_general` of a and b, in the types given (None: as they are); scales along `kept`."""
+def _product(
+  a: jax.Array, b: jax.Array, contracted: _Dims, kept: _Dims, types: tuple[Any, Any]
+) -> jax.Array:
+  """`dot_general` of a and b, quantized to `types` (None: as they are) with scales along `kept`."""
   dims = (contracted, ((), ()))
   if types == (None, None):
     return jax.lax.dot_general(a, b, dims)
-  try:
-    import qwix
-  except ImportError as e:
-    raise UserError("model.quantize needs qwix: pip install 'jaxgpt[quant]'") from e
+  qwix = optional("qwix", "quant", "model.quantize")
   a, b = (
     qwix.quantize(one, kind, channelwise_axes=axes)
     for one, kind, axes in zip((a, b), types, kept, strict=True)

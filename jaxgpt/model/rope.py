@@ -1,43 +1,57 @@
-"""Rotary position embedding and the ways to stretch it over longer contexts.
+"""Rotary position embedding, and the scalings that stretch it to longer contexts.
 
 B batch, T position, N heads, H head size, R rotated part of a head.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
+Scaled = tuple[np.ndarray, float]  # (inverse frequencies [R/2], factor on sines and cosines)
 
-def angles(positions_BT, rotated, c_rope, theta, scaling, context):
-  """Sines and cosines of the rotary embedding (arXiv:2104.09864, eq. 15).
+
+def angles(
+  positions_BT: jax.Array,
+  rotated: int,
+  c_rope: ml_collections.FrozenConfigDict,
+  theta: float,
+  scaling: str,
+  context: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Computes sines and cosines of the rotary embedding (arXiv:2104.09864, eq. 15).
 
   Args:
-    positions_BT: integers.
-    rotated: R, how many entries of a head are rotated; even.
-    c_rope: the config's `model.rope` section.
-    theta: base of the frequencies.
-    scaling: a key of `SCALINGS`.
-    context: the longest context that this call may reach, in tokens: what 'ntk' and 'longrope'
-      decide by.
+    positions_BT: Integer positions.
+    rotated: R, the number of entries of a head that are rotated; even.
+    c_rope: The config's `model.rope` section.
+    theta: Base of the frequencies.
+    scaling: A key of `SCALINGS`.
+    context: Longest context of this call in tokens; 'ntk' and 'longrope' depend on it.
 
   Returns:
-    (sin, cos), each [B, T, 1, R/2] in float32, times the attention factor of the scaling.
+    (sin, cos), each [B, T, 1, R/2] in float32, multiplied by the attention factor of the scaling.
   """
   inverse, factor = SCALINGS[scaling](theta, rotated, c_rope, context)
   angle = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
   return jnp.sin(angle) * factor, jnp.cos(angle) * factor
 
 
-def rotate(x_BTNH, sin, cos, *, by_matmul=False):
-  """Rotates the first R entries of each head; entry i is paired with i + R/2, as in Llama.
+def rotate(
+  x_BTNH: jax.Array, sin: jax.Array, cos: jax.Array, *, by_matmul: bool = False
+) -> jax.Array:
+  """Rotates the first R entries of each head; entry i is paired with entry i + R/2, as in Llama.
 
   Args:
-    x_BTNH: queries or keys.
-    sin, cos: from `angles`.
-    by_matmul: swaps the halves of a head by a matmul, where R = H and x is bfloat16: for TPUs,
-      whose vector units would work on half-filled lanes. The values are the same.
+    x_BTNH: Queries or keys.
+    sin: From `angles`.
+    cos: From `angles`.
+    by_matmul: Whether to swap the halves of a head by a matmul with a permutation, if R = H and x
+      is bfloat16. The values are the same. It is faster on TPUs, whose vector units would work on
+      half-filled lanes.
 
   Returns:
     [B, T, N, H] in x's dtype.
@@ -51,53 +65,66 @@ def rotate(x_BTNH, sin, cos, *, by_matmul=False):
 
 
 @jax.custom_vjp
-def _rotated_whole(x_BTNH, sin, cos):
+def _rotated_whole(x_BTNH: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   half = sin.shape[-1]
-  swap = np.roll(np.eye(2 * half), half, axis=1)  # a permutation: its products are exact
+  swap = np.roll(np.eye(2 * half), half, axis=1)  # a permutation, so products are exact
   swapped = jnp.einsum("...H,HG->...G", x_BTNH, jnp.asarray(swap, x_BTNH.dtype))
   twice = lambda a, b: jnp.concatenate([a, b], -1)
   y = x_BTNH.astype(jnp.float32) * twice(cos, cos)
   return (y + swapped.astype(jnp.float32) * twice(-sin, sin)).astype(x_BTNH.dtype)
 
 
-# The gradient is the rotation back. The derived one would round the halves before they are added.
+# The gradient is the inverse rotation. The derived one would round the halves before adding them.
 _rotated_whole.defvjp(
   lambda x, sin, cos: (_rotated_whole(x, sin, cos), (sin, cos)),
   lambda saved, dy: (_rotated_whole(dy, -saved[0], saved[1]), None, None),
 )
 
 
-def _plain(theta, rotated, c_rope, context):
+def _plain(
+  theta: float, rotated: int, c_rope: ml_collections.FrozenConfigDict, context: int
+) -> Scaled:
+  """The original frequencies."""
   del c_rope, context
   return 1 / theta ** (np.arange(0, rotated, 2) / rotated), 1.0
 
 
-def _linear(theta, rotated, c_rope, context):
-  """Positions divided by the factor (arXiv:2306.15595)."""
+def _linear(
+  theta: float, rotated: int, c_rope: ml_collections.FrozenConfigDict, context: int
+) -> Scaled:
+  """Position interpolation: positions divided by the factor (arXiv:2306.15595)."""
   inverse, _ = _plain(theta, rotated, c_rope, context)
   return inverse / c_rope.factor, 1.0
 
 
-def _ntk(theta, rotated, c_rope, context):
-  """A base that grows with the context beyond the original one (Hugging Face's 'dynamic')."""
+def _ntk(
+  theta: float, rotated: int, c_rope: ml_collections.FrozenConfigDict, context: int
+) -> Scaled:
+  """Dynamic NTK: the base grows once the context exceeds the original one (HF's 'dynamic')."""
   grown = max(context / c_rope.original_len, 1.0)
   theta *= (c_rope.factor * grown - (c_rope.factor - 1)) ** (rotated / (rotated - 2))
   return _plain(theta, rotated, c_rope, context)
 
 
-def _llama3(theta, rotated, c_rope, context):
-  """Long wavelengths divided by the factor, short ones kept, a ramp between (arXiv:2407.21783)."""
+def _llama3(
+  theta: float, rotated: int, c_rope: ml_collections.FrozenConfigDict, context: int
+) -> Scaled:
+  """Divides long wavelengths by the factor, keeps short ones, with a ramp (arXiv:2407.21783)."""
   inverse, _ = _plain(theta, rotated, c_rope, context)
-  turns = c_rope.original_len * inverse / (2 * math.pi)  # of each frequency in the first context
+  # Turns of each frequency within the original context.
+  turns = c_rope.original_len * inverse / (2 * math.pi)
   keep = np.clip((turns - c_rope.low_freq) / (c_rope.high_freq - c_rope.low_freq), 0, 1)
   return inverse * (keep + (1 - keep) / c_rope.factor), 1.0
 
 
-def _yarn(theta, rotated, c_rope, context):
-  """YaRN: a ramp over the frequencies' turns, and sharper attention (arXiv:2309.00071)."""
+def _yarn(
+  theta: float, rotated: int, c_rope: ml_collections.FrozenConfigDict, context: int
+) -> Scaled:
+  """YaRN: a ramp over the frequencies' turns, and an attention factor (arXiv:2309.00071)."""
   inverse, _ = _plain(theta, rotated, c_rope, context)
 
-  def index_of(turns):
+  def index_of(turns: float) -> float:
+    """Index of the frequency that makes this many turns within the original context."""
     return rotated * math.log(c_rope.original_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
   low = max(math.floor(index_of(c_rope.beta_fast)), 0)
@@ -109,8 +136,10 @@ def _yarn(theta, rotated, c_rope, context):
   return inverse * (1 - ramp + ramp / c_rope.factor), factor
 
 
-def _longrope(theta, rotated, c_rope, context):
-  """LongRoPE: a searched factor for each frequency, of two sets (arXiv:2402.13753)."""
+def _longrope(
+  theta: float, rotated: int, c_rope: ml_collections.FrozenConfigDict, context: int
+) -> Scaled:
+  """LongRoPE: a searched factor per frequency, from one of two sets (arXiv:2402.13753)."""
   inverse, _ = _plain(theta, rotated, c_rope, context)
   is_long = context > c_rope.original_len
   factor = c_rope.attention_factor
@@ -120,8 +149,8 @@ def _longrope(theta, rotated, c_rope, context):
   return inverse / np.asarray(c_rope.long_factors if is_long else c_rope.short_factors), factor
 
 
-# name -> function(theta, rotated, c_rope, context) -> (inverse frequencies [R/2], factor on both)
-SCALINGS = {
+# Values of `model.rope.scaling`.
+SCALINGS: dict[str, Callable[[float, int, ml_collections.FrozenConfigDict, int], Scaled]] = {
   "none": _plain,
   "linear": _linear,
   "ntk": _ntk,
