@@ -50,7 +50,7 @@ def load(folder: epath.PathLike, step: int | None = None) -> Run:
 
   Args:
     folder: The run folder.
-    step: Step of the checkpoint; None: the newest.
+    step: Step of the checkpoint. None: the newest.
 
   Returns:
     The run. Its weights are the moving average if the run keeps one.
@@ -129,9 +129,9 @@ def evaluate_run(
   Args:
     run: From `load`.
     split: 'validation', 'test' or 'train'.
-    limit: Number of batches; 0: the whole split.
-    batch_size: Rows of a batch; None: that of the config, rounded up to a multiple of the devices.
-    data: Folder of the prepared data; None: the one that the run was trained on.
+    limit: Number of batches, 0: the whole split.
+    batch_size: Rows of a batch. None: that of the config, rounded up to a multiple of the devices.
+    data: Folder of the prepared data. None: the one that the run was trained on.
 
   Returns:
     See `evaluation.evaluate`.
@@ -183,7 +183,7 @@ _DEFAULT_SAMPLING = Sampling()
 
 
 class Sampler:
-  """Samples text from a run; compiled once for all prompts and settings."""
+  """Samples text from a run, compiled once for all prompts and settings."""
 
   def __init__(self, run: Run, num_samples: int = 1):
     """Prepares a sampler.
@@ -208,8 +208,8 @@ class Sampler:
     """Continues a prompt.
 
     Args:
-      prompt: Text; may be empty.
-      max_new: Largest number of new tokens; the context is the other limit.
+      prompt: Text. May be empty.
+      max_new: Largest number of new tokens. The context is the other limit.
       sampling: How tokens are drawn.
       seed: Seed of the draws.
 

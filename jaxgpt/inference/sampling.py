@@ -47,14 +47,14 @@ def filter_logits(
   top_p: float | jax.Array,
   min_p: float | jax.Array,
 ) -> jax.Array:
-  """Masks the tokens that a sampling rule excludes; the rules apply one after the other.
+  """Masks the tokens that a sampling rule excludes. The rules apply one after the other.
 
   Args:
     logits_BV: Logits, already divided by the temperature.
-    top_k: Keep the k most likely tokens; 0: all.
+    top_k: Keep the k most likely tokens, 0: all.
     top_p: Keep the fewest most likely tokens whose probabilities add up to p (arXiv:1904.09751);
       1: all.
-    min_p: Keep tokens at least min_p times as likely as the likeliest (arXiv:2407.01082); 0: all.
+    min_p: Keep tokens at least min_p times as likely as the likeliest (arXiv:2407.01082), 0: all.
 
   Returns:
     [B, V], with -inf for excluded tokens. The likeliest token always stays.
@@ -80,7 +80,7 @@ def sample(
   top_p: float | jax.Array,
   min_p: float | jax.Array,
 ) -> jax.Array:
-  """Draws one token per row; temperature 0 takes the most likely one.
+  """Draws one token per row. Temperature 0 takes the most likely one.
 
   Args:
     logits_BV: float32 logits.
@@ -109,7 +109,7 @@ def make(model: transformer.Transformer, num_slots: int, eos_id: int, vocab_size
 
   Returns:
     generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B). Each row
-    of `tokens_BS` starts with a prompt of `length` tokens; the rest is ignored. At most
+    of `tokens_BS` starts with a prompt of `length` tokens. The rest is ignored. At most
     min(max_new, S - length) tokens follow it, up to the first `eos_id`, which `lengths_B` does not
     count. `settings` is a `Sampling`, the arguments of `sample` after its key.
   """

@@ -23,7 +23,7 @@ class BlockInputs(NamedTuple):
 
   Attributes:
     cache: The block's KV cache, or None.
-    is_first: Scalar bool, True for the first block of the model; None if `model.first_norm`.
+    is_first: Scalar bool, True for the first block of the model, None if `model.first_norm`.
     key: PRNG key of dropout, or None.
   """
 
@@ -66,7 +66,7 @@ class Block(layers.Module):
   def __call__(
     self, x_BTD: jax.Array, inputs: LayerInputs, own: BlockInputs
   ) -> tuple[jax.Array, tuple[LayerCache | None, moe.Statistics | None]]:
-    """Applies the block; returns (x_BTD, (cache, router statistics))."""
+    """Applies the block. Returns (x_BTD, (cache, router statistics))."""
     cfg = self.cfg
     kind, mlp = self.kind
     key = own.key
@@ -94,7 +94,7 @@ class Block(layers.Module):
     key: jax.Array | None,
     skip_norm: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
-    """A residual branch; if the traced bool `skip_norm` is True, f reads x without a norm."""
+    """A residual branch. If the traced bool `skip_norm` is True, f reads x without a norm."""
     cfg = self.cfg
     norm = lambda suffix: layers.Norm(cfg, cfg.norm, cfg.width, name=f"{name}{suffix}")
     y = x_BTD
@@ -128,7 +128,7 @@ class Period(layers.Module):
   def __call__(
     self, x_BTD: jax.Array, inputs: LayerInputs, own: tuple[BlockInputs, ...]
   ) -> tuple[jax.Array, PeriodOutput]:
-    """Applies the blocks; `own` has the inputs of each."""
+    """Applies the blocks. `own` has the inputs of each."""
     make: Any = Block
     if self.cfg.remat != "none":
       make = nn.remat(Block, policy=remat.policy(self.cfg.remat), prevent_cse=self._is_unrolled())

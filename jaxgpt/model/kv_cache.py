@@ -12,7 +12,7 @@ import ml_collections
 
 from jaxgpt.model import stacks
 
-LayerCache = dict[str, jax.Array]  # 'k' and 'v', or 'latent' and 'shared_key'; each [B, S, ...]
+LayerCache = dict[str, jax.Array]  # 'k' and 'v', or 'latent' and 'shared_key', each [B, S, ...]
 Cache = dict[str, tuple[LayerCache, ...]]  # {stack: a cache for each block of the pattern}
 
 

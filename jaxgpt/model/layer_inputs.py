@@ -26,13 +26,13 @@ class KindInputs(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-  """The inputs of all layers apart from the residual stream; computed once for a batch.
+  """The inputs of all layers apart from the residual stream, computed once for a batch.
 
   Attributes:
     kinds: {kind of attention: its `KindInputs`}.
     positions: [B, T], positions within each document.
     real: [B, T], False for padding.
-    segments: [B, T], 1, 2, ... for the documents of a row; 0 for padding.
+    segments: [B, T], 1, 2, ... for the documents of a row, 0 for padding.
   """
 
   kinds: dict[str, KindInputs]
@@ -54,7 +54,7 @@ def make(
     cfg: The config's `model` section.
     form: The attention implementation, one of `choose.FORMS`.
     positions_BT: Positions within each document.
-    segments_BT: Segments; not used for the mask if there is a cache.
+    segments_BT: Segments, not used for the mask if there is a cache.
     cache: KV cache of the model, or None.
   """
   if cache is not None:

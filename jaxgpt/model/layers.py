@@ -31,11 +31,11 @@ class Module(nn.Module):
   cfg: ml_collections.FrozenConfigDict
 
   def weight(self, name: str, shape: Shape, axes: Axes, std: float) -> jax.Array:
-    """A float32 parameter with normal initial values; `axes` has a logical axis per dimension."""
+    """A float32 parameter with normal initial values. `axes` has a logical axis per dimension."""
     return self._declare(name, shape, axes, nn.initializers.normal(std))
 
   def vector(self, name: str, shape: Shape, axes: Axes, value: float = 0.0) -> jax.Array:
-    """A float32 parameter that is initialized to one value; `axes` as in `weight`."""
+    """A float32 parameter that is initialized to one value. `axes` as in `weight`."""
     return self._declare(name, shape, axes, nn.initializers.constant(value))
 
   def _declare(self, name: str, shape: Shape, axes: Axes, init: Any) -> jax.Array:
@@ -64,7 +64,7 @@ class Module(nn.Module):
       axes: Logical axes of the weight.
       std: Standard deviation of its initial values.
       num_in: Number of input dimensions.
-      key: PRNG key for the adapter's dropout; None for no dropout.
+      key: PRNG key for the adapter's dropout, None for no dropout.
     """
     c_lora = self.cfg.lora
     w = self.weight(name, shape, axes, std)
@@ -156,7 +156,7 @@ class MLP(Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, lora_key: jax.Array | None = None) -> jax.Array:
-    """Applies the MLP; `lora_key` is the PRNG key of adapter dropout, or None."""
+    """Applies the MLP. `lora_key` is the PRNG key of adapter dropout, or None."""
     cfg = self.cfg
     D, F = cfg.width, self.size
 

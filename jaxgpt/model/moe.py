@@ -69,7 +69,7 @@ def _best_groups(choice: jax.Array, c_moe: ml_collections.FrozenConfigDict) -> j
 def statistics(
   logits_BTE: jax.Array, scores_BTE: jax.Array, experts_BTX: jax.Array, real_BT: jax.Array
 ) -> Statistics:
-  """The sums that the router losses are computed from; see `Statistics`, without 'dropped'.
+  """The sums that the router losses are computed from. See `Statistics`, without 'dropped'.
 
   Args:
     logits_BTE: Router logits.
@@ -160,7 +160,7 @@ class MoE(layers.Module):
     return y, stats
 
   def _activated(self, project: Callable[[str], jax.Array]) -> jax.Array:
-    """Hidden activations of the experts; `project` multiplies by the weight of that name."""
+    """Hidden activations of the experts. `project` multiplies by the weight of that name."""
     act = ops.ACTIVATIONS[self.cfg.activation]
     up = checkpoint_name(project(UP), UP)
     if not self.cfg.gated:

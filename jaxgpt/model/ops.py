@@ -86,7 +86,7 @@ def times(
     num_in: Number of contracted dimensions.
     wide_gradient: Whether the gradient of w leaves its matmul, and is summed over devices, in
       float32. Otherwise it is rounded to x's dtype first, which moves half of the bytes.
-    out_dtype: dtype of the result; None: that of x.
+    out_dtype: dtype of the result. None: that of x.
   """
   if wide_gradient:
     return _wide_times(x, w, num_in, out_dtype)
@@ -117,7 +117,7 @@ _wide_times.defvjp(
 
 @jax.custom_vjp
 def widely_summed(table_VD: jax.Array, narrow_VD: jax.Array, ids: jax.Array) -> jax.Array:
-  """Looks up `ids` in an embedding table; the gradients of a token are summed in float32.
+  """Looks up `ids` in an embedding table. The gradients of a token are summed in float32.
 
   Args:
     table_VD: float32 table, which receives the gradient.

@@ -1,7 +1,7 @@
 """Pipeline parallelism: layers are split into stages, and microbatches flow through the stages.
 
 All stages run in one program. Activations have a leading axis of stages, sharded over the mesh axis
-`stage`; each *tick* every stage applies its layers to a microbatch (a `vmap` over that axis), and
+`stage`. In each *tick* every stage applies its layers to a microbatch (a `vmap` over that axis), and
 the results move on by one stage, the last stage's to the first (a collective permute).
 
 The schedule is circular, or interleaved (arXiv:2104.04473, section 2.2): layers go round-robin to
@@ -58,7 +58,7 @@ class Pipeline(NamedTuple):
   Attributes:
     stages: S, the size of the mesh axis `stage`.
     repeats: R, how often a microbatch passes the ring of stages.
-    microbatches: M, microbatches of a batch; a multiple of the stages.
+    microbatches: M, microbatches of a batch, a multiple of the stages.
   """
 
   stages: int
@@ -146,7 +146,7 @@ def run(
     x_BTD: Input of the first layer.
     sides: Tree of arrays [B, ...]: side inputs of the rows, such as positions.
     pipe: The schedule.
-    policy: Policy of `jax.checkpoint` for one tick; None to save everything.
+    policy: Policy of `jax.checkpoint` for one tick, None to save everything.
     rules: Logical axis rules.
 
   Returns:
@@ -253,7 +253,7 @@ def spread(
 
   Args:
     apply_layers: As in `run`, for any number of layers.
-    layers: As in `run`; each stage uses all of them.
+    layers: As in `run`. Each stage uses all of them.
     x_BTD: As in `run`.
     sides: As in `run`.
     stages: Number of stages.
@@ -273,7 +273,7 @@ def spread(
 
 
 def _split(x: jax.Array, shards: int, S: int, G: int) -> jax.Array:
-  """[B, ...] -> [G, S, b, ...]; each data shard splits its own rows, so none moves."""
+  """[B, ...] -> [G, S, b, ...]. Each data shard splits its own rows, so none moves."""
   x = x.reshape(shards, S, G, -1, *x.shape[1:])
   return x.transpose(2, 1, 0, *range(3, x.ndim)).reshape(G, S, -1, *x.shape[4:])
 
@@ -292,7 +292,7 @@ def _on_all_stages(x: jax.Array) -> jax.Array:
 
 
 def _by_repeat(w: jax.Array, S: int, R: int) -> jax.Array:
-  """[R S K, ...] -> [R, S, K, ...], sharded over the stages; other axes keep their sharding."""
+  """[R S K, ...] -> [R, S, K, ...], sharded over the stages. Other axes keep their sharding."""
   w = w.reshape(R, S, -1, *w.shape[1:])
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or jnp.issubdtype(w.dtype, jax.dtypes.prng_key):

@@ -11,9 +11,8 @@ import jax
 from jaxgpt.config.remat import ATTENTION, QKV, activations
 from jaxgpt.model.attention import cudnn
 
-HOST_MEMORY = (
-  "pinned_host"  # memory kind that activations are offloaded to; devices access it directly
-)
+# Memory kind that activations are offloaded to, which devices access directly.
+HOST_MEMORY = "pinned_host"
 INPUT = "input"  # checkpoint name of a block's input
 
 Policy = Callable[..., Any]  # see `jax.checkpoint_policies`

@@ -43,7 +43,7 @@ def angles(
 def rotate(
   x_BTNH: jax.Array, sin: jax.Array, cos: jax.Array, *, by_matmul: bool = False
 ) -> jax.Array:
-  """Rotates the first R entries of each head; entry i is paired with entry i + R/2, as in Llama.
+  """Rotates the first R entries of each head. Entry i is paired with entry i + R/2, as in Llama.
 
   Args:
     x_BTNH: Queries or keys.

@@ -81,7 +81,7 @@ class Attention(Module):
     key: jax.Array | None,
     in_axis: str = "embed",
   ) -> jax.Array:
-    """Projects x [B, T, in] to [B, T, heads, size]; `heads` is (logical axis, heads, size)."""
+    """Projects x [B, T, in] to [B, T, heads, size]. `heads` is (logical axis, heads, size)."""
     head_axis, *shape = heads
     axes = (in_axis, head_axis, "head_dim")
     y = self.linear(name, x, (x.shape[-1], *shape), axes, self.cfg.init_std, key=key)
@@ -97,7 +97,7 @@ class Attention(Module):
     cache: LayerCache | None,
     key: jax.Array | None,
   ) -> tuple[Heads, LayerCache | None]:
-    """Queries, keys and values; with a cache, keys and values of earlier tokens too."""
+    """Queries, keys and values. With a cache, keys and values of earlier tokens too."""
     cfg = self.cfg
     of_q, of_kv = (
       ("heads", cfg.num_heads, cfg.head_dim),

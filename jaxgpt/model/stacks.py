@@ -23,7 +23,7 @@ import ml_collections
 
 from jaxgpt.model import pipeline
 
-PIPELINED = "layers"  # the stack that pipeline stages share; the other stacks are short
+PIPELINED = "layers"  # the stack that pipeline stages share, the others are short
 
 Kind = tuple[str, str]  # (attention, mlp), such as ('local', 'dense')
 
@@ -95,6 +95,6 @@ def pipeline_of(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> pipel
 
 
 def bubble(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
-  """The pipeline bubble: share of a step in which a stage idles; 0 on a mesh without stages."""
+  """The pipeline bubble: share of a step in which a stage idles, 0 on a mesh without stages."""
   pipe = pipeline_of(c, sizes)
   return pipe.bubble if pipe else 0.0

@@ -1,5 +1,5 @@
-"""The one Transformer. Model families are values of the config's `model` section; no code asks a
-name.
+"""The one Transformer. Model families are values of the config's `model` section. No code asks
+for a name.
 
 B batch, T query position, S cache slot, D model, V vocabulary (or labels), E experts.
 """
@@ -34,8 +34,8 @@ class Output(NamedTuple):
     logits: float32 [B, T, V]; [B, V] with `logits_at_B` and for heads that pool.
     hidden: Hidden states [B, T, D] after the final norm.
     cache: The KV cache with this call's tokens, or None.
-    router: Router statistics summed over the layers, see `moe.MoE`; None without experts.
-    layers: Output of each block, [num_layers, B, T, D], if it was asked for; else None.
+    router: Router statistics summed over the layers, see `moe.MoE`, None without experts.
+    layers: Output of each block, [num_layers, B, T, D], if it was asked for, else None.
   """
 
   logits: Any
@@ -77,13 +77,13 @@ class Transformer(layers.Module):
     Args:
       tokens_BT: Token ids.
       positions_BT: Positions within each document, below `max_len`. With a cache they are also the
-        slots that this call fills; those of a row must then be consecutive.
+        slots that this call fills. Those of a row must then be consecutive.
       segment_ids_BT: 1, 2, ... for the documents of a packed row, 0 for padding. None: each row is
         one document. Not used with a cache.
-      token_types_BT: 0 and 1 for the two texts of a pair, below `token_types`; None: all 0.
+      token_types_BT: 0 and 1 for the two texts of a pair, below `token_types`. None: all 0.
       cache: KV cache from `kv_cache.init` or an earlier call, or None.
       dropout_key: PRNG key during training, None otherwise.
-      logits_at_B: For each row, the one index into T to compute logits at; None: all.
+      logits_at_B: For each row, the one index into T to compute logits at. None: all.
       layer_outputs: Whether to return the output of every block.
       balanced: Whether the tokens of a causal model are already in the order of
         `token_order.balance`, if the mesh shards rows. The results are then in that order too.

@@ -52,8 +52,8 @@ def attend(
     q_BTNH: Queries.
     k_BSKH: Keys.
     v_BSKH: Values.
-    mask_BTS: True where query t may attend to key s; None where `needs_mask` is False.
-    segment_ids_BT: Segments of the tokens; read where there is no mask.
+    mask_BTS: True where query t may attend to key s, None where `needs_mask` is False.
+    segment_ids_BT: Segments of the tokens, read where there is no mask.
     spec: Options. If `spec.causal`, the mask hides every key after its query and T = S. Rows that
       the mesh shards are then in the order of `token_order.balance`.
 

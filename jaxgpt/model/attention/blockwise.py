@@ -79,7 +79,7 @@ def _grouped(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _logits(spec: Spec, band: Band, block: Block) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(logits before the softcap, logits after it, mask), [B, K, G, T, S]; logits in float32."""
+  """(logits before the softcap, logits after it, mask), [B, K, G, T, S], float32."""
   q, k, _, q_ids, k_ids = block
   raw = jnp.einsum("BKGTH,BKSH->BKGTS", _grouped(q, k), k, preferred_element_type=jnp.float32)
   mask = band.array(q.shape[2], k.shape[2]) & (q_ids[..., None] == k_ids[..., None, :])

@@ -26,11 +26,11 @@ def attention(
   """Computes attention of rows that the current mesh shards.
 
   Args:
-    form: 'splash'; 'cudnn', which gathers keys; any other computes blocks by definition.
+    form: 'splash', or 'cudnn', which gathers keys. Any other computes blocks by definition.
     q_BTNH: Queries.
     k_BTKH: Keys.
     v_BTKH: Values.
-    segment_ids_BT: 1, 2, ... for the documents of a row; 0 for padding.
+    segment_ids_BT: 1, 2, ... for the documents of a row, 0 for padding.
     spec: Options. If `spec.causal`, tokens are in the order of `token_order.balance`.
 
   Returns:

@@ -55,7 +55,7 @@ def gathered_attention(
   v_BTKH: jax.Array,
   segment_ids_B1T: jax.Array,
 ) -> jax.Array:
-  """Computes attention of a device's queries to gathered keys; called under `jax.shard_map`.
+  """Computes attention of a device's queries to gathered keys, under `jax.shard_map`.
 
   cuDNN does not return the softmax normalizer that ring attention needs. So each device gathers the
   keys and values of its whole rows.

@@ -9,7 +9,7 @@ each other only these ends, the *halos*:
                                                q: the first `reach` queries of chunk c
 
 `reach` is window - 1, rounded up to whole kernel blocks. A window longer than a chunk also needs
-the chunk at distance 2, and so on; those in between are sent whole.
+the chunk at distance 2, and so on. Those in between are sent whole.
 
 Each device holds two chunks (see `token_order`). They are stacked along the batch, so that one
 kernel call computes both. Names and axes are those of `ring`.
@@ -124,7 +124,7 @@ def _exchanged(
 def forward(
   cp: ContextParallel, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array
 ) -> BlockOutput:
-  """Attention of a device's queries, see `ring.attend`; the output is float32."""
+  """Attention of a device's queries, see `ring.attend`. The output is float32."""
   halos = _exchanged(cp, k, v, ids)
   q2, k2, v2, ids2 = map(_stacked, (q, k, v, ids))
   own = blockwise.forward(cp, Band(cp.spec.causal, cp.spec.window), Block(q2, k2, v2, ids2, ids2))

@@ -15,7 +15,7 @@ def visible(segment_ids_BT: jax.Array, *, causal: bool, window: int | None = Non
   """Mask of packed rows: a token attends within its own document.
 
   Args:
-    segment_ids_BT: 1, 2, ... for the documents of a row; 0 for padding, which no token attends to.
+    segment_ids_BT: 1, 2, ... for the documents of a row, 0 for padding, which no token attends to.
     causal: Whether a token attends only to itself and to earlier tokens.
     window: If given, a token attends only to tokens fewer than `window` positions away.
 

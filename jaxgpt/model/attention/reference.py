@@ -22,7 +22,7 @@ def attention(
   """Computes grouped-query attention by definition; the reference for every kernel.
 
   Args:
-    q_BTNH: Queries. N must be a multiple of K; query head n reads key head n // (N // K).
+    q_BTNH: Queries. N must be a multiple of K. Query head n reads key head n // (N // K).
     k_BSKH: Keys.
     v_BSKH: Values. Their H may differ from that of the keys.
     mask_BTS: True where query t may attend to key s. A row without True yields zeros.

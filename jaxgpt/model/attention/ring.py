@@ -14,7 +14,7 @@ In the backward pass the gradients of keys and values travel along with them, an
 returns them to their owner. Heads are processed in groups, to bound memory. Layers with a window
 send only the ends of chunks, see `halo`.
 
-B batch, N heads, K key/value heads, T token, H head size; tokens are on axis 2.
+B batch, N heads, K key/value heads, T token, H head size, with tokens on axis 2.
 """
 
 import functools

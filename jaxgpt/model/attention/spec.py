@@ -58,7 +58,7 @@ class Block(NamedTuple):
     v: Values [B, K, S, H].
     q_ids: Segments of the queries, [B, 1, T].
     k_ids: Segments of the keys, [B, 1, S]. A token attends to its own segment. Segment 0 is
-      padding, which no query of a 'plain' block attends to; no query attends to segment
+      padding, which no query of a 'plain' block attends to. No query attends to segment
       `blockwise.NO_SEGMENT`.
   """
 

@@ -35,7 +35,7 @@ def attention(
     q_BTNH: Queries.
     k_BSKH: Keys, with S = T.
     v_BSKH: Values.
-    segment_ids_BT: 1, 2, ... for the documents of a row; 0 for padding, which attends to padding.
+    segment_ids_BT: 1, 2, ... for the documents of a row, 0 for padding, which attends to padding.
     spec: Scale, softcap and mask.
 
   Returns:

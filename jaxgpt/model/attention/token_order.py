@@ -11,7 +11,7 @@ device i holds chunks i and 2n-1-i (Llama 3, arXiv:2407.21783, section 3.3.2). F
 A chunk's query work is proportional to its number plus one half. The two chunks of each device add
 up to the same amount.
 
-`balance` permutes the tokens once, before the model reads them; `restore` is the inverse.
+`balance` permutes the tokens once, before the model reads them. `restore` is the inverse.
 
 B batch, T token of a device, S token of the whole row.
 """
@@ -76,7 +76,7 @@ def _permuted(x: _Array, axis: int, to_index: Callable[[np.ndarray], np.ndarray]
 
 
 def device_mask(cp: ContextParallel, ids_BT: jax.Array, all_ids_BS: jax.Array) -> jax.Array:
-  """Mask of this device's queries over the whole row; called under `jax.shard_map`.
+  """Mask of this device's queries over the whole row, under `jax.shard_map`.
 
   Args:
     cp: How rows are sharded.
