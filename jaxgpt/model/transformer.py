@@ -1,5 +1,6 @@
-"""The one Transformer. Model families are values of the config's `model` section. No code asks
-for a name.
+"""The one Transformer: a model family is a set of values of the config's `model` section.
+
+No code branches on the name of a family.
 
 B batch, T query position, S cache slot, D model, V vocabulary (or labels), E experts.
 """
