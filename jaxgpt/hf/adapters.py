@@ -33,7 +33,8 @@ def publish(published, params, c_model):
       "export the merged model, without --adapter"
     )
   adapters = {
-    path: [np.asarray(x) for x in pair] for path, pair in lora.adapters(tree.flatten(params)).items()
+    path: [np.asarray(x) for x in pair]
+    for path, pair in lora.adapters(tree.flatten(params)).items()
   }
   tensors, ranks, inputs_first = {}, {}, False
   for p in published:

@@ -1,14 +1,14 @@
 """Pipeline parallelism: layers are split into stages, and microbatches flow through the stages.
 
 All stages run in one program. Activations have a leading axis of stages, sharded over the mesh axis
-`stage`. In each *tick* every stage applies its layers to a microbatch (a `vmap` over that axis), and
-the results move on by one stage, the last stage's to the first (a collective permute).
+`stage`. In each *tick* every stage applies its layers to a microbatch (a `vmap` over that axis),
+and the results move on by one stage, the last stage's to the first (a collective permute).
 
 The schedule is circular, or interleaved (arXiv:2104.04473, section 2.2): layers go round-robin to
 the stages, and a microbatch passes the ring of stages R times. A tick is then R times shorter, and
-so is the pipeline bubble (the ticks in which stages idle at the start and the end). S = 2 stages, R
-= 2 repeats and M = 4 microbatches of 4 layers take R M + S - 1 = 9 ticks (2.r1: microbatch 2,
-repeat 1):
+so is the pipeline bubble (the ticks in which stages idle at the start and the end). With S = 2
+stages, R = 2 repeats and M = 4 microbatches, 4 layers take R M + S - 1 = 9 ticks (2.r1 stands for
+microbatch 2, repeat 1):
 
   tick                         0     1     2     3     4     5     6     7     8
   stage 0, layers 0 and 2    0.r0  1.r0  0.r1  1.r1  2.r0  3.r0  2.r1  3.r1    -

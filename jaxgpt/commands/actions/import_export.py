@@ -180,9 +180,7 @@ def export_adapter(folder, out, *, step=None, base=None, family=None):
   plain = _without_adapters(c)
   family = convert.family_of(plain.model, family)
   run = load.load(folder, step)
-  more = [
-    path for path in tree.flatten(run.parts.state["params"]) if not lora.is_adapter(path)
-  ]
+  more = [path for path in tree.flatten(run.parts.state["params"]) if not lora.is_adapter(path)]
   if more:
     raise UserError(
       f"--workdir={folder} trains more than adapters ({', '.join(more[:3])}); export "
