@@ -1,0 +1,1 @@
+"""The run folder: checkpoints, provenance, metric writers, initial weights, stop signals."""

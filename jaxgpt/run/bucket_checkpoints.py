@@ -1,37 +1,57 @@
-"""Checkpoints in buckets that Orbax does not write to: saved on this machine, then copied there."""
+"""Checkpoints in buckets that Orbax cannot write to: saved on this machine, then copied.
+
+  this machine                                  bucket
+  CACHE/runs/train/.../steps/STEP/   --push-->  RUN/checkpoints/STEP/
+  CACHE/runs/train/.../marks/STEP               RUN/checkpoints/STEP.complete
+
+STEP.complete holds a random string and is written after all files of STEP/. A checkpoint without it
+does not count. The local copy is valid if its mark holds the same string.
+"""
 
 import pathlib
 import secrets
 import shutil
 import threading
+from collections.abc import Callable, Sequence
 
 import jax
+from etils import epath
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import buckets, files
 
-_WHOLE = ".complete"  # STEP.complete beside the folder STEP is written last; no two hold the same
+_COMPLETE = ".complete"
 
 
-def is_needed(folder):
-  """Whether checkpoints can't be written to a folder itself, see the module's docstring."""
+def is_needed(folder: epath.PathLike) -> bool:
+  """Whether Orbax cannot write to a folder directly: it is in a bucket other than gs://."""
   return buckets.is_remote(folder) and files.scheme_of(str(folder)) != "gs"
 
 
 class Mirror:
-  """A folder of checkpoints in a bucket, and the part of it that is on this machine.
-
-  The bucket is what counts: a checkpoint that is not whole there is none.
+  """A folder of checkpoints in a bucket, and the copies of it on this machine.
 
   Attributes:
-    folder: the local folder, a pathlib.Path: one subfolder a step.
+    folder: The local folder, with one subfolder per step.
   """
 
-  def __init__(self, address, keep=None, keep_every=0, read_only=False):
-    """Args: as of `checkpoint.Checkpoints`; `address` is that of its folder.
+  def __init__(
+    self,
+    address: epath.PathLike,
+    keep: int | None = None,
+    keep_every: int = 0,
+    read_only: bool = False,
+  ):
+    """Lists the bucket, and deletes local copies that do not match it.
+
+    Args:
+      address: Address of the folder in the bucket.
+      keep: See `checkpoints.Checkpoints`.
+      keep_every: See `checkpoints.Checkpoints`.
+      read_only: See `checkpoints.Checkpoints`.
 
     Raises:
-      UserError: the address can't be reached, or there are several processes.
+      UserError: The address cannot be reached, or there are several processes.
     """
     self._address, self._keep, self._keep_every = str(address).rstrip("/"), keep, keep_every
     scheme = files.scheme_of(self._address)
@@ -44,87 +64,93 @@ class Mirror:
     parts = self._address.replace("://", "/").split("/")
     here = buckets.cache_folder().joinpath("runs", "read" if read_only else "train", *parts)
     self.folder, self._marks = here / "steps", here / "marks"
-    self._thread = self._error = None
+    self._thread: threading.Thread | None = None
+    self._error: Exception | None = None
     for folder in (self.folder, self._marks):
       folder.mkdir(parents=True, exist_ok=True)
-    self._whole = self._list()
+    self._complete = self._list()
     for path in self.folder.iterdir():
       if path.name.isdecimal() and not self._is_here(int(path.name)):
         shutil.rmtree(path)  # of another run at this address, or never copied
 
-  def _list(self):
-    """{step: what its mark holds} of the checkpoints in the bucket."""
+  def _list(self) -> dict[int, str]:
+    """{step: content of STEP.complete} of the checkpoints in the bucket."""
     with buckets.named_errors(self._address, "listed"):
       self._filesystem.invalidate_cache()
-      found = self._filesystem.glob(f"{self._inside}/*{_WHOLE}")
-      return {
-        int(pathlib.PurePosixPath(path).name.removesuffix(_WHOLE)): self._filesystem.cat_file(
-          path
-        ).decode()
-        for path in found
-      }
+      found = self._filesystem.glob(f"{self._inside}/*{_COMPLETE}")
+      step_of = lambda path: int(pathlib.PurePosixPath(path).name.removesuffix(_COMPLETE))
+      return {step_of(path): self._filesystem.cat_file(path).decode() for path in found}
 
-  def _is_here(self, step):
+  def _is_here(self, step: int) -> bool:
     mark = self._marks / str(step)
     return (
       (self.folder / str(step)).is_dir()
       and mark.is_file()
-      and (mark.read_text() == self._whole.get(step))
+      and (mark.read_text() == self._complete.get(step))
     )
 
-  def steps(self):
-    """Steps of all checkpoints in the bucket that are whole, in rising order."""
-    return sorted(self._whole)
+  def steps(self) -> list[int]:
+    """Steps of all complete checkpoints in the bucket, in rising order."""
+    return sorted(self._complete)
 
-  def fetch(self, step):
-    """Copies a checkpoint to this machine, unless it is here."""
+  def fetch(self, step: int) -> None:
+    """Copies a checkpoint to this machine, unless a valid copy is here.
+
+    Raises:
+      UserError: The bucket cannot be read.
+    """
     if self._is_here(step):
       return
     target = self.folder / str(step)
-    part = self._marks / f"{step}.part"
-    for folder in (target, part):
+    unfinished = self._marks / f"{step}.part"
+    for folder in (target, unfinished):
       shutil.rmtree(folder, ignore_errors=True)
     root = f"{self._inside}/{step}/"
     with buckets.named_errors(f"{self._address}/{step}", "read"):
       names = [path.removeprefix(root) for path in self._filesystem.find(root)]
     for name in names:
-      path = part / name
+      path = unfinished / name
       path.parent.mkdir(parents=True, exist_ok=True)
       buckets.download(f"{self._address}/{step}/{name}", path)
-    part.rename(target)
-    (self._marks / str(step)).write_text(self._whole[step])
+    unfinished.rename(target)
+    (self._marks / str(step)).write_text(self._complete[step])
 
-  def push(self, step, wait):
-    """Starts to copy a checkpoint to the bucket, once `wait()` returns, and to delete old ones."""
+  def push(self, step: int, wait: Callable[[], None]) -> None:
+    """Copies a checkpoint to the bucket in the background, then deletes old ones there.
 
-    def run():
+    Args:
+      step: Step of the checkpoint.
+      wait: Returns when the local copy is complete.
+    """
+
+    def run() -> None:
       try:
         wait()
         self._push(step)
         self._delete_old()
-      except Exception as e:
+      except Exception as e:  # raised again by `wait`
         self._error = e
 
     self._thread = threading.Thread(target=run)
     self._thread.start()
 
-  def _push(self, step):
+  def _push(self, step: int) -> None:
     mark = secrets.token_hex(16)
     buckets.upload(self.folder / str(step), f"{self._address}/{step}")
     with buckets.named_errors(self._address, "written"):
-      self._filesystem.pipe_file(f"{self._inside}/{step}{_WHOLE}", mark.encode())
+      self._filesystem.pipe_file(f"{self._inside}/{step}{_COMPLETE}", mark.encode())
     (self._marks / str(step)).write_text(mark)
-    self._whole = self._whole | {step: mark}
+    self._complete = self._complete | {step: mark}
 
-  def _delete_old(self):
+  def _delete_old(self) -> None:
     for step in old_steps(self.steps(), self._keep, self._keep_every):
       with buckets.named_errors(f"{self._address}/{step}", "deleted"):
-        self._filesystem.rm_file(f"{self._inside}/{step}{_WHOLE}")
+        self._filesystem.rm_file(f"{self._inside}/{step}{_COMPLETE}")
         self._filesystem.rm(f"{self._inside}/{step}", recursive=True)
-      self._whole = {other: mark for other, mark in self._whole.items() if other != step}
+      self._complete = {other: mark for other, mark in self._complete.items() if other != step}
 
-  def wait(self):
-    """Returns when what was pushed is in the bucket; raises what went wrong."""
+  def wait(self) -> None:
+    """Returns when the last `push` is complete. Raises its error, if it failed."""
     if self._thread is not None:
       self._thread.join()
       self._thread = None
@@ -133,6 +159,12 @@ class Mirror:
       raise error
 
 
-def old_steps(steps, keep, keep_every):
-  """Those of rising `steps` that are neither among the `keep` newest nor multiples of keep_every."""
+def old_steps(steps: Sequence[int], keep: int | None, keep_every: int) -> list[int]:
+  """The steps to delete: neither among the `keep` newest nor multiples of `keep_every`.
+
+  Args:
+    steps: Rising steps.
+    keep: Number of newest steps to keep. None: all.
+    keep_every: 0: no multiples are kept.
+  """
   return [step for step in (steps[:-keep] if keep else ()) if not keep_every or step % keep_every]

@@ -1,14 +1,20 @@
-"""Checkpoints of a run: asynchronous, atomic, restored onto any mesh (Orbax).
+"""Checkpoints of a run with Orbax: asynchronous, atomic, restored onto any mesh.
 
-Orbax writes to folders and to gs:// itself; for other buckets see `mirror`.
+Orbax writes to local folders and to gs:// directly. For other buckets see `bucket_checkpoints`.
 
-A checkpoint holds one item for each part of the state, so that a user of the weights reads the
-weights alone, and `meta`: the step and what the loop needs to go on. Parameters that are not trained
-never change, and are saved once, in a folder of their own.
+A checkpoint has one item per part of the state, so that the weights can be read alone:
+
+  RUN/checkpoints/STEP/params   the trained parameters
+                       opt      the optimizer's state
+                       ema      the moving average of the parameters, with optim.ema
+                       meta     JSON: the step, and what the training loop needs to continue
+  RUN/frozen/0/params           parameters that are not trained, saved once as they never change
 """
 
 import contextlib
 import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,35 +22,48 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxgpt import tree
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.parallel import distributed
 from jaxgpt.run import bucket_checkpoints
 from jaxgpt.storage import buckets
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
-_CHUNK = 16 << 20  # bytes of an array that are written at a time where memory is short
-_FROZEN = "frozen"  # part of the state, and its folder in the run's
+_CHUNK = 16 << 20  # bytes of an array that are written at a time if memory is short
+_FROZEN = "frozen"  # part of the state, and its folder in the run folder
 
 
 class Checkpoints:
-  """The checkpoints of one run, in `folder`."""
+  """The checkpoints in one folder.
 
-  def __init__(self, folder, keep=None, keep_every=0, read_only=False, writing_gb=None):
-    """Opens the folder, and makes it where there is none.
+  Example:
+    >>> checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    >>> checkpoints.save(state)
+    >>> state, extra = checkpoints.restore(abstract_state)
+    >>> checkpoints.close()
+  """
+
+  def __init__(
+    self,
+    folder: epath.PathLike,
+    keep: int | None = None,
+    keep_every: int = 0,
+    read_only: bool = False,
+    writing_gb: float | None = None,
+  ):
+    """Opens the folder, and makes it if it does not exist.
 
     Args:
-      folder: where the checkpoints are, one subfolder a step.
-      keep: how many of the newest are kept; None: all.
-      keep_every: checkpoints whose step is a multiple of it are kept too; 0: none.
-      read_only: nothing is made or cleaned up, so a run that is being trained can be read.
-
-      writing_gb: GB of arrays that are on their way to the disk at a time, no less than the largest
-        has; in chunks and files of their own, so that next to no memory is needed beside the
-        arrays. None: all at once, which is faster.
+      folder: The folder, which has one subfolder per step.
+      keep: Number of newest checkpoints to keep. None: all.
+      keep_every: Checkpoints whose step is a multiple of this are kept as well. 0: none.
+      read_only: Make and delete nothing, so that the run may be training meanwhile.
+      writing_gb: Limit on the GB of arrays that are being written at the same time. At least the
+        size of the largest array. Arrays are then written in chunks to files of their own, which
+        needs almost no memory besides the arrays. None: no limit, which is faster.
 
     Raises:
-      UserError: read_only, and there is no such folder.
+      UserError: read_only, and the folder does not exist.
     """
     self.folder = epath.Path(folder)
     if not buckets.is_remote(folder):
@@ -72,19 +91,22 @@ class Checkpoints:
       ),
     )
 
-  def latest(self):
-    """The newest complete checkpoint's step, or None."""
+  def latest(self) -> int | None:
+    """The step of the newest complete checkpoint, or None."""
     return max(self._steps(), default=None)
 
-  def _steps(self):
+  def _steps(self) -> Iterable[int]:
     return self._mirror.steps() if self._mirror else self._manager.all_steps()
 
-  def save(self, state, extra=None):
-    """Starts to save; training may go on, and may donate `state`, when this returns.
+  def save(self, state: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> None:
+    """Starts to save. When this returns, training may continue and donate `state`.
 
     Args:
-      state: as in `train_step`.
-      extra: what else the loop wants back; plain JSON values.
+      state: The state of `train_step`. A step that is saved already is not saved again.
+      extra: Plain JSON values that `restore` returns.
+
+    Raises:
+      UserError: The checkpoint cannot be written.
     """
     step = int(state["step"])
     with self._named_errors("save"):
@@ -93,48 +115,53 @@ class Checkpoints:
       if step not in self._steps():
         self._save(step, state, extra or {})
 
-  def _save(self, step, state, extra):
-    how = lambda part: jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk), part)
+  def _save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    save_args = lambda item: jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk), item)
     items = {
-      name: ocp.args.StandardSave(part, how(part)) for name, part in state.items() if name in _ITEMS
+      name: ocp.args.StandardSave(item, save_args(item))
+      for name, item in state.items()
+      if name in _ITEMS
     }
     meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
     if self._mirror:
       self._mirror.push(step, self._manager.wait_until_finished)
 
-  def wait(self):
-    """Returns when every save that was started is complete."""
+  def wait(self) -> None:
+    """Returns when all started saves are complete."""
     with self._named_errors("save"):
       self._manager.wait_until_finished()
       if self._mirror:
         self._mirror.wait()
 
   @contextlib.contextmanager
-  def _named_errors(self, verb):
+  def _named_errors(self, verb: str) -> Iterator[None]:
     try:
       yield
     except UserError:
       raise
     except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
       raise UserError(
-        f"can't {verb} a checkpoint in {self.folder}: {_first_line(e)}; make room or "
-        "change its permissions, then the same command goes on"
+        f"can't {verb} a checkpoint in {self.folder}: {_summary(e)}; make room or change its "
+        "permissions, then run the same command again to continue"
       ) from e
 
-  def restore(self, abstract, step=None):
-    """Reads a checkpoint, or parts of it, onto the mesh that `abstract` names.
+  def restore(
+    self, abstract: Mapping[str, Any], step: int | None = None
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a checkpoint, or items of it, onto the mesh of `abstract`.
 
     Args:
-      abstract: tree of `ShapeDtypeStruct`s with shardings, see `train_step.abstract_state`; only
-        its top-level parts are read.
-      step: which checkpoint; None: the newest.
+      abstract: Tree of `ShapeDtypeStruct`s with shardings, see `train_step.abstract_state`. Only
+        the items that it has are read.
+      step: Step of the checkpoint. None: the newest.
 
     Returns:
-      (state, extra) with the parts of `abstract`.
+      (state, extra). `state` has the items of `abstract`.
 
     Raises:
-      UserError: there is none, it can't be read, or it has other parameters than `abstract`.
+      UserError: There is no such checkpoint, it cannot be read, or its parameters differ from those
+        of `abstract`.
     """
     step = self.latest() if step is None else step
     if step is None:
@@ -145,10 +172,10 @@ class Checkpoints:
       raise UserError(f"no checkpoint of step {step} in {self.folder}; there are: {there}")
     self._fetch(step)
     items = {
-      name: ocp.args.StandardRestore(part) for name, part in abstract.items() if name in _ITEMS
+      name: ocp.args.StandardRestore(item) for name, item in abstract.items() if name in _ITEMS
     }
     try:
-      self._check_shapes(where, step, items, abstract)
+      self._check_shapes(where, step, {name: abstract[name] for name in items})
       out = self._manager.restore(
         step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items)
       )
@@ -156,8 +183,8 @@ class Checkpoints:
       raise
     except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
       raise UserError(
-        f"checkpoint {where} can't be read ({_first_line(e)}); delete that folder "
-        "to go on from the one before"
+        f"checkpoint {where} can't be read ({_summary(e)}); delete that folder to continue from "
+        "the checkpoint before it"
       ) from e
     state = {name: out[name] for name in items}
     for name in _SCALARS:
@@ -166,20 +193,21 @@ class Checkpoints:
         state[name] = jax.device_put(value, abstract[name].sharding)
     return state, out["meta"]["extra"]
 
-  def _fetch(self, step):
+  def _fetch(self, step: int) -> None:
+    """Copies the checkpoint from the bucket, if it is in one."""
     if self._mirror:
       self._mirror.fetch(step)
       self._manager.reload()
 
-  def shapes(self, name, step=None):
-    """{path: shape} of a part of a checkpoint, without reading it.
+  def shapes(self, name: str, step: int | None = None) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of an item of a checkpoint, without reading the arrays.
 
     Args:
       name: 'params', 'ema' or 'opt'.
-      step: which checkpoint; None: the newest.
+      step: Step of the checkpoint. None: the newest.
 
     Raises:
-      UserError: there is none, or it has no such part.
+      UserError: There is no such checkpoint or item.
     """
     step = self.latest() if step is None else step
     if step is not None:
@@ -189,15 +217,15 @@ class Checkpoints:
       raise UserError(f"no checkpoint with {name!r} in {self.folder}")
     return {path: tuple(leaf.shape) for path, leaf in tree.flatten(dict(saved)).items()}
 
-  def _check_shapes(self, where, step, items, abstract):
+  def _check_shapes(self, where: epath.Path, step: int, abstract: Mapping[str, Any]) -> None:
     saved = self._manager.item_metadata(step)
-    for name in items:
+    for name, item in abstract.items():
       if saved.get(name) is None:
         raise UserError(
           f"checkpoint {where} has no {name!r}; was the run made with other settings (optim.ema)?"
         )
       have = {jax.tree_util.keystr(p): tuple(m.shape) for p, m in _leaves(saved[name])}
-      want = {jax.tree_util.keystr(p): tuple(s.shape) for p, s in _leaves(abstract[name])}
+      want = {jax.tree_util.keystr(p): tuple(s.shape) for p, s in _leaves(item)}
       if name == "params" and have != want:
         key = min(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
         raise UserError(
@@ -205,14 +233,14 @@ class Checkpoints:
           f"the config makes it {want.get(key, 'unknown')}"
         )
 
-  def close(self):
-    """Waits for what is being saved and lets go of the folder."""
+  def close(self) -> None:
+    """Waits for started saves and releases the folder."""
     self.wait()
     self._manager.close()
 
 
-def save_frozen(run_folder, state):
-  """Saves the parameters of a new run that are not trained, where there are any; once."""
+def save_frozen(run_folder: epath.PathLike, state: Mapping[str, Any]) -> None:
+  """Saves the parameters of a new run that are not trained, if there are any. Once per run."""
   if _FROZEN not in state:
     return
   checkpoints = Checkpoints(epath.Path(run_folder) / _FROZEN)
@@ -221,15 +249,18 @@ def save_frozen(run_folder, state):
   checkpoints.close()
 
 
-def load_frozen(run_folder, abstract):
-  """{'frozen': parameters} of a run that does not train all of them; else {}.
+def load_frozen(run_folder: epath.PathLike, abstract: Mapping[str, Any]) -> dict[str, tree.PyTree]:
+  """Reads the parameters that a run does not train.
 
   Args:
-    run_folder: the run's folder.
-    abstract: the state's shapes and shardings.
+    run_folder: The run folder.
+    abstract: Shapes and shardings of the state.
+
+  Returns:
+    {'frozen': parameters}, or {} if `abstract` has none.
 
   Raises:
-    UserError: they can't be read.
+    UserError: They cannot be read.
   """
   if _FROZEN not in abstract:
     return {}
@@ -239,8 +270,8 @@ def load_frozen(run_folder, abstract):
   return {_FROZEN: state["params"]}
 
 
-def frozen_shapes(run_folder):
-  """{path: shape} of the parameters that a run does not train; {} where it trains them all."""
+def frozen_shapes(run_folder: epath.PathLike) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of the parameters that a run does not train. {} if it trains all."""
   folder = epath.Path(run_folder) / _FROZEN
   if not folder.exists():
     return {}
@@ -250,22 +281,27 @@ def frozen_shapes(run_folder):
   return shapes
 
 
-def _first_line(e):
-  return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+def _summary(e: BaseException) -> str:
+  return f"{type(e).__name__}: {first_line(e, 200)}"
 
 
-def _leaves(tree):
-  return jax.tree_util.tree_flatten_with_path(tree)[0]
+def _leaves(item: tree.PyTree) -> list[tuple[tuple[Any, ...], Any]]:
+  return jax.tree_util.tree_flatten_with_path(item)[0]
 
 
-def dump(folder, state, batch, metrics):
-  """Writes what is needed to look into one bad step; called by all processes.
+def dump(
+  folder: epath.PathLike,
+  state: Mapping[str, Any],
+  batch: Mapping[str, np.ndarray],
+  metrics: Mapping[str, float],
+) -> None:
+  """Writes the state, batch and metrics of a bad step for debugging. All processes must call it.
 
   Args:
-    folder: made if need be.
-    state: the state that the step left behind, see `train_step`.
-    batch: {name: array} of the step.
-    metrics: plain floats.
+    folder: The folder to write, made if needed.
+    state: The state of `train_step` after the step.
+    batch: The step's batch.
+    metrics: Its metrics.
   """
   folder = epath.Path(folder)
   if distributed.is_first():

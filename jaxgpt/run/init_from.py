@@ -1,7 +1,7 @@
 """Initial weights from another model: a run, or any other source of weights that the caller passes.
 
-`run` knows only run folders. Sources of other formats implement `WeightSource` in their own package,
-such as `jaxgpt.hf.weight_source`, and commands pass them down to the training loop.
+`run` knows only run folders. Sources of other formats implement `WeightSource` in their own
+package, such as `jaxgpt.hf.weight_source`, and commands pass them down to the training loop.
 """
 
 import json
@@ -18,6 +18,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
+from jaxgpt.text.tokenizers.base import Tokenizer
 
 REPORT = "init.json"  # file in the run folder with the report of `load`
 # Text of several scripts and kinds, by which two tokenizers are compared.
@@ -30,7 +31,7 @@ class Weights(NamedTuple):
   params: dict[str, jax.Array]  # {path: array}, with the shardings of the new run
   left: Collection[str]  # names of the source's parameters that the new run does not have
   c_model: ml_collections.ConfigDict  # the source's resolved `model` section
-  tokenizer: Any  # the source's tokenizer, or None if it is not known
+  tokenizer: Tokenizer | None  # the source's tokenizer, or None if it is not known
 
 
 class WeightSource(Protocol):
@@ -62,7 +63,7 @@ class InitialWeights(NamedTuple):
 
   params: dict[str, jax.Array]  # {path: array}, with the shardings of the new run
   report: dict[str, Any]  # see `load`
-  tokenizer: Any  # the source's tokenizer, or None if it is not known
+  tokenizer: Tokenizer | None  # the source's tokenizer, or None if it is not known
 
 
 def load(
@@ -199,7 +200,9 @@ def _check_shapes(
     )
 
 
-def check_tokenizer(given: InitialWeights, tokenizer: Any, c: ml_collections.ConfigDict) -> None:
+def check_tokenizer(
+  given: InitialWeights, tokenizer: Tokenizer, c: ml_collections.ConfigDict
+) -> None:
   """Raises a UserError if the data was tokenized with another tokenizer than the source's.
 
   Args:
@@ -215,7 +218,7 @@ def check_tokenizer(given: InitialWeights, tokenizer: Any, c: ml_collections.Con
     )
 
 
-def same_tokens(a: Any, b: Any) -> bool:
+def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
   """Whether two tokenizers give text the same ids. Their special tokens may differ."""
   return a.digest == b.digest or a.encode(_PROBE) == b.encode(_PROBE)
 

@@ -1,10 +1,11 @@
-"""The run folder: what is written before step 0, and what a continuation is checked against.
+"""The run folder: config and provenance of a run, and the check that a continuation matches it.
 
 RUN/config.json    the resolved config, and where each value came from
-RUN/starts.jsonl   one line for each start: versions, git state, devices, mesh, data digest, command
+RUN/starts.jsonl   one line per start: versions, git state, devices, mesh, data digest, command
 RUN/tokenizer/     a copy of the data's tokenizer
-RUN/metrics.jsonl  see `writers`
-RUN/checkpoints/   see `checkpoint`
+RUN/metrics.jsonl  see `metric_writers`
+RUN/checkpoints/   see `checkpoints`
+RUN/frozen/        parameters that are not trained, see `checkpoints`
 """
 
 import json
@@ -12,20 +13,26 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import ml_collections
 from etils import epath
 
 from jaxgpt import config
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError
 from jaxgpt.storage import atomic, buckets
+from jaxgpt.text.tokenizers.base import Tokenizer
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
 _STARTS = "starts.jsonl"
 _TOKENIZER = "tokenizer"
-_BEFORE_CONFIG = {_TOKENIZER, _CONFIG + atomic.PART}  # what a kill may leave of a start
+# config.json is written last. A start that was killed before leaves only these.
+_BEFORE_CONFIG = {_TOKENIZER, _CONFIG + atomic.PART}
+# Packages whose versions each start records.
 _PACKAGES = (
   "jaxgpt",
   "jax",
@@ -41,25 +48,32 @@ _PACKAGES = (
 )
 
 
-def enter(folder, c, origin, mesh, data_digest, tokenizer):
-  """Makes a run folder, or checks that the one there is this run's; records the start.
+def enter(
+  folder: epath.PathLike,
+  c: ml_collections.ConfigDict,
+  origin: Mapping[str, str],
+  mesh: jax.sharding.Mesh,
+  data_digest: str,
+  tokenizer: Tokenizer,
+) -> None:
+  """Makes a run folder, or checks that the existing one belongs to this run, and records the start.
 
   Args:
-    folder: where.
-    c: the resolved config.
+    folder: The run folder.
+    c: The resolved config.
     origin: {flat key: where its value came from}, see `config.load`.
-    mesh: the device mesh.
-    data_digest: of the data's manifest; empty for a model that is imported.
-    tokenizer: what is saved beside the config.
+    mesh: The device mesh.
+    data_digest: Digest of the data's manifest. Empty for an imported model.
+    tokenizer: Tokenizer of the data, which is saved in the folder.
 
   Raises:
-    UserError: the folder can't be written, or holds a run of another config or other data.
+    UserError: The folder cannot be written, or holds a run with another config or other data.
   """
   folder = epath.Path(folder)
   buckets.check(folder)
   try:
     if (folder / _CONFIG).exists():
-      _check(folder, c, data_digest)
+      _check_same_run(folder, c, data_digest)
     elif holds_something_else(folder):
       raise UserError(
         f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
@@ -80,18 +94,18 @@ def enter(folder, c, origin, mesh, data_digest, tokenizer):
     ) from e
 
 
-def is_run(folder):
+def is_run(folder: epath.PathLike) -> bool:
   """Whether a folder holds a run."""
   return (epath.Path(folder) / _CONFIG).exists()
 
 
-def holds_something_else(folder):
-  """Whether a folder that is no run's holds more than a start that was killed leaves behind."""
+def holds_something_else(folder: epath.PathLike) -> bool:
+  """Whether a folder without a run holds more than a killed start leaves behind."""
   folder = epath.Path(folder)
   return folder.exists() and not {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG
 
 
-def _check(folder, c, data_digest):
+def _check_same_run(folder: epath.Path, c: ml_collections.ConfigDict, data_digest: str) -> None:
   old = read_config(folder)
   if data_digest and is_imported(folder):
     raise UserError(
@@ -104,21 +118,23 @@ def _check(folder, c, data_digest):
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     raise UserError(
       f"--workdir={folder} holds a run of another config: {lines}{more}; give the "
-      "old values to go on with it, or another --workdir to start anew"
+      "old values to continue it, or choose another --workdir to start a new run"
     )
   if not (folder / _STARTS).exists():  # killed between the two files
     return
   digest = read_starts(folder)[0]["data_digest"]
   if digest != data_digest:
     raise UserError(
-      f"--workdir={folder} holds a run on other data: its manifest's digest was "
-      f"{digest[:12]}, that of data.path={c.data.path!r} is "
-      f"{data_digest[:12]}; point data.path at the old data or choose another "
-      "--workdir"
+      f"--workdir={folder} holds a run on other data: the digest of its manifest was "
+      f"{digest[:12]}, but that of data.path={c.data.path!r} is {data_digest[:12]}; "
+      "point data.path at the old data, or choose another --workdir"
     )
 
 
-def _start(c, mesh, data_digest):
+def _start(
+  c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, data_digest: str
+) -> dict[str, Any]:
+  """A line of starts.jsonl."""
   device = mesh.devices.flat[0]
   free = {k: v for k, v in config.flatten(c).items() if config.is_free_on_resume(k)}
   return {
@@ -136,11 +152,11 @@ def _start(c, mesh, data_digest):
   }
 
 
-def _git():
+def _git() -> dict[str, Any] | None:
   """{'commit', 'dirty'} of the checkout that this package runs from, or None outside of one."""
   here = epath.Path(__file__).parent
 
-  def git(*args):
+  def git(*args: str) -> str:
     return subprocess.run(
       ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()
@@ -149,15 +165,15 @@ def _git():
     if git("ls-files", "--error-unmatch", __file__):
       return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
   except (OSError, subprocess.SubprocessError):
-    pass  # no git, no checkout, or an installed package inside someone else's
+    pass  # no git, no checkout, or an installed package inside another project's checkout
   return None
 
 
-def read_config(folder):
+def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
   """The resolved config of a run.
 
   Raises:
-    UserError: the folder holds no run, or its config.json is broken.
+    UserError: The folder holds no run, or its config.json is broken.
   """
   buckets.check(folder)
   path = epath.Path(folder) / _CONFIG
@@ -171,15 +187,15 @@ def read_config(folder):
     raise UserError(f"{path}: {e}") from e
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
     raise UserError(
-      f"{path} is broken ({type(e).__name__}: {e}); restore it, or start anew in another folder"
+      f"{path} is broken ({type(e).__name__}: {e}); restore it, or start over in another folder"
     ) from e
 
 
-def read_starts(folder):
+def read_starts(folder: epath.PathLike) -> list[dict[str, Any]]:
   """The records of all starts of a run, oldest first.
 
   Raises:
-    UserError: the file is missing or broken.
+    UserError: The file is missing or broken.
   """
   path = epath.Path(folder) / _STARTS
   try:
@@ -188,15 +204,15 @@ def read_starts(folder):
       raise ValueError("a start without its data_digest")
     return starts
   except (OSError, ValueError, TypeError) as e:
-    raise UserError(f"{path} is broken ({e}); restore it, or start anew in another folder") from e
+    raise UserError(f"{path} is broken ({e}); restore it, or start over in another folder") from e
 
 
-def is_imported(folder):
-  """Whether a folder holds a published model that was imported, and no training run."""
+def is_imported(folder: epath.PathLike) -> bool:
+  """Whether a folder holds an imported published model, not a training run."""
   starts = epath.Path(folder) / _STARTS
   return starts.exists() and not read_starts(folder)[0]["data_digest"]
 
 
-def tokenizer_folder(folder):
-  """Where a run keeps its tokenizer."""
+def tokenizer_folder(folder: epath.PathLike) -> epath.Path:
+  """The folder of a run's tokenizer."""
   return epath.Path(folder) / _TOKENIZER

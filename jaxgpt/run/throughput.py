@@ -1,52 +1,61 @@
-"""Where the time of a run goes: steps, waiting for data, and everything that is neither."""
+"""Throughput of a run: tokens per second, step time, input wait and MFU between two log lines."""
 
 import contextlib
 import time
+from collections.abc import Iterator
 
 
 class Timer:
-  """Rates over the steps between two log lines; evaluation and saving don't count."""
+  """Measures steps. Evaluation and saving do not count.
 
-  def __init__(self, flops_per_token, peak_flops):
-    """Starts when `start` is called.
+  Example:
+    >>> timer = Timer(flops_per_token=6e9, peak_flops=1e15)
+    >>> with timer.waiting():
+    ...   batch = next(batches)
+    >>> timer.step_done(tokens=524_288)
+    >>> timer.take()["tokens_per_second"]
+  """
+
+  def __init__(self, flops_per_token: float, peak_flops: float | None):
+    """Makes a timer that has started.
 
     Args:
-      flops_per_token: model FLOPs, see `metrics.flops_per_token`.
-      peak_flops: FLOP/s of all devices together, or None where unknown.
+      flops_per_token: Model FLOPs, see `metrics.flops_per_token`.
+      peak_flops: FLOP/s of all devices together, or None if unknown.
     """
     self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
     self.start()
 
-  def start(self):
-    """Forgets what was measured, and measures from now on."""
+  def start(self) -> None:
+    """Resets the timer."""
     self._since, self._steps, self._tokens = time.monotonic(), 0, 0.0
     self._waited = self._paused = 0.0
 
-  def step_done(self, tokens):
-    """Counts a step and the tokens it was trained on."""
+  def step_done(self, tokens: float) -> None:
+    """Counts a step and its tokens."""
     self._steps += 1
     self._tokens += tokens
 
   @contextlib.contextmanager
-  def waiting(self):
-    """Time in here is input wait."""
+  def waiting(self) -> Iterator[None]:
+    """Counts the time in this context as input wait."""
     before = time.monotonic()
     yield
     self._waited += time.monotonic() - before
 
   @contextlib.contextmanager
-  def paused(self):
-    """Time in here is not training."""
+  def paused(self) -> Iterator[None]:
+    """Excludes the time in this context."""
     before = time.monotonic()
     yield
     self._paused += time.monotonic() - before
 
-  def take(self):
-    """The rates since the last call or `start`, and starts anew.
+  def take(self) -> dict[str, float]:
+    """Returns the rates since the last call or `start`, and resets the timer.
 
     Returns:
-      {'tokens_per_second', 'step_time' in seconds, 'input_wait' as a share of the time}, and
-      'mfu' where the devices' peak is known.
+      {'tokens_per_second', 'step_time' in seconds, 'input_wait' as a fraction of the time}, and
+      'mfu' (model FLOPs utilization) if the devices' peak is known.
     """
     seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
     out = {

@@ -1,0 +1,1 @@
+"""Local and remote files, decompressing streams, atomic writes and the allocator. No JAX."""

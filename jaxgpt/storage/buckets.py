@@ -1,7 +1,7 @@
-"""Buckets (s3://, gs://): whole files fetched into a cache on this machine, and folders sent there.
+"""Buckets (s3://, gs://): files fetched into a cache on this machine, and folders uploaded.
 
-The cache is the folder JAXGPT_CACHE, ~/.cache/jaxgpt where that is not set. Credentials and
-endpoints are those of `files`.
+The cache is the folder JAXGPT_CACHE, or ~/.cache/jaxgpt if that is not set. `files` explains
+credentials and endpoints.
 """
 
 import contextlib
@@ -9,26 +9,33 @@ import fcntl
 import hashlib
 import os
 import pathlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
 
-UNFINISHED = "unfinished"  # marks a remote folder that is being written
+UNFINISHED = "unfinished"  # name of a file that marks a remote folder as being written
 
 
-def is_remote(path):
-  """Whether a path is an address, such as s3://bucket/folder."""
+def is_remote(path: str | os.PathLike[str]) -> bool:
+  """Whether a path is an address such as s3://bucket/folder."""
   return bool(files.scheme_of(os.fspath(path)))
 
 
-def cache_folder():
-  """Where copies of remote files are."""
+def cache_folder() -> pathlib.Path:
+  """The folder of local copies of remote files."""
   return pathlib.Path(os.environ.get("JAXGPT_CACHE") or pathlib.Path.home() / ".cache" / "jaxgpt")
 
 
 @contextlib.contextmanager
-def named_errors(address, verb):
-  """Turns what a service's own library raises into a UserError that names the address."""
+def named_errors(address: str | os.PathLike[str], verb: str) -> Iterator[None]:
+  """Turns errors of a service's library into a UserError with the address.
+
+  Args:
+    address: The address that is worked on.
+    verb: The operation as a participle, such as 'read'.
+  """
   try:
     yield
   except UserError:
@@ -37,16 +44,24 @@ def named_errors(address, verb):
     raise files.remote_error(os.fspath(address), e, verb) from e
 
 
-def check(path, verb="reached"):
-  """Raises a UserError where a remote path can't be reached; says nothing of local ones."""
+def check(path: str | os.PathLike[str], verb: str = "reached") -> None:
+  """Raises a UserError if a remote path cannot be reached. Accepts every local path."""
   if is_remote(path):
     filesystem, inside = files.filesystem_of(os.fspath(path))
     with named_errors(path, verb):
       filesystem.exists(inside)
 
 
-def sizes(folder, names):
-  """{name: bytes} of those of `names` that are files in a folder; a bucket is asked once."""
+def sizes(folder: str | os.PathLike[str], names: Collection[str]) -> dict[str, int]:
+  """Sizes of files in a folder, with a single request to a bucket.
+
+  Args:
+    folder: A local or remote folder.
+    names: Names of the files to look for.
+
+  Returns:
+    {name: size in bytes} of the files that exist. A bucket may add files not in `names`.
+  """
   if not is_remote(folder):
     paths = {name: pathlib.Path(folder, name) for name in names}
     return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
@@ -61,27 +76,34 @@ def sizes(folder, names):
 
 
 class Files:
-  """The files of a prepared folder on this machine: themselves, or copies that are fetched whole
-  when they are first asked for. Picklable.
+  """The files of a prepared folder on this machine. Picklable.
+
+  Files of a local folder are used in place. A file in a bucket is copied to the cache the first
+  time it is asked for.
 
   Attributes:
-    folder: the local folder, a pathlib.Path.
+    address: Path or address of the folder.
+    folder: The local folder with the files.
   """
 
-  def __init__(self, address, digest):
-    """Args: address: of the folder. digest: of its content, which copies are kept by."""
+  def __init__(self, address: str | os.PathLike[str], digest: str):
+    """Makes the object, without reading anything.
+
+    Args:
+      address: Path or address of the folder.
+      digest: Digest of the folder's content, which names the copies.
+    """
     self.address, self._are_copies = os.fspath(address), is_remote(address)
     self.folder = cache_folder() / "data" / digest if self._are_copies else pathlib.Path(address)
 
-  def get(self, entry):
-    """The path of a file, fetched if need be.
+  def get(self, entry: Mapping[str, Any]) -> pathlib.Path:
+    """The local path of a file, which is fetched if needed.
 
     Args:
-      entry: its {'name', 'size', 'sha256'} in the manifest, which a fetched copy is checked
-        against.
+      entry: The file's {'name', 'size', 'sha256'} in the manifest. A fetched copy must match it.
 
     Raises:
-      UserError: it can't be fetched or kept, or it is not what the manifest says.
+      UserError: The file cannot be fetched or stored, or does not match the manifest.
     """
     path = self.folder / entry["name"]
     if not self._are_copies or _has_size(path, entry):
@@ -99,7 +121,7 @@ class Files:
       ) from e
     return path
 
-  def _fetch(self, entry, path):
+  def _fetch(self, entry: Mapping[str, Any], path: pathlib.Path) -> None:
     part = path.with_name(f"{path.name}.part")
     address = f"{self.address.rstrip('/')}/{entry['name']}"
     download(address, part)
@@ -114,12 +136,17 @@ class Files:
     part.replace(path)
 
 
-def _has_size(path, entry):
+def _has_size(path: pathlib.Path, entry: Mapping[str, Any]) -> bool:
   return path.is_file() and path.stat().st_size == entry["size"]
 
 
-def download(address, path):
-  """Copies a remote file to a local path; raises OSError only where that can't be written."""
+def download(address: str, path: pathlib.Path) -> None:
+  """Copies a remote file to a local path.
+
+  Raises:
+    UserError: The remote file cannot be read.
+    OSError: The local file cannot be written.
+  """
   filesystem, inside = files.filesystem_of(address)
   with path.open("wb") as out:
     with named_errors(address, "read"):
@@ -133,8 +160,8 @@ def download(address, path):
         out.write(data)
 
 
-def names(folder):
-  """Names of what is in a remote folder: none where there is no such folder."""
+def names(folder: str) -> list[str]:
+  """Names of the entries of a remote folder. Empty if the folder does not exist."""
   filesystem, inside = files.filesystem_of(folder)
   with named_errors(folder, "listed"):
     filesystem.invalidate_cache()
@@ -143,21 +170,23 @@ def names(folder):
     return [pathlib.PurePosixPath(path).name for path in filesystem.ls(inside, detail=False)]
 
 
-def remove(folder):
-  """Deletes a remote folder with all in it."""
+def remove(folder: str) -> None:
+  """Deletes a remote folder with its content."""
   filesystem, inside = files.filesystem_of(folder)
   with named_errors(folder, "deleted"):
     filesystem.rm(inside, recursive=True)
 
 
-def upload(folder, address, last=None):
-  """Copies a local folder with all below it, and `last`, the file that vouches for it, last.
+def upload(folder: pathlib.Path, address: str, last: str | None = None) -> None:
+  """Copies a local folder, with everything below it, to a remote folder.
+
+  Readers trust the remote folder only if the file `last` exists. So that one is deleted first and
+  written last. In between, a file `UNFINISHED` marks the folder.
 
   Args:
-    folder: a pathlib.Path.
-    address: of the remote folder. What it holds of other names stays.
-    last: a file's name, deleted there before anything else is written; until it is written, there
-      is a file `UNFINISHED` too. None: there is none.
+    folder: The local folder.
+    address: Address of the remote folder. Its files with other names stay.
+    last: Name of the file that vouches for the others. None: there is none.
   """
   filesystem, inside = files.filesystem_of(address)
   inside = inside.rstrip("/")

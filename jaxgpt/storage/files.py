@@ -1,10 +1,10 @@
-"""Addresses: local paths, folders, patterns and URLs, to the files they stand for.
+"""Input files: local paths, folders, glob patterns and URLs, expanded to lists of files.
 
-Local files need no extra. `s3://`, `gs://`, `hf://`, `http(s)://` and whatever else fsspec knows go
-through fsspec, which finds credentials and endpoints as its users know them:
+Local files need no extra. `s3://`, `gs://`, `hf://`, `http(s)://` and other schemes go through
+fsspec, which reads credentials and endpoints from the usual places:
 
-  s3://    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE; AWS_ENDPOINT_URL where it is
-           another's service; FSSPEC_S3_ANON=true for public buckets
+  s3://    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE; AWS_ENDPOINT_URL for services
+           other than AWS; FSSPEC_S3_ANON=true for public buckets
   gs://    GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login`;
            STORAGE_EMULATOR_HOST; FSSPEC_GS_TOKEN=anon for public buckets
   hf://    HF_TOKEN, HF_ENDPOINT; hf://datasets/OWNER/NAME/PATH
@@ -16,12 +16,14 @@ import logging
 import os
 import pathlib
 import stat
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxgpt.errors import UserError, optional
 
 COMPRESSED = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
 _IGNORED = ("__pycache__",)
+# Keys of fsspec's file infos that change with a file's content.
 _VERSIONS = (
   "ETag",
   "etag",
@@ -32,11 +34,11 @@ _VERSIONS = (
   "LastModified",
   "Last-Modified",
   "created",
-)  # keys of fsspec's infos that change with a file's content
+)
 
 _WAYS_OUT = {
   "s3": "check the address, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and "
-  "AWS_ENDPOINT_URL if it is no AWS bucket; FSSPEC_S3_ANON=true reads public ones",
+  "AWS_ENDPOINT_URL if the service is not AWS; FSSPEC_S3_ANON=true reads public ones",
   "gs": "check the address and GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth "
   "application-default login`; FSSPEC_GS_TOKEN=anon reads public buckets",
   "hf": "check the address (hf://datasets/OWNER/NAME/PATH), and HF_TOKEN if it is private",
@@ -44,17 +46,21 @@ _WAYS_OUT = {
 _EXTRAS = {"s3": "data,s3", "s3a": "data,s3", "gs": "data,gcs", "gcs": "data,gcs"}
 
 
+Parts: TypeAlias = tuple[str, ...]  # of a path, such as ("a", "b.txt")
+Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
+
+
 class File(NamedTuple):
-  """A file to read, or a range of its bytes: a unit of work, which JSON holds as a list.
+  """A file to read, or a range of its bytes: a unit of work, stored in JSON as a list.
 
   Attributes:
-    address: local path or URL, for `streams`.
-    source: what documents and reports call it; no absolute path, so that it is the same on two
-      machines.
-    size: bytes as they are stored, of the range where there is one; 0: not told.
-    version: changes when the content does (modification time, ETag); '': not told.
-    start, end: the range of bytes [start, end), which begins and ends with a line; None: all of it.
-    line: number of the line at `start`.
+    address: Local path or URL, for `streams`.
+    source: Name in documents and reports. Never an absolute path, so that two machines agree.
+    size: Stored bytes of the file or range. 0: unknown.
+    version: Modification time or ETag, which changes with the content. '': unknown.
+    start: First byte of the range, at the start of a line.
+    end: End of the range (exclusive), at the end of a line. None: the end of the file.
+    line: Number of the line at `start`.
   """
 
   address: str
@@ -66,97 +72,107 @@ class File(NamedTuple):
   line: int = 1
 
 
-def suffix(address):
-  """The suffix that tells the format, in lower case: '.jsonl' of 'a/B.JSONL.gz'."""
+class _Found(NamedTuple):
+  """A file found below a given path."""
+
+  root: Parts  # name of the given folder, as a tuple of at most one name
+  parts: Parts  # path below it
+  file: File
+  identity: Any  # equal for two paths of the same file
+
+
+def suffix(address: str) -> str:
+  """The suffix of the format, in lower case: '.jsonl' of 'a/B.JSONL.gz'."""
   stem, last = os.path.splitext(_path_of(address).lower())
   return os.path.splitext(stem)[1] if last in COMPRESSED else last
 
 
-def is_zstandard(address):
+def is_zstandard(address: str) -> bool:
+  """Whether an address has a suffix of Zstandard."""
   return _path_of(address).lower().endswith((".zst", ".zstd"))
 
 
-def find(paths, exclude=(), suffixes=()):
+def find(
+  paths: Paths, exclude: str | Sequence[str] = (), suffixes: Collection[str] = ()
+) -> list[File]:
   """Lists the files that paths stand for.
 
-  Args:
-    paths: files, folders (with all below them) and glob patterns of files (`**` crosses
-      folders), local or remote, or one of them; an http address is one file. They are listed in
-      the given order, each sorted by path; a file met twice is listed once. Hidden files, hidden
-      folders and `__pycache__` are left out, unless a path names them, and so are folders that
-      `jaxgpt data` wrote: its output may lie in the folder that is read.
-    exclude: patterns as in a shell. A file is left out where one matches its path below the given
-      folder, or any part of that: 'test*' leaves out 'a/tests/b.py' and 'a/test_c.py'.
-    suffixes: what a folder is searched for, after `suffix`; files and patterns may name others.
+  Hidden files, hidden folders and `__pycache__` are left out, unless a path names them. So are
+  folders written by `jaxgpt data`, whose output may lie in the folder that is read.
 
-  Returns:
-    A list of `File`.
+  Args:
+    paths: One or several files, folders (with everything below them) and glob patterns of files
+      (`**` crosses folders), local or remote. An http address is one file. Files are listed in the
+      order of the paths, and sorted by path within each. A file found twice is listed once.
+    exclude: Shell patterns. A file is left out if one matches its path below the given folder, or
+      any part of that path: 'test*' leaves out 'a/tests/b.py' and 'a/test_c.py'.
+    suffixes: Suffixes, as of `suffix`, of the files to list in folders. Paths of files and patterns
+      may have any.
 
   Raises:
-    UserError: a path that does not exist or can't be listed, a pattern without a match, no file
-      left, or a missing extra.
+    UserError: A path that does not exist or cannot be listed, a pattern without a match, no file
+      left, or an extra that is not installed.
   """
   paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   exclude = [exclude] if isinstance(exclude, str) else list(exclude)
   seen, files = set(), []
   for given in map(os.fspath, paths):
     if not given:
-      raise UserError("path '' is empty; name the folder to read, '.' for this one")
+      raise UserError("path '' is empty; name the folder to read, '.' for the current one")
     expand = _expand_remote if scheme_of(given) else _expand_local
     found = list(expand(given.removeprefix("file://"), suffixes))
-    prepared = _prepared({parts for _, parts, _, _ in found})
-    for root, parts, file, key in found:
+    prepared = _prepared({f.parts for f in found})
+    for root, parts, file, identity in found:
       if (
-        key not in seen
+        identity not in seen
         and not _excluded(parts, exclude)
         and not any(parts[:n] in prepared for n in range(len(parts)))
       ):
-        seen.add(key)
+        seen.add(identity)
         files.append(file._replace(source=_printable("/".join((*root, *parts)))))
   if not files:
-    given = ", ".join(repr(os.fspath(p)) for p in paths) or "no path"
+    names = ", ".join(repr(os.fspath(p)) for p in paths) or "no path"
     raise UserError(
-      f"no file to read in {given}; folders are searched for "
-      f"{' '.join(sorted(suffixes))}, hidden files, what jaxgpt data wrote and "
-      f"exclude={exclude} left out; name files or a glob pattern to read other "
-      "suffixes"
+      f"no file to read in {names}; folders are searched for {' '.join(sorted(suffixes))}, "
+      f"without hidden files, folders that jaxgpt data wrote and exclude={exclude}; name files or "
+      "a glob pattern to read other suffixes"
     )
   return files
 
 
-def scheme_of(address):
-  """'s3' of 's3://…'; '' of a local path."""
+def scheme_of(address: str) -> str:
+  """'s3' of 's3://...', '' of a local path."""
   scheme, found, _ = address.partition("://")
   return scheme.lower() if found and scheme.isalnum() and scheme.lower() != "file" else ""
 
 
-def _path_of(address):
-  """The address without the query and fragment that a URL may have."""
+def _path_of(address: str) -> str:
+  """The address without the query and fragment of a URL."""
   if scheme_of(address) in ("http", "https"):
     address = address.partition("?")[0].partition("#")[0]
   return address
 
 
-def _printable(name):
-  """A name as UTF-8 can hold it: a file's name may be any bytes."""
+def _printable(name: str) -> str:
+  """A name that can be encoded in UTF-8. A file's name may be any bytes."""
   return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _excluded(parts, patterns):
+def _excluded(parts: Parts, patterns: Sequence[str]) -> bool:
   names = (*parts, "/".join(parts))
   return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
-def _wanted(parts, suffixes):
-  """Whether a folder's listing takes a file with these parts below the folder."""
+def _wanted(parts: Parts, suffixes: Collection[str]) -> bool:
+  """Whether the listing of a folder includes the file at this path below it."""
   return (
     not any(part.startswith(".") or part in _IGNORED for part in parts)
     and suffix(parts[-1]) in suffixes
   )
 
 
-def _prepared(found):
-  """The folders among the parts that `jaxgpt data` wrote, or left unfinished."""
+def _prepared(found: Collection[Parts]) -> set[Parts]:
+  """The folders, given all files, that `jaxgpt data` wrote or left unfinished."""
   return {
     parts[:-1]
     for parts in found
@@ -170,16 +186,16 @@ def _prepared(found):
   }
 
 
-def _literal_parts(parts):
-  """The leading parts of a pattern that hold no wildcard."""
+def _literal_parts(parts: Parts) -> Parts:
+  """The leading parts of a pattern without wildcards."""
   for i, part in enumerate(parts[:-1]):
     if glob.has_magic(part):
       return parts[:i]
   return parts[:-1]
 
 
-def _expand_local(given, suffixes):
-  """(name of the root, parts below it, File, its identity) for each file of one given path."""
+def _expand_local(given: str, suffixes: Collection[str]) -> Iterator[_Found]:
+  """Yields the files of a given local path."""
   path = pathlib.Path(given)
   try:
     exists = path.exists()
@@ -191,55 +207,56 @@ def _expand_local(given, suffixes):
   if not exists:
     matches = sorted(glob.glob(given, recursive=True))
     if not matches:
-      what = "the pattern matches no file" if glob.has_magic(given) else "no such file or folder"
+      problem = "the pattern matches no file" if glob.has_magic(given) else "no such file or folder"
       raise UserError(
-        f"path {given!r}: {what}; check the spelling and the working directory ({os.getcwd()})"
+        f"path {given!r}: {problem}; check the spelling and the working directory ({os.getcwd()})"
       )
     root = pathlib.Path(*_literal_parts(path.parts))
     for match in map(pathlib.Path, matches):
       if match.is_file():
-        yield _name_of(root), match.relative_to(root).parts, *_local(os.fspath(match))
+        yield _Found(_name_of(root), match.relative_to(root).parts, *_local(os.fspath(match)))
   elif path.is_dir():
-    root = _name_of(path)
+    name = _name_of(path)
     for parts in _walk(path, suffixes):
-      file, key = _local(os.path.join(path, *parts))
-      if key is not None:
-        yield root, parts, file, key
+      file, identity = _local(os.path.join(path, *parts))
+      if identity is not None:
+        yield _Found(name, parts, file, identity)
   elif path.is_file():
-    yield (), (path.name,), *_local(given)
+    yield _Found((), (path.name,), *_local(given))
   else:
     raise UserError(
-      f"path {given!r} is a pipe or device, and files are read more than once; save "
-      "its content to a file first"
+      f"path {given!r} is a pipe or device, but files are read more than once; save its content "
+      "to a file first"
     )
 
 
-def _name_of(root):
+def _name_of(root: pathlib.Path) -> Parts:
   name = root.resolve().name
   return (name,) if name else ()
 
 
-def _local(path):
-  """(File, what tells it from all others; None: a pipe or device, whose reading may never end)."""
+def _local(path: str) -> tuple[File, Any]:
+  """(File, identity). The identity of a pipe or device is None: reading it may never end."""
   try:
     info = os.stat(path)
-  except OSError:  # such as a link to nothing: opening it says so, in the account
+  except OSError:  # such as a broken link: opening it reports the error
     return File(path, "", 0), path
   key = (info.st_dev, info.st_ino) if stat.S_ISREG(info.st_mode) else None
   return File(path, "", info.st_size, str(info.st_mtime_ns)), key
 
 
-def _walk(root, suffixes):
-  """Relative parts of what is below a folder and is no folder, sorted."""
+def _walk(root: pathlib.Path, suffixes: Collection[str]) -> list[Parts]:
+  """The paths of all wanted files below a folder, sorted."""
 
-  def fail(error):
+  def fail(error: OSError) -> None:
     raise UserError(
       f"folder {error.filename!r} can't be listed ({error.strerror}); change its "
       "permissions, or name what to read"
     ) from error
 
-  found = []
-  chains = {os.fspath(root): frozenset()}  # the folders above each: a link may lead back
+  found: list[Parts] = []
+  # For each folder the identities of those above it: following links must not lead back to one.
+  chains: dict[str, frozenset[tuple[int, int]]] = {os.fspath(root): frozenset()}
   for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
     info = os.stat(folder)
     key, chain = (info.st_dev, info.st_ino), chains.pop(folder)
@@ -253,14 +270,18 @@ def _walk(root, suffixes):
   return sorted(found)
 
 
-def filesystem_of(address):
-  """(fsspec's file system, the path in it) of a URL."""
+def filesystem_of(address: str) -> tuple[Any, str]:
+  """(fsspec's file system, the path in it) of a URL.
+
+  Raises:
+    UserError: An unknown scheme, an extra that is not installed, or missing credentials.
+  """
   scheme = scheme_of(address)
   fsspec = optional("fsspec", "data", f"reading {scheme}:// addresses")
-  options = {}
+  options: dict[str, Any] = {}
   if os.environ.get("STORAGE_EMULATOR_HOST"):  # emulators lack the gRPC API that gcsfs asks first
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-  # We say ourselves what a user can act on; who sets up logging hears the rest.
+  # Errors that a user can act on are raised. The rest is for those who configure logging.
   logging.getLogger("gcsfs").addHandler(logging.NullHandler())
   try:
     if scheme in ("http", "https"):  # aiohttp's default ends a download after five minutes
@@ -273,34 +294,40 @@ def filesystem_of(address):
   except ImportError as e:
     extra = _EXTRAS.get(scheme, "data")
     raise UserError(f"{address!r}: {e}; it comes with pip install 'jaxgpt[{extra}]'") from e
-  except Exception as e:  # an unknown scheme, or what the service's own library says
+  except Exception as e:  # an unknown scheme, or an error of the service's own library
     raise remote_error(address, e) from e
 
 
-def remote_error(address, error, verb="reached"):
-  """The UserError for what a service's own library raised, where an address can't be `verb`."""
+def remote_error(address: str, error: BaseException, verb: str = "reached") -> UserError:
+  """The UserError for an error of a service's own library.
+
+  Args:
+    address: The address that was worked on.
+    error: The library's exception.
+    verb: The operation that failed, as a participle.
+  """
   scheme = scheme_of(address)
   cause = error.__cause__
   if isinstance(error, FileNotFoundError) and cause and not isinstance(cause, FileNotFoundError):
-    error = cause  # fsspec calls a server that can't be reached a missing file
-  what = (
+    error = cause  # fsspec reports an unreachable server as a missing file
+  problem = (
     ": no such file or folder"
     if isinstance(error, FileNotFoundError)
     else f" can't be {verb} ({type(error).__name__}: {str(error)[:300]})"
   )
   way_out = _WAYS_OUT.get({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme), "check the address")
-  return UserError(f"{address!r}{what}; {way_out}")
+  return UserError(f"{address!r}{problem}; {way_out}")
 
 
-def _expand_remote(given, suffixes):
-  """As `_expand_local`, for a URL."""
+def _expand_remote(given: str, suffixes: Collection[str]) -> Iterator[_Found]:
+  """Yields the files of a given URL."""
   scheme = scheme_of(given)
   filesystem, path = filesystem_of(given)
   web = scheme in ("http", "https")
   try:
     if not web and glob.has_magic(path) and not filesystem.exists(path):
       found = filesystem.glob(path, detail=True)
-      root = _literal_parts(tuple(path.split("/")))
+      root: Parts | None = _literal_parts(tuple(path.split("/")))
     else:
       info = filesystem.info(path)
       if web or info["type"] == "file":
@@ -318,10 +345,10 @@ def _expand_remote(given, suffixes):
     file = File(name if web else f"{scheme}://{name}", "", info.get("size") or 0, version)
     if root is None:
       parts = tuple(part for part in _path_of(name).split("/") if part)
-      yield (), parts[-1:], file, file.address
+      yield _Found((), parts[-1:], file, file.address)
       continue
     parts = tuple(name.split("/"))[len(root) :]
     if info["type"] != "file":
       continue
     if glob.has_magic(path) or _wanted(parts, suffixes):
-      yield root[-1:], parts, file, file.address
+      yield _Found(root[-1:], parts, file, file.address)
