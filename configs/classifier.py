@@ -1,9 +1,15 @@
-"""A text classifier: a small encoder from scratch, or a preset such as bert_base to start from.
+"""A text classifier: a small encoder from scratch, or a pretrained one such as bert_base.
 
-jaxgpt train --config=configs/classifier.py --config.data.path=DATA --workdir=RUN
+  jaxgpt data --kind=classification --out=DATA LABELLED_TEXT...
+  jaxgpt train --config=configs/classifier.py --config.data.path=DATA --workdir=RUN
 
-DATA comes from `jaxgpt data --kind=classification`. From scratch, on two CPU cores: 100 steps in about
-10 s. From published weights: configs/classifier.py:bert_base --config.init_from=FOLDER.
+Start from published weights in FOLDER by naming their preset. DATA must then be tokenized with
+their tokenizer:
+
+  jaxgpt train --config=configs/classifier.py:bert_base --config.init_from=FOLDER ...
+
+Size:      from scratch 129 thousand parameters, 100 steps of 16 rows of 128 tokens.
+Hardware:  2 CPU cores, about 10 s.
 """
 
 from jaxgpt import config

@@ -1,10 +1,11 @@
-"""A small GPT on the Python standard library: the main job in minutes, with nothing to download.
+"""A small GPT on the source code of Python's standard library, which needs no download.
 
   make demo    (or: jaxgpt demo --dir=runs/demo)
 
-2 CPU cores, 4.2 million parameters, 600 steps of 2,048 tokens (a third of an epoch) in about four
-minutes. Expect about 1.6 bits per byte on the test files, where gzip -9 needs 1.97 and xz -9 1.71;
-the text, and so the figures, differ a little between Python versions.
+Size:      4.2 million parameters, 600 steps of 2,048 tokens (a third of an epoch).
+Hardware:  2 CPU cores, about 4 minutes.
+Result:    about 1.6 bits per byte on the test files. gzip -9 needs 1.97, xz -9 needs 1.71. The
+           figures differ a little between Python versions, because the text does.
 """
 
 from jaxgpt import config

@@ -1,12 +1,14 @@
-"""GPT-2 124M (Radford et al. 2019) trained from scratch.
+"""GPT-2 124M (Radford et al. 2019), trained from scratch.
 
-  jaxgpt data --out=DATA --tokenizer=sentencepiece:50257 TEXT…
+  jaxgpt data --out=DATA --tokenizer=sentencepiece:50257 TEXT...
   jaxgpt train --config=configs/gpt2_124m.py --config.data.path=DATA --workdir=RUN
 
-Made for 8 GPUs of 80 GB or 8 TPU v4 chips: data parallel, 524,288 tokens a step in 8 microbatches,
-10 billion tokens in all. On fewer devices raise --config.optim.accumulate: the step stays the same,
-a microbatch gets smaller. Not run to its end yet; nanoGPT reports 2.85 nats a token for this model
-on OpenWebText after 300 billion tokens, so expect more after 10 billion.
+Size:      124 million parameters, 19,073 steps of 524,288 tokens: 10 billion tokens.
+Hardware:  8 GPUs of 80 GB or 8 TPU v4 chips, data parallel, 8 microbatches per step. On fewer
+           devices raise --config.optim.accumulate: the step stays the same and microbatches get
+           smaller.
+Result:    not run to its end yet. nanoGPT reports 2.85 nats per token for this model on OpenWebText
+           after 300 billion tokens. Expect more after 10 billion.
 """
 
 from jaxgpt import config

@@ -1,13 +1,14 @@
-"""Llama-3-8B (arXiv:2407.21783), or another preset of its family, trained from scratch.
+"""Llama 3 8B (arXiv:2407.21783), or another preset of its family, trained from scratch.
 
-  jaxgpt data --out=DATA --tokenizer=TOKENIZER.model TEXT…
+  jaxgpt data --out=DATA --tokenizer=TOKENIZER.model TEXT...
   jaxgpt train --config=configs/llama3_8b.py --config.data.path=DATA --workdir=RUN
-  jaxgpt train --config=configs/llama3_8b.py:llama2_7b …    (another preset)
+  jaxgpt train --config=configs/llama3_8b.py:llama2_7b ...    (another preset)
 
-Made for 256 TPU v5e chips or 64 GPUs of 80 GB: parameters and optimizer state are sharded over all
-devices (about 96 GB of them in float32), activations are recomputed from the saved q, k and v.
-A step is 256 rows of 8,192 tokens, 2.1 million in all. Expect a run of weeks; it has not been
-run, but compiled for TPUs (docs/plan.md).
+Size:      8.0 billion parameters, 100,000 steps of 256 rows of 8,192 tokens (2.1 million tokens).
+Hardware:  256 TPU v5e chips or 64 GPUs of 80 GB, for weeks. Parameters and optimizer state, about
+           96 GB in float32, are sharded over all devices. Activations are recomputed from the saved
+           queries, keys and values.
+Result:    not run yet, but compiled for TPUs (docs/plan.md).
 """
 
 from jaxgpt import config
@@ -27,5 +28,5 @@ def get_config(arg="llama3_8b"):
   c.eval.every = 1000
   c.checkpoint.every = 1000
   c.checkpoint.keep_every = 10_000
-  c.mesh.fsdp = -1  # what is left of the devices
+  c.mesh.fsdp = -1  # all devices
   return c
