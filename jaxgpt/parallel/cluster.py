@@ -1,4 +1,8 @@
-"""Whether this process is one of several, from flags, the environment or a known cluster."""
+"""Cluster detection: whether this process is one of several, and which machines belong to the run.
+
+The answer comes from command-line flags, from the environment variables of JAX, or from a cluster
+that JAX knows (SLURM, Open MPI, Cloud TPU, TPUs on GKE), in this order.
+"""
 
 import ipaddress
 import os
@@ -6,17 +10,24 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 
 _ENV = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_ESTABLISHED = "01"  # in /proc/net/tcp
+_ESTABLISHED = "01"  # connection state in /proc/net/tcp
 
 
 class Settings(NamedTuple):
-  """Where the processes meet; all None where JAX finds that out by itself."""
+  """How a process joins the others. All None if JAX detects the cluster on its own.
+
+  Attributes:
+    coordinator: HOST:PORT at which process 0 listens.
+    num_processes: Number of processes.
+    process_id: Number of this process.
+  """
 
   coordinator: str | None = None
   num_processes: int | None = None
@@ -26,20 +37,27 @@ class Settings(NamedTuple):
 _FLAGS = tuple(f"--{name.replace('_', '-')}" for name in Settings._fields)
 
 
-def find(coordinator=None, num_processes=None, process_id=None, env=os.environ, on_tpu=None):
-  """How this process is to join others, from flags, the environment or a known cluster.
+def find(
+  coordinator: str | None = None,
+  num_processes: str | int | None = None,
+  process_id: str | int | None = None,
+  env: Mapping[str, str] = os.environ,
+  on_tpu: bool | None = None,
+) -> Settings | None:
+  """Finds out how this process joins others.
 
   Args:
-    coordinator: HOST:PORT at which process 0 listens.
-    num_processes, process_id: how many there are, and which this is.
-    env: environment variables.
-    on_tpu: whether this machine has TPU chips; None: looks.
+    coordinator: HOST:PORT at which process 0 listens, from the command line.
+    num_processes: Number of processes, from the command line.
+    process_id: Number of this process, from the command line.
+    env: Environment variables.
+    on_tpu: Whether this machine has TPU chips. None: look for their device files.
 
   Returns:
-    Settings, or None where this process is alone.
+    Settings, or None if this process is alone.
 
   Raises:
-    UserError: only some of them are given, or they are out of range.
+    UserError: Some settings are missing or out of range.
   """
   given = (coordinator, num_processes, process_id)
   from_env = tuple(env.get(name) for name in _ENV)
@@ -54,10 +72,10 @@ def find(coordinator=None, num_processes=None, process_id=None, env=os.environ, 
     raise UserError(
       f"{there}: {' and '.join(missing)} is missing; several processes need all three"
     )
-  return _checked(*values)
+  return _checked(*map(str, values))
 
 
-def _checked(coordinator, num_processes, process_id):
+def _checked(coordinator: str, num_processes: str, process_id: str) -> Settings | None:
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit() or not 0 < int(port) < 2**16:
     raise UserError(
@@ -75,8 +93,9 @@ def _checked(coordinator, num_processes, process_id):
   return Settings(coordinator, count, index) if count > 1 else None
 
 
-def _is_cluster(env, on_tpu):
-  """Whether JAX knows by itself who the others are: SLURM, Open MPI, Cloud TPU, TPUs on GKE."""
+def _is_cluster(env: Mapping[str, str], on_tpu: bool | None) -> bool:
+  """Whether JAX can detect the processes on its own: SLURM, Open MPI, Cloud TPU, TPUs on GKE."""
+  # In a batch script outside of srun there are tasks, but no step.
   if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:
     return True
   if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
@@ -90,10 +109,17 @@ def _is_cluster(env, on_tpu):
   return on_tpu and not alone
 
 
-def hosts(env=os.environ, run=subprocess.run):
-  """Names of the machines of the cluster, where its environment says them; else ()."""
+def hosts(
+  env: Mapping[str, str] = os.environ, run: Callable[..., Any] = subprocess.run
+) -> tuple[str, ...]:
+  """Host names of the cluster's machines if the environment lists them, otherwise ().
+
+  Args:
+    env: Environment variables.
+    run: Runs SLURM's `scontrol`, which expands lists such as node[01-04,07].
+  """
   if nodes := env.get("SLURM_STEP_NODELIST"):
-    try:  # such as node[01-04,07]
+    try:
       found = run(
         ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=10
       )
@@ -103,8 +129,15 @@ def hosts(env=os.environ, run=subprocess.run):
   return tuple(filter(None, env.get("TPU_WORKER_HOSTNAMES", "").split(",")))
 
 
-def connected(port, tables=("/proc/net/tcp", "/proc/net/tcp6")):
-  """Addresses that have a TCP connection to a port of this machine, as Linux lists them; a set."""
+def connected(
+  port: int, tables: Iterable[str | os.PathLike[str]] = ("/proc/net/tcp", "/proc/net/tcp6")
+) -> set[str]:
+  """Addresses with an open TCP connection to a port of this machine.
+
+  Args:
+    port: A port on which a process of this machine listens.
+    tables: Linux's tables of connections.
+  """
   found = set()
   for table in map(pathlib.Path, tables):
     for line in table.read_text().splitlines()[1:] if table.exists() else ():
@@ -114,22 +147,22 @@ def connected(port, tables=("/proc/net/tcp", "/proc/net/tcp6")):
   return found
 
 
-def _address(text):
-  """An address of Linux's table: 32-bit words in the machine's order of bytes."""
+def _address(text: str) -> str:
+  """Decodes an address of Linux's table, a hex number of 32-bit words in native byte order."""
   words = [int(text[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(text), 8)]
   address = ipaddress.ip_address(b"".join(words))
   return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def absent(port, names):
-  """Those of some machines, but this one, that have no connection to a port here.
+def absent(port: int, names: Iterable[str]) -> list[str]:
+  """Machines without a connection to a port of this one.
 
   Args:
-    port: of this machine.
-    names: of the machines.
+    port: A port of this machine.
+    names: Host names. This machine's own name is skipped.
 
   Returns:
-    A list of names; of those that cannot be resolved too.
+    The names without a connection, including those that cannot be resolved.
   """
   there, me = connected(port), socket.gethostname()
   out = []
@@ -145,7 +178,7 @@ def absent(port, names):
   return out
 
 
-def has_tpu_chips():
+def has_tpu_chips() -> bool:
   """Whether this machine has device files of TPU chips."""
   dev = pathlib.Path("/dev")
   return any(dev.glob("accel[0-9]*")) or any((dev / "vfio").glob("[0-9]*"))

@@ -1,10 +1,28 @@
-"""The devices as a mesh with named axes."""
+"""The device mesh: all devices in a grid with one named axis per kind of parallelism.
+
+The config gives the size of each axis, with -1 for the devices that are left:
+
+    mesh axis   shards
+    data        the rows of a batch; parameters are replicated
+    fsdp        the rows of a batch, and the parameters
+    seq         the tokens of each row
+    tensor      heads, MLP columns, the vocabulary
+    expert      the experts, and the rows of a batch
+    stage       the layers; outside of them the rows of a batch
+
+On a TPU slice a mesh axis is a whole dimension of the torus if the sizes allow it, so that its
+collectives use all links of a ring. With several slices, one axis crosses the slow network between
+them (`over_slices`).
+"""
 
 import importlib.util
 import math
 import os
+from collections.abc import Mapping, Sequence
 
 import jax
+import ml_collections
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -14,76 +32,83 @@ from jaxgpt.parallel import chips
 from jaxgpt.storage import malloc
 
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-_ROWS = mesh_rules.FIXED["rows"].mesh_axes  # axes that share a batch's rows
+_ROW_AXES = mesh_rules.FIXED["rows"].mesh_axes  # mesh axes that shard a batch's rows
 
 
-def axis_sizes(c_mesh, num_devices):
-  """Sizes of the mesh axes with -1 filled in.
+def axis_sizes(c_mesh: ml_collections.ConfigDict, num_devices: int) -> dict[str, int]:
+  """Sizes of the mesh axes, with -1 filled in.
 
   Args:
-    c_mesh: the config's `mesh` section; at most one axis is -1.
-    num_devices: how many devices the mesh covers.
+    c_mesh: The config's `mesh` section. At most one axis is -1.
+    num_devices: Number of devices in the mesh.
 
   Returns:
     {axis: size} in the order of `MESH_AXES`.
 
   Raises:
-    UserError: the sizes don't multiply to the number of devices.
+    UserError: The sizes do not multiply to the number of devices.
   """
   sizes = {axis: c_mesh[axis] for axis in MESH_AXES}
   text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "all 1"
   if any(size < 1 and size != -1 for size in sizes.values()):
-    raise UserError(f"{text}: each axis must be at least 1, or -1 for what is left")
+    raise UserError(f"{text}: each axis must be at least 1, or -1 for the devices that are left")
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:
     raise UserError(f"{text}: only one axis may be -1")
   given = math.prod(size for size in sizes.values() if size != -1)
   if free:
     if num_devices % given:
-      raise UserError(f"{text}: {given} does not divide the {num_devices} devices there are")
+      raise UserError(
+        f"{text}: {given} does not divide the {num_devices} devices; choose a divisor"
+      )
     sizes[free[0]] = num_devices // given
   elif given != num_devices:
     raise UserError(
       f"{text}: the axes multiply to {given}, but there are {num_devices} devices; "
-      "set one axis to -1 to take what is left"
+      "set one axis to -1 to use the devices that are left"
     )
   return sizes
 
 
-def make(c_mesh, devices=None):
-  """A mesh over `devices` (default: all there are) with all of `MESH_AXES`.
+def make(c_mesh: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with all of `MESH_AXES`.
+
+  Args:
+    c_mesh: The config's `mesh` section.
+    devices: The devices. None: all devices of all processes.
 
   Raises:
-    UserError: see `axis_sizes` and `over_slices`.
+    UserError: See `axis_sizes` and `over_slices`.
   """
-  there = jax.devices() if devices is None else devices
-  sizes = axis_sizes(c_mesh, len(there))
+  used = jax.devices() if devices is None else devices
+  sizes = axis_sizes(c_mesh, len(used))
   types = (AxisType.Auto,) * len(MESH_AXES)
-  if len({getattr(d, "slice_index", 0) for d in there}) > 1:
-    return Mesh(over_slices(sizes, there), MESH_AXES, axis_types=types)
-  # A mesh axis is whole axes of the torus where there are such, and parts of them where not.
-  grid = mesh_utils.create_device_mesh(tuple(sizes.values()), there, allow_split_physical_axes=True)
+  if len({getattr(d, "slice_index", 0) for d in used}) > 1:
+    return Mesh(over_slices(sizes, used), MESH_AXES, axis_types=types)
+  # A mesh axis covers whole dimensions of the torus if the sizes allow it, otherwise parts of them.
+  grid = mesh_utils.create_device_mesh(tuple(sizes.values()), used, allow_split_physical_axes=True)
   return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def num_batch_shards(sizes):
-  """Parts that the rows of a batch are cut into, of {axis: size}."""
-  return math.prod(sizes[axis] for axis in _ROWS)
+def num_batch_shards(sizes: Mapping[str, int]) -> int:
+  """Number of shards of a batch's rows, on a mesh of {axis: size}."""
+  return math.prod(sizes[axis] for axis in _ROW_AXES)
 
 
-def over_slices(sizes, devices):
-  """The devices of several TPU slices as a grid whose first axis that can goes over the slices.
+def over_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """The devices of several TPU slices as a grid, with one axis over the slices.
 
-  Between slices is the data center's network, far slower than the links within: `data` crosses it
-  with gradients alone, `stage`, where `data` is no multiple of the slices, with what one stage hands
-  to the next, and `fsdp`, where neither is, with gathered weights.
+  The network between slices is far slower than the links within one, so the axis that sends the
+  least goes over it. That is `data`, which sends only gradients. If `data` is not a multiple of the
+  number of slices it is `stage`, which sends the activations between two stages, and otherwise
+  `fsdp`, which sends gathered weights.
 
   Args:
     sizes: {axis: size} from `axis_sizes`.
-    devices: each with its `slice_index`.
+    devices: Devices with a `slice_index`.
 
   Raises:
-    UserError: none of them is a multiple of the slices.
+    UserError: None of these axes is a multiple of the number of slices.
   """
   slices = len({d.slice_index for d in devices})
   across = next((axis for axis in ("data", "stage", "fsdp") if sizes[axis] % slices == 0), None)
@@ -100,73 +125,84 @@ def over_slices(sizes, devices):
   )
 
 
-def check_batch(sizes, batch_size, accumulate=1, key="data.batch_size"):
-  """Raises a UserError where the data shards don't divide the rows of a microbatch.
+def check_batch(
+  sizes: Mapping[str, int], batch_size: int, accumulate: int = 1, key: str = "data.batch_size"
+) -> None:
+  """Checks that the data shards divide the rows of a microbatch.
 
   Args:
     sizes: {axis: size} from `axis_sizes`.
-    batch_size: rows of the global batch.
-    accumulate: microbatches the batch is cut into.
-    key: config key to name in the message.
+    batch_size: Rows of the global batch.
+    accumulate: Microbatches per step.
+    key: Config key of the batch size, for the message.
+
+  Raises:
+    UserError: They do not.
   """
   shards = num_batch_shards(sizes)
   if batch_size % (shards * accumulate):
-    parts = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in _ROWS if sizes[axis] > 1)
+    factors = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in _ROW_AXES if sizes[axis] > 1)
     if accumulate > 1:
-      parts += f" x optim.accumulate={accumulate}"
+      factors += f" x optim.accumulate={accumulate}"
     raise UserError(
-      f"{key}={batch_size} is no multiple of {parts} = {shards * accumulate}; "
+      f"{key}={batch_size} is not a multiple of {factors} = {shards * accumulate}; "
       f"choose a multiple, or a smaller mesh"
     )
 
 
-def check_length(sizes, seq_len, form):
-  """Raises a UserError where the rows cannot be cut over the mesh, each device with two chunks.
+def check_length(sizes: Mapping[str, int], seq_len: int, form: str) -> None:
+  """Checks that rows can be sharded over `mesh.seq`, with two chunks of a row on each device.
 
   Args:
     sizes: {axis: size} from `axis_sizes`.
-    seq_len: tokens a row.
-    form: of attention.
+    seq_len: Tokens per row.
+    form: Implementation of attention.
+
+  Raises:
+    UserError: The chunks would have unequal lengths, or splash attention could not use them.
   """
   n = sizes["seq"]
-  unit = 2 * n * (chips.LANES if form == "splash" else 1)  # the kernel's smallest block
+  unit = 2 * n * (chips.LANES if form == "splash" else 1)  # the smallest block of the kernel
   if n > 1 and seq_len % unit:
     near = max(round(seq_len / unit), 1) * unit
     raise UserError(
-      f"data.seq_len={seq_len} is no multiple of {unit}, which mesh.seq={n} needs with "
-      f"model.attention={form!r}: each device has two chunks of a row; set "
+      f"data.seq_len={seq_len} is not a multiple of {unit}, which mesh.seq={n} needs with "
+      f"model.attention={form!r}: each device holds two chunks of a row; set "
       f"data.seq_len={near}, or mesh.seq=1"
     )
 
 
-def check_memory(mesh, kind, key):
-  """Raises a UserError where a device has no memory of a kind.
+def check_memory(mesh: Mesh, kind: str, key: str) -> None:
+  """Checks that the devices have a kind of memory.
 
   Args:
-    mesh: the device mesh.
-    kind: such as 'pinned_host', the host's that devices reach by themselves.
-    key: config key and value to name in the message.
+    mesh: The device mesh.
+    kind: Kind of memory as JAX names it, such as 'pinned_host', host memory that devices can read.
+    key: Config key and value that need it, for the message.
+
+  Raises:
+    UserError: They have not.
   """
   device = mesh.devices.flat[0]
   kinds = [memory.kind for memory in device.addressable_memories()]
   if kind not in kinds:
     raise UserError(
       f"{key} needs memory of the kind {kind}, and {device.device_kind} has "
-      f"{', '.join(kinds) or 'none that it names'}; choose what is saved or computed "
-      "again, such as model.remat=save:q,k,v,attention"
+      f"{', '.join(kinds) or 'none that it names'}; save or recompute these activations instead, "
+      "such as model.remat=save:q,k,v,attention"
     )
 
 
-def prepare_cpu(several=False):
-  """Prepares the process for XLA's CPU backend, where that is what runs; before JAX is started.
+def prepare_cpu(several: bool = False) -> None:
+  """Configures XLA's CPU backend, if that is the backend. Call it before JAX starts.
 
-  Keeps glibc from giving memory back: XLA allocates its temporaries anew each step, and mapping
-  their pages again costs a third of a small model's step (docs/log.md). The process stays as large
-  as it ever was. With several pretended devices or several processes, runs one program at a time:
-  two in flight share one pool of threads, and their collectives can wait for each other for ever.
+  glibc is told to keep freed memory: XLA allocates its temporaries again in each step, and mapping
+  their pages again costs a third of a small model's step (docs/log.md). The process then never
+  shrinks. With several fake devices or several processes, only one program runs at a time: two
+  programs in flight share a thread pool, and their collectives can block each other forever.
 
   Args:
-    several: whether this process is one of several.
+    several: Whether this process is one of several.
   """
   accelerated = any(importlib.util.find_spec(name) for name in _ACCELERATOR_PLUGINS)
   if os.environ.get("JAX_PLATFORMS", "" if accelerated else "cpu") != "cpu":

@@ -166,7 +166,7 @@ def test_the_pipeline_of_a_config():
     ),
     (
       dict(data__batch_size=12),
-      "data.batch_size=12 is no multiple of mesh.data=2 x mesh.stage=4 = 8",
+      "data.batch_size=12 is not a multiple of mesh.data=2 x mesh.stage=4 = 8",
     ),
   ],
 )

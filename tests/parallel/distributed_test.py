@@ -183,7 +183,7 @@ def test_an_error_that_all_have_is_printed_once_and_one_that_one_has_is_named(si
   other = start(site, "y", 2, args=lambda i: [f"--config.seed={i}"])
   wrong, other = finish(wrong), finish(other)
   assert [code for code, _, _ in wrong + other] == [2] * 4
-  assert wrong[0][2].count("data.batch_size=7 is no multiple of") == 1
+  assert wrong[0][2].count("data.batch_size=7 is not a multiple of") == 1
   assert "error" not in wrong[1][2]
   assert "process 1 of 2 (" in other[0][2] and "the resolved config is" in other[0][2]
   assert "Traceback" not in "".join(err for _, _, err in wrong + other)

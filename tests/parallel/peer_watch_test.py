@@ -1,4 +1,4 @@
-"""Lifelines of three processes, as three objects in this one."""
+"""The peer watch of three processes, as three objects in this one."""
 
 import os
 import socket
@@ -13,14 +13,14 @@ NAMES = [f"process {i} of 3 (host{i})" for i in range(3)]
 
 @pytest.fixture
 def lines(monkeypatch):
-  """(three lifelines, the notices that would have ended each)."""
+  """Three connected watches, and for each the notices that would have ended its process."""
   monkeypatch.setattr(peer_watch, "_GRACE", 0.1)
   listener, ends = peer_watch.listen(), [[] for _ in NAMES]
   address = ("127.0.0.1", listener.getsockname()[1])
   made = [None] * 3
 
   def make(i):
-    made[i] = peer_watch.Lifeline(
+    made[i] = peer_watch.PeerWatch(
       i, NAMES, address, "secret", listener if i == 0 else None, ends[i].append
     )
 
@@ -33,7 +33,7 @@ def lines(monkeypatch):
 
 
 def cut(line):
-  """What the kernel does to the lines of a process that is killed."""
+  """Closes connections, as the kernel does when a process is killed."""
   for end in list(line._lines.values()):
     end.shutdown(socket.SHUT_RDWR)
 

@@ -45,7 +45,7 @@ def test_processes_share_out_the_rows_that_their_devices_hold(processes, sizes, 
 
 @pytest.mark.parametrize("processes", [[0, 0, 0, 1], [0, 1, 1, 1]])
 def test_unequal_parts_are_refused(processes):
-  with pytest.raises(UserError, match="unequal parts"):
+  with pytest.raises(UserError, match="mesh.fsdp=4.*: the 2 processes would hold unequal parts"):
     sharding.host_slice(mesh(processes, fsdp=4), 0)
 
 

@@ -376,7 +376,7 @@ def test_a_folder_that_holds_something_else_is_refused(tiny, tmp_path):
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(tiny, tmp_path):
-  with pytest.raises(UserError, match="data.batch_size=12 is no multiple of .*mesh.data=8"):
+  with pytest.raises(UserError, match="data.batch_size=12 is not a multiple of .*mesh.data=8"):
     train(tiny(data__batch_size=12), tmp_path / "run")
 
 

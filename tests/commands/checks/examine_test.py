@@ -44,7 +44,7 @@ def test_a_sound_run_has_no_problem(tiny, tmp_path):
   [
     ({"data__path": ""}, "data", "data.path"),
     ({"data__path": "nowhere"}, "data", "nowhere"),
-    ({"data__batch_size": 12}, "mesh", "data.batch_size=12 is no multiple of"),
+    ({"data__batch_size": 12}, "mesh", "data.batch_size=12 is not a multiple of"),
     ({"mesh__data": 3}, "mesh", "multiply to 3, but there are 8 devices"),
     (
       {"mesh__data": 1, "mesh__fsdp": 8, "model__width": 36, "model__num_heads": 2},

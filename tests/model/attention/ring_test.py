@@ -87,13 +87,13 @@ def test_evaluation_and_the_model_alone_do_not_know_of_the_order(tiny):
 def test_a_row_that_cannot_be_cut_is_named(tiny):
   with pytest.raises(
     UserError,
-    match=r"data.seq_len=36 is no multiple of 8, which mesh.seq=4 .*"
+    match=r"data.seq_len=36 is not a multiple of 8, which mesh.seq=4 .*"
     r"set data.seq_len=32, or mesh.seq=1",
   ):
     start(tiny(mesh__data=1, mesh__seq=4, data__seq_len=36))
   sizes = {"seq": 8}
   with pytest.raises(
-    UserError, match=r"data.seq_len=9000 is no multiple of 2048.*set data.seq_len=8192"
+    UserError, match=r"data.seq_len=9000 is not a multiple of 2048.*set data.seq_len=8192"
   ):
     mesh.check_length(sizes, 9000, "splash")
   mesh.check_length(sizes, 8192, "splash")
