@@ -74,7 +74,8 @@ class Chip:
     torus: Dimensions of the interconnect, 2 or 3; 0 for GPUs.
     cores: Cores per chip, as counted in topology names such as 'v5p-128'.
     devices: Devices per chip.
-    matmul_rate: Fraction of the peak that matmuls reach in compiled models; see `plan.time_estimate`.
+    matmul_rate: Fraction of the peak that matmuls reach in compiled models; for
+      `plan.time_estimate`.
     overlaps_gathers: Whether the compiler overlaps weight all-gathers with compute.
     xla_options: XLA options of the train step; `mesh.compiler_options` override them.
     attention_block: Tokens per block of queries and of keys in the attention kernel.

@@ -158,13 +158,18 @@ def _start_peer_watch() -> peer_watch.PeerWatch:
   if me == 0:
     listener = peer_watch.listen()
     meeting = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
-  global_state.client.key_value_set(f"jaxgpt/name/{me}", socket.gethostname())
+  _client().key_value_set(f"jaxgpt/name/{me}", socket.gethostname())
   meeting = share(meeting)
   barrier("start")
-  host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
+  host = (global_state.coordinator_address or "").rpartition(":")[0].strip("[]")
   return peer_watch.PeerWatch(
     me, [_name(i) for i in range(count)], (host, meeting["port"]), meeting["token"], listener
   )
+
+
+def _client() -> Any:
+  """The coordinator's key-value store."""
+  return global_state.client
 
 
 def _name(process: int) -> str:
@@ -174,9 +179,7 @@ def _name(process: int) -> str:
 
 
 def _published(folder: str) -> list[tuple[str, str]]:
-  return [
-    (key.rpartition("/")[2], value) for key, value in global_state.client.key_value_dir_get(folder)
-  ]
+  return [(key.rpartition("/")[2], value) for key, value in _client().key_value_dir_get(folder)]
 
 
 def is_first() -> bool:
@@ -198,9 +201,9 @@ def barrier(name: str, seconds: float = _BARRIER) -> None:
   if jax.process_count() == 1:
     return
   key = f"jaxgpt/barrier/{next(_numbers)}-{name}"
-  global_state.client.key_value_set(f"{key}/{jax.process_index()}", "")
+  _client().key_value_set(f"{key}/{jax.process_index()}", "")
   try:
-    global_state.client.wait_at_barrier(key, int(seconds * 1000))
+    _client().wait_at_barrier(key, int(seconds * 1000))
   except RuntimeError as e:
     came = {int(process) for process, _ in _published(f"{key}/")}
     missing = [_name(i) for i in range(jax.process_count()) if i not in came]
@@ -229,7 +232,7 @@ def share(value: Any) -> Any:
     return value
   key = f"jaxgpt/share/{next(_numbers)}"
   if is_first():
-    global_state.client.key_value_set(key, json.dumps(value))
+    _client().key_value_set(key, json.dumps(value))
     return value
   return _received(key, 0)
 
@@ -246,7 +249,7 @@ def gather(value: Any) -> list[Any] | None:
   if jax.process_count() == 1:
     return [value]
   key = f"jaxgpt/gather/{next(_numbers)}"
-  global_state.client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+  _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
   if not is_first():
     return None
   return [_received(f"{key}/{i}", i) for i in range(jax.process_count())]
@@ -255,7 +258,7 @@ def gather(value: Any) -> list[Any] | None:
 def _received(key: str, sender: int) -> Any:
   """The JSON value of a key, once its sender has set it."""
   try:
-    return json.loads(global_state.client.blocking_key_value_get(key, _BARRIER * 1000))
+    return json.loads(_client().blocking_key_value_get(key, _BARRIER * 1000))
   except RuntimeError as e:
     raise UserError(
       f"{_name(sender)} sent nothing within {_BARRIER} s; look at what it printed last",

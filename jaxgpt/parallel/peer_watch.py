@@ -129,7 +129,7 @@ class PeerWatch:
     return self.wait(_GRACE + 5)
 
   def wait(self, seconds: float | None = None) -> Notice | None:
-    """The notice that has arrived or arrives within some seconds (None: a grace period), or None."""
+    """Waits for a notice, for some seconds or a grace period, and returns it, or None."""
     self._arrived.wait(_GRACE if seconds is None else seconds)
     return self._notice
 

@@ -13,7 +13,7 @@ may change. With the default rules and a mesh of fsdp 2 x tensor 2:
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -197,7 +197,8 @@ def host_slice(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int
   rows = batch_sharding(mesh)
   shards = FIXED.num_shards(mesh, "rows")
   held: dict[int, set[int]] = {}
-  for device, (index,) in rows.devices_indices_map((shards,)).items():
+  shards_of_devices: Mapping[Any, Any] = rows.devices_indices_map((shards,))
+  for device, (index,) in shards_of_devices.items():
     held.setdefault(device.process_index, set()).add(index.indices(shards)[0])
   slices = sorted({tuple(sorted(numbers)) for numbers in held.values()})
   if len({len(s) for s in slices}) != 1 or sum(len(s) for s in slices) != shards:

@@ -1,44 +1,55 @@
-"""A stored budget of communication, so that a sharding rule that is lost is noticed.
+"""Communication budgets: the collectives of a step, stored in a file (`jaxgpt plan --golden`).
 
-By the compiler that wrote the budget a program moves exactly the same again: each kind of collective is
-compared, its calls too. Another version of the compiler may split a gather into permutations or
-merge two reductions, so of its programs all bytes together are compared; a lost rule
-moves more, or less, than that tolerance.
+If a sharding rule is lost, a program still computes the right numbers, but it moves more bytes. A
+budget notices that. For the compiler that wrote the budget, a program's collectives are exactly
+reproducible, so their kinds and calls are compared. Another version of the compiler may split a
+gather into permutations or merge two reductions, so only the sum of all bytes is compared. A lost
+rule changes that sum by more than the tolerance.
 """
 
 import json
 import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError
 
-_TOLERANCE = 0.02  # of the bytes of a kind; the small ones beside the weights vary
-_OTHER_COMPILER = 0.1  # of all bytes
+Budget: TypeAlias = dict[str, dict[str, Any]]  # {'opcode dtype': {'calls', 'bytes'}}
+
+_TOLERANCE = 0.02  # for the bytes of a kind; small collectives that do not move weights vary
+_OTHER_COMPILER = 0.1  # for the sum of all bytes
+_SMALL = 1e5  # bytes; smaller entries are left out
 _NOTHING = {"calls": 0, "bytes": 0.0}
 
 
-def compilers(gpu=False):
-  """{package: version} of what compiles for TPUs, or for GPUs."""
+def compilers(gpu: bool = False) -> dict[str, str | None]:
+  """{package: version} of the compiler for TPUs, or for GPUs."""
   names = ("jax-cuda12-plugin", "jax-cuda13-plugin") if gpu else ("libtpu",)
   return {name: installed.version(name) for name in ("jaxlib", *names)}
 
 
-def budget(f):
-  """{'opcode dtype': {'calls', 'bytes'}} of `report.figures`, hidden or not; small ones left out."""
-  out = {}
+def budget(f: Mapping[str, Any]) -> Budget:
+  """The collectives of a step by kind, exposed and overlapped ones together.
+
+  Args:
+    f: From `report.figures`.
+  """
+  out: Budget = {}
   for row in f["collectives"]:
     entry = out.setdefault(f"{row['opcode']} {row['dtype']}", dict(_NOTHING))
     entry["calls"] += row["calls"]
     entry["bytes"] += row["bytes"]
-  return {key: entry for key, entry in sorted(out.items()) if entry["bytes"] >= 1e5}
+  return {key: entry for key, entry in sorted(out.items()) if entry["bytes"] >= _SMALL}
 
 
-def differences(want, got, same_compiler=True):
-  """Lines that name what differs from the budget.
+def differences(want: Budget, got: Budget, same_compiler: bool = True) -> Iterator[str]:
+  """Lines that name the differences from a budget.
 
   Args:
-    want, got: from `budget`.
-    same_compiler: whether calls and kinds are to agree, or the bytes of all alone.
+    want: The stored budget.
+    got: The budget of the program at hand.
+    same_compiler: Compares kinds and calls. False: compares only the sum of all bytes.
   """
   total = [sum(entry["bytes"] for entry in side.values()) for side in (want, got)]
   if not same_compiler:
@@ -54,18 +65,18 @@ def differences(want, got, same_compiler=True):
       )
 
 
-def check(path, f):
-  """Compares a plan with a budget, or writes the budget where there is none.
+def check(path: str | pathlib.Path, f: Mapping[str, Any]) -> int:
+  """Compares a plan with a stored budget and prints the outcome. Writes the file if it is missing.
 
   Args:
-    path: a JSON file.
-    f: from `report.figures`.
+    path: A JSON file.
+    f: From `report.figures`.
 
   Returns:
-    An exit code: 1 where they differ.
+    Exit code: 1 if they differ.
 
   Raises:
-    UserError: the file holds no budget, or cannot be read or written.
+    UserError: The file does not hold a budget, or cannot be read or written.
   """
   path, got, now = pathlib.Path(path), budget(f), compilers(f["estimate"] == "roofline")
   try:
@@ -84,17 +95,17 @@ def check(path, f):
     lines = list(differences(stored["collectives"], got, then == now))
   except (ValueError, AttributeError, TypeError, KeyError) as e:
     raise UserError(
-      f"--golden={path} holds no communication budget; delete it to write it anew"
+      f"--golden={path} is not a communication budget; delete the file to write a new one"
     ) from e
   print(f"\ncommunication {'differs from' if lines else 'is within'} the budget {path}")
   print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")
   if then != now:
     print(
-      f"  the budget is of {_named(then)}, this program of {_named(now)}: all bytes are compared, "
-      f"to {_OTHER_COMPILER:.0%}, but neither kinds nor calls; delete the file to write it anew"
+      f"  the budget is from {_named(then)}, this program from {_named(now)}: only the sum of all "
+      f"bytes is compared, to {_OTHER_COMPILER:.0%}; delete the file to write a new one"
     )
   return 1 if lines else 0
 
 
-def _named(versions):
+def _named(versions: Mapping[str, str | None]) -> str:
   return ", ".join(f"{name} {version}" for name, version in versions.items() if version)

@@ -1,14 +1,25 @@
-"""What a step of a compiled program takes: cycles, FLOPs, kernels, bytes between chips.
+"""Cost of a compiled TPU program: cycles, FLOPs, kernels and bytes between chips per step.
 
-The cycles are those that the TPU compiler wrote beside each instruction of its schedule, times the
-trips of the loops around it. They compare programs; they are no measurement.
+The TPU compiler writes an estimate of cycles next to each instruction of its schedule. The cost
+sums them over the program, each times the trip counts of the loops around it:
+
+    ENTRY                        1 x
+      fusion.1      900 cycles
+      while (32 layers)         32 x
+        fusion.7    500 cycles        total = 900 + 32 * (500 + 80)
+        fusion.8     80 cycles
+
+Cycles compare programs. They are not a measurement. Custom kernels such as attention have no
+estimate, so they are counted by their FLOPs. A collective that XLA splits over several fusions, in
+order to overlap it with compute, counts once.
 """
 
 import collections
 import dataclasses
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxgpt.plan import hlo
 
@@ -21,7 +32,7 @@ COLLECTIVES = (
   "ragged-all-to-all",
   "collective-broadcast",
 )
-# Matmuls of a call: the backward pass computes the weights anew in each of its kernels.
+# Matmuls per call. Each of the backward kernels computes the attention weights again.
 _ATTENTION_MATMULS = (
   ("splash_mha_fwd", 2),
   ("splash_mha_dq", 3),
@@ -38,45 +49,49 @@ class Cost:
   """Sums over a step on one device.
 
   Attributes:
-    cycles: {'matmul', 'other'}: estimated by the compiler.
-    flops: of the matmuls, as the program computes them (recomputation included).
-    kernels: {name: [calls, FLOPs]} of custom kernels, for which the compiler has no estimate; of
-      those of attention the FLOPs of all pairs of positions, of others 0.
-    collectives: {(opcode, dtype, 'exposed', 'overlapped' or 'between'): [calls, bytes]}; the last
-      go to other slices, over the data center's network.
-    unhidden_bytes: of overlapped collectives, those that move for longer than there is something
-      to compute beside them, in their computation.
+    cycles: {'matmul': cycles, 'other': cycles}, as estimated by the compiler.
+    flops: FLOPs of the matmuls in the program, recomputation included.
+    kernels: {name: [calls, FLOPs]} of custom kernels. For attention kernels the FLOPs of all
+      query-key pairs, masked or not; for others 0.
+    collectives: {(opcode, dtype, phase): [calls, bytes]}. The phase is 'exposed', 'overlapped', or
+      'between' for those that go to other slices over the data center network.
+    unhidden_bytes: Bytes of overlapped collectives beyond those that the compute of the same
+      computation can hide.
   """
 
-  cycles: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  cycles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   flops: float = 0.0
-  kernels: dict = dataclasses.field(default_factory=dict)
-  collectives: dict = dataclasses.field(default_factory=dict)
+  kernels: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  collectives: dict[tuple[str, str, str], list[float]] = dataclasses.field(default_factory=dict)
   unhidden_bytes: float = 0.0
 
-  def add(self, other, times=1):
-    """Adds another cost so many times."""
+  def add(self, other: "Cost", times: int = 1) -> None:
+    """Adds another cost, multiplied by `times`."""
     for key, value in other.cycles.items():
       self.cycles[key] += value * times
     self.flops += other.flops * times
     self.unhidden_bytes += other.unhidden_bytes * times
-    for mine, its in ((self.collectives, other.collectives), (self.kernels, other.kernels)):
+    pairs: tuple[tuple[dict[Any, list[float]], dict[Any, list[float]]], ...] = (
+      (self.collectives, other.collectives),
+      (self.kernels, other.kernels),
+    )
+    for mine, its in pairs:
       for key, (calls, size) in its.items():
         entry = mine.setdefault(key, [0, 0.0])
         entry[0] += calls * times
         entry[1] += size * times
 
-  def bytes(self, phase):
-    """Bytes of the collectives that are 'exposed', 'overlapped' or 'between' slices."""
+  def bytes(self, phase: str) -> float:
+    """Bytes of the collectives of a phase: 'exposed', 'overlapped' or 'between' slices."""
     return sum(size for (_, _, p), (_, size) in self.collectives.items() if p == phase)
 
 
-def of_program(program, bytes_per_cycle=0.0):
-  """The `Cost` of a step.
+def of_program(program: hlo.Program, bytes_per_cycle: float = 0.0) -> Cost:
+  """The cost of one step of a program.
 
   Args:
-    program: an `hlo.Program`, as it is scheduled.
-    bytes_per_cycle: of the interconnect; 0: everything asynchronous counts as hidden.
+    program: A scheduled program.
+    bytes_per_cycle: Bandwidth of the interconnect. 0: all asynchronous collectives count as hidden.
   """
   return _Walk(program, bytes_per_cycle).of(program.entry)
 
@@ -85,10 +100,12 @@ class Line(NamedTuple):
   """An instruction of the schedule, with all of its runs in a step.
 
   Attributes:
-    name, op_name: see `hlo.Instruction`.
-    runs: how often it runs.
-    cycles, flops: of all of them.
-    shapes: of its results, as text.
+    name: See `hlo.Instruction`.
+    op_name: See `hlo.Instruction`.
+    runs: Number of runs per step.
+    cycles: Cycles of all runs.
+    flops: FLOPs of all runs.
+    shapes: Types of its results, as text.
   """
 
   name: str
@@ -99,14 +116,14 @@ class Line(NamedTuple):
   shapes: str
 
 
-def heaviest(program, most):
-  """The `Line`s with the most cycles, at most so many."""
+def heaviest(program: hlo.Program, most: int) -> list[Line]:
+  """The instructions with the most cycles, at most `most` of them."""
   walk, lines = _Walk(program, 0.0), []
 
-  def visit(name, runs):
+  def visit(name: str, runs: int) -> None:
     for made in program.computations[name]:
       if made.opcode == "while":
-        visit(made.attribute("body").lstrip("%"), runs * hlo.trip_count(program, name, made))
+        visit(made.body, runs * hlo.trip_count(program, name, made))
       elif made.cycles:
         shapes = " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in made.arrays[:2])
         lines.append(
@@ -119,34 +136,47 @@ def heaviest(program, most):
   return sorted(lines, key=lambda line: -line.cycles)[:most]
 
 
+# Parts of a collective at one place of the program: (channel, {'opcode', 'dtype', 'bytes',
+# 'phase'}). The parts of one collective have the same channel. The phase of a part is
+#   whole     a synchronous collective
+#   start     the start of an asynchronous one
+#   rest      a fusion in which an asynchronous one makes progress, or its end
+#   between   a send to another slice
+_Part: TypeAlias = tuple[str, dict[str, Any]]
+_Sums: TypeAlias = tuple[float, list[tuple[str, float]], list[_Part]]  # FLOPs, kernels, parts
+
+
 class _Walk:
-  """Costs of computations, each worked out once."""
+  """Computes the cost of each computation of a program once."""
 
-  def __init__(self, program, bytes_per_cycle):
+  def __init__(self, program: hlo.Program, bytes_per_cycle: float):
     self._program, self._rate = program, bytes_per_cycle
-    self._costs, self._pieces = {}, {}
+    self._costs: dict[str, Cost] = {}
+    self._sums: dict[str, _Sums] = {}
 
-  def of(self, name):
-    """The cost of one run of a scheduled computation: the entry, or a loop's body."""
+  def of(self, name: str) -> Cost:
+    """The cost of one run of a scheduled computation: the entry, or the body of a loop."""
     if name in self._costs:
       return self._costs[name]
-    cost, channels, inner = Cost(), {}, Cost()
+    cost, inner = Cost(), Cost()
+    channels: dict[str, list[dict[str, Any]]] = {}
     for made in self._program.computations[name]:
       if made.opcode == "while":
         trips = hlo.trip_count(self._program, name, made)
-        inner.add(self.of(made.attribute("body").lstrip("%")), trips)
+        inner.add(self.of(made.body), trips)
         continue
-      flops, kernels, pieces = self._inside(name, made)
+      flops, kernels, parts = self._inside(name, made)
       cost.flops += flops
       for kernel, work in kernels:
         entry = cost.kernels.setdefault(kernel, [0, 0.0])
         entry[0] += 1
         entry[1] += work
       cost.cycles["matmul" if flops else "other"] += made.cycles
-      for channel, piece in pieces:
-        channels.setdefault(channel, []).append(piece)
+      for channel, part in parts:
+        channels.setdefault(channel, []).append(part)
     for pieces in channels.values():
       _add_collective(cost, pieces)
+    # Overlapped bytes move while this computation runs; those that take longer are not hidden.
     hidden = sum(cost.cycles.values()) * self._rate
     if self._rate:
       cost.unhidden_bytes = max(cost.bytes("overlapped") - hidden, 0.0)
@@ -154,50 +184,37 @@ class _Walk:
     self._costs[name] = cost
     return cost
 
-  def flops(self, computation, made):
+  def flops(self, computation: str, made: hlo.Instruction) -> float:
     """FLOPs of one run of an instruction."""
     return self._inside(computation, made)[0]
 
-  def _inside(self, computation, made):
-    """(FLOPs, [(kernel, FLOPs)], [(channel, piece)]) of an instruction and what it is fused from."""
+  def _inside(self, computation: str, made: hlo.Instruction) -> _Sums:
+    """FLOPs, kernels and collectives of an instruction, fused computations included."""
     if made.opcode in ("dot", "convolution"):
       return hlo.matmul_flops(self._program, computation, made), [], []
     base = made.opcode.removesuffix("-start")
     if base in COLLECTIVES:
-      return 0, [], [_piece(made, base)]
+      return 0, [], [_part_of(made, base)]
     between = re.search(r'_xla_megascale_transfer_type="(\w+)"', made.attributes)
-    if made.opcode == "send" and between:  # (what is sent, a context, a token)
-      return (
-        0,
-        [],
-        [
-          (
-            made.name,
-            {
-              "opcode": between[1].lower().replace("_", "-"),
-              "phase": "between",
-              "dtype": made.arrays[0].dtype,
-              "bytes": made.arrays[0].bytes,
-            },
-          )
-        ],
-      )
+    if made.opcode == "send" and between:
+      sent = made.arrays[0]  # followed by a context and a token
+      part = {
+        "opcode": between[1].lower().replace("_", "-"),
+        "phase": "between",
+        "dtype": sent.dtype,
+        "bytes": sent.bytes,
+      }
+      return 0, [], [(made.name, part)]
     if made.opcode == "custom-call" and "tpu_custom_call" in made.attributes:
       return 0, [self._kernel(computation, made)], []
     if made.opcode not in _INLINE:
       return 0, [], []
-    flops, kernels, pieces = 0, [], []
-    for name in made.calls:
-      f, k, p = self._fused(name)
-      flops += f
-      kernels += k
-      pieces += p
-    return flops, kernels, pieces
+    return _total(self._fused(name) for name in made.calls)
 
-  def _kernel(self, computation, made):
-    """(name, FLOPs); attention is known by its name and the shapes of its queries and keys."""
+  def _kernel(self, computation: str, made: hlo.Instruction) -> tuple[str, float]:
+    """(name, FLOPs) of a kernel. Attention is recognized by its name; its shapes give the FLOPs."""
     name = re.sub(r"\.\d+$", "", made.name)
-    matmuls = next((n for part, n in _ATTENTION_MATMULS if part in name), 0)
+    matmuls = next((n for kernel, n in _ATTENTION_MATMULS if kernel in name), 0)
     types = {i.name: i.arrays for i in self._program.computations[computation]}
     heads = [
       a[0].dims
@@ -206,40 +223,47 @@ class _Walk:
     ]
     if not matmuls or len(heads) < 2:
       return name, 0
+    # Queries [..., N, T, H] and keys [..., K, S, H] are the first arrays of heads.
     (*rows, queries, size), keys = heads[0], heads[1][-2]
     return name, 2 * matmuls * math.prod(rows) * queries * keys * size
 
-  def _fused(self, name):
+  def _fused(self, name: str) -> _Sums:
     """Sums over a computation that is part of an instruction."""
-    if name not in self._pieces:
-      flops, kernels, pieces = 0, [], []
+    if name not in self._sums:
       body = self._program.computations.get(name, [])
-      for made in body:
-        f, k, p = self._inside(name, made)
-        flops += f
-        kernels += k
-        pieces += p
+      flops, kernels, parts = _total(self._inside(name, made) for made in body)
       text = " ".join(made.attributes for made in body if made.opcode == "custom-call")
+      # XLA spreads an asynchronous collective over several fusions. One starts it; others, which
+      # compute something else, advance or finish it.
       if "AsyncCollectiveStart" in text:
-        pieces = [(channel, piece | {"phase": "start"}) for channel, piece in pieces]
+        parts = [(channel, part | {"phase": "start"}) for channel, part in parts]
       elif "AsyncCollectiveDone" in text or name.startswith("async_collective_fusion"):
-        pieces = [(channel, piece | {"phase": "rest"}) for channel, piece in pieces]
+        parts = [(channel, part | {"phase": "rest"}) for channel, part in parts]
+      # An all-reduce of which a device keeps only a slice is a reduce-scatter.
       scatters = any(made.opcode == "dynamic-slice" for made in body)
       if scatters or "all-reduce-scatter" in name:
-        pieces = [
-          (
-            channel,
-            piece | {"opcode": "reduce-scatter"} if piece["opcode"] == "all-reduce" else piece,
-          )
-          for channel, piece in pieces
+        parts = [
+          (channel, part | {"opcode": "reduce-scatter"} if part["opcode"] == "all-reduce" else part)
+          for channel, part in parts
         ]
-      self._pieces[name] = flops, kernels, pieces
-    return self._pieces[name]
+      self._sums[name] = flops, kernels, parts
+    return self._sums[name]
 
 
-def _piece(made, opcode):
-  """(channel, what is known of a collective at this place)."""
-  size = made.bytes
+def _total(sums: Iterable[_Sums]) -> _Sums:
+  flops: float = 0
+  kernels: list[tuple[str, float]] = []
+  parts: list[_Part] = []
+  for f, k, p in sums:
+    flops += f
+    kernels += k
+    parts += p
+  return flops, kernels, parts
+
+
+def _part_of(made: hlo.Instruction, opcode: str) -> _Part:
+  """The part of a collective that an instruction is."""
+  size: float = made.bytes
   sizes = [a.bytes for a in made.arrays]
   if made.opcode.endswith("-start") and len(sizes) > 1:  # (operands, results, counters)
     size = max(sizes) if opcode != "all-reduce" else size / 2
@@ -252,16 +276,19 @@ def _piece(made, opcode):
   }
 
 
-def _add_collective(cost, pieces):
-  """Counts the pieces of one collective, which may be spread over several fusions, once each."""
-  starts = [p for p in pieces if p["phase"] == "start"]
-  wholes = [p for p in pieces if p["phase"] == "whole"]
-  between = [p for p in pieces if p["phase"] == "between"]
-  for piece, phase in [
-    *((p, "overlapped") for p in starts),
-    *((p, "exposed") for p in wholes),
-    *((p, "between") for p in between),
-  ]:
-    entry = cost.collectives.setdefault((piece["opcode"], piece["dtype"], phase), [0, 0.0])
-    entry[0] += 1
-    entry[1] += piece["bytes"]
+_PHASES = {
+  "start": "overlapped",
+  "whole": "exposed",
+  "between": "between",
+}  # a "rest" is counted at its start
+
+
+def _add_collective(cost: Cost, parts: Sequence[dict[str, Any]]) -> None:
+  """Adds one collective, which may consist of several parts, to a cost. Counts each part once."""
+  for phase in _PHASES:
+    for part in parts:
+      if part["phase"] == phase:
+        key = (part["opcode"], part["dtype"], _PHASES[phase])
+        entry = cost.collectives.setdefault(key, [0, 0.0])
+        entry[0] += 1
+        entry[1] += part["bytes"]

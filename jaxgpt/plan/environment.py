@@ -1,8 +1,9 @@
-"""What libtpu reads from the environment while it is loaded."""
+"""Environment variables that libtpu reads while it is loaded."""
 
 import os
 
-# It looks for the machine's own TPUs and asks the cloud about them, unless told not to.
+# By default libtpu looks for TPUs of this machine and queries the cloud's metadata server. These
+# values make it a compiler only. Variables that are already set keep their values.
 _VARIABLES = {
   "TPU_SKIP_MDS_QUERY": "1",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -16,7 +17,7 @@ _VARIABLES = {
 }
 
 
-def prepare():
-  """Tells libtpu, before JAX is imported, that there are no TPUs to look for."""
+def prepare() -> None:
+  """Tells libtpu that there are no TPUs to look for. Call it before JAX is imported."""
   for key, value in _VARIABLES.items():
     os.environ.setdefault(key, value)

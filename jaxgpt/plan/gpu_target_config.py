@@ -42,7 +42,8 @@ def target_config(gpu: chips.GpuTarget) -> str:
     [
       "gpu_device_info {",
       *lines,
-      f"  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}",
+      f"  cuda_compute_capability {{ major: {major} minor: {minor} "
+      f"feature_extension: {features} }}",
       f'  device_vendor: "NVIDIA Corporation" name: "{gpu.name}"',
       f"  device_interconnect_info {{ active_links: {gpu.links} }}",
       "}",

@@ -1,4 +1,14 @@
-"""Reads the text of a compiled program: instructions, loops and how often they run, matmuls."""
+"""Parser for the text of a compiled program (HLO): instructions, trip counts of loops, matmuls.
+
+The text comes from `executable.as_text()`. A program is a set of computations, one of which is the
+entry. Each line of a computation is an instruction:
+
+    %body (state: (s32[], f32[4])) -> (s32[], f32[4]) {                computation
+      ROOT %y.1 = f32[4]{0} fusion(%x, %w), kind=kLoop, calls=%fused   instruction
+            |     |         |      |        |
+            name  result    opcode operands attributes
+    }
+"""
 
 import functools
 import math
@@ -32,51 +42,58 @@ _ARRAY = re.compile(r"\b(" + "|".join(DTYPE_BYTES) + r")\[([\d,]*)\]")
 _HEAD = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 _LINE = re.compile(r"  (ROOT )?%?([^\s=]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
-_UNKNOWN_TRIPS = 1  # where a loop does not say
+_UNKNOWN_TRIPS = 1  # for a loop whose trip count is not found
 
 
 class Array(NamedTuple):
-  """An array's type."""
+  """Type of an array: its dtype as XLA writes it, and its dimensions."""
 
   dtype: str
-  dims: tuple
+  dims: tuple[int, ...]
 
   @property
-  def bytes(self):
+  def bytes(self) -> float:
+    """Size in bytes."""
     return math.prod(self.dims) * DTYPE_BYTES[self.dtype]
 
 
 class Instruction(NamedTuple):
-  """A line of a computation.
+  """An instruction of a computation.
 
   Attributes:
-    name: without the percent sign.
-    arrays: the `Array`s of its result.
-    opcode: such as 'fusion'.
-    operands: names.
-    attributes: what follows the operands, as text.
-    is_root: whether it is the computation's result.
+    name: Name without the percent sign.
+    arrays: Types of its result; several for a tuple.
+    opcode: Such as 'fusion'.
+    operands: Names of its operands. For a constant or parameter, the text in parentheses.
+    attributes: The text after the operands.
+    is_root: Whether it is the computation's result.
   """
 
   name: str
-  arrays: tuple
+  arrays: tuple[Array, ...]
   opcode: str
-  operands: tuple
+  operands: tuple[str, ...]
   attributes: str
   is_root: bool
 
   @property
-  def bytes(self):
+  def bytes(self) -> float:
+    """Size of its result in bytes."""
     return sum(a.bytes for a in self.arrays)
 
-  def attribute(self, key):
-    """The text after `key=`, up to the next comma, or None; braces are kept together."""
+  def attribute(self, key: str) -> str | None:
+    """The text after `key=` up to the next comma or, if it starts with one, the closing brace."""
     found = re.search(rf"(?:^|[ ,]){key}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
     return found and found[1]
 
   @property
-  def calls(self):
-    """Names of the computations that it is made of."""
+  def body(self) -> str:
+    """Name of the computation that a `while` loop repeats."""
+    return (self.attribute("body") or "").lstrip("%")
+
+  @property
+  def calls(self) -> list[str]:
+    """Names of the computations that it calls, such as those of a fusion or of branches."""
     names = [
       self.attribute(key) for key in ("calls", "to_apply", "true_computation", "false_computation")
     ]
@@ -84,14 +101,14 @@ class Instruction(NamedTuple):
     return [n.strip().lstrip("%") for n in names if n]
 
   @property
-  def op_name(self):
-    """Where it comes from in the model, as JAX names it: 'jit(train_step)/…/dot_general'."""
+  def op_name(self) -> str:
+    """Its origin in the model, as JAX names it: 'jit(train_step)/…/dot_general'."""
     found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
     return found[1].replace("\\'", "'") if found else ""
 
   @property
-  def cycles(self):
-    """What the TPU compiler estimates it takes, or 0 where it says nothing."""
+  def cycles(self) -> int:
+    """The TPU compiler's estimate of cycles, or 0 without an estimate."""
     found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
     return int(found[1]) if found else 0
 
@@ -100,29 +117,34 @@ class Program(NamedTuple):
   """A compiled program.
 
   Attributes:
-    computations: {name: [`Instruction`, …]} in the order of the schedule.
-    entry: name of the first one.
+    computations: {name: instructions in the order of the schedule}.
+    entry: Name of the computation that runs first.
   """
 
-  computations: dict
+  computations: dict[str, list[Instruction]]
   entry: str
 
-  def find(self, computation, name):
-    """An instruction by name, or None."""
+  def find(self, computation: str, name: str) -> Instruction | None:
+    """An instruction of a computation by name, or None."""
     return next((i for i in self.computations[computation] if i.name == name), None)
 
 
-def arrays(text):
-  """The `Array`s of a type, a tuple's in order."""
+def arrays(text: str) -> tuple[Array, ...]:
+  """Parses a type, such as 'bf16[8,128]' or a tuple of types."""
   return tuple(
     Array(dtype, tuple(int(n) for n in dims.split(",") if n))
     for dtype, dims in _ARRAY.findall(text)
   )
 
 
-def parse(text):
-  """A `Program` from `compiled.as_text()`."""
-  computations, entry, current = {}, None, None
+def parse(text: str) -> Program:
+  """Parses the text of a program.
+
+  Args:
+    text: From `executable.as_text()`.
+  """
+  computations: dict[str, list[Instruction]] = {}
+  entry, current = "", None
   for line in _whole_lines(text):
     if line.startswith("  ") and current is not None:
       found = _LINE.match(line)
@@ -138,9 +160,9 @@ def parse(text):
   return Program(computations, entry)
 
 
-def _whole_lines(text):
-  """Lines; those that a kernel's notes break in two are joined again."""
-  whole = []
+def _whole_lines(text: str) -> list[str]:
+  """Splits into lines, and joins lines that the attributes of a kernel break in two."""
+  whole: list[str] = []
   for line in text.splitlines():
     if whole and whole[-1].startswith("  ") and line and line != "}" and line[:2] != "  ":
       whole[-1] += line
@@ -149,7 +171,8 @@ def _whole_lines(text):
   return whole
 
 
-def _instruction(name, rest, is_root):
+def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
+  """Parses the text after 'NAME = '."""
   type_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   result, rest = rest[:type_end], rest[type_end:].lstrip()
   open_at = rest.index("(")
@@ -164,8 +187,8 @@ def _instruction(name, rest, is_root):
   )
 
 
-def _closing(text, at):
-  """Index of the parenthesis that closes the one at `at`."""
+def _closing(text: str, at: int) -> int:
+  """Index of the parenthesis that closes the one at index `at`."""
   depth = 0
   for i in range(at, len(text)):
     depth += (text[i] == "(") - (text[i] == ")")
@@ -174,33 +197,33 @@ def _closing(text, at):
   raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
-def trip_count(program, computation, loop):
-  """How often the body of a `while` runs.
+def trip_count(program: Program, computation: str, loop: Instruction) -> int:
+  """The number of times that the body of a `while` loop runs.
 
-  From XLA's own note where there is one, or else from the comparison of a counter with a constant,
-  the counter's first value and its step; 1 where neither is found.
+  XLA often notes it. Otherwise it follows from the counter: its first value, its step, and the
+  constant that it is compared with. If that is not found, the result is 1.
 
   Args:
-    program: a `Program`.
-    computation: name of the computation that the loop stands in.
-    loop: the `Instruction`.
+    program: The program.
+    computation: Name of the computation that contains the loop.
+    loop: The `while` instruction.
   """
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if known:
     return int(known[1])
-  condition = loop.attribute("condition").lstrip("%")
+  condition = (loop.attribute("condition") or "").lstrip("%")
   compare, values = _comparison(program, condition)
   if compare is None:
     return _UNKNOWN_TRIPS
   start = program.find(computation, loop.operands[0])
   first = lambda i: _constant(program, computation, start.operands[i]) if start else None
-  direction = compare.attribute("direction")
+  direction = compare.attribute("direction") or ""
   ends = [v if kind == "constant" else first(v) for kind, v in values]
   counters = [v for kind, v in values if kind == "element"]
   if not counters or ends[1] is None:
     return _UNKNOWN_TRIPS
   begin = ends[0] if ends[0] is not None else 0
-  step = _step(program, loop.attribute("body").lstrip("%"), counters[0])
+  step = _step(program, loop.body, counters[0])
   length = {
     "LT": ends[1] - begin,
     "LE": ends[1] - begin + 1,
@@ -211,8 +234,15 @@ def trip_count(program, computation, loop):
   return max(-(-length // abs(step)), 0)
 
 
-def _comparison(program, condition):
-  """The comparison that ends a loop: (instruction, [('constant', value) or ('element', i)])."""
+def _comparison(
+  program: Program, condition: str
+) -> tuple[Instruction | None, list[tuple[str, int]]]:
+  """The comparison that ends a loop.
+
+  Returns:
+    (instruction, values): for each of the two values either ('constant', its value) or ('element',
+    its index in the state of the loop). (None, []) if the condition has another form.
+  """
   root = next(i for i in program.computations[condition] if i.is_root)
   inner = condition
   bind = {}
@@ -223,14 +253,14 @@ def _comparison(program, condition):
   if root.opcode != "compare":
     return None, []
 
-  def resolve(name, where):
+  def resolve(name: str, where: str) -> tuple[str, int]:
     made = program.find(where, name)
     if made is None:
       return ("element", -1)
     if made.opcode == "constant":
       return ("constant", int(made.operands[0]))
     if made.opcode == "get-tuple-element":
-      return ("element", int(made.attribute("index")))
+      return ("element", int(made.attribute("index") or 0))
     if made.opcode == "parameter" and where == inner and bind:
       return resolve(bind[int(made.operands[0])], condition)
     if made.opcode in ("copy", "bitcast", "convert"):
@@ -243,8 +273,8 @@ def _comparison(program, condition):
   return root, values
 
 
-def _constant(program, computation, name):
-  """The integer that an instruction always has, or None."""
+def _constant(program: Program, computation: str, name: str) -> int | None:
+  """The integer constant behind an instruction, or None."""
   made = program.find(computation, name)
   while made is not None and made.opcode in ("copy", "bitcast", "convert"):
     made = program.find(computation, made.operands[0])
@@ -256,8 +286,8 @@ def _constant(program, computation, name):
     return None
 
 
-def _step(program, body, element):
-  """What an iteration adds to an element of the loop's state; 1 where that isn't plain."""
+def _step(program: Program, body: str, element: int) -> int:
+  """The increment of an element of the loop's state per iteration; 1 if it is not found."""
   root = next(i for i in program.computations[body] if i.is_root)
   made = program.find(body, root.operands[element]) if root.opcode == "tuple" else None
   if made is None or made.opcode != "add":
@@ -266,8 +296,14 @@ def _step(program, body, element):
   return next((c for c in constants if c), 1)
 
 
-def matmul_flops(program, computation, made):
-  """FLOPs of a `dot` or `convolution` (which a TPU's dots become): two a multiply-add."""
+def matmul_flops(program: Program, computation: str, made: Instruction) -> float:
+  """FLOPs of a matmul, two per multiply-add.
+
+  Args:
+    program: The program.
+    computation: Name of the computation that contains the instruction.
+    made: A `dot`, or a `convolution`, which the TPU compiler makes of dots.
+  """
   types = {i.name: i.arrays for i in program.computations[computation]}
   lhs, rhs = (types.get(name) for name in made.operands[:2])
   if not lhs or not rhs:
@@ -277,9 +313,10 @@ def matmul_flops(program, computation, made):
     contracted = re.findall(r"\d+", made.attribute("lhs_contracting_dims") or "")
     return 2 * math.prod(out) * math.prod(lhs[int(d)] for d in contracted)
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", made.attributes)
+  assert labels is not None, made.attributes
   of_lhs, of_rhs, of_out = labels.groups()
-  window = re.search(r"window=\{([^}]*)\}", made.attributes)
-  window = dict(part.split("=") for part in window[1].split()) if window else {}
+  match = re.search(r"window=\{([^}]*)\}", made.attributes)
+  window = dict(field.split("=") for field in match[1].split()) if match else {}
   flops = 2 * out[of_out.index("b")] * out[of_out.index("f")] * rhs[of_rhs.index("i")]
   for d in range(len(of_lhs) - 2):
     at = lambda key, default, d=d: window[key].split("x")[d] if key in window else default
@@ -296,22 +333,30 @@ def matmul_flops(program, computation, made):
 
 
 @functools.cache
-def _hits(size_in, size_out, size, low_pad, stride, dilate_in, dilate_window):
-  """Pairs (output, place in the window) that meet an input, and neither padding nor a hole."""
+def _hits(
+  size_in: int,
+  size_out: int,
+  size: int,
+  low_pad: int,
+  stride: int,
+  dilate_in: int,
+  dilate_window: int,
+) -> int:
+  """Pairs (output, window position) that read an input and not padding or a dilation hole."""
   if size == 1 and low_pad == 0 and dilate_in == 1:
     return size_out
   at = np.arange(size_out)[:, None] * stride + np.arange(size)[None] * dilate_window - low_pad
   return int(((at % dilate_in == 0) & (at >= 0) & (at // dilate_in < size_in)).sum())
 
 
-def groups(made):
-  """Which partitions a collective exchanges between: an array [groups, members], or None.
+def groups(made: Instruction) -> np.ndarray | None:
+  """The groups of partitions that a collective communicates within.
 
-  From any of the forms in which XLA writes them: lists, a permuted range, axes of a mesh; of a
-  permutation the pairs.
+  XLA writes them as lists, as a permuted range, or as axes of a mesh. For a permutation the groups
+  are its pairs.
 
-  Args:
-    made: the `Instruction`.
+  Returns:
+    Array [groups, members], or None if the collective names none, which means all partitions.
   """
   text = made.attributes
   pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", text)
@@ -321,22 +366,27 @@ def groups(made):
   ranges = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
   if ranges:
     shape, dims, order = (
-      [int(n) for n in part.split(",")] if part else None for part in ranges.groups()
+      [int(n) for n in text.split(",")] if text else None for text in ranges.groups()
     )
+    assert shape is not None and dims is not None
     out = np.arange(math.prod(dims)).reshape(dims)
     return (out.transpose(order) if order else out).reshape(shape)
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](, device_ids=\S*)? \{([^}]*)\}", text)
   return _mesh_groups(mesh[1], mesh[3]) if mesh and not mesh[2] else None
 
 
-def _mesh_groups(mesh, axes):
-  """`groups` of "'a'=2,'b'=4" and "'a','b':(1)2", where part of an axis is (what is before it)size."""
+def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
+  """The groups of a mesh such as "'a'=2,'b'=4" over axes such as "'a','b':(1)2".
+
+  A part of an axis is written as (size of the parts before it)size.
+  """
   sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", mesh)}
   wanted = {
     name: (int(before or 1), int(size) if size else sizes[name])
     for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes)
   }
-  dims, inside = [], []
+  dims: list[int] = []
+  inside = []
   for name, size in sizes.items():
     before, part = wanted.get(name, (1, 1))
     inside.append(len(dims) + 1)

@@ -1,4 +1,4 @@
-"""Weights and activations of one device, by arithmetic: the inputs of the memory and time estimates."""
+"""Weights and activations per device, by arithmetic: inputs of the memory and time estimates."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ class Weight(NamedTuple):
   mesh_axes: tuple[str, ...]
   trained: bool
 
-  def count(self, sizes: Mapping[str, int], gathered: bool = False) -> float:
+  def entries(self, sizes: Mapping[str, int], gathered: bool = False) -> float:
     """Number of entries on one device of a mesh {axis: size}.
 
     Args:
@@ -73,12 +73,12 @@ class Counts(NamedTuple):
   def of_layer(self, sizes: Mapping[str, int], num_layers: int) -> float:
     """Number of a single layer's parameters on one device, after the all-gather over fsdp."""
     own = num_layers / sizes["stage"]
-    return sum(w.count(sizes, gathered=True) for w in self.layers) / own
+    return sum(w.entries(sizes, gathered=True) for w in self.layers) / own
 
 
 @functools.cache  # the search asks for the same few meshes thousands of times
 def _held(weights: tuple[Weight, ...], sizes: tuple[tuple[str, int], ...], trained: bool) -> float:
-  return sum(w.count(dict(sizes)) for w in weights if w.trained or not trained)
+  return sum(w.entries(dict(sizes)) for w in weights if w.trained or not trained)
 
 
 def count(c: ml_collections.ConfigDict) -> Counts:
@@ -86,7 +86,9 @@ def count(c: ml_collections.ConfigDict) -> Counts:
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   shapes, axes = transformer.abstract(model)
   axes, trained = tree.flatten(axes, is_leaf=sharding.is_axes), optimizers.trained(c.optim, axes)
-  rules, stacked, others = sharding.rules(c.mesh), [], []
+  rules = sharding.rules(c.mesh)
+  stacked: list[Weight] = []
+  others: list[Weight] = []
   for name, x in tree.flatten(shapes).items():
     mesh_axes: tuple[str, ...] = sum(map(rules.mesh_axes, axes[name]), ())
     (stacked if "layers" in axes[name] else others).append(

@@ -1,25 +1,34 @@
-"""A plan as figures, and the figures as a table."""
+"""Reports of a compiled step: figures as plain numbers, and tables for people."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 from jaxgpt.model import stacks
-from jaxgpt.parallel.chips import GIB
+from jaxgpt.parallel.chips import GIB, Chip
 from jaxgpt.plan import cost as cost_lib
 from jaxgpt.plan import hlo, memory_estimate, per_device, roofline, time_estimate
+from jaxgpt.plan.lower import Compiled
+from jaxgpt.plan.topology import Topology
 from jaxgpt.training import metrics, xla_options
 
+Figures: TypeAlias = dict[str, Any]
 
-def figures(compiled, topology, price=None):
-  """What is known of a step before it ran, as plain numbers.
+
+def figures(compiled: Compiled, topology: Topology, price: float | None = None) -> Figures:
+  """Memory, time and communication of a step before it runs, as plain numbers.
 
   Args:
-    compiled: from `lower.compile_step`.
-    topology: a `topology.Topology`.
-    price: of a chip-hour, or None.
+    compiled: From `lower.compile_step`.
+    topology: The hardware.
+    price: Price of a chip-hour, or None.
 
   Returns:
-    A dict for `json.dump`; times in seconds, sizes in bytes, of one device unless the name says
-    otherwise.
+    A dict for `json.dump`. Times are in seconds and sizes in bytes, per device unless the name says
+    otherwise. 'estimate' is 'schedule' for TPUs, whose compiler estimates cycles, and 'roofline'
+    for GPUs.
   """
   c, chip = compiled.c, topology.chip
+  assert chip is not None, "figures need a chip from the table"
   program = hlo.parse(compiled.executable.as_text())
   took = (_by_roofline if chip.gpu else _by_cycles)(program, compiled, chip)
   memory = _by_kind(compiled) | {
@@ -31,8 +40,8 @@ def figures(compiled, topology, price=None):
   seconds = took["seconds"]
   merit = sum(seconds[kind] for kind in ("matmul", "other", "exposed", "between"))
   step = sum(seconds.values())
-  mine = tokens / topology.num_devices
-  budget = c.train.steps * step * topology.num_chips / 3600
+  tokens_per_device = tokens / topology.num_devices
+  chip_hours = c.train.steps * step * topology.num_chips / 3600
   sizes = compiled.mesh.shape
   return (
     {
@@ -57,8 +66,8 @@ def figures(compiled, topology, price=None):
     | {
       "model_flops": model_flops,
       "seconds": seconds | {"step": step},
-      "merit": merit / mine,
-      "merit_with_kernels": step / mine,
+      "merit": merit / tokens_per_device,
+      "merit_with_kernels": step / tokens_per_device,
       "mfu": model_flops / step / chip.clocked_flops,
       "hardware_utilisation": (took["matmul_flops"] + took["kernel_flops"])
       / step
@@ -67,17 +76,17 @@ def figures(compiled, topology, price=None):
       "tokens_per_second_per_chip": tokens / step / topology.num_chips,
       "steps": c.train.steps,
       "tokens": tokens * c.train.steps,
-      "chip_hours": budget,
-      "cost": None if price is None else budget * price,
+      "chip_hours": chip_hours,
+      "cost": None if price is None else chip_hours * price,
       "compile_seconds": compiled.seconds,
     }
   )
 
 
-def _by_kind(compiled):
-  """A `lower.Memory` and its total; of the temporaries what is saved for the backward pass apart.
+def _by_kind(compiled: Compiled) -> Figures:
+  """The memory of a step by kind, with saved activations separate from other temporaries.
 
-  The compiler names a sum; how much of it is saved activations is arithmetic.
+  The compiler reports only the sum of the two. The activations are arithmetic.
   """
   c, memory = compiled.c, compiled.memory
   found = memory_estimate.buffers(c, dict(compiled.mesh.shape), per_device.count(c))
@@ -89,8 +98,8 @@ def _by_kind(compiled):
   }
 
 
-def _by_cycles(program, compiled, chip):
-  """What the compiler's schedule says: seconds by kind, FLOPs, kernels, collectives."""
+def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
+  """Figures from the schedule of the TPU compiler: seconds by kind, FLOPs, kernels, collectives."""
   cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
   share = time_estimate.visible_share(compiled.c, chip.attention_block, compiled.mesh.shape["seq"])
   kernel_flops = sum(work for _, work in cost.kernels.values()) * share
@@ -119,8 +128,8 @@ def _by_cycles(program, compiled, chip):
   }
 
 
-def _by_roofline(program, compiled, chip):
-  """The same of a GPU's program, at best."""
+def _by_roofline(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
+  """The same figures for a GPU's program, from a roofline."""
   hosts = [device.process_index for device in compiled.mesh.devices.flat]
   roof = roofline.of_program(program, chip, hosts)
   return {
@@ -141,11 +150,11 @@ def _by_roofline(program, compiled, chip):
   }
 
 
-def table(f):
-  """Lines that say it to people.
+def table(f: Figures) -> Iterator[str]:
+  """Lines with the figures, for people.
 
   Args:
-    f: from `figures`.
+    f: From `figures`.
   """
   mesh = " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items() if size > 1) or "1 device"
   halves = "" if f["devices"] == f["chips"] else f" ({f['devices']} devices)"
@@ -167,24 +176,24 @@ def table(f):
     f"{f['hardware_utilisation']:.1%}"
   )
   yield (
-    f"throughput      {f['tokens_per_second_per_chip']:,.0f} tokens/s a {kind}, "
-    f"{f['tokens_per_second']:,.0f} in all"
+    f"throughput      {f['tokens_per_second_per_chip']:,.0f} tokens/s per {kind}, "
+    f"{f['tokens_per_second']:,.0f} in total"
   )
   yield (
     f"the run         {f['steps']:,} steps, {f['tokens'] / 1e9:,.1f}B tokens, "
     f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} {kind}-hours"
     + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}")
   )
-  yield f"figure of merit {f['merit'] * 1e6:.2f} µs a token and device, kernels left out"
+  yield f"figure of merit {f['merit'] * 1e6:.2f} µs per token and device, without kernels"
   options = " ".join(f"{name}={value}" for name, value in f["options"].items())
-  yield f"XLA's options   {options or 'its own'}"
+  yield f"XLA's options   {options or 'defaults'}"
 
 
-def of_this_machine(compiled):
-  """Lines of what is known without a table of the devices' rates: the program's memory.
+def of_this_machine(compiled: Compiled) -> Iterator[str]:
+  """Lines with the memory of a program for this machine, whose rates are not in the chip table.
 
   Args:
-    compiled: from `lower.compile_step`.
+    compiled: From `lower.compile_step`.
   """
   devices = list(compiled.mesh.devices.flat)
   yield (
@@ -194,18 +203,18 @@ def of_this_machine(compiled):
   yield from _memory_lines(_by_kind(compiled) | {"limit": None})
 
 
-def heaviest_lines(lines, chip):
-  """Lines of a table of the heaviest instructions.
+def heaviest_lines(lines: Sequence[cost_lib.Line], chip: Chip) -> Iterator[str]:
+  """Lines with a table of the heaviest instructions.
 
   Args:
-    lines: from `cost.heaviest`.
-    chip: a `chips.Chip`.
+    lines: From `cost.heaviest`.
+    chip: The chip, for the peak rate.
   """
   yield ""
-  yield "heaviest instructions: cycles of a step, runs, share of the peak, results, place"
+  yield "heaviest instructions: cycles per step, runs, share of the peak, results, place"
   for line in lines:
     share = line.flops / chip.flops_per_cycle / line.cycles
-    place = "/".join(part for part in line.op_name.split("/")[-5:])
+    place = "/".join(line.op_name.split("/")[-5:])
     yield (
       f"  {line.cycles / 1e6:>8.1f}M x{line.runs:<4} "
       + (f"{share:>4.0%}" if share else "    ")
@@ -213,9 +222,9 @@ def heaviest_lines(lines, chip):
     )
 
 
-def _memory_lines(m):
+def _memory_lines(m: Figures) -> Iterator[str]:
   yield ""
-  yield "HBM of a device       GiB"
+  yield "HBM per device        GiB"
   names = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
@@ -236,15 +245,17 @@ def _memory_lines(m):
   yield f"  {'total':<18} {m['total'] / GIB:>6.2f}{of}"
 
 
-def _time_lines(f):
+def _time_lines(f: Figures) -> Iterator[str]:
   s = f["seconds"]
   by_schedule = f["estimate"] == "schedule"
-  note = "" if by_schedule else " (a roofline: all at its best, no compiler's schedule)"
+  note = (
+    "" if by_schedule else " (a roofline: everything at peak rates, without a compiler's schedule)"
+  )
   yield ""
-  yield f"time of a step         s     what{note}"
+  yield f"time per step          s     details{note}"
   yield (
     f"  {'matmul':<14} {s['matmul']:>8.4f}     {f['matmul_flops']:.3g} FLOPs "
-    f"(the model's: {f['model_flops']:.3g})"
+    f"(model: {f['model_flops']:.3g})"
     + (f", {f['cycles'].get('matmul', 0):.3g} cycles" if by_schedule else "")
   )
   yield (
@@ -266,13 +277,15 @@ def _time_lines(f):
   if f["between_bytes"]:
     yield (
       f"  {'between slices':<14} {s['between']:>8.4f}     {f['between_bytes']:.3g} bytes over the "
-      "data center's network"
+      "data center network"
     )
 
 
-def _collective_lines(f):
+def _collective_lines(f: Figures) -> Iterator[str]:
   yield ""
-  yield "collectives of a step" + (", and the bytes that a GPU sends" if "link_bytes" in f else "")
+  yield "collectives per step" + (
+    ", and the bytes that each GPU sends" if "link_bytes" in f else ""
+  )
   for row in f["collectives"]:
     if row["bytes"] >= 1e6:
       link = f"{row['link']:<8} " if "link" in row else ""

@@ -1,20 +1,31 @@
-"""What a step takes on a GPU at best: every instruction at the rate of what limits it.
+"""Roofline of a GPU program: every instruction at the rate of its bottleneck.
 
-XLA writes no estimates into a GPU's program, and the matmuls of one that is compiled without a GPU are
-not tuned. So this is a roofline: matmuls and attention take their FLOPs at the peak rate or their bytes
-at the memory's, whichever is longer, all else its bytes, collectives their bytes over the links. A
-collective that the program starts early is hidden by what it schedules before its end.
+XLA does not write estimates into a GPU program, and the matmuls of a program that was compiled
+without a GPU are not tuned. So this is a lower bound on the time:
+
+  * Matmuls and attention take FLOPs / peak rate or bytes / memory bandwidth, whichever is longer.
+  * Other instructions take bytes / memory bandwidth.
+  * Collectives take bytes / link bandwidth. One that starts early is hidden by the instructions
+    that are scheduled before its end:
+
+      all-gather-start ─┐  links busy ─────────────────────►│
+      matmul            │  ████████████████                 │
+      all-gather-done ──┘                  └── unhidden ────┘
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from jaxgpt.parallel.chips import Chip
 from jaxgpt.plan import hlo
 from jaxgpt.plan.cost import COLLECTIVES
 
 NVLINK, NETWORK = "NVLink", "network"
-# Matmuls of a call of cuDNN's attention: the backward pass computes the weights anew.
+# Matmuls per call of cuDNN's attention. The backward pass computes the weights again.
 _ATTENTION = {
   "fmhaBackward": ("cudnn_attention_backward", 5),
   "fmha": ("cudnn_attention_forward", 2),
@@ -39,17 +50,16 @@ class Roofline:
   """Sums over a step on one GPU.
 
   Attributes:
-    seconds: {'matmul', 'other', 'kernels', 'exposed', 'unhidden'}: waiting for collectives that
-      nothing can hide, and for the rest of those that something is scheduled beside.
-    flops: of the matmuls, as the program computes them.
-    kernel_flops: of attention; what is above the diagonal left out where the kernel skips it.
-    traffic: bytes of memory that are read and written by what is neither matmul nor kernel.
+    seconds: {'matmul', 'other', 'kernels', 'exposed', 'unhidden'}. 'exposed' is time spent in
+      synchronous collectives, 'unhidden' the wait at the end of asynchronous ones.
+    flops: FLOPs of the matmuls in the program.
+    kernel_flops: FLOPs of attention, without those above the diagonal if the kernel skips them.
+    traffic: Bytes of memory read and written by instructions other than matmuls and kernels.
     kernels: {name: calls}.
-    collectives: {(opcode, dtype, link, 'exposed' or 'overlapped'): [calls, bytes]}; the bytes are
-      those that a GPU sends.
+    collectives: {(opcode, dtype, link, 'exposed' or 'overlapped'): [calls, bytes sent per GPU]}.
   """
 
-  seconds: dict = dataclasses.field(
+  seconds: dict[str, float] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(
       ("matmul", "other", "kernels", "exposed", "unhidden"), 0.0
     )
@@ -57,29 +67,32 @@ class Roofline:
   flops: float = 0.0
   kernel_flops: float = 0.0
   traffic: float = 0.0
-  kernels: dict = dataclasses.field(default_factory=dict)
-  collectives: dict = dataclasses.field(default_factory=dict)
+  kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+  collectives: dict[tuple[str, str, str, str], list[float]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
-  def total(self):
+  def total(self) -> float:
+    """Seconds of the step."""
     return sum(self.seconds.values())
 
-  def add(self, other, times=1):
-    """Adds another so many times."""
+  def add(self, other: "Roofline", times: int = 1) -> None:
+    """Adds another roofline, multiplied by `times`."""
     for key, value in other.seconds.items():
       self.seconds[key] += value * times
     self.flops += other.flops * times
     self.kernel_flops += other.kernel_flops * times
     self.traffic += other.traffic * times
-    for key, calls in other.kernels.items():
-      self.kernels[key] = self.kernels.get(key, 0) + calls * times
-    for key, (calls, size) in other.collectives.items():
-      entry = self.collectives.setdefault(key, [0, 0.0])
+    for name, calls in other.kernels.items():
+      self.kernels[name] = self.kernels.get(name, 0) + calls * times
+    for kind, (calls, size) in other.collectives.items():
+      entry = self.collectives.setdefault(kind, [0, 0.0])
       entry[0] += calls * times
       entry[1] += size * times
 
-  def bytes(self, phase=None, link=None):
-    """Bytes of the collectives of a phase or link, or of all."""
+  def bytes(self, phase: str | None = None, link: str | None = None) -> float:
+    """Bytes of the collectives of a phase and link. None: all of them."""
     return sum(
       size
       for (_, _, on, when), (_, size) in self.collectives.items()
@@ -87,29 +100,31 @@ class Roofline:
     )
 
 
-def of_program(program, chip, hosts):
-  """The `Roofline` of a step.
+def of_program(program: hlo.Program, chip: Chip, hosts: Sequence[int]) -> Roofline:
+  """The roofline of one step of a program.
 
   Args:
-    program: an `hlo.Program`, as it is scheduled.
-    chip: a `chips.Chip`, of a GPU.
-    hosts: of each partition of the program in turn, the number of its host.
+    program: A scheduled program.
+    chip: The GPU.
+    hosts: For each partition of the program, the number of its host.
   """
   return _Walk(program, chip, hosts).of(program.entry)
 
 
 class _Walk:
-  """Rooflines of computations, each worked out once."""
+  """Computes the roofline of each computation of a program once."""
 
-  def __init__(self, program, chip, hosts):
+  def __init__(self, program: hlo.Program, chip: Chip, hosts: Sequence[int]):
     self._program, self._chip, self._hosts = program, chip, hosts
-    self._known = {}
+    self._known: dict[str, Roofline] = {}
 
-  def of(self, name):
-    """The roofline of one run of a scheduled computation: the entry, or a loop's body."""
+  def of(self, name: str) -> Roofline:
+    """The roofline of one run of a scheduled computation: the entry, or the body of a loop."""
     if name in self._known:
       return self._known[name]
-    out, links_free, ends = Roofline(), 0.0, {}
+    out = Roofline()
+    links_free = 0.0  # when the links have sent all collectives so far
+    ends: dict[str, float] = {}  # when each asynchronous collective has arrived
     types = {made.name: made for made in self._program.computations[name]}
     for made in self._program.computations[name]:
       base = re.sub(r"-(start|done)$", "", made.opcode)
@@ -126,20 +141,24 @@ class _Walk:
           ends[made.name] = links_free
       elif base == "while":
         trips = hlo.trip_count(self._program, name, made)
-        out.add(self.of(made.attribute("body").lstrip("%")), trips)
+        out.add(self.of(made.body), trips)
       elif base == "call":
         out.add(self.of(made.calls[0]))
-      elif (
-        base == "conditional"
-      ):  # a step that is not finite leaves the state alone: the other branch
+      elif base == "conditional":  # the longer branch: the other one skips a non-finite update
         out.add(max(map(self.of, made.calls), key=lambda branch: branch.total))
       else:
         self._compute(out, name, made, types)
     self._known[name] = out
     return out
 
-  def _compute(self, out, computation, made, types):
-    """Adds an instruction that is no collective and no control flow."""
+  def _compute(
+    self,
+    out: Roofline,
+    computation: str,
+    made: hlo.Instruction,
+    types: Mapping[str, hlo.Instruction],
+  ) -> None:
+    """Adds an instruction other than a collective or control flow."""
     traffic = self._traffic(made, types)
     seconds = traffic / self._chip.hbm_bandwidth
     kernel = attention_kernel(made)
@@ -157,8 +176,8 @@ class _Walk:
       out.traffic += traffic
       out.seconds["other"] += seconds
 
-  def _flops(self, computation, made):
-    """FLOPs of an instruction's matmuls, also of those that it is fused from."""
+  def _flops(self, computation: str, made: hlo.Instruction) -> float:
+    """FLOPs of the matmuls in an instruction or in the computations it is fused from."""
     if made.opcode in ("dot", "convolution"):
       return hlo.matmul_flops(self._program, computation, made)
     if made.opcode == "custom-call":
@@ -171,12 +190,12 @@ class _Walk:
       for inner in self._program.computations.get(name, ())
     )
 
-  def _traffic(self, made, types):
+  def _traffic(self, made: hlo.Instruction, types: Mapping[str, hlo.Instruction]) -> float:
     """Bytes of memory that an instruction reads and writes."""
     if made.opcode in _NO_TRAFFIC:
       return 0
     operands = [types[name].bytes if name in types else 0 for name in made.operands]
-    body = self._program.computations.get(made.calls[0], ()) if made.calls else ()
+    body = self._program.computations.get(made.calls[0], []) if made.calls else []
     if not made.opcode.startswith("fusion") or not body:
       if made.opcode == "dynamic-slice":
         return 2 * made.bytes
@@ -191,7 +210,7 @@ class _Walk:
     roots = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     return read + sum(_written(one, inner) for one in roots)
 
-  def _collective(self, out, made, opcode, waits):
+  def _collective(self, out: Roofline, made: hlo.Instruction, opcode: str, waits: bool) -> float:
     """Counts a collective and returns its seconds."""
     results = made.arrays
     if not waits and len(results) >= 2 * len(made.operands):  # (operands, results)
@@ -213,20 +232,22 @@ class _Walk:
     entry[1] += sent
     return sent / rate
 
-  def _link(self, groups):
-    """(what a collective goes over, bytes a second of a GPU): members of a host share its cards."""
+  def _link(self, groups: np.ndarray | None) -> tuple[str, float]:
+    """(link of a collective, bytes/s per GPU). Members on the same host use all their cards."""
     chip = self._chip
-    rows = [range(len(self._hosts))] if groups is None else groups
-    there = [[self._hosts[i] for i in row] for row in rows]
-    if all(len(set(row)) == 1 for row in there):
+    members = [range(len(self._hosts))] if groups is None else groups
+    hosts = [[self._hosts[i] for i in group] for group in members]
+    if all(len(set(group)) == 1 for group in hosts):
       return NVLINK, chip.ici_bandwidth
-    fewest = min(min(map(row.count, row)) for row in there if len(set(row)) > 1)
+    fewest = min(min(map(group.count, group)) for group in hosts if len(set(group)) > 1)
     return NETWORK, min(chip.ici_bandwidth, fewest * chip.dcn_bandwidth)
 
 
-def _users(made, body):
-  """What reads a parameter of a fused computation, seen through bitcasts."""
-  out = []
+def _users(
+  made: hlo.Instruction, body: Sequence[hlo.Instruction]
+) -> list[tuple[hlo.Instruction, int]]:
+  """(instruction, operand index) of all reads of a fusion's parameter, looking through bitcasts."""
+  out: list[tuple[hlo.Instruction, int]] = []
   for one in body:
     if made.name in one.operands and one.name != made.name:
       out += (
@@ -235,8 +256,12 @@ def _users(made, body):
   return out
 
 
-def _read(parameter, body, size):
-  """Bytes that a fusion reads of an operand: slices of it, nothing of what it writes over, or all."""
+def _read(parameter: hlo.Instruction, body: Sequence[hlo.Instruction], size: float) -> float:
+  """Bytes that a fusion reads from an operand.
+
+  These are only the slices that it takes, nothing if it only writes into the operand, otherwise
+  all `size` bytes.
+  """
   users = _users(parameter, body)
   if users and all(
     one.opcode in ("dynamic-slice", "slice", "gather") and at == 0 for one, at in users
@@ -247,8 +272,8 @@ def _read(parameter, body, size):
   return size
 
 
-def _written(made, inner):
-  """Bytes that a fusion writes for a result: all of it, or the slice that is new."""
+def _written(made: hlo.Instruction, inner: Mapping[str, hlo.Instruction]) -> float:
+  """Bytes that a fusion writes for a result: all of it, or the slice that it updates."""
   while made.opcode == "bitcast" and made.operands[0] in inner:
     made = inner[made.operands[0]]
   if made.opcode == "dynamic-update-slice" and made.operands[1] in inner:
@@ -256,8 +281,8 @@ def _written(made, inner):
   return made.bytes
 
 
-def attention_kernel(made):
-  """(name, FLOPs) of a call of cuDNN's flash attention, or None."""
+def attention_kernel(made: hlo.Instruction) -> tuple[str, float] | None:
+  """(name, FLOPs) of a call of cuDNN's flash attention, or None for other instructions."""
   target = re.search(r'custom_call_target="__cudnn\$(fmha)\w*?(Backward)?"', made.attributes)
   if made.opcode != "custom-call" or not target:
     return None
@@ -269,8 +294,8 @@ def attention_kernel(made):
   return name, 2 * matmuls * math.prod(queries.dims) * keys.dims[1] * seen
 
 
-def _library_matmul(made, body):
-  """FLOPs of a call of cuBLAS, or 0."""
+def _library_matmul(made: hlo.Instruction, body: Sequence[hlo.Instruction]) -> float:
+  """FLOPs of a call of cuBLAS, or 0 for other instructions."""
   if "__cublas$" not in made.attributes:
     return 0
   found = re.search(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]', made.attributes)

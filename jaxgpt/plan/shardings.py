@@ -1,7 +1,8 @@
-"""How a config's arrays are cut over a mesh: a table of all, and pictures of some."""
+"""Drawings of shardings (`jaxgpt plan --shardings`): a table of all arrays, pictures of some."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 import jax
 import ml_collections
@@ -13,33 +14,40 @@ from jaxgpt.model import transformer
 from jaxgpt.parallel import sharding
 from jaxgpt.training import build as build_lib
 
-_SHOWN = 4  # parts of a dimension that a picture shows; of more, the first ones and the last
+T = TypeVar("T")
+
+_SHOWN = 4  # most shards of a dimension in a picture; of more, the first ones and the last
 _DRAWN = ("embed", "attn/q", "attn/o", "mlp/up", "mlp/down", "head")
 
 
 class Array(NamedTuple):
-  """An array of a step.
+  """A parameter or activation.
 
   Attributes:
-    name: path of a parameter, or what an activation is.
+    name: Path of the parameter, or name of the activation.
     dims: (logical axis or None, size) of each dimension.
-    itemsize: bytes of a number.
+    itemsize: Bytes per number.
   """
 
   name: str
-  dims: tuple
+  dims: tuple[tuple[str | None, int], ...]
   itemsize: int
 
 
-class Cut(NamedTuple):
-  """What a mesh makes of a dimension: into `parts`, over mesh `axes`."""
+class Split(NamedTuple):
+  """The sharding of one dimension.
 
-  axes: tuple
-  parts: int
+  Attributes:
+    axes: Mesh axes that shard it.
+    shards: Number of shards.
+  """
+
+  axes: tuple[str, ...]
+  shards: int
 
 
-def parameters(c):
-  """The `Array`s of a resolved config's parameters, in the order of their paths."""
+def parameters(c: ml_collections.ConfigDict) -> list[Array]:
+  """The parameters of a resolved config, in the order of their paths."""
   shapes, axes = transformer.abstract(
     transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   )
@@ -52,8 +60,8 @@ def parameters(c):
   ]
 
 
-def activations(c):
-  """The `Array`s that a microbatch makes on its way through the model."""
+def activations(c: ml_collections.ConfigDict) -> list[Array]:
+  """The main activations of a microbatch, in the order of the forward pass."""
   m = c.model
   rows, wide = c.data.batch_size // c.optim.accumulate, 2 if m.dtype == "bfloat16" else 4
   of = lambda name, axis, length, *dims, itemsize=wide: Array(
@@ -70,93 +78,96 @@ def activations(c):
   return out
 
 
-def cut(array, sizes, rules):
-  """For each dimension of an `Array` its `Cut`.
+def split(array: Array, sizes: Mapping[str, int], rules: sharding.Rules) -> list[Split]:
+  """The sharding of each dimension of an array.
 
   Args:
-    array: an `Array`.
-    sizes: of the mesh, {axis: size}.
-    rules: a `sharding.Rules`.
+    array: The array.
+    sizes: Sizes of the mesh axes, {axis: size}.
+    rules: Logical axis rules.
   """
   out = []
   for axis, size in array.dims:
     names = tuple(name for name in rules.mesh_axes(axis) if sizes[name] > 1)
-    parts = math.prod(sizes[name] for name in names)
-    out.append(Cut(names, parts) if size % parts == 0 else Cut((), 1))
+    shards = math.prod(sizes[name] for name in names)
+    out.append(Split(names, shards) if size % shards == 0 else Split((), 1))
   return out
 
 
-def holders(array, sizes, rules):
-  """Which devices hold which part: {index of the part in each dimension: [device, …]}.
+def holders(
+  array: Array, sizes: Mapping[str, int], rules: sharding.Rules
+) -> dict[tuple[int, ...], list[int]]:
+  """The devices that hold each shard: {index of the shard in each dimension: [device, ...]}.
 
-  Devices are numbered by their place in the mesh, the last axis running fastest.
+  Devices are numbered by their place in the mesh, with the last mesh axis varying fastest.
   """
-  cuts, out = cut(array, sizes, rules), {}
+  splits = split(array, sizes, rules)
+  out: dict[tuple[int, ...], list[int]] = {}
   for place in np.ndindex(*(sizes[axis] for axis in MESH_AXES)):
     at = dict(zip(MESH_AXES, place, strict=True))
     index = []
-    for one in cuts:
-      part = 0
+    for one in splits:
+      shard = 0
       for axis in one.axes:
-        part = part * sizes[axis] + at[axis]
-      index.append(part)
+        shard = shard * sizes[axis] + at[axis]
+      index.append(shard)
     number = int(np.ravel_multi_index(place, [sizes[axis] for axis in MESH_AXES]))
     out.setdefault(tuple(index), []).append(number)
   return out
 
 
-def table(arrays, sizes, rules):
-  """Lines: for each `Array` its dimensions, what they are cut over, and what a device holds."""
-  rows = [("array", "dimensions", "cut over", "on a device", "MiB")]
+def table(arrays: Iterable[Array], sizes: Mapping[str, int], rules: sharding.Rules) -> list[str]:
+  """Lines with the dimensions of each array, their mesh axes, and its shape and size per device."""
+  lines = [("array", "dimensions", "sharded over", "per device", "MiB")]
   for array in arrays:
-    cuts = cut(array, sizes, rules)
-    part = [size // one.parts for (_, size), one in zip(array.dims, cuts, strict=True)]
-    rows.append(
+    splits = split(array, sizes, rules)
+    shape = [size // one.shards for (_, size), one in zip(array.dims, splits, strict=True)]
+    lines.append(
       (
         array.name,
         " x ".join(f"{axis or '-'} {size}" for axis, size in array.dims),
         ", ".join(
           f"{axis}: {' x '.join(one.axes)}"
-          for (axis, _), one in zip(array.dims, cuts, strict=True)
+          for (axis, _), one in zip(array.dims, splits, strict=True)
           if one.axes
         )
         or "nothing",
-        str(part).replace(" ", ""),
-        f"{math.prod(part) * array.itemsize / 2**20:.2f}",
+        str(shape).replace(" ", ""),
+        f"{math.prod(shape) * array.itemsize / 2**20:.2f}",
       )
     )
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   return [
-    "  ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False))
+    "  ".join(cell.ljust(width) for cell, width in zip(line[:-1], widths, strict=False))
     + "  "
-    + row[-1].rjust(widths[-1])
-    for row in rows
+    + line[-1].rjust(widths[-1])
+    for line in lines
   ]
 
 
-def picture(array, sizes, rules):
-  """Lines: a box for each part of an `Array`, with the devices that hold it.
+def picture(array: Array, sizes: Mapping[str, int], rules: sharding.Rules) -> list[str]:
+  """Lines with a box for each shard of an array, with the devices that hold it.
 
-  The last two dimensions that are cut are drawn; of others, the first part.
+  The last two sharded dimensions are drawn. Of other sharded dimensions, only the first shard is.
   """
-  cuts, parts = cut(array, sizes, rules), holders(array, sizes, rules)
-  dims = [i for i, one in enumerate(cuts) if one.parts > 1][-2:]
+  splits, held = split(array, sizes, rules), holders(array, sizes, rules)
+  dims: list[int | None] = [i for i, one in enumerate(splits) if one.shards > 1][-2:]
   down, across = [None] * (2 - len(dims)) + dims
-  if len(dims) == 1 and dims[0] != len(cuts) - 1:
+  if len(dims) == 1 and dims[0] != len(splits) - 1:
     down, across = across, down
-  numbers = lambda i: _some(range(1 if i is None else cuts[i].parts))
-  label = lambda i: "" if i is None else f"{array.dims[i][0]} over {' x '.join(cuts[i].axes)}"
+  numbers = lambda i: _some(range(1 if i is None else splits[i].shards))
+  label = lambda i: "" if i is None else f"{array.dims[i][0]} over {' x '.join(splits[i].axes)}"
 
-  def cell(row, column):
-    if row is None or column is None:
+  def cell(line: int | None, column: int | None) -> str:
+    if line is None or column is None:
       return "…"
-    index = [0] * len(cuts)
-    for i, part in ((down, row), (across, column)):
+    index = [0] * len(splits)
+    for i, shard in ((down, line), (across, column)):
       if i is not None:
-        index[i] = part
-    return _ranges(parts[tuple(index)])
+        index[i] = shard
+    return _ranges(held[tuple(index)])
 
-  grid = [[cell(row, column) for column in numbers(across)] for row in numbers(down)]
+  grid = [[cell(line, column) for column in numbers(across)] for line in numbers(down)]
   widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
   bar = lambda left, middle, right: left + middle.join("─" * (w + 2) for w in widths) + right
   lines = [bar("┌", "┬", "┐")]
@@ -169,14 +180,18 @@ def picture(array, sizes, rules):
   lines.append(bar("└", "┴", "┘"))
   title = f"{array.name} [{', '.join(str(size) for _, size in array.dims)}]"
   notes = [f"{arrow} {label(i)}" for arrow, i in (("↓", down), ("→", across)) if i is not None]
-  return [title + (f"   {'   '.join(notes)}" if notes else "   whole on each"), *lines]
+  return [title + (f"   {'   '.join(notes)}" if notes else "   replicated"), *lines]
 
 
-def describe(c, sizes):
-  """Lines: the tables of all arrays of a resolved config on a mesh, and pictures of some.
+def describe(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> list[str]:
+  """Lines with tables of all arrays of a resolved config on a mesh, and pictures of some.
+
+  Args:
+    c: The resolved config.
+    sizes: Sizes of the mesh axes, {axis: size}.
 
   Raises:
-    UserError: the mesh does not divide what it has to, as training says.
+    UserError: The mesh does not divide a dimension that it has to, with training's message.
   """
   weights, values, rules = parameters(c), activations(c), sharding.rules(c.mesh)
   mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
@@ -197,15 +212,15 @@ def describe(c, sizes):
   return lines
 
 
-def _some(numbers):
-  """The numbers, or the first ones, None and the last."""
-  numbers = list(numbers)
+def _some(items: Iterable[T]) -> list[T | None]:
+  """All items if they are few, otherwise the first ones, None and the last."""
+  numbers: list[T | None] = list(items)
   return numbers if len(numbers) <= _SHOWN else [*numbers[: _SHOWN - 2], None, numbers[-1]]
 
 
-def _ranges(numbers):
-  """'0-3' of [0, 1, 2, 3], '0 8 … 56' of many with gaps."""
-  runs = []
+def _ranges(numbers: Iterable[int]) -> str:
+  """Sorted numbers as text: [0, 1, 2, 3] becomes '0-3', many with gaps '0 8 … 56'."""
+  runs: list[list[int]] = []
   for number in numbers:
     if runs and number == runs[-1][1] + 1:
       runs[-1][1] = number

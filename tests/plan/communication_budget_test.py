@@ -70,7 +70,7 @@ def test_a_budget_of_communication_is_written_and_then_kept(tmp_path, capsys):
   assert "all-reduce bf16: 0 calls, 0.000 GB in the budget; now 4 calls, 1.000 GB" in out
   assert communication_budget.check(path, figures(all_gather=(20, 2e9))) == 1
   path.write_text("[3]")
-  with pytest.raises(UserError, match="no communication budget"):
+  with pytest.raises(UserError, match="is not a communication budget"):
     communication_budget.check(path, figures())
   with pytest.raises(UserError, match="cannot be read or written: Is a directory"):
     communication_budget.check(tmp_path, figures())
@@ -88,7 +88,7 @@ def test_of_another_compiler_all_bytes_are_compared(tmp_path, capsys, monkeypatc
     communication_budget.check(path, figures(all_gather=(4, 1e9), collective_permute=(99, 0.9e9)))
     == 0
   )
-  assert "the budget is of libtpu 1, this program of libtpu 2" in capsys.readouterr().out
+  assert "the budget is from libtpu 1, this program from libtpu 2" in capsys.readouterr().out
   assert communication_budget.check(path, figures(all_gather=(10, 1.7e9))) == 1
   assert "all collectives: 2.000 GB in the budget; now 1.700 GB" in capsys.readouterr().out
 

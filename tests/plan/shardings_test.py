@@ -55,8 +55,8 @@ def test_each_device_holds_what_jax_gives_it(axes):
   for array in shardings.parameters(c) + shardings.activations(c):
     shape = tuple(size for _, size in array.dims)
     spec = rules.fitting_spec(where, shape, [axis for axis, _ in array.dims])
-    cuts = shardings.cut(array, sizes, rules)
-    part = [size // one.parts for size, one in zip(shape, cuts, strict=True)]
+    splits = shardings.split(array, sizes, rules)
+    part = [size // one.shards for size, one in zip(shape, splits, strict=True)]
     expected = {}
     for device, slices in NamedSharding(where, spec).devices_indices_map(shape).items():
       index = tuple(s.indices(n)[0] // p for s, n, p in zip(slices, shape, part, strict=True))
@@ -118,7 +118,7 @@ def test_a_picture_of_copies_and_one_of_many_parts():
   ]
   whole = shardings.Array("scale", (("norm", 64),), 4)
   assert shardings.picture(whole, sizes, sharding.DEFAULT)[::2] == [
-    "scale [64]   whole on each",
+    "scale [64]   replicated",
     "│ 0-31 │",
   ]
 
