@@ -1,11 +1,16 @@
-"""Compiles the very train step of a config for a topology, and says what memory it takes."""
+"""Compilation of a config's train step for a topology, and the memory that it takes.
+
+This is the train step that training runs, compiled for devices that are not present.
+"""
 
 import contextlib
 import re
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -14,19 +19,24 @@ from jaxgpt.data import layouts
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import topology as topology_lib
+from jaxgpt.plan.topology import Topology
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import train_step, xla_options
+from jaxgpt.tree import PyTree
 
 
 class Memory(NamedTuple):
   """Bytes on one device while a step runs.
 
   Attributes:
-    parameters, optimizer, average, batch: what the step is given; see `train_step`.
-    padding: what the layouts of these arrays add.
-    temporaries: activations that are saved, gradients, gathered weights and whatever is in flight.
-    outputs: results that are not written over what was given.
-    code: the program.
+    parameters: The parameters, trained or frozen.
+    optimizer: The optimizer state.
+    average: The moving average of the parameters.
+    batch: The batch.
+    padding: Padding of these arrays in the device's layouts.
+    temporaries: Saved activations, gradients, gathered weights and other intermediate results.
+    outputs: Results that do not reuse the memory of an argument.
+    code: The program itself.
   """
 
   parameters: int
@@ -39,7 +49,8 @@ class Memory(NamedTuple):
   code: int
 
   @property
-  def total(self):
+  def total(self) -> int:
+    """Sum of all kinds."""
     return sum(self)
 
 
@@ -47,19 +58,19 @@ class Compiled(NamedTuple):
   """A compiled step.
 
   Attributes:
-    c: the resolved config.
-    mesh: of devices that only compile.
-    lowered: the program before that, see `train_step.lower`.
-    executable: `jax.stages.Compiled`.
-    memory: a `Memory`.
-    attention: the form of attention in it.
-    seconds: how long the compiler took.
+    c: The resolved config.
+    mesh: Mesh of devices that can compile but not run.
+    lowered: The program before compilation, see `train_step.lower`.
+    executable: The compiled program.
+    memory: Its memory.
+    attention: Its implementation of attention.
+    seconds: Time that the compiler took.
   """
 
-  c: Any
-  mesh: Any
-  lowered: Any
-  executable: Any
+  c: ml_collections.ConfigDict
+  mesh: jax.sharding.Mesh
+  lowered: jax.stages.Lowered
+  executable: jax.stages.Compiled
   memory: Memory
   attention: str
   seconds: float
@@ -69,29 +80,31 @@ class OutOfMemory(Exception):
   """The program needs more memory than a device has.
 
   Attributes:
-    needed, limit: bytes; `needed` is 0 where the compiler does not say.
+    needed: Bytes that it needs; 0 if the compiler does not report them.
+    limit: Bytes of a device.
   """
 
-  def __init__(self, needed, limit):
-    super().__init__(f"{needed / 2**30:.2f} GiB needed, {limit / 2**30:.2f} GiB there")
+  def __init__(self, needed: int, limit: int):
+    super().__init__(f"{needed / 2**30:.2f} GiB needed, {limit / 2**30:.2f} GiB available")
     self.needed, self.limit = needed, limit
 
 
-def resolve(c):
-  """The config as training resolves it, but for the tokenizer, which no plan needs.
+def resolve(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Resolves a config as training does, except that no tokenizer is read.
 
   Raises:
-    UserError: no vocabulary size, or what `config.resolve` finds.
+    UserError: The vocabulary size is not set, or `config.resolve` finds an error.
   """
   if c.model.vocab_size is None:
     raise UserError(
-      "model.vocab_size is not set, and a plan reads no tokenizer; add --config.model.vocab_size=N"
+      "model.vocab_size is not set, and a plan does not read the tokenizer; add "
+      "--config.model.vocab_size=N"
     )
   return config.resolve(c)
 
 
-def batch_shapes(c):
-  """The global batch of a resolved config as a tree of ShapeDtypeStructs."""
+def batch_shapes(c: ml_collections.ConfigDict) -> PyTree:
+  """The global batch of a resolved config as a tree of `ShapeDtypeStruct`s."""
   layout = layouts.OBJECTIVES[c.objective.name]
   if layout is layouts.MaskedLM:
     layout = layout(None)
@@ -106,11 +119,14 @@ def batch_shapes(c):
 
 
 @contextlib.contextmanager
-def _no_cache():
-  """JAX asks the compiler alone: what its cache gives loses functions when it is written again."""
-  before = jax.config.jax_enable_compilation_cache
+def _no_cache() -> Iterator[None]:
+  """Disables JAX's compilation cache.
+
+  An executable from the cache is incomplete when it is serialized a second time.
+  """
+  before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # set dynamically
   jax.config.update("jax_enable_compilation_cache", False)
-  compilation_cache.reset_cache()  # whether there is one is asked but once
+  compilation_cache.reset_cache()  # JAX checks only once whether there is a cache
   try:
     yield
   finally:
@@ -118,20 +134,20 @@ def _no_cache():
     compilation_cache.reset_cache()
 
 
-def compile_step(c, topology, anew=False):
+def compile_step(
+  c: ml_collections.ConfigDict, topology: Topology, use_cache: bool = True
+) -> Compiled:
   """Compiles the train step for a topology.
 
   Args:
-    c: from `resolve`.
-    topology: a `topology.Topology`.
-    anew: whether JAX's compilation cache is left alone, as it must be for `programs.save`.
-
-  Returns:
-    A `Compiled`.
+    c: A config from `resolve`.
+    topology: The hardware.
+    use_cache: Whether to use JAX's compilation cache. `compiled_step.save` needs a program that
+      does not come from the cache.
 
   Raises:
-    UserError: the config does not fit the topology's devices, or XLA refuses an option.
-    OutOfMemory: the program does not fit their memory.
+    UserError: The config does not suit the topology's devices, or XLA refuses an option.
+    OutOfMemory: The program does not fit the memory of a device.
   """
   mesh = topology_lib.mesh(c.mesh, topology)
   mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
@@ -141,7 +157,7 @@ def compile_step(c, topology, anew=False):
   began = time.monotonic()
   lowered = train_step.lower(step, parts.state, batch, mesh)
   try:
-    with _no_cache() if anew else contextlib.nullcontext():
+    with contextlib.nullcontext() if use_cache else _no_cache():
       executable = xla_options.compile(lowered, mesh, c.mesh.compiler_options)
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e) or topology.chip is None:
@@ -159,29 +175,31 @@ def compile_step(c, topology, anew=False):
   )
 
 
-def device_bytes(tree):
-  """Bytes of a tree of sharded ShapeDtypeStructs on one device, without padding."""
+def device_bytes(tree: PyTree) -> int:
+  """Bytes of a tree of sharded `ShapeDtypeStruct`s on one device, without padding."""
   return sum(
     int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
 
 
-def batch_bytes(batch, mesh):
-  """Bytes of a global batch's shapes on one device."""
+def batch_bytes(batch: PyTree, mesh: jax.sharding.Mesh) -> int:
+  """Bytes of a global batch on one device."""
   whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))
   return whole // mesh_lib.num_batch_shards(mesh.shape)
 
 
-def memory(executable, state, batch, mesh):
-  """The `Memory` of a compiled step, from the compiler's own figures.
+def memory(
+  executable: jax.stages.Compiled, state: PyTree, batch: PyTree, mesh: jax.sharding.Mesh
+) -> Memory:
+  """The memory of a compiled step, as the compiler reports it.
 
   Args:
-    executable: from `train_step.compile`.
-    state: from `train_step.abstract_state`.
-    batch: the global batch's shapes.
-    mesh: the device mesh.
+    executable: From `xla_options.compile`.
+    state: From `train_step.abstract_state`.
+    batch: The global batch's shapes.
+    mesh: The device mesh.
   """
-  found = executable.memory_analysis()
+  found: Any = executable.memory_analysis()
   kinds = {
     "parameters": device_bytes([state["params"], state.get("frozen", {})]),
     "optimizer": device_bytes(state["opt"]),
@@ -200,13 +218,13 @@ def memory(executable, state, batch, mesh):
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def read_out_of_memory(text, limit, given=0):
-  """An `OutOfMemory` from the compiler's words.
+def read_out_of_memory(text: str, limit: int, given: int = 0) -> OutOfMemory:
+  """Parses the compiler's error.
 
   Args:
-    text: its error.
-    limit: bytes of a device, where it does not say.
-    given: bytes of what the program is given, which some compilers leave out of what it takes.
+    text: The error.
+    limit: Bytes of a device, if the error does not report them.
+    given: Bytes of the program's arguments. Some compilers report only its temporaries.
   """
   sizes = re.search(r"\(?([\d.]+)([KMGT]?)B?\)? exceeds available HBM \(([\d.]+)([KMGT])\)", text)
   if sizes is None:
@@ -216,5 +234,5 @@ def read_out_of_memory(text, limit, given=0):
   return OutOfMemory(_bytes(*sizes.groups()[:2]) + given, _bytes(*sizes.groups()[2:]))
 
 
-def _bytes(number, unit):
+def _bytes(number: str, unit: str) -> int:
   return int(float(number) * _SIZES[unit])
