@@ -49,7 +49,7 @@ def plan(
     )
   print(f"compiling for {where.num_chips} x {where.chip.name} …", flush=True)
   try:
-    compiled = lower.compile_step(c, where, anew=bool(save))
+    compiled = lower.compile_step(c, where, use_cache=not save)
   except lower.OutOfMemory as e:
     _explain(e, c, where)
     return 1
@@ -100,7 +100,7 @@ def here(path, overrides, *, save_text=None, save=None):
     UserError: as `plan`.
   """
   c = lower.resolve(config.load(path, overrides)[0])
-  compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE), anew=bool(save))
+  compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE), use_cache=not save)
   print("\n".join(report.of_this_machine(compiled)), flush=True)
   if save_text:
     _write(save_text, compiled.executable.as_text())
