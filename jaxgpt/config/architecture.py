@@ -29,6 +29,7 @@ def architecture(c_model: ml_collections.ConfigDict) -> dict[str, Any]:
     if key.architecture
     and all(node.used is None or node.used(c_model) for node in MODEL.on_path(name))
   }
+  # Patterns that differ only in their length may say the same: ("local",) and ("local", "local").
   for name, key in MODEL.flat_keys():
     if key.items:
       found[name] = tuple(each_layer(flat[name], c_model.num_layers))

@@ -61,6 +61,7 @@ def load(
     near = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
     hint = nearest(file, near) + (f"there are: {', '.join(near)}" if near else "")
     raise UserError(f"--config={file}: no such file; {hint}".rstrip("; "))
+  # Wrong names are reported before the file is executed, and with the nearest key.
   given = {_flat_key(override) for override in overrides}
   for key in given:
     mesh_rules.check_not_fixed(key)
@@ -71,6 +72,7 @@ def load(
   c = _from_file(file, arg)
   defaults, from_file = flatten(base()), flatten(c)
   c = _override(c, overrides)
+  # A preset's values count as such only if the file did not change them afterwards.
   from_preset = flatten({"model": PRESETS.get(c.model.preset, {})})
 
   def origin(key: str) -> str:
@@ -111,6 +113,7 @@ def _from_file(path: str, arg: str) -> ml_collections.ConfigDict:
     raise UserError(
       f"{path}: get_config() returned a {type(c).__name__}; return config.base() with your changes"
     )
+  # The file may have replaced or unlocked the config, so its keys are compared with the declared.
   given, defaults = flatten(c), flatten(base())
   for key in sorted(given.keys() | KEYS.keys()):
     if not is_key(key):

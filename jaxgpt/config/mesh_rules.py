@@ -111,6 +111,7 @@ def check_sharded_once(
   for axis in filter(None, axes):
     for name in table[axis]:
       if name in seen:
+        # Name only rules that the user can change.
         ours = [a for a in dict.fromkeys((axis, seen[name])) if a not in FIXED]
         rules = " and ".join(f"mesh.rules.{a}={','.join(table[a])!r}" for a in ours)
         fixed = "" if seen[name] in ours else f" (its {seen[name]!r} always is)"

@@ -38,7 +38,7 @@ def from_dict(tree: Nested) -> ml_collections.ConfigDict:
   for key, value in flatten(tree).items():
     if not is_key(key):
       raise UserError(f"unknown config key {key!r}; {nearest(key, KEYS)}".rstrip("; "))
-    if value is not None:
+    if value is not None:  # placeholders take no None
       c.update_from_flattened_dict({key: value})
   return c
 
@@ -74,6 +74,8 @@ def resolve(
   check_values(c)
   if c.model.vocab_size is None:
     c.model.vocab_size = vocab_size
+  # In the order of the declarations: some values derive from others that are derived themselves,
+  # such as attn_scale from head_dim from width and num_heads.
   for flat, key in KEYS.items():
     if key.derive is not None:
       *sections, name = flat.split(".")

@@ -68,6 +68,7 @@ class Mirror:
     self._error: Exception | None = None
     for folder in (self.folder, self._marks):
       folder.mkdir(parents=True, exist_ok=True)
+    # The bucket is the truth. Local copies only save downloads.
     self._complete = self._list()
     for path in self.folder.iterdir():
       if path.name.isdecimal() and not self._is_here(int(path.name)):
@@ -135,6 +136,7 @@ class Mirror:
     self._thread.start()
 
   def _push(self, step: int) -> None:
+    # A new random mark tells this checkpoint from one of the same step of an earlier run.
     mark = secrets.token_hex(16)
     buckets.upload(self.folder / str(step), f"{self._address}/{step}")
     with buckets.named_errors(self._address, "written"):
@@ -143,6 +145,7 @@ class Mirror:
     self._complete = self._complete | {step: mark}
 
   def _delete_old(self) -> None:
+    # The mark goes first: from then on the checkpoint does not count, and a kill does no harm.
     for step in old_steps(self.steps(), self._keep, self._keep_every):
       with buckets.named_errors(f"{self._address}/{step}", "deleted"):
         self._filesystem.rm_file(f"{self._inside}/{step}{_COMPLETE}")

@@ -76,6 +76,7 @@ class Checkpoints:
       if bucket_checkpoints.is_needed(self.folder)
       else None
     )
+    # See `writing_gb`: chunks, and files per array instead of OCDBT's shared ones.
     self._chunk = None if writing_gb is None else _CHUNK
     limit = {} if writing_gb is None else {"save_concurrent_gb": writing_gb, "use_ocdbt": False}
     handlers = {name: ocp.StandardCheckpointHandler(**limit) for name in _ITEMS}
@@ -122,8 +123,10 @@ class Checkpoints:
       for name, item in state.items()
       if name in _ITEMS
     }
+    # Scalars go to `meta`, so that a reader of the weights needs no array of the optimizer.
     meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+    # Orbax saves in the background. The mirror waits for it in a thread of its own.
     if self._mirror:
       self._mirror.push(step, self._manager.wait_until_finished)
 
@@ -174,6 +177,7 @@ class Checkpoints:
     items = {
       name: ocp.args.StandardRestore(item) for name, item in abstract.items() if name in _ITEMS
     }
+    # Checked before Orbax does, whose errors do not name the parameter.
     try:
       self._check_shapes(where, step, {name: abstract[name] for name in items})
       out = self._manager.restore(

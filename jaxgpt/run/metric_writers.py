@@ -118,7 +118,7 @@ class Jsonl(MetricWriter):
       return
     with self._named_errors():
       self._file.write(line)
-      self._file.flush()
+      self._file.flush()  # `tail -f` and plots follow the run
 
   def flush(self) -> None:
     self._written = time.monotonic()

@@ -80,10 +80,13 @@ def enter(
         "choose a new folder"
       )
     folder.mkdir(parents=True, exist_ok=True)
+    # config.json makes the folder a run, so it is written after the tokenizer: a kill in between
+    # leaves a folder that the next start can complete.
     if not (folder / _CONFIG).exists():
       tokenizer.save(folder / _TOKENIZER)
       text = json.dumps({"config": json.loads(c.to_json()), "origin": origin}, indent=2)
       atomic.write(folder / _CONFIG, text + "\n")
+    # Objects in a bucket cannot be appended to, so the file is written as a whole.
     starts = folder / _STARTS
     before = starts.read_text() if starts.exists() else ""
     atomic.write(starts, before + json.dumps(_start(c, mesh, data_digest)) + "\n")

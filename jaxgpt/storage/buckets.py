@@ -122,6 +122,7 @@ class Files:
     return path
 
   def _fetch(self, entry: Mapping[str, Any], path: pathlib.Path) -> None:
+    # Other processes test for the file without the lock, so it must appear complete.
     part = path.with_name(f"{path.name}.part")
     address = f"{self.address.rstrip('/')}/{entry['name']}"
     download(address, part)

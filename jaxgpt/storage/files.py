@@ -121,6 +121,7 @@ def find(
       raise UserError("path '' is empty; name the folder to read, '.' for the current one")
     expand = _expand_remote if scheme_of(given) else _expand_local
     found = list(expand(given.removeprefix("file://"), suffixes))
+    # `jaxgpt data` may write its output below the folder it reads. It must not read that again.
     prepared = _prepared({f.parts for f in found})
     for root, parts, file, identity in found:
       if (
@@ -308,8 +309,9 @@ def remote_error(address: str, error: BaseException, verb: str = "reached") -> U
   """
   scheme = scheme_of(address)
   cause = error.__cause__
+  # fsspec reports an unreachable server as a missing file.
   if isinstance(error, FileNotFoundError) and cause and not isinstance(cause, FileNotFoundError):
-    error = cause  # fsspec reports an unreachable server as a missing file
+    error = cause
   problem = (
     ": no such file or folder"
     if isinstance(error, FileNotFoundError)
@@ -325,6 +327,8 @@ def _expand_remote(given: str, suffixes: Collection[str]) -> Iterator[_Found]:
   filesystem, path = filesystem_of(given)
   web = scheme in ("http", "https")
   try:
+    # A name may contain wildcard characters, so an existing path is not a pattern. Web servers
+    # have no listings: an http address is one file.
     if not web and glob.has_magic(path) and not filesystem.exists(path):
       found = filesystem.glob(path, detail=True)
       root: Parts | None = _literal_parts(tuple(path.split("/")))

@@ -1,0 +1,48 @@
+"""Throughput between two log lines."""
+
+import pytest
+
+from jaxgpt.run import throughput
+
+
+class Clock:
+  """A clock that the test sets."""
+
+  now = 0.0
+
+  def monotonic(self):
+    return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  clock = Clock()
+  monkeypatch.setattr(throughput, "time", clock)
+  return clock
+
+
+def test_rates_leave_out_pauses_and_report_input_wait(clock):
+  timer = throughput.Timer(flops_per_token=10.0, peak_flops=1000.0)
+  with timer.waiting():
+    clock.now += 1
+  clock.now += 3
+  timer.step_done(tokens=40)
+  timer.step_done(tokens=40)
+  with timer.paused():
+    clock.now += 100
+  assert timer.take() == {
+    "tokens_per_second": 20.0,
+    "step_time": 2.0,
+    "input_wait": 0.25,
+    "mfu": 0.2,
+  }
+
+
+def test_taking_resets_and_unknown_peaks_give_no_mfu(clock):
+  timer = throughput.Timer(flops_per_token=10.0, peak_flops=None)
+  timer.step_done(tokens=8)
+  clock.now += 2
+  assert timer.take() == {"tokens_per_second": 4.0, "step_time": 2.0, "input_wait": 0.0}
+  clock.now += 4
+  timer.step_done(tokens=8)
+  assert timer.take()["tokens_per_second"] == 2.0
