@@ -35,13 +35,13 @@ _GPT2 = dict(
     vocab_size=50257, max_len=1024, norm="layernorm", norm_eps=1e-5, position="learned",
     activation="gelu", gated=False, bias=True, tie_embeddings=True)  # Radford et al. 2019
 
-_LLAMA = dict(
+_LLAMA: dict[str, Any] = dict(
     norm="rmsnorm", norm_eps=1e-5, position="rotary", activation="silu", gated=True, bias=False,
     tie_embeddings=False)  # arXiv:2302.13971
 
 _LLAMA2 = _LLAMA | dict(vocab_size=32000, max_len=4096)  # arXiv:2307.09288
 _LLAMA3 = _LLAMA | dict(vocab_size=128256, max_len=8192, rope=dict(theta=500_000.0))
-_LLAMA31 = _LLAMA3 | dict(max_len=131072, rope=dict(  # arXiv:2407.21783
+_LLAMA31: dict[str, Any] = _LLAMA3 | dict(max_len=131072, rope=dict(  # arXiv:2407.21783
     theta=500_000.0, scaling="llama3", factor=8.0, original_len=8192))
 _LLAMA32 = _LLAMA31 | dict(tie_embeddings=True, rope=_LLAMA31["rope"] | dict(factor=32.0))
 

@@ -310,8 +310,9 @@ def dump(
   folder = epath.Path(folder)
   if distributed.is_first():
     folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = dict(batch)
     with (folder / "batch.npz").open("wb") as f:
-      np.savez(f, **batch)
+      np.savez(f, **arrays)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
   checkpoints = Checkpoints(folder / "state")
   checkpoints.save(state)

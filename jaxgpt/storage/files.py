@@ -116,7 +116,8 @@ def find(
   paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   exclude = [exclude] if isinstance(exclude, str) else list(exclude)
   seen, files = set(), []
-  for given in map(os.fspath, paths):
+  for path in paths:
+    given = os.fspath(path)
     if not given:
       raise UserError("path '' is empty; name the folder to read, '.' for the current one")
     expand = _expand_remote if scheme_of(given) else _expand_local

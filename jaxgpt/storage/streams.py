@@ -16,7 +16,7 @@ import lzma
 import os
 import time
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from jaxgpt.errors import optional
 from jaxgpt.storage import files
@@ -78,7 +78,7 @@ def open_random(file: files.File) -> io.BufferedReader:
 
 def _open(file: files.File, in_order: bool) -> io.BufferedReader:
   if not files.scheme_of(file.address):
-    return open(file.address, "rb", buffering=BUFFER)
+    return cast(io.BufferedReader, open(file.address, "rb", buffering=BUFFER))
   filesystem, path = files.filesystem_of(file.address)
   try:
     raw = _Remote(filesystem, path, in_order and file.address.startswith("http"))
@@ -192,13 +192,14 @@ class _Zstandard(io.RawIOBase):
       new_frame: Makes a decompressor for one frame.
     """
     self._raw, self._new_frame = raw, new_frame
-    self._frame, self._size = None, _ZSTD_INPUT[0]
+    self._frame: Any = None  # the decompressor of the current frame
+    self._size = _ZSTD_INPUT[0]
     self._input, self._output = b"", memoryview(b"")
 
   def readable(self) -> bool:
     return True
 
-  def read(self, size: int = -1) -> memoryview | bytes:  # type: ignore[override]  # no copy
+  def read(self, size: int = -1) -> memoryview | bytes:
     while not self._output:
       data = self._input or self._raw.read(self._size)
       self._input = b""

@@ -71,8 +71,8 @@ def lists_of_keys(path):
   """Yields names of keys in the list, tuple, set and dict literals of a file.
 
   A literal counts if it contains a flat name ('optim.lr'), or if it has at least three strings,
-  all of which are keys below the same section ('lr', 'options.x'). Names of mesh axes and of logical axes are those of `mesh`
-  and `mesh.rules`; they are sharding annotations.
+  all of which are keys below the same section ('lr', 'options.x'). The sections `mesh` and
+  `mesh.rules` do not count: their keys also name mesh axes and logical axes in annotations.
   """
   sections = [
     {key for key, _ in section.flat_keys()}

@@ -10,7 +10,8 @@ import pathlib, re, sys
 from jaxgpt.storage import malloc
 
 def size():
-  return int(re.search(r"Pss_Anon: +([0-9]+)", pathlib.Path("/proc/self/smaps_rollup").read_text())[1])
+  rollup = pathlib.Path("/proc/self/smaps_rollup").read_text()
+  return int(re.search(r"Pss_Anon: +([0-9]+)", rollup)[1])
 
 if sys.argv[1] == "yes":
   malloc.give_back()
