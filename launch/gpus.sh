@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One machine with one or more GPUs: one process on all of them, restarted when it is killed.
+# Trains on one machine with GPUs: one process on all of them, restarted if it is killed.
 #
 #   launch/gpus.sh --config=configs/gpt2_124m.py --workdir=DIR --config.data.path=DATA
 #
-#   GPUS=0,1        which; default: all that there are
-#   JAXGPT=jaxgpt   the program
+#   GPUS=0,1        GPUs to use; default: all
+#   JAXGPT=jaxgpt   the command
 #   DRY_RUN=1       prints what it would do
 #   MAX_RESTARTS, RETRY_WAIT   see retry.sh
 set -euo pipefail
@@ -14,7 +14,7 @@ read -ra jaxgpt <<<"${JAXGPT:-jaxgpt}"
 if [[ -n ${GPUS:-} ]]; then
   export CUDA_VISIBLE_DEVICES=$GPUS
 fi
-export JAX_PLATFORMS=cuda  # without a working GPU this is an error, and not a slow run on the CPU
+export JAX_PLATFORMS=cuda  # an error without a working GPU, instead of a slow run on the CPU
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 if [[ -n ${DRY_RUN:-} ]]; then
   echo "CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-(all)} JAX_PLATFORMS=$JAX_PLATFORMS" \

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One run in several processes on this machine, restarted when one of them is lost.
+# Trains in several processes on this machine, restarted if one of them is lost.
 #
 #   PROCESSES=2 launch/local.sh --config=configs/char_level.py --workdir=DIR --config.data.path=DATA
 #
-# Good for trying out what several hosts will do; on one machine, one process is faster.
+# Use it to try out how a run behaves on several hosts. On one machine, one process is faster.
 #
-#   PROCESSES=2     how many
-#   PORT            of the coordinator; default: any, another one for each start
-#   JAXGPT=jaxgpt   the program, such as "python -m jaxgpt"
+#   PROCESSES=2     number of processes
+#   PORT            port of the coordinator; default: a random one for each start
+#   JAXGPT=jaxgpt   the command, such as "python -m jaxgpt"
 #   DRY_RUN=1       prints the commands
 #   MAX_RESTARTS, RETRY_WAIT   see retry.sh
 set -uo pipefail
@@ -21,7 +21,7 @@ processes=${PROCESSES:-2} port=${PORT:-$((20000 + RANDOM % 20000))}
 read -ra jaxgpt <<<"${JAXGPT:-jaxgpt}"
 children=()
 trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM
-trap : INT  # the terminal has sent it to the processes as well
+trap : INT  # Ctrl-C: the terminal sends it to the processes as well
 for ((i = 0; i < processes; i++)); do
   command=("${jaxgpt[@]}" train "--coordinator=127.0.0.1:$port" "--num-processes=$processes"
            "--process-id=$i" "$@")
@@ -38,7 +38,7 @@ code=0
 for child in "${children[@]}"; do
   wait "$child"
   one=$?
-  while kill -0 "$child" 2>/dev/null; do  # a signal has ended `wait`, not the process
+  while kill -0 "$child" 2>/dev/null; do  # a signal ended `wait`, not the process
     wait "$child"
     one=$?
   done

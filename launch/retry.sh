@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs a command again as long as it ends by a cause that passes; the run goes on where it stopped.
+# Repeats a command while it fails for a temporary reason. Training continues from its checkpoint.
 #
 #   launch/retry.sh jaxgpt train --config=FILE --workdir=DIR
 #
-# jaxgpt's exit codes: 0 done; 2 bad input, the same again would fail; 75 another process was lost;
-# 128+N ended by signal N, everything saved. All but 0 and 2 are tried again, unless this script
-# itself is told to stop (Ctrl-C, SIGTERM).
+# jaxgpt's exit codes: 0 done; 2 bad input, which would fail again; 75 another process was lost;
+# 128+N ended by signal N after saving. Every code except 0 and 2 is tried again, unless this script
+# itself is stopped (Ctrl-C, SIGTERM).
 #
-#   MAX_RESTARTS=100   at most so many restarts
-#   RETRY_WAIT=10      seconds before a restart; doubled, up to 300, after each start that lived
-#                      for less than a minute
+#   MAX_RESTARTS=100   most restarts
+#   RETRY_WAIT=10      seconds before a restart; doubled, up to 300, after each start that ended
+#                      within a minute
 #   DRY_RUN=1          prints the command
 set -uo pipefail
 
@@ -26,7 +26,7 @@ if [[ -n ${DRY_RUN:-} ]]; then
 fi
 
 stopping='' child=''
-trap 'stopping=1' INT  # the terminal has sent it to the command as well
+trap 'stopping=1' INT  # Ctrl-C: the terminal sends it to the command as well
 trap 'stopping=1; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM
 
 wait_for=$first_wait
@@ -36,7 +36,7 @@ for ((restarts = 0; ; restarts++)); do
   child=$!
   wait "$child"
   code=$?
-  if [[ -n $stopping && $code -gt 128 ]]; then  # the signal may have ended `wait`, not the command
+  if [[ -n $stopping && $code -gt 128 ]]; then  # the signal may have ended `wait` and not the command
     wait "$child"
     again=$?
     [[ $again -ne 127 ]] && code=$again

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU VMs: asks for a slice in the queue, installs jaxgpt on all of its hosts,
-# trains, and begins again with a new slice when this one is preempted.
+# Trains on Cloud TPU VMs: requests a slice from the queue, installs jaxgpt on all of its hosts,
+# trains, and requests a new slice if this one is preempted.
 #
 #   NAME=jaxgpt ZONE=us-east5-b TYPE=v6e-256 launch/tpu_vm.sh \
 #     --config=configs/llama3_8b.py --workdir=gs://BUCKET/run --config.data.path=gs://BUCKET/data
 #
-#   NAME=jaxgpt ZONE TYPE      of the slice; PROJECT: gcloud's, unless set
+#   NAME=jaxgpt ZONE TYPE      name, zone and type of the slice; PROJECT: default: gcloud's
 #   VERSION=v2-alpha-tpuv6e    runtime; v4: tpu-ubuntu2204-base, v5e: v2-alpha-tpuv5-lite
 #   SPOT=1                     spot capacity; 0: on demand
-#   MAX_RESTARTS=100           at most so many slices, and restarts on each
-#   POLL=30                    seconds between looks at the queue
-#   KEEP=0                     1: leaves the slice when the run is done, its input bad, or given up
+#   MAX_RESTARTS=100           most slices, and most restarts on each
+#   POLL=30                    seconds between checks of the queue
+#   KEEP=0                     1: keeps the slice after the run, whether it succeeded or failed
 #   DRY_RUN=1                  prints the commands
 #
-# On each host, retry.sh restarts a run in which a process was lost. A preempted slice goes as a
-# whole: this script, which runs on your machine, then asks for another one. The machines' own
-# Python is older than jaxgpt needs: uv fetches one. A slice costs money until it is deleted, which is left to
-# you where this script is stopped (Ctrl-C) or can't learn what became of it.
+# On each host, retry.sh restarts a run in which a process was lost. If the slice is preempted, all of
+# its hosts are gone; this script, which runs on your machine, then requests another one. uv installs
+# Python, because the hosts' own is too old. A slice costs money until it is deleted. Delete it
+# yourself if you stop this script (Ctrl-C), or if it can't find out the state of the slice.
 set -uo pipefail
 
 : "${NAME:=jaxgpt}" "${ZONE:=us-east5-b}" "${TYPE:=v6e-16}" "${VERSION:=v2-alpha-tpuv6e}"
@@ -42,10 +42,10 @@ state() {
   local said
   if said=$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
     '--format=value(state.state)' 2>&1); then
-    grep -xEm1 '[A-Z_]+' <<<"$said"  # gcloud's warnings and hints stand around it
+    grep -xEm1 '[A-Z_]+' <<<"$said"  # between gcloud's warnings and hints
   elif [[ $said == *NOT_FOUND* ]]; then
     echo NONE
-  else  # no network, no permission: nothing is known of the slice
+  else  # no network or no permission: the state is not known
     echo "tpu_vm: $said" >&2
     echo UNKNOWN
   fi
@@ -62,7 +62,7 @@ create() {
     "--accelerator-type=$TYPE" "--runtime-version=$VERSION" "${spot[@]}"
 }
 
-# Waits for the slice; asks for one where there is none, or only what is left of one.
+# Waits for the slice. Requests one if there is none, and deletes failed or suspended ones first.
 get_slice() {
   local unknown=0 failed=0 now
   [[ -n ${DRY_RUN:-} ]] && create
@@ -80,7 +80,7 @@ get_slice() {
         ;;
       SUSPENDED) delete ;;
     esac
-    unknown=$([[ $now == UNKNOWN ]] && echo $((unknown + 1)) || echo 0)  # one after the other
+    unknown=$([[ $now == UNKNOWN ]] && echo $((unknown + 1)) || echo 0)  # in a row
     if ((unknown == 10)); then
       echo "tpu_vm: gives up; $NAME may still be there, and then costs money" >&2
       return 1
@@ -89,7 +89,8 @@ get_slice() {
   done
 }
 
-# Where ssh alone was lost, the run goes on on the hosts: it is stopped, and saves, before the next one.
+# If only the ssh connection was lost, the run continues on the hosts. Stop it, so that it saves, before
+# starting the next one.
 stop_old="pkill -f '[l]aunch/retry.sh'; for i in {1..120}; do pgrep -f '[b]in/jaxgpt train' >/dev/null || break; sleep 1; done"
 
 install() {
@@ -119,5 +120,5 @@ for ((slices = 0; slices <= max; slices++)); do
   echo "tpu_vm: exit code $code, the slice is $(state)" >&2
   sleep "${POLL:-30}"
 done
-[[ ${KEEP:-0} == 1 ]] || delete  # it costs money as long as it is there
+[[ ${KEEP:-0} == 1 ]] || delete  # it costs money until it is deleted
 exit "$code"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The same run through xpk, which writes and queues the JobSet (pip install xpk).
+# Trains on GKE through xpk, which writes and queues the JobSet (pip install xpk).
 #
 #   CLUSTER=mine TPU_TYPE=v6e-16 SLICES=2 IMAGE=REGISTRY/jaxgpt:latest \
 #     launch/gke/xpk.sh NAME --config=configs/llama3_8b.py --workdir=gs://BUCKET/run \
 #     --config.data.path=gs://BUCKET/data
 #
-#   CLUSTER, IMAGE      must be set; PROJECT, ZONE: gcloud's, unless set
+#   CLUSTER, IMAGE      required; PROJECT, ZONE: default: gcloud's
 #   TPU_TYPE=v6e-16     SLICES=1
 #   SPOT=1              spot capacity; 0: on demand
-#   MAX_RESTARTS=100    at most so many restarts
+#   MAX_RESTARTS=100    most restarts
 #   DRY_RUN=1           prints the command
 #
-# xpk restarts a workload on exit codes 42 and 127-255 (ended by a signal) and, told so here, on 75
-# (a process was lost). Any other code, such as 2 for bad input, fails it.
+# xpk restarts a workload on exit codes 42 and 127-255 (ended by a signal), and with the option below
+# on 75 (a process was lost). With any other code, such as 2 for bad input, the workload fails.
 set -euo pipefail
 
 if [[ $# -lt 2 || -z ${CLUSTER:-} || -z ${IMAGE:-} ]]; then
