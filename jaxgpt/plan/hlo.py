@@ -305,10 +305,10 @@ def matmul_flops(program: Program, computation: str, made: Instruction) -> float
     made: A `dot`, or a `convolution`, which the TPU compiler makes of dots.
   """
   types = {i.name: i.arrays for i in program.computations[computation]}
-  lhs, rhs = (types.get(name) for name in made.operands[:2])
-  if not lhs or not rhs:
+  operands = [types.get(name) for name in made.operands[:2]]
+  if not all(operands):
     return 0
-  out, lhs, rhs = made.arrays[0].dims, lhs[0].dims, rhs[0].dims
+  out, (lhs, rhs) = made.arrays[0].dims, (arrays[0].dims for arrays in operands if arrays)
   if made.opcode == "dot":
     contracted = re.findall(r"\d+", made.attribute("lhs_contracting_dims") or "")
     return 2 * math.prod(out) * math.prod(lhs[int(d)] for d in contracted)

@@ -29,7 +29,7 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
   """
   c, chip = compiled.c, topology.chip
   assert chip is not None, "figures need a chip from the table"
-  program = hlo.parse(compiled.executable.as_text())
+  program = hlo.parse(compiled.executable.as_text() or "")
   took = (_by_roofline if chip.gpu else _by_cycles)(program, compiled, chip)
   memory = _by_kind(compiled) | {
     "limit": chip.hbm_limit,
@@ -42,21 +42,9 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
   step = sum(seconds.values())
   tokens_per_device = tokens / topology.num_devices
   chip_hours = c.train.steps * step * topology.num_chips / 3600
-  sizes = compiled.mesh.shape
   return (
-    {
-      "topology": topology.name,
-      "chips": topology.num_chips,
-      "devices": topology.num_devices,
-      "chip": chip.name,
-      "mesh": dict(sizes),
-      "attention": compiled.attention,
-      "pipeline": str(stacks.pipeline_of(c, sizes) or ""),
-      "bubble": stacks.bubble(c, sizes),
-      "batch_size": c.data.batch_size,
-      "seq_len": c.data.seq_len,
-      "accumulate": c.optim.accumulate,
-      "remat": c.model.remat,
+    _setup(compiled, topology)
+    | {
       "memory": memory,
       "options": xla_options.options(
         compiled.mesh.devices.flat[0].device_kind, c.mesh.compiler_options
@@ -81,6 +69,25 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
       "compile_seconds": compiled.seconds,
     }
   )
+
+
+def _setup(compiled: Compiled, topology: Topology) -> Figures:
+  """The hardware and the settings of the config that matter most."""
+  c, sizes, chip = compiled.c, compiled.mesh.shape, topology.chip
+  return {
+    "topology": topology.name,
+    "chips": topology.num_chips,
+    "devices": topology.num_devices,
+    "chip": chip.name if chip else None,
+    "mesh": dict(sizes),
+    "attention": compiled.attention,
+    "pipeline": str(stacks.pipeline_of(c, sizes) or ""),
+    "bubble": stacks.bubble(c, sizes),
+    "batch_size": c.data.batch_size,
+    "seq_len": c.data.seq_len,
+    "accumulate": c.optim.accumulate,
+    "remat": c.model.remat,
+  }
 
 
 def _by_kind(compiled: Compiled) -> Figures:

@@ -86,9 +86,9 @@ class Roofline:
     self.traffic += other.traffic * times
     for name, calls in other.kernels.items():
       self.kernels[name] = self.kernels.get(name, 0) + calls * times
-    for kind, (calls, size) in other.collectives.items():
+    for kind, (count, size) in other.collectives.items():
       entry = self.collectives.setdefault(kind, [0, 0.0])
-      entry[0] += calls * times
+      entry[0] += count * times
       entry[1] += size * times
 
   def bytes(self, phase: str | None = None, link: str | None = None) -> float:

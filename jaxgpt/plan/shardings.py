@@ -151,8 +151,9 @@ def picture(array: Array, sizes: Mapping[str, int], rules: sharding.Rules) -> li
   The last two sharded dimensions are drawn. Of other sharded dimensions, only the first shard is.
   """
   splits, held = split(array, sizes, rules), holders(array, sizes, rules)
-  dims: list[int | None] = [i for i, one in enumerate(splits) if one.shards > 1][-2:]
-  down, across = [None] * (2 - len(dims)) + dims
+  dims = [i for i, one in enumerate(splits) if one.shards > 1][-2:]
+  down: int | None = dims[0] if len(dims) == 2 else None
+  across: int | None = dims[-1] if dims else None
   if len(dims) == 1 and dims[0] != len(splits) - 1:
     down, across = across, down
   numbers = lambda i: _some(range(1 if i is None else splits[i].shards))

@@ -65,7 +65,7 @@ def free_port():
 
 
 def start(site, name, count, devices=1, env=(), args=lambda i: (), port=None, which=None):
-  """`count` processes of one run (or `which` of them), on `devices` pretended devices each."""
+  """`count` processes of one run (or `which` of them), on `devices` fake devices each."""
   port = port or free_port()
   out = []
   for i in which or range(count):
@@ -269,8 +269,8 @@ def test_a_loss_that_is_not_finite_leaves_its_evidence_once(site):
 
 
 BARRIER = """import sys, time
-from jaxgpt import distributed, processes
-with distributed.joined(processes.find()):
+from jaxgpt.parallel import cluster, distributed
+with distributed.joined(cluster.find()):
   if not distributed.is_first():
     time.sleep(4)
   distributed.barrier("the data", 1)
@@ -312,8 +312,8 @@ def test_agreement_of_one_process_is_its_own_number():
 
 
 AGREEMENT = """import time
-from jaxgpt import distributed, processes
-with distributed.joined(processes.find()):
+from jaxgpt.parallel import cluster, distributed
+with distributed.joined(cluster.find()):
   import jax
   agreement = distributed.Agreement(jax.make_mesh((2,), ("data",)))
   asked, ask = [], agreement._ask

@@ -1,4 +1,4 @@
-"""Parallel equals serial: every axis of the mesh, and every pair of axes, computes what one device does.
+"""Parallel equals serial: every mesh axis, and every pair of axes, gives the results of one device.
 
 The first five losses and gradient norms of a tiny model, in float32, on packed batches: rows of
 three documents, of which some end in padding.

@@ -1,4 +1,4 @@
-"""Which rows of a batch a process reads, for meshes over pretended processes."""
+"""Which rows of a batch a process reads, for meshes over fake processes."""
 
 import numpy as np
 import pytest

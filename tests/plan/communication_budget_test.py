@@ -104,7 +104,7 @@ def lose(axis, monkeypatch):
   return []
 
 
-def budget_on_pretended_devices(axis, overrides=()):
+def budget_on_fake_devices(axis, overrides=()):
   path, given = plan_of(axis)
   c = lower.resolve(config.load(path, [*given, *overrides])[0])
   where = mesh.make(c.mesh, jax.devices()[:4])
@@ -125,10 +125,10 @@ def budget_on_pretended_devices(axis, overrides=()):
 @pytest.mark.parametrize(
   "axis", ["fsdp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in AXES if axis != "fsdp")]
 )
-def test_a_lost_rule_breaks_the_budget_of_pretended_devices(axis, monkeypatch):
-  want = budget_on_pretended_devices(axis)
+def test_a_lost_rule_breaks_the_budget_of_fake_devices(axis, monkeypatch):
+  want = budget_on_fake_devices(axis)
   assert want
-  got = budget_on_pretended_devices(axis, lose(axis, monkeypatch))
+  got = budget_on_fake_devices(axis, lose(axis, monkeypatch))
   assert list(communication_budget.differences(want, got))
   assert list(communication_budget.differences(want, got, same_compiler=False))
 

@@ -124,12 +124,12 @@ ENTRY %main (a: bf16[512,1024], b: bf16[1024,2048], c: (s32[], f32[4,1024])) -> 
   %b = bf16[1024,2048] parameter(1)
   %c = (s32[], f32[4,1024]) parameter(2)
   %start = ((bf16[512,1024]), bf16[1024,1024]) all-gather-start(%a), GROUPS, dimensions={0}
-  %while = (s32[], f32[4,1024]) while(%c), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %while = (s32[], f32[4,1024]) while(%c), condition=%condition, body=%body, TRIPS
   %d = bf16[512,2048] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %done = bf16[1024,1024] all-gather-done(%start)
   ROOT %sum = bf16[512,2048] all-reduce(%d), GROUPS, to_apply=%add
 }
-"""
+""".replace("TRIPS", 'backend_config={"known_trip_count":{"n":"3"}}')
 
 
 def of(groups, hosts):
@@ -196,7 +196,8 @@ def test_cudnns_attention_is_known_by_its_call(target, mask, name, flops):
     "custom-call",
     (),
     (
-      f'custom_call_target="{target}", operand_layout_constraints={{{of_heads}, {of_heads}, {of_heads}}}'
+      f'custom_call_target="{target}", '
+      f"operand_layout_constraints={{{of_heads}, {of_heads}, {of_heads}}}"
       f', backend_config={{"cudnn_fmha_backend_config": {{"mask_type": "{mask}"}}}}'
     ),
     False,

@@ -6,6 +6,7 @@ import pytest
 
 from jaxgpt.plan import cost, hlo
 
+TARGET = 'custom_call_target="tpu_custom_call"'
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 
 LOOP = """HloModule m, is_scheduled=true
@@ -122,12 +123,12 @@ ENTRY %main (a: bf16[256], b: f32[8], c: f32[4096]) -> f32[256] {
   %two = (f32[8], bf16[4096]) fusion(%a, %b), calls=%async_collective_fusion.3, CYCLES5
   %three = bf16[4096] all-gather(%a), channel_id=9, dimensions={0}
   %four = (bf16[256], bf16[4096], u32[], u32[]) collective-permute-start(%a), channel_id=10
-  %kernel.1 = bf16[2,4,64,128] custom-call(%q, %q), custom_call_target="tpu_custom_call", attributes={
+  %kernel.1 = bf16[2,4,64,128] custom-call(%q, %q), TARGET, attributes={
 "words":"in a line of their own"
 }, metadata={op_name="jit(f)/pallas_call"}
   ROOT %five = f32[256] fusion(%c), calls=%all-reduce-scatter.1
 }
-""".replace("CYCLES5", CYCLES % 5)
+""".replace("CYCLES5", CYCLES % 5).replace("TARGET", TARGET)
 
 
 def test_each_collective_counts_once_and_as_what_it_is():
@@ -154,9 +155,9 @@ def test_attention_kernels_are_known_by_name_and_shape():
 ENTRY %main (q: bf16[2,8,256,128], k: bf16[2,2,512,128]) -> bf16[2,8,256,128] {
   %q = bf16[2,8,256,128] parameter(0)
   %k = bf16[2,2,512,128] parameter(1)
-  ROOT %splash_mha_fwd_segmented.2 = bf16[2,8,256,128] custom-call(%q, %k), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_fwd_segmented.2 = bf16[2,8,256,128] custom-call(%q, %k), TARGET
 }
-"""
+""".replace("TARGET", TARGET)
   found = cost.of_program(hlo.parse(text))
   assert found.kernels == {"splash_mha_fwd_segmented": [1, 2 * 2 * 2 * 8 * 256 * 512 * 128]}
 

@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 from jaxgpt import config
-from jaxgpt.plan import lower, memory_estimate, topology
+from jaxgpt.parallel import mesh
+from jaxgpt.plan import lower, memory_estimate, per_device, topology
 
 COMPILED = json.loads((pathlib.Path(__file__).parent / "memory_estimate.json").read_text())
 
@@ -48,3 +49,63 @@ def test_the_figures_are_of_many_kinds(errors):
     assert any(flag.startswith(f"--config.{key}=") for flag in flags), key
   assert len({flag for flag in flags if "model.remat" in flag}) >= 9
   assert len({entry["libtpu"] for entry in COMPILED.values()}) == 1
+
+
+LLAMA = "configs/llama3_8b.py:llama2_7b"
+
+
+def llama(*overrides):
+  return lower.resolve(config.load(LLAMA, overrides)[0])
+
+
+# Llama-2-7B and parts of it on v5e: what libtpu allocated (docs/benchmarks.md).
+@pytest.mark.parametrize(
+  "where, overrides, gib",
+  [
+    (
+      "v5e-256",
+      (
+        "--config.data.seq_len=2048",
+        "--config.data.batch_size=512",
+        "--config.model.remat=save:q,k,v,attention,gate,up",
+      ),
+      12.80,
+    ),
+    (
+      "v5e-256",
+      (
+        "--config.data.seq_len=2048",
+        "--config.data.batch_size=512",
+        "--config.model.remat=save:q,k,v,attention,o,gate,up",
+      ),
+      13.96,
+    ),
+    (
+      "v5e-256",
+      (
+        "--config.data.seq_len=2048",
+        "--config.data.batch_size=256",
+        "--config.model.remat=save:q,k,v,attention,o,gate,up",
+      ),
+      7.92,
+    ),
+  ],
+)
+def test_memory_of_llama2_7b_is_near_the_compilers(where, overrides, gib):
+  c, t = llama(*overrides), topology.parse(where)
+  assert memory_estimate.total(c, t.num_devices) / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def test_arithmetic_knows_of_narrow_moments_and_of_chunks_of_the_loss():
+  def bytes_of(name, *overrides):
+    c, t = llama("--config.data.seq_len=2048", *overrides), topology.parse("v5e-256")
+    found = memory_estimate.buffers(c, mesh.axis_sizes(c.mesh, t.num_devices), per_device.count(c))
+    return next(b.bytes for b in found if b.name == name)
+
+  narrow = bytes_of("opt", "--config.optim.first_dtype=bfloat16")
+  assert narrow == pytest.approx(bytes_of("opt") * 0.75)
+  rows = bytes_of("head/logits", "--config.data.batch_size=512")
+  in_chunks = bytes_of(
+    "head/logits", "--config.data.batch_size=512", "--config.objective.loss_chunk=1024"
+  )
+  assert in_chunks == pytest.approx(rows / 4)

@@ -1,0 +1,55 @@
+"""Compilation of a step: its batch, its memory, and what a plan needs."""
+
+import math
+
+import jax
+import pytest
+
+from jaxgpt import config
+from jaxgpt.errors import UserError
+from jaxgpt.parallel import mesh
+from jaxgpt.plan import (
+  lower,
+)
+from jaxgpt.training import build as build_lib
+
+LLAMA = "configs/llama3_8b.py:llama2_7b"
+
+SMALL = [
+  "--config.model.num_layers=2",
+  "--config.model.width=256",
+  "--config.model.num_heads=2",
+  "--config.model.num_kv_heads=2",
+  "--config.model.mlp_width=512",
+  "--config.model.vocab_size=1024",
+  "--config.model.head_dim=128",
+  "--config.data.seq_len=256",
+  "--config.data.batch_size=8",
+]
+
+
+def test_shapes_of_the_batch_are_those_of_the_data():
+  c = lower.resolve(config.load(LLAMA, SMALL)[0])
+  shapes = lower.batch_shapes(c)
+  assert set(shapes) == {"tokens", "targets", "loss_weights", "segment_ids", "positions"}
+  assert {s.shape for s in shapes.values()} == {(8, 256)}
+
+
+def test_memory_of_a_step_on_fake_devices():
+  c = lower.resolve(config.load(LLAMA, SMALL)[0])
+  where = mesh.make(c.mesh)
+  parts = build_lib.build(c, where)
+  count = sum(math.prod(x.shape) for x in jax.tree.leaves(parts.state["params"]))
+  small = 4 * sum(
+    math.prod(x.shape)
+    for x in jax.tree.leaves(parts.state["params"])
+    if len(x.shape) == 1 or x.shape[-1] == x.shape[0]
+  )
+  got = lower.device_bytes(parts.state["params"])
+  assert 4 * count / 8 <= got <= 4 * count / 8 + 4 * small + 20_000
+  assert lower.device_bytes(parts.state["opt"]) >= 2 * got
+
+
+def test_a_plan_needs_a_vocabulary_but_no_data():
+  with pytest.raises(UserError, match=r"--config\.model\.vocab_size=N"):
+    lower.resolve(config.base())

@@ -1,0 +1,64 @@
+"""The arithmetic of time, compared with the schedules that libtpu made."""
+
+import pytest
+
+from jaxgpt import config
+from jaxgpt.parallel import mesh
+from jaxgpt.plan import (
+  lower,
+  per_device,
+  time_estimate,
+  topology,
+)
+
+LLAMA = "configs/llama3_8b.py:llama2_7b"
+
+
+# Microseconds a token and device of the schedules that libtpu made (docs/log.md).
+@pytest.mark.parametrize(
+  "preset, where, axes, rows, length, remat, micros",
+  [
+    ("llama2_7b", "v5e-256", dict(fsdp=256), 512, 2048, "save:q,k,v,attention,gate,up", 298.1),
+    ("llama2_7b", "v5p-128", dict(fsdp=64), 256, 4096, "save:q,k,v,attention,gate,up", 132.9),
+    ("llama2_70b", "v5p-128", dict(fsdp=64), 128, 4096, "save:q,k,v,o,down", 1357.4),
+    ("llama3_8b", "v5e-256", dict(fsdp=256), 256, 8192, "save_attention", 427.3),
+    (
+      "llama3_8b",
+      "v5e-256",
+      dict(fsdp=128, tensor=2),
+      128,
+      8192,
+      "save:q,k,v,attention,gate,up",
+      440.4,
+    ),
+    ("llama3_8b", "v5e-256", dict(fsdp=64, tensor=4), 128, 8192, "save_attention", 518.6),
+    ("llama3_8b", "v5e-256", dict(fsdp=64, seq=4), 64, 8192, "save:q,k,v,attention,gate,up", 538.0),
+    ("llama3_8b", "v6e-64", dict(fsdp=64), 64, 8192, "full", 127.5),
+    ("llama3_8b", "v6e-64", dict(fsdp=64), 128, 8192, "save_attention", 112.4),
+  ],
+)
+def test_seconds_by_arithmetic_are_near_the_compilers(
+  preset, where, axes, rows, length, remat, micros
+):
+  t = topology.parse(where)
+  c = lower.resolve(
+    config.load(
+      f"configs/llama3_8b.py:{preset}",
+      [
+        f"--config.data.seq_len={length}",
+        f"--config.data.batch_size={rows}",
+        f"--config.model.remat={remat}",
+        *(f"--config.mesh.{k}={v}" for k, v in axes.items()),
+      ],
+    )[0]
+  )
+  took = time_estimate.seconds(c, mesh.axis_sizes(c.mesh, t.num_devices), per_device.count(c), t)
+  mine = rows * length / t.num_devices
+  assert sum(took.values()) / mine * 1e6 == pytest.approx(micros, rel=0.04)
+
+
+def test_causal_attention_computes_half_and_a_window_less():
+  c = config.load(LLAMA, ["--config.data.seq_len=4096"])[0]
+  assert time_estimate.visible_share(c, 512) == (4096 + 512) / 8192
+  c.model.window, c.model.attention_pattern = 512, ("local", "global")
+  assert time_estimate.visible_share(c, 512) == (0.25 + 0.5625) / 2

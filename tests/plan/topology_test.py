@@ -1,0 +1,63 @@
+"""Names of topologies, and the devices and rings that they stand for."""
+
+import pytest
+
+from jaxgpt.errors import UserError
+from jaxgpt.plan import (
+  topology,
+)
+
+
+@pytest.mark.parametrize(
+  "name, chip, shape, slices, num_chips, num_devices",
+  [
+    ("v5e-256", "v5e", (16, 16), 1, 256, 256),
+    ("v5p-128", "v5p", (4, 4, 4), 1, 64, 64),
+    ("v6e-64x2", "v6e", (8, 8), 2, 128, 128),
+    ("v4-64", "v4", (2, 4, 4), 1, 32, 32),
+    ("tpu7x-128", "tpu7x", (4, 4, 4), 1, 64, 128),
+    ("v5p:4x4x8", "v5p", (4, 4, 8), 1, 128, 128),
+    ("v5p-12288", "v5p", (16, 16, 24), 1, 6144, 6144),
+  ],
+)
+def test_names_of_topologies(name, chip, shape, slices, num_chips, num_devices):
+  t = topology.parse(name)
+  assert (t.chip.name, t.shape, t.slices, t.num_chips, t.num_devices) == (
+    chip,
+    shape,
+    slices,
+    num_chips,
+    num_devices,
+  )
+
+
+@pytest.mark.parametrize(
+  "name, wraps",
+  [
+    ("v5p-128", [True] * 3),
+    ("v4-32", [False] * 3),
+    ("v5e-256", [True, True, False]),
+    ("v6e-128", [False, True, False]),
+    ("v5e-64", [False] * 3),
+  ],
+)
+def test_sides_whose_ends_are_linked(name, wraps):
+  assert topology.parse(name).wraps == wraps
+
+
+@pytest.mark.parametrize(
+  "name, words",
+  [
+    ("pod", "write CHIP-SIZE"),
+    ("v5e-24", "slices of 1, 4, 8"),
+    ("v9-8", "topology=v9-8: chip='v9'.*choose one of v4, v5e"),
+    ("v5p-7", "counted in cores, 2 per chip"),
+    ("v5e:4x4x4", "2 dimensions"),
+    ("v5e:0x4", "each side needs at least one chip"),
+    ("h100-8", "h100 is a GPU"),
+    ("v5e-0", "write"),
+  ],
+)
+def test_a_topology_that_is_not_there_is_named(name, words):
+  with pytest.raises(UserError, match=words):
+    topology.parse(name)
