@@ -43,7 +43,7 @@ def optional(module: str, extra: str, what: str) -> types.ModuleType:
   Args:
     module: Dotted name of the module.
     extra: The extra of this package that installs it.
-    what: The feature that needs it; the error message starts with it.
+    what: The feature that needs it, the start of the error message.
 
   Raises:
     UserError: The module is not installed. The message names the extra.

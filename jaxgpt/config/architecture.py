@@ -1,4 +1,4 @@
-"""The architecture of a model: the part of its config that says what it computes."""
+"""The architecture of a model: the part of its config that determines its function."""
 
 import math
 from typing import Any
@@ -10,11 +10,11 @@ from jaxgpt.config.resolution import flatten
 
 
 def architecture(c_model: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The keys of a `model` section that say what the model computes.
+  """The keys of a `model` section that determine the model's function.
 
-  Keys that say how it is trained or run are left out, and so are keys without effect, such as
-  `window` in a model without local layers. Two models with equal architectures, up to the rounding
-  of numbers, compute the same from the same parameters.
+  Keys of training, memory and speed are left out, and so are keys without effect, such as `window`
+  in a model without local layers. Two models with equal architectures and equal parameters give the
+  same outputs, up to rounding.
 
   Args:
     c_model: The resolved `model` section.

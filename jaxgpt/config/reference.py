@@ -30,7 +30,7 @@ def get_config():
 jaxgpt train --config=my_config.py --config.optim.lr=3e-4 --noconfig.data.shuffle
 ```
 
-A default in *italics* says what an unset key stands for. Most are computed from other keys. An
+A default in *italics* gives the meaning of an unset key. Most are computed from other keys. An
 unknown key or a value outside its range is an error that names the nearest key or the choices.
 
 Keys marked ↻ may change when a run continues, because they do not change the result. A run folder

@@ -1,7 +1,7 @@
 """Declarations of config keys: everything that is known about a key, in one object.
 
 The base config, range checks, derived defaults, the freedom to change a key on resume and
-docs/config.md all follow from these objects. `keys.py` holds the declarations.
+docs/config.md all follow from these objects. The folder `keys` holds the declarations.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Key:
     value_type: Type of a placeholder's values. Other keys have the type of their default.
     derive: For a placeholder, computes its value from the config being resolved, in which all keys
       declared before this one are set. Without it, a placeholder may stay None.
-    unset: For a placeholder, says in a few words what None stands for, such as 'model.width'.
+    unset: For a placeholder, the meaning of None in a few words, such as 'model.width'.
     interval: Range of a number.
     choices: {value: a few words on it} of a key that takes one of several names.
     registered: The names are those of a registry in `jaxgpt.training`, which checks them when the
@@ -72,8 +72,8 @@ class Key:
     items: {value: a few words on it} of a key that takes a tuple of one or more names.
     check: Raises a UserError for a bad (flat key, value) where the above is not enough.
     free_on_resume: A run may continue with another value. This never changes the result.
-    architecture: In the `model` section: the key says what the model computes. False for keys that
-      say how it is trained or run.
+    architecture: In the `model` section: the key determines the model's function. False for keys of
+      training, memory and speed.
     used: In the `model` section: whether the key has an effect, given the section. Default: always.
   """
 

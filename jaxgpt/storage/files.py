@@ -3,11 +3,13 @@
 Local files need no extra. `s3://`, `gs://`, `hf://`, `http(s)://` and other schemes go through
 fsspec, which reads credentials and endpoints from the usual places:
 
-  s3://    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE; AWS_ENDPOINT_URL for services
-           other than AWS; FSSPEC_S3_ANON=true for public buckets
-  gs://    GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login`;
-           STORAGE_EMULATOR_HOST; FSSPEC_GS_TOKEN=anon for public buckets
-  hf://    HF_TOKEN, HF_ENDPOINT; hf://datasets/OWNER/NAME/PATH
+  s3://    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE.
+           AWS_ENDPOINT_URL for services other than AWS.
+           FSSPEC_S3_ANON=true for public buckets.
+  gs://    GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`.
+           STORAGE_EMULATOR_HOST for an emulator.
+           FSSPEC_GS_TOKEN=anon for public buckets.
+  hf://    HF_TOKEN, HF_ENDPOINT. Addresses have the form hf://datasets/OWNER/NAME/PATH.
 """
 
 import fnmatch

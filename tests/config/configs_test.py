@@ -1,4 +1,4 @@
-"""Every file in configs/ builds, and its model has exactly the parameters that are written here."""
+"""Every file in configs/ builds and has the expected number of parameters."""
 
 import pathlib
 

@@ -95,7 +95,7 @@ def test_bad_values_are_named(tmp_path, override, words):
     config.resolve(config.load(write(tmp_path, "pass"), [override])[0])
 
 
-def test_groups_of_experts_that_a_router_ranks_by_two_have_two(tmp_path):
+def test_sigmoid_routers_need_two_experts_per_group(tmp_path):
   body = (
     "c.model.update_from_flattened_dict({'mlp_pattern': ('moe',), 'moe.experts': 4, "
     "'moe.groups': 4, 'moe.top_groups': 2, 'moe.router': 'sigmoid'})"
@@ -111,7 +111,7 @@ def test_groups_of_experts_that_a_router_ranks_by_two_have_two(tmp_path):
     ({"data.weights": (0.5, 0.5)}, "data.stream='x' replaces the training splits"),
   ],
 )
-def test_what_a_stream_can_not_do_is_named(change, words):
+def test_keys_that_a_stream_excludes_are_named(change, words):
   c = config.base()
   c.update_from_flattened_dict(change)
   config.resolve(c, vocab_size=8)
@@ -146,13 +146,13 @@ def test_a_relative_path_still_names_the_line(tmp_path, monkeypatch):
     config.load("c.py")
 
 
-def test_a_file_that_is_no_python(tmp_path):
+def test_a_file_that_is_not_python_is_refused(tmp_path):
   (tmp_path / "c.txt").write_text("")
   with pytest.raises(UserError, match="Python file"):
     config.load(tmp_path / "c.txt")
 
 
-def test_a_missing_file_names_those_there_are():
+def test_a_missing_file_is_named():
   with pytest.raises(UserError, match="no such file"):
     config.load("configs/nothing_like_it.py")
 
@@ -180,7 +180,7 @@ def test_every_choice_is_implemented():
   assert set(remat.POLICIES) == {"none", *policies.REMAT}
 
 
-def test_only_what_changes_the_result_counts_as_a_difference():
+def test_keys_that_are_free_on_resume_do_not_count_as_a_difference():
   a = config.resolve(config.base(), vocab_size=10)
   b = config.from_dict(a.to_dict())
   b.log.every = 1
@@ -190,13 +190,13 @@ def test_only_what_changes_the_result_counts_as_a_difference():
   assert config.difference(a, b) == [("optim.lr", a.optim.lr, 0.5)]
 
 
-def test_resolving_leaves_the_config_as_it_was():
+def test_resolving_does_not_change_the_config():
   c = config.base()
   config.resolve(c, 100)
   assert c.model.max_len is None and c.model.rope.original_len is None
 
 
-def test_options_of_ones_own_are_kept(tmp_path):
+def test_user_options_are_kept(tmp_path):
   body = "c.objective.options.gamma = 2.0; c.optim.options.names = ('a', 'b')"
   overrides = [
     "--config.objective.options.gamma=3",

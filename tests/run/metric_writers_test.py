@@ -71,7 +71,7 @@ class Csv(metric_writers.MetricWriter):
       f.write(f"{step},{kind},{metrics['loss']}\n")
 
 
-def test_a_writer_of_ones_own(tmp_path, monkeypatch):
+def test_a_registered_writer_is_turned_on_by_its_option(tmp_path, monkeypatch):
   entry = metric_writers.Entry(
     Csv, wanted=lambda c: c.log.options.get("csv", False), options=("csv",)
   )
