@@ -101,6 +101,11 @@ def test_no_second_list_of_keys(path):
   assert not again, f"{again} are declared in jaxgpt/config; derive the list from there"
 
 
+def test_every_exception_is_needed():
+  for file, name in ALLOWED:
+    assert name in lists_of_keys(PACKAGE / file), (file, name)
+
+
 def test_a_second_list_would_be_found(tmp_path):
   file = tmp_path / "x.py"
   file.write_text("""A = ("optim.lr",)\nB = {"lr": 1, "b1": 2, "b2": 3}\nC = ("lr", "b1", "x")\n""")

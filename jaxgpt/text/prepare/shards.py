@@ -32,7 +32,7 @@ from etils import epath
 
 import jaxgpt
 from jaxgpt.errors import UserError
-from jaxgpt.storage import buckets
+from jaxgpt.storage import atomic, buckets
 
 FORMAT = 2
 RECORD_TOKENS = 65_536
@@ -232,10 +232,7 @@ def manifest_digest(manifest):
 
 def write_manifest(folder, manifest):
   """Writes `manifest.json` in one step: it is there and whole, or it is not there."""
-  path = pathlib.Path(folder, MANIFEST)
-  unfinished = path.with_suffix(".unfinished")
-  unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-  os.replace(unfinished, path)
+  atomic.write(pathlib.Path(folder, MANIFEST), json.dumps(manifest, indent=1) + "\n")
 
 
 def read_manifest(folder):
