@@ -85,12 +85,12 @@ def test_prompt_lengths_and_settings_share_one_compile(sampler):
   assert sampler[2]._cache_size() == before
 
 
-def test_at_most_max_new_tokens_and_none_beyond_the_context(sampler):
+def test_samples_end_at_max_new_and_at_the_context(sampler):
   assert len(run(sampler, [1, 2], max_new=3)[0]) <= 5
   assert len(run(sampler, [1, 2], max_new=500)[0]) <= 16
 
 
-def test_rows_that_pad_the_embedding_are_never_drawn(sampler):
+def test_token_ids_that_pad_the_embedding_are_never_drawn(sampler):
   model, params, _ = sampler
   sample = sampling.make(model, 16, eos_id=4, vocab_size=5)
   tokens, lengths = sample(
@@ -100,7 +100,7 @@ def test_rows_that_pad_the_embedding_are_never_drawn(sampler):
   assert drawn.size and drawn.max() < 4
 
 
-def test_seeds_and_rows_draw_their_own_text(sampler):
+def test_each_seed_and_row_draws_different_text(sampler):
   a, b = run(sampler, [1, 2], temperature=2.0, rows=2)
   assert a != b
   assert run(sampler, [1, 2], temperature=2.0, rows=2) == [a, b]

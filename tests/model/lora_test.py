@@ -1,4 +1,4 @@
-"""Adapters are trained alone, saved beside what is frozen, and merge into the same function."""
+"""Only adapters are trained and checkpointed, and merging them keeps the function."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ LORA = dict(rank=3, alpha=6.0, targets=("q", "v", "o", "down"))
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory):
-  """A trained run, whose weights are adapted."""
+  """A trained run whose weights get adapters."""
   folder = tmp_path_factory.mktemp("lora") / "base"
   loop.train(tiny(train__steps=2), folder, {})
   return folder
@@ -33,10 +33,10 @@ def adapted(base, tiny):
 
 
 def is_adapter(path):
-  return path.endswith(("_lora_a", "_lora_b"))
+  return lora.is_adapter(path)
 
 
-def test_only_adapters_are_trained_and_have_a_state(adapted):
+def test_only_adapters_are_trained_and_have_optimizer_state(adapted):
   run = load.load(adapted)
   state = run.parts.state
   names = set(tree.flatten(state["params"]))
@@ -48,7 +48,7 @@ def test_only_adapters_are_trained_and_have_a_state(adapted):
   assert not any(is_adapter(path) for path in tree.flatten(state["frozen"]))
 
 
-def test_what_is_frozen_stays_as_it_was_and_adapters_move(base, adapted):
+def test_frozen_weights_stay_and_adapters_change(base, adapted):
   before, after = (tree.flatten(load.load(folder).params) for folder in (base, adapted))
   for path, value in after.items():
     if not is_adapter(path):
@@ -57,13 +57,13 @@ def test_what_is_frozen_stays_as_it_was_and_adapters_move(base, adapted):
       assert np.abs(value).max() > 0, path
 
 
-def test_a_checkpoint_holds_adapters_alone(adapted):
+def test_a_checkpoint_holds_only_adapters(adapted):
   checkpoints = checkpoints_lib.Checkpoints(adapted / "checkpoints", read_only=True)
   assert all(map(is_adapter, checkpoints.shapes("params")))
   assert len(checkpoints_lib.frozen_shapes(adapted)) == 11
 
 
-def test_an_interrupted_run_of_adapters_goes_on_exactly(base, tiny, adapted):
+def test_an_interrupted_run_of_adapters_resumes_exactly(base, tiny, adapted):
   c = tiny(train__steps=4, init_from=str(base), optim__ema=0.5, checkpoint__every=1)
   c.model.lora.update(LORA)
   folder = base.with_name("again")
@@ -82,7 +82,7 @@ def test_an_interrupted_run_of_adapters_goes_on_exactly(base, tiny, adapted):
   jax.tree.map(np.testing.assert_array_equal, load.load(folder).params, load.load(adapted).params)
 
 
-def test_merged_weights_are_the_same_function(adapted):
+def test_merged_weights_compute_the_same_function(adapted):
   run = load.load(adapted)
   merged = lora.merge(run.params, run.c.model.lora)
   assert not any(map(is_adapter, tree.flatten(merged)))
@@ -99,7 +99,7 @@ def test_merged_weights_are_the_same_function(adapted):
   assert np.abs(apart - want).max() > 1e-4  # the adapters do something
 
 
-def test_an_adapted_run_is_a_source_of_weights(adapted, tiny):
+def test_an_adapted_run_can_be_initialized_from(adapted, tiny):
   c = tiny(train__steps=2, init_from=str(adapted))
   c.model.lora.update(LORA)
   folder = adapted.with_name("third")

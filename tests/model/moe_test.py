@@ -1,4 +1,4 @@
-"""Experts against their definition, and what the router is held to."""
+"""Experts against their definition, capacity, and the router losses."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def mlp(x, gate, up, down):
 
 
 def by_definition(cfg, params, x):
-  """Every expert on every token, weighted by the router; written without looking at `route`."""
+  """Every expert on every token, weighted by the router, independent of `moe.route`."""
   c = cfg.moe
   logits = x @ params["router"]
   scores = jax.nn.softmax(logits) if c.router == "softmax" else jax.nn.sigmoid(logits)
@@ -87,7 +87,7 @@ def by_definition(cfg, params, x):
     dict(capacity=4.0),
   ],
 )
-def test_no_token_is_dropped_and_each_gets_its_experts(fields):
+def test_each_token_gets_its_experts_and_none_is_dropped(fields):
   cfg = section(**fields)
   params, x, y, stats = run(cfg)
   np.testing.assert_allclose(y, by_definition(cfg, params, x), atol=1e-5)
@@ -95,7 +95,7 @@ def test_no_token_is_dropped_and_each_gets_its_experts(fields):
   assert stats["chosen"].sum() == B * T * cfg.moe.per_token
 
 
-def test_groups_limit_the_choice():
+def test_groups_limit_the_choice_of_experts():
   logits = jnp.array([[3.0, -9.0, 2.0, 1.5]])
   pick = lambda **f: sorted(moe.route(logits, None, section(groups=2, top_groups=1, **f).moe)[1][0])
   assert pick() == [0, 1]  # the group of the best expert
@@ -104,8 +104,8 @@ def test_groups_limit_the_choice():
   assert sorted(moe.route(logits, bias, grouped)[1][0].tolist()) == [2, 3]  # of the best two
 
 
-def test_capacity_drops_the_last_tokens_of_a_row_and_says_so():
-  cfg = section(capacity=0.5, per_token=1, normalize=False)  # one place for each expert in a row
+def test_capacity_drops_the_last_tokens_of_a_row_and_counts_them():
+  cfg = section(capacity=0.5, per_token=1, normalize=False)  # one slot per expert and row
   params, x, y, stats = run(cfg)
   full = by_definition(cfg, params, x)
   experts = np.asarray((x @ params["router"]).argmax(-1))
@@ -116,7 +116,7 @@ def test_capacity_drops_the_last_tokens_of_a_row_and_says_so():
   assert stats["dropped"] == sum(T - len(set(row)) for row in experts.tolist()) > 0
 
 
-def test_padding_takes_no_place_and_is_not_counted():
+def test_padding_takes_no_slot_and_is_not_counted():
   real = jnp.arange(T) < jnp.array([[4], [T]])
   cfg = section(capacity=0.75, per_token=1, normalize=False)
   _, _, y, stats = run(cfg, real)

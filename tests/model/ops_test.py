@@ -1,4 +1,4 @@
-"""Operations with a written-out gradient agree with the derived one."""
+"""Hand-written gradients agree with derived ones."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_cross_entropy_and_its_normaliser():
 
 
 @pytest.mark.parametrize("what, barriers", [("none", 0), ("values", 1), ("gradients", 2)])
-def test_what_is_materialized_keeps_its_value_and_gradient(what, barriers):
+def test_materialized_keeps_values_and_gradients(what, barriers):
   x = jax.random.normal(jax.random.key(0), (3, 4))
   f = lambda x: jnp.sin(ops.materialized(x * 2, what)).sum()
   plain = lambda x: jnp.sin(x * 2).sum()

@@ -23,7 +23,7 @@ def stack(state, name, shape=None, transpose=False):
 
 
 def randomised(model):
-  """The model with noise on every parameter: norms of 1 and biases of 0 would prove nothing."""
+  """Adds noise to every parameter: norms of 1 and biases of 0 would hide errors."""
   for p in model.parameters():
     p.data += 0.1 * torch.randn_like(p)
   return model.eval()

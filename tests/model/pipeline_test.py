@@ -1,4 +1,4 @@
-"""A pipeline computes what the layers one after the other do; here all stages are on one device."""
+"""A pipeline computes the same as a loop over the layers. Here all stages are on one device."""
 
 import itertools
 
@@ -16,7 +16,7 @@ B, T = 8, 12
 
 
 def make(**fields):
-  """(model, parameters, batch) of a tiny config; the rows are packed, and some are not full."""
+  """(model, parameters, batch) of a tiny config. Rows are packed, and some have padding."""
   c = config.base()
   c.model.update(
     dict(
@@ -36,7 +36,7 @@ def make(**fields):
   c.objective.name = "classification" if c.model.head == "classifier" else "causal_lm"
   model = transformer.Transformer(ml_collections.FrozenConfigDict(config.resolve(c).model))
   shapes, _ = transformer.abstract(model)
-  draw = np.random.default_rng(1)  # not the initial values, of which much is nearly zero
+  draw = np.random.default_rng(1)  # not the initial values, many of which are nearly zero
   params = jax.tree.map(
     lambda x: (
       draw.normal(1, 0.2, x.shape).astype(np.float32)
@@ -53,8 +53,8 @@ def make(**fields):
   return model, params, (tokens, positions, segments)
 
 
-def loss_and_all(model, params, batch, key=None):
-  """Loss, router's sums and gradients, of a loss in which every output has another weight."""
+def loss_and_gradients(model, params, batch, key=None):
+  """Loss, router statistics and gradients, for a loss with a different weight per output."""
 
   def loss(params):
     out = model.apply({"params": params}, *batch, dropout_key=key)
@@ -76,9 +76,9 @@ def assert_same(got, want):
 
 MOE = dict(mlp_pattern=("moe",), moe=dict(experts=4, width=8))
 CASES = {
-  "one round": (dict(remat="dots"), (2, 1, 4)),
-  "two rounds": (dict(remat="save_qkv"), (2, 2, 8)),
-  # Two dense layers first, one more than the pattern divides last, each of them no part of it.
+  "one repeat": (dict(remat="dots"), (2, 1, 4)),
+  "two repeats": (dict(remat="save_qkv"), (2, 2, 8)),
+  # Two dense layers first and one left-over layer last; both stacks are outside the pipeline.
   "more stacks": (
     MOE
     | dict(
@@ -107,12 +107,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_pipeline_computes_what_the_layers_do(case):
+def test_a_pipeline_computes_the_same_as_a_loop_over_layers(case):
   fields, pipe = CASES[case]
   model, params, batch = make(**fields)
   batch = jax.tree.map(lambda x: x[: B // pipe[2] * pipe[2]], batch)
   piped = model.clone(pipeline=pipeline.Pipeline(*pipe))
-  assert_same(loss_and_all(piped, params, batch), loss_and_all(model, params, batch))
+  assert_same(loss_and_gradients(piped, params, batch), loss_and_gradients(model, params, batch))
 
 
 def test_each_microbatch_and_layer_draws_its_own_dropout():
@@ -139,7 +139,7 @@ def of_config(num_layers=8, **overrides):
 
 
 def test_the_pipeline_of_a_config():
-  assert of_config() == (4, 1, 8)  # one row of each data shard at a time
+  assert of_config() == (4, 1, 8)  # one row of each data shard per microbatch
   assert of_config(mesh__stage_repeats=2, mesh__stage_microbatches=4) == (4, 2, 4)
   assert of_config(optim__accumulate=2) == (4, 1, 4)
   assert of_config().for_rows(12) == (4, 1, 4)  # of another batch
@@ -170,7 +170,7 @@ def test_the_pipeline_of_a_config():
     ),
   ],
 )
-def test_what_does_not_divide_is_named(overrides, words):
+def test_sizes_that_do_not_divide_are_user_errors(overrides, words):
   with pytest.raises(UserError) as e:
     of_config(**overrides)
   assert words in str(e.value)

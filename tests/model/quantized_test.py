@@ -1,4 +1,4 @@
-"""Products in eight bits are near the exact ones, are made in eight bits, and train."""
+"""8-bit matmuls are close to exact ones, run in 8 bits, and train."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def arrays():
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.01), ("fp8", 0.05)])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_products_and_gradients_are_near_the_exact_ones(kind, error, gradients):
+def test_products_and_gradients_are_close_to_exact_ones(kind, error, gradients):
   x, w, dy = arrays()
 
   def both(f):
@@ -38,14 +38,14 @@ def test_products_and_gradients_are_near_the_exact_ones(kind, error, gradients):
   want = both(lambda x, w: jnp.tensordot(x, w, 2))
   far = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(got, want, strict=True)]
   assert 0 < far[0] < error
-  # In e5m2 a number has two bits after its first.
+  # e5m2 has two mantissa bits.
   assert all(
     (0 < e < (0.1 if kind == "fp8" else error)) if gradients else e < 1e-6 for e in far[1:]
   ), far
 
 
 @pytest.mark.parametrize("gradients, want", [(False, 1), (True, 3)])
-def test_products_are_made_of_eight_bits(gradients, want):
+def test_matmuls_run_in_8_bits(gradients, want):
   x, w, dy = arrays()
   f = lambda x, w: (quantized.times(x, w, 2, "int8", gradients) * dy).sum()
   text = jax.jit(jax.value_and_grad(f, (0, 1))).lower(x, w).as_text()
@@ -88,7 +88,7 @@ def test_training_in_int8_follows_bfloat16(tiny, gradients):
     (dict(quantize="int7"), "did you mean 'int8'"),
   ],
 )
-def test_what_does_not_go_together_is_refused(fields, words):
+def test_invalid_combinations_are_user_errors(fields, words):
   c = config.base()
   c.model.update(fields)
   with pytest.raises(UserError, match=words):

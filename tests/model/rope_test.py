@@ -1,4 +1,4 @@
-"""Rotary positions: relative, and scaled as published."""
+"""Rotary embedding: relative positions, and scalings as published."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_a_fraction_of_the_head_is_rotated():
   assert not np.allclose(y[..., :4], x[..., :4])
 
 
-def test_a_rotation_by_matmul_is_the_same():
+def test_rotation_by_matmul_is_bitwise_equal():
   x, dy = (jax.random.normal(jax.random.key(i), (2, 5, 3, 8), jnp.bfloat16) for i in (0, 1))
   turns = angles(np.arange(10).reshape(2, 5))
   made = []
@@ -66,7 +66,7 @@ def test_scalings_keep_high_frequencies_and_slow_low_ones(scaling):
   assert (factor > 1) == (scaling == "yarn")
 
 
-def test_ntk_and_longrope_decide_by_the_context():
+def test_ntk_and_longrope_depend_on_the_context():
   fields = dict(factor=4.0, short_factors=(1.0,) * 4, long_factors=(2.0,) * 4)
   plain, _ = rope.SCALINGS["none"](10_000.0, 8, section(), 64)
   for name in ("ntk", "longrope"):

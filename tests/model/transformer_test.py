@@ -1,4 +1,4 @@
-"""The Transformer against its definition: causality, packing, caching, sizes."""
+"""The Transformer: causality, packing, KV cache, parameter counts, remat, dropout."""
 
 import functools
 
@@ -147,8 +147,8 @@ SIZES = {
   "modernbert_base": 149_655_232,
   "modernbert_large": 395_881_664,
 }
-# RoBERTa's table has two positions that no token ever has; ModernBERT's first layer has no norm
-# before its attention, where ours has one that is not used.
+# RoBERTa's table has two positions that no token uses. ModernBERT's first layer has no norm before
+# its attention. Ours has one that is not used.
 MORE = {
   "roberta_base": -2 * 768,
   "roberta_large": -2 * 1024,
@@ -165,7 +165,7 @@ def make(causal=True, **fields):
   c.data.seq_len = 16
   c = config.resolve(c)
   fields = ml_collections.ConfigDict(c.model)
-  fields.causal = causal  # set here, since no objective for encoders is there to resolve it with
+  fields.causal = causal  # otherwise set by the objective
   model = transformer.Transformer(ml_collections.FrozenConfigDict(fields))
   return model, jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
 
@@ -194,7 +194,7 @@ def test_presets_have_the_published_sizes(name):
 
 
 def reads(style, segments=None, positions=None, **fields):
-  """[t, s]: whether output t depends on input token s, by the gradient; every token differs."""
+  """[t, s]: whether output t depends on input token s, by the gradient. All tokens differ."""
   model, params = make(**STYLES[style] | {"tie_embeddings": False} | fields)
   tokens = jnp.arange(12)[None]
   positions = jnp.arange(12)[None] if positions is None else positions
@@ -203,7 +203,7 @@ def reads(style, segments=None, positions=None, **fields):
     logits = logits_of(model, params | {"embed": embed}, tokens, positions, segments)
     return (logits[0, t] * jnp.arange(50)).sum()
 
-  # Not vmap, which ragged_dot does not have.
+  # Not vmap, which ragged_dot does not support.
   one = lambda t: jax.grad(output)(params["embed"], t)
   grads = jax.jit(lambda: jax.lax.map(one, jnp.arange(12)))()
   return np.abs(grads[:, :12]).sum(-1) > 0
@@ -225,7 +225,7 @@ def test_local_layers_read_a_window(causal):
 
 
 @pytest.mark.parametrize("style", ["gpt2", "post"])
-def test_an_encoder_reads_both_ways(style):
+def test_an_encoder_attends_in_both_directions(style):
   assert reads(style, causal=False).all()
 
 
@@ -259,7 +259,7 @@ def test_layers_are_scanned_over_the_periods_of_their_pattern():
     (dict(head="none"), (2, 12, 32)),
   ],
 )
-def test_heads_give_one_vector_a_row_or_the_hidden_states(head, shape):
+def test_heads_return_one_vector_per_row_or_the_hidden_states(head, shape):
   c = ml_collections.ConfigDict(make(**STYLES["post"])[0].cfg)
   c.update(dict(head_transform="none", head_bias=False, causal=False) | head)
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c))
@@ -272,7 +272,7 @@ def test_heads_give_one_vector_a_row_or_the_hidden_states(head, shape):
   np.testing.assert_array_equal(out.logits[:, :7], changed.logits[:, :7])  # padding is not read
 
 
-def test_token_types_tell_the_texts_of_a_pair_apart():
+def test_token_types_distinguish_the_texts_of_a_pair():
   model, params = make(**STYLES["post"])
   tokens, positions = tokens_and_positions()
   run = lambda types: logits_of(model, params, tokens, positions, token_types_BT=types)
@@ -280,7 +280,7 @@ def test_token_types_tell_the_texts_of_a_pair_apart():
   assert not np.allclose(run(None), run(jnp.ones_like(tokens)))
 
 
-def test_the_output_of_every_layer_can_be_had():
+def test_the_outputs_of_all_layers():
   model, params = make(**STYLES["gemma"])
   out = apply(model, params, *tokens_and_positions(), layer_outputs=True)
   assert out.layers.shape == (5, 2, 12, 32)
@@ -341,7 +341,7 @@ def test_prefill_and_decode_equal_the_full_forward(style):
     "save:gate,up+offload:q,k,attention",
   ],
 )
-def test_recomputation_and_unrolling_change_no_gradient(remat):
+def test_remat_and_unrolling_do_not_change_gradients(remat):
   tokens, positions = tokens_and_positions()
 
   def gradient(**fields):
@@ -353,7 +353,7 @@ def test_recomputation_and_unrolling_change_no_gradient(remat):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
-def test_what_is_offloaded_goes_to_the_host_and_comes_back():
+def test_offloaded_activations_go_to_the_host_and_back():
   tokens, positions = tokens_and_positions()
 
   def moves(remat):

@@ -131,18 +131,6 @@ def test_gathered_keys_for_cudnn(fields, monkeypatch):
   agree(mesh_of(4), 64, "cudnn", **fields)
 
 
-def test_balance_and_restore_are_inverse():
-  x = jnp.arange(2 * 32 * 3).reshape(2, 32, 3)
-  with jax.set_mesh(mesh_of(4)):
-    balanced = jax.jit(token_order.balance)(x)
-    np.testing.assert_array_equal(jax.jit(token_order.restore)(balanced), x)
-  first = balanced.addressable_shards[0].data[0, :, 0]
-  np.testing.assert_array_equal(first // 3, [0, 1, 2, 3, 28, 29, 30, 31])
-  assert token_order.balance(x) is x, "no mesh"
-  with jax.set_mesh(mesh_of(4)):
-    assert token_order.balance(x[:, :30]) is not None and token_order.num_shards(30) == 1
-
-
 def counted(monkeypatch, n, window=None):
   """Number of keys that each query attends to, [device, query], and the queries' positions."""
 
@@ -177,12 +165,6 @@ def test_every_device_computes_equally_many_pairs(n, window, monkeypatch):
   # The first queries of a row see fewer keys than the window. Longer windows spread this over
   # several devices.
   assert np.ptp(got.sum(1)) <= (0 if window is None else max(block, window**2 / 2))
-
-
-def test_contiguous_shards_would_leave_most_work_to_the_last_device():
-  n, T = 4, 64
-  positions = np.arange(T).reshape(n, -1)
-  assert np.ptp((positions + 1).sum(1)) > 10 * (T // (2 * n)) ** 2
 
 
 def test_saved_attention_is_not_computed_again():

@@ -1,4 +1,4 @@
-"""Training with rows cut over the mesh axis `seq` is training on one device."""
+"""Training with rows sharded over the mesh axis `seq` equals training on one device."""
 
 import functools
 
@@ -55,13 +55,13 @@ def _whole(tiny, name):
     for seq in (2, 4, 8)
   ],
 )
-def test_rows_that_are_cut_train_as_whole_ones(tiny, name, seq):
+def test_sharded_rows_train_as_whole_ones(tiny, name, seq):
   got, _ = trajectory(tiny(mesh__data=1, mesh__seq=seq, **MODELS[name]), 5)
   np.testing.assert_allclose(got, _whole(tiny, name), rtol=TOLERANCE)
 
 
-def test_evaluation_and_the_model_alone_do_not_know_of_the_order(tiny):
-  """`evaluate` goes through the objective; the model puts rows that it is given in order itself."""
+def test_evaluation_and_model_calls_restore_the_order(tiny):
+  """Evaluation calls the objective. A direct model call balances and restores rows itself."""
   found = []
   for seq in (1, 4):
     c = batches_lib.load_tokenizer_and_config(tiny(mesh__data=1, mesh__seq=seq))[1]
@@ -84,7 +84,7 @@ def test_evaluation_and_the_model_alone_do_not_know_of_the_order(tiny):
   np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-5)
 
 
-def test_a_row_that_cannot_be_cut_is_named(tiny):
+def test_a_length_that_cannot_be_sharded_is_a_user_error(tiny):
   with pytest.raises(
     UserError,
     match=r"data.seq_len=36 is not a multiple of 8, which mesh.seq=4 .*"
