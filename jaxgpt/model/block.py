@@ -70,6 +70,7 @@ class Block(layers.Module):
     cfg = self.cfg
     kind, mlp = self.kind
     key = own.key
+    # One dropout key per residual branch. Adapters fold their own keys out of the block's.
     keys = (None, None) if key is None else jax.random.split(key)
     lora_key = key if key is not None and cfg.lora.dropout else None
 
@@ -131,6 +132,8 @@ class Period(layers.Module):
     """Applies the blocks. `own` has the inputs of each."""
     make: Any = Block
     if self.cfg.remat != "none":
+      # Inside a scan XLA cannot merge the recomputed layer with the original one. Only an unrolled
+      # loop needs the barriers of `prevent_cse`.
       make = nn.remat(Block, policy=remat.policy(self.cfg.remat), prevent_cse=self._is_unrolled())
     out = []
     for i, (kind, of_block) in enumerate(zip(self.kinds, own, strict=True)):

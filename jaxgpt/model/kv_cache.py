@@ -63,5 +63,6 @@ def write(cache: LayerCache, new: LayerCache, positions_BT: jax.Array) -> LayerC
   def write_row(old, new, first):
     return jax.lax.dynamic_update_slice(old, new, (first,) + (0,) * (old.ndim - 1))
 
+  # Rows may be at different positions, so each is updated at its own slot.
   first = positions_BT[:, 0]
   return {name: jax.vmap(write_row)(cache[name], x, first) for name, x in new.items()}

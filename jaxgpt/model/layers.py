@@ -15,9 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgpt.config.remat import DOWN, GATE, UP
 from jaxgpt.model import lora, ops, quantized
 from jaxgpt.model.attention import choose
-from jaxgpt.parallel.sharding import Rules
+from jaxgpt.parallel.sharding import Axes, Rules
 
-Axes = tuple[str | None, ...]  # the logical axis of each dimension of a parameter
 Shape = tuple[int, ...]
 
 
@@ -67,6 +66,7 @@ class Module(nn.Module):
       key: PRNG key for the adapter's dropout, None for no dropout.
     """
     c_lora = self.cfg.lora
+    # Parameters are always declared in the same order: it decides the PRNG key of each.
     w = self.weight(name, shape, axes, std)
     if self.cfg.quantize == "none":
       y = self.times(x, w, num_in)
@@ -172,6 +172,8 @@ class MLP(Module):
       h = act(widen(GATE)) * widen(UP)
     else:
       h = act(widen(UP))
+    # The columns of h are sharded like those of the weights (Megatron-LM, arXiv:1909.08053), so tensor
+    # parallelism communicates only once, in the sum after the `down` matmul.
     h = self.rules.constrain(h, "batch", "length", "act_mlp")
     h = ops.materialized(h, cfg.materialize)
     axes = ("mlp", "embed")

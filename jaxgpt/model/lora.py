@@ -54,6 +54,7 @@ def merge(params: PyTree, c_lora: ml_collections.ConfigDict) -> PyTree:
   """
   named = tree.flatten(params)
   found = adapters(named)
+  # Parameters of a stack have a leading axis of layers, hence the vmap.
   product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1) * (c_lora.alpha / c_lora.rank))
   merged = {
     path: w + product(*found[path]) if path in found else w

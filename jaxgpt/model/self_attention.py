@@ -57,6 +57,7 @@ class Attention(Module):
     here = inputs.kinds[self.kind]
     make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
     (q, k, v), cache = make(x_BTD, here, inputs.positions, cache, lora_key)
+    # With a cache the mask covers cache slots, which the kernels do not support.
     form = "reference" if cache is not None else self.form
     spec = Spec(
       scale=cfg.attn_scale,
@@ -113,7 +114,7 @@ class Attention(Module):
       rotate = functools.partial(rope.rotate, by_matmul=self.form == "splash")
       q, k = (rotate(x, *here.rotary) for x in (q, k))
     q, k, v = mark((q, k, v), self.rules)
-    if cache is not None:
+    if cache is not None:  # keys enter the cache rotated: their positions do not change
       cache = kv_cache.write(cache, {"k": k, "v": v}, positions_BT)
       k, v = cache["k"], cache["v"]
     return (q, k, v), cache

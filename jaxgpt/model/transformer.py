@@ -95,9 +95,12 @@ class Transformer(layers.Module):
       An `Output`.
     """
     cfg = self.cfg
+    # Every key split below is part of the result of a seed: do not reorder.
     layers_key = None
     if dropout_key is not None and (cfg.dropout or cfg.lora.dropout):
       dropout_key, layers_key = jax.random.split(dropout_key)
+    # Where the mesh shards the rows of a causal model, tokens are permuted once here and the results
+    # are permuted back at the end. Positions and segments are permuted along.
     reorder = cfg.causal and cache is None and not balanced
     if reorder:
       tokens_BT, positions_BT, segment_ids_BT, token_types_BT = map(
@@ -127,6 +130,7 @@ class Transformer(layers.Module):
     if reorder:
       x, real = token_order.restore(x), token_order.restore(real)
       outputs = None if outputs is None else token_order.restore(outputs, 2)
+    # Logits are large, [B, T, V], and decoding needs those of one token per row.
     at = x
     if logits_at_B is not None:
       at = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
@@ -161,7 +165,7 @@ class Transformer(layers.Module):
     key: jax.Array | None,
     layer_outputs: bool,
   ) -> tuple[jax.Array, Cache | None, moe.Statistics | None, jax.Array | None]:
-    """Applies all stacks: (x, cache, router statistics, outputs of the blocks)."""
+    """Applies all stacks in order: (x, cache, router statistics, outputs of the blocks)."""
     cfg = self.cfg
     keys = None if key is None else jax.random.split(key, cfg.num_layers)
     caches: dict[str, Any] = {}

@@ -55,6 +55,7 @@ def attention(
     return reference.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap)
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
+  # A key head and its G query heads form one batch entry, whose queries are stacked to G * T rows.
   heads_first = lambda x, *shape: x.swapaxes(1, 2).reshape(*shape)
   chunks = min(T // _CHUNK, _MAX_CHUNKS) if causal and T % _CHUNK == 0 else 1
   chunks = chunks if T % chunks == 0 else 1

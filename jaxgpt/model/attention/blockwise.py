@@ -89,6 +89,7 @@ def _logits(spec: Spec, band: Band, block: Block) -> tuple[jax.Array, jax.Array,
 def _plain_forward(spec: Spec, band: Band, block: Block) -> BlockOutput:
   q, v = block.q, block.v
   _, logits, mask = _logits(spec, band, block)
+  # A query without any visible key gets out = 0 and an empty sum, without dividing by zero.
   top = jnp.where(mask, logits, NO_LOG_Z).max(-1, keepdims=True)
   e = jnp.where(mask, jnp.exp(logits - top), 0)
   z = e.sum(-1, keepdims=True)

@@ -108,6 +108,7 @@ def _by_heads(run: Callable, q: jax.Array, k: jax.Array, *others: jax.Array) -> 
     put = jax.lax.dynamic_update_slice_in_dim
     return tuple(put(w, x, i * x.shape[1], 1) for w, x in zip(whole, got, strict=True))
 
+  # Results are written into buffers that the loop carries.
   shapes = jax.eval_shape(lambda: run(*of_group(0, (q, k, *others))))
   wide = lambda x: (x.shape[0], x.shape[1] * groups, *x.shape[2:])
   return jax.lax.fori_loop(0, groups, one, tuple(jnp.zeros(wide(x), x.dtype) for x in shapes))
@@ -216,6 +217,8 @@ def _ring_forward(
   # block has a plain causal mask.
   own = blockwise.forward(cp, Band(cp.spec.causal), Block(q, k, v, ids, ids))
 
+  # The keys for the next step are sent before this step's block is computed, so that communication
+  # and compute overlap.
   def visit(carry, s, is_first, is_last):
     del is_first
     following = None if is_last else _passed_on(cp, carry[0])
@@ -244,6 +247,8 @@ def _ring_backward(
   """Gradients of q, k and v. Those of keys and values travel with them, one step behind."""
   q, k, v = qkv
 
+  # dkv belongs to the keys of the previous step. It follows them to the device that visits them now,
+  # which adds its own share.
   def visit(carry, s, is_first, is_last):
     keys, dq, dkv = carry
     following = None if is_last else _passed_on(cp, keys)

@@ -46,8 +46,10 @@ def attention(
   shards = 1 if mesh.empty else spec.rules.num_shards(mesh, "act_heads")
   band = Band(spec.causal, spec.window)
   kernel = make_kernel(band, (N, T, T), spec, name=ATTENTION, head_shards=shards)
+  # The kernel has no factor on the logits and wants heads first.
   q, k, v = padded(*(x.swapaxes(1, 2) for x in (q_BTNH * spec.scale, k_BSKH, v_BSKH)))
 
+  # One call per row: the kernel has no batch axis.
   def local(kernel, q, k, v, ids_BT):
     one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(q=ids, kv=ids))
     return jax.vmap(one)(q, k, v, ids_BT)
