@@ -172,8 +172,8 @@ class MLP(Module):
       h = act(widen(GATE)) * widen(UP)
     else:
       h = act(widen(UP))
-    # The columns of h are sharded like those of the weights (Megatron-LM, arXiv:1909.08053), so tensor
-    # parallelism communicates only once, in the sum after the `down` matmul.
+    # The columns of h are sharded like those of the weights (Megatron-LM, arXiv:1909.08053). So
+    # tensor parallelism communicates only once, in the sum after the `down` matmul.
     h = self.rules.constrain(h, "batch", "length", "act_mlp")
     h = ops.materialized(h, cfg.materialize)
     axes = ("mlp", "embed")

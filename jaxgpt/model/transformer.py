@@ -99,8 +99,8 @@ class Transformer(layers.Module):
     layers_key = None
     if dropout_key is not None and (cfg.dropout or cfg.lora.dropout):
       dropout_key, layers_key = jax.random.split(dropout_key)
-    # Where the mesh shards the rows of a causal model, tokens are permuted once here and the results
-    # are permuted back at the end. Positions and segments are permuted along.
+    # Where the mesh shards the rows of a causal model, tokens are permuted once here and the
+    # results are permuted back at the end. Positions and segments are permuted along.
     reorder = cfg.causal and cache is None and not balanced
     if reorder:
       tokens_BT, positions_BT, segment_ids_BT, token_types_BT = map(

@@ -247,8 +247,8 @@ def _ring_backward(
   """Gradients of q, k and v. Those of keys and values travel with them, one step behind."""
   q, k, v = qkv
 
-  # dkv belongs to the keys of the previous step. It follows them to the device that visits them now,
-  # which adds its own share.
+  # dkv belongs to the keys of the previous step. It follows them to the device that visits them
+  # now, which adds its own share.
   def visit(carry, s, is_first, is_last):
     keys, dq, dkv = carry
     following = None if is_last else _passed_on(cp, keys)
@@ -270,9 +270,8 @@ def _ring_backward(
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in of_queries[0])
   _, dq_chunks, dkv = _around(cp.size, visit, (_passed_on(cp, (k, v, ids)), zeros, None))
   dq = jnp.concatenate(dq_chunks, T_AXIS)
-  dk, dv = _passed_on(
-    cp, dkv
-  )  # the last hop home, in flight while the device computes its own block
+  # The last hop home, in flight while the device computes its own block.
+  dk, dv = _passed_on(cp, dkv)
   (k, v), dq = blockwise.in_sequence((k, v), dq)
   own = blockwise.backward(cp, Band(cp.spec.causal), Block(q, k, v, ids, ids), total, dout)
   return dq + own[0], dk + own[1], dv + own[2]
