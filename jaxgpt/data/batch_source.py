@@ -8,7 +8,8 @@ whose position goes into every checkpoint. `from_config.BATCH_SOURCES` lists the
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-Batch: TypeAlias = dict[str, Any]  # name -> np.ndarray, or a dict of these (see `layouts`)
+from jaxgpt.data.layouts import Batch
+
 State: TypeAlias = Any  # plain JSON
 
 

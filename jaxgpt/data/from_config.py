@@ -10,7 +10,7 @@ from typing import NamedTuple
 import ml_collections
 
 from jaxgpt.config.registry import Registry
-from jaxgpt.data import masking, pipeline, stream
+from jaxgpt.data import layouts, masking, pipeline, stream
 from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
@@ -44,8 +44,8 @@ def split_batches(
   Raises:
     UserError: The folder is damaged, or its data does not fit the objective or the model.
   """
-  masked = None
-  if layout == "masked_lm":
+  entry, masked = layouts.LAYOUTS[layout], None
+  if entry.needs_masking:
     tokenizer = tokenizer_lib.load(pipeline.folders(c.data.path)[0])
     masked = masking.make(c.objective, tokenizer, c.seed)
   data = pipeline.make(
@@ -58,10 +58,10 @@ def split_batches(
     shuffle=c.data.shuffle,
     weights=c.data.weights,
     weight_changes=c.data.weight_changes,
-    objective=layout,
+    layout=layout,
     masking=masked,
   )
-  if layout == "classification":
+  if entry.has_labels:
     data.check_labels(c.model.num_labels)
   return data
 

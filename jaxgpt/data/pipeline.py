@@ -1,30 +1,46 @@
-"""Batches of prepared folders: the batch at step N is a function of (data, config, seed, N).
+"""Batches of prepared folders: the batch at step N is a pure function of (data, config, seed, N).
 
-Suffixes: B rows of a batch, T places in a row.
+From a step to its tokens:
+
+  step N, row i of the batch
+    -> position N * B + i in the endless sequence of rows
+    -> (source, n): the row is the n-th of its source        (`mixture`)
+    -> epoch n // R and row of the pack index, R rows long    (a Grain shuffle per epoch)
+    -> spans (document, start, length) of that row            (`packing`)
+    -> stored tokens                                          (`source`)
+    -> arrays                                                 (`layouts`)
+
+Every arrow is computed, so any host finds any row without having seen the others.
+
+Suffixes of array names: B rows of a global batch, T positions in a row.
 """
 
 import hashlib
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from etils import epath
 
 from jaxgpt.data import layouts, mixture, source
 from jaxgpt.data import packing as packings
+from jaxgpt.data.batch_source import Batch, BatchIterator, HostCheck, State
+from jaxgpt.data.masking import Masking
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import shards
 
 
 class Row(NamedTuple):
-  """Where a row of a batch comes from."""
+  """Origin of a row of a batch."""
 
-  position: int  # number in the endless sequence of rows: step * B + its place in the batch
-  source: int  # number of its source
-  epoch: int  # how often all rows of its source have been seen before
-  row: int  # number in the source's pack index
+  position: int  # global index of the row: step * B + its index in the batch
+  source: int  # index of its source
+  epoch: int  # complete passes over the source before this row
+  row: int  # index in the source's pack index
 
 
 class Source(NamedTuple):
@@ -33,27 +49,27 @@ class Source(NamedTuple):
   name: str
   split: source.Split
   pack: packings.PackIndex
-  order: Any  # number of a row in the source's endless sequence of epochs -> row of `pack`
+  order: Any  # index in the source's endless sequence of epochs -> row of `pack` (Grain)
 
 
-def folders(path):
-  """The folders that `data.path` names: several are separated by commas."""
+def folders(path: epath.PathLike) -> list[epath.PathLike]:
+  """Splits `data.path` at its commas into the folders that it names."""
   if not isinstance(path, str):
     return [path]
-  return [part.strip() for part in path.split(",") if part.strip()]
+  return [folder.strip() for folder in path.split(",") if folder.strip()]
 
 
-def check_sources(path):
-  """Checks that the folders of `data.path` are prepared data in the tokens of one tokenizer.
+def check_sources(path: epath.PathLike) -> list[epath.PathLike]:
+  """Checks that the folders of `data.path` hold prepared data in the tokens of one tokenizer.
 
   Args:
-    path: as `folders` takes it.
+    path: One or more folders; see `folders`.
 
   Returns:
     The folders.
 
   Raises:
-    UserError: a folder is none, or has another tokenizer than the first.
+    UserError: A folder holds no prepared data, or another tokenizer than the first.
   """
   found = folders(path)
   first = None
@@ -70,42 +86,39 @@ def check_sources(path):
 
 
 def make(
-  path,
-  split,
+  path: epath.PathLike,
+  split: str,
   *,
-  seq_len,
-  batch_size,
-  packing="best_fit",
-  seed=0,
-  shuffle=True,
-  weights=(),
-  weight_changes=(),
-  objective="causal_lm",
-  masking=None,
-):
+  seq_len: int,
+  batch_size: int,
+  packing: str = "best_fit",
+  seed: int = 0,
+  shuffle: bool = True,
+  weights: Sequence[float] = (),
+  weight_changes: Sequence[tuple[int, Sequence[float]]] = (),
+  layout: str = "causal_lm",
+  masking: Masking | None = None,
+) -> "Batches":
   """Opens a split of each source and packs it.
 
   Args:
-    path: what `jaxgpt data` wrote; several folders are separated by commas.
-    split: 'train', 'validation' or 'test'. But for 'train', folders where it is empty are left
-      out.
-    seq_len: predictions, or tokens, that a row has room for (T).
-    batch_size: rows a step over all hosts (global B). It may exceed the rows of the split: epochs
-      then follow each other within a batch.
+    path: One or more folders that `jaxgpt data` wrote; see `folders`.
+    split: 'train', 'validation' or 'test'. For the last two, folders without documents in the
+      split are left out.
+    seq_len: Length of a row (T), in predictions or tokens depending on the layout.
+    batch_size: Rows of a step over all hosts (B). If it exceeds the rows of the split, a batch
+      spans several epochs.
     packing: best_fit, concat or one_per_row (see `packing`).
-    seed: of the order of the rows; any integer.
-    shuffle: permute the rows anew each epoch; else they come in the documents' order.
-    weights: share of the rows that comes from each folder; (): in proportion to its rows, so that
+    seed: Seed of the row order; any integer.
+    shuffle: Permute the rows in each epoch. Otherwise they keep the documents' order.
+    weights: Share of the rows that each folder contributes. (): in proportion to its rows, so that
       the epochs of all sources end together.
-    weight_changes: ((step, weights), …) in rising order: weights from those steps on.
-    objective: a key of `layouts.OBJECTIVES`, which says what rows hold.
-    masking: masked_lm: from `masking.make`.
-
-  Returns:
-    Batches.
+    weight_changes: ((step, weights), …) with rising steps: the weights from each step on.
+    layout: A key of `layouts.LAYOUTS`.
+    masking: From `masking.make`, if the layout needs it.
 
   Raises:
-    UserError: a value out of range, or what `source.open_split` raises.
+    UserError: A value is out of range, or `source.open_split` fails.
   """
   for key, value in (("seq_len", seq_len), ("batch_size", batch_size)):
     if value < 1:
@@ -118,10 +131,10 @@ def make(
     found = [f for f in found if shards.read_manifest(f)["splits"][split]["documents"]] or found[:1]
     weights = weight_changes = ()
   splits = [(name, source.open_split(folder, split)) for name, folder in zip(_names(found), found)]
-  layout = layouts.make(objective, splits, masking)
+  made = layouts.make(layout, splits, masking)
   sources, num_cut = [], 0
   for number, (name, opened) in enumerate(splits):
-    pack, cut = layout.index(opened, packing, seq_len)
+    pack, cut = made.index(opened, packing, seq_len)
     order = _order(pack.num_rows, seed if shuffle else None, number)
     sources.append(Source(name, opened, pack, order))
     num_cut += cut
@@ -131,16 +144,17 @@ def make(
     [(step * batch_size, w) for step, w in weight_changes],
     seed,
   )
-  return Batches(sources, mix, batch_size, layout, num_cut, digest)
+  predicts_all = layouts.LAYOUTS[layout].predicts_text
+  return Batches(sources, mix, batch_size, made, predicts_all, num_cut, digest)
 
 
-def _names(found):
-  """Short names of folders, all different."""
+def _names(found: Sequence[epath.PathLike]) -> list[str]:
+  """The folders' last names if they differ, else their paths."""
   short = [pathlib.PurePath(f).name for f in found]
   return short if len(set(short)) == len(short) else [os.fspath(f) for f in found]
 
 
-def _order(num_rows, seed, number):
+def _order(num_rows: int, seed: int | None, number: int) -> Any:
   """The endless sequence of a source's epochs, each a permutation of its rows."""
   order = grain.MapDataset.range(num_rows)
   if seed is not None:
@@ -151,32 +165,43 @@ def _order(num_rows, seed, number):
 
 
 class Batches:
-  """Batches by step number.
+  """Batches of prepared data by step number; a `BatchSource`.
 
-  A batch is a dict of arrays [B, T], those of the objective's layout (see `layouts`). Row i of step N has position N * B + i in an endless sequence, in which the sources take turns by
-  their weights and each goes through its own epochs. Host h of H gets the rows h * B / H to
-  (h + 1) * B / H of each step. Picklable.
+  A batch is a dict of arrays; the layout says which. Row i of step N has position N * B + i in an
+  endless sequence of rows, in which the sources take turns by weight and each runs through its own
+  epochs. Host h of H gets the rows h * B / H to (h + 1) * B / H of each step. Picklable.
 
   Attributes:
-    sources: [Source].
-    layout: see `layouts`.
-    batch_size: global B.
-    seq_len: T.
-    len_rows: rows of all sources.
+    sources: The prepared folders.
+    layout: The row layout; see `layouts`.
+    batch_size: Rows of a global batch (B).
+    seq_len: Length of a row (T).
+    len_rows: Rows of all sources.
     steps_per_epoch: ceil(len_rows / B).
-    bytes: UTF-8 bytes of the texts, which bits per byte are counted over.
-    predictions: predictions of all sources.
-    digest: of the manifest, or of all manifests of `data.path`, whichever have the split.
-    predicts_all: whether an epoch predicts each token once, so that bits per byte have a meaning.
-    num_documents: documents of all sources.
-    num_cut: documents that lost an end to fit into a row.
-    state_key: None; the batch at step N depends on N only (see `batch_source`).
+    bytes: UTF-8 bytes of the texts, the denominator of bits per byte.
+    predictions: Predictions of all sources.
+    digest: Digest of the manifest, or of the manifests of all folders of `data.path`, including
+      those without the split.
+    predicts_all: An epoch predicts each token once, so that bits per byte are defined.
+    num_documents: Documents of all sources.
+    num_cut: Documents whose end was cut off to fit into a row.
+    state_key: None: the batch at step N depends on N only.
   """
 
   state_key: str | None = None
 
-  def __init__(self, sources, mix, batch_size, layout, num_cut, digest):
+  def __init__(
+    self,
+    sources: list[Source],
+    mix: mixture.Mixture,
+    batch_size: int,
+    layout: layouts.Layout,
+    predicts_all: bool,
+    num_cut: int,
+    digest: str,
+  ):
     """Use `make`."""
+    self._predicts_all = predicts_all
     self.sources, self._mixture, self.batch_size = sources, mix, batch_size
     self.layout, self.num_cut, self.digest = layout, num_cut, digest
     self.seq_len = sources[0].pack.seq_len
@@ -186,24 +211,24 @@ class Batches:
     self.num_documents = sum(s.split.num_documents for s in sources)
     self.bytes = sum(s.split.bytes for s in sources)
     self.predictions = sum(int(s.split.lengths.sum()) for s in sources)
-    self.predicts_all = isinstance(layout, layouts.CausalLM) and all(
-      s.split.kind == "text" for s in sources
-    )
+    self.predicts_all = predicts_all and all(s.split.kind == "text" for s in sources)
 
-  def by_source(self):
-    """{name: Batches of that source alone}, for what looks at each on its own."""
+  def by_source(self) -> dict[str, "Batches"]:
+    """Splits a mixture into one `Batches` per source, by name."""
     alone = mixture.Mixture(1, [1])
     return {
-      s.name: Batches([s], alone, self.batch_size, self.layout, 0, s.split.digest)
+      s.name: Batches(
+        [s], alone, self.batch_size, self.layout, self._predicts_all, 0, s.split.digest
+      )
       for s in self.sources
     }
 
-  def host_checks(self):
-    """See `BatchSource`; `digest` says it all."""
+  def host_checks(self) -> list[HostCheck]:
+    """See `BatchSource`. `digest` covers all of the data."""
     return []
 
-  def describe(self, host_count=1):
-    """Lines for the start of a run: documents that lost an end."""
+  def describe(self, host_count: int = 1) -> list[str]:
+    """See `BatchSource`: the number of documents that were cut off."""
     del host_count
     if not self.num_cut:
       return []
@@ -212,28 +237,32 @@ class Batches:
       f"{self.seq_len} and lose an end"
     ]
 
-  def summary(self):
-    """Steps of an epoch, in words."""
+  def summary(self) -> str:
+    """See `BatchSource`: the steps of an epoch."""
     return f"shards have their sizes; an epoch has {self.steps_per_epoch:,} steps"
 
-  def account(self):
-    """No lines: prepared data was accounted for when it was prepared."""
+  def account(self) -> list[str]:
+    """See `BatchSource`. Empty: `jaxgpt data` printed the account."""
     return []
 
-  def get_state(self):
-    """None; see `state_key`."""
+  def get_state(self) -> State:
+    """See `BatchSource`. None, as `state_key` is None."""
     return None
 
-  def merge_states(self, states):
-    """None; see `state_key`."""
+  def merge_states(self, states: list[State]) -> State:
+    """See `BatchSource`. None, as `state_key` is None."""
     del states
     return None
 
-  def set_state(self, merged, host_index, host_count):
-    """Does nothing; see `state_key`."""
+  def set_state(self, merged: State, host_index: int, host_count: int) -> None:
+    """See `BatchSource`. Does nothing, as `state_key` is None."""
 
-  def check_labels(self, num_labels):
-    """Raises a UserError where a model with so many labels can't learn those of the data."""
+  def check_labels(self, num_labels: int) -> None:
+    """Checks that a model with `num_labels` outputs fits the labels of the data.
+
+    Raises:
+      UserError: It does not fit.
+    """
     names = self.sources[0].split.label_names
     if names and not 1 < num_labels >= len(names):
       raise UserError(
@@ -242,19 +271,18 @@ class Batches:
       )
     if not names and num_labels != 1:
       raise UserError(
-        f"model.num_labels={num_labels}, but the labels of the data are numbers and "
-        "no classes: set model.num_labels=1 for a regression"
+        f"model.num_labels={num_labels}, but the labels of the data are numbers, "
+        "not classes: set model.num_labels=1 for a regression"
       )
 
-  def rows(self, step, host_index=0, host_count=1):
-    """What a host gets at a step: a list of B / host_count `Row`s.
+  def rows(self, step: int, host_index: int = 0, host_count: int = 1) -> list[Row]:
+    """Traces the B / host_count rows that a host gets at a step.
 
-    With `pack.spans` and `split.source_name` of their sources they tell which documents were in a
-    step.
+    `pack.spans` and `split.source_name` of a row's source name the documents in it.
 
     Raises:
       UserError: host_count does not divide the batch size.
-      IndexError: no such step or host.
+      IndexError: The step or the host does not exist.
     """
     low, high = self._host_rows(host_index, host_count)
     if step < 0:
@@ -267,7 +295,8 @@ class Batches:
       out.append(Row(first + i, number, n // s.pack.num_rows, s.order[n]))
     return out
 
-  def _host_rows(self, host_index, host_count):
+  def _host_rows(self, host_index: int, host_count: int) -> tuple[int, int]:
+    """The range of a host's rows in each batch."""
     if host_count < 1 or self.batch_size % host_count:
       raise UserError(
         f"data.batch_size={self.batch_size} does not split evenly over {host_count} "
@@ -278,60 +307,76 @@ class Batches:
     per_host = self.batch_size // host_count
     return host_index * per_host, (host_index + 1) * per_host
 
-  def epochs(self, step):
-    """How often each source was gone through before a step: {name: epochs, with a fraction}."""
+  def epochs(self, step: int) -> dict[str, float]:
+    """Passes over each source before a step: {name: epochs}, with fractions."""
     counts = self._mixture.counts(step * self.batch_size)
     return {s.name: n / s.pack.num_rows for s, n in zip(self.sources, counts)}
 
-  def batch(self, step, host_index=0, host_count=1):
-    """A host's part of the batch at a step: a dict of arrays [B / host_count, T].
+  def batch(self, step: int, host_index: int = 0, host_count: int = 1) -> Batch:
+    """Makes a host's rows of the batch at a step: a dict of arrays [B / host_count, T].
 
-    Raises: as `rows`.
+    Raises:
+      UserError, IndexError: See `rows`.
     """
     rows = self.rows(step, host_index, host_count)
     return self._assemble([(r.source, r.row, r.position) for r in rows], len(rows))
 
-  def blank(self, rows):
-    """A batch of padding, whose shapes and dtypes are those of all batches of so many rows."""
-    return self.layout.batch([], rows, self.seq_len)
+  def blank(self, num_rows: int) -> Batch:
+    """See `BatchSource`."""
+    return self.layout.batch([], num_rows, self.seq_len)
 
   def iterate(
-    self, start_step=0, *, stop_step=None, host_index=0, host_count=1, threads=4, prefetch=4
-  ):
-    """Iterates over `batch(start_step)`, `batch(start_step + 1)`, … made ahead of time.
+    self,
+    start_step: int = 0,
+    *,
+    stop_step: int | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 4,
+  ) -> BatchIterator:
+    """Iterates over `batch(start_step)`, `batch(start_step + 1)`, …, made ahead of time.
 
     Args:
-      start_step: the first step.
-      stop_step: the step to stop before; default: never.
-      host_index, host_count: as in `batch`.
-      threads: that make batches; 0 makes them when asked.
-      prefetch: batches kept ready; 0 makes them when asked.
+      start_step: The first step.
+      stop_step: The step to stop before; None to never stop.
+      host_index: See `batch`.
+      host_count: See `batch`.
+      threads: Threads that make batches; 0 makes them on demand.
+      prefetch: Batches to keep ready; 0 makes them on demand.
 
     Returns:
       A Grain iterator; its `close()` ends the threads.
 
-    Raises: as `rows`.
+    Raises:
+      UserError, IndexError: See `rows`.
     """
     self._host_rows(host_index, host_count)
     steps = grain.MapDataset.range(start_step, sys.maxsize if stop_step is None else stop_step)
     batches = steps.map(lambda step: self.batch(step, host_index, host_count))
     return self._prefetched(batches, threads, prefetch)
 
-  def _prefetched(self, batches, threads, prefetch):
+  def _prefetched(self, batches: Any, threads: int, prefetch: int) -> BatchIterator:
     options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
 
-  def epoch_batches(self, *, host_index=0, host_count=1, threads=4, prefetch=4):
+  def epoch_batches(
+    self, *, host_index: int = 0, host_count: int = 1, threads: int = 4, prefetch: int = 4
+  ) -> BatchIterator:
     """Iterates over all rows of all sources once, in the documents' order: for evaluation.
 
-    The last batch is filled up with rows of zero weight, so all have one shape and all hosts the
-    same number. Over all of them the loss, summed with its weights and divided by
+    The last batch is filled up with rows of zero weight, so that all batches have one shape and
+    all hosts the same number of them. The weighted loss, summed over all batches and divided by
     `bytes * ln 2`, is bits per byte.
 
     Args:
-      host_index, host_count, threads, prefetch: as in `iterate`.
+      host_index: See `batch`.
+      host_count: See `batch`.
+      threads: See `iterate`.
+      prefetch: See `iterate`.
 
-    Raises: as `rows`.
+    Raises:
+      UserError, IndexError: See `rows`.
     """
     low, high = self._host_rows(host_index, host_count)
 
@@ -346,8 +391,8 @@ class Batches:
     batches = grain.MapDataset.range(self.steps_per_epoch).map(batch)
     return self._prefetched(batches, threads, prefetch)
 
-  def _assemble(self, rows, num_rows):
-    """The batch of some rows [(source, row, position)], filled up to `num_rows`."""
+  def _assemble(self, rows: Sequence[tuple[int, int, int]], num_rows: int) -> Batch:
+    """The batch of some rows (source, row, position), filled up to `num_rows`."""
     items = [
       layouts.Item(self.sources[s].split, self.sources[s].pack, row, position)
       for s, row, position in rows
@@ -355,8 +400,8 @@ class Batches:
     return self.layout.batch(items, num_rows, self.seq_len)
 
 
-def digest_of(digests):
-  """What names the data of a run: the manifest's digest, or one over those of all sources."""
+def digest_of(digests: Sequence[str]) -> str:
+  """The digest that identifies a run's data: the manifest's, or one over those of all sources."""
   if len(digests) == 1:
     return digests[0]
   return hashlib.sha256("\n".join(digests).encode()).hexdigest()

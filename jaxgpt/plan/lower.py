@@ -105,14 +105,7 @@ def resolve(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def batch_shapes(c: ml_collections.ConfigDict) -> PyTree:
   """The global batch of a resolved config as a tree of `ShapeDtypeStruct`s."""
-  layout = layouts.OBJECTIVES[c.objective.name]
-  if layout is layouts.MaskedLM:
-    layout = layout(None)
-  elif layout is layouts.Classification:
-    layout = layout(c.model.num_labels > 1)
-  else:
-    layout = layout()
-  one = layout.batch([], 1, c.data.seq_len)
+  one = layouts.blank(c.objective.name, 1, c.data.seq_len, c.model.num_labels > 1)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype), one
   )

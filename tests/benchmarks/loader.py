@@ -64,7 +64,7 @@ def ours(path, objective="causal_lm", **over):
   c = config.base()
   masked = masking.make(c.objective, Tokenizer(), 0) if objective == "masked_lm" else None
   b = pipeline.make(
-    path, "train", seq_len=T, batch_size=B, objective=objective, masking=masked, **over
+    path, "train", seq_len=T, batch_size=B, layout=objective, masking=masked, **over
   )
   return b.iterate(threads=c.data.threads, prefetch=c.data.prefetch)
 

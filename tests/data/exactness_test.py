@@ -37,7 +37,7 @@ def make(path, objective, seq_len=96):
     seed=5,
     weights=(0.6, 0.3, 0.1),
     weight_changes=((60, (0.2, 0.3, 0.5)), (150, (0, 1, 1))),
-    objective=objective,
+    layout=objective,
     masking=masked,
   )
 
@@ -178,7 +178,7 @@ def test_each_token_comes_once_an_epoch(tmp_path_factory, data, seq_len, seed, o
     batch_size=3,
     seed=seed,
     packing=packing,
-    objective=objective,
+    layout=objective,
     masking=masked,
   )
   more = 1 if objective == "causal_lm" else 0

@@ -48,7 +48,7 @@ def make(folder, objective, seq_len=8, batch_size=1, **over):
     seq_len=seq_len,
     batch_size=batch_size,
     shuffle=False,
-    objective=objective,
+    layout=objective,
     **over,
   )
 
@@ -194,7 +194,7 @@ def test_sources_of_other_classes_are_refused(tmp_path):
     write(tmp_path / name, "classification", [{"text": "a", "label": name}], (name,))
     for name in "ab"
   ]
-  with pytest.raises(UserError, match="'b' and 'a' have other classes: b and a"):
+  with pytest.raises(UserError, match="'b' and 'a' have different classes: b and a"):
     make(",".join(paths), "classification")
 
 

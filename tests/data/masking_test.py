@@ -115,7 +115,7 @@ def batches(folder, split="train", seed=0, batch_size=4):
     split,
     seq_len=64,
     batch_size=batch_size,
-    objective="masked_lm",
+    layout="masked_lm",
     seed=seed,
     masking=make(seed),
   )

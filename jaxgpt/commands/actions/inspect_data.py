@@ -80,7 +80,7 @@ def show(path, split="train", rows=3, seed=0, seq_len=256, chars=300):
     seq_len=seq_len,
     batch_size=rows,
     seed=seed,
-    objective=layouts.first_objective(kind),
+    layout=layouts.of_kind(kind)[0],
   )
   tokenizer = tokenizer_lib.load(first)
   head = (
@@ -92,7 +92,7 @@ def show(path, split="train", rows=3, seed=0, seq_len=256, chars=300):
 
 def _rows(batches, step, wanted, tokenizer, chars):
   arrays, rows = batches.batch(step), batches.rows(step)
-  is_shifted = not isinstance(batches.layout, layouts.MaskedLM)
+  is_shifted = batches.layout.predicts_next
   for i in wanted:
     r = rows[i]
     name, split, pack, _ = batches.sources[r.source]

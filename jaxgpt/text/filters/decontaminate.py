@@ -1,42 +1,47 @@
-"""Contamination: training documents that hold runs of words of held-out or benchmark texts.
+"""Decontamination: finds training documents that share n-grams with held-out or benchmark texts.
 
-Words are compared in small letters and without signs, so layout and punctuation hide nothing.
-(datatrove's block does the same, but can be built by lighteval's task list alone.)
+Words are compared in lower case and without punctuation, so that layout hides nothing. An n-gram is
+called a *run* of words here, as in the options. (datatrove has a similar block, but it can only be
+built from lighteval's task list.)
 
-Stages, as in `dedup`: each writes into an empty folder that the caller makes.
+Phases, as in `dedup`; each writes into an empty folder that the caller creates:
 
-  collect   once a task of held-out documents   -> their runs of words
-  merge     once                                -> an index by name ('validation', 'bench.jsonl')
-  Filter    wherever training documents pass    -> those without what is in the index
+  collect   per task of held-out documents   -> the hashes of their runs
+  merge     once                             -> an index by name ('validation', 'bench.jsonl')
+  Filter    on training documents            -> the documents without runs from the index
 """
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+from etils import epath
+from numpy.typing import ArrayLike
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.filters import step_specs, words
+from jaxgpt.text.readers.documents import Document, Dropped
 
 RULE = "contaminated"
 
 _RUNS = "runs.npy"
 _NAMES = "names.json"
-_HELD = 1 << 22  # runs that are held before equal ones are counted up
+_HELD = 1 << 22  # runs in memory before equal ones are merged
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What makes a document contaminated.
+  """The definition of a contaminated document.
 
   Attributes:
-    words: in a run; held-out texts with fewer can't be found.
-    runs: so many different runs must be found in it,
-    share: and so large a share of its own runs.
-    common: runs in more held-out texts than that are phrases that everybody uses (licences, forms,
-      a benchmark's instructions) and don't count; 0: all count.
-    remove: False only reports.
+    words: Words per run. Held-out texts with fewer words can't be found.
+    runs: Fewest different runs of the index that a contaminated document contains.
+    share: Smallest share of a document's own runs that are in the index.
+    common: Runs in more held-out texts than this don't count, since they are common phrases
+      (licences, forms, a benchmark's instructions). 0: all count.
+    remove: Remove contaminated documents. False only reports them.
   """
 
   words: int = 13
@@ -46,11 +51,11 @@ class Config:
   remove: bool = True
 
 
-def make(given=""):
-  """Reads options such as 'words=8,runs=2'; they are those of `Config`.
+def make(given: str = "") -> Config:
+  """Parses options of `Config`, such as 'words=8,runs=2'.
 
   Raises:
-    UserError: an unknown key or a bad value.
+    UserError: An unknown key or a bad value.
   """
   flag = "--decontaminate-options"
   defaults = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -61,41 +66,44 @@ def make(given=""):
   return Config(**options)
 
 
-def collect(documents, out, config):
-  """The runs of words of held-out documents, in `out`.
+def collect(documents: Iterable[Document], out: epath.PathLike, config: Config) -> dict[str, int]:
+  """Writes the runs of held-out documents to `out`.
 
   Args:
-    documents: an iterable of `read.Document`, or of anything with a `text`.
-    out: an empty folder.
-    config: a `Config`.
+    documents: The documents; only `text` is used.
+    out: An empty folder.
+    config: The definition of contamination.
 
   Returns:
-    {'documents': all, 'too short': those with fewer words than a run has}.
+    {'documents': all documents, 'too short': those with fewer words than a run}.
   """
   count = short = 0
-  parts, held = [], 0
+  counts: list[np.ndarray] = []
+  held = 0
   for document in documents:
     runs = _runs(document.text, config)
     count, short = count + 1, short + (not len(runs))
-    parts.append(_counted(runs, np.ones(len(runs), np.uint32)))
+    counts.append(_counted(runs, np.ones(len(runs), np.uint32)))
     held += len(runs)
     if held > _HELD:
-      parts = [_sum(parts)]
+      counts = [_sum(counts)]
       held = 0
-  np.save(pathlib.Path(out, _RUNS), _sum(parts))
+  np.save(pathlib.Path(out, _RUNS), _sum(counts))
   return {"documents": count, "too short": short}
 
 
-def merge(inputs, out, config):
-  """The index, in `out`.
+def merge(
+  inputs: Mapping[str, Sequence[epath.PathLike]], out: epath.PathLike, config: Config
+) -> dict[str, int]:
+  """Writes the index to `out`.
 
   Args:
     inputs: {name: folders of `collect`}; the names appear in reports.
-    out: an empty folder.
-    config: a `Config`.
+    out: An empty folder.
+    config: The definition of contamination.
 
   Returns:
-    {name: runs of words in the index}.
+    {name: runs in the index}.
   """
   sizes = {}
   for number, (name, folders) in enumerate(inputs.items()):
@@ -111,11 +119,12 @@ class Filter:
   """Finds contaminated documents. It pickles as its folder and config.
 
   Attributes:
-    found: {name: contaminated documents} so far, by this object; a document counts under each name.
+    found: {name: contaminated documents} that this object has seen. A document counts under each
+      name whose runs it contains.
   """
 
-  def __init__(self, folder, config):
-    """Takes the folder of `merge` and the config it was made with."""
+  def __init__(self, folder: epath.PathLike, config: Config):
+    """Args: folder: The folder of `merge`. config: The config that it was made with."""
     self._folder, self._config = folder, config
     names = json.loads(pathlib.Path(folder, _NAMES).read_text(encoding="utf-8"))
     self._index = {
@@ -124,11 +133,11 @@ class Filter:
     }
     self.found = dict.fromkeys(names, 0)
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[type["Filter"], tuple[epath.PathLike, Config]]:
     return Filter, (self._folder, self._config)
 
-  def check(self, text):
-    """Why a text is contaminated: 'NAME: 3 of 200 runs, such as "…"', or None."""
+  def check(self, text: str) -> str | None:
+    """The reason why a text is contaminated: 'NAME: 3 of 200 runs, such as "…"', or None."""
     runs, first = np.unique(words.ngram_hashes(text, self._config.words), return_index=True)
     reasons = []
     for name, index in self._index.items():
@@ -144,13 +153,13 @@ class Filter:
         reasons.append(f"{name}: {len(hits)} of {len(runs)} runs, such as {' '.join(run)!r}")
     return "; ".join(reasons) or None
 
-  def __call__(self, documents, dropped):
-    """The documents that stay, in order.
+  def __call__(self, documents: Iterable[Document], dropped: Dropped) -> Iterator[Document]:
+    """Yields the documents that stay, in order.
 
     Args:
-      documents: an iterable of `read.Document`.
-      dropped: a `read.Dropped`, which counts the others under `RULE`. Where the config doesn't
-        remove, all stay and nothing is counted there, but in `found`.
+      documents: The documents.
+      dropped: The account that counts the others under `RULE`. If the config doesn't remove, all
+        documents stay and only `found` counts.
     """
     for document in documents:
       why = self.check(document.text)
@@ -160,19 +169,20 @@ class Filter:
         yield document
 
 
-def _runs(text, config):
+def _runs(text: str, config: Config) -> np.ndarray:
   return np.unique(words.ngram_hashes(text, config.words))
 
 
-def _counted(runs, texts):
-  out = np.empty(len(runs), [("run", np.uint64), ("texts", np.uint32)])
+def _counted(runs: ArrayLike, texts: ArrayLike) -> np.ndarray:
+  """An array of runs and the number of texts that contain each."""
+  out = np.empty(len(np.asarray(runs)), [("run", np.uint64), ("texts", np.uint32)])
   out["run"], out["texts"] = runs, texts
   return out
 
 
-def _sum(parts):
-  """Runs of all parts, sorted, with the number of texts they are in."""
-  every = np.concatenate([_counted((), ()), *parts])
+def _sum(counts: Sequence[np.ndarray]) -> np.ndarray:
+  """Merges arrays of `_counted`: sorted runs, with the texts of all arrays added up."""
+  every = np.concatenate([_counted((), ()), *counts])
   every = every[np.argsort(every["run"], kind="stable")]
   runs, starts = np.unique(every["run"], return_index=True)
   return _counted(runs, np.add.reduceat(every["texts"], starts) if len(starts) else ())

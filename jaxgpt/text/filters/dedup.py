@@ -1,23 +1,34 @@
-"""Duplicates: which documents of a corpus to remove, exact and near ones.
+"""Deduplication: finds the documents of a corpus to remove, exact and near duplicates.
 
-Stages over tasks, so that a corpus of any size is gone through in separate processes and from where
-it stopped. A task is a group of inputs; its documents are numbered from 0, and the corpus is the
-tasks in order of their ranks.
+The work is divided into phases over tasks, so that a corpus of any size is processed by separate
+processes and resumed where it stopped. A task is a group of inputs. Its documents are numbered from
+0; the corpus is the concatenation of the tasks by rank.
 
-  signatures   once a task        documents -> digests, MinHash signatures
-  buckets      once a bucket      signatures of all tasks -> candidate pairs
-  cluster      once               pairs -> the documents to remove, by task
-  removals     whenever           what `cluster` found for a task
+  signatures   per task            documents -> digests, MinHash signatures
+  buckets      per bucket          signatures of all tasks -> candidate pairs
+  cluster      once                pairs -> documents to remove, by task
+  removals     any time            the result of `cluster` for one task
 
-A stage writes into an empty folder that the caller makes (and renames, once it is whole), and reads
-the folders of the stages before it. What is removed depends on the documents and their order, not
-on how they are cut into tasks. Memory is that of one task's signatures; `cluster` holds 16 bytes a
-document, and the signatures of suspects in a file.
+Each phase writes into an empty folder that the caller creates (and renames when complete). It reads
+the folders of the phases before it. The result depends on the documents and their order, not on
+their division into tasks. Memory is that of one task's signatures; `cluster` needs 16 bytes per
+document and keeps the signatures of candidates in a file.
 
-Signatures, their files and the merge that finds pairs are datatrove's. It would remove all of a
-connected group but any one of its documents, and would take two documents that share a bucket by
-chance for duplicates. Here, the FIRST document of a group stays, and one is removed only where
-enough of its hashes agree with those of a document that stays.
+MinHash in short: of all n-grams of a text, keep the smallest hash under each of 120 hash functions.
+Two texts agree in each of these 120 numbers with a probability equal to the share of n-grams that
+they have in common (Jaccard similarity). Comparing all pairs of texts is too slow, so the numbers
+are grouped into 20 buckets of 6:
+
+  text A   [ 3 1 4 1 5 9 | 2 6 5 3 5 8 | 9 7 9 3 2 3 | ... ]
+  text B   [ 3 1 7 1 5 9 | 2 6 5 3 5 8 | 9 7 0 3 2 3 | ... ]
+                           ^^^^^^^^^^^ equal bucket: a candidate pair
+
+Sorting each bucket finds the candidates. They are then compared in all 120 numbers.
+
+The signatures, their files and the merge that finds candidates are datatrove's. datatrove would
+keep an arbitrary document of each connected group, and remove a document that shares a bucket by
+chance. Here the FIRST document of a group stays, and another is removed only if enough of its
+hashes agree with those of a document that stays.
 """
 
 import collections
@@ -25,52 +36,56 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jaxgpt.errors import UserError
-from jaxgpt.text.filters import clean, step_specs, words
+from jaxgpt.text.filters import datatrove_blocks, step_specs, words
+from jaxgpt.text.readers.documents import Document, Dropped
 
-RULES = ("duplicate", "near duplicate")  # as dropped documents are counted
+RULES = ("duplicate", "near duplicate")  # names in the account of dropped documents
 
 _SPECS = {
   "exact": {"ignore_space": True, "ignore_case": False},
-  # A document with 5 % of its words changed shares 0.95^3 / (2 - 0.95^3) = 0.75 of its 3-grams,
-  # but only 0.63 of datatrove's 5-grams, of which its 14 buckets of 8 hashes find 30 %. 20
-  # buckets of 6 hashes find 0.75 with probability 1 - (1 - 0.75^6)^20 = 98 %; but 0.5 with 27 %
-  # too, which is why pairs are compared in all 120 hashes (standard error 0.04) before a
-  # document is removed. tests/benchmarks/dedup.py measures both.
+  # A document with 5% of its words changed shares 0.95^3 / (2 - 0.95^3) = 0.75 of its 3-grams with
+  # the original, but only 0.63 of its 5-grams (datatrove's default, whose 14 buckets of 8 hashes
+  # find 30% of such pairs). 20 buckets of 6 hashes find similarity 0.75 with probability
+  # 1 - (1 - 0.75^6)^20 = 98%. They also find 0.5 with 27%, so pairs are compared in all 120 hashes
+  # (standard error 0.04) before a document is removed. tests/benchmarks/dedup.py measures both.
   "near": {"ngram": 3, "buckets": 20, "hashes": 6, "threshold": 0.65, "seed": 1},
 }
 _DIGESTS = "digests.npy"
 _TABLE = "table.npy"
-_PART = 1 << 24  # digests that are sorted at once
-_SHINGLES = 1 << 13  # n-grams that are hashed at once
-_ROWS = 1 << 16  # signatures that are compared at once
+_SORTED = 1 << 24  # digests to sort at once
+_SHINGLES = 1 << 13  # n-grams to hash at once
+_COMPARED = 1 << 16  # signatures to compare at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What `make` returns. `exact` and `near` are dicts of options, or None: not asked for."""
+  """Options of deduplication. `exact` and `near` are their options, or None if not requested."""
 
-  exact: dict | None
-  near: dict | None
+  exact: dict[str, Any] | None
+  near: dict[str, Any] | None
 
 
-def make(given):
-  """Reads the specs of `--dedup`.
+def make(given: Iterable[str]) -> Config:
+  """Parses the specs of `--dedup`.
 
   Args:
-    given: strings: 'exact', 'near', each perhaps with options, as in
-      'exact:ignore_case=true' or 'near:ngram=3,buckets=20,hashes=6,threshold=0.65'.
-      ignore_space: differences in white space don't count (nor does white space at the ends).
-      threshold: share of n-grams in common (Jaccard) from which on documents are near duplicates.
+    given: 'exact' or 'near', each with optional settings, as in 'exact:ignore_case=true' or
+      'near:ngram=3,buckets=20,hashes=6,threshold=0.65'.
+      ignore_space: Treat any white space as one space, and none at the ends.
+      threshold: Smallest share of common n-grams (Jaccard) of near duplicates.
 
   Returns:
-    A `Config`, which pickles.
+    The configuration, which pickles.
 
   Raises:
-    UserError: a bad spec, or the extra that 'near' needs is missing.
+    UserError: A bad spec, or the extra that 'near' needs is missing.
   """
   options = dict(step_specs.parse(spec, "--dedup", _SPECS) for spec in given)
   near = options.get("near")
@@ -80,25 +95,27 @@ def make(given):
         raise UserError(f"--dedup=near: {key}={near[key]} must be at least 1")
     if not 0 < near["threshold"] <= 1:
       raise UserError(f"--dedup=near: threshold={near['threshold']} must be in (0, 1]")
-    clean.datatrove("pipeline.dedup.minhash")
+    datatrove_blocks.module("pipeline.dedup.minhash")
   return Config(options.get("exact"), near)
 
 
-def signatures(documents, rank, out, config):
-  """Stage 1, for one task: what the other stages need to know of its documents.
+def signatures(
+  documents: Iterable[Document], rank: int, out: epath.PathLike, config: Config
+) -> int:
+  """Phase 1, for one task: digests and signatures of its documents.
 
   Args:
-    documents: an iterable of `read.Document`, or of anything with a `text`.
-    rank: the task's number; ranks are 0, 1, … without a gap.
-    out: an empty folder.
-    config: a `Config`.
+    documents: The documents; only `text` is used.
+    rank: The task's number; ranks are 0, 1, … without a gap.
+    out: An empty folder.
+    config: The options.
 
   Returns:
     The number of documents.
   """
   digests = bytearray()
 
-  def watched():
+  def watched() -> Iterator[Document]:
     for document in documents:
       digests.extend(_digest(document.text, config.exact))
       yield document
@@ -112,53 +129,61 @@ def signatures(documents, rank, out, config):
   return len(found)
 
 
-def bucket_tasks(config):
-  """How many times `buckets` is to be run, with ranks 0, 1, …; 0 without near duplicates."""
+def bucket_tasks(config: Config) -> int:
+  """Number of `buckets` tasks, with ranks 0, 1, …; 0 without near duplicates."""
   return config.near["buckets"] if config.near else 0
 
 
-def buckets(rank, inputs, out, config):
-  """Stage 2, for one bucket, once stage 1 is done for all tasks: pairs that may be duplicates.
+def buckets(
+  rank: int, inputs: Sequence[epath.PathLike], out: epath.PathLike, config: Config
+) -> None:
+  """Phase 2, for one bucket, after phase 1 of all tasks: candidate pairs.
 
   Args:
-    rank: the bucket's number.
-    inputs: the folders of stage 1, by rank.
-    out: an empty folder.
-    config: a `Config`.
+    rank: The bucket's number.
+    inputs: The folders of phase 1, by rank.
+    out: An empty folder.
+    config: The options; `near` must be set.
   """
-  block = clean.datatrove("pipeline.dedup.minhash").MinhashDedupBuckets(
+  assert config.near is not None
+  block = datatrove_blocks.module("pipeline.dedup.minhash").MinhashDedupBuckets(
     str(out), str(out), config=_minhash_config(config.near), lines_to_buffer=1000
   )
   block.input_folder = _SignatureFiles(inputs, rank)
   block.run(None, rank, config.near["buckets"])
 
 
-def cluster(inputs, pairs, out, config):
-  """Stage 3, once stages 1 and 2 are done: decides what to remove, for all tasks.
+def cluster(
+  inputs: Sequence[epath.PathLike],
+  pairs: Sequence[epath.PathLike],
+  out: epath.PathLike,
+  config: Config,
+) -> dict[str, int]:
+  """Phase 3, after phases 1 and 2: decides which documents to remove, for all tasks.
 
   Args:
-    inputs: the folders of stage 1, by rank.
-    pairs: the folders of stage 2, by rank.
-    out: an empty folder.
-    config: a `Config`.
+    inputs: The folders of phase 1, by rank.
+    pairs: The folders of phase 2, by rank.
+    out: An empty folder.
+    config: The options.
 
   Returns:
     {rule: documents to remove}, with the `RULES` as keys.
   """
   digests = [np.load(pathlib.Path(folder, _DIGESTS), mmap_mode="r") for folder in inputs]
-  starts = np.cumsum([0] + [len(d) for d in digests])  # of each task, in the corpus
+  starts = np.cumsum([0] + [len(d) for d in digests])  # first document of each task in the corpus
   none = np.zeros((0, 2), np.int64)
   exact = _exact(digests, starts) if config.exact is not None else none
   near = _near(inputs, pairs, out, starts, exact, config.near) if config.near else none
-  rows = np.concatenate(
+  removed = np.concatenate(
     [
       np.column_stack((found, np.full(len(found), rule)))
       for rule, found in enumerate((exact, near))
     ]
   )
-  rows = rows[np.argsort(rows[:, 0])]  # document, the first one like it, rule
+  removed = removed[np.argsort(removed[:, 0])]  # columns: document, the first one like it, rule
   for rank in range(len(inputs)):
-    own = rows[slice(*np.searchsorted(rows[:, 0], starts[rank : rank + 2]))]
+    own = removed[slice(*np.searchsorted(removed[:, 0], starts[rank : rank + 2]))]
     first_rank = np.searchsorted(starts, own[:, 1], side="right") - 1
     own = np.column_stack(
       (own[:, 0] - starts[rank], own[:, 2], first_rank, own[:, 1] - starts[first_rank])
@@ -167,24 +192,31 @@ def cluster(inputs, pairs, out, config):
   return dict(zip(RULES, (len(exact), len(near))))
 
 
-def removals(rank, folder):
-  """What `cluster` found for a task, in its folder.
+def removals(rank: int, folder: epath.PathLike) -> np.ndarray:
+  """Reads the result of `cluster` for a task.
+
+  Args:
+    rank: The task's number.
+    folder: The folder of `cluster`.
 
   Returns:
     int64 [R, 4], sorted: the document's number in its task, its rule as an index of `RULES`, and
-    the rank and number of the document that it is like and that stays, but for 'duplicate', where
-    that one may be a near duplicate of another.
+    the rank and number of the document that it duplicates. That document stays, except that the
+    original of an exact duplicate may itself be a near duplicate of another.
   """
   return np.load(pathlib.Path(folder, f"{rank:05d}.npy"))
 
 
-def kept(documents, rank, folder, dropped):
-  """The documents of a task that stay, in order.
+def kept(
+  documents: Iterable[Document], rank: int, folder: epath.PathLike, dropped: Dropped
+) -> Iterator[Document]:
+  """Yields the documents of a task that stay, in order.
 
   Args:
-    documents: those that `signatures` saw, in the same order.
-    rank, folder: as before.
-    dropped: a `read.Dropped` that counts the others under their rule.
+    documents: The documents that `signatures` saw, in the same order.
+    rank: The task's number.
+    folder: The folder of `cluster`.
+    dropped: The account that counts the others under their rule.
   """
   out = {number: rest for number, *rest in removals(rank, folder).tolist()}
   for number, document in enumerate(documents):
@@ -198,26 +230,27 @@ def kept(documents, rank, folder, dropped):
 
 
 class _SignatureFiles:
-  """One bucket's files of all tasks, as much of a datatrove folder as its merge asks for."""
+  """One bucket's files of all tasks: the part of a datatrove folder that its merge uses."""
 
-  def __init__(self, inputs, bucket):
+  def __init__(self, inputs: Sequence[epath.PathLike], bucket: int):
     self._files = [_signature_file(folder, bucket, rank) for rank, folder in enumerate(inputs)]
 
-  def list_files(self, **_):
+  def list_files(self, **_: Any) -> list[pathlib.Path]:
     return self._files
 
-  def open(self, file, mode, **_):
-    return clean.datatrove("io").open_file(str(file), mode)
+  def open(self, file: pathlib.Path, mode: str, **_: Any) -> Any:
+    return datatrove_blocks.module("io").open_file(str(file), mode)
 
-  def open_files(self, files, mode, **_):
+  def open_files(self, files: Iterable[pathlib.Path], mode: str, **_: Any) -> list[Any]:
     return [self.open(file, mode) for file in files]
 
 
-def _signature_file(folder, bucket, rank):
+def _signature_file(folder: epath.PathLike, bucket: int, rank: int) -> pathlib.Path:
   return pathlib.Path(folder, f"bucket_{bucket:03d}", f"{rank:05d}.minhash.sig")
 
 
-def _digest(text, options):
+def _digest(text: str, options: Mapping[str, Any] | None) -> bytes:
+  """16 bytes that equal texts share; zeros if exact duplicates are not requested."""
   if options is None:
     return bytes(16)
   if options["ignore_case"]:
@@ -227,40 +260,51 @@ def _digest(text, options):
   return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _minhash_config(near):
-  return clean.datatrove("pipeline.dedup.minhash").MinhashConfig(
+def _minhash_config(near: Mapping[str, Any]) -> Any:
+  return datatrove_blocks.module("pipeline.dedup.minhash").MinhashConfig(
     n_grams=near["ngram"],
     num_buckets=near["buckets"],
     hashes_per_bucket=near["hashes"],
     seed=near["seed"],
-    hash_config=clean.datatrove("utils.hashing").HashConfig(precision=32),
+    hash_config=datatrove_blocks.module("utils.hashing").HashConfig(precision=32),
   )
 
 
-def _signature_block(folder, near):
-  """datatrove's first stage, on our words and in flat memory."""
+def _signature_block(folder: epath.PathLike, near: Mapping[str, Any]) -> Any:
+  """datatrove's signature block, on our words and in bounded memory."""
 
-  class Signature(clean.datatrove("pipeline.dedup.minhash").MinhashDedupSignature):
-    def get_shingles(self, text):
+  base: Any = datatrove_blocks.module("pipeline.dedup.minhash").MinhashDedupSignature
+
+  class Signature(base):
+    def get_shingles(self, text: str) -> np.ndarray:
       hashes = words.ngram_hashes(text, self.config.n_grams)
       return np.unique(hashes).reshape(-1, 1)
 
-    def get_signature(self, shingles):
-      parts = [
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+      # The minimum over all shingles is the minimum of the minima of slices of them.
+      minima = [
         super(Signature, self).get_signature(shingles[i : i + _SHINGLES])
         for i in range(0, len(shingles), _SHINGLES)
       ]
-      return np.min(np.array(parts, np.uint32), axis=0).tolist()
+      return np.min(np.array(minima, np.uint32), axis=0).tolist()
 
-  return Signature(str(folder), config=_minhash_config(near), language=clean.word_tokenizer())
+  return Signature(
+    str(folder), config=_minhash_config(near), language=datatrove_blocks.word_tokenizer()
+  )
 
 
-def _exact(digests, starts):
-  """int64 [R, 2]: documents that equal an earlier one, and the first of these; sorted."""
-  parts = -(-int(starts[-1]) // _PART)
+def _exact(digests: Sequence[np.ndarray], starts: np.ndarray) -> np.ndarray:
+  """Finds exact duplicates.
+
+  Equal digests fall into the same residue class, so the classes are sorted one after the other.
+
+  Returns:
+    int64 [R, 2], sorted: a document that equals an earlier one, and the first such document.
+  """
+  classes = -(-int(starts[-1]) // _SORTED)
   found = []
-  for part in range(parts):
-    chosen = [np.flatnonzero(d[:, 0] % np.uint64(parts) == part) for d in digests]
+  for residue in range(classes):
+    chosen = [np.flatnonzero(d[:, 0] % np.uint64(classes) == residue) for d in digests]
     where = np.concatenate([c + start for c, start in zip(chosen, starts)])
     high, low = (np.concatenate([d[c, k] for c, d in zip(chosen, digests)]) for k in (0, 1))
     order = np.lexsort((where, low, high))
@@ -269,17 +313,28 @@ def _exact(digests, starts):
     same[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
     first = where[np.maximum.accumulate(np.where(same, 0, np.arange(len(where))))]
     found.append(np.column_stack((where[same], first[same])))
-  rows = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
-  return rows[np.argsort(rows[:, 0])]
+  same_as = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
+  return same_as[np.argsort(same_as[:, 0])]
 
 
-def _near(inputs, folders, out, starts, exact, near):
-  """int64 [R, 2]: documents that are near duplicates of one that stays, and that one."""
+def _near(
+  inputs: Sequence[epath.PathLike],
+  folders: Sequence[epath.PathLike],
+  out: epath.PathLike,
+  starts: np.ndarray,
+  exact: np.ndarray,
+  near: Mapping[str, Any],
+) -> np.ndarray:
+  """Finds near duplicates.
+
+  Returns:
+    int64 [R, 2]: a document that is a near duplicate of one that stays, and the latter.
+  """
   pairs = np.zeros((0, 2), np.int64)
   for bucket, folder in enumerate(folders):
     raw = np.fromfile(pathlib.Path(folder, f"{bucket:05d}_00.dups"), "<u4").reshape(-1, 2, 2)
     more = starts[raw[:, :, 0]] + raw[:, :, 1]
-    if len(exact):  # an exact duplicate stands for the first of its kind
+    if len(exact):  # the first copy stands for its exact duplicates
       at = np.minimum(np.searchsorted(exact[:, 0], more), len(exact) - 1)
       more = np.where(exact[at, 0] == more, exact[at, 1], more)
     more = more[more[:, 0] != more[:, 1]]
@@ -288,7 +343,7 @@ def _near(inputs, folders, out, starts, exact, near):
     return pairs
   nodes, ends = np.unique(pairs, return_inverse=True)
   group = _components(len(nodes), *ends.reshape(-1, 2).T)
-  order = np.lexsort((nodes, group))  # the documents of a group side by side, the first one first
+  order = np.lexsort((nodes, group))  # groups contiguous, each in document order
   nodes, group = nodes[order], group[order]
   table = _signatures_of(nodes, inputs, pathlib.Path(out, _TABLE), starts, near)
   bounds = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
@@ -301,8 +356,12 @@ def _near(inputs, folders, out, starts, exact, near):
   return np.array(found, np.int64).reshape(-1, 2)
 
 
-def _components(count, u, v):
-  """The least node that each of `count` nodes is connected with, over the edges (u, v)."""
+def _components(count: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+  """The smallest node in the connected component of each of `count` nodes, for edges (u, v).
+
+  Every node points to a smaller or equal one. Each round points the larger of the two roots of an
+  edge at the smaller one, then shortens all paths to length 1.
+  """
   parent = np.arange(count)
   while True:
     a, b = parent[u], parent[v]
@@ -314,32 +373,43 @@ def _components(count, u, v):
       parent = up
 
 
-def _signatures_of(nodes, inputs, path, starts, near):
-  """The signatures of some documents, uint32 [nodes, buckets * hashes], in a file."""
+def _signatures_of(
+  nodes: np.ndarray,
+  inputs: Sequence[epath.PathLike],
+  path: pathlib.Path,
+  starts: np.ndarray,
+  near: Mapping[str, Any],
+) -> np.ndarray:
+  """The signatures of some documents in a memory-mapped file: uint32 [nodes, buckets * hashes]."""
   size = near["hashes"]
   table = np.lib.format.open_memmap(path, "w+", np.uint32, (len(nodes), near["buckets"] * size))
   record = np.dtype([("hashes", "<u4", (size,)), ("document", "<u4")])
   ranks = np.searchsorted(starts, nodes, side="right") - 1
   for rank in np.unique(ranks):
-    rows = np.flatnonzero(ranks == rank)
-    numbers = nodes[rows] - starts[rank]
+    here = np.flatnonzero(ranks == rank)
+    numbers = nodes[here] - starts[rank]
     for bucket in range(near["buckets"]):
       records = np.fromfile(_signature_file(inputs[rank], bucket, rank), record)
       by_number = np.argsort(records["document"])
       at = by_number[np.searchsorted(records["document"], numbers, sorter=by_number)]
-      table[rows, bucket * size : (bucket + 1) * size] = records["hashes"][at]
+      table[here, bucket * size : (bucket + 1) * size] = records["hashes"][at]
   return table
 
 
-def _greedy(nodes, table, threshold):
-  """(document, the earlier one that stays and is like it), for the documents of one group."""
+def _greedy(
+  nodes: np.ndarray, table: np.ndarray, threshold: float
+) -> Iterator[tuple[np.integer, np.integer]]:
+  """Yields (document, the earlier one that stays and is like it) for the documents of one group.
+
+  The first document left stays and removes all that are like it; repeat with the rest.
+  """
   left = np.arange(len(nodes))
   while len(left) > 1:
     first, left = left[0], left[1:]
     like = np.concatenate(
       [
-        (table[left[i : i + _ROWS]] == table[first]).mean(axis=1) >= threshold
-        for i in range(0, len(left), _ROWS)
+        (table[left[i : i + _COMPARED]] == table[first]).mean(axis=1) >= threshold
+        for i in range(0, len(left), _COMPARED)
       ]
     )
     yield from ((nodes[i], nodes[first]) for i in left[like])

@@ -1,64 +1,61 @@
-"""Steps as a user writes them: NAME or NAME:key=value,key=value."""
+"""Steps as users write them: NAME or NAME:key=value,key=value."""
 
-import difflib
+from collections.abc import Mapping
+from typing import Any
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, nearest
 
 
-def parse(spec, flag, table):
-  """The name and the options that a spec stands for.
+def parse(
+  spec: str, flag: str, table: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, dict[str, Any]]:
+  """Parses a spec.
 
-  A value is read as the type of its key's default: a whole number, a number, true or false, a
-  string, or (where the default is a tuple) strings between semicolons.
+  A value has the type of its key's default: an integer, a float, true or false, a string, or (if
+  the default is a tuple) strings separated by semicolons.
 
   Args:
-    spec: such as 'length' or 'length:min_chars=200,max_chars=100000'.
-    flag: the flag it was given with, for messages: '--clean'.
+    spec: For example 'length' or 'length:min_chars=200,max_chars=100000'.
+    flag: The flag that it was given with, for error messages: '--clean'.
     table: {name: {key: default}}.
 
   Returns:
-    name, {key: value} with all keys of the table.
+    (name, {key: value}) with all keys of the table.
 
   Raises:
-    UserError: an unknown name or key (with the nearest known one), no value, or a value of
-      another type.
+    UserError: An unknown name or key, a key without value, or a value of another type.
   """
   name, _, rest = spec.partition(":")
   if name not in table:
     raise UserError(
-      f"{flag}={spec}: no {name!r}{nearest(name, table)}; choose from {', '.join(table)}"
+      f"{flag}={spec}: no {name!r}; {nearest(name, table)}choose one of {', '.join(table)}"
     )
   options = dict(table[name])
   for item in rest.split(",") if rest else ():
     key, equals, value = item.partition("=")
     if key not in options:
-      keys = ", ".join(options) or "none"
       raise UserError(
-        f"{flag}={spec}: {name} has no key {key!r}{nearest(key, options)}; its keys: {keys}"
+        f"{flag}={spec}: {name} has no key {key!r}; {nearest(key, options)}its keys: "
+        f"{', '.join(options) or 'none'}"
       )
+    default = table[name][key]
     if not equals:
-      raise UserError(f"{flag}={spec}: give {key} a value, as in {name}:{key}={table[name][key]}")
+      raise UserError(f"{flag}={spec}: give {key} a value, as in {name}:{key}={default}")
     try:
-      options[key] = _value(value, table[name][key])
+      options[key] = _value(value, default)
     except ValueError as e:
-      kind = type(table[name][key]).__name__
       raise UserError(
-        f"{flag}={spec}: {key}={value!r} is no {kind}; its default is {table[name][key]!r}"
+        f"{flag}={spec}: {key}={value!r} is no {type(default).__name__}; its default is {default!r}"
       ) from e
   return name, options
 
 
-def nearest(word, words):
-  """', did you mean X?' where a known word is close, or nothing."""
-  close = difflib.get_close_matches(word, list(words), n=1)
-  return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _value(text, default):
+def _value(text: str, default: Any) -> Any:
+  """A value in the type of a default."""
   if isinstance(default, bool):
     if text.lower() not in ("true", "false"):
       raise ValueError(text)
     return text.lower() == "true"
   if isinstance(default, tuple):
-    return tuple(part for part in text.split(";") if part)
+    return tuple(item for item in text.split(";") if item)
   return type(default)(text)

@@ -1,16 +1,17 @@
-"""Words and sentences of a text, in any language, with nothing to download.
+"""Words and sentences of a text, in any language, without downloads.
 
-Counts of words are what filters, near-duplicates and decontamination rest on, so they must be the
-same on every machine: a page of rules, no trained model, no word list.
+Filters, near-duplicate detection and decontamination count words, so words must be the same on
+every machine. A page of rules finds them, without a trained model or a word list.
 """
 
 import functools
 import hashlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
-_PART = 1 << 20  # characters whose words are held at once
+_CHUNK = 1 << 20  # characters whose words are in memory at once
 
 _SIGN = (  # punctuation and symbols, as ranges of a character class
   r"!-/:-@\[-`{-~\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f¡-©«-±´¶-¸»¿×÷"
@@ -30,29 +31,29 @@ _WORD = re.compile(
   rf"|([{_LEADS}])\1*|[{_SIGN}]"
 )
 _PLAIN_WORD = re.compile(rf"{_LETTERS}(?:['’]{_LETTERS})*|[{_UNSPACED}]")
-# A full stop ends a sentence where white space and no small letter follow it.
+# A full stop ends a sentence if white space and then no lower-case letter follow.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z]|\s*$)|[。！？｡।۔؟]+[”’」』）]*|\n+")
 
 
-def words(text):
-  """The words and signs of a text, in order, as a list of strings.
+def words(text: str) -> list[str]:
+  """The words and punctuation marks of a text, in order.
 
-  A word is a run of letters, marks and digits, with single dots, hyphens, slashes and the like in
-  it ('well-known', 'x.y', './a/b'); brackets, quotes, commas, colons and other signs stand by
-  themselves (runs like '...' or '====' together), as does each character of a script that is
-  written without spaces: Han, kana, Thai, Lao, Burmese, Khmer, Tibetan. This is about what NLTK's
-  Treebank rules yield, on which the thresholds of published filters were set.
+  A word is a run of letters, marks and digits, which may contain single dots, hyphens, slashes and
+  the like ('well-known', 'x.y', './a/b'). Brackets, quotes, commas, colons and other signs are
+  separate; a run such as '...' or '====' is one. Each character of a script that is written without
+  spaces is a word: Han, kana, Thai, Lao, Burmese, Khmer, Tibetan. The result is close to NLTK's
+  Treebank rules, with which the thresholds of published filters were chosen.
   """
   return [match[0] for match in _WORD.finditer(text)]
 
 
-def plain_words(text):
-  """The words of a text in small letters, without signs: 'A b_c, 1.5!' gives a, b, c, 1, 5."""
+def plain_words(text: str) -> list[str]:
+  """The lower-case words of a text without punctuation: 'A b_c, 1.5!' gives a, b, c, 1, 5."""
   return _PLAIN_WORD.findall(text.lower())
 
 
-def sentence_spans(text):
-  """(start, end) of each sentence; a line's end is a sentence's end. White space goes to none."""
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+  """(start, end) of each sentence, without the white space around it. A newline ends a sentence."""
   spans, start = [], 0
   ends = [match.end() for match in _END.finditer(text)]
   for end in [*ends, len(text)]:
@@ -63,34 +64,36 @@ def sentence_spans(text):
   return spans
 
 
-def ngram_hashes(text, n):
-  """A 64-bit hash of each run of n of a text's plain words, the same on every machine.
+def ngram_hashes(text: str, n: int) -> np.ndarray:
+  """A 64-bit hash of each n-gram of a text's plain words, the same on every machine.
 
   Args:
-    text: of any length; what is held is 8 bytes a word, a few times.
-    n: words in a run, at least 1.
+    text: Text of any length. Memory is a few times 8 bytes per word.
+    n: Words per n-gram, at least 1.
 
   Returns:
-    uint64 [max(plain words - n + 1, 0)]. Two different runs share a hash with probability 2^-64.
+    uint64 [max(plain words - n + 1, 0)]. Two different n-grams collide with probability 2^-64.
   """
   hashes = np.concatenate(
-    [np.fromiter(map(_hash, plain_words(part)), np.uint64) for part in _parts(text)]
+    [np.fromiter(map(_hash, plain_words(chunk)), np.uint64) for chunk in _chunks(text)]
   )
   count = len(hashes)
+  # hash(w_1 … w_n) = mix(sum_k hash(w_k) * odd_k mod 2^64), for all n-grams at once: n vector
+  # additions instead of one hash call per n-gram.
   total = np.zeros(max(count - n + 1, 0), np.uint64)
   for k in range(n if total.size else 0):
     total += hashes[k : k + total.size] * np.uint64(_hash(f"place {k}") | 1)
-  # The sums of neighbours are alike in their low bits: mix as SplitMix64 does.
+  # The sums of neighbours are similar in their low bits; mix as SplitMix64 does.
   total = (total ^ (total >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   total = (total ^ (total >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return total ^ (total >> np.uint64(31))
 
 
-def _parts(text):
-  """The text in parts, cut where no word is: after a space or a line."""
+def _chunks(text: str) -> Iterator[str]:
+  """Cuts a text into chunks after a space or newline, never within a word."""
   start = 0
-  while len(text) - start > _PART:
-    end = start + _PART
+  while len(text) - start > _CHUNK:
+    end = start + _CHUNK
     end = 1 + max(text.rfind(" ", start, end), text.rfind("\n", start, end)) or end
     yield text[start:end]
     start = end
@@ -98,7 +101,7 @@ def _parts(text):
 
 
 @functools.lru_cache(1 << 16)
-def _hash(word):
+def _hash(word: str) -> int:
   return int.from_bytes(
     hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
   )

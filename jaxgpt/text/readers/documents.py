@@ -1,16 +1,16 @@
-"""Files, folders, patterns and URLs to documents, in an order that no machine changes."""
+"""Documents from files, folders, patterns and URLs, in the same order on every machine."""
 
 import json
 import sys
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
 from jaxgpt.text.readers import formats, records
 from jaxgpt.text.readers.kinds import EXAMPLES, KINDS, MAX_BYTES
 
-# The rules of what is broken; other rules are choices.
+# Rules that broken records are counted under. Other rules, such as those of cleaning, are choices.
 ERRORS = (
   "unreadable",
   "invalid utf-8",
@@ -25,74 +25,76 @@ ERRORS = (
 
 
 class Document(NamedTuple):
-  """One text and where it came from.
+  """One text and its origin.
 
   Attributes:
-    source: file, and line or number in it: 'corpus/a/b.jsonl:7'. It holds no absolute path, so that
-      what is prepared from the same files on two machines is the same: 'corpus/a/b.txt' for a file
-      of the folder given as '/data/corpus'.
-    text: of a labelled kind, all its texts in one: what is hashed, cleaned and compared.
-    id: what the data itself calls it, or ''.
-    fields: of a labelled kind, its values by name (`KINDS`); of kind text empty.
-    html: the text is an HTML page, markup and all.
+    source: File, and line or number in it: 'corpus/a/b.jsonl:7'. The path starts at the folder
+      that the user gave ('corpus' for '/data/corpus'), never at the root, so that two machines
+      prepare identical data from the same files.
+    text: The text. For a labelled kind, all of its texts joined; they are hashed, cleaned and
+      compared as one.
+    id: The data's own identifier, or ''.
+    fields: The values of a labelled kind by name (`KINDS`); empty for kind text.
+    html: The text is an HTML page with its markup.
   """
 
   source: str
   text: str
   id: str = ""
-  fields: dict = {}  # noqa: RUF012 (never changed)
+  fields: dict[str, Any] = {}  # noqa: RUF012 (never changed)
   html: bool = False
 
 
 class Dropped:
-  """The account of what was left out, by rule, with the first few examples of each.
+  """The account of dropped documents by rule, with the first few examples of each.
 
-  Documents read = documents kept + sum of the counts, if each that is left out is added here.
+  Documents read = documents kept + the sum of `counts`, if every dropped document is added.
 
   Attributes:
-    read: documents that readers met, whether they could read them or not.
+    read: Documents that the readers met, readable or not.
     counts: {rule: documents}.
-    examples: {rule: ['file:line: why', …]}, at most `limit` a rule.
-    limit: how many examples are kept.
+    examples: {rule: ['file:line: why', …]}, at most `limit` per rule.
+    limit: Examples to keep per rule.
   """
 
-  def __init__(self, limit=EXAMPLES):
+  def __init__(self, limit: int = EXAMPLES):
     self.read = 0
-    self.counts = {}
-    self.examples = {}
+    self.counts: dict[str, int] = {}
+    self.examples: dict[str, list[str]] = {}
     self.limit = limit
 
-  def add(self, rule, where, why, count=1):
-    """Counts what was dropped: `count` documents, of which the first is at `where`."""
+  def add(self, rule: str, where: str, why: str, count: int = 1) -> None:
+    """Counts `count` dropped documents, the first of them at `where`."""
     self._extend(rule, count, [f"{where}: {why}"])
 
-  def _extend(self, rule, count, examples):
+  def _extend(self, rule: str, count: int, examples: Sequence[str]) -> None:
     self.counts[rule] = self.counts.get(rule, 0) + count
     kept = self.examples.setdefault(rule, [])
     kept.extend(examples[: max(self.limit - len(kept), 0)])
 
   @property
-  def kept(self):
+  def kept(self) -> int:
+    """Documents that were not dropped."""
     return self.read - sum(self.counts.values())
 
-  def to_json(self):
-    """The account as JSON can hold it, for `merge`."""
+  def to_json(self) -> dict[str, Any]:
+    """The account as plain JSON, for `merge`."""
     return {"read": self.read, "counts": self.counts, "examples": self.examples}
 
-  def merge(self, account):
-    """Adds another account, as `to_json` gives it; examples come in the order of merging."""
+  def merge(self, account: Mapping[str, Any]) -> None:
+    """Adds another account in the form of `to_json`. Examples keep the order of merging."""
     self.read += account["read"]
     for rule, count in account["counts"].items():
       self._extend(rule, count, account["examples"][rule])
 
-  def check(self, max_errors):
-    """Ends the run where more records were broken than the user allows.
+  def check(self, max_errors: int | None) -> None:
+    """Ends the run if more records are broken than the user allows.
 
     Args:
-      max_errors: broken records (rules `ERRORS`) that are allowed; None: any number.
+      max_errors: Broken records (rules `ERRORS`) to tolerate; None for any number.
 
     Raises:
-      UserError: there are more.
+      UserError: There are more.
     """
     errors = sum(count for rule, count in self.counts.items() if rule in ERRORS)
     if max_errors is not None and errors > max_errors:
@@ -103,11 +105,11 @@ class Dropped:
       ]
       raise UserError(
         f"{errors:,} broken records, more than max_errors={max_errors}"
-        f"{(such_as or [''])[-1]}; mend or leave out the file, or allow more"
+        f"{(such_as or [''])[-1]}; repair or exclude the file, or allow more"
       )
 
-  def lines(self):
-    """The report: a line for each rule, followed by its examples."""
+  def lines(self) -> list[str]:
+    """The report: a line per rule, followed by its examples."""
     out = []
     for rule, count in sorted(self.counts.items()):
       out.append(f"dropped {count} by rule {rule!r}" + (", such as" if self.examples[rule] else ""))
@@ -115,12 +117,12 @@ class Dropped:
     return out
 
 
-def chunks(text, size):
-  """A text in parts of at most `size` characters, cut after a line where there is one.
+def chunks(text: str, size: int) -> Iterator[str]:
+  """Cuts a text into chunks of at most `size` characters, after a newline where possible.
 
   Args:
-    text: a string; the parts joined are the text, and an empty text is one part.
-    size: at least 1.
+    text: The text. The chunks joined give it back; an empty text is one chunk.
+    size: Maximum length of a chunk, at least 1.
   """
   start = 0
   while len(text) - start > size:
@@ -130,41 +132,51 @@ def chunks(text, size):
   yield text[start:]
 
 
-def find(paths, exclude=()):
-  """The files to read: `files.find`, which searches folders for the suffixes of all formats."""
-  return files.find(paths, exclude, formats.SUFFIXES)
+def find(paths: Sequence[str], exclude: Sequence[str] = ()) -> list[files.File]:
+  """Lists the files to read; folders are searched for the suffixes of all formats.
+
+  Args and errors: See `files.find`.
+  """
+  return files.find(paths, exclude, formats.suffixes())
 
 
 def documents(
-  listed, *, kind="text", fields=None, form=None, max_bytes=MAX_BYTES, max_errors=None, dropped=None
+  listed: Sequence[files.File],
+  *,
+  kind: str = "text",
+  fields: Mapping[str, str] | None = None,
+  form: str | None = None,
+  max_bytes: int = MAX_BYTES,
+  max_errors: int | None = None,
+  dropped: Dropped | None = None,
 ) -> Iterator[Document]:
   """Reads the documents of files, one at a time, in constant memory.
 
-  A line of a `.jsonl` file is a document, as is a row of a table, a page of a WARC file or any
-  other file (`formats.FORMATS`). What can't be read never ends the run: it is counted under the
-  rules `ERRORS`, or 'empty' (nothing but white space), 'http status' and 'not text' (in WARC).
+  A document is a line of a `.jsonl` file, a row of a table, a page of a WARC file, or the whole of
+  any other file (`formats.FORMATS`). Records that can't be read don't end the run. They are counted
+  under the rules `ERRORS`, 'empty' (only white space), and for WARC 'http status' and 'not text'.
 
   Args:
-    listed: what `find` returned, or some of it, or parts of it that `formats.split` made: any
-      grouping of the same list into calls yields the same documents.
-    kind: a key of `KINDS`.
-    fields: {name: column}, where a column is not called like the name; 'a.b' is the key b of the
+    listed: Files from `find`, or ranges of them from `formats.split`. Any grouping of the same list
+      into calls yields the same documents.
+    kind: A key of `KINDS`.
+    fields: {name: column} for columns that are not called like the name; 'a.b' is the key b of
       column a.
-    form: a key of `formats.FORMATS`, for all files; None: by the suffix of each.
-    max_bytes: longer records are dropped. A text file that is longer becomes several documents.
-    max_errors: see `Dropped.check`, of `dropped`.
-    dropped: a `Dropped` to count in.
+    form: A key of `formats.FORMATS` for all files; None chooses by each file's suffix.
+    max_bytes: Longer records are dropped. A longer text file becomes several documents.
+    max_errors: See `Dropped.check`.
+    dropped: The account to count in.
 
   Returns:
-    An iterator of documents whose texts are not empty and have a UTF-8 form.
+    An iterator over documents, whose texts are not empty and can be encoded in UTF-8.
 
   Raises:
-    UserError: a bad kind, field or format, a missing extra: raised by the call itself, before the
-      first document. Later: too many errors.
+    UserError: A bad kind, field or format, or a missing extra; raised by the call itself, before
+      the first document. While iterating: too many errors.
   """
   columns = _columns(kind, fields or {})
-  if form is not None and form not in formats.FORMATS:
-    raise UserError(f"format={form!r}: choose one of {', '.join(formats.FORMATS)}")
+  if form is not None:
+    formats.FORMATS.find(form)
   if max_bytes < 1024:
     raise UserError(f"max_record_bytes={max_bytes} must be at least 1024")
   formats.check_extras(listed, form)
@@ -174,22 +186,29 @@ def documents(
   return _documents(listed, form, want, kind, columns, max_errors, dropped)
 
 
-def _columns(kind, fields):
-  """{name: column} of a kind, or a UserError."""
+def _columns(kind: str, fields: Mapping[str, str]) -> dict[str, str]:
+  """{name: column} of a kind."""
   if kind not in KINDS:
     raise UserError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
   names = [name.strip("[]") for name in KINDS[kind]] + ["id"]
   for name in fields:
     if name not in names:
-      raise UserError(f"field {name!r} is none of kind={kind}; it has {', '.join(names)}")
+      raise UserError(f"field {name!r} does not exist in kind={kind}; it has {', '.join(names)}")
   return {name: fields.get(name, name) for name in names}
 
 
-def _documents(listed, form, want, kind, columns, max_errors, dropped):
+def _documents(
+  listed: Iterable[files.File],
+  form: str | None,
+  want: records.Want,
+  kind: str,
+  columns: Mapping[str, str],
+  max_errors: int | None,
+  dropped: Dropped,
+) -> Iterator[Document]:
   for file in listed:
-    for item in formats.read(file, want, form):
-      if isinstance(item, records.Record):
-        item = _document(item, kind, columns)
+    for read in formats.read(file, want, form):
+      item = _document(read, kind, columns) if isinstance(read, records.Record) else read
       if isinstance(item, Document):
         if len(item.text) > want.max_bytes:
           item = records.too_long(item.source, want)
@@ -204,12 +223,16 @@ def _documents(listed, form, want, kind, columns, max_errors, dropped):
         dropped.check(max_errors)
 
 
-def _document(record, kind, columns):
-  """A record's document, or the fault that it has none."""
+def _document(
+  record: records.Record, kind: str, columns: Mapping[str, str]
+) -> Document | records.Fault:
+  """A record's document, or a fault if its columns are missing or of the wrong type."""
   where, values = record.where, record.values
   if isinstance(values, str):
     if kind != "text":
-      return records.Fault("missing field", where, f"kind={kind} needs columns, a text has none")
+      return records.Fault(
+        "missing field", where, f"kind={kind} needs columns, but a text has none"
+      )
     values, columns = {"text": values}, {"text": "text"}
   try:
     found = {
@@ -222,10 +245,10 @@ def _document(record, kind, columns):
     name = str(found.pop("id", record.id))
     checked = {key: _CHECKS.get(key, _string)(key, value) for key, value in found.items()}
     if kind == "preference" and type(checked["chosen"]) is not type(checked["rejected"]):
-      raise TypeError("one of chosen and rejected is a text, the other one messages")
-    text = "\n".join(part for key in checked for part in _texts(key, checked[key]))
-    for part in (text, name, str(checked.get("label", ""))):
-      part.encode()  # "\ud800" is valid JSON, but stands for no character: it has no UTF-8 form
+      raise TypeError("chosen and rejected must both be texts or both be messages")
+    text = "\n".join(string for key in checked for string in _texts(key, checked[key]))
+    for string in (text, name, str(checked.get("label", ""))):
+      string.encode()  # fails for a lone surrogate: "\ud800" is valid JSON but not a character
   except UnicodeError as e:
     return records.Fault("invalid utf-8", where, e.reason)
   except KeyError as e:
@@ -236,8 +259,8 @@ def _document(record, kind, columns):
   return Document(where, text, name, {} if kind == "text" else checked, record.html)
 
 
-def _value(values, column, optional):
-  """A record's value in a column, or None where it may be missing."""
+def _value(values: Mapping[str, Any], column: str, optional: bool) -> Any:
+  """A record's value in a column, or None if it is optional and missing."""
   top = records.top_column(column, values)
   value = values.get(top)
   if top != column:
@@ -248,34 +271,34 @@ def _value(values, column, optional):
   return value
 
 
-def _texts(name, value):
-  """The texts in a field, for a document's text."""
+def _texts(name: str, value: Any) -> list[str]:
+  """The strings of a field that belong to the document's text."""
   if isinstance(value, list):
     return [message["content"] for message in value]
   return [] if name == "label" else [value]
 
 
-def _string(name, value):
+def _string(name: str, value: Any) -> str:
   if not isinstance(value, str):
     raise TypeError(f"{name} is a {type(value).__name__}, not a string")
   return value
 
 
-def _label(name, value):
+def _label(name: str, value: Any) -> str | int | float:
   if not isinstance(value, str | int | float):
     raise TypeError(f"{name} is {str(value)[:50]!r}, neither a string nor a number")
   if not isinstance(value, str) and not abs(value) <= sys.float_info.max:
-    raise TypeError(f"{name} is {str(value)[:50]}, which is no number that one can learn")
+    raise TypeError(f"{name} is {str(value)[:50]}, which is not a finite number")
   return int(value) if isinstance(value, bool) else value
 
 
-def _messages(name, value):
-  """A list of {role, content}, which a table without lists may hold as JSON."""
+def _messages(name: str, value: Any) -> list[dict[str, Any]]:
+  """A list of {role, content}. Tables without lists may hold it as a JSON string."""
   if isinstance(value, str):
     try:
       value = json.loads(value)
     except (ValueError, RecursionError) as e:
-      raise TypeError(f"{name} is a string, but no JSON: {e}") from e
+      raise TypeError(f"{name} is a string, but not JSON: {e}") from e
   if not isinstance(value, list):
     raise TypeError(f"{name} is a {type(value).__name__}, not a list of {{role, content}}")
   for number, message in enumerate(value, 1):
@@ -284,11 +307,11 @@ def _messages(name, value):
       and isinstance(message.get("role"), str)
       and isinstance(message.get("content"), str)
     ):
-      raise TypeError(f"{name}: message {number} is no {{role, content}} with two strings")
+      raise TypeError(f"{name}: message {number} is not {{role, content}} with two strings")
   return value
 
 
-def _text_or_messages(name, value):
+def _text_or_messages(name: str, value: Any) -> str | list[dict[str, Any]]:
   return _messages(name, value) if isinstance(value, list) else _string(name, value)
 
 

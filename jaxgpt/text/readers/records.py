@@ -1,24 +1,36 @@
-"""What readers of all formats share: records, faults, lines of bounded length."""
+"""Types and helpers that the readers of all formats share: records, faults, bounded lines."""
 
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from jaxgpt.storage import streams
+from jaxgpt.storage import files, streams
 
 
 class Record(NamedTuple):
-  """One record and the name of its place, 'file:line' or 'file:number'.
+  """One record of a file.
 
-  `values` is a dict of columns, or the text itself where the format has no columns.
+  Attributes:
+    where: Its place, 'file:line' or 'file:number'.
+    values: {column: value}, or the text itself in a format without columns.
+    id: The record's own identifier, or ''.
+    html: The text is an HTML page.
   """
 
   where: str
-  values: dict | str
+  values: dict[str, Any] | str
   id: str = ""
   html: bool = False
 
 
 class Fault(NamedTuple):
-  """What could not be read: a rule's name, a place, a reason, and how many records it is."""
+  """Records that can't be read.
+
+  Attributes:
+    rule: Name of the rule that they break; see `documents.ERRORS`.
+    where: Place of the first.
+    why: Reason, for the report.
+    count: Number of records.
+  """
 
   rule: str
   where: str
@@ -26,16 +38,25 @@ class Fault(NamedTuple):
   count: int = 1
 
 
+Item: TypeAlias = Record | Fault
+
+
 class Want(NamedTuple):
-  """What a reader is asked for."""
+  """A request to a reader.
 
-  columns: tuple  # names of columns; those a format can leave out cheaply are left out
-  required: tuple  # those without which there is no document
-  max_bytes: int  # longer records are faults
+  Attributes:
+    columns: Names of the columns to read. A reader may return others too.
+    required: The columns among them that every document needs.
+    max_bytes: Longer records are faults.
+  """
+
+  columns: tuple[str, ...]
+  required: tuple[str, ...]
+  max_bytes: int
 
 
-def lines(file, stream, want):
-  """(line number, line as bytes, or None for one that is too long) for each line of a file."""
+def lines(file: files.File, stream: BinaryIO, want: Want) -> Iterator[tuple[int, bytes | None]]:
+  """Yields (line number, line) for each line of a file; the line is None if it is too long."""
   number, left = file.line, None if file.end is None else file.end - file.start
   while left is None or left > 0:
     line = stream.readline(want.max_bytes + 1)
@@ -50,29 +71,30 @@ def lines(file, stream, want):
     number += 1
 
 
-def too_long(where, want):
+def too_long(where: str, want: Want) -> Fault:
+  """The fault of a record above the size limit."""
   return Fault("too long", where, f"more than {want.max_bytes:,} bytes")
 
 
-def decoded(where, data, encoding="utf-8", html=False):
-  """A text that is UTF-8, as a record, or the fault that it is none."""
+def decoded(where: str, data: bytes, encoding: str = "utf-8", html: bool = False) -> Item:
+  """Decodes a text: a record, or a fault if the bytes are not text in this encoding."""
   if (zero := data.find(b"\0")) >= 0:
-    return Fault("binary", where, f"byte {zero} is 0, so it is no UTF-8 text")
+    return Fault("binary", where, f"byte {zero} is 0, so this is not UTF-8 text")
   try:
     return Record(where, data.decode(encoding), html=html)
   except UnicodeDecodeError as e:
     return Fault(
-      "invalid utf-8", where, f"{e.reason} at byte {e.start}; other encodings must be converted"
+      "invalid utf-8", where, f"{e.reason} at byte {e.start}; convert other encodings to UTF-8"
     )
 
 
-def from_object(where, value):
-  """A JSON value as a record, or the fault that it has no columns."""
+def from_object(where: str, value: Any) -> Item:
+  """A JSON value as a record, or a fault if it is not an object."""
   if isinstance(value, dict):
     return Record(where, value)
   return Fault("missing field", where, f"a JSON object is needed, not a {type(value).__name__}")
 
 
-def top_column(column, names):
-  """The column that holds another: 'meta' for 'meta.url', where there is no 'meta.url' itself."""
+def top_column(column: str, names: Collection[str]) -> str:
+  """The top-level column of a path: 'meta' for 'meta.url', unless a column 'meta.url' exists."""
   return column if column in names else column.partition(".")[0]

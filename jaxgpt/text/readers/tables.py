@@ -1,9 +1,11 @@
 """Readers of tables: comma- and tab-separated values, Parquet."""
 
 import csv
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from jaxgpt.errors import optional
-from jaxgpt.storage import streams
+from jaxgpt.errors import first_line, optional
+from jaxgpt.storage import files, streams
 from jaxgpt.text.readers import records
 
 _PARQUET_ROWS = 256  # rows decoded at a time
@@ -14,36 +16,36 @@ class _LineTooLong(Exception):
 
 
 class _TextLines:
-  """The lines of a file as strings; goes on after it has raised `_LineTooLong`.
+  """The lines of a file as strings. It may be iterated further after raising `_LineTooLong`.
 
-  Bytes that are no UTF-8 become lone surrogates, which the check of each text finds.
+  Bytes that are not UTF-8 become lone surrogates; the check of each document reports them.
   """
 
-  def __init__(self, lines):
+  def __init__(self, lines: Iterator[tuple[int, bytes | None]]):
     self.lines = lines
     self.number = 0
 
-  def __iter__(self):
+  def __iter__(self) -> Iterator[str]:
     return self
 
-  def __next__(self):
+  def __next__(self) -> str:
     self.number, line = next(self.lines)
     if line is None:
       raise _LineTooLong
     return line.decode("utf-8-sig" if self.number == 1 else "utf-8", "surrogateescape")
 
 
-def read_csv(file, want):
-  """Comma-separated values; the first row names the columns. Quoted fields may hold line ends."""
+def read_csv(file: files.File, want: records.Want) -> Iterator[records.Item]:
+  """Reads comma-separated values. The first row names the columns. Quotes may enclose newlines."""
   return _read_rows(file, want, strict=True)
 
 
-def read_tsv(file, want):
-  """Tab-separated values; the first row names the columns. A quote is a character like others."""
+def read_tsv(file: files.File, want: records.Want) -> Iterator[records.Item]:
+  """Reads tab-separated values. The first row names the columns; quotes have no meaning."""
   return _read_rows(file, want, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _read_rows(file, want, **dialect):
+def _read_rows(file: files.File, want: records.Want, **dialect: Any) -> Iterator[records.Item]:
   csv.field_size_limit(want.max_bytes)
   with streams.open_stream(file) as stream:
     lines = _TextLines(records.lines(file, stream, want))
@@ -74,8 +76,10 @@ def _read_rows(file, want, **dialect):
         yield records.Record(where, dict(zip(header, row)))
 
 
-def _check_columns(where, names, want, count=1):
-  """The fault of a table that lacks a column, or None."""
+def _check_columns(
+  where: str, names: Sequence[str], want: records.Want, count: int = 1
+) -> records.Fault | None:
+  """The fault of a table that lacks a required column or has a column twice, or None."""
   tops = {records.top_column(column, names) for column in want.columns}
   if missing := [c for c in want.required if records.top_column(c, names) not in names]:
     has = ", ".join(map(repr, names))
@@ -86,21 +90,21 @@ def _check_columns(where, names, want, count=1):
   return None
 
 
-def read_parquet(file, want):
-  """Parquet, a few rows of the wanted columns at a time. A broken row group is left out."""
+def read_parquet(file: files.File, want: records.Want) -> Iterator[records.Item]:
+  """Reads the wanted columns of a Parquet file, a few rows at a time; skips broken row groups."""
   parquet = optional("pyarrow.parquet", "data", f"reading {file.source}")
   arrow = optional("pyarrow", "data", f"reading {file.source}")
   broken = (OSError, ValueError, TypeError, RuntimeError, LookupError, arrow.ArrowException)
   with streams.open_random(file) as stream:
     try:
       if not stream.seekable():
-        raise OSError("the server does not allow to read a file in parts; download it first")
+        raise OSError("the server does not support range requests; download the file first")
       table = parquet.ParquetFile(
         stream, buffer_size=streams.BUFFER, page_checksum_verification=True
       )
       names, rows = table.schema_arrow.names, table.metadata.num_rows
     except broken as e:
-      yield records.Fault("unreadable", file.source, _first_line(e))
+      yield records.Fault("unreadable", file.source, first_line(e))
       return
     if fault := _check_columns(file.source, names, want, rows):
       yield fault
@@ -116,18 +120,15 @@ def read_parquet(file, want):
             yield record
       except broken as e:
         where = f"{file.source}:{first + done}"
-        yield records.Fault("unreadable", where, _first_line(e), rows - done)
+        yield records.Fault("unreadable", where, first_line(e), rows - done)
       first += rows
 
 
-def _first_line(error):
-  return (str(error) or type(error).__name__).partition("\n")[0]
-
-
-def _batch_records(batch, source, first):
+def _batch_records(batch: Any, source: str, first: int) -> Iterator[records.Item]:
+  """The rows of an Arrow batch; `first` is the number of its first row in the file."""
   try:
     rows = batch.to_pylist()
-  except ValueError:  # such as a string that is no UTF-8: each row for itself
+  except ValueError:  # one bad value, such as invalid UTF-8: convert row by row to find it
     rows = [None] * len(batch)
   for i, values in enumerate(rows):
     try:

@@ -1,16 +1,21 @@
-"""Reader of web archives: WARC (pages) and WET (their texts)."""
+"""Reader of web archives: WARC (pages) and WET (their extracted text)."""
 
 import codecs
 import itertools
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from jaxgpt.errors import optional
-from jaxgpt.storage import streams
+from jaxgpt.storage import files, streams
 from jaxgpt.text.readers import records
 
 
-def read(file, want):
-  """WARC: the text of conversion records (WET), the pages (HTML or plain text) of responses."""
+def read(file: files.File, want: records.Want) -> Iterator[records.Item]:
+  """Reads conversion records (WET) as text, and responses and resources as pages.
+
+  A page is HTML or plain text. Responses with an error status and other content types are faults.
+  """
   warcio = optional("warcio.archiveiterator", "data", f"reading {file.source}")
   with streams.open_stream(file) as stream:
     archive = iter(warcio.ArchiveIterator(stream, no_record_parse=True))
@@ -23,27 +28,28 @@ def read(file, want):
         item = _TYPES.get(record.rec_type, _skip)(where, record, want)
       except OSError:
         raise
-      except Exception as e:  # warcio raises KeyError, ValueError and more on what is broken
+      except Exception as e:  # broken archives raise KeyError, ValueError and more in warcio
         yield records.Fault("invalid warc", where, f"{e}; the rest of the file is left out")
         return
       if item is not None:
         yield item
 
 
-def _skip(where, record, want):
+def _skip(where: str, record: Any, want: records.Want) -> None:
   del where, record, want
 
 
-def _converted(where, record, want):
-  data, fault = _payload(where, record, want)
-  if fault:
-    return fault
+def _converted(where: str, record: Any, want: records.Want) -> records.Item:
+  """The text of a conversion record."""
+  data = _payload(where, record, want)
+  if isinstance(data, records.Fault):
+    return data
   item = records.decoded(where, data)
   return item._replace(id=_record_id(record)) if isinstance(item, records.Record) else item
 
 
-def _page(where, record, want):
-  """An HTTP response's page, or a resource."""
+def _page(where: str, record: Any, want: records.Want) -> records.Item:
+  """The page of an HTTP response or a resource."""
   headers = record.rec_headers
   if (record.content_type or "").startswith("application/http"):
     parser = optional("warcio.statusandheaders", "data", "reading WARC").StatusAndHeadersParser
@@ -60,34 +66,34 @@ def _page(where, record, want):
   packed = (headers.get_header("Content-Encoding") or "identity").strip().lower()
   if packed not in ("identity", "gzip", "deflate"):
     return records.Fault("not text", where, f"content encoding {packed}")
-  data, fault = _payload(where, record, want)
-  if fault:
-    return fault
+  data = _payload(where, record, want)
+  if isinstance(data, records.Fault):
+    return data
   text = _decode_page(data, content_type)
   if "\0" in text:
     return records.Fault("binary", where, "a character is U+0000")
   return records.Record(where, text, _record_id(record), kind != "text/plain")
 
 
-def _payload(where, record, want):
-  """(the content, None) or (None, the fault)."""
-  stream, parts, length = record.content_stream(), [], 0
+def _payload(where: str, record: Any, want: records.Want) -> bytes | records.Fault:
+  """A record's content, or its fault."""
+  stream, pieces, length = record.content_stream(), [], 0
   while length <= want.max_bytes and (data := stream.read(want.max_bytes + 1 - length)):
-    parts.append(data)
+    pieces.append(data)
     length += len(data)
   if length > want.max_bytes:
-    return None, records.too_long(where, want)
+    return records.too_long(where, want)
   if getattr(record.raw_stream, "limit", 0):
-    return None, records.Fault("unreadable", where, "the record is cut short")
-  return b"".join(parts), None
+    return records.Fault("unreadable", where, "the record is cut short")
+  return b"".join(pieces)
 
 
-def _record_id(record):
+def _record_id(record: Any) -> str:
   return (record.rec_headers.get_header("WARC-Record-ID") or "").strip("<>")
 
 
-def _decode_page(data, content_type):
-  """A page's text, by the encoding that it names, or as browsers guess it."""
+def _decode_page(data: bytes, content_type: str) -> str:
+  """Decodes a page with the encoding that it names, or else as browsers do."""
   named = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", content_type) or re.search(
     r"<meta[^>]+charset\s*=\s*[\"']?([\w.:-]+)", data[:4096].decode("latin-1"), re.I
   )
@@ -97,7 +103,7 @@ def _decode_page(data, content_type):
     try:
       if encoding:
         return data.decode(encoding, errors)
-    except (LookupError, UnicodeError):  # no such encoding, or no UTF-8
+    except (LookupError, UnicodeError):  # unknown encoding, or not UTF-8
       pass
   return data.decode("windows-1252", "replace")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.text.filters import clean, words
+from jaxgpt.text.filters import clean, clean_steps, datatrove_blocks, words
 from jaxgpt.text.readers import documents as documents_lib
 
 PROSE = (
@@ -161,27 +161,31 @@ def test_order_and_neighbours_do_not_matter():
   assert "a@x.org or b@x.org" in together[1]
 
 
+def add_step(monkeypatch, name, build):
+  """Registers a cleaning step for one test."""
+  monkeypatch.setattr(clean_steps.STEPS, "_entries", dict(clean_steps.STEPS))
+  clean_steps.STEPS.add(name, clean_steps.CleaningStep(build, {}, "a test's step"))
+
+
 def test_a_step_that_fails_drops_its_document_only(monkeypatch):
   def fail(text):
     if "bad" in text:
       raise KeyError("oops")
     return text.upper(), None
 
-  monkeypatch.setitem(clean.STEPS, "shout", clean._Row(lambda spec: fail, {}))
+  add_step(monkeypatch, "shout", lambda spec: fail)
   kept, dropped, _ = run(["shout"], ["good", "bad", "fine"])
   assert kept == ["GOOD", "FINE"] and dropped == {"shout: error": 1}
 
 
 def test_a_text_without_utf8_form_is_dropped(monkeypatch):
-  monkeypatch.setitem(
-    clean.STEPS, "break", clean._Row(lambda spec: lambda text: ("\ud800", None), {})
-  )
+  add_step(monkeypatch, "break", lambda spec: lambda text: ("\ud800", None))
   assert run(["break"], ["x"])[1] == {"break: error": 1}
 
 
 def test_time_is_up_for_an_extraction_that_does_not_end(monkeypatch):
   pytest.importorskip("trafilatura")
-  block = clean.datatrove("pipeline.extractors.trafilatura").Trafilatura
+  block = datatrove_blocks.module("pipeline.extractors.trafilatura").Trafilatura
 
   def extract(self, text):
     end = time.monotonic() + 5
@@ -243,8 +247,8 @@ def test_language_by_a_model_of_the_user(tmp_path):
     ("length:min_char=3", "did you mean 'min_chars'"),
     ("length:min_chars=many", "'many' is no int"),
     ("length:min_chars", "give min_chars a value"),
-    ("unicode:form=UTF8", "choose from NFC"),
-    ("", "choose from"),
+    ("unicode:form=UTF8", "choose one of NFC"),
+    ("", "choose one of"),
     ("language:model=/none.bin,keep=en", "is no file"),
   ],
 )
@@ -262,7 +266,7 @@ def test_without_the_extra_a_step_says_what_to_install(name, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
   with pytest.raises(UserError, match=r"pip install 'jaxgpt\[data\]'"):
     clean.make([name])
-  clean.make(sorted(set(clean.STEPS) - DATATROVE))
+  clean.make(sorted(set(clean_steps.STEPS) - DATATROVE))
 
 
 def test_words_and_sentences():

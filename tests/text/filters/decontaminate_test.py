@@ -141,6 +141,6 @@ def test_runs_have_the_same_hashes_on_every_machine():
 def test_a_long_text_is_hashed_in_parts_and_no_word_is_cut(monkeypatch):
   long = " ".join(f"{text(5)}\n{text(3)}" for _ in range(20))
   whole = words.ngram_hashes(long, 3)
-  monkeypatch.setattr(words, "_PART", 20)
+  monkeypatch.setattr(words, "_CHUNK", 20)
   assert words.ngram_hashes(long, 3).tolist() == whole.tolist()
   assert len(words.ngram_hashes("x" * 100, 1)) == 5, "where there is no space, anywhere"

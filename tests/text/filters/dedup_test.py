@@ -74,7 +74,7 @@ def test_the_first_exact_duplicate_stays(tmp_path):
 def test_digests_sorted_in_parts_find_the_same(tmp_path, monkeypatch):
   texts = TEXTS + TEXTS[10:20] + TEXTS[5:15]
   whole = removed(texts, ["exact"], tmp_path / "a")
-  monkeypatch.setattr(dedup, "_PART", 7)
+  monkeypatch.setattr(dedup, "_SORTED", 7)
   assert removed(texts, ["exact"], tmp_path / "b") == whole
   assert (
     len(whole)

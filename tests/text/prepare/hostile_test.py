@@ -215,7 +215,7 @@ def test_survived(tmp_path, name):
     (["bad.jsonl"], {"max_errors": 2}, r"3 broken records.*bad.jsonl:3: Expecting value"),
     (["bad.jsonl"], {"max_bytes": 3}, "max_record_bytes=3"),
     (["bad.jsonl"], {"kind": "poems"}, "kind='poems': choose one of text"),
-    (["bad.jsonl"], {"fields": {"label": "x"}}, "'label' is none of kind=text"),
+    (["bad.jsonl"], {"fields": {"label": "x"}}, "'label' does not exist in kind=text"),
     (["bad.jsonl"], {"form": "xlsx"}, "format='xlsx': choose one of text"),
     (["http://127.0.0.1:9/a.txt"], {}, "can't be reached|pip install"),
     (["s4://bucket/a.txt"], {}, "Protocol not known|pip install"),

@@ -137,7 +137,7 @@ def test_errors_end_the_run_where_the_user_says_so(tmp_path, max_errors, ends):
     return
   with pytest.raises(UserError, match=f"max_errors={max_errors}, such as .*a.jsonl:1"):
     list(documents)
-  with pytest.raises(UserError, match=f"max_errors={max_errors}; mend"):
+  with pytest.raises(UserError, match=f"max_errors={max_errors}; repair"):
     list(
       documents_lib.documents(
         documents_lib.find(tmp_path), max_errors=max_errors, dropped=documents_lib.Dropped(0)
