@@ -270,7 +270,7 @@ register(
 _GPU_MEMORY_FRACTION = 0.92
 
 
-def _add_gpu(
+def register_gpu(
   name: str,
   gpu: GpuTarget,
   *,
@@ -325,7 +325,7 @@ _H100 = GpuTarget(
   links=18,
 )
 
-_add_gpu(
+register_gpu(
   "a100",
   GpuTarget(
     name="NVIDIA A100-SXM4-80GB",
@@ -346,7 +346,7 @@ _add_gpu(
   nvlink=300e9,
   network=25e9,
 )
-_add_gpu(
+register_gpu(
   "h100",
   _H100,
   device_kinds=("NVIDIA H100",),
@@ -356,7 +356,7 @@ _add_gpu(
   nvlink=450e9,
   network=50e9,
 )
-_add_gpu(
+register_gpu(
   "h200",
   dataclasses.replace(_H100, name="NVIDIA H200", memory=151_397_597_184, bandwidth=4.8e12),
   device_kinds=("NVIDIA H200",),
@@ -366,7 +366,7 @@ _add_gpu(
   nvlink=450e9,
   network=50e9,
 )
-_add_gpu(
+register_gpu(
   "b200",
   GpuTarget(
     name="NVIDIA B200",
