@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxgpt.plan import cost, hlo
@@ -167,3 +168,25 @@ def test_the_heaviest_instructions_are_those_of_all_trips():
   (line,) = cost.heaviest(program, 3)
   assert (line.name, line.runs, line.cycles, line.shapes) == ("y", 4, 40, "f32[4]")
   assert cost.heaviest(program, 0) == []
+
+
+@pytest.mark.parametrize(
+  "text, groups",
+  [
+    ("replica_groups={{0,2},{1,3}}, dimensions={0}", [[0, 2], [1, 3]]),
+    ("replica_groups={{0,1,2,3}}", [[0, 1, 2, 3]]),
+    ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0), use_global", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'c'}, dimensions={1}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+  ],
+)
+def test_who_takes_part_in_a_collective(text, groups):
+  made = hlo.Instruction("c", (), "all-gather", (), text, False)
+  np.testing.assert_array_equal(hlo.groups(made), groups)
+
+
+def test_a_collective_that_does_not_say_who_takes_part_is_all():
+  assert hlo.groups(hlo.Instruction("c", (), "all-gather", (), "replica_groups={}", False)) is None

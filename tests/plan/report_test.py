@@ -1,10 +1,11 @@
-"""The report of a small model, compiled by libtpu."""
+"""Reports of compiled programs: a small model by libtpu, larger ones by the GPU compiler."""
 
 import json
 
 import pytest
 
 from jaxgpt.commands.actions import plan
+from jaxgpt.config import installed
 
 LLAMA = "configs/llama3_8b.py:llama2_7b"
 
@@ -38,3 +39,46 @@ def test_a_plan_of_a_small_model(tmp_path, capsys):
   text = capsys.readouterr().out
   assert "fits" in text and "chip-hours" in text and "cost" in text
   assert "xla_tpu_scoped_vmem_limit_kib=65536" in text and f["options"]
+
+
+needs_plugin = pytest.mark.skipif(
+  not installed.version("jax-cuda13-plugin"),
+  reason="needs JAX's CUDA plugin (pip install 'jaxgpt[cuda]', 4.4 GB); no GPU",
+)
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "config, overrides, forward, backward",
+  [
+    (
+      "configs/gpt2_124m.py",
+      ["--config.data.batch_size=64", "--config.optim.accumulate=1"],
+      12,
+      12,
+    ),
+    (
+      "configs/llama3_8b.py",
+      ["--config.data.batch_size=8", "--config.model.remat=save:q,k,v,attention"],
+      32,
+      32,
+    ),
+    ("configs/llama3_8b.py", ["--config.data.batch_size=8", "--config.model.num_layers=4"], 8, 4),
+  ],
+)
+def test_the_program_for_8_h100_holds_cudnns_flash_attention(
+  config, overrides, forward, backward, tmp_path
+):
+  out, text = tmp_path / "plan.json", tmp_path / "program.txt"
+  assert plan.plan(config, overrides, "h100x8", out=out, save_text=text) == 0
+  f, text = json.loads(out.read_text()), text.read_text()
+  assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmax"') >= 1
+  assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"') >= 1
+  assert '"mask_type": "CAUSAL"' in text and '"mask_type": "NO_MASK"' not in text
+  assert f["attention"] == "cudnn" and f["kernels"] == {
+    "cudnn_attention_forward": forward,
+    "cudnn_attention_backward": backward,
+  }
+  assert f["memory"]["fits"] and f["link_bytes"]["network"] == 0 < f["link_bytes"]["NVLink"]
+  assert 0.9 * f["model_flops"] < f["matmul_flops"] + f["kernel_flops"] and 0 < f["mfu"] < 1

@@ -61,3 +61,42 @@ def test_sides_whose_ends_are_linked(name, wraps):
 def test_a_topology_that_is_not_there_is_named(name, words):
   with pytest.raises(UserError, match=words):
     topology.parse(name)
+
+
+@pytest.mark.parametrize(
+  "name, chip, hosts, num",
+  [
+    ("h100x8", "h100", 1, 8),
+    ("h100x8x2", "h100", 2, 16),
+    ("a100x4", "a100", 1, 4),
+    ("h200x8", "h200", 1, 8),
+    ("b200x8x16", "b200", 16, 128),
+  ],
+)
+def test_names_of_hosts_of_gpus(name, chip, hosts, num):
+  t = topology.parse(name)
+  assert (t.chip.name, t.slices, t.num_devices, t.num_chips) == (chip, hosts, num, num)
+
+
+@pytest.mark.parametrize(
+  "name, words",
+  [
+    ("h100x16", "1 to 8 GPUs"),
+    ("h100x8x0", "1 to 8 GPUs"),
+    ("h99x8", "chip='h99': choose one of v4, v5e"),
+    ("h100", "for GPUs h100x8"),
+    ("v4x8", "is not a GPU"),
+  ],
+)
+def test_hosts_that_are_not_there_are_named(name, words):
+  with pytest.raises(UserError, match=words):
+    topology.parse(name)
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+  def missing(*args, **kwargs):
+    raise NotImplementedError("topology not implemented for cuda")
+
+  monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
+  with pytest.raises(UserError, match=r"pip install 'jaxgpt\[cuda\]'.*not implemented for cuda"):
+    topology.devices(topology.parse("h100x8"))

@@ -1,93 +1,11 @@
-"""Plans for GPUs: the topology's description, and the roofline of programs in XLA's form."""
+"""The roofline of programs in the form in which XLA prints them."""
 
 import dataclasses
-import json
 
-import numpy as np
 import pytest
 
-from jaxgpt.commands.actions import plan
-from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips
-from jaxgpt.plan import gpu_target_config, hlo, roofline, topology
-
-
-@pytest.mark.parametrize(
-  "name, chip, hosts, num",
-  [
-    ("h100x8", "h100", 1, 8),
-    ("h100x8x2", "h100", 2, 16),
-    ("a100x4", "a100", 1, 4),
-    ("h200x8", "h200", 1, 8),
-    ("b200x8x16", "b200", 16, 128),
-  ],
-)
-def test_names_of_hosts_of_gpus(name, chip, hosts, num):
-  t = topology.parse(name)
-  assert (t.chip.name, t.slices, t.num_devices, t.num_chips) == (chip, hosts, num, num)
-
-
-@pytest.mark.parametrize(
-  "name, words",
-  [
-    ("h100x16", "1 to 8 GPUs"),
-    ("h100x8x0", "1 to 8 GPUs"),
-    ("h99x8", "chip='h99': choose one of v4, v5e"),
-    ("h100", "for GPUs h100x8"),
-    ("v4x8", "is not a GPU"),
-  ],
-)
-def test_hosts_that_are_not_there_are_named(name, words):
-  with pytest.raises(UserError, match=words):
-    topology.parse(name)
-
-
-def test_a_description_has_the_installed_versions(monkeypatch):
-  monkeypatch.setattr(
-    gpu_target_config.installed,
-    "version",
-    {"nvidia-cudnn-cu13": "9.12.3.4", "nvidia-cuda-runtime": "13.0.96"}.get,
-  )
-  text = gpu_target_config.target_config(chips.CHIPS["a100"].gpu)
-  assert "dnn_version_info { major: 9 minor: 12 patch: 3 }" in text
-  assert "runtime_version { major: 13 minor: 0 patch: 96 }" in text
-  assert "cuda_compute_capability { major: 8 minor: 0 feature_extension: NONE }" in text
-  assert "shared_memory_per_block_optin: 166912" in text and "core_count: 108" in text
-  assert "major: 9 minor: 0 feature_extension: ACCELERATED" in gpu_target_config.target_config(
-    chips.CHIPS["h100"].gpu
-  )
-
-
-def test_without_the_compiler_the_extra_is_named(monkeypatch):
-  def missing(*args, **kwargs):
-    raise NotImplementedError("topology not implemented for cuda")
-
-  monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
-  with pytest.raises(UserError, match=r"pip install 'jaxgpt\[cuda\]'.*not implemented for cuda"):
-    topology.devices(topology.parse("h100x8"))
-
-
-@pytest.mark.parametrize(
-  "text, groups",
-  [
-    ("replica_groups={{0,2},{1,3}}, dimensions={0}", [[0, 2], [1, 3]]),
-    ("replica_groups={{0,1,2,3}}", [[0, 1, 2, 3]]),
-    ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    ("replica_groups=[4,2]<=[2,4]T(1,0), use_global", [[0, 4], [1, 5], [2, 6], [3, 7]]),
-    ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'c'}, dimensions={1}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
-    ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
-    ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
-  ],
-)
-def test_who_takes_part_in_a_collective(text, groups):
-  made = hlo.Instruction("c", (), "all-gather", (), text, False)
-  np.testing.assert_array_equal(hlo.groups(made), groups)
-
-
-def test_a_collective_that_does_not_say_who_takes_part_is_all():
-  assert hlo.groups(hlo.Instruction("c", (), "all-gather", (), "replica_groups={}", False)) is None
-
+from jaxgpt.plan import hlo, roofline
 
 PROGRAM = """HloModule m, is_scheduled=true
 
@@ -227,46 +145,3 @@ ENTRY %main (a: f32[1024], b: pred[]) -> f32[1024] {
 """
   chip = chips.CHIPS["h100"]
   assert roofline.of_program(hlo.parse(text), chip, [0]).traffic == 8192
-
-
-needs_plugin = pytest.mark.skipif(
-  not gpu_target_config.installed.version("jax-cuda13-plugin"),
-  reason="needs JAX's CUDA plugin (pip install 'jaxgpt[cuda]', 4.4 GB); no GPU",
-)
-
-
-@needs_plugin
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  "config, overrides, forward, backward",
-  [
-    (
-      "configs/gpt2_124m.py",
-      ["--config.data.batch_size=64", "--config.optim.accumulate=1"],
-      12,
-      12,
-    ),
-    (
-      "configs/llama3_8b.py",
-      ["--config.data.batch_size=8", "--config.model.remat=save:q,k,v,attention"],
-      32,
-      32,
-    ),
-    ("configs/llama3_8b.py", ["--config.data.batch_size=8", "--config.model.num_layers=4"], 8, 4),
-  ],
-)
-def test_the_program_for_8_h100_holds_cudnns_flash_attention(
-  config, overrides, forward, backward, tmp_path
-):
-  out, text = tmp_path / "plan.json", tmp_path / "program.txt"
-  assert plan.plan(config, overrides, "h100x8", out=out, save_text=text) == 0
-  f, text = json.loads(out.read_text()), text.read_text()
-  assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmax"') >= 1
-  assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"') >= 1
-  assert '"mask_type": "CAUSAL"' in text and '"mask_type": "NO_MASK"' not in text
-  assert f["attention"] == "cudnn" and f["kernels"] == {
-    "cudnn_attention_forward": forward,
-    "cudnn_attention_backward": backward,
-  }
-  assert f["memory"]["fits"] and f["link_bytes"]["network"] == 0 < f["link_bytes"]["NVLink"]
-  assert 0.9 * f["model_flops"] < f["matmul_flops"] + f["kernel_flops"] and 0 < f["mfu"] < 1
