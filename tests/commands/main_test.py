@@ -188,7 +188,7 @@ def test_an_out_folder_that_cannot_be_written(tmp_path, capsys):
   (tmp_path / "a.txt").write_text("some text\n" * 100)
   (tmp_path / "file").write_text("")
   message = refused(capsys, "data", tmp_path / "a.txt", f"--out={tmp_path}/file/d")
-  assert "--out=" in message and "can't be written" in message
+  assert "--out=" in message and "cannot be written" in message
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_damaged_folder_is_told(bucket, data):
   (copy / "train.tokens.npy").write_bytes(b"x")
   with pytest.raises(UserError, match=r"train\.tokens\.npy has 1 bytes instead of"):
     source.open_split(str(copy), "train")
-  with pytest.raises(UserError, match=r"nowhere'? is no prepared data folder"):
+  with pytest.raises(UserError, match=r"nowhere'? is not a prepared data folder"):
     shards.read_manifest(f"{bucket}/nowhere")
 
 

@@ -1,85 +1,97 @@
-"""The shards and sidecars of many tasks to those of one split."""
+"""Joins the shards and sidecars that many tasks wrote to those of one split."""
 
 import hashlib
 import os
+import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-# Sidecars [documents + 1] of offsets into another one, which begin anew in each task.
+# Sidecars [documents + 1] of offsets into another one. They start at 0 in each task.
 _OFFSETS = ("sources", "trained_offsets")
 
 
-def assemble(folder, parts):
-  """Joins what tasks wrote of one split, in the tasks' order.
+def assemble(
+  folder: pathlib.Path, written: Sequence[tuple[pathlib.Path, dict[str, Any]]]
+) -> dict[str, Any]:
+  """Joins the outputs of tasks for one split, in the tasks' order.
 
-  Shards are linked, not copied, where the file system can; nothing in the tasks' folders changes,
-  so that this can be done again.
+  Links shards instead of copying them if the file system can. Nothing in the tasks' folders
+  changes, so that this can be repeated.
 
   Args:
-    folder: an existing pathlib.Path to write into.
-    parts: [(task's folder, what its `shards.SplitWriter.finish` returned), …], at least one.
+    folder: An existing folder to write into.
+    written: (a task's folder, the result of its `shards.SplitWriter.finish`) of at least one task.
 
   Returns:
     The split's entry in the manifest, as `SplitWriter.finish` returns it for one task.
   """
-  shards = [(part / shard["name"], shard) for part, entry in parts for shard in entry["shards"]]
+  shards = [(task / shard["name"], shard) for task, entry in written for shard in entry["shards"]]
   named = []
   for number, (path, shard) in enumerate(shards):
     split = shard["name"].split("-")[0]
     name = f"{split}-{number:05d}-of-{len(shards):05d}.arrayrecord"
     _link(path, folder / name)
     named.append({**shard, "name": name})
-  entry = {key: sum(part[key] for _, part in parts) for key in ("documents", "tokens", "bytes")}
+  entry = {key: sum(e[key] for _, e in written) for key in ("documents", "tokens", "bytes")}
   sidecars = []
-  for sidecar in parts[0][1]["sidecars"]:
+  for sidecar in written[0][1]["sidecars"]:
     name = sidecar["name"]
-    paths = [part / name for part, _ in parts]
+    paths = [task / name for task, _ in written]
     if name.endswith(".npy"):
       _join_arrays(paths, folder / name, name.split(".")[-2] in _OFFSETS)
     else:
       _join_texts(paths, folder / name)
-    sidecars.append(_describe(folder / name))
+    sidecars.append(describe(folder / name))
   return {**entry, "shards": named, "sidecars": sidecars}
 
 
-def _link(path, to):
+def _link(path: pathlib.Path, to: pathlib.Path) -> None:
   try:
     os.link(path, to)
   except OSError:  # a file system without hard links
     shutil.copyfile(path, to)
 
 
-def _join_texts(paths, to):
+def _join_texts(paths: Sequence[pathlib.Path], to: pathlib.Path) -> None:
   with to.open("wb") as out:
     for path in paths:
-      with path.open("rb") as part:
-        shutil.copyfileobj(part, out)
+      with path.open("rb") as f:
+        shutil.copyfileobj(f, out)
 
 
-def _join_arrays(paths, to, are_offsets):
-  """Joins arrays along their first axis, one in memory at a time."""
-  parts = [np.load(path, mmap_mode="r") for path in paths]
-  total = sum(len(part) for part in parts) - (len(parts) - 1 if are_offsets else 0)
+def _join_arrays(paths: Sequence[pathlib.Path], to: pathlib.Path, are_offsets: bool) -> None:
+  """Joins arrays along their first axis, with one of them in memory at a time.
+
+  Offsets of later tasks grow by the length of what they point into, and each task's first 0 but the
+  first is dropped:
+
+      task 0  [0, 3, 7]   task 1  [0, 2, 5]   ->   [0, 3, 7, 9, 12]
+  """
+  arrays = [np.load(path, mmap_mode="r") for path in paths]
+  total = sum(len(array) for array in arrays) - (len(arrays) - 1 if are_offsets else 0)
   with to.open("wb") as out:
     np.lib.format.write_array_header_1_0(
       out,
       {
-        "descr": np.lib.format.dtype_to_descr(parts[0].dtype),
+        "descr": np.lib.format.dtype_to_descr(arrays[0].dtype),
         "fortran_order": False,
-        "shape": (total, *parts[0].shape[1:]),
+        "shape": (total, *arrays[0].shape[1:]),
       },
     )
     base = 0
-    for number, part in enumerate(parts):
+    for number, array in enumerate(arrays):
       if are_offsets:
-        end = base + int(part[-1])
-        part = part[1 if number else 0 :] + part.dtype.type(base)
+        end = base + int(array[-1])
+        array = array[1 if number else 0 :] + array.dtype.type(base)
         base = end
-      out.write(np.ascontiguousarray(part).tobytes())
+      out.write(np.ascontiguousarray(array).tobytes())
 
 
-def _describe(path):
+def describe(path: pathlib.Path) -> dict[str, Any]:
+  """A file's entry in the manifest: name, size in bytes and sha256."""
   with path.open("rb") as f:
     digest = hashlib.file_digest(f, "sha256").hexdigest()
   return {"name": path.name, "size": path.stat().st_size, "sha256": digest}

@@ -1,36 +1,46 @@
-"""The data card: what a prepared folder holds, what was left out and why, for people to read.
+"""The data card: contents of a prepared folder, and the documents left out with the reasons.
 
-DIR/card.md      the card
-DIR/lengths.svg  its picture: how long documents are
+DIR/card.md      the card, for people
+DIR/lengths.svg  its histogram of document lengths
 DIR/card.json    the same figures for programs
 """
 
 import json
 import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxgpt.text.prepare import best_fit, shards
+from jaxgpt.text.readers.documents import Dropped
 
 _SEQ_LENS = (512, 2048, 8192)
-_PACKED_DOCUMENTS = 1 << 20  # more than these are not packed for an estimate
-_PART = 1 << 15  # documents that are looked at, or packed, at once
+_PACKED_DOCUMENTS = 1 << 20  # the packing is an estimate from the first documents
+_CHUNK = 1 << 15  # documents in memory at a time
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def write(folder, manifest, dropped, dropped_bytes, changed, sources):
+def write(
+  folder: pathlib.Path,
+  manifest: Mapping[str, Any],
+  dropped: Dropped,
+  dropped_bytes: Mapping[str, int],
+  changed: Mapping[str, Sequence[int]],
+  sources: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
   """Writes the card of a folder that holds shards, sidecars and manifest.
 
   Args:
-    folder: the prepared folder.
-    manifest: its manifest.
-    dropped: the `read.Dropped` of all stages.
-    dropped_bytes: {rule: UTF-8 bytes of the texts that were dropped}, where these are known.
-    changed: {cleaning step: [documents changed, characters taken away]}.
+    folder: The prepared folder.
+    manifest: Its manifest.
+    dropped: The account of dropped documents of all jobs.
+    dropped_bytes: {rule: UTF-8 bytes of the dropped texts}, as far as they are known.
+    changed: {cleaning step: [documents changed, characters removed]}.
     sources: {group of sources: [documents, UTF-8 bytes]}.
 
   Returns:
-    The card as a dict, as in `card.json`.
+    The content of `card.json`.
   """
   folder = pathlib.Path(folder)
   stored = {
@@ -84,13 +94,13 @@ def write(folder, manifest, dropped, dropped_bytes, changed, sources):
   return card
 
 
-def _lengths(stored):
-  """Stored tokens of documents: quantiles, and a histogram whose bars end at powers of two."""
+def _lengths(stored: np.ndarray) -> dict[str, Any]:
+  """Statistics of stored tokens per document; the bars of the histogram end at powers of two."""
   if not len(stored):
     return {"histogram": []}
-  counts = sum(
-    np.bincount(np.ceil(np.log2(part)).astype(int), minlength=33) for part in _parts(stored)
-  )
+  counts = np.zeros(33, np.int64)
+  for chunk in _chunks(stored):
+    counts += np.bincount(np.ceil(np.log2(chunk)).astype(int), minlength=33)
   low, high = np.flatnonzero(counts)[[0, -1]].tolist()
   return {
     "mean": round(float(np.mean(stored)), 1),
@@ -102,13 +112,13 @@ def _lengths(stored):
   }
 
 
-def _packing(stored):
-  """Share of a row's places that predictions fill, by packing and length of the rows."""
+def _packing(stored: np.ndarray) -> dict[str, dict[str, float]]:
+  """{row length: {packing: share of the rows' positions that predictions fill}}."""
   stored = stored[:_PACKED_DOCUMENTS]
   predictions = int(np.sum(stored, dtype=np.int64)) - len(stored)
-  out = {}
+  out: dict[str, dict[str, float]] = {}
   for seq_len in _SEQ_LENS if len(stored) else ():
-    pieces = [best_fit.cut(part - 1, seq_len)[2] for part in _parts(stored)]
+    pieces = [best_fit.cut(chunk - 1, seq_len)[2] for chunk in _chunks(stored)]
     rows = {
       "best_fit": sum(best_fit.pack(lengths, seq_len)[1] for lengths in pieces),
       "one_per_row": sum(map(len, pieces)),
@@ -120,13 +130,14 @@ def _packing(stored):
   return out
 
 
-def _parts(stored):
-  """int64 arrays of so many documents that memory stays flat."""
-  return (stored[start : start + _PART].astype(np.int64) for start in range(0, len(stored), _PART))
+def _chunks(stored: np.ndarray) -> Iterator[np.ndarray]:
+  """The array in pieces of type int64, so that memory stays flat."""
+  for start in range(0, len(stored), _CHUNK):
+    yield stored[start : start + _CHUNK].astype(np.int64)
 
 
-def _labels(folder, manifest):
-  """Documents of each class in the training split."""
+def _labels(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, int]:
+  """{class: documents in the training split}."""
   names = manifest["label_names"]
   if not names:
     return {}
@@ -135,12 +146,20 @@ def _labels(folder, manifest):
   return dict(zip(names, counts))
 
 
-def histogram(bars, width=640, height=240):
-  """An SVG picture of [[upper end, count], …], as bars side by side."""
+def histogram(bars: Sequence[Sequence[int]], width: int = 640, height: int = 240) -> str:
+  """Draws a bar chart.
+
+  Args:
+    bars: [[upper end in tokens, number of documents], …].
+    width, height: Size of the picture in pixels.
+
+  Returns:
+    An SVG document.
+  """
   left, bottom, top = 10, 40, 24
   most = max([count for _, count in bars], default=1) or 1
   step = (width - 2 * left) / max(len(bars), 1)
-  parts = [
+  elements = [
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
     f'font-family="sans-serif" font-size="11" text-anchor="middle">',
     f'<rect width="{width}" height="{height}" fill="white"/>',
@@ -148,28 +167,29 @@ def histogram(bars, width=640, height=240):
   for i, (end, count) in enumerate(bars):
     tall = (height - bottom - top) * count / most
     x, y = left + i * step, height - bottom - tall
-    parts += [
+    elements += [
       f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
       f'fill="#4878a8"><title>up to {end} tokens: {count}</title></rect>',
       f'<text x="{x + step / 2:.1f}" y="{y - 4:.1f}">{_short(count)}</text>',
       f'<text x="{x + step / 2:.1f}" y="{height - bottom + 14}">{_short(end)}</text>',
     ]
-  parts += [
-    f'<text x="{width / 2}" y="{height - 8}">documents by length: up to so many tokens</text>',
+  elements += [
+    f'<text x="{width / 2}" y="{height - 8}">documents by length in tokens '
+    "(upper end of each bar)</text>",
     "</svg>\n",
   ]
-  return "\n".join(parts)
+  return "\n".join(elements)
 
 
-def _short(number):
+def _short(number: int) -> str:
   for size, suffix in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
     if number >= size:
       return f"{number / (size if size > 10**4 else 1000):.3g}{suffix}"
   return str(number)
 
 
-def markdown(card):
-  """The card as Markdown."""
+def markdown(card: Mapping[str, Any]) -> str:
+  """Formats the card as Markdown."""
   lengths, documents = card["lengths"], card["documents"]
   lines = [
     "# Data card",
@@ -185,7 +205,7 @@ def markdown(card):
     ),
     "## Left out",
     "",
-    "Documents read = kept + dropped. Bytes are those of texts that could be read; tokens are "
+    "Documents read = kept + dropped. Bytes count the texts that could be read; tokens are "
     "estimated from them.",
     "",
     *_table(
@@ -204,7 +224,7 @@ def markdown(card):
       "## Changed by cleaning",
       "",
       *_table(
-        ("step", "documents", "characters taken away"),
+        ("step", "documents", "characters removed"),
         [(step, *x.values()) for step, x in card["changed"].items()],
       ),
     ]
@@ -224,7 +244,7 @@ def markdown(card):
       + ", ".join(f"{q}: {x:,}" for q, x in lengths["quantiles"].items())
       + ".",
       "",
-      "Share of a row's places that is filled:",
+      "Share of the positions in packed rows that predictions fill:",
       "",
       *_table(
         ("data.seq_len", "best_fit", "one_per_row"),
@@ -246,12 +266,12 @@ def markdown(card):
   return "\n".join(lines)
 
 
-def _one_line(text):
+def _one_line(text: str) -> str:
   return " ".join(text.split())
 
 
-def _table(head, rows):
-  """Lines of a Markdown table, and an empty one."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+  """Lines of a Markdown table, with an empty one at the end."""
   cells = [
     [f"{x:,}" if isinstance(x, int) else _one_line(str(x)).replace("|", "\\|") for x in row]
     for row in rows

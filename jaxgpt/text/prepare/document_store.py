@@ -1,24 +1,26 @@
-"""Cleaned documents on their way to tokens: blocks of documents, and an index of what they are.
+"""Cleaned documents between reading and tokenizing: blocks of documents, and an index.
 
     FOLDER/documents.arrayrecord    pickled lists of documents, a few hundred kB each, zstd
     FOLDER/documents.npy            INDEX [documents]
     FOLDER/blocks.npy               int64 [blocks + 1]; block b holds documents [b] to [b + 1]
 
-This is private to one run, which is why documents are pickled: it is fast, takes any field, and
-nobody else's file is ever read.
+The format is private to one run, so documents are pickled: pickle is fast, takes any field, and
+reads no file that came from somewhere else.
 """
 
 import hashlib
 import pathlib
 import pickle
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 from array_record.python import array_record_module
 
-from jaxgpt.text.readers import documents as documents_lib
+from jaxgpt.text.readers.documents import Document
 
-# key: the first 48 bits of the salted hash of the text, which choose its split; digest: the next
-# 128, equal for equal texts only; bytes: UTF-8 bytes of the text.
+# key: the first 48 bits of the salted hash of the text, which choose its split. digest: the next
+# 128 bits, equal for equal texts only. bytes: UTF-8 bytes of the text.
 INDEX = np.dtype([("key", "<u8"), ("digest", "<u8", (2,)), ("bytes", "<u8")])
 _BLOCK_BYTES = 1 << 18
 _READ_BLOCKS = 8
@@ -29,20 +31,28 @@ _READER_OPTIONS = "readahead_buffer_size:0"
 class Writer:
   """Writes documents in their order. A context manager."""
 
-  def __init__(self, folder, salt):
-    """Args: folder: an existing pathlib.Path; salt: a string that the hashes depend on."""
+  def __init__(self, folder: pathlib.Path, salt: str):
+    """Starts an empty store.
+
+    Args:
+      folder: An existing folder.
+      salt: Text that the hashes depend on.
+    """
     self._folder, self._salt = folder, salt.encode() + b"\0"
     self._writer = array_record_module.ArrayRecordWriter(
       str(folder / "documents.arrayrecord"), _WRITER_OPTIONS
     )
-    self._rows, self._parts, self._ends = [], [], [0]
-    self._block, self._block_bytes = [], 0
+    self._index: list[np.ndarray] = []  # of the blocks written
+    self._ends = [0]
+    self._block: list[tuple] = []
+    self._block_index: list[tuple] = []
+    self._block_bytes = 0
 
-  def add(self, document):
-    """Appends a `read.Document`; returns the UTF-8 bytes of its text."""
+  def add(self, document: Document) -> int:
+    """Appends a document and returns the UTF-8 bytes of its text."""
     data = document.text.encode()
     found = hashlib.sha256(self._salt + data).digest()
-    self._rows.append(
+    self._block_index.append(
       (
         int.from_bytes(found[:6], "big"),
         (int.from_bytes(found[6:14], "little"), int.from_bytes(found[14:22], "little")),
@@ -55,45 +65,45 @@ class Writer:
       self._end_block()
     return len(data)
 
-  def _end_block(self):
+  def _end_block(self) -> None:
     self._writer.write(pickle.dumps(self._block, protocol=5))
-    self._parts.append(np.array(self._rows, INDEX))
+    self._index.append(np.array(self._block_index, INDEX))
     self._ends.append(self._ends[-1] + len(self._block))
-    self._block, self._block_bytes, self._rows = [], 0, []
+    self._block, self._block_bytes, self._block_index = [], 0, []
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     if kind is None and self._block:
       self._end_block()
     self._writer.close()
-    np.save(self._folder / "documents.npy", np.concatenate([*self._parts, np.empty(0, INDEX)]))
+    np.save(self._folder / "documents.npy", np.concatenate([*self._index, np.empty(0, INDEX)]))
     np.save(self._folder / "blocks.npy", np.array(self._ends, np.int64))
 
 
 class Store:
-  """Documents that a `Writer` wrote.
+  """The documents that a `Writer` wrote.
 
   Attributes:
     index: INDEX [documents].
   """
 
-  def __init__(self, folder):
+  def __init__(self, folder: pathlib.Path):
     self._folder = pathlib.Path(folder)
     self.index = np.load(self._folder / "documents.npy")
     self._ends = np.load(self._folder / "blocks.npy")
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.index)
 
-  def __iter__(self):
-    """All documents, in order."""
+  def __iter__(self) -> Iterator[Document]:
+    """All documents in order."""
     for documents in self._blocks(range(len(self._ends) - 1)):
       yield from documents
 
-  def take(self, numbers):
-    """The documents of these ascending numbers, as an iterator."""
+  def take(self, numbers: np.ndarray | Sequence[int]) -> Iterator[Document]:
+    """The documents of ascending numbers."""
     numbers = np.asarray(numbers, np.int64)
     block_of = np.searchsorted(self._ends, numbers, side="right") - 1
     blocks = np.unique(block_of)
@@ -101,7 +111,7 @@ class Store:
       for number in numbers[block_of == block].tolist():
         yield documents[number - int(self._ends[block])]
 
-  def _blocks(self, blocks):
+  def _blocks(self, blocks: Sequence[int]) -> Iterator[list[Document]]:
     if not len(blocks):
       return
     reader = array_record_module.ArrayRecordReader(
@@ -110,17 +120,28 @@ class Store:
     try:
       for start in range(0, len(blocks), _READ_BLOCKS):
         for record in reader.read(list(blocks[start : start + _READ_BLOCKS])):
-          yield [documents_lib.Document(*fields) for fields in pickle.loads(record)]
+          yield [Document(*fields) for fields in pickle.loads(record)]
     finally:
       reader.close()
 
 
-def splits_of(index, validation, test):
-  """The split of each document: 0 train, 1 validation, 2 test (`shards.SPLITS`), as uint8.
+def splits_of(index: np.ndarray, validation: float, test: float) -> np.ndarray:
+  """The split of each document: 0 train, 1 validation, 2 test (`shards.SPLITS`).
+
+  The hash, as a number in [0, 1), chooses the split:
+
+      0       test      test + validation                                   1
+      | test  | validation   | train                                        |
+
+  So a larger share only moves documents out of train, and a document stays where it is when the
+  corpus grows.
 
   Args:
     index: INDEX [documents].
-    validation, test: the shares of these splits, in [0, 1).
+    validation, test: The shares of these splits, in [0, 1).
+
+  Returns:
+    uint8 [documents].
   """
   key = index["key"] / (1 << 48)
   return np.where(key < test, 2, np.where(key < test + validation, 1, 0)).astype(np.uint8)

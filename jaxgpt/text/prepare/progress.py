@@ -1,18 +1,24 @@
-"""What a preparation says on a terminal: lines, and beneath them how far a stage is."""
+"""Terminal output of a preparation: lines, and below them a bar for the job at work."""
 
 import sys
+from collections.abc import Callable
+from typing import Self
 
 from rich import console, progress
 
+from jaxgpt.text.prepare.monitor import Status
+
 
 class Terminal:
-  """Says lines on stdout, and shows the stage at work on stderr where that is a terminal.
+  """Prints lines to stdout, and shows the job at work on stderr if that is a terminal.
 
-  A context manager; called with a line. `show` takes a `stages.Status`, or None where a stage is
-  over; it is itself None where there is no terminal.
+  A context manager. Call it with a line.
+
+  Attributes:
+    show: Takes a `Status`, or None at the end of a job. It is None without a terminal.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     screen = console.Console(stderr=True, highlight=False)
     self._bar = progress.Progress(
       progress.TextColumn("{task.description}"),
@@ -24,22 +30,22 @@ class Terminal:
       transient=True,
       redirect_stdout=sys.stdout.isatty(),
     )
-    self._task = None
-    self.show = self._show if screen.is_terminal else None
+    self._task: progress.TaskID | None = None
+    self.show: Callable[[Status | None], None] | None = self._show if screen.is_terminal else None
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     if self.show:
       self._bar.start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     if self.show:
       self._bar.stop()
 
-  def __call__(self, line):
+  def __call__(self, line: str) -> None:
     print(line, flush=True)
 
-  def _show(self, status):
+  def _show(self, status: Status | None) -> None:
     if status is None:
       if self._task is not None:
         self._bar.remove_task(self._task)
@@ -47,6 +53,6 @@ class Terminal:
     else:
       text = f"{status.documents:,} documents  {status.rate / 1e6:.1f} MB/s"
       if self._task is None:
-        self._task = self._bar.add_task(status.stage, total=status.tasks, text=text)
+        self._task = self._bar.add_task(status.job, total=status.tasks, text=text)
       self._bar.update(self._task, completed=status.done, text=text)
     self._bar.refresh()

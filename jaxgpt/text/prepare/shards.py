@@ -1,23 +1,29 @@
-"""The prepared folder: token shards, what is in them, and the manifest that vouches for both.
+"""The prepared folder: token shards, sidecars about the documents in them, and the manifest.
 
-    DIR/manifest.json                          written last: a folder without it is not finished
-    DIR/tokenizer/                             what `tokenizer.load` reads
+    DIR/manifest.json                          written last: a folder without it is unfinished
+    DIR/tokenizer/                             see `tokenizer.load`
     DIR/train-00000-of-00002.arrayrecord       token records (also validation-…, test-…)
     DIR/train.tokens.npy                       uint32 [documents], stored tokens of each document
     DIR/train.bytes.npy                        uint32 [documents], UTF-8 bytes of its text
-    DIR/card.md, card.json, lengths.svg        the data card (`card`), for people
-    DIR/train.sources.txt, .sources.npy        its source name, a line each; uint64 byte offsets
+    DIR/train.sources.txt, .sources.npy        its source, one per line; uint64 line offsets
+    DIR/card.md, card.json, lengths.svg        the data card (`data_card`), for people
 
-and by the kind of the data (see `examples.Encoded`)
+Some kinds of data have more sidecars (see `examples.Encoded`):
 
     DIR/train.labels.npy                       classification: float64 [documents]
-    DIR/train.second.npy                       classification: uint32 [documents], 0 for one text
-    DIR/train.trained.npy, .trained_offsets.npy  seq2seq, chat, preference: int32 [ranges, 2], and
-                                               uint64 [documents + 1], which of them are whose
+    DIR/train.second.npy                       classification: uint32 [documents], first token of
+                                               the second text; 0: there is one text
+    DIR/train.trained.npy                      seq2seq, chat, preference: int32 [ranges, 2], ranges
+                                               of the tokens that the loss counts
+    DIR/train.trained_offsets.npy              uint64 [documents + 1]; document d has the ranges
+                                               [d] to [d + 1]
 
 A document is stored as [bos, t1, …, tn, eos] in the manifest's dtype (little endian). A record is
 up to `RECORD_TOKENS` consecutive tokens of one document, and the records of a document are
-consecutive in one shard, so the lengths alone say in which record each token is.
+consecutive in one shard. So the lengths alone determine the record of each token:
+
+    documents   | d0: 100,000 tokens                | d1: 500      | d2: 70,000 tokens
+    records     | 65,536        | 34,464            | 500          | 65,536       | 4,464
 """
 
 import array
@@ -25,52 +31,66 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from array_record.python import array_record_module
 from etils import epath
 
 import jaxgpt
 from jaxgpt.errors import UserError
 from jaxgpt.storage import atomic, buckets
+from jaxgpt.text.prepare.assemble import describe
+from jaxgpt.text.readers.documents import Dropped
+from jaxgpt.text.tokenizers.base import Tokenizer
+from jaxgpt.text.tokenizers.examples import Encoded
 
 FORMAT = 2
 RECORD_TOKENS = 65_536
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
-WITH_RANGES = ("seq2seq", "chat", "preference")  # kinds of which only a part is predicted
+WITH_RANGES = ("seq2seq", "chat", "preference")  # kinds whose loss counts some tokens only
 
-# A record is found without reading its neighbours. zstd:1 takes 40 % off the disk and the network
-# for 3 us a record (15 us against 12 us, 660 tokens a record).
+# Groups of one record: a record is read without its neighbours. zstd:1 saves 40 % of disk and
+# network for 3 us per record (15 us instead of 12 us, at 660 tokens per record).
 _WRITER_OPTIONS = "group_size:1,zstd:1"
 
 
-def token_dtype(vocab_size):
-  """The narrowest dtype that holds all ids, as a little-endian NumPy dtype."""
+def token_dtype(vocab_size: int) -> np.dtype:
+  """The narrowest little-endian dtype that holds all ids."""
   return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def records_of(tokens):
-  """Records that documents of so many stored tokens take, elementwise."""
+def records_of(tokens: npt.ArrayLike) -> np.ndarray:
+  """Number of records of documents with these numbers of stored tokens, elementwise."""
   return -(-np.asarray(tokens, np.int64) // RECORD_TOKENS)
 
 
 class SplitWriter:
   """Writes one split's shards and its sidecars.
 
-  Shards are named when their number is known, in `finish`. A document is never cut between two
-  shards, so a shard may be longer than `shard_tokens` by one document.
+  `finish` names the shards, when their number is known. A document is never cut between two shards,
+  so a shard may be longer than `shard_tokens` by one document.
   """
 
-  def __init__(self, folder, split, tokenizer, shard_tokens, kind="text"):
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    split: str,
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    kind: str = "text",
+  ):
     """Starts an empty split.
 
     Args:
-      folder: an existing pathlib.Path to write into.
+      folder: An existing folder to write into.
       split: 'train', 'validation' or 'test'.
-      tokenizer: gives the dtype.
-      shard_tokens: tokens after which a new shard is begun.
-      kind: of the data, one of `examples.KINDS`.
+      tokenizer: Gives the dtype.
+      shard_tokens: Tokens after which another shard is started.
+      kind: Kind of the data, a key of `kinds.KINDS`.
     """
     self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
     self._kind = kind
@@ -80,20 +100,21 @@ class SplitWriter:
     self._tokens, self._bytes = array.array("I"), array.array("I")
     self._source_ends = array.array("Q", [0])
     self._sources = (folder / f"{split}.sources.txt").open("wb")
-    self._shards = []  # of dicts documents, tokens, records
-    self._writer = None
+    self._shards: list[dict[str, Any]] = []  # documents, tokens, records
+    self._writer: Any = None
 
   @property
-  def num_documents(self):
+  def num_documents(self) -> int:
+    """Documents written so far."""
     return len(self._tokens)
 
-  def add(self, encoded, num_bytes, source):
+  def add(self, encoded: Encoded, num_bytes: int, source: str) -> None:
     """Appends a document.
 
     Args:
-      encoded: an `examples.Encoded` of the writer's kind.
+      encoded: A document of the writer's kind.
       num_bytes: UTF-8 bytes of its text.
-      source: its name.
+      source: Its name.
     """
     stored = encoded.ids.astype(self._dtype)
     if self._writer is None or self._shards[-1]["tokens"] >= self._shard_tokens:
@@ -110,29 +131,31 @@ class SplitWriter:
       self._source_ends[-1] + self._sources.write(os.fsencode(source) + b"\n")
     )
     if self._kind == "classification":
+      assert encoded.label is not None
       self._labels.append(encoded.label)
       self._second.append(encoded.second or 0)
     elif self._kind in WITH_RANGES:
+      assert encoded.trained is not None
       self._trained.extend(encoded.trained.reshape(-1).tolist())
       self._trained_ends.append(len(self._trained) // 2)
 
-  def _next_shard(self):
+  def _next_shard(self) -> None:
     self.close()
     self._writer = array_record_module.ArrayRecordWriter(
       str(self._unnamed(len(self._shards))), _WRITER_OPTIONS
     )
     self._shards.append({"documents": 0, "tokens": 0, "records": 0})
 
-  def _unnamed(self, number):
+  def _unnamed(self, number: int) -> pathlib.Path:
     return self._folder / f"{self._split}-{number:05d}.unfinished"
 
-  def close(self):
+  def close(self) -> None:
     """Closes the shard that is being written."""
     if self._writer is not None:
       self._writer.close()
       self._writer = None
 
-  def finish(self):
+  def finish(self) -> dict[str, Any]:
     """Closes and names all files.
 
     Returns:
@@ -144,7 +167,7 @@ class SplitWriter:
     for i, shard in enumerate(self._shards):
       path = self._folder / f"{self._split}-{i:05d}-of-{len(self._shards):05d}.arrayrecord"
       self._unnamed(i).rename(path)
-      shard.update(_describe(path))
+      shard.update(describe(path))
     sidecars = [self._folder / f"{self._split}.sources.txt"]
     for name, column in self._columns().items():
       sidecars.append(self._folder / f"{self._split}.{name}.npy")
@@ -154,11 +177,11 @@ class SplitWriter:
       "tokens": sum(self._tokens),
       "bytes": sum(self._bytes),
       "shards": self._shards,
-      "sidecars": [_describe(path) for path in sidecars],
+      "sidecars": [describe(path) for path in sidecars],
     }
 
-  def _columns(self):
-    """{name: array} of the sidecars that this kind has."""
+  def _columns(self) -> dict[str, np.ndarray]:
+    """The arrays of this kind's sidecars by name."""
     out = {
       "tokens": np.array(self._tokens, "<u4"),
       "bytes": np.array(self._bytes, "<u4"),
@@ -174,26 +197,27 @@ class SplitWriter:
     return out
 
 
-def _describe(path):
-  with path.open("rb") as f:
-    digest = hashlib.file_digest(f, "sha256").hexdigest()
-  return {"name": path.name, "size": path.stat().st_size, "sha256": digest}
-
-
-def make_manifest(tokenizer, splits, dropped, kind="text", label_names=(), template=None):
-  """The manifest: equal for equal inputs, so its digest names the data.
+def make_manifest(
+  tokenizer: Tokenizer,
+  splits: dict[str, dict[str, Any]],
+  dropped: Dropped,
+  kind: str = "text",
+  label_names: Sequence[str] = (),
+  template: str | None = None,
+) -> dict[str, Any]:
+  """Makes the manifest. Equal inputs give equal manifests, so its digest identifies the data.
 
   Args:
-    tokenizer: the one that all splits were written with.
-    splits: {split: what `SplitWriter.finish` returned}.
-    dropped: a `read.Dropped`, the account of what was read.
-    kind: of the data, one of `examples.KINDS`.
-    label_names: of the classes, in their order.
-    template: name of the chat template, of kind chat.
+    tokenizer: The tokenizer of all splits.
+    splits: {split: the result of `SplitWriter.finish`}.
+    dropped: The account of the documents that were read.
+    kind: Kind of the data, a key of `kinds.KINDS`.
+    label_names: Names of the classes, in order.
+    template: Name of the chat template, if one was applied.
 
   Returns:
-    A JSON-able dict without times and paths; 'digest' is the sha256 of the canonical JSON of all
-    the rest.
+    A JSON-able dict without times and paths. 'digest' is the sha256 of the canonical JSON of the
+    rest.
   """
   manifest = {
     "format": FORMAT,
@@ -223,29 +247,29 @@ def make_manifest(tokenizer, splits, dropped, kind="text", label_names=(), templ
   return manifest
 
 
-def manifest_digest(manifest):
-  """sha256, in hex, of the canonical JSON of a manifest without its 'digest'."""
+def manifest_digest(manifest: dict[str, Any]) -> str:
+  """The sha256, in hex, of the canonical JSON of a manifest without its 'digest'."""
   content = {key: value for key, value in manifest.items() if key != "digest"}
   text = json.dumps(content, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_manifest(folder, manifest):
-  """Writes `manifest.json` in one step: it is there and whole, or it is not there."""
+def write_manifest(folder: epath.PathLike, manifest: dict[str, Any]) -> None:
+  """Writes `manifest.json` atomically."""
   atomic.write(pathlib.Path(folder, MANIFEST), json.dumps(manifest, indent=1) + "\n")
 
 
-def read_manifest(folder):
-  """The manifest of a prepared folder.
+def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
+  """Reads the manifest of a prepared folder.
 
   Raises:
-    UserError: there is none, it is damaged, or it has a format that this version does not read.
+    UserError: There is none, it is damaged, or this version does not read its format.
   """
   buckets.check(folder)
   path = epath.Path(folder) / MANIFEST
   if not path.is_file():
     raise UserError(
-      f"data.path={os.fspath(folder)!r} is no prepared data folder: it has no "
+      f"data.path={os.fspath(folder)!r} is not a prepared data folder: it has no "
       f"{MANIFEST}; run `jaxgpt data` first, or set --config.data.path"
     )
   try:

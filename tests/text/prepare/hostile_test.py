@@ -1,4 +1,4 @@
-"""Inputs that break readers: each is survived or refused in one message, and the account adds up."""
+"""Inputs that break readers: each is survived or refused in one message, and the counts add up."""
 
 import gzip
 import io

@@ -13,12 +13,12 @@ import time
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.text.prepare import executors, jobs, prepare
+from jaxgpt.text.prepare import executors, jobs, monitor, prepare, run_job
 
 # Runs prepare in a child that kills itself at its Nth operation on a file of the work, for each N.
 _CRASH_MATRIX = """
 import json, os, signal, sys
-from jaxgpt.text import prepare
+from jaxgpt.text.prepare import prepare
 folder, step, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 events = ("open", "os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree")
 state = {"left": None}
@@ -218,7 +218,7 @@ def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
     stderr=subprocess.DEVNULL,
   )
   for line in process.stdout:
-    if line.startswith(b"tokenizer:"):  # the next stage begins
+    if line.startswith(b"tokenizer:"):  # the next job begins
       break
   time.sleep(0.1)
   process.kill()
@@ -239,7 +239,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on(tmp_path, workers):
   limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "-", *run]
   done = subprocess.run(limited, capture_output=True, text=True, check=False)
   assert done.returncode == 2 and "Traceback" not in done.stderr
-  assert "can't be written" in done.stderr and "make room" in done.stderr
+  assert "cannot be written" in done.stderr and "make room" in done.stderr
   subprocess.run(run, check=True, capture_output=True)
   subprocess.run(
     command(tmp_path / "in", tmp_path / "whole", *options), check=True, capture_output=True
@@ -247,9 +247,9 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on(tmp_path, workers):
   assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def _stage(tmp_path, run, tasks=3):
+def _job(tmp_path, run, tasks=3):
   work = jobs.Work(tmp_path / "work", {})
-  return work.stage("some", tasks, run, [], print)
+  return work.job("some", tasks, run, [], print)
 
 
 def fail(rank, folder, progress):
@@ -278,10 +278,10 @@ def break_(rank, folder, progress):
 )
 def test_failures_of_workers_are_told(tmp_path, run, error, message):
   pytest.importorskip("datatrove")
-  stage = _stage(tmp_path, run)
+  job = _job(tmp_path, run)
   with pytest.raises(error, match=message):
-    jobs.run(stage, executors.make("local", 2), print)
-  assert stage.missing()[0] in (0, 1)
+    run_job.run(job, executors.make("local", 2), print)
+  assert job.missing()[0] in (0, 1)
 
 
 def test_a_task_whose_outputs_are_damaged_is_done_again(tmp_path):
@@ -292,17 +292,17 @@ def test_a_task_whose_outputs_are_damaged_is_done_again(tmp_path):
     (folder / "out.txt").write_text(f"{rank} " * 10)
     return {"rank": rank}
 
-  stage = _stage(tmp_path, write)
-  assert jobs.run(stage, None, print) == [{"rank": rank} for rank in range(3)]
-  (stage.task_folder(1) / "out.txt").write_text("1")
-  jobs.run(stage, None, print)
+  job = _job(tmp_path, write)
+  assert run_job.run(job, None, print) == [{"rank": rank} for rank in range(3)]
+  (job.task_folder(1) / "out.txt").write_text("1")
+  run_job.run(job, None, print)
   assert calls == [0, 1, 2, 1]
-  assert (stage.task_folder(1) / "out.txt").read_text() == "1 " * 10
+  assert (job.task_folder(1) / "out.txt").read_text() == "1 " * 10
 
 
 def test_progress_is_told_though_a_file_is_half_written(tmp_path, monkeypatch):
-  monkeypatch.setattr(jobs, "_REPORT_SECONDS", 0.02)
-  monkeypatch.setattr(jobs, "_PROGRESS_SECONDS", -1)
+  monkeypatch.setattr(monitor, "_REPORT_SECONDS", 0.02)
+  monkeypatch.setattr(monitor, "_COUNT_SECONDS", -1)
 
   def slow(rank, folder, progress):
     progress(2, 3_000_000)
@@ -313,15 +313,15 @@ def test_progress_is_told_though_a_file_is_half_written(tmp_path, monkeypatch):
     return {}
 
   lines = []
-  jobs.run(_stage(tmp_path, slow), None, lines.append)
+  run_job.run(_job(tmp_path, slow), None, lines.append)
   assert any("0 of 3 tasks done, at work on 2 documents, 3 MB" in line for line in lines)
   assert any("2 of 3 tasks done, at work on 2 documents, 3 MB" in line for line in lines)
 
 
 def test_a_terminal_is_shown_documents_and_bytes_a_second(tmp_path, monkeypatch):
-  monkeypatch.setattr(jobs, "_SHOW_SECONDS", 0.02)
-  monkeypatch.setattr(jobs, "_REPORT_SECONDS", 0.01)
-  monkeypatch.setattr(jobs, "_PROGRESS_SECONDS", -1)
+  monkeypatch.setattr(monitor, "_SHOW_SECONDS", 0.02)
+  monkeypatch.setattr(monitor, "_REPORT_SECONDS", 0.01)
+  monkeypatch.setattr(monitor, "_COUNT_SECONDS", -1)
 
   class Report(list):
     def __init__(self):
@@ -338,9 +338,9 @@ def test_a_terminal_is_shown_documents_and_bytes_a_second(tmp_path, monkeypatch)
     time.sleep(0.2)
     return {}
 
-  stage, report = _stage(tmp_path, slow), Report()
-  jobs.run_task(stage, 1)  # by an earlier run
-  jobs.run(stage, None, report)
+  job, report = _job(tmp_path, slow), Report()
+  run_job.run_task(job, 1)  # by an earlier run
+  run_job.run(job, None, report)
   *shown, last = report.shown
   assert last is None and not any("at work" in line for line in report)
   assert {(s.done, s.tasks, s.documents) for s in shown} <= {
@@ -361,7 +361,7 @@ def test_a_terminal_is_shown_documents_and_bytes_a_second(tmp_path, monkeypatch)
     (("local", -1), "--workers=-1"),
     (("process", 0, {"time": 1}), "process has no such option"),
     (("slurm", 0, {"partition": "cpu"}), "--executor-option=time="),
-    (("slurm", 0, {"queue": "cpu"}), "it has time, partition"),
+    (("slurm", 0, {"queue": "cpu"}), "choose one of time, partition"),
   ],
 )
 def test_bad_executors_are_named(args, message):
@@ -396,7 +396,7 @@ _COMMANDS = {
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-  """Puts Slurm's commands on the path; what was submitted is in the file `scripts` of the result."""
+  """Puts stand-ins for Slurm's commands on the path; they append each submission to `scripts`."""
   pytest.importorskip("datatrove")
   folder = tmp_path / "bin"
   folder.mkdir()
@@ -432,7 +432,7 @@ def test_a_slurm_job_that_fails_is_told(tmp_path, slurm):
       [tmp_path / "in"], tmp_path / "out", **OPTIONS, executor=executors.make("slurm", 0, options)
     )
   (slurm / "sbatch").write_text("#!/bin/bash\nexit 1\n")
-  with pytest.raises(UserError, match="can't submit a job"):
+  with pytest.raises(UserError, match="cannot submit a job"):
     prepare.prepare(
       [tmp_path / "in"], tmp_path / "out", **OPTIONS, executor=executors.make("slurm", 0, options)
     )

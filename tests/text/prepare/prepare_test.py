@@ -9,7 +9,8 @@ import pytest
 
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text.prepare import jobs, prepare, shards, tasks
+from jaxgpt.text.prepare import jobs, prepare, shards
+from jaxgpt.text.prepare.tasks import reading
 from jaxgpt.text.tokenizers import tokenizer
 
 DOCUMENTS = [f"Document {i}.\n" + f"word{i % 7} " * (i % 40) for i in range(300)]
@@ -84,7 +85,7 @@ def test_shards_are_named_by_their_number_and_match_their_digests(corpus, tmp_pa
 
 
 def not_again(*args):
-  raise AssertionError("a finished stage is done again")
+  raise AssertionError("a finished task is done again")
 
 
 @pytest.mark.parametrize("where", ["write_manifest", "make_manifest"])
@@ -100,13 +101,13 @@ def test_a_crash_leaves_nothing_that_looks_finished_and_a_rerun_goes_on(
     with pytest.raises(KeyboardInterrupt):
       prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes")
   assert not (tmp_path / "out").exists()
-  with pytest.raises(UserError, match="no prepared data folder"):
+  with pytest.raises(UserError, match="not a prepared data folder"):
     source.open_split(tmp_path / "out.unfinished", "train")
   lines = []
   with monkeypatch.context() as m:
-    m.setattr(tasks, "read_and_clean", not_again)
+    m.setattr(reading, "read_and_clean", not_again)
     prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append)
-  assert any("going on with the unfinished run" in line for line in lines)
+  assert any("continuing the unfinished run" in line for line in lines)
   assert contents(tmp_path / "out", "train")
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
@@ -119,9 +120,9 @@ def test_an_error_in_a_late_stage_keeps_the_early_ones(corpus, tmp_path, monkeyp
     )
   assert any("out.unfinished" in line for line in lines)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.unfinished"]
-  monkeypatch.setattr(tasks, "read_and_clean", not_again)
+  monkeypatch.setattr(reading, "read_and_clean", not_again)
   prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append)
-  assert any(line.startswith("tokenizer: ") and "anew" in line for line in lines)
+  assert any(line.startswith("tokenizer: ") and "starting over" in line for line in lines)
   assert contents(tmp_path / "out", "train")
 
 
@@ -131,7 +132,7 @@ def test_changed_inputs_and_options_start_anew(corpus, tmp_path, monkeypatch):
   (corpus / "more.txt").write_text("something else")
   lines = []
   prepare.prepare([corpus], tmp_path / "out", tokenizer="bytes", report=lines.append)
-  assert any(line.startswith("read: ") and "anew" in line for line in lines)
+  assert any(line.startswith("read: ") and "starting over" in line for line in lines)
   assert "something else" in [t for s in shards.SPLITS for t in contents(tmp_path / "out", s)]
 
 
@@ -166,7 +167,7 @@ def test_a_finished_folder_is_only_replaced_when_asked(corpus, tmp_path):
 def test_a_folder_of_something_else_is_never_touched(corpus, tmp_path):
   (tmp_path / "thesis").mkdir()
   (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-  with pytest.raises(UserError, match="no prepared data folder"):
+  with pytest.raises(UserError, match="not a prepared data folder"):
     prepare.prepare([corpus], tmp_path / "thesis", tokenizer="bytes", overwrite=True)
   assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
   (tmp_path / "empty").mkdir()

@@ -11,7 +11,8 @@ import pytest
 from jaxgpt.commands import main
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text.prepare import data_card, prepare, shards, tasks
+from jaxgpt.text.prepare import data_card, prepare, shards
+from jaxgpt.text.prepare.tasks import reading
 from jaxgpt.text.readers import documents
 from jaxgpt.text.tokenizers import tokenizer
 
@@ -250,13 +251,13 @@ def test_too_many_errors_end_the_run(tmp_path):
 def test_parts_of_few_documents_are_no_snippets(tmp_path, total, size):
   (tmp_path / "a.txt").write_text("x" * total)
   options = prepare.Options(tokenizer="bytes")
-  assert tasks.cut_chars(documents.find([tmp_path]), options, print) == size
+  assert reading.cut_chars(documents.find([tmp_path]), options, print) == size
 
 
 def test_a_card_of_parts_is_that_of_the_whole(monkeypatch):
   stored = np.random.default_rng(0).integers(2, 3000, 2000).astype(np.uint32)
   whole, packed = data_card._lengths(stored), data_card._packing(stored)
-  monkeypatch.setattr(data_card, "_PART", 300)
+  monkeypatch.setattr(data_card, "_CHUNK", 300)
   assert data_card._lengths(stored) == whole
   for seq_len, shares in data_card._packing(stored).items():
     assert shares == pytest.approx(packed[seq_len], abs=0.02)
@@ -311,7 +312,7 @@ def test_tasks_are_of_one_size_and_keep_the_order(tmp_path):
   total = sum(file.size for file in files)
   folder = tmp_path / "groups"
   folder.mkdir()
-  count = tasks.list_inputs(files, total // 8, 0, folder, None)["tasks"]
+  count = reading.list_inputs(files, total // 8, 0, folder, None)["tasks"]
   groups = [pickle.loads((folder / f"{i:05d}").read_bytes()) for i in range(count)]
   assert count in (8, 9)
   sizes = [sum(part.size for part in group) for group in groups]

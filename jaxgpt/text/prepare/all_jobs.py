@@ -1,0 +1,289 @@
+"""The jobs of a preparation in their order.
+
+    inputs      divide the files into tasks
+    read        read and clean documents
+    signatures, buckets, duplicates      with --dedup
+    held-out, index, contaminated        with --decontaminate
+    tokenizer   load or train it, on a sample of the training split
+    tokenize    write shards of each split, per task
+    (assemble)  join them in WORK/publish, with manifest and data card
+
+Each job names what its outputs depend on in addition to the jobs before it (`depends`). A change of
+`--validation`, for instance, keeps the documents that were read and tokenizes them again.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jaxgpt.storage.files import File
+from jaxgpt.text.filters import decontaminate, dedup
+from jaxgpt.text.prepare import assemble, data_card, run_job, shards
+from jaxgpt.text.prepare.jobs import Account, Report, Work
+from jaxgpt.text.prepare.options import Options
+from jaxgpt.text.prepare.tasks import filtering, reading, tokenizing
+from jaxgpt.text.readers import documents
+from jaxgpt.text.tokenizers import examples
+from jaxgpt.text.tokenizers import tokenizer as tokenizers
+
+RESULT = "publish"  # subfolder of the work that becomes the prepared folder
+
+_Folders = list[pathlib.Path]  # of a job's tasks, by rank
+
+
+class _SampleIsWanted(Exception):
+  """The tokenizer is to be trained."""
+
+
+def given_tokenizer(options: Options) -> tokenizers.Tokenizer | None:
+  """The tokenizer that the options name, or None if one is to be trained."""
+
+  def sample() -> list[str]:
+    raise _SampleIsWanted
+
+  try:
+    return tokenizers.from_spec(options.tokenizer, sample, symbols=options.symbols)
+  except _SampleIsWanted:
+    return None
+
+
+class AllJobs:
+  """Runs the jobs of a preparation."""
+
+  def __init__(
+    self, work: Work, options: Options, report: Report, executor: run_job.Executor | None
+  ):
+    self._work, self._options, self._report = work, options, report
+    self._executor = executor
+
+  def run(self, files: Sequence[File], inputs: str, versions: dict[str, Any]) -> dict[str, Any]:
+    """Runs all jobs.
+
+    Args:
+      files: The files to read.
+      inputs: Digest of the files.
+      versions: Versions that the outputs depend on.
+
+    Returns:
+      The manifest, which is in WORK/publish with everything that it names.
+    """
+    options, dropped = self._options, documents.Dropped(self._options.examples)
+    stores, cleaned = self._read(files, inputs, versions)
+    for account in cleaned:
+      dropped.merge(account["dropped"])
+    dropped.check(options.max_errors)
+    if not dropped.kept:
+      self._report_all(dropped.lines())
+      raise tokenizing.nothing_to_train_on(options)
+    label_names = examples.label_names(label for account in cleaned for label in account["labels"])
+    clusters = self._duplicates(stores) if options.dedup else None
+    contaminated = self._contaminated(stores, clusters) if options.decontaminate else None
+    corpus = filtering.Corpus(stores, clusters, contaminated)
+    saved = self._tokenizer(corpus)
+    written, accounts = self._job(
+      "tokenize",
+      len(stores),
+      functools.partial(tokenizing.tokenize, corpus, saved, label_names, options),
+      [options.shard_tokens, options.template, options.examples],
+    )
+    for account in accounts:
+      dropped.merge(account["dropped"])
+    self._report_all(dropped.lines())
+    assert dropped.kept == sum(account["encoded"] for account in accounts), dropped.to_json()
+    manifest = self._assemble(written, accounts, saved, label_names, dropped)
+    data_card.write(
+      self._work.folder / RESULT,
+      manifest,
+      dropped,
+      _sum(account["dropped_bytes"] for account in cleaned + accounts),
+      _sum(account["changed"] for account in cleaned),
+      _sum(account["sources"] for account in accounts),
+    )
+    return manifest
+
+  def _report_all(self, lines: Iterable[str]) -> None:
+    for line in lines:
+      self._report(line)
+
+  def _job(
+    self, name: str, count: int, run: Callable[..., Account], depends: Any
+  ) -> tuple[_Folders, list[Account]]:
+    """Runs a job; returns the folders and accounts of its tasks by rank."""
+    job = self._work.job(name, count, run, depends, self._report)
+    accounts = run_job.run(job, self._executor, self._report)
+    return [job.task_folder(rank) for rank in range(count)], accounts
+
+  def _read(
+    self, files: Sequence[File], inputs: str, versions: dict[str, Any]
+  ) -> tuple[_Folders, list[Account]]:
+    """Folders of cleaned documents, and accounts."""
+    options = self._options
+    listed, accounts = self._job(
+      "inputs",
+      1,
+      functools.partial(reading.list_inputs, files, options.task_bytes),
+      [inputs, options.task_bytes, versions],
+    )
+    cut_chars = reading.cut_chars(files, options, self._report)
+    return self._job(
+      "read",
+      accounts[0]["tasks"],
+      functools.partial(reading.read_and_clean, listed[0], options, cut_chars),
+      [
+        options.kind,
+        options.fields,
+        options.format,
+        options.max_record_bytes,
+        cut_chars,
+        options.clean,
+        options.salt,
+        options.examples,
+      ],
+    )
+
+  def _duplicates(self, stores: _Folders) -> pathlib.Path:
+    """The folder that says which documents are duplicates."""
+    config = dedup.make(self._options.dedup)
+    signed, _ = self._job(
+      "signatures",
+      len(stores),
+      functools.partial(filtering.sign, stores, config),
+      dataclasses.asdict(config),
+    )
+    pairs, _ = self._job(
+      "buckets",
+      dedup.bucket_tasks(config),
+      functools.partial(filtering.fill_buckets, signed, config),
+      [],
+    )
+    found, accounts = self._job(
+      "duplicates", 1, functools.partial(filtering.cluster, signed, pairs, config), []
+    )
+    asked = (config.exact, config.near)
+    self._report(
+      "duplicates: "
+      + ", ".join(
+        f"{count:,} by rule {rule!r}"
+        for (rule, count), settings in zip(accounts[0].items(), asked)
+        if settings
+      )
+    )
+    return found[0]
+
+  def _contaminated(self, stores: _Folders, clusters: pathlib.Path | None) -> _Folders:
+    """The folders that say which training documents share runs of words with held-out ones."""
+    options, config = self._options, decontaminate.make(self._options.decontaminate_options)
+    paths = [path for path in options.decontaminate if path != filtering.HELD_OUT]
+    sources = [documents.find(path) for path in paths]
+    own = stores if filtering.HELD_OUT in options.decontaminate else []
+    collected, accounts = self._job(
+      "held-out",
+      len(own) + len(sources),
+      functools.partial(filtering.collect_held_out, own, clusters, sources, options, config),
+      [
+        options.validation,
+        options.test,
+        options.decontaminate,
+        options.decontaminate_field,
+        dataclasses.asdict(config),
+        [[file.source, file.size, file.version] for listed in sources for file in listed],
+      ],
+    )
+    short = sum(
+      counts["too short"]
+      for account in accounts
+      for counts in (account.values() if "too short" not in account else [account])
+    )
+    if short:
+      self._report(
+        f"{short:,} held-out documents have fewer than {config.words} words, so they cannot be "
+        "found: --decontaminate-options=words=… sets the number"
+      )
+    texts = {
+      split: [folder / split for folder in collected[: len(own)]]
+      for split in shards.SPLITS[1:]
+      if own
+    }
+    texts.update((path, [folder]) for path, folder in zip(paths, collected[len(own) :]))
+    index, _ = self._job("index", 1, functools.partial(filtering.index_held_out, texts, config), [])
+    found, accounts = self._job(
+      "contaminated",
+      len(stores),
+      functools.partial(filtering.find_contaminated, stores, clusters, index[0], options, config),
+      [],
+    )
+    for name in texts:
+      self._report(
+        f"{sum(account['found'][name] for account in accounts):,} training documents "
+        f"share runs of words with {name}"
+      )
+    return found
+
+  def _tokenizer(self, corpus: filtering.Corpus) -> pathlib.Path:
+    """The folder of the tokenizer."""
+    options, given = self._options, given_tokenizer(self._options)
+    made, _ = self._job(
+      "tokenizer",
+      1,
+      functools.partial(tokenizing.make_tokenizer, corpus, options),
+      [
+        options.tokenizer,
+        given and given.digest,
+        options.sample_bytes,
+        options.symbols,
+        options.validation,
+        options.test,
+      ],
+    )
+    return made[0] / "tokenizer"
+
+  def _assemble(
+    self,
+    written: _Folders,
+    accounts: list[Account],
+    saved: pathlib.Path,
+    label_names: list[str],
+    dropped: documents.Dropped,
+  ) -> dict[str, Any]:
+    """Joins the outputs of the tasks in the folder that becomes the result."""
+    folder = self._work.folder / RESULT
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    splits = {
+      split: assemble.assemble(
+        folder, [(task, account["splits"][split]) for task, account in zip(written, accounts)]
+      )
+      for split in shards.SPLITS
+    }
+    if not splits["train"]["documents"]:
+      raise tokenizing.nothing_to_train_on(self._options)
+    shutil.copytree(saved, folder / "tokenizer")
+    template = next((a["template"] for a in accounts if a["template"]), None)
+    manifest = shards.make_manifest(
+      tokenizers.load(saved), splits, dropped, self._options.kind, label_names, template
+    )
+    shards.write_manifest(folder, manifest)
+    for split, entry in splits.items():
+      self._report(
+        f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
+        f"{entry['bytes']:>14,} bytes"
+      )
+    return manifest
+
+
+def _sum(accounts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+  """Adds up dicts of numbers, or of lists of numbers, by key."""
+  out: dict[str, Any] = {}
+  for account in accounts:
+    for key, value in account.items():
+      so_far = out.get(key)
+      if so_far is None:
+        out[key] = value
+      elif isinstance(value, list):
+        out[key] = [a + b for a, b in zip(so_far, value)]
+      else:
+        out[key] = so_far + value
+  return out

@@ -1,0 +1,199 @@
+"""Tasks that find documents to remove: duplicates, and training documents that leak held-out text.
+
+Nothing is deleted. These tasks write down the numbers of the documents that go, and `Corpus` hands
+them to the tasks that come later.
+
+    signatures    per store        sketch of each document                     (dedup)
+    buckets       per hash range   pairs of documents with equal sketches      (dedup)
+    duplicates    one task         clusters; all but one of each go            (dedup)
+    held-out      per store/file   runs of words of held-out documents         (decontaminate)
+    index         one task         all of these in one sorted table            (decontaminate)
+    contaminated  per store        training documents that share such a run    (decontaminate)
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.storage.files import File
+from jaxgpt.text.filters import decontaminate, dedup
+from jaxgpt.text.prepare import document_store, shards
+from jaxgpt.text.prepare.jobs import Account, Counter
+from jaxgpt.text.prepare.options import Options
+from jaxgpt.text.readers import documents as documents_lib
+from jaxgpt.text.readers.documents import Document
+
+HELD_OUT = "held-out"  # in place of a path to decontaminate from: this corpus's held-out splits
+
+
+def sign(
+  stores: Sequence[pathlib.Path],
+  config: dedup.Config,
+  rank: int,
+  folder: pathlib.Path,
+  progress: Counter,
+) -> Account:
+  """First job of `dedup`."""
+  documents = _watched(document_store.Store(stores[rank]), progress)
+  return {"documents": dedup.signatures(documents, rank, folder, config)}
+
+
+def fill_buckets(
+  signed: Sequence[pathlib.Path],
+  config: dedup.Config,
+  rank: int,
+  folder: pathlib.Path,
+  progress: Counter,
+) -> Account:
+  """Second job of `dedup`."""
+  del progress
+  dedup.buckets(rank, signed, folder, config)
+  return {}
+
+
+def cluster(
+  signed: Sequence[pathlib.Path],
+  pairs: Sequence[pathlib.Path],
+  config: dedup.Config,
+  rank: int,
+  folder: pathlib.Path,
+  progress: Counter,
+) -> Account:
+  """Third job of `dedup`."""
+  del rank, progress
+  return dedup.cluster(signed, pairs, folder, config)
+
+
+def _watched(documents: Iterable[Document], progress: Counter) -> Iterator[Document]:
+  for document in documents:
+    progress(1, len(document.text))
+    yield document
+
+
+def collect_held_out(
+  stores: Sequence[pathlib.Path],
+  clusters: pathlib.Path | None,
+  sources: Sequence[Sequence[File]],
+  options: Options,
+  config: decontaminate.Config,
+  rank: int,
+  folder: pathlib.Path,
+  progress: Counter,
+) -> Account:
+  """First job of `decontaminate`: the held-out documents of a store, or of one of the files given.
+
+  Args:
+    stores: Stores of this corpus, if its held-out splits are among the texts to look for.
+    clusters: Folder of `cluster`, or None.
+    sources: Lists of files. Their ranks follow those of the stores.
+    options, config: The options of the preparation and of `decontaminate`.
+    rank, folder, progress: As in `jobs.RunTask`.
+  """
+  if rank < len(stores):
+    documents = document_store.Store(stores[rank])
+    split_of = document_store.splits_of(documents.index, options.validation, options.test)
+    stay = ~gone(clusters, None, rank, len(documents))
+    accounts = {}
+    for number, split in enumerate(shards.SPLITS[1:], 1):
+      (folder / split).mkdir()
+      chosen = documents.take(np.flatnonzero((split_of == number) & stay))
+      accounts[split] = decontaminate.collect(_watched(chosen, progress), folder / split, config)
+    return accounts
+  listed = documents_lib.documents(
+    sources[rank - len(stores)], fields={"text": options.decontaminate_field}
+  )
+  return decontaminate.collect(_watched(listed, progress), folder, config)
+
+
+def index_held_out(
+  inputs: Mapping[str, Sequence[pathlib.Path]],
+  config: decontaminate.Config,
+  rank: int,
+  folder: pathlib.Path,
+  progress: Counter,
+) -> Account:
+  """Second job of `decontaminate`."""
+  del rank, progress
+  return decontaminate.merge(inputs, folder, config)
+
+
+def find_contaminated(
+  stores: Sequence[pathlib.Path],
+  clusters: pathlib.Path | None,
+  index: pathlib.Path,
+  options: Options,
+  config: decontaminate.Config,
+  rank: int,
+  folder: pathlib.Path,
+  progress: Counter,
+) -> Account:
+  """Third job of `decontaminate`: writes {number: reason} of contaminated training documents."""
+  documents = document_store.Store(stores[rank])
+  split_of = document_store.splits_of(documents.index, options.validation, options.test)
+  numbers = np.flatnonzero((split_of == 0) & ~gone(clusters, None, rank, len(documents)))
+  filter_ = decontaminate.Filter(index, config)
+  found = {}
+  for number, document in zip(numbers.tolist(), _watched(documents.take(numbers), progress)):
+    if why := filter_.check(document.text):
+      found[number] = why
+  (folder / "found.json").write_text(json.dumps(found if config.remove else {}), encoding="utf-8")
+  return {"found": filter_.found, "documents": len(found)}
+
+
+def removed(
+  clusters: pathlib.Path | None, contaminated: Sequence[pathlib.Path] | None, rank: int
+) -> dict[int, tuple[str, Any]]:
+  """The documents of a store that go.
+
+  Args:
+    clusters: Folder of `cluster`, or None.
+    contaminated: Folders of `find_contaminated` by rank, or None.
+    rank: Rank of the store.
+
+  Returns:
+    {number: (rule, reason)}. For a duplicate the reason is the (rank, number) of the document that
+    stays, otherwise it is text.
+  """
+  out: dict[int, tuple[str, Any]] = {}
+  if clusters is not None:
+    for number, rule, first_rank, first in dedup.removals(rank, clusters).tolist():
+      out[number] = dedup.RULES[rule], (first_rank, first)
+  if contaminated is not None:
+    found = json.loads((contaminated[rank] / "found.json").read_text(encoding="utf-8"))
+    out.update((int(number), (decontaminate.RULE, why)) for number, why in found.items())
+  return out
+
+
+def gone(
+  clusters: pathlib.Path | None,
+  contaminated: Sequence[pathlib.Path] | None,
+  rank: int,
+  count: int,
+) -> np.ndarray:
+  """bool [count]: True for each document of a store that goes."""
+  mask = np.zeros(count, bool)
+  mask[list(removed(clusters, contaminated, rank))] = True
+  return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Cleaned documents and the removals that were found, for the jobs that write tokens.
+
+  Attributes:
+    stores: Folders of cleaned documents by rank.
+    clusters: Folder of `cluster`, or None.
+    contaminated: Folders of `find_contaminated` by rank, or None.
+  """
+
+  stores: list[pathlib.Path]
+  clusters: pathlib.Path | None
+  contaminated: list[pathlib.Path] | None
+
+  def removed(self, rank: int) -> dict[int, tuple[str, Any]]:
+    """The documents of a store that go; see `removed`."""
+    return removed(self.clusters, self.contaminated, rank)

@@ -1,0 +1,175 @@
+"""Tasks that read files: dividing the inputs, and reading and cleaning documents."""
+
+import io
+import itertools
+import pathlib
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from jaxgpt.errors import UserError
+from jaxgpt.storage.files import File
+from jaxgpt.text.filters import clean
+from jaxgpt.text.prepare import document_store
+from jaxgpt.text.prepare.jobs import Account, Counter, Report
+from jaxgpt.text.prepare.options import Options
+from jaxgpt.text.readers import documents as documents_lib
+from jaxgpt.text.readers import formats
+from jaxgpt.text.readers.documents import Document
+
+_FEW_DOCUMENTS = 100
+_CUT_INTO = 400  # pieces to cut few documents into: 5 % of them are a fair sample
+_LEAST_CUT = 1_000  # characters of a piece: a shorter one has no context to learn from, but
+_LEAST_PIECES = 40  # a short text makes at least 40 pieces, of 100 characters if need be
+_MOST_TASKS = 512
+_MOST_LABELS = 100_000
+
+
+def list_inputs(
+  files: Sequence[File], task_bytes: int, rank: int, folder: pathlib.Path, progress: Counter
+) -> Account:
+  """Divides files into groups of about `task_bytes` in the order given, at most 512 of them."""
+  del rank, progress
+  total = sum(file.size or 0 for file in files)
+  count = min(max(total // task_bytes, 1), _MOST_TASKS)
+  groups: dict[int, list[File]] = {}
+  start = 0
+  for file in files:
+    # Large files are cut into quarters of a group, so that groups differ by a quarter at most.
+    cut = count > 1 and file.size is not None
+    for piece in formats.split([file], -(-total // (4 * count))) if cut else [file]:
+      groups.setdefault(min(start * count // max(total, 1), count - 1), []).append(piece)
+      start += piece.size or 0
+  for number, group in enumerate(groups.values()):
+    (folder / f"{number:05d}").write_bytes(pickle.dumps(group))
+  return {"tasks": len(groups)}
+
+
+class _Unpickler(pickle.Unpickler):
+  """Reads groups of files that an earlier version wrote under the old name of the module."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    if (module, name) == ("jaxgpt.text.files", "File"):
+      return File
+    return super().find_class(module, name)
+
+
+def _load_group(path: pathlib.Path) -> list[File]:
+  return _Unpickler(io.BytesIO(path.read_bytes())).load()
+
+
+def read_and_clean(
+  inputs: pathlib.Path,
+  options: Options,
+  cut_chars: int,
+  rank: int,
+  folder: pathlib.Path,
+  progress: Counter,
+) -> Account:
+  """Turns files into cleaned documents.
+
+  Pieces of a document that is cut count as one document each.
+
+  Args:
+    inputs: Folder of `list_inputs`.
+    options: The options of the preparation.
+    cut_chars: Characters after which documents are cut; 0: never.
+    rank, folder, progress: As in `jobs.RunTask`.
+  """
+  dropped = SizedDropped(options.examples)
+  documents = documents_lib.documents(
+    _load_group(inputs / f"{rank:05d}"),
+    kind=options.kind,
+    fields=dict(options.fields),
+    form=options.format,
+    max_bytes=options.max_record_bytes,
+    max_errors=options.max_errors,
+    dropped=dropped,
+  )
+  cleaner = clean.make(options.clean)
+  labels: dict[Any, None] = {}
+  with document_store.Writer(folder, options.salt) as writer:
+    for document in cleaner(dropped.watch(documents), dropped):
+      for number, piece in enumerate(_cut(document, cut_chars)):
+        dropped.read += number > 0
+        progress(1, writer.add(piece))
+      if options.kind == "classification":
+        _note_label(labels, document)
+  return {
+    "dropped": dropped.to_json(),
+    "dropped_bytes": dropped.bytes,
+    "changed": cleaner.changed,
+    "labels": list(labels),
+  }
+
+
+class SizedDropped(documents_lib.Dropped):
+  """An account of dropped documents that also sums up their bytes.
+
+  Attributes:
+    bytes: {rule: UTF-8 bytes of the dropped texts}, of documents that could be read.
+    at_hand: Bytes of the document that is being looked at.
+  """
+
+  def __init__(self, limit: int):
+    super().__init__(limit)
+    self.bytes: dict[str, int] = {}
+    self.at_hand = 0
+
+  def add(self, rule: str, where: str, why: str, count: int = 1) -> None:
+    """Counts dropped documents; see `documents.Dropped.add`."""
+    super().add(rule, where, why, count)
+    self.bytes[rule] = self.bytes.get(rule, 0) + self.at_hand
+
+  def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
+    """Yields the documents and notes the size of the current one."""
+    for document in documents:
+      self.at_hand = len(document.text.encode())
+      yield document
+      self.at_hand = 0
+
+
+def cut_chars(files: Sequence[File], options: Options, report: Report) -> int:
+  """The length in characters at which documents are cut; 0: never.
+
+  It is the one given, or, if the corpus has too few documents to fill the splits, one that cuts
+  them into enough pieces.
+  """
+  if options.cut_chars is not None or not options.validation + options.test:
+    return options.cut_chars or 0
+  if options.kind != "text":
+    return 0
+  documents = documents_lib.documents(
+    files, fields=dict(options.fields), form=options.format, max_bytes=options.max_record_bytes
+  )
+  lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
+  if len(lengths) == _FEW_DOCUMENTS:
+    return 0
+  total = sum(lengths)
+  size = max(total // _CUT_INTO, min(_LEAST_CUT, total // _LEAST_PIECES), 100)
+  if any(length > size for length in lengths):
+    report(
+      f"few documents ({len(lengths)}): they are cut after about {size:,} characters, so that "
+      "there is something to hold out (--cut-chars=0: never cut)"
+    )
+  return size
+
+
+def _cut(document: Document, chars: int) -> list[Document]:
+  if not chars or len(document.text) <= chars:
+    return [document]
+  return [
+    document._replace(source=f"{document.source}#{number}", text=text)
+    for number, text in enumerate(documents_lib.chunks(document.text, chars), 1)
+  ]
+
+
+def _note_label(labels: dict[Any, None], document: Document) -> None:
+  """Keeps each class's label once. Floats are no classes: one stands for all of them."""
+  label = document.fields["label"]
+  labels.setdefault(0.5 if isinstance(label, float) else label)
+  if len(labels) > _MOST_LABELS:
+    raise UserError(
+      f"more than {_MOST_LABELS:,} different labels, such as {label!r} in {document.source}; name "
+      "the column of the labels with --field label=COLUMN"
+    )
