@@ -27,14 +27,17 @@ class DoctorOptions:
 
 def run(args: DoctorOptions) -> int:
   """Prints one finding per line. Returns 2 if a run would fail, else 0."""
+  import ml_collections
+
   from jaxgpt import config
   from jaxgpt.commands.actions import backend
-  from jaxgpt.commands.checks import environment, examine
+  from jaxgpt.commands.checks import examine
+  from jaxgpt.commands.checks import finding as finding_lib
 
   backend.start()
 
-  def load():
-    c, _ = config.load(args.config, args.overrides)
+  def load() -> ml_collections.ConfigDict:
+    c, _ = config.load(args.config or "", args.overrides)
     config.resolve(c)
     return c
 
@@ -43,7 +46,7 @@ def run(args: DoctorOptions) -> int:
     findings.append(finding)
     if not args.json:
       print(f"{finding.status:<8} {finding.topic:<9} {finding.text}", flush=True)
-  problems = sum(finding.status == environment.PROBLEM for finding in findings)
+  problems = sum(finding.status == finding_lib.PROBLEM for finding in findings)
   if args.json:
     print(json.dumps({"ok": not problems, "findings": [f._asdict() for f in findings]}, indent=1))
   elif problems:

@@ -40,8 +40,8 @@ def run(args: ImportOptions) -> None:
     args.source, args.workdir, dtype=args.dtype, seq_len=args.seq_len, tokenizer=args.tokenizer
   )
   print(
-    f"imported {args.source}: {done['family']}, {done['parameters']:,} parameters, "
-    f"{done['bytes'] / 1e9:.2f} GB of files\n{args.workdir} is a run at step 0: generate and "
+    f"imported {args.source}: {done.family}, {done.parameters:,} parameters, "
+    f"{done.bytes / 1e9:.2f} GB of files\n{args.workdir} is a run at step 0: generate and "
     f"evaluate take it as it is; train from it with --config.init_from={args.workdir}"
   )
 

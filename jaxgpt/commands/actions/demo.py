@@ -1,7 +1,7 @@
-"""`jaxgpt demo`: the main job from text to samples on text that every Python brings along.
+"""The demo: from text to samples, on the text that every Python installation has.
 
-It calls the same functions as `jaxgpt data`, `train`, `evaluate` and `generate`, and says which
-command each stage is.
+It calls the same functions as `jaxgpt data`, `train`, `evaluate` and `generate`, and prints the
+command of each step.
 """
 
 import gzip
@@ -18,24 +18,24 @@ from jaxgpt.data import source
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.text.prepare import prepare, shards
-from jaxgpt.training import loop
+from jaxgpt.training import evaluation, loop
 
 _PACKAGE = pathlib.Path(__file__).parents[2]
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of a wheel, of a checkout
 _PROMPTS = ("def read_config(path):\n", "class TestCase", "import ")
 _TOKENIZER = "sentencepiece:4096"
-# What is no program text, and third-party packages that were installed into the same folder.
+# Tests, and third-party packages that were installed into the same folder.
 _EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 
 
-def main(folder, out=None):
+def main(folder: epath.PathLike, out: console.Console | None = None) -> int:
   """Prepares the text, trains, evaluates, samples and prints a summary.
 
-  A second call with the same folder goes on where the first one stopped.
+  A second call with the same folder continues where the first one stopped.
 
   Args:
-    folder: where the data and the run are written.
-    out: a rich Console; default: the terminal.
+    folder: Folder for the data and the run.
+    out: Where to print. Default: the terminal.
 
   Returns:
     The exit code.
@@ -44,7 +44,7 @@ def main(folder, out=None):
   folder, start = epath.Path(folder), time.monotonic()
   data, run_folder = folder / "data", folder / "run"
   stdlib = sysconfig.get_paths()["stdlib"]
-  _stage(
+  _heading(
     out,
     "text to tokens",
     f"jaxgpt data {stdlib} --out={data} --tokenizer={_TOKENIZER} "
@@ -53,17 +53,17 @@ def main(folder, out=None):
   _prepare(stdlib, data, out)
 
   overrides, path = [f"--config.data.path={data}"], config_path()
-  _stage(out, "training", f"jaxgpt train --config={path} {overrides[0]} --workdir={run_folder}")
+  _heading(out, "training", f"jaxgpt train --config={path} {overrides[0]} --workdir={run_folder}")
   c, origin = config.load(path, overrides)
   _, _, stopped = loop.train(c, run_folder, origin)
   if stopped:
     out.print(f"stopped by {stopped.name}; the same command goes on")
     return 128 + stopped
 
-  _stage(out, "evaluation", f"jaxgpt evaluate --workdir={run_folder} --split=test")
+  _heading(out, "evaluation", f"jaxgpt evaluate --workdir={run_folder} --split=test")
   run = load.load(run_folder)
   result = load.evaluate_run(run, "test")
-  _stage(out, "samples", f"jaxgpt generate --workdir={run_folder} --prompt={_PROMPTS[0]!r}")
+  _heading(out, "samples", f"jaxgpt generate --workdir={run_folder} --prompt={_PROMPTS[0]!r}")
   sampler = load.Sampler(run)
   for prompt in _PROMPTS:
     (text,) = sampler(prompt, max_new=80, sampling=load.Sampling(temperature=0.7, top_p=0.95))
@@ -74,19 +74,19 @@ def main(folder, out=None):
   return 0
 
 
-def config_path():
+def config_path() -> pathlib.Path:
   """The demo's config file: 'configs/demo.py' in a checkout, else an absolute path."""
   found = next(folder / "demo.py" for folder in _FOLDERS if (folder / "demo.py").is_file())
   nearby = pathlib.Path("configs/demo.py")
   return nearby if nearby.is_file() and nearby.samefile(found) else found
 
 
-def _stage(out, title, command):
+def _heading(out: console.Console, title: str, command: str) -> None:
   out.rule(f"[bold]{title}")
   out.print(f"$ {command}", style="dim", markup=False)
 
 
-def _prepare(stdlib, data, out):
+def _prepare(stdlib: str, data: epath.Path, out: console.Console) -> None:
   if (data / shards.MANIFEST).exists():
     out.print(f"{data} is there already")
     return
@@ -105,14 +105,20 @@ def _prepare(stdlib, data, out):
     ) from e
 
 
-def held_out_text(run):
-  """The text of the test split as bytes, end to end: what `evaluate` was given, decoded."""
+def held_out_text(run: load.Run) -> bytes:
+  """The text of the test split in one piece: the tokens that `evaluate` saw, decoded."""
   split = source.open_split(run.c.data.path, "test")
   ids = (split.read(i, 0, int(n) + 1) for i, n in enumerate(split.lengths))
   return "".join(run.tokenizer.decode(x) for x in ids).encode()
 
 
-def _summary(out, folder, result, text, seconds):
+def _summary(
+  out: console.Console,
+  folder: epath.Path,
+  result: evaluation.Result,
+  text: bytes,
+  seconds: float,
+) -> None:
   out.rule("[bold]summary")
   rows = [
     ("jaxgpt, this model", result["bits_per_byte"]),

@@ -1,8 +1,14 @@
-"""Models in and out of Hugging Face's format: a folder becomes a run at step 0, a run a folder."""
+"""Import and export of models in Hugging Face's format.
+
+An imported folder becomes a run at step 0, and a run is exported as a folder.
+"""
 
 import contextlib
 import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -16,27 +22,44 @@ from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
-CONTEXT = 2048  # longest rows that an imported run evaluates and samples, unless told otherwise
+CONTEXT = 2048  # default limit of the rows that an imported run evaluates and samples
 
 
-def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=None):
-  """Makes a run folder, at step 0, of a model in Hugging Face's format.
+class Imported(NamedTuple):
+  """A summary of an import.
 
-  Nothing is read of the weights before the architecture and each tensor's name and shape are found
-  to fit.
+  Attributes:
+    family: The model's family, its `model_type`.
+    parameters: Their number.
+    bytes: Bytes of the tensors in the files.
+  """
+
+  family: str
+  parameters: int
+  bytes: int
+
+
+def import_model(
+  source: epath.PathLike,
+  folder: epath.PathLike,
+  *,
+  dtype: str = "float32",
+  seq_len: int | None = None,
+  tokenizer: epath.PathLike | None = None,
+) -> Imported:
+  """Makes a run folder at step 0 from a model in Hugging Face's format.
+
+  Checks the architecture and the name and shape of each tensor before it reads any weights.
 
   Args:
-    source: folder with config.json, safetensors files and the tokenizer's files.
-    folder: the run folder to make.
-    dtype: the run's `model.dtype`; parameters are float32.
-    seq_len: the run's `data.seq_len`; None: the model's context, at most `CONTEXT`.
-    tokenizer: file or folder, where `source` holds none.
-
-  Returns:
-    {'family', 'parameters', 'bytes' (of the files)}.
+    source: Folder with config.json, safetensors files and the tokenizer's files.
+    folder: The run folder to make.
+    dtype: The run's `model.dtype`. Parameters are float32.
+    seq_len: The run's `data.seq_len`. None: the model's context, at most `CONTEXT`.
+    tokenizer: File or folder of a tokenizer, if `source` has none.
 
   Raises:
-    UserError: what is not supported, missing, too much, or in the way.
+    UserError: Something is not supported, missing, left over, or in the way.
   """
   source, folder = epath.Path(source), epath.Path(folder)
   family, hf = weight_source.read_family(source)
@@ -70,23 +93,21 @@ def import_model(source, folder, *, dtype="float32", seq_len=None, tokenizer=Non
   params = weights.complete(weights.load(match.pairs, abstract), abstract)
   checkpoints.save({"step": np.int32(0), "nonfinite_step": np.int32(-1), "params": params})
   checkpoints.close()
-  return {
-    "family": family.model_type,
-    "parameters": tree.count(params),
-    "bytes": sum(t.nbytes for t in tensors.values()),
-  }
+  return Imported(family.model_type, tree.count(params), sum(t.nbytes for t in tensors.values()))
 
 
-def load_tokenizer(source, other, vocab_size):
-  """The tokenizer of a published model.
+def load_tokenizer(
+  source: epath.PathLike, other: epath.PathLike | None, vocab_size: int
+) -> tokenizer_lib.Tokenizer:
+  """Loads the tokenizer of a published model.
 
   Args:
-    source: the model's folder.
-    other: file or folder to take instead, or None.
-    vocab_size: rows of the model's embedding.
+    source: The model's folder.
+    other: File or folder to load instead, or None.
+    vocab_size: Rows of the model's embedding.
 
   Raises:
-    UserError: there is none, or it has more ids than the model has rows.
+    UserError: There is none, or it has more ids than the embedding has rows.
   """
   try:
     tokens = tokenizer_lib.load(other or source)
@@ -94,42 +115,60 @@ def load_tokenizer(source, other, vocab_size):
     raise UserError(f"{e}; name another with --tokenizer=PATH") from e
   if tokens.vocab_size > vocab_size:
     raise UserError(
-      f"the tokenizer in {other or source} has {tokens.vocab_size} ids, the model "
-      f"{vocab_size} rows of its embedding; name another with --tokenizer=PATH"
+      f"the tokenizer in {other or source} has {tokens.vocab_size} ids, the model {vocab_size} "
+      "rows of its embedding; name another with --tokenizer=PATH"
     )
   return tokens
 
 
+class Exported(NamedTuple):
+  """A summary of an export.
+
+  Attributes:
+    family: The model's family, its `model_type`.
+    files: Names of the files.
+    certificate: The result of `parity.certify`.
+  """
+
+  family: str
+  files: list[str]
+  certificate: dict[str, Any]
+
+
 def export_run(
-  folder, out, *, step=None, dtype="float32", shard_bytes=5 << 30, family=None, certify=True
-):
+  folder: epath.PathLike,
+  out: epath.PathLike,
+  *,
+  step: int | None = None,
+  dtype: str = "float32",
+  shard_bytes: int = 5 << 30,
+  family: str | None = None,
+  certify: bool = True,
+) -> Exported:
   """Writes a run's weights as a folder that transformers loads, with a certificate of parity.
 
-  The folder appears whole or not at all.
+  The folder appears complete or not at all.
 
   Args:
-    folder: the run folder.
-    out: the folder to make.
-    step: which checkpoint; None: the newest.
-    dtype: of the tensors, a key of `weights.DTYPES`.
-    shard_bytes: size of a file at most.
-    family: its name; None: the first that has the model's fields.
-    certify: compare with transformers, where that is installed.
-
-  Returns:
-    (family's name, names of the files, the certificate of `parity.certify`).
+    folder: The run folder.
+    out: The folder to make.
+    step: Step of the checkpoint. None: the newest.
+    dtype: Dtype of the tensors, a key of `weights.DTYPES`.
+    shard_bytes: Largest size of a file.
+    family: Name of the family. None: the first that has the model's fields.
+    certify: Compare with transformers, if it is installed.
 
   Raises:
-    UserError: no family has this model's fields, or `out` is in the way.
+    UserError: No family has this model's fields, or `out` exists.
   """
   out = _free(out)
-  family = convert.family_of(_without_adapters(run_folder.read_config(folder)).model, family)
+  found = convert.family_of(_without_adapters(run_folder.read_config(folder)).model, family)
   run = _merged(load.load(folder, step))
   c = run.c
   with _whole(out) as part:
-    published = convert.publish(family, c.model, run.params)
+    published = convert.publish(found, c.model, run.params)
     if c.model.head in ("pooler", "none"):  # the bare model's names have no prefix
-      published = [p._replace(name=p.name.removeprefix(family.prefix)) for p in published]
+      published = [p._replace(name=p.name.removeprefix(found.prefix)) for p in published]
     files = weights.save(part, published, run.params, dtype, shard_bytes)
     ids = dict(
       bos_token_id=run.tokenizer.bos_id,
@@ -137,7 +176,7 @@ def export_run(
       pad_token_id=run.tokenizer.pad_id,
     )
     ids = {k: v for k, v in ids.items() if v is not None}
-    hf = convert.write(family, c.model) | {"torch_dtype": dtype}
+    hf = convert.write(found, c.model) | {"torch_dtype": dtype}
     hf = ids | hf if "pad_token_id" in hf else hf | ids
     _write_json(part / "config.json", hf)
     _write_json(part / "generation_config.json", {"_from_model_config": True, **ids})
@@ -150,25 +189,34 @@ def export_run(
     )
     certificate["tokenizer"]["why_not"] = why_not
     parity.write(part, certificate)
-  return family.model_type, [*files, parity.JSON, parity.TEXT], certificate
+  return Exported(found.model_type, [*files, parity.JSON, parity.TEXT], certificate)
 
 
-def export_adapter(folder, out, *, step=None, base=None, family=None):
-  """Writes a run's adapters as a folder that `peft` loads onto the model they were trained on.
+def export_adapter(
+  folder: epath.PathLike,
+  out: epath.PathLike,
+  *,
+  step: int | None = None,
+  base: str | None = None,
+  family: str | None = None,
+) -> list[str]:
+  """Writes a run's adapters as a folder that `peft` loads onto their base model.
+
+  The folder appears complete or not at all.
 
   Args:
-    folder: the run folder, of a run with model.lora.rank > 0.
-    out: the folder to make; it appears whole or not at all.
-    step: which checkpoint; None: the newest.
-    base: address of the base model in Hugging Face's format, which the adapter refers to; None: the
+    folder: The folder of a run with model.lora.rank > 0.
+    out: The folder to make.
+    step: Step of the checkpoint. None: the newest.
+    base: Address of the base model in Hugging Face's format, which the adapter refers to. None: the
       run's init_from.
-    family: as in `export_run`.
+    family: As in `export_run`.
 
   Returns:
     Names of the files.
 
   Raises:
-    UserError: the run has no adapters, or trains more than them; as `export_run`.
+    UserError: The run has no adapters or trains other weights too, or as in `export_run`.
   """
   out = _free(out)
   c = run_folder.read_config(folder)
@@ -178,7 +226,7 @@ def export_adapter(folder, out, *, step=None, base=None, family=None):
       "model, without --adapter"
     )
   plain = _without_adapters(c)
-  family = convert.family_of(plain.model, family)
+  found = convert.family_of(plain.model, family)
   run = load.load(folder, step)
   more = [path for path in tree.flatten(run.parts.state["params"]) if not lora.is_adapter(path)]
   if more:
@@ -186,7 +234,7 @@ def export_adapter(folder, out, *, step=None, base=None, family=None):
       f"--workdir={folder} trains more than adapters ({', '.join(more[:3])}); export "
       "the merged model, without --adapter"
     )
-  published = convert.publish(family, plain.model, lora.merge(run.params, c.model.lora))
+  published = convert.publish(found, plain.model, lora.merge(run.params, c.model.lora))
   tensors, fields = adapters.publish(published, run.params, c.model)
   task = {"lm": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(c.model.head, "FEATURE_EXTRACTION")
   with _whole(out) as part:
@@ -206,20 +254,20 @@ def export_adapter(folder, out, *, step=None, base=None, family=None):
   return [adapters.CONFIG, adapters.WEIGHTS]
 
 
-def _without_adapters(c):
+def _without_adapters(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   c = c.copy_and_resolve_references()
   c.model.lora.rank = 0
   return c
 
 
-def _merged(run):
-  """A run whose adapters, if it has any, are part of its weights."""
+def _merged(run: load.Run) -> load.Run:
+  """The run with its adapters, if it has any, merged into its weights."""
   if not run.c.model.lora.rank:
     return run
   return run._replace(params=lora.merge(run.params, run.c.model.lora), c=_without_adapters(run.c))
 
 
-def _free(out):
+def _free(out: epath.PathLike) -> epath.Path:
   out = epath.Path(out)
   if out.exists():
     raise UserError(f"--to={out} exists; choose another folder, or remove it")
@@ -227,8 +275,8 @@ def _free(out):
 
 
 @contextlib.contextmanager
-def _whole(out):
-  """A folder to write into, which becomes `out` at the end, or is removed."""
+def _whole(out: epath.Path) -> Iterator[epath.Path]:
+  """A folder to write into. It becomes `out` at the end, or is removed after an error."""
   part = out.with_name(out.name + ".part")
   if part.exists():
     part.rmtree()
@@ -241,5 +289,5 @@ def _whole(out):
   part.rename(out)
 
 
-def _write_json(path, value):
+def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
   path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,11 +1,14 @@
-"""Which documents were in a step, with the text as the model saw it; and rows of a prepared folder."""
+"""Text views of training steps and prepared folders: documents, rows and learned tokens."""
 
+import dataclasses
 import itertools
+from collections.abc import Iterable, Iterator
 
 import ml_collections
 import numpy as np
+from etils import epath
 
-from jaxgpt.data import layouts, pipeline
+from jaxgpt.data import layouts, pipeline, source
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.run import run_folder
@@ -14,32 +17,38 @@ from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import batches as batches_lib
 
 
-def inspect(folder, step, row=None, data=None, chars=300):
-  """What a run saw, or will see, at a step.
+def inspect(
+  folder: epath.PathLike,
+  step: int,
+  row: int | None = None,
+  data: str | None = None,
+  chars: int = 300,
+) -> Iterator[str]:
+  """Describes the batch of a training step of a run.
 
   Args:
-    folder: the run folder.
-    step: the number of the step; the first is 0.
-    row: a row of the batch; None: all of them.
-    data: where the run's data is now; None: where it was.
-    chars: of each text that are shown; 0: all.
+    folder: The run folder.
+    step: Number of the step; the first is 0. It may be in the future.
+    row: Number of a row of the batch. None: all rows.
+    data: The run's data folder. None: its folder at training.
+    chars: Characters of each text to show; 0: all.
 
   Returns:
     An iterator of lines.
 
   Raises:
-    UserError: no run, no such row, or data that is not the run's.
+    UserError: There is no run or no such row, or the data is not the run's.
   """
   c = ml_collections.ConfigDict(run_folder.read_config(folder))
   c.data.path = data or c.data.path
   digest = run_folder.read_starts(folder)[0]["data_digest"]
   if not digest:
-    raise UserError(f"{folder} was imported: no step of it is known")
+    raise UserError(f"{folder} was imported: its training steps are not known")
   if c.data.stream:
     raise UserError(
-      f"{folder} was trained on data.stream={c.data.stream!r}, a stream, which has "
-      "no random access: which documents were in a step is not known. Prepare the "
-      "files with `jaxgpt data` and train on that folder to know it"
+      f"{folder} was trained on data.stream={c.data.stream!r}: a stream has no random access, so "
+      "the documents of a step are not known. Prepare the files with `jaxgpt data` and train on "
+      "that folder to know them"
     )
   if row is not None and row >= c.data.batch_size:
     raise UserError(f"--row={row}: the rows of a step are 0 to {c.data.batch_size - 1}")
@@ -52,25 +61,32 @@ def inspect(folder, step, row=None, data=None, chars=300):
     f"{c.objective.name}; epochs before it: {seen}"
   )
   wanted = range(c.data.batch_size) if row is None else [row]
-  return itertools.chain([head], _rows(batches, step, wanted, tokenizer, chars))
+  return itertools.chain([head], _rows(batches, step, wanted, _Texts(tokenizer, chars)))
 
 
-def show(path, split="train", rows=3, seed=0, seq_len=256, chars=300):
-  """Rows of a prepared folder, drawn at random and packed as for training.
+def show(
+  path: str,
+  split: str = "train",
+  rows: int = 3,
+  seed: int = 0,
+  seq_len: int = 256,
+  chars: int = 300,
+) -> Iterator[str]:
+  """Describes random rows of a prepared folder, packed as for training.
 
   Args:
-    path: as `data.path`.
-    split: which documents.
-    rows: how many.
-    seed: of the draw.
-    seq_len: places in a row.
-    chars: as in `inspect`.
+    path: As `data.path`.
+    split: Split to draw from.
+    rows: Number of rows.
+    seed: Seed of the draw.
+    seq_len: Tokens per row.
+    chars: As in `inspect`.
 
   Returns:
     An iterator of lines.
 
   Raises:
-    UserError: no prepared folder, or an empty split.
+    UserError: There is no prepared folder, or the split is empty.
   """
   first = pipeline.check_sources(path)[0]
   kind = shards.read_manifest(first)["kind"]
@@ -87,10 +103,51 @@ def show(path, split="train", rows=3, seed=0, seq_len=256, chars=300):
     f"{split} of {path}: {batches.num_documents:,} documents of kind {kind} in "
     f"{batches.len_rows:,} rows of {seq_len}"
   )
-  return itertools.chain([head], _rows(batches, 0, range(rows), tokenizer, chars))
+  return itertools.chain([head], _rows(batches, 0, range(rows), _Texts(tokenizer, chars)))
 
 
-def _rows(batches, step, wanted, tokenizer, chars):
+@dataclasses.dataclass(frozen=True)
+class _Texts:
+  """Lines that show tokens as text.
+
+  Attributes:
+    tokenizer: Decodes them.
+    chars: Characters of each text to show; 0: all.
+  """
+
+  tokenizer: tokenizer_lib.Tokenizer
+  chars: int
+
+  def lines(self, ids: Iterable[int]) -> Iterator[str]:
+    """The text of the tokens, cut to `chars`."""
+    text = self.tokenizer.decode(ids, specials=True)
+    if self.chars and len(text) > self.chars:
+      text = f"{text[: self.chars]}… ({len(text) - self.chars:,} more characters)"
+    for line in text.split("\n"):
+      yield f"    | {line}"
+
+  def learned(self, word: str, targets: np.ndarray, has_weight: np.ndarray) -> str:
+    """One line with the runs of targets that have a weight in the loss."""
+    edges = np.flatnonzero(np.diff(has_weight, prepend=False, append=False))
+    texts = [
+      self.tokenizer.decode(targets[a:b], specials=True) for a, b in zip(edges[::2], edges[1::2])
+    ]
+    line = " ".join(map(repr, texts)) or "nothing"
+    return (
+      f"    {word}: {line[: self.chars] + '…' if self.chars and len(line) > self.chars else line}"
+    )
+
+
+def _rows(
+  batches: pipeline.Batches, step: int, wanted: Iterable[int], texts: _Texts
+) -> Iterator[str]:
+  """Lines about the rows of a step's batch.
+
+  A row holds spans of documents one after the other:
+
+      row     | span of document 17   | span of document 4 | padding |
+      length  | n0                    | n1                 |
+  """
   arrays, rows = batches.batch(step), batches.rows(step)
   is_shifted = batches.layout.predicts_next
   for i in wanted:
@@ -105,59 +162,53 @@ def _rows(batches, step, wanted, tokenizer, chars):
     )
     if "chosen" in arrays:
       for span, side in zip(spans, ("chosen", "rejected")):
-        part = _at(arrays[side], i, 0, span[2])
-        yield from _span(split, span, part, side, True, tokenizer, chars)
+        yield from _span(split, span, _cut(arrays[side], i, 0, span[2]), side, True, texts)
     elif "labels" in arrays:
-      yield from _example(split, spans, _at(arrays, i, 0, used), tokenizer, chars)
+      yield from _example(split, spans[0][0], _cut(arrays, i, 0, used), texts)
     else:
       at = 0
       for number, span in enumerate(spans, 1):
-        part = _at(arrays, i, at, at + span[2])
-        yield from _span(split, span, part, f"segment {number}", is_shifted, tokenizer, chars)
+        here = _cut(arrays, i, at, at + span[2])
+        yield from _span(split, span, here, f"segment {number}", is_shifted, texts)
         at += span[2]
 
 
-def _at(arrays, i, start, end):
-  return {key: x[i] if x.ndim == 1 else x[i, start:end] for key, x in arrays.items()}
+def _cut(arrays: dict[str, np.ndarray], row: int, start: int, end: int) -> dict[str, np.ndarray]:
+  """Positions start to end of a row, of each array of a batch."""
+  return {key: x[row] if x.ndim == 1 else x[row, start:end] for key, x in arrays.items()}
 
 
-def _span(split, span, part, name, is_shifted, tokenizer, chars):
-  """Lines about one span: where it is from, its text, and what of it is learned."""
+def _span(
+  split: source.Split,
+  span: tuple[int, int, int],
+  arrays: dict[str, np.ndarray],
+  name: str,
+  is_shifted: bool,
+  texts: _Texts,
+) -> Iterator[str]:
+  """Lines about one span: its document, its text and the targets that the loss counts."""
   doc, start, length = span
   yield (
     f"  {name}: {split.source_name(doc)} (document {doc}), tokens {start} to {start + length} "
     f"of {split.lengths[doc] + 1}"
   )
-  learned = part["loss_weights"] > 0
+  has_weight = arrays["loss_weights"] > 0
   if is_shifted:
-    yield from _text([*part["tokens"], part["targets"][-1]], tokenizer, chars)
-    if not learned.all():
-      yield from _learned("learned", part["targets"], learned, tokenizer, chars)
+    yield from texts.lines([*arrays["tokens"], arrays["targets"][-1]])
+    if not has_weight.all():
+      yield texts.learned("learned", arrays["targets"], has_weight)
   else:
-    yield from _text(part["tokens"], tokenizer, chars)
-    yield from _learned("to guess", part["targets"], learned, tokenizer, chars)
+    yield from texts.lines(arrays["tokens"])
+    yield texts.learned("to guess", arrays["targets"], has_weight)
 
 
-def _example(split, spans, part, tokenizer, chars):
-  doc = spans[0][0]
+def _example(
+  split: source.Split, doc: int, arrays: dict[str, np.ndarray], texts: _Texts
+) -> Iterator[str]:
+  """Lines about a labelled document: its label and its one or two texts."""
+  assert split.labels is not None
   label = split.labels[doc].item()
   named = f"{split.label_names[int(label)]} (class {int(label)})" if split.label_names else label
   yield f"  {split.source_name(doc)} (document {doc}), label {named}"
-  for side in range(part["token_types"].max(initial=0) + 1):
-    yield from _text(part["tokens"][part["token_types"] == side], tokenizer, chars)
-
-
-def _text(ids, tokenizer, chars):
-  text = tokenizer.decode(ids, specials=True)
-  if chars and len(text) > chars:
-    text = f"{text[:chars]}… ({len(text) - chars:,} more characters)"
-  for line in text.split("\n"):
-    yield f"    | {line}"
-
-
-def _learned(what, targets, learned, tokenizer, chars):
-  """The runs of targets that have a weight."""
-  edges = np.flatnonzero(np.diff(learned, prepend=False, append=False))
-  texts = [tokenizer.decode(targets[a:b], specials=True) for a, b in zip(edges[::2], edges[1::2])]
-  line = " ".join(map(repr, texts)) or "nothing"
-  yield f"    {what}: {line[:chars] + '…' if chars and len(line) > chars else line}"
+  for side in range(arrays["token_types"].max(initial=0) + 1):
+    yield from texts.lines(arrays["tokens"][arrays["token_types"] == side])

@@ -1,8 +1,12 @@
-"""`jaxgpt plan`: what a config takes on a topology, before it is rented."""
+"""Plans of a config on a topology: compile, draw the shardings, or search for the fastest."""
 
 import itertools
 import json
 import pathlib
+from collections.abc import Sequence
+
+import ml_collections
+from etils import epath
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
@@ -14,40 +18,50 @@ from jaxgpt.training import compiled_step
 
 
 def plan(
-  path, overrides, topology, *, price=None, out=None, golden=None, save_text=None, top=0, save=None
-):
-  """Compiles a config's train step for a topology and prints what it takes.
+  path: epath.PathLike,
+  overrides: Sequence[str],
+  topology: str,
+  *,
+  price: float | None = None,
+  out: str | None = None,
+  golden: str | None = None,
+  save_text: str | None = None,
+  top: int = 0,
+  save: str | None = None,
+) -> int:
+  """Compiles a config's train step for a topology and prints its memory, time and communication.
 
   Args:
-    path, overrides: as `config.load` takes them.
-    topology: a name for `topology.parse`.
-    price: of a chip-hour, or None.
-    out: file for the figures as JSON, or None.
-    golden: file with a communication budget to compare with, or None; written where there is none.
-    save_text: file for the compiled program's text, or None.
-    top: how many of the heaviest instructions to print.
-    save: file for the compiled step, which `mesh.compiled_step` names, or None.
+    path, overrides: As in `config.load`.
+    topology: A name for `topology.parse`.
+    price: Price of a chip-hour.
+    out: File to write the figures to, as JSON.
+    golden: File with a communication budget to compare with. It is written if it does not exist.
+    save_text: File to write the compiled program's text to.
+    top: Number of the most expensive instructions to print.
+    save: File to write the compiled step to, for `mesh.compiled_step`.
 
   Returns:
-    An exit code: 0, or 1 where the program does not fit or exceeds its budget.
+    The exit code: 0, or 1 if the program does not fit or exceeds its budget.
 
   Raises:
-    UserError: see `config.load`, `topology.parse` and `lower.compile_step`; or a program for GPUs
-      is to be saved where there are none.
+    UserError: See `config.load`, `topology.parse` and `lower.compile_step`. Also if a step for GPUs
+      is to be saved on a machine without them.
   """
   c = lower.resolve(config.load(path, overrides)[0])
   where = topology_lib.parse(topology)
-  if save and where.chip.gpu:
+  chip = where.chip
+  assert chip is not None, "`here` plans for this machine"
+  if save and chip.gpu:
     raise UserError(
-      f"--save={save}: XLA tunes the matmuls of a GPU's program by measuring them, so "
-      "one that was compiled without a GPU would be slow; save it on the GPUs with "
-      f"--topology={topology_lib.HERE}"
+      f"--save={save}: XLA tunes matmuls for a GPU by measuring them, so a step compiled without "
+      f"the GPU would be slow; save it on the GPUs with --topology={topology_lib.HERE}"
     )
-  if top and where.chip.gpu:
+  if top and chip.gpu:
     raise UserError(
-      f"--top={top} reads the cycles in a TPU's program; a GPU's has none: leave it out"
+      f"--top={top} needs the cycle counts of a program for TPUs; for GPUs, leave it out"
     )
-  print(f"compiling for {where.num_chips} x {where.chip.name} …", flush=True)
+  print(f"compiling for {where.num_chips} x {chip.name} …", flush=True)
   try:
     compiled = lower.compile_step(c, where, use_cache=not save)
   except lower.OutOfMemory as e:
@@ -67,21 +81,21 @@ def plan(
     _write(out, json.dumps(found, indent=2))
   differs = communication_budget.check(golden, found) if golden else 0
   memory = found["memory"]
-  if not memory["fits"]:  # compilers of GPUs' programs don't refuse it
+  if not memory["fits"]:  # the compiler for GPUs does not refuse it
     print(flush=True)
     _explain(lower.OutOfMemory(memory["total"], memory["limit"]), c, where)
     return 1
   return differs
 
 
-def draw(path, overrides, topology):
-  """Prints how a config's arrays are cut over the mesh it asks for; compiles nothing.
+def draw(path: epath.PathLike, overrides: Sequence[str], topology: str) -> int:
+  """Prints the sharding of a config's arrays over its mesh. Compiles nothing.
 
   Args:
-    path, overrides, topology: as in `plan`; no compiler is needed.
+    path, overrides, topology: As in `plan`.
 
   Raises:
-    UserError: as `plan`, or `mesh.axis_sizes`.
+    UserError: As in `plan` and `mesh.axis_sizes`.
   """
   c = lower.resolve(config.load(path, overrides)[0])
   sizes = mesh_lib.axis_sizes(c.mesh, topology_lib.parse(topology).num_devices)
@@ -90,14 +104,20 @@ def draw(path, overrides, topology):
   return 0
 
 
-def here(path, overrides, *, save_text=None, save=None):
-  """Compiles a config's train step for the devices of this machine and prints what memory it takes.
+def here(
+  path: epath.PathLike,
+  overrides: Sequence[str],
+  *,
+  save_text: str | None = None,
+  save: str | None = None,
+) -> int:
+  """Compiles a config's train step for the devices of this machine and prints its memory.
 
   Args:
-    path, overrides, save_text, save: as in `plan`.
+    path, overrides, save_text, save: As in `plan`.
 
   Raises:
-    UserError: as `plan`.
+    UserError: As in `plan`.
   """
   c = lower.resolve(config.load(path, overrides)[0])
   compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE), use_cache=not save)
@@ -109,12 +129,14 @@ def here(path, overrides, *, save_text=None, save=None):
   return 0
 
 
-def _explain(error, c, where):
+def _explain(
+  error: lower.OutOfMemory, c: ml_collections.ConfigDict, where: topology_lib.Topology
+) -> None:
   for line in itertools.chain(explain.out_of_memory(error, c, where), explain.remedies(c, where)):
     print(line, flush=True)
 
 
-def _save(path, compiled):
+def _save(path: str, compiled: lower.Compiled) -> None:
   made_from = compiled_step.identity(
     compiled.lowered, compiled.mesh, compiled.c.mesh.compiler_options
   )
@@ -124,23 +146,31 @@ def _save(path, compiled):
   )
 
 
-def search(path, overrides, topology, *, finalists=None, keep_batch=False, out=None):
-  """Looks for the fastest plan that fits, and prints those that were compiled.
+def search(
+  path: epath.PathLike,
+  overrides: Sequence[str],
+  topology: str,
+  *,
+  finalists: int | None = None,
+  keep_batch: bool = False,
+  out: str | None = None,
+) -> int:
+  """Searches for the fastest plan that fits and prints the plans that it compiled.
 
   Args:
-    path, overrides, topology, out: as in `plan`.
-    finalists: how many plans to compile; None: 6.
-    keep_batch: whether data.batch_size stays.
+    path, overrides, topology, out: As in `plan`.
+    finalists: Number of plans to compile. None: 6.
+    keep_batch: Keep data.batch_size.
 
   Returns:
-    An exit code: 1 where nothing fits.
+    The exit code: 0, or 1 if nothing fits.
 
   Raises:
-    UserError: as `plan`.
+    UserError: As in `plan`.
   """
   c = lower.resolve(config.load(path, overrides)[0])
   where = topology_lib.parse(topology)
-  topology_lib.devices(where)  # that there is a compiler is asked once, not for each plan
+  topology_lib.devices(where)  # raises once, not for each plan, if there is no compiler
   results = search_lib.search(
     c, where, finalists, keep_batch, say=lambda line: print(line, flush=True)
   )
@@ -165,8 +195,8 @@ def search(path, overrides, topology, *, finalists=None, keep_batch=False, out=N
   return 0 if results[0].fits else 1
 
 
-def _write(path, text):
+def _write(path: str, text: str) -> None:
   try:
     pathlib.Path(path).write_text(text, encoding="utf-8")
   except OSError as e:
-    raise UserError(f"{path} cannot be written: {e.strerror}") from e
+    raise UserError(f"{path} cannot be written ({e.strerror}); name another file") from e

@@ -1,4 +1,4 @@
-"""The machine as far as a run depends on it: JAX's parts, the cluster, the devices."""
+"""Checks of the machine: the versions of JAX and its plugins, the cluster, the devices."""
 
 import contextlib
 import glob
@@ -7,48 +7,31 @@ import os
 import pathlib
 import platform
 import re
-import threading
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import jax
 
+from jaxgpt.commands.checks.finding import (
+  OK,
+  PROBLEM,
+  WARNING,
+  Finding,
+  size_text,
+  tried,
+  within,
+)
 from jaxgpt.config import installed
-from jaxgpt.errors import UserError
+from jaxgpt.errors import first_line
 from jaxgpt.parallel import cluster as cluster_lib
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
-_BACKEND_SECONDS = 120  # a backend that waits for a lock or for other hosts waits for ever
+_BACKEND_SECONDS = 120  # a backend that waits for a lock or for other hosts waits forever
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record")
 _PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 _LOCK = "/tmp/libtpu_lockfile"
 
 
-class Finding(NamedTuple):
-  """One thing that was looked at: ok, warning or problem; what it means and what to do."""
-
-  status: str
-  topic: str
-  text: str
-
-
-def tried(topic, function):
-  """(what the function returns, None), or (None, the finding that it can't)."""
-  try:
-    return function(), None
-  except UserError as e:
-    return None, Finding(PROBLEM, topic, str(e))
-
-
-def size_text(num_bytes):
-  """Bytes for people: '3.2 GB'."""
-  for unit, size in (("GB", 1e9), ("MB", 1e6)):
-    if num_bytes >= size:
-      return f"{num_bytes / size:.1f} {unit}"
-  return f"{num_bytes / 1e3:.0f} kB"
-
-
-def versions():
-  """The installed packages, and whether JAX's parts fit together."""
+def versions() -> Iterator[Finding]:
+  """Lists the installed packages and checks that JAX and its plugins fit together."""
   have = {name: installed.version(name) for name in (*_PACKAGES, *_PLUGINS)}
   text = ", ".join(f"{name} {version}" for name, version in have.items() if version)
   yield Finding(
@@ -58,17 +41,18 @@ def versions():
     f"{platform.python_version()}, {text}",
   )
   for name, wanted in jax_requirements().items():
-    if have.get(name) and not fits(have[name], wanted):
+    found = have.get(name)
+    if found and not fits(found, wanted):
       yield Finding(
         PROBLEM,
         "versions",
-        f"{name} {have[name]} does not fit jax {have['jax']}, "
+        f"{name} {found} does not fit jax {have['jax']}, "
         f"which needs {name}{wanted}: pip install '{name}{wanted}'",
       )
 
 
-def jax_requirements():
-  """{package: versions that the installed JAX works with}, of jaxlib and the plugins."""
+def jax_requirements() -> dict[str, str]:
+  """{package: versions that the installed JAX works with}, for jaxlib and the plugins."""
   out = {}
   for line in importlib.metadata.requires("jax") or ():
     match = re.match(r"([\w-]+)(?:\[[^]]*\])?\s*([<>=!~][^;]*)(;.*)?$", line)
@@ -79,14 +63,19 @@ def jax_requirements():
   return out
 
 
-def fits(version, wanted):
-  """Whether a version satisfies '<=0.10.2,>=0.10.0' or '==0.0.42.*'; of numbers and dots alone."""
+def fits(version: str, wanted: str) -> bool:
+  """Whether a version satisfies a requirement such as '<=0.10.2,>=0.10.0' or '==0.0.42.*'.
 
-  def numbers(text):
+  Compares the leading numbers only, so a development version counts as its release.
+  """
+
+  def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", re.split(r"[^\d.]", text)[0]))
 
   for part in wanted.split(","):
-    sign, value = re.match(r"\s*([<>=!~]+)\s*(.*?)\s*$", part).groups()
+    match = re.match(r"\s*([<>=!~]+)\s*(.*?)\s*$", part)
+    assert match, wanted
+    sign, value = match.groups()
     have, want = numbers(version), numbers(value.removesuffix(".*"))
     if sign == "==" and have[: len(want)] != want:
       return False
@@ -95,32 +84,32 @@ def fits(version, wanted):
   return True
 
 
-def cluster():
-  """Whether `jaxgpt train` would join other processes when it is started like this command."""
+def cluster() -> Iterator[Finding]:
+  """Says whether `jaxgpt train`, started like this command, would join other processes."""
   settings, finding = tried("processes", cluster_lib.find)
   if finding:
     yield finding
   elif settings is None:
-    yield Finding(OK, "processes", "one: nothing says that there are others")
+    yield Finding(OK, "processes", "one: no setting and no cluster names others")
   elif settings.coordinator:
     yield Finding(
       OK,
       "processes",
       f"this is process {settings.process_id} of "
-      f"{settings.num_processes}, the coordinator {settings.coordinator}; what follows "
-      "is looked at in this process alone",
+      f"{settings.num_processes}, the coordinator is {settings.coordinator}; the checks below "
+      "are of this process only",
     )
   else:
     yield Finding(
       OK,
       "processes",
-      "JAX will be told by the cluster (SLURM, Open MPI or Cloud TPU) "
-      "who the others are; what follows is looked at in this process alone",
+      "the cluster (SLURM, Open MPI or Cloud TPU) tells JAX about the others; the checks below are "
+      "of this process only",
     )
 
 
-def devices():
-  """What JAX runs on, and accelerators that are there but would not be used."""
+def devices() -> Iterator[Finding]:
+  """Lists the devices that JAX uses, and accelerators of this machine that it does not use."""
   found, failure = _start_backend()
   chosen = os.environ.get("JAX_PLATFORMS")
   if failure:
@@ -147,14 +136,14 @@ def devices():
     why = (
       "JAX_PLATFORMS leaves it out: unset it"
       if plugin and chosen and "cuda" not in chosen
-      else "its driver and JAX's CUDA plugin don't fit: run nvidia-smi, update the driver"
+      else "its driver and JAX's CUDA plugin do not fit: run nvidia-smi, update the driver"
       if plugin
       else "JAX has no CUDA plugin: pip install 'jaxgpt[cuda]'"
     )
     yield Finding(WARNING, "devices", f"there is an NVIDIA GPU that would not be used; {why}")
 
 
-def _unused_tpu(chosen):
+def _unused_tpu(chosen: str | None) -> Iterator[Finding]:
   if not installed.version("libtpu"):
     yield Finding(
       WARNING, "devices", "there are TPU chips that would not be used: pip install 'jaxgpt[tpu]'"
@@ -169,12 +158,12 @@ def _unused_tpu(chosen):
     holder = who_has([_LOCK, *glob.glob("/dev/accel[0-9]*"), *glob.glob("/dev/vfio/[0-9]*")])
     cure = f"if no other process runs on them, delete {_LOCK} and try again"
     if holder:
-      cure = f"process {holder[0]} ({holder[1]}) has them; end it, or wait until it is done"
-    yield Finding(PROBLEM, "devices", f"there are TPU chips that JAX can't use: {cure}")
+      cure = f"process {holder[0]} ({holder[1]}) has them; end it, or wait for it"
+    yield Finding(PROBLEM, "devices", f"there are TPU chips that JAX cannot use: {cure}")
 
 
-def who_has(paths):
-  """(process id, its program) of another process that has one of these files open, or None."""
+def who_has(paths: Iterable[str]) -> tuple[int, str] | None:
+  """(process id, program) of another process that has one of these files open, or None."""
   wanted = {os.path.realpath(path) for path in paths}
   for link in glob.glob("/proc/[0-9]*/fd/*"):
     pid = int(link.split("/")[2])
@@ -184,33 +173,17 @@ def who_has(paths):
   return None
 
 
-def _start_backend(seconds=_BACKEND_SECONDS):
-  """(JAX's devices, None), or ([], why there are none)."""
+def _start_backend(
+  seconds: float = _BACKEND_SECONDS,
+) -> tuple[list[jax.Device], str | None]:
+  """(JAX's devices, None), or ([], the reason why there are none)."""
   found, error = within(seconds, jax.devices)
   if isinstance(error, TimeoutError):
     return [], (
       f"JAX's backend does not start within {seconds} s: it waits for a lock ({_LOCK}), "
       "or for the other hosts of this TPU slice: run doctor on all of them at once"
     )
-  if error:
-    return [], (
-      f"JAX finds no device: {(str(error).splitlines() or ['?'])[0]}; see JAX_PLATFORMS, "
-      "and the lines below"
-    )
+  if found is None:
+    reason = first_line(error) if error else "?"
+    return [], f"JAX finds no device: {reason}; see JAX_PLATFORMS, and the lines below"
   return found, None
-
-
-def within(seconds, function):
-  """(what the function returns, None), or (None, what it raised, or a TimeoutError)."""
-  result = []
-
-  def call():
-    try:
-      result.append((function(), None))
-    except Exception as e:  # it is told to the caller, whatever it is
-      result.append((None, e))
-
-  thread = threading.Thread(target=call, daemon=True)
-  thread.start()
-  thread.join(seconds)
-  return result[0] if result else (None, TimeoutError(f"no answer within {seconds} s"))

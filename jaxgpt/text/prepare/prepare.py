@@ -139,7 +139,7 @@ class _Output:
       return
     if not (folder / shards.MANIFEST).is_file():
       raise UserError(
-        f"--out={folder} exists and is no prepared data folder; name another, or delete it yourself"
+        f"--out={folder} exists and is not a prepared data folder; name another, or delete it"
       )
     if not (self.overwrite or self.address):
       raise UserError(
@@ -156,7 +156,7 @@ class _Output:
       return
     if shards.MANIFEST not in there:
       raise UserError(
-        f"--out={self.address} is not empty and no prepared data folder; name another, or delete "
+        f"--out={self.address} is not empty and not a prepared data folder; name another, or delete "
         "it yourself"
       )
     if not self.overwrite:

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from jaxgpt.commands.checks import environment as environment_checks
-from jaxgpt.commands.checks.environment import OK, PROBLEM, WARNING
+from jaxgpt.commands.checks import environment
+from jaxgpt.commands.checks.finding import OK, PROBLEM, WARNING
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def versions(monkeypatch):
 @pytest.fixture
 def tpu(monkeypatch, versions):
   """A machine with TPU chips and libtpu."""
-  monkeypatch.setattr(environment_checks.cluster_lib, "has_tpu_chips", lambda: True)
+  monkeypatch.setattr(environment.cluster_lib, "has_tpu_chips", lambda: True)
   versions["libtpu"] = "0.0.1"
   return versions
 
@@ -38,10 +38,10 @@ def said(findings, status, topic):
 
 
 def test_parts_of_jax_that_do_not_fit_are_a_problem(versions):
-  assert not [f for f in environment_checks.versions() if f.status == PROBLEM]
+  assert not [f for f in environment.versions() if f.status == PROBLEM]
   versions["libtpu"] = "0.0.1"
   versions["jaxlib"] = "99.0"
-  text = said(environment_checks.versions(), PROBLEM, "versions")
+  text = said(environment.versions(), PROBLEM, "versions")
   assert "libtpu 0.0.1 does not fit" in text and "pip install 'libtpu==" in text
   assert "jaxlib 99.0 does not fit" in text
 
@@ -60,14 +60,14 @@ def test_parts_of_jax_that_do_not_fit_are_a_problem(versions):
   ],
 )
 def test_versions_are_compared_as_numbers(version, wanted, want):
-  assert environment_checks.fits(version, wanted) == want
+  assert environment.fits(version, wanted) == want
 
 
 def test_tpu_chips_that_are_not_used(tpu, monkeypatch, tmp_path):
-  assert "JAX_PLATFORMS=cpu leaves out" in said(environment_checks.devices(), WARNING, "devices")
+  assert "JAX_PLATFORMS=cpu leaves out" in said(environment.devices(), WARNING, "devices")
   monkeypatch.delenv("JAX_PLATFORMS")
-  monkeypatch.setattr(environment_checks, "_LOCK", str(tmp_path / "lock"))
-  assert "delete" in said(environment_checks.devices(), PROBLEM, "devices")
+  monkeypatch.setattr(environment, "_LOCK", str(tmp_path / "lock"))
+  assert "delete" in said(environment.devices(), PROBLEM, "devices")
   holder = subprocess.Popen(
     [sys.executable, "-c", f"f = open('{tmp_path}/lock', 'w'); print(1, flush=True); input()"],
     stdin=subprocess.PIPE,
@@ -75,17 +75,17 @@ def test_tpu_chips_that_are_not_used(tpu, monkeypatch, tmp_path):
   )
   try:
     holder.stdout.readline()
-    assert f"process {holder.pid} (" in said(environment_checks.devices(), PROBLEM, "devices")
+    assert f"process {holder.pid} (" in said(environment.devices(), PROBLEM, "devices")
   finally:
     holder.communicate(b"\n")
   tpu["libtpu"] = None
-  assert "jaxgpt[tpu]" in said(environment_checks.devices(), WARNING, "devices")
+  assert "jaxgpt[tpu]" in said(environment.devices(), WARNING, "devices")
 
 
 def test_a_libtpu_without_chips(versions, monkeypatch):
   monkeypatch.delenv("JAX_PLATFORMS")
   versions["libtpu"] = "0.0.1"
-  assert "set JAX_PLATFORMS=cpu" in said(environment_checks.devices(), WARNING, "devices")
+  assert "set JAX_PLATFORMS=cpu" in said(environment.devices(), WARNING, "devices")
 
 
 @pytest.mark.parametrize(
@@ -97,34 +97,30 @@ def test_a_libtpu_without_chips(versions, monkeypatch):
   ],
 )
 def test_a_gpu_that_is_not_used(versions, monkeypatch, plugin, platforms, words):
-  monkeypatch.setattr(
-    environment_checks.glob, "glob", lambda p: ["/dev/nvidia0"] if "nvidia" in p else []
-  )
+  monkeypatch.setattr(environment.glob, "glob", lambda p: ["/dev/nvidia0"] if "nvidia" in p else [])
   versions["jax-cuda13-plugin"] = plugin
   monkeypatch.delenv("JAX_PLATFORMS")
   if platforms:
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-  assert words in said(environment_checks.devices(), WARNING, "devices")
+  assert words in said(environment.devices(), WARNING, "devices")
 
 
 def test_a_backend_that_does_not_start(monkeypatch):
   def broken():
     raise RuntimeError("Unable to initialize backend 'cuda'\nmore")
 
-  monkeypatch.setattr(environment_checks.jax, "devices", broken)
-  assert "finds no device: Unable to initialize" in said(
-    environment_checks.devices(), PROBLEM, "devices"
-  )
-  monkeypatch.setattr(environment_checks.jax, "devices", environment_checks.threading.Event().wait)
-  assert "does not start within 0.1 s" in environment_checks._start_backend(0.1)[1]
+  monkeypatch.setattr(environment.jax, "devices", broken)
+  assert "finds no device: Unable to initialize" in said(environment.devices(), PROBLEM, "devices")
+  monkeypatch.setattr(environment.jax, "devices", environment.threading.Event().wait)
+  assert "does not start within 0.1 s" in environment._start_backend(0.1)[1]
 
 
 def test_several_processes_are_told(monkeypatch):
   monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
-  assert "--coordinator" in said(environment_checks.cluster(), PROBLEM, "processes")
+  assert "--coordinator" in said(environment.cluster(), PROBLEM, "processes")
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
   monkeypatch.setenv("JAX_PROCESS_ID", "1")
-  assert "process 1 of 4" in said(environment_checks.cluster(), OK, "processes")
+  assert "process 1 of 4" in said(environment.cluster(), OK, "processes")
 
 
 def test_devices_are_named_with_their_memory(monkeypatch):
@@ -134,6 +130,6 @@ def test_devices_are_named_with_their_memory(monkeypatch):
     def memory_stats(self):
       return {"bytes_limit": 16_900_000_000}
 
-  monkeypatch.setattr(environment_checks.jax, "devices", lambda: [Device()] * 4)
-  text = said(environment_checks.devices(), OK, "devices")
+  monkeypatch.setattr(environment.jax, "devices", lambda: [Device()] * 4)
+  text = said(environment.devices(), OK, "devices")
   assert "4 x TPU v5 lite (tpu), 16.9 GB each" in text

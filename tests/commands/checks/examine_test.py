@@ -8,8 +8,8 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.commands import main
-from jaxgpt.commands.checks import examine
-from jaxgpt.commands.checks.environment import OK, PROBLEM, WARNING
+from jaxgpt.commands.checks import examine, training, workdir
+from jaxgpt.commands.checks.finding import OK, PROBLEM, WARNING, Known
 from jaxgpt.training import loop
 
 
@@ -81,7 +81,7 @@ def test_damaged_data_is_a_problem(tiny, corpus, tmp_path):
     examine.examine(lambda: c, step=False), PROBLEM, "data"
   )
   shard.write_bytes(bytes(len(good)))
-  assert "the first batch of train can't be read" in said(
+  assert "the first batch of train cannot be read" in said(
     examine.examine(lambda: c, step=False), PROBLEM, "data"
   )
   (folder / "manifest.json").write_text("{}")
@@ -90,11 +90,11 @@ def test_damaged_data_is_a_problem(tiny, corpus, tmp_path):
 
 def test_a_step_that_does_not_fit_into_memory_is_a_problem(tiny, monkeypatch):
   def full(*_):
-    raise examine.jax.errors.JaxRuntimeError(
+    raise training.jax.errors.JaxRuntimeError(
       "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
     )
 
-  monkeypatch.setattr(examine.train_step, "first_state", full)
+  monkeypatch.setattr(training.train_step, "first_state", full)
   c = tiny()
   text = said(examine.examine(lambda: c), PROBLEM, "step")
   assert "RESOURCE_EXHAUSTED" in text and "a smaller data.batch_size" in text
@@ -104,7 +104,7 @@ def test_a_step_that_cannot_be_made_is_a_problem(tiny, monkeypatch):
   def broken(*_):
     raise NotImplementedError("no rule for this")
 
-  monkeypatch.setattr(examine.train_step, "make", broken)
+  monkeypatch.setattr(training.train_step, "make", broken)
   c = tiny()
   findings = list(examine.examine(lambda: c))
   assert "NotImplementedError: no rule for this" in said(findings, PROBLEM, "step")
@@ -118,20 +118,20 @@ def test_a_compiled_step_that_is_not_there_is_a_problem(tiny, tmp_path):
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
   (tmp_path / "file").write_text("")
   for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-    assert "can't be written" in said(examine.run_folder(folder, {}), PROBLEM, "workdir")
+    assert "cannot be written" in said(workdir.run_folder(folder, Known()), PROBLEM, "workdir")
 
 
 def test_a_bucket_that_does_not_answer_is_a_problem(monkeypatch):
-  monkeypatch.setattr(examine, "probe", lambda folder: threading.Event().wait())
-  monkeypatch.setattr(examine, "_PROBE_SECONDS", 0.1)
+  monkeypatch.setattr(workdir, "probe", lambda folder: threading.Event().wait())
+  monkeypatch.setattr(workdir, "_PROBE_SECONDS", 0.1)
   assert "no answer within 0.1 s" in said(
-    examine.run_folder("gs://bucket/run", {}), PROBLEM, "workdir"
+    workdir.run_folder("gs://bucket/run", Known()), PROBLEM, "workdir"
   )
 
 
 def test_a_folder_that_holds_something_else_is_a_problem(tmp_path):
   (tmp_path / "photo.jpg").write_text("")
-  assert "holds no run" in said(examine.run_folder(tmp_path, {}), PROBLEM, "workdir")
+  assert "holds no run" in said(workdir.run_folder(tmp_path, Known()), PROBLEM, "workdir")
 
 
 def test_a_folder_of_another_run_is_a_problem(tiny, tmp_path):
@@ -149,10 +149,10 @@ def test_a_folder_of_another_run_is_a_problem(tiny, tmp_path):
 @pytest.mark.parametrize("share, status", [(1.9, PROBLEM), (2.5, WARNING), (3.1, OK)])
 def test_room_for_checkpoints(tiny, share, status):
   """Two are kept, and a third is whole before the first goes."""
-  _, c = examine.batches_lib.load_tokenizer_and_config(tiny())
-  found = {"c": c, "parts": examine.build_lib.build(c, examine.mesh_lib.make(c.mesh))}
-  one = examine.state_bytes(found["parts"].state)
-  (finding,) = examine.room(share * one, found)
+  _, c = training.batches_lib.load_tokenizer_and_config(tiny())
+  known = Known(c=c, parts=training.build_lib.build(c, training.mesh_lib.make(c.mesh)))
+  one = training.state_bytes(known.parts.state)
+  finding = workdir.room(share * one, known)
   assert finding.status == status and "checkpoint.keep=2" in finding.text
 
 

@@ -1,0 +1,125 @@
+"""Checks of a run folder: it can be written, it holds this run or none, and there is room."""
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+
+from etils import epath
+
+from jaxgpt import config
+from jaxgpt.commands.checks.finding import (
+  OK,
+  PROBLEM,
+  WARNING,
+  Finding,
+  Known,
+  size_text,
+  tried,
+  within,
+)
+from jaxgpt.commands.checks.training import state_bytes
+from jaxgpt.run import run_folder as run_folder_lib
+
+_PROBE_SECONDS = 60  # clients of buckets retry for minutes
+
+
+def run_folder(folder: epath.PathLike, known: Known) -> Iterator[Finding]:
+  """Checks a run folder.
+
+  Args:
+    folder: `--workdir`.
+    known: The config and the model, if they are known.
+  """
+  folder = epath.Path(folder)
+  where, error = within(_PROBE_SECONDS, lambda: probe(folder))
+  if where is None:
+    yield Finding(
+      PROBLEM,
+      "workdir",
+      f"{folder} cannot be written ({type(error).__name__}: {error}); choose another --workdir, or "
+      "change its permissions or your credentials",
+    )
+    return
+  yield Finding(OK, "workdir", f"{where} takes files: written, renamed, read and deleted")
+  if run_folder_lib.is_run(folder):
+    yield _same_run(folder, known)
+  elif run_folder_lib.holds_something_else(folder):
+    yield Finding(
+      PROBLEM, "workdir", f"{folder} is not empty and holds no run; choose a new folder"
+    )
+  if "://" not in str(folder):
+    yield room(shutil.disk_usage(where).free, known)
+
+
+def _same_run(folder: epath.Path, known: Known) -> Finding:
+  old, finding = tried("workdir", lambda: run_folder_lib.read_config(folder))
+  if finding:
+    return finding
+  if known.c is None:
+    return Finding(OK, "workdir", f"{folder} holds a run")
+  changed = config.difference(old, known.c)
+  if not changed:
+    return Finding(OK, "workdir", f"{folder} holds this run, which would be resumed")
+  lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:5])
+  return Finding(
+    PROBLEM,
+    "workdir",
+    f"{folder} holds a run of another config ({lines}): restore the old values to resume it, or "
+    "choose another --workdir to start a new run",
+  )
+
+
+def probe(folder: epath.Path) -> epath.Path:
+  """Writes, syncs, renames, reads and deletes a file in a folder, or where it would be made.
+
+  Returns:
+    The folder that was tried. For a local path it is the nearest one that exists.
+
+  Raises:
+    Exception: The file system raised it, or an OSError says that the file was read back wrongly.
+  """
+  remote = "://" in str(folder)
+  where = folder if remote else next(p for p in (folder, *folder.absolute().parents) if p.exists())
+  if not where.is_dir() and not remote:
+    raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(where))
+  first, second = (where / f".jaxgpt-doctor-{uuid.uuid4().hex}{end}" for end in ("", ".renamed"))
+  text = "a probe of jaxgpt doctor; it may be deleted\n"
+  try:
+    with first.open("w") as f:
+      f.write(text)
+      f.flush()
+      if not remote:
+        os.fsync(f.fileno())
+    first.replace(second)
+    if second.read_text() != text:
+      raise OSError(errno.EIO, "the file was read back with other content", str(second))
+  finally:
+    for path in (first, second):
+      with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+  return where
+
+
+def room(free: int, known: Known) -> Finding:
+  """Checks that the checkpoints fit on a disk.
+
+  Args:
+    free: Free bytes of the disk.
+    known: The config and the model, if they are known.
+  """
+  if known.parts is None or known.c is None:
+    return Finding(OK, "room", f"{size_text(free)} free")
+  one, keep = state_bytes(known.parts.state), known.c.checkpoint.keep or 1
+  need = one * (keep + 1)  # the new one is complete before the oldest is deleted
+  text = (
+    f"{size_text(free)} free; a checkpoint takes {size_text(one)}, and checkpoint.keep="
+    f"{keep} needs {size_text(need)} while one is saved"
+  )
+  if free < 2 * one:
+    return Finding(PROBLEM, "room", f"{text}: make room, or choose another --workdir")
+  if free < need:
+    return Finding(WARNING, "room", f"{text}: make room, or lower checkpoint.keep")
+  return Finding(OK, "room", text)
