@@ -156,8 +156,8 @@ class _Output:
       return
     if shards.MANIFEST not in there:
       raise UserError(
-        f"--out={self.address} is not empty and not a prepared data folder; name another, or delete "
-        "it yourself"
+        f"--out={self.address} is not empty and not a prepared data folder; name another, or "
+        "delete it"
       )
     if not self.overwrite:
       raise UserError(

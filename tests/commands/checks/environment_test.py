@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -111,7 +112,7 @@ def test_a_backend_that_does_not_start(monkeypatch):
 
   monkeypatch.setattr(environment.jax, "devices", broken)
   assert "finds no device: Unable to initialize" in said(environment.devices(), PROBLEM, "devices")
-  monkeypatch.setattr(environment.jax, "devices", environment.threading.Event().wait)
+  monkeypatch.setattr(environment.jax, "devices", threading.Event().wait)
   assert "does not start within 0.1 s" in environment._start_backend(0.1)[1]
 
 

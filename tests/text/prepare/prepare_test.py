@@ -270,7 +270,7 @@ def test_what_was_written_into_the_folder_that_is_read_is_not_read(corpus, tmp_p
   (corpus / "mine").mkdir()
   again = prepare.prepare([corpus], corpus / "out", tokenizer="bytes", overwrite=True)
   assert again == first and first["read"] == len(DOCUMENTS)
-  with pytest.raises(UserError, match="what jaxgpt data wrote"):
+  with pytest.raises(UserError, match="folders that jaxgpt data wrote"):
     prepare.prepare([corpus / "out"], tmp_path / "b", tokenizer="bytes")
   (corpus / "mine" / "manifest.json").write_text('{"text": "a text of this name is read"}')
   more = prepare.prepare([corpus], tmp_path / "c", tokenizer="bytes")
