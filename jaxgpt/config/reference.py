@@ -60,11 +60,11 @@ def text(choices: Choices) -> str:
 
 
 def _section(name: str, section: Section, choices: Choices) -> str:
-  lines = [f"\n## {name or 'Top level'}\n", section.help, ""]
+  lines = [f"\n## {name or 'Top level'}\n", section.help]
   prefix = f"{name}." if name else ""
   rows = {prefix + n: m for n, m in section.members.items() if isinstance(m, Key)}
   if rows:
-    lines += ["| key | default | values | meaning |", "|---|---|---|---|"]
+    lines += ["", "| key | default | values | meaning |", "|---|---|---|---|"]
   for flat, key in rows.items():
     mark = " ↻" if any(node.free_on_resume for node in DECLARATIONS.on_path(flat)) else ""
     cells = (f"`{flat}`{mark}", _default(key), _values(key, choices.get(flat, {})), key.help)
