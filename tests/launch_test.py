@@ -1,4 +1,4 @@
-"""The launchers: what they would do, what they do when a run ends, and manifests by their schema."""
+"""Launch scripts: dry runs, restarts after a run ends, and manifests against their schemas."""
 
 import contextlib
 import json
@@ -184,7 +184,7 @@ case "$4" in
             ((${ANSWERS:-0} == 0 || n % 8 == 7)) || { echo "ERROR: no network" >&2; exit 1; }
             ((${ANSWERS:-0} == 0 || n > 16)) || { echo WAITING_FOR_RESOURCES; exit; }
             [[ -z ${DENIED:-} ]] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
-            cat "$HERE/state" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
+            cat "$HERE/state" 2>/dev/null || { echo "ERROR: NOT_FOUND: none" >&2; exit 1; } ;;
   create) printf 'ACTIVE\nTo update, run: gcloud components update\n' > "$HERE/state" ;;
   delete) rm -f "$HERE/state" ;;
   ssh) if [[ "$*" == *MAX_RESTARTS* && ! -e $HERE/preempted ]]; then

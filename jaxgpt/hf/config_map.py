@@ -1,54 +1,70 @@
-"""The small vocabulary in which a family's table says how config.json and `model` correspond.
+"""Entries of a family's config table: how keys of config.json correspond to fields of `model`.
 
-An entry is read in both directions: `read(hf)` gives fields of the config's `model` section, by
-flat names such as 'rope.theta', and `write(model)` gives keys of config.json. Both are plain dicts.
+An entry converts in both directions. `read(hf)` takes config.json and returns fields of the
+config's `model` section under flat names such as 'rope.theta'. `write(model)` takes those fields
+and returns keys of config.json. Both are plain dicts, and a family's table is a tuple of entries:
+
+    same("rms_norm_eps", "norm_eps", 1e-6)         one key, another name, with a default
+    sames(hidden_size="width", ...)                several required keys
+    mapped("hidden_act", "activation", {...})      one key whose values are spelled differently
+    must("attention_bias", False)                  a key that must have this value
+    ours(norm="rmsnorm", ...)                      constants of the family, absent from config.json
+    derived("embed_scale", lambda hf: ...)         a field computed from config.json, never written
+    Entry(read, write)                             anything else
 """
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from jaxgpt.errors import UserError
+
+HfConfig = dict[str, Any]  # config.json
+Fields = dict[str, Any]  # fields of `model`, by flat names
 
 _REQUIRED = object()
 
 
 class Entry(NamedTuple):
-  read: Callable
-  write: Callable
+  """A correspondence between config.json and `model`, as two functions."""
+
+  read: Callable[[HfConfig], Fields]
+  write: Callable[[Fields], HfConfig]
 
 
-def get(hf, key, default=_REQUIRED):
-  """A value of config.json; null counts as missing.
+def get(hf: HfConfig, key: str, default: Any = _REQUIRED) -> Any:
+  """Returns a value of config.json. null counts as missing.
 
   Args:
     hf: config.json.
-    key: which.
-    default: a value, or a function of config.json.
+    key: The key.
+    default: Value for a missing key, or a function from config.json to it.
+
+  Returns:
+    The value or the default.
 
   Raises:
-    UserError: it is missing, and has no default.
+    UserError: The key is missing and has no default.
   """
   value = hf.get(key)
   if value is not None:
     return value
   if default is _REQUIRED:
-    raise UserError(f"config.json lacks {key!r}; fetch the model's folder again")
+    raise UserError(f"config.json: {key!r} is missing; download the model's folder again")
   return default(hf) if callable(default) else default
 
 
-def refuse(key, value, what):
-  """Raises the UserError for a value of config.json that the model does not cover."""
-  raise UserError(f"config.json: {key}={value!r} is not supported: {what}")
+def refuse(key: str, value: Any, reason: str) -> NoReturn:
+  """Raises the UserError for a value of config.json that `model` cannot express."""
+  raise UserError(f"config.json: {key}={value!r} is not supported: {reason}")
 
 
-def same(theirs, ours, default=_REQUIRED):
-  """The value is the same under another name; `default` as in `get`."""
+def same(theirs: str, ours: str, default: Any = _REQUIRED) -> Entry:
+  """A key whose value is stored unchanged under another name. `default` is as in `get`."""
   return Entry(lambda hf: {ours: get(hf, theirs, default)}, lambda model: {theirs: model[ours]})
 
 
-def sames(**names):
-  """Several of `same`, theirs=ours, that config.json has to have."""
+def sames(**names: str) -> Entry:
+  """Several required keys, each as in `same`, written as theirs=ours."""
   entries = [same(theirs, ours) for theirs, ours in names.items()]
   return Entry(
     lambda hf: _union(e.read(hf) for e in entries),
@@ -56,29 +72,36 @@ def sames(**names):
   )
 
 
-def _union(dicts):
+def _union(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
   return {k: v for d in dicts for k, v in d.items()}
 
 
-def mapped(theirs, ours, table, default=_REQUIRED):
-  """Their value has another spelling: `table` is {theirs: ours}; the first spelling is written."""
+def mapped(theirs: str, ours: str, table: dict[Any, Any], default: Any = _REQUIRED) -> Entry:
+  """A key whose values are spelled differently.
 
-  def read(hf):
+  Args:
+    theirs: Key of config.json.
+    ours: Field of `model`.
+    table: {their value: our value}. Of several spellings of one value, the first is written.
+    default: As in `get`.
+  """
+
+  def read(hf: HfConfig) -> Fields:
     value = get(hf, theirs, default)
     if value not in table:
       refuse(theirs, value, f"known are {', '.join(map(repr, table))}")
     return {ours: table[value]}
 
-  def write(model):
+  def write(model: Fields) -> HfConfig:
     return {theirs: next((k for k, v in table.items() if v == model[ours]), model[ours])}
 
   return Entry(read, write)
 
 
-def must(theirs, value, default=_REQUIRED):
-  """Their key has to have this value; `default` as in `get`, else `value`."""
+def must(theirs: str, value: Any, default: Any = _REQUIRED) -> Entry:
+  """A key that must have one value, which is also its default unless `default` says otherwise."""
 
-  def read(hf):
+  def read(hf: HfConfig) -> Fields:
     found = get(hf, theirs, value if default is _REQUIRED else default)
     if found != value:
       refuse(theirs, found, f"only {value!r} is")
@@ -87,21 +110,21 @@ def must(theirs, value, default=_REQUIRED):
   return Entry(read, lambda model: {theirs: value})
 
 
-def ours(**values):
-  """Fields of `model` that every member of the family has."""
+def ours(**values: Any) -> Entry:
+  """Constants of a family: fields of `model`, with '__' for '.'."""
   values = {key.replace("__", "."): value for key, value in values.items()}
   return Entry(lambda hf: values, lambda model: {})
 
 
-def derived(name, function):
-  """A field of `model` that follows from config.json, and is not written."""
+def derived(name: str, function: Callable[[HfConfig], Any]) -> Entry:
+  """A field of `model` that is computed from config.json and never written to it."""
   return Entry(lambda hf: {name: function(hf)}, lambda model: {})
 
 
-def biases(default=False):
-  """`attention_bias` and `mlp_bias`, which our one switch covers where they are equal."""
+def biases(default: bool = False) -> Entry:
+  """`attention_bias` and `mlp_bias`. They must be equal, since `model.bias` covers both."""
 
-  def read(hf):
+  def read(hf: HfConfig) -> Fields:
     attention, mlp = get(hf, "attention_bias", default), get(hf, "mlp_bias", default)
     if attention != mlp:
       refuse("attention_bias", attention, f"mlp_bias={mlp!r} differs")
@@ -123,13 +146,13 @@ ACTIVATIONS = {
 }
 
 
-def activation(key, default=_REQUIRED):
-  """The MLP's activation."""
+def activation(key: str, default: Any = _REQUIRED) -> Entry:
+  """The activation of the MLP."""
   return mapped(key, "activation", ACTIVATIONS, default)
 
 
-def tanh_gelu(key):
-  """Gemma's activation: all its spellings, 'gelu' too, mean the tanh form."""
+def tanh_gelu(key: str) -> Entry:
+  """Gemma's activation: every spelling, 'gelu' included, means the tanh approximation."""
   return mapped(
     key,
     "activation",
@@ -138,18 +161,19 @@ def tanh_gelu(key):
   )
 
 
-def head_dim(hf):
-  """Default of `head_dim` in most families."""
+def head_dim(hf: HfConfig) -> int:
+  """The default of `head_dim` in most families: hidden_size / num_attention_heads."""
   return get(hf, "hidden_size") // get(hf, "num_attention_heads")
 
 
-def classes(**fields):
-  """What head a model has, by the name of its class: {class: fields of `model`}.
+def classes(**fields: Mapping[str, Any]) -> Entry:
+  """The head of a model, given by the name of its class in `architectures`.
 
-  The first class is taken where config.json names none.
+  Args:
+    **fields: {class name: fields of `model`}. The first class is the default.
   """
 
-  def read(hf):
+  def read(hf: HfConfig) -> Fields:
     name = (hf.get("architectures") or [next(iter(fields))])[0]
     if name not in fields:
       refuse("architectures", name, f"of {hf['model_type']} are {', '.join(fields)}")
@@ -158,10 +182,10 @@ def classes(**fields):
       found["num_labels"] = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
     return found
 
-  def write(model):
+  def write(model: Fields) -> HfConfig:
     fits = (name for name, f in fields.items() if all(model[k] == v for k, v in f.items()))
     name = next(fits, next(iter(fields)))
-    out = {"architectures": [name]}
+    out: HfConfig = {"architectures": [name]}
     if fields[name]["head"] == "classifier":
       labels = [f"LABEL_{i}" for i in range(model["num_labels"])]
       out |= {"id2label": dict(enumerate(labels)), "label2id": {k: i for i, k in enumerate(labels)}}
@@ -173,61 +197,75 @@ def classes(**fields):
 _KINDS = {"sliding_attention": "local", "full_attention": "global"}
 
 
-def shortest(kinds):
-  """The shortest pattern that, repeated, begins with these kinds."""
+def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
+  """Returns the shortest pattern whose repetition begins with the given kinds of layers."""
   n = next(
     n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds))
   )
   return tuple(kinds[:n])
 
 
+class WindowKey(NamedTuple):
+  """The key of config.json with the size of the attention window, and conversions of its value."""
+
+  name: str = "sliding_window"
+  to_ours: Callable[[int], int] = lambda n: n
+  to_theirs: Callable[[int], int] = lambda n: n
+
+
+_SLIDING_WINDOW = WindowKey()
+
+
 def layer_types(
-  default, window=("sliding_window", lambda n: n, lambda n: n), also=lambda model: {}
-):
-  """Which layers attend within a window: `layer_types`, or what older files say instead.
+  default: Callable[[HfConfig], Sequence[str]],
+  window: WindowKey = _SLIDING_WINDOW,
+  also: Callable[[Fields], HfConfig] = lambda model: {},
+) -> Entry:
+  """The layers that attend within a window: `layer_types`, or the keys of older files.
 
   Args:
-    default: config.json -> list of 'local' and 'global'.
-    window: their key of the window's size, and functions from their size to ours and back.
-    also: model -> further keys of config.json.
+    default: Function from a config.json without `layer_types` to a list of 'local' and 'global'.
+    window: Key with the size of the window.
+    also: Function from `model` to further keys of config.json.
   """
-  key, to_ours, to_theirs = window
 
-  def read(hf):
+  def read(hf: HfConfig) -> Fields:
     given = hf.get("layer_types")
     unknown = [kind for kind in given or () if kind not in _KINDS]
     if unknown:
       refuse("layer_types", unknown[0], f"known are {', '.join(_KINDS)}")
     pattern = shortest([_KINDS[kind] for kind in given] if given else default(hf))
-    local = {"window": to_ours(get(hf, key))} if "local" in pattern else {}
+    local = {"window": window.to_ours(get(hf, window.name))} if "local" in pattern else {}
     return {"attention_pattern": pattern, **local}
 
-  def write(model):
+  def write(model: Fields) -> HfConfig:
     names = {v: k for k, v in _KINDS.items()}
     kinds = expanded(model["attention_pattern"], model["num_layers"])
-    size = to_theirs(model["window"]) if "local" in kinds else None
-    return {"layer_types": [names.get(kind, kind) for kind in kinds], key: size, **also(model)}
+    size = window.to_theirs(model["window"]) if "local" in kinds else None
+    return {
+      "layer_types": [names.get(kind, kind) for kind in kinds],
+      window.name: size,
+      **also(model),
+    }
 
   return Entry(read, write)
 
 
-def expanded(pattern, num_layers):
-  """The kind of each layer."""
+def expanded(pattern: Sequence[str], num_layers: int) -> list[str]:
+  """Returns the kind of each layer."""
   return [pattern[i % len(pattern)] for i in range(num_layers)]
 
 
-def moe(experts, per_token, width="moe_intermediate_size", **more):
-  """Numbers and size of experts, by their keys; `more` are further ours=theirs."""
+def moe(experts: str, per_token: str, width: str = "moe_intermediate_size", **more: str) -> Entry:
+  """The keys of a mixture of experts.
+
+  Args:
+    experts: Key with the number of experts.
+    per_token: Key with the number of experts that each token is routed to.
+    width: Key with the hidden size of an expert.
+    **more: Further keys, as theirs=field of `model.moe`.
+  """
   return sames(
     **{experts: "moe.experts", per_token: "moe.per_token", width: "moe.width"},
     **{theirs: f"moe.{ours}" for theirs, ours in more.items()},
   )
-
-
-def close(a, b):
-  """Whether two values of a field are the same; floats may have gone through JSON."""
-  if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-    return len(a) == len(b) and all(map(close, a, b))
-  if isinstance(a, float) and isinstance(b, (int, float)):
-    return math.isclose(a, b, rel_tol=1e-6)
-  return a == b

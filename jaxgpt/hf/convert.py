@@ -1,48 +1,55 @@
-"""config.json to the `model` section and back, and the list of tensors that a model publishes."""
+"""Conversion of config.json to the `model` section and back; the tensors that a model publishes."""
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import ml_collections
 
 from jaxgpt import config, tree
 from jaxgpt.config.architecture import architecture, same_value
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.hf import config_map, families
+from jaxgpt.hf.config_map import Fields, HfConfig
+from jaxgpt.hf.families import Family
 from jaxgpt.hf.layout import Layout
+from jaxgpt.hf.tensor_map import TensorTemplate
 from jaxgpt.model import stacks
+from jaxgpt.tree import PyTree
 
 
 class Piece(NamedTuple):
-  """One of our parameters, or one layer of it, within a published tensor."""
+  """One of our parameters, or one layer and expert of it, within a published tensor."""
 
   path: str
-  lead: tuple  # index into our leading dimensions
+  lead: tuple[int, ...]  # index into the parameter's leading axes: layer, expert
   layout: Layout
-  start: int  # where it begins along the tensor's axis
+  start: int  # offset along the tensor's axis
   plus: float  # ours = theirs + plus
-  pairs: int  # as many entries at the end of our last axis lie in pairs
+  interleaved: int  # entries at the end of our last axis that are stored as x0 y0 x1 y1 ...
 
 
 class Published(NamedTuple):
-  """A tensor as it is published."""
+  """A published tensor."""
 
   name: str
-  shape: tuple  # in the file
-  view: tuple  # the shape in which the pieces lie along `axis`
+  shape: tuple[int, ...]  # in the file
+  view: tuple[int, ...]  # the shape in which the pieces lie along `axis`
   axis: int
-  pieces: tuple
+  pieces: tuple[Piece, ...]
 
 
-def read(hf):
-  """The family of a config.json, and the fields of `model` that it says.
+def read(hf: HfConfig) -> tuple[Family, Fields]:
+  """Reads a config.json.
 
   Args:
-    hf: config.json as a dict.
+    hf: The parsed config.json.
 
   Returns:
-    (Family, {flat field: value}).
+    The family and {flat field of `model`: value}.
 
   Raises:
-    UserError: the first thing in it that is not supported.
+    UserError: The family or a value is not supported. The message names the first one.
   """
   kind = hf.get("model_type")
   if kind not in families.FAMILIES:
@@ -56,18 +63,18 @@ def read(hf):
     config_map.refuse(
       "quantization_config", hf["quantization_config"], "convert it to bfloat16 first"
     )
-  found = {}
+  found: Fields = {}
   for entry in family.config:
     found |= entry.read(hf)
   return family, found
 
 
-def write(family, c_model):
-  """config.json of a model.
+def write(family: Family, c_model: ml_collections.ConfigDict) -> HfConfig:
+  """Returns the config.json of a model.
 
   Args:
-    family: a Family that `differences` finds nothing against.
-    c_model: the resolved `model` section.
+    family: A family without `differences` from the model.
+    c_model: The resolved `model` section.
   """
   out, flat = {"model_type": family.model_type}, config.flatten(c_model)
   for entry in family.config:
@@ -75,12 +82,12 @@ def write(family, c_model):
   return out
 
 
-def configured(found, **more):
-  """A resolved config whose `model` section has what `read` found, and an objective that fits it.
+def configured(found: Fields, **more: Any) -> ml_collections.ConfigDict:
+  """Returns a resolved config with the fields that `read` found and an objective that fits them.
 
   Args:
-    found: {flat field: value}.
-    **more: further flat keys, with '__' for '.'.
+    found: {flat field of `model`: value}.
+    **more: Further flat keys, with '__' for '.'.
   """
   c = config.base()
   c.update_from_flattened_dict({f"model.{key}": value for key, value in found.items()})
@@ -93,8 +100,12 @@ def configured(found, **more):
   return config.resolve(c)
 
 
-def differences(family, c_model):
-  """What keeps a model from being of a family: each field's name, value and demand, as text."""
+def differences(family: Family, c_model: ml_collections.ConfigDict) -> list[str]:
+  """Returns the reasons why a model cannot be published as a member of a family.
+
+  The model is written as a config.json of the family and read back. Each field that does not come
+  back is one reason, with its name and both values. [] means that the model is a member.
+  """
   try:
     _, found = read(write(family, c_model))
     back = architecture(configured(found).model)
@@ -108,20 +119,21 @@ def differences(family, c_model):
   ]
 
 
-def family_of(c_model, name=None):
-  """The family that a model can be published as.
+def family_of(c_model: ml_collections.ConfigDict, name: str | None = None) -> Family:
+  """Finds the family that a model can be published as.
 
   Args:
-    c_model: the resolved `model` section.
-    name: which family; None: the one that `preset` names, if it still has its fields, else the
-      first that has.
+    c_model: The resolved `model` section.
+    name: The family. None: the family of `model.preset` if the model still has its fields, else the
+      first family that has them.
 
   Raises:
-    UserError: none has, with what the closest lack; or there is no such family.
+    UserError: No family has the model's fields (the message names the closest families and what
+      differs), or there is no family of this name.
   """
   if name is not None and name not in families.FAMILIES:
     raise UserError(
-      f"no family {name!r}; {nearest(name, families.FAMILIES)}there are: "
+      f"family={name!r} is unknown; {nearest(name, families.FAMILIES)}known are: "
       f"{', '.join(families.FAMILIES)}"
     )
   against = {}
@@ -138,114 +150,134 @@ def family_of(c_model, name=None):
   )
 
 
-class _Place(NamedTuple):
-  """Where a layer's parameters are, and what is true of it."""
+class _Layer(NamedTuple):
+  """The place of a layer in our parameters, or of the parameters outside of the layers."""
 
-  prefix: str
-  index: int
-  facts: set
+  prefix: str  # of its parameters: 'layers', or 'layers/1' in a stack with several kinds of layers
+  repeat: int  # index along their leading axis
+  facts: set[str]  # compared with `TensorTemplate.when`
 
 
-def _places(c_model):
+def _layers(c_model: ml_collections.ConfigDict) -> tuple[list[_Layer], _Layer]:
+  """Returns the layers in order, and an entry for the parameters outside of them."""
   facts = {c_model.head, "q_rank" if c_model.latent.q_rank else "no q_rank"}
-  places = []
+  layers: list[_Layer] = []
   for stack in stacks.of(c_model):
     for repeat in range(stack.repeats):
       for i, (_, mlp) in enumerate(stack.kinds):
         prefix = stack.name + (f"/{i}" if len(stack.kinds) > 1 else "")
-        normed = {"normed"} if c_model.first_norm or places else set()
-        places.append(_Place(prefix, repeat, facts | {mlp} | normed))
-  return places, _Place("", 0, facts)
+        normed = {"normed"} if c_model.first_norm or layers else set()
+        layers.append(_Layer(prefix, repeat, facts | {mlp} | normed))
+  return layers, _Layer("", 0, facts)
 
 
-def publish(family, c_model, shapes, partly=False):
-  """Every tensor that a model of a family publishes, in the order of its table, layer by layer.
+def publish(
+  family: Family, c_model: ml_collections.ConfigDict, shapes: PyTree, partly: bool = False
+) -> list[Published]:
+  """Lists every tensor that a model of a family publishes.
 
   Args:
-    family: a Family.
-    c_model: the resolved `model` section.
-    shapes: tree of arrays or ShapeDtypeStructs, the model's parameters.
-    partly: leave out parameters that the family has no name for.
+    family: The family.
+    c_model: The resolved `model` section.
+    shapes: Tree of arrays or ShapeDtypeStructs: the model's parameters.
+    partly: Leave out parameters without a name in the family.
 
   Returns:
-    List of `Published`.
+    The tensors in the order of the family's table, layer by layer.
 
   Raises:
-    UserError: a parameter that the family has no name for.
+    UserError: A parameter has no name in the family.
   """
-  shapes = {path: leaf.shape for path, leaf in tree.flatten(shapes).items()}
-  layers, top = _places(c_model)
+  shape_of = {path: leaf.shape for path, leaf in tree.flatten(shapes).items()}
+  layers, outside = _layers(c_model)
   out = []
-  for group in _by_layer(family.rows):
-    for i, place in enumerate(layers) if "{i}" in group[0].name else [(None, top)]:
-      for r in group:
-        experts = range(c_model.moe.experts) if "{e}" in r.name else [None]
-        out += [p for e in experts if (p := _published(r, place, i, e, shapes, c_model))]
+  for group in _by_layer(family.tensors):
+    for i, layer in enumerate(layers) if "{i}" in group[0].name else [(None, outside)]:
+      for t in group:
+        experts = range(c_model.moe.experts) if "{e}" in t.name else [None]
+        out += [p for e in experts if (p := _published(t, layer, i, e, shape_of, c_model))]
   covered = {piece.path for p in out for piece in p.pieces}
-  if not c_model.first_norm:  # the first layer has one all the same, which nothing reads
+  if not c_model.first_norm:  # stacked with the other layers, the first has an unused scale
     covered.add(f"{layers[0].prefix}/attn_norm/scale")
-  lost = [path for path in shapes if path not in covered]
+  lost = [path for path in shape_of if path not in covered]
   if lost and not partly:
     raise UserError(
-      f"family {family.model_type} has no name for parameter {lost[0]} {shapes[lost[0]]}"
+      f"family={family.model_type!r} has no name for parameter {lost[0]} {shape_of[lost[0]]}; "
+      "export it as another family"
     )
   return out
 
 
-def _by_layer(rows):
-  """The rows in groups of neighbours that belong to a layer, or do not."""
-  groups = []
-  for r in rows:
-    if not groups or ("{i}" in groups[-1][0].name) != ("{i}" in r.name):
+def _by_layer(templates: Iterable[TensorTemplate]) -> list[list[TensorTemplate]]:
+  """Groups neighbouring templates into those of a layer and those outside of the layers."""
+  groups: list[list[TensorTemplate]] = []
+  for t in templates:
+    if not groups or ("{i}" in groups[-1][0].name) != ("{i}" in t.name):
       groups.append([])
-    groups[-1].append(r)
+    groups[-1].append(t)
   return groups
 
 
-def _published(r, place, layer, expert, shapes, c_model):
-  """A row for a layer and an expert, or None where the model does not have its parameters."""
-  if r.when and not place.facts & set(r.when):
+def _published(
+  t: TensorTemplate,
+  layer: _Layer,
+  i: int | None,
+  expert: int | None,
+  shape_of: Mapping[str, tuple[int, ...]],
+  c_model: ml_collections.ConfigDict,
+) -> Published | None:
+  """Fills in a template for a layer and an expert. None if the model lacks the parameters."""
+  if t.when and not layer.facts & set(t.when):
     return None
   paths = [
-    part.path.replace("layers/", place.prefix + "/", 1) if layer is not None else part.path
-    for part in r.parts
+    piece.path.replace("layers/", layer.prefix + "/", 1) if i is not None else piece.path
+    for piece in t.pieces
   ]
-  if any(path not in shapes for path in paths):
+  if any(path not in shape_of for path in paths):
     return None
-  lead = tuple(x for x in (place.index if layer is not None else None, expert) if x is not None)
-  pieces, at = [], r.skip
-  for part, path in zip(r.parts, paths, strict=True):
-    layout = Layout(part.layout, shapes[path][len(lead) :])
-    pairs = c_model.latent.rope_dim if part.pairs else 0
-    pieces.append(Piece(path, lead, layout, at, part.plus, pairs))
-    at += layout.their_shape[r.axis]
+  lead = tuple(x for x in (layer.repeat if i is not None else None, expert) if x is not None)
+  pieces, start = [], t.skip
+  for piece, path in zip(t.pieces, paths, strict=True):
+    layout = Layout(piece.layout, shape_of[path][len(lead) :])
+    interleaved = c_model.latent.rope_dim if piece.interleaved else 0
+    pieces.append(Piece(path, lead, layout, start, piece.plus, interleaved))
+    start += layout.their_shape[t.axis]
   view = list(pieces[0].layout.their_shape)
-  view[r.axis] = at
-  shape = (view[0] * view[1], *view[2:]) if r.merged else tuple(view)
-  return Published(r.name.format(i=layer, e=expert), shape, tuple(view), r.axis, tuple(pieces))
+  view[t.axis] = start
+  shape = (view[0] * view[1], *view[2:]) if t.merged else tuple(view)
+  return Published(t.name.format(i=i, e=expert), shape, tuple(view), t.axis, tuple(pieces))
+
+
+class HasShape(Protocol):
+  """Anything with a shape, such as a tensor of a safetensors file."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
 
 
 class Found(NamedTuple):
-  """Published tensors and where they lie; what does not fit in words."""
+  """The outcome of looking for published tensors in files."""
 
-  pairs: list  # of (Published, tensor of the files)
-  missing: list  # of Published
-  wrong: list  # of messages
-  extra: list  # names in the files
+  matched: list[tuple[Published, Any]]  # with the tensor of the files
+  missing: list[Published]
+  wrong: list[str]  # messages on tensors of another shape
+  extra: list[str]  # names in the files that the model does not have
 
 
-def find(family, published, tensors, tied):
+def find(
+  family: Family, published: Sequence[Published], tensors: Mapping[str, HasShape], tied: bool
+) -> Found:
   """Finds each tensor of a model in its files, by name and shape.
 
   Args:
-    family: a Family.
-    published: from `publish`.
-    tensors: {name: something with a shape}, from `safetensors.scan`.
-    tied: whether the head is the embedding, so that a stored head is a copy.
+    family: The family.
+    published: The model's tensors, from `publish`.
+    tensors: {name: tensor of the files}, from `safetensors.scan`.
+    tied: Whether the head is the transposed embedding, so that a stored head is a copy to ignore.
   """
   names = {p.name for p in published}
   there = {_full_name(name, family.prefix, names): name for name in tensors}
-  pairs, missing, wrong = [], [], []
+  matched, missing, wrong = [], [], []
   for p in published:
     name = there.pop(p.name, None)
     if name is None:
@@ -253,30 +285,32 @@ def find(family, published, tensors, tied):
     elif tuple(tensors[name].shape) != p.shape:
       wrong.append(f"{name} is {list(tensors[name].shape)}, {_ours(p)} needs {list(p.shape)}")
     else:
-      pairs.append((p, tensors[name]))
-  heads = [re.escape(r.name) for r in family.rows if r.parts[0].path == "head" and "lm" in r.when]
+      matched.append((p, tensors[name]))
+  heads = [
+    re.escape(t.name) for t in family.tensors if t.pieces[0].path == "head" and "lm" in t.when
+  ]
   patterns = [*family.ignored, *(heads if tied else [])]
   extra = [
     name
     for full, name in there.items()
     if not any(re.fullmatch(pattern, full) for pattern in patterns)
   ]
-  return Found(pairs, missing, wrong, extra)
+  return Found(matched, missing, wrong, extra)
 
 
-def check(found, tensors, folder):
-  """Raises a UserError that names, on both sides, the tensors which keep a folder from being read.
+def check(found: Found, tensors: Mapping[str, HasShape], folder: Any) -> None:
+  """Raises a UserError that names the tensors which prevent a folder from being read.
 
   Args:
-    found: from `find`.
-    tensors: as there.
-    folder: what the message calls the files.
+    found: From `find`.
+    tensors: As in `find`.
+    folder: The folder's name for the message.
   """
   missing = [f"{p.name} {list(p.shape)} ({_ours(p)})" for p in found.missing]
   extra = [f"{name} {list(tensors[name].shape)}" for name in found.extra]
   problems = [
-    f"{len(names)} {what}: {'; '.join(names[:8])}{' …' if len(names) > 8 else ''}"
-    for what, names in (
+    f"{len(names)} {problem}: {'; '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+    for problem, names in (
       ("missing", missing),
       ("of the wrong shape", found.wrong),
       ("that this model does not have", extra),
@@ -289,12 +323,12 @@ def check(found, tensors, folder):
     )
 
 
-def _full_name(name, prefix, names):
-  """A tensor's name with the prefix that files of a bare model leave out, and in today's spelling."""
+def _full_name(name: str, prefix: str, names: set[str]) -> str:
+  """Returns a tensor's name in today's spelling, with the prefix that bare models omit."""
   name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
   name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
   return prefix + name if name not in names and prefix + name in names else name
 
 
-def _ours(p):
+def _ours(p: Published) -> str:
   return " + ".join(dict.fromkeys(piece.path for piece in p.pieces))

@@ -1,13 +1,36 @@
-"""Families as Hugging Face publishes them: a row of config keys and a row of tensor names each.
+"""Model families as Hugging Face publishes them: two tables each, of config keys and of tensors.
 
-A new family is an entry here, and nothing else where the model already has its fields. Semantics
-are those of transformers' `models/FAMILY/modeling_FAMILY.py`, version 5.
+To add a family, add an entry to `FAMILIES`. Nothing else changes if `model` already has the fields
+that the family needs. Semantics are those of transformers' `models/FAMILY/modeling_FAMILY.py`,
+version 5.
+
+How to read this file. A `Family` has two tables, whose vocabulary is small:
+
+    config    entries of `config_map`: which key of config.json is which field of `model`.
+              same("rms_norm_eps", "norm_eps", 1e-6)    hf["rms_norm_eps"] is model.norm_eps
+              ours(norm="rmsnorm")                      true of every member, not in config.json
+              must("attention_bias", False)             any other value is refused
+              classes(LlamaForCausalLM=_LM)             the class in `architectures` gives the head
+              rope(), layer_types(...), moe(...)        several keys that belong together
+    tensors   templates of `tensor_map`: which tensor is which parameter, in which axis order.
+              norm("model.norm", "final_norm")          model.norm.weight is final_norm/scale
+              heads(_L + "self_attn.q_proj", "q")       _L = "model.layers.{i}.", for every layer i
+              one("lm_head.weight", "head", "V D -> D V", ("lm",))
+                                                        transposed; only if model.head is "lm"
+
+Names that begin with "_" and a capital (`_SIZES`, `_QKV`) are groups that several families share.
+`_llama_like`, `_gemma`, `_deepseek`, `_bert_config` build families that differ in few entries.
+Tables are aligned by hand, therefore `fmt: off`.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from jaxgpt.hf.config_map import (
   Entry,
+  Fields,
+  HfConfig,
+  WindowKey,
   activation,
   biases,
   classes,
@@ -27,8 +50,9 @@ from jaxgpt.hf.config_map import (
 )
 from jaxgpt.hf.rotary import latent_rope, rope
 from jaxgpt.hf.tensor_map import (
-  Part,
-  Row,
+  PieceTemplate,
+  Templates,
+  TensorTemplate,
   conv1d,
   dense,
   flat,
@@ -43,21 +67,21 @@ from jaxgpt.hf.tensor_map import (
 
 
 class Family(NamedTuple):
-  """What is known of a family."""
+  """A model family: its `model_type`, config table and tensor table."""
 
   model_type: str
-  config: tuple  # of fields.Entry
-  rows: tuple  # of rows.Row
-  prefix: str = "model."  # of all names but the heads', which files of a bare model leave out
-  ignored: tuple = ()  # patterns of tensors that are not read
+  config: tuple[Entry, ...]
+  tensors: Templates
+  prefix: str = "model."  # of tensor names; files of a model without a head omit it
+  ignored: tuple[str, ...] = ()  # patterns of tensors that are not read
 
 
 # fmt: off
 # --- Decoders: most keep Llama's names.
 
 _L = "model.layers.{i}."
-_LM = dict(head="lm", head_bias=False, head_transform="none")
-_BARE = dict(head="none")
+_LM: dict[str, Any] = dict(head="lm", head_bias=False, head_transform="none")
+_BARE: dict[str, Any] = dict(head="none")
 _SIZES = sames(vocab_size="vocab_size", hidden_size="width", intermediate_size="mlp_width",
                num_hidden_layers="num_layers", num_attention_heads="num_heads",
                max_position_embeddings="max_len")
@@ -78,8 +102,9 @@ _FINAL = norm("model.norm", "final_norm")
 _FREQUENCIES = r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)"
 
 
-def _llama_like(kind, cls, *config, eps=1e-6, act="silu", tied=False, **fields):
-  """A decoder whose tensors are Llama's, with its own entries and constants."""
+def _llama_like(kind: str, cls: str, *config: Entry, eps: float = 1e-6, act: str = "silu",
+                tied: bool = False, **fields: Any) -> Family:
+  """A decoder with Llama's tensors, entries of its own (`config`) and constants (`fields`)."""
   fixed = dict(norm="rmsnorm", position="rotary", gated=True, causal=True) | fields
   return Family(
       kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE}), ours(**fixed), _SIZES,
@@ -88,7 +113,7 @@ def _llama_like(kind, cls, *config, eps=1e-6, act="silu", tied=False, **fields):
       flat(_EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _FINAL, _HEAD), ignored=(_FREQUENCIES,))
 
 
-def _gpt2():
+def _gpt2() -> Family:
   h = "transformer.h.{i}."
   return Family(
       "gpt2", (
@@ -112,64 +137,65 @@ def _gpt2():
       prefix="transformer.", ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",))
 
 
-def _all_or_none(hf):
+def _all_or_none(hf: HfConfig) -> list[str]:
   return ["global" if hf.get("sliding_window") is None else "local"]
 
 
-def _mistral_window():
-  """One window for all layers, or none."""
+def _mistral_window() -> Entry:
+  """One window for all layers, or none. `layer_types` is neither read nor written."""
   types = layer_types(_all_or_none)
   return Entry(lambda hf: types.read(hf | {"layer_types": None}),
                lambda model: {"sliding_window": model["window"] if "local" in
                                 model["attention_pattern"] else None})
 
 
-def _qwen_window():
-  def default(hf):
+def _qwen_window() -> Entry:
+  """A window for the layers from `max_window_layers` on, if `use_sliding_window`."""
+  def default(hf: HfConfig) -> list[str]:
     local = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
     first = get(hf, "max_window_layers", 28)
     return ["local" if local and i >= first else "global"
             for i in range(get(hf, "num_hidden_layers"))]
 
-  def also(model):
+  def also(model: Fields) -> HfConfig:
     return {"use_sliding_window": "local" in model["attention_pattern"],
             "max_window_layers": model["num_layers"]}
   return layer_types(default, also=also)
 
 
-def _smollm3_positions():
-  """Layers without positions: `no_rope_layers` has a 0 for each."""
-  def read(hf):
+def _smollm3_positions() -> Entry:
+  """Layers without rotary positions: `no_rope_layers` has a 0 for each of them."""
+  def read(hf: HfConfig) -> Fields:
     every = get(hf, "no_rope_layer_interval", 4)
     given = hf.get("no_rope_layers") or [
         int((i + 1) % every != 0) for i in range(get(hf, "num_hidden_layers"))]
     return {"attention_pattern": shortest(["global" if x else "nope" for x in given])}
 
-  def write(model):
+  def write(model: Fields) -> HfConfig:
     kinds = expanded(model["attention_pattern"], model["num_layers"])
     return {"no_rope_layers": [int(kind != "nope") for kind in kinds]}
   return Entry(read, write)
 
 
-def _phi3():
+def _phi3() -> Family:
   family = _llama_like(
       "phi3", "Phi3", _DERIVED_HEAD_DIM, rope(kinds=("default", "longrope", "su"), own_len=True),
       _mistral_window(), eps=1e-5, bias=False)
-  return family._replace(rows=flat(
+  return family._replace(tensors=flat(
       _EMBED, _NORMS, qkv(_L + "self_attn.qkv_proj"), _O,
       fused(_L + "mlp.gate_up_proj.weight", "F D -> D F", "layers/mlp/gate", "layers/mlp/up"),
       dense(_L + "mlp.down_proj", "layers/mlp/down"), _FINAL, _HEAD))
 
 
-def _olmo2():
+def _olmo2() -> Family:
   family = _llama_like("olmo2", "Olmo2", _DERIVED_HEAD_DIM, rope(), must("attention_bias", False),
                        eps=1e-5, bias=False, norm_placement="branch", qk_norm="all")
-  return family._replace(rows=flat(
+  return family._replace(tensors=flat(
       _EMBED, _QKV, _QK_NORM, _O, norm(_L + "post_attention_layernorm", "layers/attn_post_norm"),
       _MLP, norm(_L + "post_feedforward_layernorm", "layers/mlp_post_norm"), _FINAL, _HEAD))
 
 
-def _starcoder2():
+def _starcoder2() -> Family:
   return Family(
       "starcoder2", (
           classes(Starcoder2ForCausalLM=_LM, Starcoder2Model=_BARE),
@@ -181,9 +207,10 @@ def _starcoder2():
            dense(_L + "mlp.c_proj", "layers/mlp/down"), _FINAL, _HEAD), ignored=(_FREQUENCIES,))
 
 
-# --- Gemma: scales of norms are stored less one, embeddings are multiplied by the root of the width.
+# --- Gemma: norms store scale - 1 (plus=1.0), embeddings are multiplied by sqrt(width).
 
-def _gemma(kind, causal, bare, rows, *config, **fields):
+def _gemma(kind: str, causal: str, bare: str, norms: Sequence, *config: Entry,
+           **fields: Any) -> Family:
   fixed = dict(norm="rmsnorm", position="rotary", gated=True, bias=False, causal=True) | fields
   return Family(
       kind, (classes(**{causal: _LM, bare: _BARE}), ours(**fixed), _SIZES,
@@ -192,7 +219,7 @@ def _gemma(kind, causal, bare, rows, *config, **fields):
              derived("embed_scale", lambda hf: float(get(hf, "hidden_size")) ** 0.5),
              same("tie_word_embeddings", "tie_embeddings", True), must("attention_bias", False),
              must("use_bidirectional_attention", False), *config),
-      flat(_EMBED, rows, _QKV, _O, _MLP, norm("model.norm", "final_norm", plus=1.0), _HEAD),
+      flat(_EMBED, norms, _QKV, _O, _MLP, norm("model.norm", "final_norm", plus=1.0), _HEAD),
       ignored=(_FREQUENCIES,))
 
 
@@ -208,22 +235,22 @@ _ATTN_SCALE = Entry(lambda hf: {"attn_scale": float(get(hf, "query_pre_attn_scal
                     lambda model: {"query_pre_attn_scalar": _whole(model["attn_scale"] ** -2)})
 
 
-def _whole(x):
-  """224.00000000000003 is 224, as their configs have integers here."""
+def _whole(x: float) -> float:
+  """Rounds 224.00000000000003 to 224: published configs have integers here."""
   return round(x) if abs(x - round(x)) < 1e-6 * x else x
 
 
-def _optional(theirs, ours, default):
-  """A number that may be null; `default` where config.json does not have the key."""
+def _optional(theirs: str, ours: str, default: float | None) -> Entry:
+  """A number that may be null. `default` is for a missing key."""
   return Entry(lambda hf: {ours: hf.get(theirs, default)}, lambda model: {theirs: model[ours]})
 
 
-def _every(hf, n):
-  """Gemma's pattern: each n-th layer is global."""
+def _every(hf: HfConfig, n: int) -> list[str]:
+  """Gemma's pattern: every n-th layer is global."""
   return ["global" if (i + 1) % n == 0 else "local" for i in range(get(hf, "num_hidden_layers"))]
 
 
-def _gemmas():
+def _gemmas() -> tuple[Family, ...]:
   caps = lambda final, attention: (
       _optional("final_logit_softcapping", "logit_softcap", final),
       _optional("attn_logit_softcapping", "attn_softcap", attention))
@@ -245,39 +272,40 @@ def _gemmas():
 
 # --- Mixtures of experts.
 
-def _experts(name, gate="gate_proj", up="up_proj", down="down_proj"):
-  """The router, and each expert's three matrices."""
+def _experts(name: str, gate: str = "gate_proj", up: str = "up_proj",
+             down: str = "down_proj") -> Templates:
+  """The router, and the three matrices of each expert ({e})."""
   return (one(f"{name}.gate.weight", "layers/mlp/router", "E D -> D E", ("moe",)),
           *(one(f"{name}.experts.{{e}}.{theirs}.weight", f"layers/mlp/{x}", "O I -> I O", ("moe",))
             for theirs, x in ((gate, "gate"), (up, "up"), (down, "down"))))
 
 
-def _mixtral():
+def _mixtral() -> Family:
   family = _llama_like(
       "mixtral", "Mixtral", _HEAD_DIM, rope(1e6), _mistral_window(),
       moe("num_local_experts", "num_experts_per_tok", "intermediate_size"),
       eps=1e-5, bias=False, mlp_pattern=("moe",), moe__router="softmax", moe__normalize=True)
-  return family._replace(rows=flat(
+  return family._replace(tensors=flat(
       _EMBED, _NORMS, _QKV, _O, _experts(_L + "block_sparse_moe", "w1", "w3", "w2"), _FINAL, _HEAD))
 
 
-def _sparse_layers():
-  """Which layers have experts: each `decoder_sparse_step`-th, but for `mlp_only_layers`."""
-  def read(hf):
+def _sparse_layers() -> Entry:
+  """The layers with experts: every `decoder_sparse_step`-th, except `mlp_only_layers`."""
+  def read(hf: HfConfig) -> Fields:
     step, only = get(hf, "decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
     kinds = ["moe" if (i + 1) % step == 0 and i not in only else "dense"
              for i in range(get(hf, "num_hidden_layers"))]
     return {"mlp_pattern": shortest(kinds)}
 
-  def write(model):
+  def write(model: Fields) -> HfConfig:
     kinds = expanded(model["mlp_pattern"], model["num_layers"])
     return {"decoder_sparse_step": 1,
             "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "dense"]}
   return Entry(read, write)
 
 
-def _qwen3_moe():
-  experts = Entry(  # 'num_experts' on the Hub, 'num_local_experts' as transformers 5 writes it
+def _qwen3_moe() -> Family:
+  experts = Entry(  # 'num_experts' on the Hub; transformers 5 writes 'num_local_experts'
       lambda hf: {"moe.experts": get(hf, "num_experts", lambda hf: get(hf, "num_local_experts"))},
       lambda model: {"num_experts": model["moe.experts"]})
   family = _llama_like(
@@ -286,13 +314,13 @@ def _qwen3_moe():
       sames(num_experts_per_tok="moe.per_token", moe_intermediate_size="moe.width"),
       same("norm_topk_prob", "moe.normalize", False),
       bias=False, qk_norm="head", moe__router="softmax")
-  return family._replace(rows=flat(
+  return family._replace(tensors=flat(
       _EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _experts(_L + "mlp"), _FINAL, _HEAD))
 
 
 # --- DeepSeek: latent attention, shared experts.
 
-def _deepseek(kind, cls, *config, **fields):
+def _deepseek(kind: str, cls: str, *config: Entry, **fields: Any) -> Family:
   a = _L + "self_attn."
   latent = sames(kv_lora_rank="latent.kv_rank", qk_rope_head_dim="latent.rope_dim",
                  v_head_dim="latent.v_dim")
@@ -302,36 +330,40 @@ def _deepseek(kind, cls, *config, **fields):
                lambda model: {"qk_nope_head_dim": model["head_dim"] - model["latent.rope_dim"]})
   family = _llama_like(
       kind, cls, latent, ranks, head, latent_rope(), must("attention_bias", False),
-      must("rms_norm_eps", 1e-6), must("moe_layer_freq", 1),  # norms of ranks have no other eps
+      must("rms_norm_eps", 1e-6), must("moe_layer_freq", 1),  # the norms of ranks have eps 1e-6
       moe("n_routed_experts", "num_experts_per_tok", n_shared_experts="shared",
           first_k_dense_replace="first_dense", routed_scaling_factor="scale"),
       *config, bias=False, mlp_pattern=("moe",), **fields)
-  halves = (Part("layers/attn/k", "N H C -> C N H"), Part("layers/attn/v", "N H C -> C N H"))
-  rotated = lambda name: one(name, "layers/attn/q", "(N H) C -> C N H", pairs=True)
-  rows = flat(
+  halves = tuple(PieceTemplate(f"layers/attn/{x}", "N H C -> C N H") for x in "kv")
+  rotated = lambda name: one(name, "layers/attn/q", "(N H) C -> C N H", interleaved=True)
+  # q_proj exists without a rank of queries, q_a_proj and q_b_proj with one. kv_b_proj holds the
+  # keys, then the values of each head, so its pieces lie along axis 1 of a view [N, H, C].
+  tensors = flat(
       _EMBED, _NORMS,
       one(a + "q_a_proj.weight", "layers/attn/q_down", "C D -> D C"),
       vector(a + "q_a_layernorm.weight", "layers/attn/q_down_norm/scale"),
       rotated(a + "q_b_proj.weight")._replace(when=("q_rank",)),
       rotated(a + "q_proj.weight")._replace(when=("no q_rank",)),
-      one(a + "kv_a_proj_with_mqa.weight", "layers/attn/kv_down", "C D -> D C", pairs=True),
+      one(a + "kv_a_proj_with_mqa.weight", "layers/attn/kv_down", "C D -> D C",
+          interleaved=True),
       vector(a + "kv_a_layernorm.weight", "layers/attn/kv_down_norm/scale"),
-      Row(a + "kv_b_proj.weight", halves, axis=1, merged=True),
+      TensorTemplate(a + "kv_b_proj.weight", halves, axis=1, merged=True),
       _O, _MLP, _experts(_L + "mlp"),
       vector(_L + "mlp.gate.e_score_correction_bias", "layers/mlp/router_bias", ("moe",)),
       *(dense(f"{_L}mlp.shared_experts.{x}_proj", f"layers/mlp/shared/{x}", ("moe",))
         for x in ("gate", "up", "down")), _FINAL, _HEAD)
-  return family._replace(rows=rows, ignored=(_FREQUENCIES, r"model\.layers\.61\..*"))
+  # Layer 61 of the published V3 is its head for multi-token prediction.
+  return family._replace(tensors=tensors, ignored=(_FREQUENCIES, r"model\.layers\.61\..*"))
 
 
-def _groups(method_key=None):
-  """Groups of experts; null: one."""
-  def read(hf):
+def _groups(method_key: str | None = None) -> Entry:
+  """Groups of experts. null means one group."""
+  def read(hf: HfConfig) -> Fields:
     method = hf.get(method_key, "greedy") if method_key else None
     groups = 1 if method == "greedy" else hf.get("n_group") or 1
     return {"moe.groups": groups, "moe.top_groups": 1 if groups == 1 else get(hf, "topk_group")}
 
-  def write(model):
+  def write(model: Fields) -> HfConfig:
     out = {"n_group": model["moe.groups"], "topk_group": model["moe.top_groups"]}
     if method_key:
       out[method_key] = "greedy" if model["moe.groups"] == 1 else "group_limited_greedy"
@@ -347,7 +379,8 @@ _BERT_POOLER = dict(head="pooler", head_bias=False, head_transform="tanh", pooli
 _POOLED = ("classifier", "pooler")
 
 
-def _bert_config(*more):
+def _bert_config(*more: Entry) -> tuple[Entry, ...]:
+  """The entries that BERT and RoBERTa share, and `more`."""
   return (ours(norm="layernorm", norm_placement="post", embed_norm=True, position="learned",
                gated=False, bias=True, causal=False),
           sames(vocab_size="vocab_size", hidden_size="width", intermediate_size="mlp_width",
@@ -358,8 +391,8 @@ def _bert_config(*more):
           must("add_cross_attention", False), must("position_embedding_type", "absolute"), *more)
 
 
-def _bert_rows(name, skip=0):
-  """Embeddings and layers of BERT under another first name."""
+def _bert_tensors(name: str, skip: int = 0) -> Templates:
+  """Embeddings and layers of BERT. `name` begins all names, `skip` positions are unused."""
   layer = name + ".encoder.layer.{i}."
   embeddings = name + ".embeddings."
   return flat(
@@ -376,13 +409,13 @@ def _bert_rows(name, skip=0):
       norm(layer + "output.LayerNorm", "layers/mlp_norm"))
 
 
-def _bert():
+def _bert() -> Family:
   return Family(
       "bert", _bert_config(
           classes(BertForMaskedLM=_BERT_LM, BertForPreTraining=_BERT_LM,
                   BertForSequenceClassification=_BERT_CLASSIFIER, BertModel=_BERT_POOLER),
           same("max_position_embeddings", "max_len"), activation("hidden_act", "gelu")),
-      flat(_bert_rows("bert"),
+      flat(_bert_tensors("bert"),
            dense("cls.predictions.transform.dense", "head_dense", ("lm",)),
            norm("cls.predictions.transform.LayerNorm", "head_norm", ("lm",)),
            one("cls.predictions.decoder.weight", "head", "V D -> D V", ("lm",)),
@@ -394,8 +427,8 @@ def _bert():
                r"cls\.seq_relationship\..*", r"cls\.predictions\.decoder\.bias"))
 
 
-def _roberta():
-  # Positions count from the padding's id + 1, which is 2 in every published model.
+def _roberta() -> Family:
+  # Positions count from pad_token_id + 1 = 2, so the first two rows of the table are unused.
   length = Entry(lambda hf: {"max_len": get(hf, "max_position_embeddings") - 2},
                  lambda model: {"max_position_embeddings": model["max_len"] + 2})
   return Family(
@@ -404,7 +437,7 @@ def _roberta():
                   RobertaModel=_BERT_POOLER),
           length, must("pad_token_id", 1),
           mapped("hidden_act", "activation", {"gelu": "gelu_exact"}, "gelu")),
-      flat(_bert_rows("roberta", skip=2),
+      flat(_bert_tensors("roberta", skip=2),
            dense("lm_head.dense", "head_dense", ("lm",)),
            norm("lm_head.layer_norm", "head_norm", ("lm",)),
            one("lm_head.decoder.weight", "head", "V D -> D V", ("lm",)),
@@ -417,11 +450,12 @@ def _roberta():
                r"lm_head\.decoder\.bias", r"lm_head\.decoder\.weight"))
 
 
-def _modernbert():
+def _modernbert() -> Family:
   each = lambda hf: get(hf, "global_attn_every_n_layers", 3)
   kinds = lambda hf: ["local" if i % each(hf) else "global"
                       for i in range(get(hf, "num_hidden_layers"))]
-  window = ("local_attention", lambda n: n // 2 + 1, lambda n: 2 * (n - 1))
+  # Their window is the whole span, n // 2 tokens on each side; ours counts the token itself.
+  window = WindowKey("local_attention", lambda n: n // 2 + 1, lambda n: 2 * (n - 1))
   head = dict(head_bias=True, head_transform="norm")
   m = "model.layers.{i}."
   return Family(
@@ -452,7 +486,7 @@ def _modernbert():
            dense("classifier", "head", ("classifier",))))
 
 
-# In this order a model that no family was named for looks for one that has its fields.
+# `export` without --family takes the first family in this order that has the model's fields.
 FAMILIES = {f.model_type: f for f in (
     _gpt2(),
     _llama_like("llama", "Llama", _HEAD_DIM, rope(), biases()),

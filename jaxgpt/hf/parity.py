@@ -1,23 +1,30 @@
-"""The certificate beside an export: what transformers computes from it, next to what we compute.
+"""The parity certificate of an export: outputs of transformers and of jaxgpt on the same prompts.
 
-Both sides run in float32 from the weights as they were exported, so what differs is the format or
-the mathematics, and not the rounding of the files.
+Both run in float32 from the exported weights, so a difference comes from the format or the
+mathematics and not from rounding to the files' dtype.
+
+Legend: L layers, N prompts, T tokens, V vocabulary (or labels), D width.
 """
 
 import functools
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
 from jaxgpt import __version__
 from jaxgpt.config import installed
 from jaxgpt.inference import sampling
 from jaxgpt.model import transformer
+from jaxgpt.text.tokenizers import base
+from jaxgpt.tree import PyTree
 
 JSON, TEXT = "parity.json", "parity.md"
 PROMPTS = (
@@ -25,27 +32,37 @@ PROMPTS = (
   "def fibonacci(n):\n  return n if n < 2 else",
   "In 1905 Albert Einstein published four papers; the third, on the electrodynamics of",
 )
-LENGTH, NEW = 48, 16  # tokens of a prompt at most; tokens generated
+LENGTH, NEW = 48, 16  # tokens: longest prompt; generated
 _PACKAGES = ("jax", "torch", "transformers")
 
+Certificate = dict[str, Any]  # JSON values, see `certify`
+Distance = dict[str, float]  # max_abs, mean_abs: of the difference; scale: max_abs of theirs
 
-def certify(folder, c_model, params, tokenizer, dtype, compare=True):
+
+def certify(
+  folder: epath.Path,
+  c_model: ml_collections.ConfigDict,
+  params: PyTree,
+  tokenizer: base.Tokenizer,
+  dtype: str,
+  compare: bool = True,
+) -> Certificate:
   """Compares an export with the model it was made from, on fixed prompts.
 
   Args:
-    folder: the export.
-    c_model: the resolved `model` section.
-    params: the weights as exported: rounded, in float32.
-    tokenizer: the run's.
-    dtype: of the files.
-    compare: whether to compare at all.
+    folder: The export.
+    c_model: The resolved `model` section.
+    params: The weights as exported: rounded, then cast to float32.
+    tokenizer: The run's tokenizer.
+    dtype: Dtype of the files.
+    compare: False: record versions and digests, but compare nothing.
 
   Returns:
-    A dict of plain values: 'checked', 'why_not' or the figures ('logits', 'layers', 'greedy'),
-    'tokenizer' ('equal': whether AutoTokenizer makes the same ids of the prompts, or None),
-    'dtypes', 'versions', 'files' (their sha256).
+    'checked': whether outputs were compared. If not, 'why_not'; if so, 'logits', 'layers' and
+    'greedy' (see `_compare`). 'tokenizer': {'equal': whether AutoTokenizer gives the same ids for
+    the prompts, None if unknown}. 'dtypes', 'versions', 'files': {name: sha256}.
   """
-  out = {
+  out: Certificate = {
     "checked": False,
     "tokenizer": {"equal": None, "why_not": ""},
     "dtypes": {"files": dtype, "compared_in": "float32"},
@@ -57,7 +74,7 @@ def certify(folder, c_model, params, tokenizer, dtype, compare=True):
     "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())},
   }
   if not compare:
-    return out | {"why_not": "it was not asked for"}
+    return out | {"why_not": "--no-check was given"}
   missing = [name for name in ("torch", "transformers") if out["versions"][name] is None]
   if missing:
     return out | {"why_not": f"{' and '.join(missing)} not installed; pip install 'jaxgpt[bench]'"}
@@ -66,12 +83,13 @@ def certify(folder, c_model, params, tokenizer, dtype, compare=True):
   return out | {"checked": True, **_compare(folder, c_model, params, prompts)}
 
 
-def encode(tokenizer, length):
-  """The fixed prompts as lists of token ids."""
+def encode(tokenizer: base.Tokenizer, length: int) -> list[list[int]]:
+  """Encodes the fixed prompts, each with bos and at most `length` tokens."""
   return [[tokenizer.bos_id, *tokenizer.encode(text)][:length] for text in PROMPTS]
 
 
-def _same_tokens(folder, tokenizer):
+def _same_tokens(folder: epath.Path, tokenizer: base.Tokenizer) -> bool | None:
+  """Returns whether AutoTokenizer gives our token ids; None if the export has no tokenizer."""
   import transformers
 
   if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
@@ -82,7 +100,13 @@ def _same_tokens(folder, tokenizer):
   )
 
 
-def _compare(folder, c_model, params, prompts):
+def _compare(
+  folder: epath.Path,
+  c_model: ml_collections.ConfigDict,
+  params: PyTree,
+  prompts: Sequence[Sequence[int]],
+) -> Certificate:
+  """Compares logits, outputs of each layer and, for causal models, greedy continuations."""
   import torch
   import transformers
 
@@ -127,27 +151,36 @@ AUTO = {
   "classifier": "AutoModelForSequenceClassification",
   "bare": "AutoModel",
 }
-POOLED = ("classifier", "pooler")
+POOLED = ("classifier", "pooler")  # heads with one output per prompt instead of one per token
 
 
-def auto_class(c_model):
-  """Which of transformers' Auto classes loads such a model: a key of `AUTO`."""
+def auto_class(c_model: ml_collections.ConfigDict) -> str:
+  """Returns the key in `AUTO` of the class of transformers that loads the model."""
   if c_model.head == "lm":
     return "causal" if c_model.causal else "masked"
   return "classifier" if c_model.head == "classifier" else "bare"
 
 
-def answer(out, head):
-  """What their output has for our `logits`."""
+def answer(out: Any, head: str) -> Any:
+  """Returns the field of transformers' output that corresponds to our logits."""
   if head == "pooler":
     return out.pooler_output
   return out.last_hidden_state if head == "none" else out.logits
 
 
-def forward(model, params, prompts):
-  """Our answers to padded prompts, [N, T, V] or [N, V], and the outputs of the layers [L, N, T, D].
+def forward(
+  model: transformer.Transformer, params: PyTree, prompts: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Computes our outputs for padded prompts.
 
-  Of the last layer it is the output after the final norm, as transformers has it.
+  Args:
+    model: The model.
+    params: Its parameters.
+    prompts: Token ids of each prompt.
+
+  Returns:
+    Logits NTV (NV with a pooled head), and the outputs of the layers LNTD. The last layer's are
+    taken after the final norm, as in transformers' `hidden_states`.
   """
   length = max(map(len, prompts))
   tokens = np.zeros((len(prompts), length), np.int32)
@@ -159,15 +192,19 @@ def forward(model, params, prompts):
   return apply(model, params, tokens, positions, segments)
 
 
-def apply(model, params, *batch):
-  """(logits, outputs of the layers) of a batch, on the host; see `forward`."""
+def apply(
+  model: transformer.Transformer, params: PyTree, *batch: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Computes logits and outputs of the layers, as `forward` does, for a batch of arrays."""
   run = jax.jit(lambda p, *args: model.apply({"params": p}, *args, layer_outputs=True))
   out = run(params, *batch)
   return np.asarray(out.logits), np.concatenate([out.layers[:-1], out.hidden[None]])
 
 
-def continuation(model, params, ids, new=NEW):
-  """The `new` likeliest tokens after a prompt, each after the ones before it."""
+def continuation(
+  model: transformer.Transformer, params: PyTree, ids: Sequence[int], new: int = NEW
+) -> list[int]:
+  """Generates `new` tokens after a prompt, greedily."""
   tokens = np.zeros((1, min(LENGTH + new, model.cfg.max_len)), np.int32)
   tokens[0, : len(ids)] = ids
   run = _sampler(model, tokens.shape[1])
@@ -183,11 +220,11 @@ def continuation(model, params, ids, new=NEW):
 
 
 @functools.lru_cache(maxsize=2)  # compiled once for all prompts
-def _sampler(model, slots):
+def _sampler(model: transformer.Transformer, slots: int) -> Any:
   return sampling.make(model, slots, -1, model.cfg.vocab_size)
 
 
-def _distance(a, b):
+def _distance(a: Any, b: Any) -> Distance:
   difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
   return {
     "max_abs": float(difference.max()),
@@ -196,7 +233,7 @@ def _distance(a, b):
   }
 
 
-def _worst(figures):
+def _worst(figures: Sequence[Distance]) -> Distance:
   return {
     "max_abs": max(f["max_abs"] for f in figures),
     "mean_abs": float(np.mean([f["mean_abs"] for f in figures])),
@@ -204,26 +241,26 @@ def _worst(figures):
   }
 
 
-def _sha256(path):
+def _sha256(path: epath.Path) -> str:
   with path.open("rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write(folder, certificate):
-  """Writes the certificate for programs and for people."""
+def write(folder: epath.Path, certificate: Certificate) -> None:
+  """Writes the certificate as JSON and as Markdown."""
   (folder / JSON).write_text(json.dumps(certificate, indent=2) + "\n")
   (folder / TEXT).write_text("\n".join(describe(certificate)) + "\n")
 
 
-def describe(c):
-  """The certificate as lines of Markdown."""
+def describe(c: Certificate) -> list[str]:
+  """Formats the certificate as lines of Markdown."""
   lines = ["# Parity certificate", ""]
   if not c["checked"]:
     lines.append(f"Not checked against transformers: {c['why_not']}.")
   else:
     figure = lambda f: f"{f['max_abs']:.2e} | {f['mean_abs']:.2e} | {f['scale']:.3g}"
     lines += [
-      f"`{c['architecture']}.from_pretrained` of this folder and jaxgpt, both in float32, "
+      f"`{c['architecture']}.from_pretrained` with this folder and jaxgpt, both in float32, "
       f"on {len(PROMPTS)} fixed prompts:",
       "",
       "| | largest difference | mean difference | largest value |",
@@ -247,9 +284,9 @@ def describe(c):
   elif of_tokenizer["equal"] is not None:
     lines += [
       "",
-      "AutoTokenizer makes the same token ids of the prompts."
+      "AutoTokenizer gives the same token ids for the prompts."
       if of_tokenizer["equal"]
-      else "AutoTokenizer makes OTHER token ids of the prompts.",
+      else "AutoTokenizer gives OTHER token ids for the prompts.",
     ]
   lines += [
     "",

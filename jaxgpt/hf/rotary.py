@@ -1,14 +1,20 @@
-"""The rotary embedding in config.json: old keys and new, plain and stretched.
+"""The rotary embedding in config.json: its base, its scaling to longer contexts, old and new keys.
 
-transformers 4 wrote `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`, which
-may hold a dict for each kind of layer. All are read; the old ones are written, since both versions
-and other programs read them.
+transformers 4 wrote `rope_theta` and `rope_scaling`. transformers 5 writes `rope_parameters`, which
+may hold one dict per kind of layer. This module reads all of them and writes the old keys, which
+both versions and other programs read.
+
+In the functions below, `given` is the dict with the parameters of one kind of layer, wherever
+config.json keeps it.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-from jaxgpt.hf.config_map import Entry, get, refuse
+from jaxgpt.hf.config_map import Entry, Fields, HfConfig, get, refuse
 
+# {rope_type: model.rope.scaling}. Of several spellings, the first is written.
 _KINDS = {
   "default": "none",
   "linear": "linear",
@@ -20,18 +26,24 @@ _KINDS = {
 }
 
 
-def rope(theta=10_000.0, theta_key="rope_theta", local=None, kinds=tuple(_KINDS), own_len=False):
-  """Base, scaling and share of a head.
+def rope(
+  theta: float = 10_000.0,
+  theta_key: str = "rope_theta",
+  local: tuple[str, float] | None = None,
+  kinds: tuple[str, ...] = tuple(_KINDS),
+  own_len: bool = False,
+) -> Entry:
+  """The fields of `model.rope`: base, rotated fraction of a head, scaling.
 
   Args:
-    theta: default of the base.
-    theta_key: its old key.
-    local: old key and default of the base in local layers, or None where it is the same one.
-    kinds: scalings that the family's own code knows.
-    own_len: whether config.json keeps the original context beside the scaling (Phi-3).
+    theta: Default of the base.
+    theta_key: Old key of the base.
+    local: Old key and default of the base in local layers. None: the same base as in global layers.
+    kinds: Values of `rope_type` that the family's code in transformers supports.
+    own_len: Whether the original context is a key of config.json outside of the scaling (Phi-3).
   """
 
-  def read(hf):
+  def read(hf: HfConfig) -> Fields:
     given, sliding = _given(hf)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in kinds:
@@ -49,7 +61,7 @@ def rope(theta=10_000.0, theta_key="rope_theta", local=None, kinds=tuple(_KINDS)
       out["rope.local_theta"] = float(sliding.get("rope_theta") or hf.get(local[0]) or local[1])
     return out
 
-  def write(model):
+  def write(model: Fields) -> HfConfig:
     kind = model["rope.scaling"]
     scaling = None
     if kind != "none":
@@ -67,16 +79,16 @@ def rope(theta=10_000.0, theta_key="rope_theta", local=None, kinds=tuple(_KINDS)
   return Entry(read, write)
 
 
-def _given(hf):
-  """(the parameters of global layers, of layers within a window) in whatever form they are."""
+def _given(hf: HfConfig) -> tuple[HfConfig, HfConfig]:
+  """Returns the parameters of global layers and those of layers with a window."""
   new = hf.get("rope_parameters") or {}
   if "full_attention" in new or "sliding_attention" in new:
     return new.get("full_attention") or {}, new.get("sliding_attention") or {}
   return {**(hf.get("rope_scaling") or {}), **new}, {}
 
 
-def _length(given, hf):
-  """The context before it was stretched."""
+def _length(given: HfConfig, hf: HfConfig) -> int:
+  """Returns the context before scaling, in tokens."""
   return (
     hf.get("original_max_position_embeddings")
     or given.get("original_max_position_embeddings")
@@ -84,11 +96,12 @@ def _length(given, hf):
   )
 
 
-def _factor(given, hf):
+def _factor(given: HfConfig, hf: HfConfig) -> float:
+  """Returns the ratio of the context after scaling to the one before."""
   return float(given.get("factor") or get(hf, "max_position_embeddings") / _length(given, hf))
 
 
-def _read_yarn(given, hf):
+def _read_yarn(given: HfConfig, hf: HfConfig) -> Fields:
   if not given.get("truncate", True):
     refuse("truncate", given["truncate"], "only True is")
   factor, attention = _factor(given, hf), given.get("attention_factor")
@@ -104,7 +117,7 @@ def _read_yarn(given, hf):
   }
 
 
-def _read_longrope(given, hf):
+def _read_longrope(given: HfConfig, hf: HfConfig) -> Fields:
   attention = given.get("attention_factor")
   return {
     "rope.factor": _factor(given, hf),
@@ -115,7 +128,8 @@ def _read_longrope(given, hf):
   }
 
 
-_READ = {
+# {model.rope.scaling: function (given, config.json) -> fields}.
+_READ: dict[str, Callable[[HfConfig, HfConfig], Fields]] = {
   "none": lambda given, hf: {},
   "linear": lambda given, hf: {"rope.factor": float(get(given, "factor"))},
   "ntk": lambda given, hf: {"rope.factor": float(get(given, "factor"))},
@@ -130,7 +144,7 @@ _READ = {
 }
 _PLAIN = {"factor": "rope.factor"}
 _LONG = _PLAIN | {"original_max_position_embeddings": "rope.original_len"}
-_KEYS = {  # theirs: ours
+_KEYS = {  # {model.rope.scaling: {key of config.json: field}}
   "linear": _PLAIN,
   "ntk": _PLAIN,
   "llama3": _LONG | {"low_freq_factor": "rope.low_freq", "high_freq_factor": "rope.high_freq"},
@@ -148,9 +162,9 @@ _KEYS = {  # theirs: ours
 }
 
 
-def _writer(keys):
-  def write(model):
-    values = {theirs: model[ours] for theirs, ours in keys.items()}
+def _writer(keys: dict[str, str]) -> Callable[[Fields], HfConfig]:
+  def write(model: Fields) -> HfConfig:
+    values: dict[str, Any] = {theirs: model[ours] for theirs, ours in keys.items()}
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {k: v for k, v in values.items() if v is not None}
 
@@ -160,16 +174,20 @@ def _writer(keys):
 _WRITE = {kind: _writer(keys) for kind, keys in _KEYS.items()}
 
 
-def mscale(factor, weight):
-  """How much sharper YaRN makes attention (arXiv:2309.00071, section 3.4)."""
+def mscale(factor: float, weight: float) -> float:
+  """YaRN's attention factor, 0.1 * weight * log(factor) + 1 (arXiv:2309.00071, section 3.4)."""
   return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def latent_rope():
-  """DeepSeek's: as `rope`, but part of YaRN's sharpness is in the scale of the attention logits."""
+def latent_rope() -> Entry:
+  """As `rope`, for DeepSeek, which puts part of YaRN's attention factor into the logits' scale.
+
+  With `mscale_all_dim`, attn_scale = mscale(factor, mscale_all_dim)^2 / sqrt(head_dim), as
+  DeepseekV3Attention of transformers computes it.
+  """
   plain = rope()
 
-  def read(hf):
+  def read(hf: HfConfig) -> Fields:
     given, _ = _given(hf)
     scale = (get(hf, "qk_nope_head_dim") + get(hf, "qk_rope_head_dim")) ** -0.5
     found = plain.read(hf)
@@ -177,7 +195,7 @@ def latent_rope():
       scale *= mscale(get(given, "factor"), given["mscale_all_dim"]) ** 2
     return found | {"attn_scale": scale}
 
-  def write(model):
+  def write(model: Fields) -> HfConfig:
     out = plain.write(model)
     sharper = (model["attn_scale"] * model["head_dim"] ** 0.5) ** 0.5
     if out["rope_scaling"] and abs(sharper - 1) > 1e-6:

@@ -1,20 +1,25 @@
-"""The safetensors format, a tensor at a time: no more of a file is in memory than is asked for.
+"""Reading and writing of the safetensors format, a box of a tensor at a time.
 
-A file is 8 bytes (length of the header, little endian), a JSON header {name: {dtype, shape,
-data_offsets}} and the tensors' bytes. Written here because export must not hold a whole model, and
-import must say which tensor a cut file ends in (https://huggingface.co/docs/safetensors).
+    8 bytes      length n of the header, little endian
+    n bytes      header, JSON: {name: {dtype, shape, data_offsets}}
+    the rest     the tensors, in C order; data_offsets are relative to here
+
+The format is implemented here, because export must not hold a whole model in memory and import must
+name the tensors that a truncated file lacks (https://huggingface.co/docs/safetensors).
 """
 
 import json
 import math
 import struct
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from jaxgpt.errors import UserError
+from jaxgpt.hf.layout import Bounds
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,34 +38,35 @@ _DTYPES = {
   "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_BLOCK = 32 << 20  # bytes read at a time where only some columns are kept
+_BLOCK = 32 << 20  # bytes read at a time when only some columns are kept
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies."""
+  """A tensor of a file, not yet read."""
 
   file: epath.Path
   dtype: np.dtype
-  shape: tuple
+  shape: tuple[int, ...]
   offset: int  # of its first byte in the file
 
   @property
-  def nbytes(self):
+  def nbytes(self) -> int:
+    """Size in bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def scan(folder):
-  """Where each tensor of a model folder lies, from the headers alone.
+def scan(folder: epath.PathLike) -> dict[str, Tensor]:
+  """Lists the tensors of a model folder. Reads the headers alone.
 
   Args:
-    folder: with `model.safetensors`, or with the files that `model.safetensors.index.json` names.
+    folder: Holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
 
   Returns:
     {name: Tensor}.
 
   Raises:
-    UserError: no such file; a file that is missing, broken or cut, with the tensors that it lacks;
-      a tensor that the index names and its file does not hold.
+    UserError: A file is missing, broken or truncated (the message names the tensors that it lacks),
+      or does not hold a tensor that the index says it does.
   """
   folder = epath.Path(folder)
   index = folder / INDEX
@@ -68,7 +74,7 @@ def scan(folder):
     if not (folder / SINGLE).exists():
       other = sorted(p.name for p in folder.glob("*.bin"))
       hint = (
-        f"; {other[0]} is a pickle, which is not read: convert it with transformers' "
+        f"; {other[0]} is a pickle, which is never loaded: convert it with transformers' "
         "save_pretrained"
         if other
         else ""
@@ -79,27 +85,27 @@ def scan(folder):
     where = json.loads(index.read_text())["weight_map"]
     names = sorted(set(where.values()))
   except (ValueError, KeyError, TypeError, AttributeError) as e:
-    raise UserError(f"{index} is broken ({type(e).__name__}: {e}); fetch it again") from e
+    raise UserError(f"{index} is broken ({type(e).__name__}: {e}); download it again") from e
   missing = [name for name in names if not (folder / name).exists()]
   if missing:
     raise UserError(
       f"{folder} lacks {len(missing)} of {len(names)} files that {INDEX} names: "
-      f"{', '.join(missing[:5])}; fetch them"
+      f"{', '.join(missing[:5])}; download them"
     )
-  tensors = {}
+  tensors: dict[str, Tensor] = {}
   for name in names:
     tensors |= _header(folder / name)
   lost = sorted(where.keys() - tensors.keys())
   if lost:
     raise UserError(
       f"{where[lost[0]]} does not hold {', '.join(lost[:5])}, which {INDEX} places "
-      "there; fetch the folder again"
+      "there; download the folder again"
     )
   return tensors
 
 
-def _header(path):
-  broken = f"{path} is no safetensors file, or broken ({{}}); fetch it again"
+def _header(path: epath.Path) -> dict[str, Tensor]:
+  broken = f"{path} is broken or not a safetensors file ({{}}); download it again"
   size = path.stat().length
   try:
     with path.open("rb") as f:
@@ -112,7 +118,7 @@ def _header(path):
     for name, entry in header.items():
       if entry["dtype"] not in _DTYPES:
         raise UserError(
-          f"{path}: tensor {name} is of type {entry['dtype']}, which is not read; "
+          f"{path}: tensor {name} has dtype {entry['dtype']}, which is not supported; "
           "convert the model to bfloat16 or float32"
         )
       start, end = entry["data_offsets"]
@@ -121,7 +127,7 @@ def _header(path):
       )
       if tensors[name].nbytes != end - start:
         raise ValueError(
-          f"tensor {name} has {end - start} bytes, its shape {entry['shape']} says "
+          f"tensor {name} has {end - start} bytes, its shape {entry['shape']} needs "
           f"{tensors[name].nbytes}"
         )
   except UserError:
@@ -131,21 +137,21 @@ def _header(path):
   cut = [name for name, t in tensors.items() if t.offset + t.nbytes > size]
   if cut:
     raise UserError(
-      f"{path} is cut: it has {size:,} bytes and lacks {len(cut)} of {len(tensors)} "
-      f"tensors, whole or in part: {', '.join(sorted(cut)[:5])}; fetch it again"
+      f"{path} is truncated: it has {size:,} bytes and lacks {len(cut)} of {len(tensors)} "
+      f"tensors, whole or in part: {', '.join(sorted(cut)[:5])}; download it again"
     )
   return tensors
 
 
-def read(tensor, region=None):
-  """A box of a tensor.
+def read(tensor: Tensor, region: Sequence[Bounds] | None = None) -> np.ndarray:
+  """Reads a box of a tensor.
 
   Args:
-    tensor: from `scan`.
-    region: a (start, stop) for each dimension; None: all.
+    tensor: From `scan`.
+    region: [start, stop) along each axis. None: the whole tensor.
 
   Returns:
-    A NumPy array in the file's dtype.
+    Array in the file's dtype.
   """
   region = region or tuple((0, n) for n in tensor.shape)
   if not tensor.shape:
@@ -163,16 +169,17 @@ def read(tensor, region=None):
   return out
 
 
-def _rows(tensor, start, stop, row):
+def _rows(tensor: Tensor, start: int, stop: int, row: int) -> np.ndarray:
+  """Reads entries [start, stop) of the first axis, each of `row` elements, as a flat array."""
   out = np.empty((stop - start) * row, tensor.dtype)
   with tensor.file.open("rb") as f:
     f.seek(tensor.offset + start * row * tensor.dtype.itemsize)
-    view = memoryview(out.view(np.uint8))
+    view = out.view(np.uint8).data
     done = 0
     while done < len(view):
       n = f.readinto(view[done:])
       if not n:
-        raise UserError(f"{tensor.file} ended early: it changed while it was read")
+        raise UserError(f"{tensor.file} ended early: it changed while being read; start again")
       done += n
   return out
 
@@ -181,27 +188,34 @@ class Entry(NamedTuple):
   """A tensor to be written."""
 
   name: str
-  shape: tuple
+  shape: tuple[int, ...]
   dtype: np.dtype
 
   @property
-  def nbytes(self):
+  def nbytes(self) -> int:
+    """Size in bytes."""
     return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def write(folder, entries, array_of, shard_bytes):
-  """Writes tensors one after the other, in as many files as their size asks for.
+def write(
+  folder: epath.PathLike,
+  entries: Sequence[Entry],
+  array_of: Callable[[Entry], np.ndarray],
+  shard_bytes: int,
+) -> list[str]:
+  """Writes tensors one after the other, into one file or several files with an index.
 
   Args:
-    folder: an empty folder.
-    entries: list of `Entry`, in the order of the files.
-    array_of: Entry -> NumPy array of its shape and dtype; called once each, in order.
-    shard_bytes: a file grows no larger than this, but for a single larger tensor.
+    folder: An empty folder.
+    entries: The tensors, in the order of the files.
+    array_of: Function from an entry to the array of its shape and dtype. Called once per entry, in
+      order.
+    shard_bytes: Largest size of a file. A single larger tensor gets a file of its own.
 
   Returns:
-    The names of the files written.
+    Names of the files written.
   """
-  shards = [[]]
+  shards: list[list[Entry]] = [[]]
   for entry in entries:
     if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > shard_bytes:
       shards.append([])
@@ -220,9 +234,12 @@ def write(folder, entries, array_of, shard_bytes):
   return [*names, INDEX]
 
 
-def write_file(path, entries, array_of):
-  """Writes one file of tensors; arguments as of `write`."""
-  header, offset = {"__metadata__": {"format": "pt"}}, 0
+def write_file(
+  path: epath.Path, entries: Sequence[Entry], array_of: Callable[[Entry], np.ndarray]
+) -> None:
+  """Writes one file of tensors. The arguments are those of `write`."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  offset = 0
   for e in entries:
     header[e.name] = {
       "dtype": _NAMES[np.dtype(e.dtype)],
@@ -231,11 +248,11 @@ def write_file(path, entries, array_of):
     }
     offset += e.nbytes
   text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+  text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
   with path.open("wb") as f:
     f.write(struct.pack("<Q", len(text)) + text)
     for e in entries:
       array = np.ascontiguousarray(array_of(e))
       if array.shape != tuple(e.shape) or array.dtype != e.dtype:
         raise ValueError(f"{e.name}: {array.dtype}{array.shape} is not {e.dtype}{e.shape}")
-      f.write(memoryview(array.reshape(-1).view(np.uint8)))
+      f.write(array.reshape(-1).view(np.uint8).data)

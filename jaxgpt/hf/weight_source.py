@@ -5,12 +5,15 @@ from etils import epath
 
 from jaxgpt import tree
 from jaxgpt.errors import UserError
-from jaxgpt.hf import convert, families, safetensors, weights
+from jaxgpt.hf import config_map, convert, families, safetensors, weights
 from jaxgpt.run import init_from
 
 
-def read_family(folder: epath.Path) -> tuple[families.Family, dict]:
-  """(Family, config.json as a dict) of a folder in Hugging Face's format.
+def read_family(folder: epath.Path) -> tuple[families.Family, config_map.HfConfig]:
+  """Reads the config.json of a folder in Hugging Face's format.
+
+  Returns:
+    The family, and config.json as a dict.
 
   Raises:
     UserError: There is no config.json, or its model is not supported.
@@ -24,10 +27,10 @@ def read_family(folder: epath.Path) -> tuple[families.Family, dict]:
 
 
 class HuggingFaceSource:
-  """Reads folders as transformers' `save_pretrained` writes them; an `init_from.WeightSource`."""
+  """An `init_from.WeightSource` for folders that transformers' `save_pretrained` writes."""
 
   def recognizes(self, folder: epath.Path) -> bool:
-    """Whether the folder holds a config.json that is not a run's."""
+    """Returns whether the folder holds a config.json that is not a run's."""
     return (folder / "config.json").exists() and not init_from.is_run(folder)
 
   def check(self, folder: epath.Path) -> None:
@@ -42,20 +45,20 @@ class HuggingFaceSource:
     tensors = safetensors.scan(folder)
     published = convert.publish(family, c_model, abstract, partly=True)
     found = convert.find(family, published, tensors, c_model.tie_embeddings)
-    # A parameter of all layers is an error if only some of its layers are there, and is
-    # initialized if none is.
+    # A parameter that is stacked over layers is initialized if the files have none of its layers. It
+    # is an error if they have some of them.
     paths = lambda published: {piece.path for p in published for piece in p.pieces}
-    torn = paths(found.missing) & paths(p for p, _ in found.pairs)
+    torn = paths(found.missing) & paths(p for p, _ in found.matched)
     found = found._replace(missing=[p for p in found.missing if paths([p]) & torn], extra=[])
     convert.check(found, tensors, folder)
-    used = {id(tensor) for _, tensor in found.pairs}
+    used = {id(tensor) for _, tensor in found.matched}
     return init_from.Weights(
-      weights.load(found.pairs, abstract),
+      weights.load(found.matched, abstract),
       [name for name, tensor in tensors.items() if id(tensor) not in used],
       convert.configured(convert.read(hf)[1]).model,
       tokenizer=None,
     )
 
 
-# The formats besides run folders, as commands pass them to `training.loop.train`.
+# The formats other than run folders. Commands pass them to `training.loop.train`.
 WEIGHT_SOURCES: tuple[init_from.WeightSource, ...] = (HuggingFaceSource(),)

@@ -1,10 +1,11 @@
-"""Memory of a chip as rows of 131,072 tokens are cut over more of them: Llama-3-8B on v5p.
+"""Memory of attention when a row of 131,072 tokens is cut over several chips: Llama-3-8B on v5p.
 
-  python tests/benchmarks/context.py [--step] [SEQ…]      (needs jaxgpt[tpu]; no TPU)
+  python tests/benchmarks/context.py [--step] [SEQ...]      (needs jaxgpt[tpu], no TPU)
 
-Compiles attention of one layer, forward and backward, for 16 chips of which 2, 4, 8 or 16 share a
-row, or those given, and prints what the compiler allocates beside the queries, keys and values themselves; with
-`--step`, of whole train steps of two layers too, a minute or two each.
+Compiles the attention of one layer, forward and backward, for 16 chips. A row is cut over 2, 4, 8
+and 16 of them, or over the given numbers. Prints the memory that the compiler allocates in
+addition to queries, keys and values. `--step` also compiles train steps of two layers, one to two
+minutes each.
 """
 
 import sys
@@ -31,7 +32,7 @@ WHERE = "v5p-32"
 
 
 def resolved(seq, layers):
-  """The config of rows over `seq` chips, a row for each group of them."""
+  """Returns the config with each row cut over `seq` chips."""
   overrides = [
     f"--config.{key}={value}"
     for key, value in {
@@ -46,7 +47,7 @@ def resolved(seq, layers):
 
 
 def of_attention(c, mesh):
-  """(bytes of q, k, v and their gradients, what else the compiler allocates) on a chip."""
+  """Returns bytes per chip: q, k, v and their gradients; everything else the compiler allocates."""
   m, rows = c.model, c.data.batch_size
 
   def backward(q, k, v, segments, dout):
@@ -58,7 +59,7 @@ def of_attention(c, mesh):
   def shaped(heads, dtype=jnp.bfloat16):
     shape = (rows, LENGTH, *((heads, m.head_dim) if heads else ()))
     axes = ("batch", "length", "act_heads", None)[: len(shape)]
-    # As inside of a layer, where the order in memory is the compiler's choice.
+    # As inside a layer, where the compiler chooses the memory layout.
     cut = NamedSharding(mesh, sharding.DEFAULT.spec(axes))
     return jax.ShapeDtypeStruct(shape, dtype), Format(Layout.AUTO, cut)
 

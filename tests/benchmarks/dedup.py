@@ -1,13 +1,14 @@
-"""Duplicates planted among real documents: how many are found, and what else is removed.
-
-The documents are English texts and Python sources that come with a machine: the standard library,
-the installed packages (sources, METADATA), /usr/share/doc, manual pages and licences. Natural
-duplicates go first; then copies of some are put in at random, exact ones and ones with 5 % of the
-words replaced. Printed: the shares found, other documents removed, the true similarity of what
-was removed of the natural duplicates, the speed of each stage on one core, and the shares found
-with datatrove's default parameters (5-grams, 14 buckets of 8 hashes, a shared bucket is enough).
+"""Recall and precision of deduplication on real documents with planted duplicates.
 
   python tests/benchmarks/dedup.py [documents]
+
+The documents are English texts and Python sources of this machine: the standard library, the
+installed packages (sources, METADATA), /usr/share/doc, manual pages and licences. Natural
+duplicates are removed first. Then copies of random documents are planted, exact ones and ones
+with 5 % of the words replaced. Prints the shares found, the number of other documents removed,
+the true similarity of the natural duplicates, the speed of each stage on one core, and the shares
+found with datatrove's default parameters (5-grams, 14 buckets of 8 hashes, one shared bucket is
+enough).
 """
 
 import gzip
@@ -29,7 +30,7 @@ TASKS = 4
 
 
 def corpus(limit):
-  """Up to `limit` documents of this machine, the same at each call."""
+  """Returns up to `limit` documents of this machine, the same in every call."""
   stdlib, packages = (pathlib.Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
   patterns = [
     (stdlib, "**/*.py"),
@@ -60,8 +61,8 @@ def corpus(limit):
 
 
 def change(text, share, random_, vocabulary):
-  """The text with a share of its words (at least one) replaced by others."""
-  parts = re.split(r"(\w+)", text)  # every second one is a word
+  """Replaces a share of the words of a text, at least one."""
+  parts = re.split(r"(\w+)", text)  # words at odd indices
   places = range(1, len(parts), 2)
   for i in random_.sample(places, max(round(share * len(places)), 1)):
     parts[i] = random_.choice(vocabulary)
@@ -69,7 +70,7 @@ def change(text, share, random_, vocabulary):
 
 
 def plant(documents, share, seed):
-  """Documents with copies among them: [(document, its original's number or None, kind)].
+  """Plants copies among documents: [(document, index of its original or None, kind)].
 
   Args:
     documents: without duplicates.
@@ -90,7 +91,7 @@ def plant(documents, share, seed):
 
 
 def remove(documents, config, folder, seconds=None, tasks=TASKS):
-  """Numbers of the documents that go -> number of the one each is like, through all stages."""
+  """Runs all stages: {index of a removed document: index of the one it resembles}."""
   bounds = np.linspace(0, len(documents), tasks + 1).astype(int)
   folder = pathlib.Path(folder)
   ends = [time.monotonic()]
@@ -117,7 +118,7 @@ def remove(documents, config, folder, seconds=None, tasks=TASKS):
 
 
 def found(planted, removed):
-  """Shares of the pairs of which one goes, by kind, and of other documents that go."""
+  """Returns the share of planted pairs found, by kind, and of other documents removed."""
   pairs = {}
   for place, (_, number, kind) in enumerate(planted):
     entry = pairs.setdefault(number, {"places": [], "kind": None})
@@ -134,7 +135,7 @@ def found(planted, removed):
 
 
 def similarity(a, b, n=3):
-  """The Jaccard similarity of two texts' n-grams."""
+  """Returns the Jaccard similarity of the n-grams of two texts."""
   a, b = (np.unique(words.ngram_hashes(text, n)) for text in (a, b))
   both = len(np.intersect1d(a, b, assume_unique=True))
   return both / max(len(a) + len(b) - both, 1)

@@ -1,8 +1,9 @@
-"""Peak host memory of `jaxgpt import`, against the bytes of the parameters.
+"""Peak host memory of `jaxgpt import`, relative to the bytes of the parameters.
 
-python tests/benchmarks/import.py [GB]: writes a synthetic Llama of that many GB in float32 (default
-3) beside the system's temporary files, imports it in a process of its own and prints the figures.
-Fails above 1.25 times the parameters' bytes.
+  python tests/benchmarks/import.py [GB]
+
+Writes a synthetic Llama of that many GB in float32 (default 3) to the system's temporary folder,
+imports it in a process of its own and prints the figures. Fails above 1.25 times the parameters.
 """
 
 import json
@@ -26,7 +27,7 @@ LIMIT = 1.25
 
 
 def write_model(folder, gigabytes):
-  """A model of random weights, a tensor at a time; its bytes."""
+  """Writes a model with random weights, a tensor at a time. Returns its bytes."""
   width = 2048
   hf = dict(
     model_type="llama",

@@ -1,11 +1,11 @@
-"""Tokens/s of the data loader beside the raw reading, a plain Grain pipeline and PyTorch's DataLoader.
+"""Tokens/s of the data loader, next to raw reading, plain Grain and PyTorch's DataLoader.
 
   python tests/benchmarks/loader.py [--tokens=20000000] [--seconds=5]
 
-Documents of web-like lengths (log-normal, mean about 900 tokens) in ArrayRecord on the local disk;
-rows of 2,048 tokens, 32 a batch, shuffled. Counted are tokens that are no padding. One process
-each, except where PyTorch is given workers. The sides take turns, the best round counts. Needs the
-extra [bench] for PyTorch, and does without where it is missing.
+Documents have web-like lengths (log-normal, mean about 900 tokens) and lie in ArrayRecord files
+on the local disk. Batches are 32 shuffled rows of 2,048 tokens. Padding is not counted. Each
+contender runs in one process, except PyTorch with workers. Contenders take turns, and the best
+round counts. PyTorch needs the extra [bench] and is left out without it.
 """
 
 import argparse
@@ -28,13 +28,13 @@ T, B, VOCABULARY = 2048, 32, 32_000
 
 
 class Tokenizer(tokenizer.ByteTokenizer):
-  """As far as shards and masks go, one with a larger vocabulary."""
+  """A byte tokenizer with a larger vocabulary, as far as shards and masks see it."""
 
   kind, vocab_size = "benchmark", VOCABULARY
 
 
 def write(folder, tokens, seed):
-  """A prepared folder with about so many tokens."""
+  """Writes a prepared folder with about `tokens` tokens."""
   folder.mkdir()
   rng = np.random.default_rng(seed)
   writer = shards.SplitWriter(folder, "train", Tokenizer(), 1 << 24)
@@ -51,7 +51,7 @@ def write(folder, tokens, seed):
 
 
 def rate(batches, count, seconds):
-  """Tokens/s of an iterator, after a warm-up of 20 batches."""
+  """Measures tokens/s of an iterator after a warm-up of 20 batches."""
   for batch in itertools.islice(batches, 20):
     count(batch)
   total, start = 0, time.perf_counter()
@@ -74,7 +74,7 @@ def real_tokens(batch):
 
 
 def raw(folder):
-  """Documents' records in random order, 64 a call, and nothing made of them."""
+  """Reads records in random order, 64 per call, and does nothing with them."""
   readers = [
     array_record_module.ArrayRecordReader(
       str(p), options="readahead_buffer_size:0", file_reader_buffer_size=32_768
@@ -88,7 +88,7 @@ def raw(folder):
 
 
 def plain_grain(folder):
-  """A document a row, as a first pipeline is written: source, shuffle, pad, batch."""
+  """One document per row, as a first pipeline would be written: source, shuffle, pad, batch."""
 
   def row(record):
     ids = np.frombuffer(record, "<u2")[: T + 1].astype(np.int32)
@@ -100,7 +100,7 @@ def plain_grain(folder):
 
 
 def torch_loader(folder, workers):
-  """Slices of one file of tokens, mapped into memory: no documents, no padding, no shuffle."""
+  """Slices of one memory-mapped file of tokens: no documents, no padding, no shuffling."""
   import torch
 
   class Rows(torch.utils.data.Dataset):

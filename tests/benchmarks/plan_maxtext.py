@@ -1,11 +1,12 @@
-"""Seconds a token and chip by the TPU compiler's schedule: our plans beside MaxText's tuned recipes.
+"""Microseconds per token and chip, by the TPU compiler's schedule: our plans and MaxText's recipes.
 
-  python tests/benchmarks/plan_maxtext.py [WORKLOAD…]
+  python tests/benchmarks/plan_maxtext.py [WORKLOAD...]
 
-Needs libtpu and no TPU; with `pip install 'maxtext[tpu]==0.2.5'` (Python 3.12) in the same environment
-MaxText's recipes are compiled by the same compiler, otherwise its column is empty. Each of the up to
-twelve programs takes minutes. The figure is (cycles / clock + exposed bytes / interconnect) by the
-tokens of a chip; attention kernels carry no estimate and are left out on both sides.
+Needs libtpu, but no TPU. MaxText's tuned recipes are compiled by the same compiler if `pip
+install 'maxtext[tpu]==0.2.5'` (Python 3.12) is in the same environment; else its column is empty.
+Each of up to twelve programs takes minutes. The figure is (cycles / clock + exposed bytes /
+interconnect) divided by the tokens of a chip. Attention kernels carry no estimate and are left
+out on both sides.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ from jaxgpt import config
 from jaxgpt.parallel import chips
 from jaxgpt.plan import cost, hlo, lower, topology
 
-# The recipes' flags; of v5p's without those that libtpu refuses there ("continuation fusion").
+# Flags of the recipes; for v5p without those that libtpu refuses ("continuation fusion").
 _COMMON = (
   "xla_tpu_enable_data_parallel_all_reduce_opt",
   "xla_tpu_data_parallel_opt_different_sized_ops",
@@ -115,14 +116,14 @@ train_compile.main(["", base, *arguments])
 
 
 def merit(text, where, tokens):
-  """µs a token and chip of a compiled program's text."""
+  """Returns µs per token and chip, from the text of a compiled program."""
   found = cost.of_program(hlo.parse(text))
   seconds = sum(found.cycles.values()) / where.chip.clock
   return (seconds + found.bytes("exposed") / where.chip.ici_bandwidth) / tokens * 1e6
 
 
 def ours(work, rows, remat, tensor=1):
-  """(µs, GiB) of our step."""
+  """Compiles our step: (µs per token and chip, GiB)."""
   where = topology.parse(work.where)
   overrides = {
     "data.seq_len": work.length,
@@ -144,7 +145,7 @@ def ours(work, rows, remat, tensor=1):
 
 
 def maxtext(work):
-  """µs of MaxText's step, or None where it is not installed."""
+  """Compiles MaxText's step: µs per token and chip. None if MaxText is not installed."""
   if not importlib.util.find_spec("maxtext"):
     return None
   rows, remat = work.theirs

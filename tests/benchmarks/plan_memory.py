@@ -1,12 +1,12 @@
-"""The memory that arithmetic predicts, beside what libtpu allocates, over many configs.
+"""Predicted and compiled memory per device over many configs: arithmetic against libtpu.
 
-  python tests/benchmarks/plan_memory.py [--minutes=N] [NAME…]      (needs jaxgpt[tpu]; no TPU)
+  python tests/benchmarks/plan_memory.py [--minutes=N] [NAME...]      (needs jaxgpt[tpu], no TPU)
 
-Compiles each case below that is not in `tests/plan/memory_estimate.json` as it is written here and with this
-libtpu, rewrites that file after each, and prints the table. It wants libtpu 0.0.52: that of 0.0.50.1
-says more than the heap that it plans (docs/log.md). A case takes 20 s to 5 minutes on one core;
-after an interruption, or the minutes given, the next start goes on. With names: those, anew.
-`tests/plan/memory_estimate_test.py` holds the arithmetic against the file.
+Compiles each case below that `tests/plan/memory_estimate.json` lacks for this case and libtpu,
+rewrites the file after each, and prints the table. Use libtpu 0.0.52: libtpu 0.0.50.1 reports
+more than the heap it plans (docs/log.md). A case takes 20 s to 5 minutes on one core. After an
+interruption, or after the given minutes, the next start continues. Given names are compiled
+again. `tests/plan/memory_estimate_test.py` compares the arithmetic with the file.
 """
 
 import gc
@@ -30,7 +30,7 @@ SAVE_O = "save:q,k,v,attention,o,gate,up"
 
 
 def case(name, where, rows, length, remat, **values):
-  """(preset and what is special, preset, topology, overrides); `__` in a key stands for a dot.
+  """Returns (name, preset, topology, overrides) of a case. `__` in a key stands for a dot.
 
   Args:
     name: a preset, and perhaps a comma and a word.
@@ -212,13 +212,13 @@ CASES = [
 
 
 def predicted(path, where, overrides):
-  """Bytes of a device by arithmetic alone."""
+  """Estimates bytes per device by arithmetic."""
   c = lower.resolve(config.load(path, overrides)[0])
   return memory_estimate.total(c, topology.parse(where).num_devices)
 
 
 def compiled(path, where, overrides):
-  """What libtpu allocates, as the file has it; its `memory` is None where it does not fit."""
+  """Compiles with libtpu: the entry of the file. Its `memory` is None if it does not fit."""
   c = lower.resolve(config.load(path, overrides)[0])
   found = {
     "config": path,

@@ -1,11 +1,12 @@
-"""`plan --search` beside ten plans that an expert would write: Llama-3-8B, rows of 8,192 tokens.
+"""`plan --search` against ten plans that an expert would write: Llama-3-8B, rows of 8,192 tokens.
 
   python tests/benchmarks/plan_search.py --cache=FILE [--minutes=N] [v5e-256 v6e-64]
 
-Needs jaxgpt[tpu], no TPU. Compiles the ten and what the search chooses, each 2 to 5 minutes on one
-core; FILE keeps what was compiled, so that after an interruption, or the minutes given, the next start
-goes on (delete it when the model or the compiler has changed). Prints both tables and the ratio of
-estimated tokens/s a chip, which is to be at least 1, and how long the search's own compilations took.
+Needs jaxgpt[tpu], but no TPU. Compiles the ten plans and the search's choice, each 2 to 5 minutes
+on one core. FILE keeps the results, so that the next start continues after an interruption or
+after the given minutes (delete it when the model or the compiler changes). Prints both tables,
+the ratio of estimated tokens/s per chip (at least 1 is expected) and the time of the search's own
+compilations.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from jaxgpt.plan import lower, search, topology
 
 CONFIG = "configs/llama3_8b.py"
 ALL = "save:q,k,v,attention,gate,up"
-# (mesh axes beside data 1, rows of a data shard, microbatches, remat)
+# (mesh axes other than data=1, rows per data shard, microbatches, remat)
 HAND_MADE = {
   "v5e-256": [
     (dict(fsdp=256), 1, 1, "full"),
@@ -55,16 +56,16 @@ HAND_MADE = {
 
 
 class Later(Exception):
-  """The minutes are used up."""
+  """The given minutes are over."""
 
 
 class Cache:
-  """What was compiled, in a file; see `search.compiled`."""
+  """Results of compilations, kept in a file; see `search.compiled`."""
 
   def __init__(self, path, minutes):
     self._path, self._until = pathlib.Path(path), time.monotonic() + 60 * minutes
     self._known = json.loads(self._path.read_text()) if self._path.exists() else {}
-    self.seconds = 0.0  # what the asked for compilations took
+    self.seconds = 0.0  # duration of the requested compilations
 
   def compiled(self, candidate, where):
     text = json.dumps([where.name, candidate.c.to_json()])
@@ -91,7 +92,7 @@ class Cache:
 
 
 def changes_of(axes, rows, accumulate, remat, num_devices):
-  """The config's changes for a plan of the table."""
+  """Returns the changes to the config for a plan of the table."""
   sizes = dict(data=1, fsdp=1, seq=1, tensor=1, expert=1, stage=1) | axes
   assert math.prod(sizes.values()) == num_devices
   changes = {f"mesh.{axis}": size for axis, size in sizes.items()}
@@ -100,7 +101,7 @@ def changes_of(axes, rows, accumulate, remat, num_devices):
 
 
 def compare(name, cache):
-  """Compiles both sides for a topology and prints them."""
+  """Compiles the expert's plans and the search's choice for a topology, and prints them."""
   c, where = lower.resolve(config.load(CONFIG)[0]), topology.parse(name)
   print(f"\n{name}: the search", flush=True)
   cache.seconds, began = 0.0, time.monotonic()

@@ -1,12 +1,13 @@
-"""Text to tokens: speed beside Hugging Face tokenizers alone, and memory as the input grows.
+"""Text to tokens: speed next to Hugging Face tokenizers, and memory as the input grows.
 
-The text is what this machine has (sources, documentation), over and over with other words in it, as
-JSON Lines; the smaller corpus is the beginning of the larger one. Memory is the proportional share (PSS)
-of all processes, read ten times a second. `jaxgpt data` does the whole way: reads, hashes, splits, trains a tokenizer, tokenizes,
-writes shards, digests and the card. Its peer trains a BPE of the same size on a sample of the same
-length and does nothing but `encode_batch`, on all cores, of texts that are in memory.
+  python tests/benchmarks/prepare.py [megabytes[,megabytes...]] [options of `jaxgpt data`]
 
-  python tests/benchmarks/prepare.py [megabytes[,megabytes…]] [options of `jaxgpt data`]
+The text is this machine's own (sources, documentation), repeated with other words, as JSON Lines.
+A smaller corpus is the beginning of a larger one. Memory is the proportional share (PSS) of all
+processes, sampled ten times a second. `jaxgpt data` does the whole job: it reads, hashes, splits,
+trains a tokenizer, tokenizes, writes shards, digests and the card. Its peer trains a BPE of the
+same size on a sample of the same length and then only calls `encode_batch`, on all cores, on
+texts that are in memory already.
 """
 
 import json
@@ -25,14 +26,14 @@ import tokenizers
 VOCAB = 32_000
 SAMPLE = 4_000_000
 FILE_BYTES = 48_000_000
-TEXT_BYTES = 200_000_000  # of this machine; more is those again with other words
+TEXT_BYTES = 200_000_000  # of this machine; a larger corpus repeats them with other words
 SAMPLE_SECONDS = 0.1
 BATCH_CHARS = 4_000_000
 SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst", "METADATA")
 
 
 def machine_texts(limit):
-  """Texts of this machine, `limit` bytes of them or all there are."""
+  """Yields texts of this machine, up to `limit` bytes."""
   total = 0
   roots = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc"]
   for root in roots:
@@ -51,7 +52,7 @@ def machine_texts(limit):
 
 
 def write_corpus(folder, size):
-  """`size` bytes of JSON Lines; later rounds have a tenth of the words changed."""
+  """Writes `size` bytes of JSON Lines. Repetitions have a tenth of the words changed."""
   texts = list(machine_texts(TEXT_BYTES))
   draw, written, number, out = random.Random(0), 0, 0, None
   draw.shuffle(texts)
@@ -73,7 +74,7 @@ def write_corpus(folder, size):
 
 
 def run_ours(corpus, out, more):
-  """(manifest, seconds, `Memory`) of `jaxgpt data`."""
+  """Runs `jaxgpt data`: (manifest, seconds, `Memory`)."""
   start = time.perf_counter()
   process = subprocess.Popen(
     [
@@ -98,7 +99,7 @@ def run_ours(corpus, out, more):
 
 
 class Memory:
-  """The most memory of a process and all below it; what they share counts once in all (PSS).
+  """Peak memory of a process and its descendants. Shared pages count once (PSS).
 
   Attributes:
     peak: bytes of all of them together.
@@ -122,7 +123,7 @@ class Memory:
           for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
           for child in path.read_text().split()
         ]
-      except (OSError, TypeError):  # it has ended meanwhile
+      except (OSError, TypeError):  # it has ended in the meantime
         continue
       total += size
       self.by_kind[kind] = max(self.by_kind.get(kind, 0), size)
@@ -143,7 +144,7 @@ class Memory:
 
 
 def run_peer(corpus):
-  """(tokens, seconds to encode) of Hugging Face tokenizers."""
+  """Runs Hugging Face tokenizers: (tokens, seconds to encode)."""
   paths = sorted(corpus.glob("*.jsonl"))
 
   def texts():

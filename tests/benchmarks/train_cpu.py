@@ -1,10 +1,10 @@
-"""Training tokens/s on CPU beside Hugging Face's GPT-2 in PyTorch eager: same shapes, one run.
+"""Training tokens/s on a CPU, next to Hugging Face's GPT-2 in eager PyTorch with the same shapes.
 
   python tests/benchmarks/train_cpu.py [--rounds=8]
 
-6 layers x 384 wide x 6 heads, 256 tokens x 8 rows, vocabulary 512, float32, AdamW, gradient
-clipping. The two take turns, each in its own process, so that a noisy machine is noisy for both;
-printed are the medians over all steps and their ratio. Needs the extra [bench].
+6 layers, width 384, 6 heads, 8 rows of 256 tokens, vocabulary 512, float32, AdamW, gradient
+clipping. The two take turns, each in its own process, so that noise of the machine affects both.
+Prints the medians over all steps and their ratio. Needs the extra [bench].
 """
 
 import argparse
@@ -16,11 +16,11 @@ import sys
 import time
 
 LAYERS, WIDTH, HEADS, T, B, V = 6, 384, 6, 256, 8, 512
-WARMUP, STEPS = 2, 4  # steps a round: not timed, timed
+WARMUP, STEPS = 2, 4  # steps per round: not timed, timed
 
 
 def rounds(step):
-  """Runs a round of steps for each line that comes in, and answers with their seconds."""
+  """Runs a round of steps for each line of stdin, and prints their seconds."""
   for _ in range(WARMUP):
     step()
   print("ready", flush=True)
@@ -34,7 +34,7 @@ def rounds(step):
 
 
 def ours():
-  """The product's own train step, compiled as the loop compiles it."""
+  """jaxgpt's train step, compiled as the loop compiles it."""
   from jaxgpt import config
   from jaxgpt.parallel import mesh as mesh_lib
   from jaxgpt.training import batches as batches_lib

@@ -31,5 +31,5 @@ def test_every_preset_is_what_a_family_publishes(name):
 def test_the_first_difference_is_named():
   with pytest.raises(UserError, match=r"llama: model\.norm_placement='both', where .* 'pre'"):
     convert.family_of(of_preset("llama3_8b", norm_placement="both"), "llama")
-  with pytest.raises(UserError, match="no family 'lama'; did you mean 'llama'"):
+  with pytest.raises(UserError, match="family='lama' is unknown; did you mean 'llama'"):
     convert.family_of(of_preset("llama3_8b"), "lama")

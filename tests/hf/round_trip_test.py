@@ -268,8 +268,8 @@ def test_there_and_back(name, tmp_path, corpus):
   back = getattr(transformers, parity.AUTO[kind]).from_pretrained(tmp_path / "out")
   assert type(back) is type(theirs)
   check(run, back)
-  # AutoTokenizer makes a Qwen2Tokenizer of any file that lies beside a Qwen2 model, and the certificate
-  # says that it gives other ids than the byte tokenizer.
+  # AutoTokenizer makes a Qwen2Tokenizer of any file next to a Qwen2 model, and the certificate says
+  # that its ids differ from the byte tokenizer's.
   assert certificate["tokenizer"]["equal"] == (not name.startswith("qwen2"))
   if name.startswith("roberta"):  # the byte tokenizer's bos is its padding, which has no position
     return
@@ -301,7 +301,7 @@ def changed(folder, out, tensors=None, **values):
     (dict(hidden_act="tanh"), r"hidden_act='tanh' is not supported: known are"),
     (dict(mlp_bias=True), r"attention_bias=False is not supported: mlp_bias=True differs"),
     (dict(quantization_config={"bits": 4}), r"quantization_config=.* is not supported"),
-    (dict(hidden_size=None), r"config.json lacks 'hidden_size'"),
+    (dict(hidden_size=None), r"config.json: 'hidden_size' is missing"),
   ],
 )
 def test_what_is_not_supported_is_refused_by_name(llama, tmp_path, values, message):

@@ -72,7 +72,7 @@ def test_a_cut_file_is_refused_with_the_tensors_it_lacks(tmp_path):
   write(tmp_path / "m")
   path = tmp_path / "m" / "model.safetensors"
   path.write_bytes(path.read_bytes()[:-20])
-  with pytest.raises(UserError, match=r"is cut: .* lacks 2 of 3 tensors, .*: b, c; fetch"):
+  with pytest.raises(UserError, match=r"is truncated: .* lacks 2 of 3 tensors, .*: b, c; download"):
     safetensors.scan(tmp_path / "m")
 
 
@@ -83,7 +83,7 @@ def test_a_cut_file_is_refused_with_the_tensors_it_lacks(tmp_path):
       lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
       "lacks 1 of 2 files .* model-00002-of-00002",
     ),
-    (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"{}"), "is no safetensors"),
+    (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"{}"), "not a safetensors"),
     (lambda f: (f / "model.safetensors.index.json").write_text("["), "index.json is broken"),
     (
       lambda f: (f / "model.safetensors.index.json").write_text(

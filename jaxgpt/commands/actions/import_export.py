@@ -90,7 +90,7 @@ def import_model(
   )
   if checkpoints.latest() is not None:
     raise UserError(f"--workdir={folder} holds this model already; choose another folder")
-  params = weights.complete(weights.load(match.pairs, abstract), abstract)
+  params = weights.complete(weights.load(match.matched, abstract), abstract)
   checkpoints.save({"step": np.int32(0), "nonfinite_step": np.int32(-1), "params": params})
   checkpoints.close()
   return Imported(family.model_type, tree.count(params), sum(t.nbytes for t in tensors.values()))
