@@ -1,4 +1,4 @@
-"""A package imports only from the packages before it (docs/design.md)."""
+"""The law of imports (docs/design.md), annotations of public functions, and sizes of files."""
 
 import ast
 import pathlib
@@ -29,7 +29,22 @@ PACKAGES = (
 )
 TEXT_ROOMS = ("readers", "filters", "tokenizers", "prepare")
 WITHOUT_JAX = ("errors", "config", "storage", "text", "data")
-MOST_FILES = 16
+MOST_FILES = 16  # in a folder
+MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 500, 80, 11
+TABLES = ("hf.families", "config.presets")  # tables, which may be longer
+UNFINISHED = (  # packages with public functions without annotations
+  "commands",
+  "data",
+  "inference",
+  "model",
+  "parallel",
+  "plan",
+  "run",
+  "storage",
+  "text",
+  "training",
+)
+SPECIAL = ("__init__", "__call__", "__enter__", "__exit__", "__iter__", "__getitem__", "__len__")
 # Imported inside the function that needs them, with an error that names the extra to install.
 OPTIONAL = {"qwix", "tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
 
@@ -131,3 +146,47 @@ def test_imports_stand_at_the_top(name):
     n for n in inner if isinstance(n, ast.Import) and n.names[0].name.split(".")[0] in OPTIONAL
   ]
   assert len(inner) == len(optional), f"{name} imports inside a function"
+
+
+def functions(path):
+  """Yields (dotted name, node, whether it is public) for each function and method of a file."""
+
+  def visit(node, prefix, public):
+    for child in node.body:
+      if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        here = public and (not child.name.startswith("_") or child.name in SPECIAL)
+        yield f"{prefix}{child.name}", child, here
+      elif isinstance(child, ast.ClassDef):
+        yield from visit(child, f"{prefix}{child.name}.", public and not child.name.startswith("_"))
+
+  yield from visit(ast.parse(path.read_text()), "", True)
+
+
+def unannotated(function):
+  """Names of the arguments of a function that lack an annotation, and 'return'."""
+  a = function.args
+  arguments = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+  out = [x.arg for x in arguments if x.annotation is None and x.arg not in ("self", "cls")]
+  return out + (["return"] if function.returns is None and function.name != "__init__" else [])
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] not in UNFINISHED])
+def test_public_functions_are_annotated(name):
+  lacking = {
+    function: missing
+    for function, node, public in functions(MODULES[name])
+    if public and (missing := unannotated(node))
+  }
+  assert not lacking
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_are_short(name):
+  lines = len(MODULES[name].read_text().splitlines())
+  assert name in TABLES or lines <= MOST_LINES
+  for function, node, _ in functions(MODULES[name]):
+    long = node.end_lineno - node.lineno + 1
+    assert long <= MOST_FUNCTION_LINES, f"{function} has {long} lines"
+    parameters = [x.arg for x in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    count = len([x for x in parameters if x not in ("self", "cls")])
+    assert count <= MOST_PARAMETERS, f"{function} has {count} parameters"

@@ -96,7 +96,7 @@ def combined(by_source: Mapping[str, tuple[Result, float | None]]) -> Result:
   out: Result = {key: mean(key, counts) for key in ("loss", "accuracy") if key in results[0]}
   if "perplexity" in results[0]:
     out["perplexity"] = metrics.perplexity(out["loss"])
-  if "bits_per_byte" in results[0]:
+  if all("bits_per_byte" in result for result in results):  # not with labelled sources
     # A source's bits per byte are weighted by its bytes.
     num_bytes = [r["tokens"] * per_token for r, per_token in by_source.values() if per_token]
     out["bits_per_byte"] = mean("bits_per_byte", num_bytes)

@@ -42,5 +42,5 @@ def test_a_linear_layer_is_transposed_and_split():
 def test_sizes_that_do_not_follow_are_an_error():
   with pytest.raises(ValueError, match="not given"):
     Layout("(N P Q) D -> D N (Q P)", (6, 4, 10))
-  with pytest.raises(ValueError, match="other letters"):
+  with pytest.raises(ValueError, match="letters on the two sides differ"):
     Layout("A B -> B C", (1, 2))
