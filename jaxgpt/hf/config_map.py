@@ -16,6 +16,7 @@ and returns keys of config.json. Both are plain dicts, and a family's table is a
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from jaxgpt.config.architecture import each_layer
 from jaxgpt.errors import UserError
 
 HfConfig = dict[str, Any]  # config.json
@@ -240,7 +241,7 @@ def layer_types(
 
   def write(model: Fields) -> HfConfig:
     names = {v: k for k, v in _KINDS.items()}
-    kinds = expanded(model["attention_pattern"], model["num_layers"])
+    kinds = each_layer(model["attention_pattern"], model["num_layers"])
     size = window.to_theirs(model["window"]) if "local" in kinds else None
     return {
       "layer_types": [names.get(kind, kind) for kind in kinds],
@@ -249,11 +250,6 @@ def layer_types(
     }
 
   return Entry(read, write)
-
-
-def expanded(pattern: Sequence[str], num_layers: int) -> list[str]:
-  """Returns the kind of each layer."""
-  return [pattern[i % len(pattern)] for i in range(num_layers)]
 
 
 def moe(experts: str, per_token: str, width: str = "moe_intermediate_size", **more: str) -> Entry:

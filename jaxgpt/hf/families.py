@@ -26,6 +26,7 @@ Tables are aligned by hand, therefore `fmt: off`.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxgpt.config.architecture import each_layer
 from jaxgpt.hf.config_map import (
   Entry,
   Fields,
@@ -35,7 +36,6 @@ from jaxgpt.hf.config_map import (
   biases,
   classes,
   derived,
-  expanded,
   get,
   head_dim,
   layer_types,
@@ -172,7 +172,7 @@ def _smollm3_positions() -> Entry:
     return {"attention_pattern": shortest(["global" if x else "nope" for x in given])}
 
   def write(model: Fields) -> HfConfig:
-    kinds = expanded(model["attention_pattern"], model["num_layers"])
+    kinds = each_layer(model["attention_pattern"], model["num_layers"])
     return {"no_rope_layers": [int(kind != "nope") for kind in kinds]}
   return Entry(read, write)
 
@@ -298,7 +298,7 @@ def _sparse_layers() -> Entry:
     return {"mlp_pattern": shortest(kinds)}
 
   def write(model: Fields) -> HfConfig:
-    kinds = expanded(model["mlp_pattern"], model["num_layers"])
+    kinds = each_layer(model["mlp_pattern"], model["num_layers"])
     return {"decoder_sparse_step": 1,
             "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "dense"]}
   return Entry(read, write)

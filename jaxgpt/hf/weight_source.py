@@ -45,8 +45,8 @@ class HuggingFaceSource:
     tensors = safetensors.scan(folder)
     published = convert.publish(family, c_model, abstract, partly=True)
     found = convert.find(family, published, tensors, c_model.tie_embeddings)
-    # A parameter that is stacked over layers is initialized if the files have none of its layers. It
-    # is an error if they have some of them.
+    # A parameter that is stacked over layers is initialized if the files have none of its layers.
+    # It is an error if they have some of them.
     paths = lambda published: {piece.path for p in published for piece in p.pieces}
     torn = paths(found.missing) & paths(p for p, _ in found.matched)
     found = found._replace(missing=[p for p in found.missing if paths([p]) & torn], extra=[])
