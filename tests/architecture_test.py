@@ -35,12 +35,8 @@ TABLES = ("hf.families", "config.presets")  # tables, which may be longer
 UNFINISHED = (  # packages with public functions without annotations
   "commands",
   "data",
-  "inference",
-  "model",
   "parallel",
   "plan",
-  "run",
-  "storage",
   "text",
   "training",
 )
