@@ -33,12 +33,14 @@ def run(args: DoctorOptions) -> int:
   from jaxgpt.commands.actions import backend
   from jaxgpt.commands.checks import examine
   from jaxgpt.commands.checks import finding as finding_lib
+  from jaxgpt.training import build
 
   backend.start()
 
   def load() -> ml_collections.ConfigDict:
     c, _ = config.load(args.config or "", args.overrides)
     config.resolve(c)
+    build.check(c)
     return c
 
   findings = []

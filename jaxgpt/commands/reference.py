@@ -8,6 +8,7 @@ import pathlib
 from jaxgpt.commands import Command, discover
 from jaxgpt.commands.main import default_text
 from jaxgpt.config import options, reference
+from jaxgpt.training import objectives, optimizers, schedules
 
 _CLI_HEAD = """# Commands
 
@@ -26,7 +27,13 @@ budget is exceeded.
 
 def config_page() -> str:
   """The text of docs/config.md."""
-  return reference.text({})
+  registries = (objectives.OBJECTIVES, optimizers.OPTIMIZERS, schedules.SCHEDULES)
+  return reference.text(
+    {
+      registry.setting: {name: entry.summary for name, entry in registry.items()}
+      for registry in registries
+    }
+  )
 
 
 def cli_page() -> str:

@@ -16,11 +16,8 @@ def check(c: ml_collections.ConfigDict) -> None:
   latent_attention(c.model)
   quantization(c.model)
   pooler(c.model)
-  objective_and_model(c)
   masking(c.objective)
-  loss_chunk(c.objective)
   stream(c)
-  moments(c.optim)
   lengths(c)
 
 
@@ -122,24 +119,6 @@ def pooler(m: ml_collections.ConfigDict) -> None:
     raise UserError("model.head='pooler' needs model.head_transform='tanh' or 'norm'")
 
 
-def objective_and_model(c: ml_collections.ConfigDict) -> None:
-  """Checks that the model has the attention, head and adapters that the objective needs."""
-  name, m = c.objective.name, c.model
-  if name in ("causal_lm", "preference") and not m.causal:
-    raise UserError(
-      f"objective.name={name!r} needs model.causal=True: otherwise each token attends to the one "
-      "it predicts"
-    )
-  if name == "preference" and not m.lora.rank:
-    raise UserError(
-      "objective.name='preference' compares the model with itself without adapters: set "
-      "model.lora.rank, such as 16"
-    )
-  head = "classifier" if name == "classification" else "lm"
-  if m.head in ("lm", "classifier") and m.head != head:
-    raise UserError(f"objective.name={name!r} needs model.head={head!r}, not {m.head!r}")
-
-
 def masking(o: ml_collections.ConfigDict) -> None:
   """Checks the fractions of masked tokens in the `objective` section."""
   if o.mask_replace + o.mask_random > 1:
@@ -149,52 +128,14 @@ def masking(o: ml_collections.ConfigDict) -> None:
     )
 
 
-def loss_chunk(o: ml_collections.ConfigDict) -> None:
-  """Checks that the objective can compute its loss in chunks."""
-  if o.loss_chunk and o.name not in ("causal_lm", "masked_lm"):
-    raise UserError(
-      f"objective.loss_chunk={o.loss_chunk} is for causal_lm and masked_lm, not for "
-      f"objective.name={o.name!r}; set it to 0"
-    )
-
-
 def stream(c: ml_collections.ConfigDict) -> None:
   """Checks the keys that a stream of training data excludes."""
   if not c.data.stream:
     return
-  if c.objective.name != "causal_lm":
-    raise UserError(
-      f"data.stream={c.data.stream!r} is for objective.name='causal_lm', not "
-      f"{c.objective.name!r}; prepare the files with `jaxgpt data`"
-    )
   if c.data.weights or c.data.weight_changes:
     raise UserError(
       f"data.stream={c.data.stream!r} replaces the training splits that data.weights and "
       "data.weight_changes mix; leave them out"
-    )
-
-
-_MOMENTS = {  # optimizer: its moments of a parameter's size whose dtype can be set
-  "adamw": ("first_dtype", "second_dtype"),
-  "muon": ("first_dtype", "second_dtype"),
-  "lion": ("first_dtype",),
-  "adafactor": (),
-}
-# With b2=0.98 a step changes the moment by at most 1/50: ten half units of bfloat16's rounding.
-_LARGEST_BFLOAT16_B2 = 0.98
-
-
-def moments(o: ml_collections.ConfigDict) -> None:
-  """Checks the dtypes of moments in the `optim` section."""
-  for key in ("first_dtype", "second_dtype"):
-    if o[key] != "float32" and key not in _MOMENTS.get(o.name, (key,)):
-      raise UserError(
-        f"optim.{key}={o[key]!r}: optim.name={o.name!r} has no such moment; leave it at 'float32'"
-      )
-  if o.second_dtype == "bfloat16" and o.b2 > _LARGEST_BFLOAT16_B2:
-    raise UserError(
-      f"optim.second_dtype='bfloat16' needs optim.b2 <= {_LARGEST_BFLOAT16_B2} (got {o.b2}): "
-      "smaller updates would be lost to bfloat16 rounding; set optim.b2=0.95, or keep 'float32'"
     )
 
 

@@ -12,7 +12,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from jaxgpt.config import mesh_rules
+from jaxgpt.config import mesh_rules, user_code
 from jaxgpt.config.keys import KEYS, SECTIONS, base
 from jaxgpt.config.presets import PRESETS
 from jaxgpt.config.resolution import flatten, is_key, is_user_option
@@ -72,6 +72,8 @@ def load(
   c = _from_file(file, arg)
   defaults, from_file = flatten(base()), flatten(c)
   c = _override(c, overrides)
+  if user_code.names(c) and not c.code_folder:
+    c.code_folder = os.path.dirname(file) or "."
   # A preset's values count as such only if the file did not change them afterwards.
   from_preset = flatten({"model": PRESETS.get(c.model.preset, {})})
 

@@ -20,8 +20,9 @@ Set a key in your config file or on the command line:
 ```python
 from jaxgpt import config
 
+
 def get_config():
-  c = config.base()     # every key with its default
+  c = config.base()  # every key with its default
   c.optim.lr = 3e-4
   return c
 ```

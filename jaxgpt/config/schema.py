@@ -6,7 +6,6 @@ docs/config.md all follow from these objects. The folder `keys` holds the declar
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,9 +13,6 @@ import ml_collections
 from ml_collections import config_dict
 
 from jaxgpt.errors import UserError, nearest
-
-# A value that names an object in a user's Python file, such as 'my_losses.py:focal'.
-_USER_OBJECT = re.compile(r".+\.py:\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +103,7 @@ class Key:
       raise UserError(f"{name}={value}: must be a finite number")
     if self.interval is not None and value not in self.interval:
       raise UserError(f"{name}={value}: must be {self.interval}")
-    if self.choices and value not in self.choices and not self._is_user_object(value):
+    if self.choices and value not in self.choices:
       raise UserError(
         f"{name}={value!r}: {nearest(str(value), self.choices)}"
         f"choose one of {', '.join(self.choices)}"
@@ -116,9 +112,6 @@ class Key:
       raise UserError(f"{name}={value!r}: give a tuple of one or more of {', '.join(self.items)}")
     if self.check is not None:
       self.check(name, value)
-
-  def _is_user_object(self, value: str) -> bool:
-    return self.registered and _USER_OBJECT.fullmatch(value) is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _place_on(
   here.mesh.update(section)
   if here.model.attention in choose.KERNELS:  # these devices may not run the run's kernel
     here.model.attention = "auto"
-  return mesh, build_lib.build(here, mesh)
+  return mesh, build_lib.build(here, mesh, for_training=False)
 
 
 def evaluate_run(

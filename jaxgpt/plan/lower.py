@@ -21,7 +21,7 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import topology as topology_lib
 from jaxgpt.plan.topology import Topology
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import train_step, xla_options
+from jaxgpt.training import objectives, train_step, xla_options
 from jaxgpt.tree import PyTree
 
 
@@ -100,12 +100,14 @@ def resolve(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
       "model.vocab_size is not set, and a plan does not read the tokenizer; add "
       "--config.model.vocab_size=N"
     )
-  return config.resolve(c)
+  c = config.resolve(c)
+  build_lib.check(c)
+  return c
 
 
 def batch_shapes(c: ml_collections.ConfigDict) -> PyTree:
   """The global batch of a resolved config as a tree of `ShapeDtypeStruct`s."""
-  one = layouts.blank(c.objective.name, 1, c.data.seq_len, c.model.num_labels > 1)
+  one = layouts.blank(objectives.find(c).layout, 1, c.data.seq_len, c.model.num_labels > 1)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype), one
   )
@@ -143,7 +145,6 @@ def compile_step(
     OutOfMemory: The program does not fit the memory of a device.
   """
   mesh = topology_lib.mesh(c.mesh, topology)
-  mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
   parts = build_lib.build(c, mesh)
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   batch = batch_shapes(c)

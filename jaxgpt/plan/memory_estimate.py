@@ -14,6 +14,7 @@ from jaxgpt.model import stacks
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
+from jaxgpt.training import optimizers
 
 
 class Buffer(NamedTuple):
@@ -69,7 +70,7 @@ def _state_buffers(
     _MORE_SHARDS,
   )
   trained = 4 * counts.held(sizes, trained=True)
-  per_parameter = _moment_bytes(c.optim)
+  per_parameter = optimizers.find(c).bytes_per_parameter(c.optim)
   yield Buffer(
     "opt",
     "optimizer",
@@ -91,14 +92,6 @@ def _state_buffers(
       itemsize * counts.held_of_layers(sizes),
       _MORE_SHARDS,
     )
-
-
-def _moment_bytes(o: ml_collections.ConfigDict) -> float:
-  """Bytes of optimizer state per parameter."""
-  first, second = (2 if dtype == "bfloat16" else 4 for dtype in (o.first_dtype, o.second_dtype))
-  return {"adamw": first + second, "lion": first, "muon": first + 0.2 * second, "adafactor": 0.04}[
-    o.name
-  ]
 
 
 def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Iterator[Buffer]:

@@ -3,6 +3,7 @@
 RUN/config.json    the resolved config, and where each value came from
 RUN/starts.jsonl   one line per start: versions, git state, devices, mesh, data digest, command
 RUN/tokenizer/     a copy of the data's tokenizer
+RUN/code/          copies of the user files FILE.py:NAME that the config names, if any
 RUN/metrics.jsonl  see `metric_writers`
 RUN/checkpoints/   see `checkpoints`
 RUN/frozen/        parameters that are not trained, see `checkpoints`
@@ -21,7 +22,7 @@ import ml_collections
 from etils import epath
 
 from jaxgpt import config
-from jaxgpt.config import installed
+from jaxgpt.config import installed, user_code
 from jaxgpt.errors import UserError
 from jaxgpt.storage import atomic, buckets
 from jaxgpt.text.tokenizers.base import Tokenizer
@@ -30,8 +31,9 @@ CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
 _STARTS = "starts.jsonl"
 _TOKENIZER = "tokenizer"
+_CODE = "code"
 # config.json is written last. A start that was killed before leaves only these.
-_BEFORE_CONFIG = {_TOKENIZER, _CONFIG + atomic.PART}
+_BEFORE_CONFIG = {_TOKENIZER, _CODE, _CONFIG + atomic.PART}
 # Packages whose versions each start records.
 _PACKAGES = (
   "jaxgpt",
@@ -71,9 +73,11 @@ def enter(
   """
   folder = epath.Path(folder)
   buckets.check(folder)
+  code = user_code.files(c)
   try:
     if (folder / _CONFIG).exists():
       _check_same_run(folder, c, data_digest)
+      _check_code(folder, code)
     elif holds_something_else(folder):
       raise UserError(
         f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
@@ -84,12 +88,17 @@ def enter(
     # leaves a folder that the next start can complete.
     if not (folder / _CONFIG).exists():
       tokenizer.save(folder / _TOKENIZER)
-      text = json.dumps({"config": json.loads(c.to_json()), "origin": origin}, indent=2)
+      for name, source in code.items():
+        (folder / _CODE / name).parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(folder / _CODE / name, source)
+      # Relative to the run folder, so that the folder may move.
+      values = json.loads(c.to_json()) | {"code_folder": _CODE if code else ""}
+      text = json.dumps({"config": values, "origin": origin}, indent=2)
       atomic.write(folder / _CONFIG, text + "\n")
     # Objects in a bucket cannot be appended to, so the file is written as a whole.
     starts = folder / _STARTS
     before = starts.read_text() if starts.exists() else ""
-    atomic.write(starts, before + json.dumps(_start(c, mesh, data_digest)) + "\n")
+    atomic.write(starts, before + json.dumps(_start(c, mesh, data_digest, code)) + "\n")
   except OSError as e:
     raise UserError(
       f"--workdir={folder} can't be written ({e.strerror or e}); "
@@ -134,8 +143,20 @@ def _check_same_run(folder: epath.Path, c: ml_collections.ConfigDict, data_diges
     )
 
 
+def _check_code(folder: epath.Path, code: dict[str, str]) -> None:
+  """Refuses user files that changed since the run began."""
+  for name, text in code.items():
+    recorded = folder / _CODE / name
+    old, new = user_code.digest(recorded.read_text()), user_code.digest(text)
+    if old != new:
+      raise UserError(
+        f"{name} changed since --workdir={folder} began: its SHA-256 was {old[:12]}, is "
+        f"{new[:12]}; restore it from {recorded}, or train in another --workdir"
+      )
+
+
 def _start(
-  c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, data_digest: str
+  c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, data_digest: str, code: dict[str, str]
 ) -> dict[str, Any]:
   """A line of starts.jsonl."""
   device = mesh.devices.flat[0]
@@ -151,6 +172,7 @@ def _start(
     "processes": jax.process_count(),
     "mesh": dict(mesh.shape),
     "data_digest": data_digest,
+    **({"code": {name: user_code.digest(source) for name, source in code.items()}} if code else {}),
     "config": free,  # the keys that may differ from config.json
   }
 
@@ -185,7 +207,10 @@ def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
       f'--workdir={folder} holds no run ({_CONFIG} is missing); start one with "jaxgpt train"'
     )
   try:
-    return config.resolve(config.from_dict(json.loads(path.read_text())["config"]))
+    c = config.from_dict(json.loads(path.read_text())["config"])
+    if c.code_folder:
+      c.code_folder = str(epath.Path(folder) / c.code_folder)
+    return config.resolve(c)
   except UserError as e:
     raise UserError(f"{path}: {e}") from e
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:

@@ -16,6 +16,7 @@ from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import sharding
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
+from jaxgpt.training import objectives
 from jaxgpt.tree import PyTree
 
 
@@ -62,12 +63,12 @@ def split_batches(
   Raises:
     UserError: The data does not fit the objective or the model's labels.
   """
-  return from_config.split_batches(c, split, c.objective.name, batch_size)
+  return from_config.split_batches(c, split, objectives.find(c).layout, batch_size)
 
 
 def training_data(c: ml_collections.ConfigDict) -> BatchSource:
   """Opens the batch source that a resolved config trains on."""
-  return from_config.training_data(c, c.objective.name)
+  return from_config.training_data(c, objectives.find(c).layout)
 
 
 def to_devices(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:

@@ -1,10 +1,13 @@
-"""What a config and a mesh determine, before any number is computed: the parts of a train step."""
+"""From a config and a mesh to everything that trains it, before any number is computed."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import ml_collections
+import optax
 
 from jaxgpt import tree
+from jaxgpt.config import user_code
 from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.model import remat, stacks, transformer
@@ -12,29 +15,74 @@ from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from jaxgpt.training import objectives, optimizers, schedules, train_step
+from jaxgpt.tree import PyTree
 
 
 class Parts(NamedTuple):
-  """A model and what trains it."""
+  """A model and everything that trains it.
+
+  Attributes:
+    model: The `Transformer`.
+    objective: The loss function, see `objectives`.
+    tx: The optimizer without gradient clipping.
+    schedule: Step -> fraction of the peak learning rate.
+    state: The train state as a tree of ShapeDtypeStructs with shardings, see `train_step`.
+  """
 
   model: transformer.Transformer
-  objective: Any
-  tx: Any
-  schedule: Any
-  state: Any  # shapes and shardings
+  objective: objectives.LossFn
+  tx: optax.GradientTransformation
+  schedule: optax.Schedule
+  state: PyTree
 
 
-def build(c, mesh):
-  """The model, its objective and optimizer, and the shape of the state on the mesh.
+def check(c: ml_collections.ConfigDict) -> None:
+  """Checks the objective, the optimizer and the schedule that a config names, and their options.
+
+  This needs no data, no devices and no vocabulary, so commands call it first. It executes the user
+  files that the config names.
 
   Args:
-    c: a resolved config.
-    mesh: the device mesh.
+    c: A config, resolved or not.
 
   Raises:
-    UserError: the mesh does not divide a parameter, the rows, heads or the layers, or a pattern of
-      parameters matches none.
+    UserError: A name is unknown, a user file fails, or the config does not suit the objective, the
+      optimizer or the schedule.
   """
+  for section, members in c.items():
+    if not isinstance(members, ml_collections.ConfigDict) or "name" not in members:
+      continue
+    options = members.get("options")
+    if options and not user_code.is_user_defined(members.name):
+      raise UserError(
+        f"{section}.options are for your own {section}.name=FILE.py:NAME, but "
+        f"{section}.name={members.name!r} is built in and has no {', '.join(options)}; remove them"
+      )
+  objectives.check(c)
+  optimizers.check(c)
+  schedules.find(c).check(c.schedule)
+
+
+def build(
+  c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, *, for_training: bool = True
+) -> Parts:
+  """Builds the model, its objective and optimizer, and the shape of the state on the mesh.
+
+  Args:
+    c: A resolved config.
+    mesh: The device mesh.
+    for_training: Whether the mesh must divide the batches of training and evaluation. False to use
+      a trained model.
+
+  Raises:
+    UserError: What `check` raises; or the mesh does not divide a batch, a parameter, the length,
+      the heads or the layers; or a pattern of parameters matches none; or the devices lack a kind
+      of memory.
+  """
+  check(c)
+  if for_training:
+    mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
+    mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
   fields = c.model.copy_and_resolve_references()
   heads = (fields.head_dim, fields.latent.v_dim)
   work = choose.Workload(c.data.seq_len, fields.dtype, fields.attn_softcap, heads)
@@ -47,24 +95,27 @@ def build(c, mesh):
     stacks.pipeline_of(c, mesh.shape),
     sharding.rules(c.mesh),
   )
-  schedule = schedules.make(c.schedule, c.train.steps)
+  schedule = schedules.make(c)
   shapes, axes = transformer.abstract(model)
   trained = optimizers.trained(c.optim, axes)
   select = lambda named, is_leaf=None: tree.split(named, trained, is_leaf)[0]
   tx = optimizers.make(
-    c.optim, schedule, select(axes, sharding.is_axes), select(transformer.depths(c.model, shapes))
+    c, schedule, select(axes, sharding.is_axes), select(transformer.depths(c.model, shapes))
   )
   state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh)
   check_heads(model, mesh)
-  return Parts(model, objectives.make(model, c.objective), tx, schedule, state)
+  return Parts(model, objectives.make(model, c), tx, schedule, state)
 
 
-def check_heads(model, mesh):
-  """Raises a UserError where devices would not have the key/value heads that their queries read.
+def check_heads(model: transformer.Transformer, mesh: jax.sharding.Mesh) -> None:
+  """Checks that each device has the key/value heads that its query heads attend with.
 
   Args:
-    model: a `Transformer`.
-    mesh: the device mesh, or an abstract one.
+    model: A `Transformer`.
+    mesh: The device mesh, or an abstract one.
+
+  Raises:
+    UserError: The mesh axes of `mesh.rules.act_heads` do not divide a number of heads.
   """
   shards = model.rules.num_shards(mesh, "act_heads")
   for key in ("num_heads", "num_kv_heads"):
@@ -73,5 +124,5 @@ def check_heads(model, mesh):
       sizes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
       raise UserError(
         f"{sizes} does not divide model.{key}={model.cfg[key]}, and "
-        f"mesh.rules.act_heads={','.join(axes)!r} cuts heads so; set it to none"
+        f"mesh.rules.act_heads={','.join(axes)!r} shards heads over it; set it to none"
       )

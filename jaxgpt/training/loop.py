@@ -1,16 +1,27 @@
-"""The training loop: reads a resolved config from top to bottom and leaves a run folder.
+"""The training loop: trains a config and leaves a run folder.
 
-Order: mesh, data, model, run folder, state (initial or restored), compile, steps. Step n is
-dispatched before the metrics of step n-1 are read, so the device never waits for the host.
+`train` reads from top to bottom: check the config, mesh, model, data, run folder, state (initial or
+restored), compile, steps. Two rules hold throughout:
+
+- The device never waits for the host. Step n is dispatched before the metrics of step n - 1 are
+  read.
+- All processes decide the same at the same step. A value that may differ between hosts (a signal,
+  the newest checkpoint, a metric already written) is agreed on before it is acted on.
 """
 
 import contextlib
 import json
 import signal
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
+import ml_collections
 from etils import epath
 
+from jaxgpt.config import user_code
+from jaxgpt.data import pipeline
+from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
@@ -19,73 +30,107 @@ from jaxgpt.run import init_from, stop_signal, throughput
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.storage import atomic
+from jaxgpt.text.tokenizers.tokenizer import Tokenizer
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, evaluation, train_step
 from jaxgpt.training import metrics as metrics_lib
 
 
-def train(c, folder, origin, weight_sources=()):
-  """Trains, or goes on training, until the last step or a signal.
+class Outcome(NamedTuple):
+  """The end of a call of `train`.
+
+  Attributes:
+    step: Steps done so far.
+    result: Metrics on the whole validation split, or None if the run is not complete.
+    stopped: The signal that stopped the run, or None.
+  """
+
+  step: int
+  result: evaluation.Result | None
+  stopped: signal.Signals | None
+
+
+class _Setup(NamedTuple):
+  """Everything about a run that does not change from step to step."""
+
+  c: ml_collections.ConfigDict
+  folder: epath.Path
+  mesh: jax.sharding.Mesh
+  parts: build_lib.Parts
+  data: BatchSource
+  held_out: pipeline.Batches
+
+
+def train(
+  c: ml_collections.ConfigDict,
+  folder: epath.PathLike,
+  origin: Mapping[str, str],
+  weight_sources: Sequence[init_from.WeightSource] = (),
+) -> Outcome:
+  """Trains from the first step, or from the newest checkpoint, until the last step or a signal.
 
   Args:
-    c: a config from `config.load`.
-    folder: the run folder.
-    origin: where the config's values came from.
-    weight_sources: `init_from.WeightSource`s besides run folders, for `init_from`.
-
-  Returns:
-    (steps so far, metrics of the whole validation split or None, the signal that stopped the run
-    or None).
+    c: A config from `config.load`.
+    folder: The run folder.
+    origin: {flat key: where its value came from}, from `config.load`.
+    weight_sources: Kinds of models besides run folders that `init_from` may name.
 
   Raises:
-    UserError: bad input, or a loss that is not finite.
+    UserError: Bad input, or a loss that is not finite.
   """
   folder = epath.Path(folder)
   with stop_signal.StopSignal() as stop:
+    # Mistakes in the config are reported before data is read, and those that the mesh reveals
+    # before the run folder is made.
+    build_lib.check(c)
     tokenizer, c = batches_lib.load_tokenizer_and_config(c)
     mesh = mesh_lib.make(c.mesh)
-    mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
-    mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
-    data, held_out = (
-      batches_lib.training_data(c),
-      batches_lib.split_batches(c, "validation", c.eval.batch_size),
-    )
+    parts = build_lib.build(c, mesh)
+    data = batches_lib.training_data(c)
+    held_out = batches_lib.split_batches(c, "validation", c.eval.batch_size)
     for check in data.host_checks():
       distributed.check_same(*check)
     _tell(data.describe(sharding.host_slice(mesh)[1]))
-    parts = build_lib.build(c, mesh)
-    _enter(folder, c, origin, mesh, data.digest, tokenizer)
+    setup = _Setup(c, folder, mesh, parts, data, held_out)
+    _enter(setup, origin, tokenizer)
     checkpoints = checkpoints_lib.Checkpoints(
       folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
     )
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
-      run = _Run(
-        c, folder, mesh, (data, held_out), parts, checkpoints, stop, tokenizer, weight_sources
-      )
+      state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
+      run = _Run(setup, state, means, checkpoints, stop)
       with contextlib.closing(run):
         return run.run()
 
 
-def _tell(lines):
+def _tell(lines: Sequence[str]) -> None:
   """Prints lines in the first process."""
   if lines and distributed.is_first():
     print("\n".join(lines), flush=True)
 
 
-def _enter(folder, c, origin, mesh, data_digest, tokenizer):
-  """Makes or checks the run folder in the first process, and that all work on the same things."""
+def _enter(setup: _Setup, origin: Mapping[str, str], tokenizer: Tokenizer) -> None:
+  """Makes or checks the run folder in the first process. All processes must agree on the run."""
+  c, folder = setup.c, setup.folder
   if distributed.is_first():
-    run_folder_lib.enter(folder, c, origin, mesh, data_digest, tokenizer)
+    run_folder_lib.enter(folder, c, origin, setup.mesh, setup.data.digest, tokenizer)
   distributed.barrier("run folder")
   distributed.check_same(
     "the resolved config", c.to_json(), "start all processes with the same command and config file"
   )
   distributed.check_same(
     f"the digest of data.path={c.data.path!r}",
-    data_digest,
+    setup.data.digest,
     "point data.path at the same data on all hosts",
   )
+  code = user_code.files(c)
+  if code:
+    distributed.check_same(
+      f"the digests of {', '.join(code)}",
+      json.dumps({name: user_code.digest(text) for name, text in code.items()}),
+      "copy the same files to all hosts",
+    )
   if not run_folder_lib.is_run(folder):
     raise UserError(
       f"--workdir={folder} is another folder here than in process 0: it must be one "
@@ -93,78 +138,98 @@ def _enter(folder, c, origin, mesh, data_digest, tokenizer):
     )
 
 
-class _Run:
-  """One start of a run: the state, the step in flight, and what is reported."""
+def _first_state(
+  setup: _Setup,
+  checkpoints: checkpoints_lib.Checkpoints,
+  tokenizer: Tokenizer,
+  weight_sources: Sequence[init_from.WeightSource],
+) -> tuple[train_step.State, metrics_lib.Means]:
+  """The state of the newest checkpoint, or the one before step 0; and the means of the log window.
 
-  def __init__(self, c, folder, mesh, data, parts, checkpoints, stop, tokenizer, weight_sources):
-    self._c, self._folder, self._mesh, self._parts = c, folder, mesh, parts
-    self._data, self._held_out = data
-    self._checkpoints, self._stop, self._tokenizer = checkpoints, stop, tokenizer
-    self._weight_sources = weight_sources
-    self._agreement, self._stopped = distributed.Agreement(mesh), None
-    self._means = metrics_lib.Means()
-    self._state = self._first_state()
-    self._step = int(self._state["step"])
-    self._in_flight = None  # (step, metrics on the devices)
-    peak = chips.peak_flops(mesh.devices.flat[0].device_kind)
+  A checkpoint holds the means because a run may stop inside a log window: the resumed run then logs
+  the same numbers as one that never stopped. Frozen parameters are saved once, apart.
+  """
+  c, parts, folder = setup.c, setup.parts, setup.folder
+  latest = distributed.share(checkpoints.latest())
+  if latest is not None:
+    state, extra = checkpoints.restore(parts.state, latest)
+    if setup.data.state_key is not None:
+      setup.data.set_state(extra[setup.data.state_key], **batches_lib.host_share(setup.mesh))
+    means = metrics_lib.Means(**extra["means"])
+    return state | checkpoints_lib.load_frozen(folder, parts.state), means
+  given = _initial_weights(setup, tokenizer, weight_sources) if c.init_from else None
+  state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state, given)
+  checkpoints_lib.save_frozen(folder, state)
+  return state, metrics_lib.Means()
+
+
+def _initial_weights(
+  setup: _Setup, tokenizer: Tokenizer, weight_sources: Sequence[init_from.WeightSource]
+) -> train_step.Given:
+  """The weights of `init_from`. Prints a report of those used, and writes it to the run folder."""
+  c = setup.c
+  given = init_from.load(
+    c.init_from, c.model, train_step.weights(setup.parts.state), weight_sources
+  )
+  init_from.check_tokenizer(given, tokenizer, c)
+  if distributed.is_first():
+    atomic.write(setup.folder / init_from.REPORT, json.dumps(given.report, indent=2))
+    print("\n".join(init_from.describe(given.report)), flush=True)
+  return given.params
+
+
+class _Run:
+  """One start of a run: the state, the step in flight, and the metrics."""
+
+  def __init__(
+    self,
+    setup: _Setup,
+    state: train_step.State,
+    means: metrics_lib.Means,
+    checkpoints: checkpoints_lib.Checkpoints,
+    stop: stop_signal.StopSignal,
+  ):
+    self._c, self._folder, self._mesh, self._parts, self._data, self._held_out = setup
+    self._state, self._means, self._checkpoints, self._stop = state, means, checkpoints, stop
+    self._agreement = distributed.Agreement(setup.mesh)
+    self._stopped: signal.Signals | None = None
+    self._step = int(state["step"])
+    self._in_flight: tuple[int, train_step.Metrics] | None = None
+    c, parts = setup.c, setup.parts
+    peak = chips.peak_flops(setup.mesh.devices.flat[0].device_kind)
     self._timer = throughput.Timer(
-      metrics_lib.flops_per_token(c.model, c.data.seq_len), peak and peak * mesh.size
+      metrics_lib.flops_per_token(c.model, c.data.seq_len), peak and peak * setup.mesh.size
     )
     self._eval_step = evaluation.make_step(parts.objective)
-    self._writers = metric_writers_lib.make(c, folder, self._step)
+    self._writers = metric_writers_lib.make(c, setup.folder, self._step)
 
-  def _first_state(self):
-    latest = distributed.share(self._checkpoints.latest())
-    if latest is not None:
-      state, extra = self._checkpoints.restore(self._parts.state, latest)
-      self._means = metrics_lib.Means(**extra["means"])
-      if self._data.state_key is not None:
-        self._data.set_state(extra[self._data.state_key], **batches_lib.host_share(self._mesh))
-      return state | checkpoints_lib.load_frozen(self._folder, self._parts.state)
-    given = self._given() if self._c.init_from else None
-    state = train_step.first_state(
-      self._parts.model, self._parts.tx, self._c.seed, self._parts.state, given
-    )
-    checkpoints_lib.save_frozen(self._folder, state)
-    return state
-
-  def _given(self):
-    """The weights of `init_from`; what of them was used is told and written down."""
-    given = init_from.load(
-      self._c.init_from,
-      self._c.model,
-      train_step.weights(self._parts.state),
-      self._weight_sources,
-    )
-    init_from.check_tokenizer(given, self._tokenizer, self._c)
-    if distributed.is_first():
-      atomic.write(self._folder / init_from.REPORT, json.dumps(given.report, indent=2))
-      print("\n".join(init_from.describe(given.report)), flush=True)
-    return given.params
-
-  def run(self):
-    """Steps until the end or a signal, saves, and evaluates a run that is complete."""
+  def run(self) -> Outcome:
+    """Steps until the end or a signal, saves, and evaluates a complete run."""
     last = None
     if self._step < self._c.train.steps and not self._stop_now():
       self._train()
     self._save()
     if self._step == self._c.train.steps:
       last = self._evaluate(limit=0)
-    return self._step, last, None if last else self._stopped
+    return Outcome(self._step, last, None if last else self._stopped)
 
-  def _stop_soon(self):
-    """The signal that some process got, or None; called by all, and they stop at the same step."""
+  def _stop_soon(self) -> signal.Signals | None:
+    """The signal that any process got, or None.
+
+    All processes call this at each step and get the same answer, which may be some steps old.
+    """
     return self._signal(self._agreement.soon(self._stop.received or 0))
 
-  def _stop_now(self):
-    """As `_stop_soon`, but up to date."""
+  def _stop_now(self) -> signal.Signals | None:
+    """As `_stop_soon`, but up to date; waits for all processes."""
     return self._signal(self._agreement.now(self._stop.received or 0))
 
-  def _signal(self, number):
+  def _signal(self, number: int) -> signal.Signals | None:
     self._stopped = signal.Signals(number) if number else None
     return self._stopped
 
-  def _train(self):
+  def _train(self) -> None:
+    """Compiles the step and runs it until the last step or a signal."""
     c = self._c
     step_fn = train_step.make(self._parts.objective, self._parts.tx, self._parts.schedule, c)
     host, rows = batches_lib.host_share(self._mesh), c.data.batch_size
@@ -177,16 +242,18 @@ class _Run:
     batches = self._data.iterate(
       self._step, threads=c.data.threads, prefetch=c.data.prefetch, **host
     )
-    if self._is_due(c.eval.every):  # a stop may have come between the save and the evaluation
+    # The run may have been stopped after this step's checkpoint and before its evaluation.
+    if self._is_due(c.eval.every):
       self._evaluate(c.eval.batches)
     self._timer.start()
-    # Transfers are explicit, or they are bugs.
+    # A transfer that is not explicit would make the host wait for the device: it is a bug.
     with contextlib.closing(batches), jax.transfer_guard("disallow"):
       while self._step < c.train.steps and not self._stop_soon():
         with self._timer.waiting():
           batch = next(batches)
         self._state, metrics = compiled(self._state, batches_lib.to_devices(batch, self._mesh))
         self._step += 1
+        # The device now works on this step, while the host reports the previous one.
         self._read_metrics()
         self._in_flight = (self._step, metrics)
         if self._is_due(c.checkpoint.every):
@@ -196,14 +263,14 @@ class _Run:
     self._read_metrics()
     _tell(self._data.account())
 
-  def _saved_step(self, lowered):
-    """The compiled step of mesh.compiled_step, or None where there is none, or of another program."""
+  def _saved_step(self, lowered: jax.stages.Lowered) -> train_step.TrainStep | None:
+    """The step in the file `mesh.compiled_step`, or None if it is another program or not set."""
     path = self._c.mesh.compiled_step
     if not path:
       return None
     compiled, why = compiled_step.load(path, lowered, self._mesh, self._c.mesh.compiler_options)
     distributed.check_same(
-      f"what becomes of mesh.compiled_step={path!r}",
+      f"the use of mesh.compiled_step={path!r}",
       why or "it is used",
       "give all hosts the same file, versions and flags",
     )
@@ -211,24 +278,24 @@ class _Run:
       print(
         f"mesh.compiled_step={path!r} "
         + (
-          f"is of no use here, so the step is compiled: {why}"
+          f"does not match this step; compiling it instead: {why}"
           if why
-          else "is this very step: nothing is compiled"
+          else "matches this step: nothing is compiled"
         ),
         flush=True,
       )
     return compiled
 
-  def _is_due(self, every):
-    return every and self._step and self._step % every == 0
+  def _is_due(self, every: int) -> bool:
+    return bool(every and self._step and self._step % every == 0)
 
-  def _read_metrics(self):
-    """Waits for the step in flight, if there is one, and reports it."""
+  def _read_metrics(self) -> None:
+    """Waits for the step in flight, if there is one, and reports its metrics."""
     if self._in_flight is None:
       return
-    step, metrics = self._in_flight
+    step, on_devices = self._in_flight
     self._in_flight = None
-    metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    metrics = {k: v.item() for k, v in jax.device_get(on_devices).items()}
     nonfinite_step = int(metrics.pop("nonfinite_step"))
     if nonfinite_step >= 0:
       self._stop_at_nonfinite(nonfinite_step, metrics)
@@ -238,13 +305,19 @@ class _Run:
       epochs = {f"epochs/{name}": n for name, n in self._data.epochs(step).items()}
       self._writers.write(step, "train", self._means.take() | self._timer.take() | epochs)
 
-  def _evaluate(self, limit):
-    """The validation metrics of this step, evaluated but once; None where a signal cut it short."""
+  def _evaluate(self, limit: int) -> evaluation.Result | None:
+    """The validation metrics of this step; None if a signal ended the evaluation.
+
+    A step that metrics were written for is not evaluated again.
+
+    Args:
+      limit: Batches; 0: the whole split.
+    """
     self._read_metrics()
     result = distributed.share(self._writers.newest(self._step, "validation"))
     if result is None:
       with self._timer.paused(), jax.transfer_guard("allow"):
-        self._stop_now()  # batches have another pace than steps
+        self._stop_now()  # evaluation batches take another time than steps
         result = evaluation.evaluate_on(
           self._held_out,
           self._mesh,
@@ -259,13 +332,17 @@ class _Run:
         self._writers.write(self._step, "validation", result)
     return result
 
-  def _save(self):
+  def _save(self) -> None:
+    """Saves a checkpoint after the metrics of its step are on disk.
+
+    Resuming from a checkpoint never writes the metrics before it again.
+    """
     self._read_metrics()
-    self._writers.flush()  # a checkpoint vouches for the metrics before it
+    self._writers.flush()
     with self._timer.paused(), jax.transfer_guard("allow"):
       self._checkpoints.save(self._state, {"means": self._means.state()} | self._data_state())
 
-  def _data_state(self):
+  def _data_state(self) -> dict[str, object]:
     """The batch source's entry in a checkpoint; empty if the batch is a function of the step."""
     if self._data.state_key is None:
       return {}
@@ -274,7 +351,8 @@ class _Run:
     ordered = [state for _, state in sorted(dict(states or []).items())]
     return {self._data.state_key: self._data.merge_states(ordered)}
 
-  def _stop_at_nonfinite(self, step, metrics):
+  def _stop_at_nonfinite(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Saves the state, the batch and the metrics of a step that is not finite, and raises."""
     where = self._folder / f"nonfinite_{step}"
     with jax.transfer_guard("allow"):
       side = "before" if int(self._state["step"]) == step else "after"
@@ -286,9 +364,10 @@ class _Run:
       evidence = f"the state {side} it could not be saved ({e})"
     raise UserError(
       f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
-      f"weights' norm {metrics['param_norm']}; {evidence}. A lower optim.lr, a longer "
-      "schedule.warmup_steps or objective.z_loss=1e-4 are the usual cures"
+      f"weight norm {metrics['param_norm']}; {evidence}. The usual cures are a lower optim.lr, a "
+      "longer schedule.warmup_steps or objective.z_loss=1e-4"
     )
 
-  def close(self):
+  def close(self) -> None:
+    """Closes the metric writers."""
     self._writers.close()

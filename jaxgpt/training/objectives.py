@@ -1,88 +1,148 @@
-"""What a step minimises. The train step and the loop know objectives only by their signature:
+"""Objectives: the loss functions that a model can be trained on.
 
-objective(params, frozen, batch, key) -> (weighted loss sum, weight sum, aux)
+The train step, the loop and the evaluation know an objective only as its loss function:
 
-`params` are trained, `frozen` holds further parameters of the same tree that are not, `key` is the
-step's PRNG key or None when evaluating, `aux` a dict of further sums that are reported per weight.
+  loss_fn(params, frozen, batch, key) -> (weighted loss sum, weight sum, aux)
+
+`params` are the trained parameters, `frozen` the other parameters of the same tree or None. `key`
+is the step's PRNG key, or None in evaluation, which turns dropout off. `aux` is a dict of further
+weighted sums, which are reported per weight. All are sums, not means: the train step divides once
+by the weight of the global batch, so the result depends neither on the mesh nor on the number of
+microbatches.
+
+An entry of `OBJECTIVES` says how to make the loss function, which row layout it reads and which
+models it can train.
 
 B batch, T position, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
+from jaxgpt.config import user_code
+from jaxgpt.config.registry import Registry
+from jaxgpt.errors import UserError
 from jaxgpt.model import lora, moe
 from jaxgpt.model.attention import token_order
-from jaxgpt.training import chunked_loss
+from jaxgpt.model.transformer import Transformer
+from jaxgpt.training import chunked_loss, losses
 from jaxgpt.tree import PyTree, map_named, merge
 
-# (params, frozen, batch, key) -> (weighted loss sum, weight sum, aux sums)
+Batch: TypeAlias = dict[str, Any]  # name -> array, or a dict of arrays
+Aux: TypeAlias = dict[str, jax.Array]
 LossFn: TypeAlias = Callable[
-  [PyTree, PyTree | None, PyTree, jax.Array | None],
-  tuple[jax.Array, jax.Array, dict[str, jax.Array]],
+  [PyTree, PyTree | None, Batch, jax.Array | None], tuple[jax.Array, jax.Array, Aux]
 ]
 
 
-@jax.custom_vjp
-def cross_entropy(logits_BTV, targets_BT):
-  """Negative log likelihood of each target, and the log of the softmax's normaliser.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A training objective.
 
-  Args:
-    logits_BTV: float32.
-    targets_BT: token ids.
-
-  Returns:
-    (nll_BT, log_z_BT) in nats.
-  """
-  return _cross_entropy_fwd(logits_BTV, targets_BT)[0]
-
-
-def _hit(logits_BTV, targets_BT):
-  # A comparison fuses and stays local where V is sharded; a gather does neither.
-  return jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-
-
-def _cross_entropy_fwd(logits_BTV, targets_BT):
-  top = logits_BTV.max(-1, keepdims=True)
-  exp_BTV = jnp.exp(logits_BTV - top)
-  z = exp_BTV.sum(-1, keepdims=True)
-  log_z_BT = (jnp.log(z) + top)[..., 0]
-  of_target_BT = jnp.where(_hit(logits_BTV, targets_BT), logits_BTV, 0).sum(-1)
-  return (log_z_BT - of_target_BT, log_z_BT), (exp_BTV / z, targets_BT)
-
-
-def _cross_entropy_bwd(saved, grads):
-  probs_BTV, targets_BT = saved
-  dnll, dlog_z = (g[..., None] for g in grads)
-  return probs_BTV * (dnll + dlog_z) - jnp.where(_hit(probs_BTV, targets_BT), dnll, 0), None
-
-
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
-
-
-def language_model(model, c_objective):
-  """The likelihood of `targets`, weighted by `loss_weights`, with an optional z-loss.
-
-  Next-token prediction where the targets are the tokens shifted by one, masked language modelling
-  (BERT, arXiv:1810.04805) where they are what masks hide: the batch decides. z-loss adds
-  z_loss * log(Z)^2 per token (PaLM, arXiv:2204.02311, section 5).
-
-  Args:
-    model: a `Transformer`.
-    c_objective: the config's `objective` section.
-
-  Returns:
-    An objective. Its aux has 'nll', the loss without further terms, and `_router_terms`.
+  Attributes:
+    loss_fn: Makes the loss function from the model and the config's `objective` section. Batches
+      that it gets have their tokens in the order of `token_order.balance`.
+    layout: Name of the row layout it reads, a key of `data.layouts.LAYOUTS`.
+    head: The `model.head` that it needs: 'lm' or 'classifier'.
+    causal: Whether it needs `model.causal`.
+    loss_chunk: Whether it implements `objective.loss_chunk`.
+    check: Raises a UserError if the config does not suit it. It gets the whole config, whose
+      derived keys may still be None.
+    summary: A few words for docs/config.md.
   """
 
-  def sums(params, frozen, batch, key):
+  loss_fn: Callable[[Transformer, ml_collections.ConfigDict], LossFn]
+  layout: str = "causal_lm"
+  head: str = "lm"
+  causal: bool = False
+  loss_chunk: bool = False
+  check: Callable[[ml_collections.ConfigDict], None] = lambda c: None
+  summary: str = ""
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective.name")
+
+
+def find(c: ml_collections.ConfigDict) -> Objective:
+  """The objective of a config: an entry of `OBJECTIVES`, or an object of a user's file.
+
+  Raises:
+    UserError: There is none of that name.
+  """
+  return user_code.find(OBJECTIVES, Objective, c.objective.name, c.code_folder)
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+  """Checks that the objective can train the config's model on its data.
+
+  Raises:
+    UserError: There is no such objective, or the model or the data does not suit it.
+  """
+  objective, o, m = find(c), c.objective, c.model
+  if objective.causal and not m.causal:
+    raise UserError(
+      f"objective.name={o.name!r} needs model.causal=True: otherwise each token attends to the one "
+      "it predicts"
+    )
+  if o.loss_chunk and not objective.loss_chunk:
+    names = " and ".join(name for name, entry in OBJECTIVES.items() if entry.loss_chunk)
+    raise UserError(
+      f"objective.loss_chunk={o.loss_chunk} is for {names}, not for objective.name={o.name!r}; set "
+      "it to 0"
+    )
+  if c.data.stream and objective.layout != "causal_lm":
+    raise UserError(
+      f"data.stream={c.data.stream!r} is for objective.name='causal_lm', not {o.name!r}; prepare "
+      "the files with `jaxgpt data`"
+    )
+  # Imported models may have no head for training; they are never trained as they are.
+  if m.head in ("lm", "classifier") and m.head != objective.head:
+    raise UserError(
+      f"objective.name={o.name!r} needs model.head={objective.head!r}, not {m.head!r}"
+    )
+  objective.check(c)
+
+
+def make(model: Transformer, c: ml_collections.ConfigDict) -> LossFn:
+  """The loss function of a config, of batches whose tokens are in the order of their rows.
+
+  Args:
+    model: A `Transformer`.
+    c: A resolved config.
+  """
+  loss_fn = find(c).loss_fn(model, c.objective)
+  if not model.cfg.causal:
+    return loss_fn
+  # Causal attention over mesh.seq needs tokens in an order that gives all devices equal work.
+  balanced = lambda x: token_order.balance(x) if x.ndim > 1 else x
+  return lambda params, frozen, batch, key: loss_fn(
+    params, frozen, jax.tree.map(balanced, batch), key
+  )
+
+
+def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) -> LossFn:
+  """Cross entropy of `targets`, weighted by `loss_weights`, with an optional z-loss.
+
+  loss = sum over tokens of loss_weights * (nll + z_loss * log(Z)^2), see `losses`. Targets that are
+  the tokens shifted by one make it next-token prediction; targets that masks hide make it masked
+  language modeling (BERT, arXiv:1810.04805). Layers of experts add their router losses.
+
+  Returns:
+    A loss function. Its aux has 'nll', the loss without other terms, and sums of the router.
+  """
+
+  def sums(
+    params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, Any]:
     """(loss, nll, the model's output)."""
-    weights_BT = batch["loss_weights"]
+    targets_BT, weights_BT = batch["targets"], batch["loss_weights"]
     if c_objective.loss_chunk:
-      terms = chunked_loss.Terms(
+      options = chunked_loss.Options(
         c_objective.loss_chunk,
         model.cfg.logit_softcap,
         c_objective.z_loss,
@@ -90,91 +150,152 @@ def language_model(model, c_objective):
         model.rules,
       )
       project = lambda x, w, bias: chunked_loss.loss_sums(
-        x, w, bias, batch["targets"], weights_BT, terms
+        x, w, bias, targets_BT, weights_BT, options
       )
-      out = _apply(model, params, frozen, batch, key, project)
+      out = apply(model, params, frozen, batch, key, project)
       return *out.logits, out
-    out = _apply(model, params, frozen, batch, key)
-    nll_BT, log_z_BT = cross_entropy(out.logits, batch["targets"])
-    nll = loss = (nll_BT * weights_BT).sum()
-    if c_objective.z_loss:
-      loss += c_objective.z_loss * (jnp.square(log_z_BT) * weights_BT).sum()
-    return loss, nll, out
+    out = apply(model, params, frozen, batch, key)
+    nll_BT, log_z_BT = losses.cross_entropy(out.logits, targets_BT)
+    return *losses.weighted_sums(nll_BT, log_z_BT, weights_BT, c_objective.z_loss), out
 
-  def objective(params, frozen, batch, key):
-    weights_BT = batch["loss_weights"]
+  def loss_fn(
+    params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, Aux]:
+    weight = batch["loss_weights"].sum()
     loss, nll, out = sums(params, frozen, batch, key)
-    extra, aux = _router_terms(model.cfg.moe, out.router, weights_BT.sum())
-    return loss + extra, weights_BT.sum(), {"nll": nll} | aux
+    extra, aux = router_terms(model, out.router, weight)
+    return loss + extra, weight, {"nll": nll} | aux
 
-  return objective
+  return loss_fn
 
 
-def classification(model, c_objective):
-  """Cross entropy of `labels` [B], or with one label the squared error of a regression.
+OBJECTIVES.add(
+  "causal_lm",
+  Objective(_language_model, causal=True, loss_chunk=True, summary="predict the next token"),
+)
+OBJECTIVES.add(
+  "masked_lm",
+  Objective(_language_model, layout="masked_lm", loss_chunk=True, summary="predict masked tokens"),
+)
 
-  Args and returns: as `language_model`; the aux has also 'correct' where there are classes.
+
+def _classification(model: Transformer, c_objective: ml_collections.ConfigDict) -> LossFn:
+  """Cross entropy of `labels` [B]; with one label the squared error of a regression.
+
+  Returns:
+    A loss function. Its aux has 'nll', sums of the router and, if there are classes, 'correct'.
   """
   del c_objective
 
-  def objective(params, frozen, batch, key):
-    out = _apply(model, params, frozen, batch, key)
+  def loss_fn(
+    params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, Aux]:
+    out = apply(model, params, frozen, batch, key)
     weights_B, labels_B = batch["loss_weights"], batch["labels"]
+    aux = {}
     if model.cfg.num_labels == 1:
-      nll_B, aux = jnp.square(out.logits[:, 0] - labels_B), {}
+      loss_B = jnp.square(out.logits[:, 0] - labels_B)
     else:
-      nll_B, _ = cross_entropy(out.logits, labels_B)
-      aux = {"correct": ((out.logits.argmax(-1) == labels_B) * weights_B).sum()}
-    loss = (nll_B * weights_B).sum()
-    extra, of_router = _router_terms(model.cfg.moe, out.router, weights_B.sum())
+      loss_B, _ = losses.cross_entropy(out.logits, labels_B)
+      aux["correct"] = ((out.logits.argmax(-1) == labels_B) * weights_B).sum()
+    loss = (loss_B * weights_B).sum()
+    extra, of_router = router_terms(model, out.router, weights_B.sum())
     return loss + extra, weights_B.sum(), {"nll": loss} | aux | of_router
 
-  return objective
+  return loss_fn
 
 
-def preference(model, c_objective):
-  """Direct preference optimisation (arXiv:2305.18290, eq. 7): the chosen answer over the rejected.
+OBJECTIVES.add(
+  "classification",
+  Objective(_classification, layout="classification", head="classifier", summary="predict a label"),
+)
 
-  The reference model is the model itself without its adapters (LoRA), which are all that is
-  trained. A row of `batch['chosen']` and of `batch['rejected']` is one pair.
 
-  Args and returns: as `language_model`; a pair weighs 1. The aux has also 'correct': whether the
-  adapters have raised the chosen answer more than the rejected one.
+def _preference(model: Transformer, c_objective: ml_collections.ConfigDict) -> LossFn:
+  """Direct preference optimization (arXiv:2305.18290, eq. 7).
+
+  loss = -log sigmoid(beta * (gain of the chosen answer - gain of the rejected answer)), where gain
+  is log p_model(answer) - log p_reference(answer). The reference is the model without its adapters
+  (LoRA), which are all that is trained. Row i of `batch['chosen']` and of `batch['rejected']` are
+  the two answers to one prompt, with weight 1.
+
+  Returns:
+    A loss function. Its aux has 'nll' (the loss), 'correct' (the chosen answer gained more) and
+    'margin' (beta times the difference of the gains).
   """
 
-  def log_likelihood(params, frozen, rows, key):
-    out = _apply(model, params, frozen, rows, key)
-    nll_BT, _ = cross_entropy(out.logits, rows["targets"])
-    return -(nll_BT * rows["loss_weights"]).sum(-1)
+  def log_likelihood_B(
+    params: PyTree, frozen: PyTree | None, answers: Batch, key: jax.Array | None
+  ) -> jax.Array:
+    out = apply(model, params, frozen, answers, key)
+    nll_BT, _ = losses.cross_entropy(out.logits, answers["targets"])
+    return -(nll_BT * answers["loss_weights"]).sum(-1)
 
-  def objective(params, frozen, batch, key):
-    without = jax.lax.stop_gradient(_without_adapters(params))
-    gain_B = 0.0
-    for sign, rows in ((1, batch["chosen"]), (-1, batch["rejected"])):
-      gain_B += sign * (
-        log_likelihood(params, frozen, rows, key) - log_likelihood(without, frozen, rows, None)
+  def loss_fn(
+    params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, Aux]:
+    reference = jax.lax.stop_gradient(_without_adapters(params))
+    margin_B: jax.Array | float = 0.0
+    for sign, answers in ((1, batch["chosen"]), (-1, batch["rejected"])):
+      margin_B += sign * (
+        log_likelihood_B(params, frozen, answers, key)
+        - log_likelihood_B(reference, frozen, answers, None)
       )
-    weights_B = batch["chosen"]["loss_weights"].max(-1)  # 0 in rows that only fill a batch up
-    loss = (jax.nn.softplus(-c_objective.beta * gain_B) * weights_B).sum()
-    return (
-      loss,
-      weights_B.sum(),
-      {
-        "nll": loss,
-        "correct": ((gain_B > 0) * weights_B).sum(),
-        "margin": (c_objective.beta * gain_B * weights_B).sum(),
-      },
-    )
+    weights_B = batch["chosen"]["loss_weights"].max(-1)  # 0 in rows of padding
+    loss = (jax.nn.softplus(-c_objective.beta * margin_B) * weights_B).sum()
+    aux = {
+      "nll": loss,
+      "correct": ((margin_B > 0) * weights_B).sum(),
+      "margin": (c_objective.beta * margin_B * weights_B).sum(),
+    }
+    return loss, weights_B.sum(), aux
 
-  return objective
+  return loss_fn
 
 
-def _without_adapters(params):
+def _without_adapters(params: PyTree) -> PyTree:
+  """The parameters with the second LoRA matrices set to 0, which turns the adapters off."""
   zero = lambda path, x: jnp.zeros_like(x) if path.endswith(lora.B) else x
   return map_named(zero, params)
 
 
-def _apply(model, params, frozen, batch, key, project=None):
+def _check_adapters(c: ml_collections.ConfigDict) -> None:
+  if not c.model.lora.rank:
+    raise UserError(
+      f"objective.name={c.objective.name!r} compares the model with itself without adapters: set "
+      "model.lora.rank, such as 16"
+    )
+
+
+OBJECTIVES.add(
+  "preference",
+  Objective(
+    _preference, layout="preference", causal=True, check=_check_adapters, summary="DPO of adapters"
+  ),
+)
+
+
+def apply(
+  model: Transformer,
+  params: PyTree,
+  frozen: PyTree | None,
+  batch: Batch,
+  key: jax.Array | None,
+  project: Callable[..., Any] | None = None,
+) -> Any:
+  """Runs the model on a batch, for a loss function.
+
+  Args:
+    model: A `Transformer`.
+    params: The trained parameters.
+    frozen: The other parameters, or None.
+    batch: With `tokens`, `positions`, `segment_ids` and perhaps `token_types`, all [B, T].
+    key: PRNG key for dropout, or None.
+    project: Replaces the head's product: (hidden states, weight, bias) -> `logits` of the result.
+
+  Returns:
+    The model's output, with `logits` (float32) and `router` (statistics for `router_terms`).
+  """
   return model.apply(
     {"params": merge(params, frozen)},
     batch["tokens"],
@@ -187,10 +308,22 @@ def _apply(model, params, frozen, batch, key, project=None):
   )
 
 
-def _router_terms(c_moe, stats, weight):
-  """(what the router adds to the loss sum, its aux sums); nothing where there are no experts."""
+def router_terms(
+  model: Transformer, stats: Any, weight: jax.Array
+) -> tuple[jax.Array | float, Aux]:
+  """The router's share of the loss in models with experts.
+
+  Args:
+    model: A `Transformer`.
+    stats: `router` of its output; None without experts.
+    weight: The batch's weight sum.
+
+  Returns:
+    (term to add to the loss sum, aux sums); (0.0, {}) without experts.
+  """
   if stats is None:
     return 0.0, {}
+  c_moe = model.cfg.moe
   balance, z = moe.losses(stats)
   dropped = stats["dropped"] / jnp.maximum(stats["tokens"] * c_moe.per_token, 1)
   extra = c_moe.balance_loss * balance + c_moe.z_loss * z
@@ -199,22 +332,3 @@ def _router_terms(c_moe, stats, weight):
     "router_z": z * weight,
     "dropped_share": dropped * weight,
   }
-
-
-OBJECTIVES = {
-  "causal_lm": language_model,
-  "masked_lm": language_model,
-  "classification": classification,
-  "preference": preference,
-}
-
-
-def make(model, c_objective):
-  """The objective that the config names, of batches whose tokens are in the order of their rows."""
-  objective = OBJECTIVES[c_objective.name](model, c_objective)
-  if not model.cfg.causal:
-    return objective
-  balanced = lambda x: token_order.balance(x) if x.ndim > 1 else x
-  return lambda params, frozen, batch, key: objective(
-    params, frozen, jax.tree.map(balanced, batch), key
-  )

@@ -1,41 +1,154 @@
-"""Optimizers as chains of Optax parts: a direction, weight decay, the learning rate.
+"""Optimizers: update directions, and the chain of weight decay and learning rate that all share.
 
-Which parameters decay and which are matrices to Muon is read off the axes tree.
+An update is -lr * factor * (direction + weight_decay * weight). An entry of `OPTIMIZERS` makes the
+direction and says which moments it keeps. Which parameters decay, and which are matrices to Muon,
+is read from the axes tree.
 """
 
+import dataclasses
 import fnmatch
 import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
 from jaxgpt import tree
+from jaxgpt.config import user_code
+from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError
 from jaxgpt.model import lora
 from jaxgpt.parallel import sharding
+from jaxgpt.tree import PyTree
+
+Axes: TypeAlias = tuple[str | None, ...]  # logical axes of a parameter
+Dims: TypeAlias = tuple[int, ...]
 
 _MUON_RMS = 0.2  # makes Muon's updates as large as AdamW's (arXiv:2502.16982, section 2.2)
+_LARGEST_B2 = 0.98  # a step then adds 1/50 of the moment: ten times bfloat16's rounding error
 
 
-def trained(c_optim, axes):
-  """The parameters that are trained: those of `optim.trainable` without those of `optim.frozen`.
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """An array that the optimizer keeps for each parameter.
 
-  Where neither names any, all are, or with LoRA (arXiv:2106.09685) its thin matrices alone.
+  Attributes:
+    dtype_key: The key of the `optim` section that holds its dtype; None for float32.
+    per_parameter: Numbers kept per number of the parameters, averaged over a model. Less than 1 for
+      factored moments, or for moments that only some parameters have.
+  """
 
-  Args:
-    c_optim: the config's `optim` section.
-    axes: tree of logical axes of all parameters.
+  dtype_key: str | None = None
+  per_parameter: float = 1.0
 
-  Returns:
-    A set of paths.
+  def bytes(self, c_optim: ml_collections.ConfigDict) -> float:
+    """Bytes per number of the parameters."""
+    dtype = c_optim[self.dtype_key] if self.dtype_key else "float32"
+    return self.per_parameter * jnp.dtype(dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """An update direction and the memory it takes.
+
+  Attributes:
+    direction: Makes the transformation from gradients to directions of descent, from the config's
+      `optim` section and the tree of logical axes of the trained parameters. It applies neither the
+      learning rate nor weight decay, and does not flip the sign: `make` does.
+    moments: Arrays that it keeps; `jaxgpt plan` computes the optimizer's memory from them.
+    check: Raises a UserError if the `optim` section does not suit this optimizer.
+    summary: A few words for docs/config.md.
+  """
+
+  direction: Callable[[ml_collections.ConfigDict, PyTree], optax.GradientTransformation]
+  moments: tuple[Moment, ...] = ()
+  check: Callable[[ml_collections.ConfigDict], None] = lambda c_optim: None
+  summary: str = ""
+
+  def bytes_per_parameter(self, c_optim: ml_collections.ConfigDict) -> float:
+    """Bytes of optimizer state per number of the trained parameters."""
+    return sum(moment.bytes(c_optim) for moment in self.moments)
+
+
+OPTIMIZERS: Registry[Optimizer] = Registry("optim.name")
+
+
+def find(c: ml_collections.ConfigDict) -> Optimizer:
+  """The optimizer of a config: an entry of `OPTIMIZERS`, or an object of a user's file.
 
   Raises:
-    UserError: a pattern that matches no parameter, or nothing is left to train.
+    UserError: There is none of that name.
+  """
+  return user_code.find(OPTIMIZERS, Optimizer, c.optim.name, c.code_folder)
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+  """Checks the `optim` section against its optimizer.
+
+  Raises:
+    UserError: There is no such optimizer, it does not keep a moment whose dtype is set, or its own
+      check fails.
+  """
+  optimizer, c_optim = find(c), c.optim
+  kept = {moment.dtype_key for moment in optimizer.moments}
+  for key in ("first_dtype", "second_dtype"):
+    if c_optim[key] != "float32" and key not in kept:
+      raise UserError(
+        f"optim.{key}={c_optim[key]!r}: optim.name={c_optim.name!r} has no such moment; leave it "
+        "at 'float32'"
+      )
+  optimizer.check(c_optim)
+
+
+def make(
+  c: ml_collections.ConfigDict, schedule: optax.Schedule, axes: PyTree, depths: PyTree
+) -> optax.GradientTransformation:
+  """The optimizer of a config, without gradient clipping, which the train step does.
+
+  Args:
+    c: A resolved config.
+    schedule: Step -> fraction of the peak learning rate, see `schedules.make`.
+    axes: Tree of logical axes of the trained parameters, see `model.transformer.abstract`.
+    depths: Tree of the layers that they belong to, see `model.transformer.depths`.
+
+  Returns:
+    A transformation from gradients to updates. Only matrices decay.
+  """
+  c_optim = c.optim
+  decays = jax.tree.map(sharding.is_weight, axes, is_leaf=sharding.is_axes)
+  chain = [
+    find(c).direction(c_optim, axes),
+    optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
+    optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step)),
+  ]
+  factors = _rate_factors(c_optim, axes, depths)
+  if factors is not None:
+    chain.append(
+      optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
+    )
+  return optax.chain(*chain)
+
+
+def trained(c_optim: ml_collections.ConfigDict, axes: PyTree) -> set[str]:
+  """Paths of the trained parameters: those of `optim.trainable` without those of `optim.frozen`.
+
+  If `optim.trainable` is empty, all parameters are trained, or with LoRA (arXiv:2106.09685) only
+  its low-rank matrices.
+
+  Args:
+    c_optim: The config's `optim` section.
+    axes: Tree of logical axes of all parameters.
+
+  Raises:
+    UserError: A pattern matches no parameter, or no parameter is left to train.
   """
   paths = set(tree.flatten(axes, is_leaf=sharding.is_axes))
 
-  def matching(key, patterns):
+  def matching(key: str, patterns: tuple[str, ...]) -> set[str]:
     for pattern in patterns:
       if not fnmatch.filter(paths, pattern):
         raise UserError(
@@ -44,63 +157,37 @@ def trained(c_optim, axes):
         )
     return {path for path in paths for pattern in patterns if fnmatch.fnmatchcase(path, pattern)}
 
-  thin = {path for path in paths if lora.is_adapter(path)}
-  chosen = matching("trainable", c_optim.trainable) or thin or paths
+  adapters = {path for path in paths if lora.is_adapter(path)}
+  chosen = matching("trainable", c_optim.trainable) or adapters or paths
   chosen -= matching("frozen", c_optim.frozen)
   if not chosen:
     raise UserError(f"optim.frozen={c_optim.frozen} leaves no parameter to train")
   return chosen
 
 
-def _rates(c_optim, axes, depths):
-  """Shares of the learning rate: a tree of numbers, or of arrays [layers, 1, …]; None: all 1."""
+def _rate_factors(
+  c_optim: ml_collections.ConfigDict, axes: PyTree, depths: PyTree
+) -> PyTree | None:
+  """Factors on the learning rate: a tree of numbers or arrays [layers, 1, …]; None if all are 1."""
   named = tree.flatten(depths)
   last = max(np.max(depth) for depth in named.values())
 
-  def one(path, axes_of_path):
-    share = c_optim.layer_decay ** (last - np.asarray(named[path], np.float32))
-    for pattern, factor in c_optim.lr_scales:
+  def one(path: str, axes_of_path: Axes) -> np.ndarray | tuple[()]:
+    factor = c_optim.layer_decay ** (last - np.asarray(named[path], np.float32))
+    for pattern, scale in c_optim.lr_scales:
       if fnmatch.fnmatchcase(path, pattern):
-        share = share * factor
+        factor = factor * scale
         break
-    return share.reshape(share.shape + (1,) * (len(axes_of_path) - 1) if share.ndim else ())
+    return factor.reshape(factor.shape + (1,) * (len(axes_of_path) - 1) if factor.ndim else ())
 
-  shares = tree.map_named(one, axes, is_leaf=sharding.is_axes)
-  return None if all((x == 1).all() for x in jax.tree.leaves(shares)) else shares
-
-
-def make(c_optim, schedule, axes, depths):
-  """The optimizer that the config names, without gradient clipping (the train step clips).
-
-  Args:
-    c_optim: the config's `optim` section, resolved.
-    schedule: step -> share of the peak learning rate, see `schedules.make`.
-    axes: tree of logical axes of the trained parameters, see `model.transformer.abstract`.
-    depths: tree of the layers that they belong to, see `model.transformer.depths`.
-
-  Returns:
-    An `optax.GradientTransformation`. Every update is -lr * (direction + weight_decay * weight),
-    the decay on matrices only. 'adafactor' (arXiv:1804.04235) scales its direction with the root
-    mean square of the parameter, so its lr is relative: around 1e-2.
-  """
-  decays = jax.tree.map(sharding.is_weight, axes, is_leaf=sharding.is_axes)
-  chain = [
-    DIRECTIONS[c_optim.name](c_optim, axes),
-    optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
-    optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step)),
-  ]
-  shares = _rates(c_optim, axes, depths)
-  if shares is not None:
-    chain.append(
-      optax.stateless(lambda updates, _: jax.tree.map(lambda u, share: u * share, updates, shares))
-    )
-  return optax.chain(*chain)
+  factors = tree.map_named(one, axes, is_leaf=sharding.is_axes)
+  return None if all((x == 1).all() for x in jax.tree.leaves(factors)) else factors
 
 
-def matrix_axes(axes):
-  """(input dimensions, output dimensions) of a layer's matrix; None for any other parameter.
+def matrix_axes(axes: Axes) -> tuple[Dims, Dims] | None:
+  """Input and output dimensions of a layer's matrix; None for any other parameter.
 
-  ('layers', 'embed', 'heads', 'head_dim') -> ((1,), (2, 3)): one matrix a layer maps the residual
+  ('layers', 'embed', 'heads', 'head_dim') -> ((1,), (2, 3)): one matrix per layer maps the residual
   stream to all heads together.
   """
   if "layers" not in axes or "router" in axes or not sharding.is_weight(axes):
@@ -110,13 +197,17 @@ def matrix_axes(axes):
   return ((hub,), others) if hub < others[0] else (others, (hub,))
 
 
-def _kept_in(tx, **dtypes):
-  """The transformation with fields of its state, such as `mu`, stored in other dtypes.
+def kept_in(tx: optax.GradientTransformation, **dtypes: str) -> optax.GradientTransformation:
+  """A transformation whose moments are stored in narrower dtypes.
 
-  It computes in float32 all the same; only what is kept for the next step is rounded, to nearest.
+  It computes in float32. Only the value stored for the next step is rounded, to nearest.
+
+  Args:
+    tx: A transformation whose state is a NamedTuple.
+    **dtypes: Field of that state, such as `mu`, to its dtype.
   """
 
-  def cast(state, dtypes):
+  def cast(state: optax.OptState, dtypes: Mapping[str, str]) -> optax.OptState:
     return state._replace(
       **{
         field: jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), getattr(state, field))
@@ -124,7 +215,9 @@ def _kept_in(tx, **dtypes):
       }
     )
 
-  def update(updates, state, params=None):
+  def update(
+    updates: PyTree, state: optax.OptState, params: PyTree | None = None
+  ) -> tuple[PyTree, optax.OptState]:
     state = cast(state, dict.fromkeys(dtypes, "float32"))
     updates, state = tx.update(updates, state, params)
     return updates, cast(state, dtypes)
@@ -132,19 +225,53 @@ def _kept_in(tx, **dtypes):
   return optax.GradientTransformation(lambda params: cast(tx.init(params), dtypes), update)
 
 
-def _adam(o, axes):
+def _check_second_dtype(c_optim: ml_collections.ConfigDict) -> None:
+  """Refuses a second moment in bfloat16 that averages over too many steps."""
+  if c_optim.second_dtype == "bfloat16" and c_optim.b2 > _LARGEST_B2:
+    raise UserError(
+      f"optim.second_dtype='bfloat16' needs optim.b2 <= {_LARGEST_B2} (got {c_optim.b2}): smaller "
+      "updates would be lost to bfloat16 rounding; set optim.b2=0.95, or keep it in 'float32'"
+    )
+
+
+def _adamw(c_optim: ml_collections.ConfigDict, axes: PyTree) -> optax.GradientTransformation:
+  """Adam (arXiv:1412.6980), whose decoupled weight decay (arXiv:1711.05101) `make` adds.
+
+  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  direction = m' / (sqrt(v') + eps), where m' and
+  v' are m and v without their bias towards 0.
+  """
   del axes
-  return _kept_in(optax.scale_by_adam(o.b1, o.b2, o.eps), mu=o.first_dtype, nu=o.second_dtype)
+  tx = optax.scale_by_adam(c_optim.b1, c_optim.b2, c_optim.eps)
+  return kept_in(tx, mu=c_optim.first_dtype, nu=c_optim.second_dtype)
 
 
-def _lion(o, axes):
+OPTIMIZERS.add(
+  "adamw",
+  Optimizer(
+    _adamw,
+    (Moment("first_dtype"), Moment("second_dtype")),
+    _check_second_dtype,
+    summary="Adam with decoupled weight decay",
+  ),
+)
+
+
+def _lion(c_optim: ml_collections.ConfigDict, axes: PyTree) -> optax.GradientTransformation:
+  """Lion (arXiv:2302.06675): direction = sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g."""
   del axes
-  return _kept_in(optax.scale_by_lion(o.b1, o.b2), mu=o.first_dtype)
+  return kept_in(optax.scale_by_lion(c_optim.b1, c_optim.b2), mu=c_optim.first_dtype)
 
 
-def _adafactor(o, axes):
-  """Adafactor without momentum, for each layer's part of a stacked parameter on its own."""
-  del o
+OPTIMIZERS.add("lion", Optimizer(_lion, (Moment("first_dtype"),), summary="the sign of a momentum"))
+
+
+def _adafactor(c_optim: ml_collections.ConfigDict, axes: PyTree) -> optax.GradientTransformation:
+  """Adafactor (arXiv:1804.04235) without momentum, applied to each layer of a stack separately.
+
+  The second moment of a matrix is the outer product of a row and a column. The direction is scaled
+  by the root mean square of the parameter, so `optim.lr` is relative: around 1e-2.
+  """
+  del c_optim
   tx = optax.chain(
     optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
   )
@@ -155,38 +282,60 @@ def _adafactor(o, axes):
   return optax.partition({"stacked": stacked, "single": tx}, labels)
 
 
-def _muon(o, axes):
-  """Muon for the layers' matrices, Adam for the embeddings, the head, norms and biases."""
-  dims = {name: matrix_axes(a) for name, a in tree.flatten(axes, is_leaf=sharding.is_axes).items()}
+OPTIMIZERS.add(
+  "adafactor",
+  Optimizer(
+    _adafactor, (Moment(per_parameter=0.01),), summary="factored second moments, no first one"
+  ),
+)
+
+
+def _muon(c_optim: ml_collections.ConfigDict, axes: PyTree) -> optax.GradientTransformation:
+  """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for all other parameters.
+
+  The direction of a matrix is its momentum with all singular values set to about 1 by Newton-Schulz
+  iterations, times 0.2 sqrt(longer side), which gives it the RMS of AdamW (arXiv:2502.16982, 2.2).
+  Embeddings, the head, norms and biases get AdamW with the peak rate `optim.adam_lr`.
+  """
+  named = tree.flatten(axes, is_leaf=sharding.is_axes)
+  dims = {name: found for name, a in named.items() if (found := matrix_axes(a))}
   numbers = lambda params: tree.map_named(
     lambda name, _: optax.contrib.MuonDimensionNumbers(*dims[name]), params
   )
   labels = tree.map_named(
-    lambda name, _: "muon" if dims[name] else "adam", axes, is_leaf=sharding.is_axes
+    lambda name, _: "muon" if name in dims else "adam", axes, is_leaf=sharding.is_axes
   )
 
-  def match_rms(updates, params):
+  def match_rms(updates: PyTree, params: PyTree) -> PyTree:
     del params
 
-    def one(name, u):
+    def one(name: str, u: jax.Array) -> jax.Array:
       longer = max(math.prod(u.shape[i] for i in side) for side in dims[name])
       return u * (_MUON_RMS * longer**0.5)
 
     return tree.map_named(one, updates)
 
+  orthogonal = optax.contrib.scale_by_muon(
+    beta=c_optim.muon_momentum, weight_dimension_numbers=numbers
+  )
+  # `make` multiplies all directions by optim.lr, so AdamW's are scaled to get optim.adam_lr.
+  adam_factor = c_optim.adam_lr / c_optim.lr if c_optim.lr else 1.0
   return optax.partition(
     {
-      "muon": optax.chain(
-        _kept_in(
-          optax.contrib.scale_by_muon(beta=o.muon_momentum, weight_dimension_numbers=numbers),
-          mu=o.first_dtype,
-        ),
-        optax.stateless(match_rms),
-      ),
-      "adam": optax.chain(_adam(o, axes), optax.scale(o.adam_lr / o.lr if o.lr else 1.0)),
+      "muon": optax.chain(kept_in(orthogonal, mu=c_optim.first_dtype), optax.stateless(match_rms)),
+      "adam": optax.chain(_adamw(c_optim, axes), optax.scale(adam_factor)),
     },
     labels,
   )
 
 
-DIRECTIONS = {"adamw": _adam, "lion": _lion, "adafactor": _adafactor, "muon": _muon}
+# The second moment is AdamW's, of about a fifth of the parameters.
+OPTIMIZERS.add(
+  "muon",
+  Optimizer(
+    _muon,
+    (Moment("first_dtype"), Moment("second_dtype", per_parameter=0.2)),
+    _check_second_dtype,
+    summary="orthogonalized momentum for matrices of the layers, adamw for the rest",
+  ),
+)

@@ -1,36 +1,65 @@
-"""The one train step: train_step(state, batch) -> (state, metrics), pure and jitted once.
+"""The train step: train_step(state, batch) -> (state, metrics), pure and jitted once.
 
-The state is a dict of arrays: 'step' (updates so far), 'params' (those that are
-trained), 'frozen' (those that are not, if any), 'opt' (the optimizer's), 'ema' (where it is on) and
-'nonfinite_step', -1 or the first step that was not finite, at which the state freezes: the
-loop, which reads the metrics one step late, finds it as the accident left it. A loss or gradient that
-is not finite is not applied at all, and the state is the one before the step. Weights
-that an update from finite gradients has made infinite stay: to take them back, old and new
-state would have to be held together, up to 12 bytes a parameter.
+The state is a dict of arrays:
+
+  step            int32, updates so far
+  params          the trained parameters
+  frozen          the other parameters, if there are any
+  opt             the optimizer's state
+  ema             moving average of the trained parameters, with optim.ema > 0
+  nonfinite_step  int32, -1 or the first step that was not finite
+
+If a loss or gradient is not finite, the update is not applied: the state stays that before the
+step, but for `nonfinite_step`. From then on the state is frozen. The loop reads metrics one step
+late, so it has already dispatched the next step by then, and still finds the state as it was.
+Weights that an update from finite gradients made infinite stay: to take them back, the old and the
+new state would have to be in memory together, up to 12 bytes per parameter.
 """
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import tree
 from jaxgpt.model import transformer
 from jaxgpt.parallel import sharding
 from jaxgpt.training import xla_options
+from jaxgpt.training.objectives import Aux, Batch, LossFn
+from jaxgpt.tree import PyTree
+
+State: TypeAlias = dict[str, Any]
+Metrics: TypeAlias = dict[str, jax.Array]
+TrainStep: TypeAlias = Callable[[State, Batch], tuple[State, Metrics]]
+Given: TypeAlias = dict[str, jax.Array]  # {path: array} of weights that initialization must keep
+# f(params, frozen, batch, key) -> ((loss sum, weight sum, aux sums), gradient of the loss sum)
+GradientFn: TypeAlias = Callable[
+  [PyTree, PyTree | None, Batch, jax.Array], tuple[tuple[jax.Array, jax.Array, Aux], PyTree]
+]
 
 
-def init_state(model, tx, key, ema, trained, given=None):
+def init_state(
+  model: transformer.Transformer,
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+  ema: bool,
+  trained: Collection[str],
+  given: Given | None = None,
+) -> State:
   """The state before the first update.
 
   Args:
-    model: a `Transformer`.
-    tx: an optimizer from `optim.make`.
+    model: A `Transformer`.
+    tx: An optimizer from `optimizers.make`.
     key: PRNG key of the initial weights.
-    ema: whether a moving average of the weights is kept.
-    trained: paths of the parameters that are trained.
-    given: {path: array} of weights that are there already.
+    ema: Whether to keep a moving average of the weights.
+    trained: Paths of the trained parameters.
+    given: {path: array} of weights that replace the random ones.
   """
   params = transformer.init(model, key)
   if given:
@@ -49,19 +78,26 @@ def init_state(model, tx, key, ema, trained, given=None):
   return state
 
 
-def weights(state):
-  """All weights that a state is used with: the moving average where there is one, and the frozen."""
+def weights(state: State) -> PyTree:
+  """All weights for evaluation: the moving average if there is one, and the frozen parameters."""
   return tree.merge(state.get("ema", state["params"]), state.get("frozen"))
 
 
-def first_state(model, tx, seed, abstract, given=None):
-  """The state before the first update, made on the devices in its shards.
+def first_state(
+  model: transformer.Transformer,
+  tx: optax.GradientTransformation,
+  seed: int,
+  abstract: State,
+  given: Given | None = None,
+) -> State:
+  """The state before the first update, computed on the devices in its shards.
 
   Args:
-    model, tx: as in `init_state`.
-    seed: of the initial weights.
-    abstract: from `abstract_state`.
-    given: {path: array} of weights that are there already; their buffers are donated.
+    model: A `Transformer`.
+    tx: An optimizer from `optimizers.make`.
+    seed: Seed of the initial weights.
+    abstract: From `abstract_state`.
+    given: {path: array} of weights that replace the random ones; their buffers are donated.
   """
   trained = set(tree.flatten(abstract["params"]))
   init = lambda given: init_state(
@@ -71,18 +107,27 @@ def first_state(model, tx, seed, abstract, given=None):
   return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given or {})
 
 
-def abstract_state(model, tx, ema, trained, mesh):
+def abstract_state(
+  model: transformer.Transformer,
+  tx: optax.GradientTransformation,
+  ema: bool,
+  trained: Collection[str],
+  mesh: Mesh,
+) -> State:
   """Shapes and shardings of the state, without computing any of it.
 
   Args:
-    model, tx, ema, trained: as in `init_state`.
-    mesh: the device mesh.
+    model: A `Transformer`.
+    tx: An optimizer from `optimizers.make`.
+    ema: Whether to keep a moving average of the weights.
+    trained: Paths of the trained parameters.
+    mesh: The device mesh.
 
   Returns:
-    A tree of `ShapeDtypeStruct`s with NamedShardings on `mesh`: what a checkpoint is restored to.
+    A tree of `ShapeDtypeStruct`s with NamedShardings on `mesh`, to restore checkpoints into.
 
   Raises:
-    UserError: the mesh does not divide a parameter, or cuts it twice by one axis.
+    UserError: The mesh does not divide a parameter, or shards two of its dimensions by one axis.
   """
   shapes = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0), ema, trained))
   params, axes = transformer.abstract(model)
@@ -93,24 +138,30 @@ def abstract_state(model, tx, ema, trained, mesh):
   )
 
 
-def make(objective, tx, schedule, c):
+def make(
+  objective: LossFn,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  c: ml_collections.ConfigDict,
+) -> TrainStep:
   """The train step as a pure function.
 
   Args:
-    objective: see `objectives`.
-    tx: an optimizer from `optim.make`.
-    schedule: step -> share of the peak learning rate.
-    c: the resolved config; read are `seed` and the section `optim`.
+    objective: A loss function, see `objectives`.
+    tx: An optimizer from `optimizers.make`.
+    schedule: Step -> fraction of the peak learning rate.
+    c: A resolved config; `seed` and `optim` are read.
 
   Returns:
-    train_step(state, batch) -> (state, metrics). Losses, and the gradient, are sums over the
-    whole global batch divided once by its weight, so that they depend neither on the mesh nor on
-    the number of microbatches; but experts' balance loss, which is of each microbatch.
+    train_step(state, batch) -> (state, metrics). The loss and the gradient are sums over the global
+    batch, divided once by its weight. They depend neither on the mesh nor on the number of
+    microbatches, except for the balance loss of experts, which is computed per microbatch.
   """
   gradients = accumulated(objective, c.optim.accumulate)
 
-  # Two branches and no select: XLA then writes the new state over the old one on every backend.
-  def update(state, grads):
+  # lax.cond of two branches rather than a select of two states: XLA then writes the new state over
+  # the old one on every backend.
+  def update(state: State, grads: PyTree) -> tuple[State, jax.Array]:
     updates, opt = tx.update(grads, state["opt"], state["params"])
     new = dict(
       state, params=optax.apply_updates(state["params"], updates), opt=opt, step=state["step"] + 1
@@ -119,14 +170,16 @@ def make(objective, tx, schedule, c):
       new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - c.optim.ema)
     return new, optax.tree.norm(new["params"])
 
-  def left_alone(state, grads):
+  def left_alone(state: State, grads: PyTree) -> tuple[State, jax.Array]:
     del grads
     return dict(state), optax.tree.norm(state["params"])
 
-  def train_step(state, batch):
+  def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    # Frozen parameters do not go through the cond: nothing changes them.
     frozen = {"frozen": state["frozen"]} if "frozen" in state else {}
-    state = {name: part for name, part in state.items() if name != "frozen"}
+    state = {name: value for name, value in state.items() if name != "frozen"}
     step = state["step"]
+    # The key is a function of (seed, step), so that a resumed run draws the same dropout masks.
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     (loss, weight, aux), grads = gradients(state["params"], frozen.get("frozen"), batch, key)
     mean = 1 / jnp.maximum(weight, 1e-9)
@@ -154,19 +207,21 @@ def make(objective, tx, schedule, c):
   return train_step
 
 
-def accumulated(objective, num_microbatches):
-  """Loss sums and gradients of a batch, computed in microbatches and added up.
+def accumulated(objective: LossFn, num_microbatches: int) -> GradientFn:
+  """Loss sums and gradients of a batch, computed in microbatches and summed.
 
   Args:
-    objective: see `objectives`.
-    num_microbatches: divides the rows of the batch.
+    objective: A loss function, see `objectives`.
+    num_microbatches: A divisor of the batch's rows.
 
   Returns:
     f(params, frozen, batch, key) -> ((loss sum, weight sum, aux sums), gradient of the loss sum).
   """
 
-  def value_and_grad(params, frozen, batch, key):
-    def summed(params):
+  def value_and_grad(
+    params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array
+  ) -> tuple[tuple[jax.Array, jax.Array, Aux], PyTree]:
+    def summed(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Aux]]:
       loss, weight, aux = objective(params, frozen, batch, key)
       return loss, (loss, weight, aux)
 
@@ -176,17 +231,21 @@ def accumulated(objective, num_microbatches):
   if num_microbatches == 1:
     return value_and_grad
 
-  def f(params, frozen, batch, key):
-    # Row r goes to microbatch r % A: each data shard then has its share of every microbatch.
+  def f(
+    params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array
+  ) -> tuple[tuple[jax.Array, jax.Array, Aux], PyTree]:
+    # Row r goes to microbatch r % A, so that every data shard holds rows of every microbatch and
+    # none has to move.
     split = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
     micro = jax.tree.map(split, batch)
 
     def body(total, xs):
       i, rows = xs
+      # Without this, XLA may shard the scanned dimension's slices in other ways.
       pin = lambda x: sharding.FIXED.constrain(x, "rows", *[None] * (x.ndim - 1))
       rows = jax.tree.map(pin, rows)
-      part = value_and_grad(params, frozen, rows, jax.random.fold_in(key, i))
-      return jax.tree.map(jnp.add, total, part), None
+      more = value_and_grad(params, frozen, rows, jax.random.fold_in(key, i))
+      return jax.tree.map(jnp.add, total, more), None
 
     shapes = jax.eval_shape(
       value_and_grad, params, frozen, jax.tree.map(lambda x: x[0], micro), key
@@ -197,17 +256,17 @@ def accumulated(objective, num_microbatches):
   return f
 
 
-def lower(train_step, state, batch, mesh):
-  """The step for a mesh as a program that is not compiled yet; the state's buffers are donated.
+def lower(train_step: TrainStep, state: State, batch: Batch, mesh: Mesh) -> jax.stages.Lowered:
+  """Lowers the step for a mesh. The state's buffers are donated.
 
   Args:
-    train_step: from `make`.
-    state: from `abstract_state`.
-    batch: the global batch as a tree of ShapeDtypeStructs.
-    mesh: the device mesh.
+    train_step: From `make`.
+    state: From `abstract_state`.
+    batch: The global batch as a tree of ShapeDtypeStructs.
+    mesh: The device mesh.
 
   Returns:
-    What JAX calls `Lowered`, of (state, batch) -> (state, metrics).
+    The uncompiled program (state, batch) -> (state, metrics).
   """
   rows = sharding.batch_sharding(mesh)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
@@ -216,13 +275,24 @@ def lower(train_step, state, batch, mesh):
     return jax.jit(train_step, donate_argnums=0, out_shardings=out).lower(state, batch)
 
 
-def compile(train_step, state, batch, mesh, options=(), instead=None):
+def compile(
+  train_step: TrainStep,
+  state: State,
+  batch: Batch,
+  mesh: Mesh,
+  options: Iterable[str] = (),
+  instead: Callable[[jax.stages.Lowered], Any] | None = None,
+) -> TrainStep:
   """Compiles the step for a mesh.
 
   Args:
-    train_step, state, batch, mesh: as in `lower`.
-    options: of XLA, each "name=value", which override those of the chip.
-    instead: is asked with what `lower` gives: returns a compiled function, or None.
+    train_step: From `make`.
+    state: From `abstract_state`.
+    batch: The global batch as a tree of ShapeDtypeStructs.
+    mesh: The device mesh.
+    options: XLA options "name=value". They override those of the chip.
+    instead: Called with the lowered program; returns a compiled function to use instead of
+      compiling, or None.
 
   Returns:
     The compiled function (state, batch) -> (state, metrics).

@@ -3,13 +3,16 @@
 `train` and `plan` compile with the same options.
 """
 
-import jax
+from collections.abc import Iterable
 
-from jaxgpt.errors import UserError
+import jax
+from jax.sharding import Mesh
+
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.parallel import chips
 
 
-def options(device_kind, given=()):
+def options(device_kind: str, given: Iterable[str] = ()) -> dict[str, str | bool]:
   """XLA options to compile with, as {name: value}.
 
   Args:
@@ -17,21 +20,26 @@ def options(device_kind, given=()):
     given: The config's `mesh.compiler_options`, each "name=value". They override the chip's.
   """
   chip = chips.of_device(device_kind)
-  defaults = dict(chip.xla_options) if chip else {}
-  return defaults | dict(option.split("=", 1) for option in given)
+  defaults: dict[str, str | bool] = dict(chip.xla_options) if chip else {}
+  for option in given:
+    name, _, value = option.partition("=")
+    defaults[name] = value
+  return defaults
 
 
-def compile(lowered, mesh, given=()):
-  """A lowered function's executable.
+def compile(
+  lowered: jax.stages.Lowered, mesh: Mesh, given: Iterable[str] = ()
+) -> jax.stages.Compiled:
+  """Compiles a lowered function.
 
   Args:
-    lowered: from a jitted function's `lower`.
-    mesh: of the devices that it is for.
-    given: as in `options`.
+    lowered: From the `lower` method of a jitted function.
+    mesh: The mesh of the devices to compile for.
+    given: As in `options`.
 
   Raises:
-    UserError: an option is unknown to XLA, or not for these devices.
-    jax.errors.JaxRuntimeError: anything else that XLA refuses, such as too little memory.
+    UserError: XLA does not know an option, or not for these devices.
+    jax.errors.JaxRuntimeError: XLA refuses for another reason, such as too little memory.
   """
   try:
     return lowered.compile(options(mesh.devices.flat[0].device_kind, given))
@@ -39,5 +47,5 @@ def compile(lowered, mesh, given=()):
     if not given or not str(e).startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION")):
       raise
     raise UserError(
-      f"XLA refuses to compile with mesh.compiler_options={tuple(given)}: {str(e).splitlines()[0]}"
+      f"XLA refuses to compile with mesh.compiler_options={tuple(given)}: {first_line(e)}"
     ) from e

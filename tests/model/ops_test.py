@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.model import ops
-from jaxgpt.training import objectives
+from jaxgpt.training import losses
 
 
 def same_gradients(f, g, *args):
@@ -46,7 +46,7 @@ def test_cross_entropy_and_its_normaliser():
     log_z = jax.nn.logsumexp(logits, -1)
     return log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], log_z
 
-  same_gradients(lambda x: objectives.cross_entropy(x, targets), plain, normal(1, 3, 5) * 5)
+  same_gradients(lambda x: losses.cross_entropy(x, targets), plain, normal(1, 3, 5) * 5)
 
 
 @pytest.mark.parametrize("what, barriers", [("none", 0), ("values", 1), ("gradients", 2)])

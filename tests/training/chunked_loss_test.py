@@ -9,7 +9,7 @@ from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
-from jaxgpt.training import chunked_loss, objectives
+from jaxgpt.training import build, chunked_loss, losses
 
 B, T, D, V = 8, 16, 32, 48
 
@@ -61,7 +61,7 @@ def test_value_and_gradients_are_those_of_the_definition(
   plain = lambda x, w, bias: by_definition(x, w, bias, targets, weights, softcap, z_loss)
   c = config.base().mesh
   c.update(dict(fsdp=1, rules=rules) | axes)
-  terms = chunked_loss.Terms(chunk, softcap, z_loss, False, sharding.rules(c))
+  terms = chunked_loss.Options(chunk, softcap, z_loss, False, sharding.rules(c))
   mesh = mesh_lib.make(c, jax.devices()[: 8 if axes else 1])
   with jax.set_mesh(mesh):
     tripled = lambda f: jax.jit(jax.grad(lambda *args: 3 * f(*args)[0], what))
@@ -79,11 +79,11 @@ def test_memory_is_that_of_a_chunk(arrays):
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  terms = chunked_loss.Terms(64, None, 0.0, False, sharding.DEFAULT)
+  terms = chunked_loss.Options(64, None, 0.0, False, sharding.DEFAULT)
   in_chunks = temporaries(
     lambda x, w: chunked_loss.loss_sums(x, w, None, targets, weights, terms)[0]
   )
-  whole = temporaries(lambda x, w: objectives.cross_entropy(x @ w, targets)[0].sum())
+  whole = temporaries(lambda x, w: losses.cross_entropy(x @ w, targets)[0].sum())
   assert whole > 2 * 256 * 50257 * 4 and in_chunks < whole / 2
 
 
@@ -92,4 +92,4 @@ def test_only_language_models_have_a_chunked_loss():
   c.objective.update(dict(name="classification", loss_chunk=64))
   c.model.update(dict(head="classifier", causal=False))
   with pytest.raises(UserError, match=r"objective.loss_chunk=64 is for causal_lm and masked_lm"):
-    config.resolve(c, 10)
+    build.check(c)

@@ -66,7 +66,7 @@ def test_a_start_with_a_saved_step_compiles_none_and_trains_the_same(saved, caps
   assert compiled and len(want) >= 3
   got, compiled = train("loaded")
   assert not compiled and got == want
-  assert "is this very step: nothing is compiled" in capsys.readouterr().out
+  assert "matches this step: nothing is compiled" in capsys.readouterr().out
 
 
 def test_the_doctor_says_whether_a_saved_step_would_be_used(saved, capsys):
@@ -92,7 +92,9 @@ def test_another_step_is_compiled_and_the_reason_is_told(saved, capsys):
   _, _, train = saved
   _, compiled = train("other", "--config.optim.lr=0.5")
   assert compiled
-  assert "is of no use here, so the step is compiled: the program was" in capsys.readouterr().out
+  assert (
+    "does not match this step; compiling it instead: the program was" in capsys.readouterr().out
+  )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.text.prepare import prepare
-from jaxgpt.training import loop, objectives
+from jaxgpt.training import build, loop, objectives
 
 WORDS = ("red", "blue", "cold", "warm", "old", "new")
 
@@ -107,7 +107,7 @@ def test_preferences_need_adapters():
   c = config.base()
   c.objective.name = "preference"
   with pytest.raises(UserError, match="set model.lora.rank"):
-    config.resolve(c, 10)
+    build.check(c)
 
 
 def test_a_regression_is_a_squared_error():
@@ -130,5 +130,7 @@ def test_a_regression_is_a_squared_error():
     "labels": jnp.array([1.5, 4.0]),
     "loss_weights": jnp.ones(2),
   }
-  loss, weight, aux = objectives.classification(Model(), None)({}, None, batch, jax.random.key(0))
+  loss, weight, aux = objectives.OBJECTIVES["classification"].loss_fn(Model(), None)(
+    {}, None, batch, jax.random.key(0)
+  )
   assert (loss, weight) == (0.25 + 4, 2) and "correct" not in aux

@@ -21,10 +21,11 @@ def setup(**fields):
   )
   c.optim.update(fields)
   c = config.resolve(c)
+  optimizers.check(c)
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
   params = jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
   axes = transformer.abstract(model)[1]
-  tx = optimizers.make(c.optim, lambda step: 1.0, axes, transformer.depths(c.model, params))
+  tx = optimizers.make(c, lambda step: 1.0, axes, transformer.depths(c.model, params))
   return params, axes, jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])
 
 

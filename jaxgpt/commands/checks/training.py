@@ -104,8 +104,6 @@ def model(known: Known, step: bool) -> Iterator[Finding]:
 
   def build() -> tuple[jax.sharding.Mesh, build_lib.Parts]:
     mesh = mesh_lib.make(c.mesh)
-    mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
-    mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
     return mesh, build_lib.build(c, mesh)
 
   both, finding = tried("mesh", build)

@@ -30,6 +30,11 @@ DECLARATIONS = Section(
       "",
       "Run folder or Hugging Face folder with the weights to start from. Empty: random weights.",
     ),
+    code_folder=Key(
+      "",
+      "Folder of the files in values FILE.py:NAME. Empty: the folder of the config file.",
+      free_on_resume=True,
+    ),
     model=MODEL,
     data=DATA,
     objective=OBJECTIVE,

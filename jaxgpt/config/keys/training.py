@@ -72,12 +72,6 @@ OBJECTIVE = Section(
     name=Key(
       "causal_lm",
       "Objective, or FILE.py:NAME for your own.",
-      choices={
-        "causal_lm": "predict the next token",
-        "masked_lm": "predict masked tokens",
-        "classification": "predict a label",
-        "preference": "DPO of adapters",
-      },
       registered=True,
     ),
     beta=Key(
@@ -120,12 +114,6 @@ OPTIM = Section(
     name=Key(
       "adamw",
       "Optimizer, or FILE.py:NAME for your own.",
-      choices={
-        "adamw": "",
-        "lion": "",
-        "adafactor": "",
-        "muon": "for matrices of the layers, adamw for the rest",
-      },
       registered=True,
     ),
     lr=Key(1e-3, "Peak learning rate.", interval=AT_LEAST_0),
@@ -209,13 +197,6 @@ SCHEDULE = Section(
     name=Key(
       "cosine",
       "Schedule after warmup, or FILE.py:NAME for your own.",
-      choices={
-        "cosine": "half a cosine down to `final_ratio`",
-        "linear": "a line down to `final_ratio`",
-        "wsd": "constant, then a fall in the last `decay_fraction` of the run",
-        "inverse_sqrt": "proportional to 1/sqrt(step)",
-        "constant": "the peak",
-      },
       registered=True,
     ),
     warmup_steps=Key(
