@@ -1,0 +1,189 @@
+"""The documentation: links, commands, named keys and files exist; the first pages run."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from jaxgpt import config
+from jaxgpt.commands import discover, main
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted(
+  p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+)
+RUN = ("README.md", "docs/quickstart.md")  # pages whose commands are run
+NOT_RUN = ("make ", ". .venv/bin/activate")  # `make demo` has a test of its own
+SECTIONS = tuple(config.base())
+NO_KEYS = (".py", ".md", ".json", ".jsonl", ".bin")  # `data.json` is a file, not a key
+
+
+class Command(NamedTuple):
+  """A command of a page, and the output that the page shows for it."""
+
+  page: str
+  text: str
+  output: str
+
+
+def read(page: str) -> str:
+  return (ROOT / page).read_text()
+
+
+def prose(page: str) -> str:
+  """A page without its fenced blocks."""
+  return re.sub(r"^( *)```.*?^\1```", "", read(page), flags=re.S | re.M)
+
+
+def commands(page: str) -> Iterator[Command]:
+  """The commands of a page's `console` blocks: `$ ` lines and their continuations."""
+  for block in re.findall(r"^```console\n(.*?)^```", read(page), re.S | re.M):
+    command, output = [], []
+    for line in block.splitlines():
+      if command and not output and is_open("\n".join(command)):
+        command.append(line)
+      elif line.startswith("$ "):
+        if command:
+          yield Command(page, "\n".join(command), "\n".join(output))
+        command, output = [line[2:]], []
+      else:
+        output.append(line)
+    if command:
+      yield Command(page, "\n".join(command), "\n".join(output))
+
+
+def is_open(text: str) -> bool:
+  """Whether a command continues in the next line: a backslash, or an open quote."""
+  try:
+    shlex.split(text)
+  except ValueError:
+    return True
+  return text.endswith("\\")
+
+
+def arguments(text: str) -> list[str] | None:
+  """The arguments of `jaxgpt` in a shell command; None for other programs."""
+  lexer = shlex.shlex(text.replace("\\\n", " "), posix=True, punctuation_chars=True)
+  lexer.whitespace_split = True
+  words = list(lexer)
+  while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+    words.pop(0)
+  if words[:1] != ["jaxgpt"]:
+    return None
+  ends = [i for i, word in enumerate(words) if set(word) <= set("|&;<>()")]
+  return words[1 : min(ends, default=len(words))]
+
+
+def slug(heading: str) -> str:
+  """The anchor of a heading, as GitHub makes it."""
+  text = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+  return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(page: str) -> set[str]:
+  return {slug(h) for h in re.findall(r"^#+ (.*)$", prose(page), re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_internal_links_resolve(page):
+  broken = []
+  for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page))):
+    if "://" in target or target.startswith("mailto:"):
+      continue
+    path, _, anchor = target.partition("#")
+    file = (ROOT / page).parent / path if path else ROOT / page
+    if not file.exists() or (
+      anchor and anchor not in anchors(file.resolve().relative_to(ROOT).as_posix())
+    ):
+      broken.append(target)
+  assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_anchors_are_equal_on_github_and_on_the_site(page):
+  """MkDocs folds runs of dashes, GitHub does not: headings must not make any."""
+  assert not [anchor for anchor in anchors(page) if "--" in anchor]
+
+
+def test_every_page_is_in_the_navigation():
+  def pages(entry):
+    if isinstance(entry, str):
+      yield entry
+    for item in (
+      entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ()
+    ):
+      yield from pages(item)
+
+  named = set(pages(yaml.safe_load(read("mkdocs.yml"))["nav"])) - {"api/"}
+  assert named == {p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page):
+  """Commands, flags and config keys exist, except where the page shows the error."""
+  known = discover()
+  for command in commands(page):
+    argv = arguments(command.text)
+    if not argv or "jaxgpt: error" in command.output:
+      continue
+    if " ".join(argv[:2]) in known:
+      argv[:2] = [" ".join(argv[:2])]
+    args, overrides = main.make_parser(known, argv).parse_known_args(argv)
+    assert all(a.startswith(("--config.", "--noconfig.")) for a in overrides), overrides
+    if overrides:
+      config.load(ROOT / args.config.partition(":")[0], overrides)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_config_keys_in_the_text_exist(page):
+  known = set(config.flatten(config.base()))
+  known |= {key.rpartition(".")[0] for key in known} | {f"{s}.options" for s in SECTIONS}
+  names = re.findall(r"`(?:--config\.)?([a-z_]+(?:\.[a-z0-9_]+)+)(?:=[^`\n]*)?`", prose(page))
+  keys = {n for n in names if n.split(".")[0] in SECTIONS and not n.endswith(NO_KEYS)}
+  assert keys <= known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_in_the_text_exist(page):
+  paths = re.findall(r"`((?:jaxgpt|tests|configs|launch|docs)/[\w./-]*)(?::\w+)?`", prose(page))
+  assert not [p for p in paths if not (ROOT / p).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_output_is_left_to_fill_in(page):
+  assert "@@" not in read(page)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_commands_run_as_printed(page, tmp_path):
+  """In a copy of the checkout. Where the page shows an error, the exit code must be 2."""
+  copy = tmp_path / "checkout"
+  shutil.copytree(
+    ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "build", "__pycache__", "*.egg-info")
+  )
+  shim = tmp_path / "bin" / "jaxgpt"
+  shim.parent.mkdir()
+  shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m jaxgpt "$@"\n')
+  shim.chmod(0o755)
+  env = os.environ | {
+    "PATH": f"{shim.parent}:{os.environ['PATH']}",
+    "PYTHONPATH": str(copy),
+    "JAX_PLATFORMS": "cpu",
+  }
+  env.pop("XLA_FLAGS", None)
+  for command in commands(page):
+    if command.text.startswith(NOT_RUN):
+      continue
+    done = subprocess.run(
+      ["bash", "-c", command.text], cwd=copy, env=env, capture_output=True, text=True, timeout=900
+    )
+    expected = 2 if "jaxgpt: error" in command.output else 0
+    assert done.returncode == expected, (command.text, done.stdout[-2000:], done.stderr[-2000:])
