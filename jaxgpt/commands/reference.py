@@ -10,7 +10,7 @@ from jaxgpt.commands.main import default_text
 from jaxgpt.config import options, reference
 from jaxgpt.training import objectives, optimizers, schedules
 
-_CLI_HEAD = """# Commands
+_CLI_HEAD = """# Command line
 
 Generated from the declarations of the options in `jaxgpt/commands/` and
 `jaxgpt/text/prepare/options.py` by `make docs`; a test keeps this page equal to them. `jaxgpt

@@ -45,7 +45,7 @@ class Option:
     least, above, most, below: The range of a number: value >= least, > above, <= most, < below.
     positional: The value is given without a flag.
     parse: Reads one value from text and raises ValueError with a reason; default: the field's type.
-    unset: What happens without the option, in words; for options whose default says nothing.
+    unset: The behavior without the option, in words, if the default does not say it.
     group: Heading in `--help`.
     modes: Modes of the command that use this option; see `refuse_unused`. Default: all.
     selects: {value: mode of the command that it selects}.

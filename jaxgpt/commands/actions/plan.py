@@ -67,7 +67,7 @@ def plan(
   except lower.OutOfMemory as e:
     _explain(e, c, where)
     return 1
-  text = compiled.executable.as_text()
+  text = compiled.executable.as_text() or ""
   if save_text:
     _write(save_text, text)
   if save:
@@ -76,7 +76,7 @@ def plan(
   print("\n".join(report.table(found)), flush=True)
   if top:
     lines = cost.heaviest(hlo.parse(text), top)
-    print("\n".join(report.heaviest_lines(lines, where.chip)), flush=True)
+    print("\n".join(report.heaviest_lines(lines, chip)), flush=True)
   if out:
     _write(out, json.dumps(found, indent=2))
   differs = communication_budget.check(golden, found) if golden else 0
@@ -123,7 +123,7 @@ def here(
   compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE), use_cache=not save)
   print("\n".join(report.of_this_machine(compiled)), flush=True)
   if save_text:
-    _write(save_text, compiled.executable.as_text())
+    _write(save_text, compiled.executable.as_text() or "")
   if save:
     _save(save, compiled)
   return 0

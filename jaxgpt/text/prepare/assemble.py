@@ -65,8 +65,8 @@ def _join_texts(paths: Sequence[pathlib.Path], to: pathlib.Path) -> None:
 def _join_arrays(paths: Sequence[pathlib.Path], to: pathlib.Path, are_offsets: bool) -> None:
   """Joins arrays along their first axis, with one of them in memory at a time.
 
-  Offsets of later tasks grow by the length of what they point into, and each task's first 0 but the
-  first is dropped:
+  Each task's offsets start at 0. They grow by the last offset of the task before, and the first 0
+  of every task after the first is dropped:
 
       task 0  [0, 3, 7]   task 1  [0, 2, 5]   ->   [0, 3, 7, 9, 12]
   """

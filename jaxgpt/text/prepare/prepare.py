@@ -23,6 +23,7 @@ import jaxgpt
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError
 from jaxgpt.storage import buckets
+from jaxgpt.storage import files as files_lib
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import clean, decontaminate, dedup
 from jaxgpt.text.prepare import all_jobs, shards
@@ -43,7 +44,7 @@ Manifest = dict[str, Any]
 
 
 def prepare(
-  paths: str | os.PathLike | Sequence[str | os.PathLike],
+  paths: files_lib.Paths,
   out: str | os.PathLike,
   *,
   overwrite: bool = False,

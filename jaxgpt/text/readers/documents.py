@@ -132,7 +132,7 @@ def chunks(text: str, size: int) -> Iterator[str]:
   yield text[start:]
 
 
-def find(paths: Sequence[str], exclude: Sequence[str] = ()) -> list[files.File]:
+def find(paths: files.Paths, exclude: Sequence[str] = ()) -> list[files.File]:
   """Lists the files to read; folders are searched for the suffixes of all formats.
 
   Args and errors: See `files.find`.
