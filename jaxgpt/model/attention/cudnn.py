@@ -68,8 +68,7 @@ def gathered_attention(
     segment_ids_B1T: Segments of this device's tokens.
   """
   gather = lambda x, axis: jax.lax.all_gather(x, cp.axis, axis=axis, tiled=True)
-  ids = segment_ids_B1T[:, 0]
-  mask = token_order.device_mask(cp, ids, gather(ids, 1))
+  mask = token_order.device_mask(cp, segment_ids_B1T[:, 0], gather(segment_ids_B1T[:, 0], 1))
   return attention(q_BTNH, gather(k_BTKH, 1), gather(v_BTKH, 1), mask, Spec(scale=1.0))
 
 
