@@ -4,7 +4,7 @@ B sample, S cache slot, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Sampling(NamedTuple):
 
 # generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B), see `make`.
 Generate = Callable[
-  [PyTree, jax.Array, int, int, jax.Array, tuple[float, int, float, float]],
+  [PyTree, jax.typing.ArrayLike, int, int, jax.Array, tuple[float, int, float, float]],
   tuple[jax.Array, jax.Array],
 ]
 
@@ -114,6 +114,7 @@ def make(model: transformer.Transformer, num_slots: int, eos_id: int, vocab_size
     count. `settings` is a `Sampling`, the arguments of `sample` after its key.
   """
   cfg = model.cfg
+  apply: Any = model.apply  # the type of Flax's `apply` does not know the model's results
 
   @jax.jit
   def generate(params, tokens_BS, length, max_new, key, settings):
@@ -127,7 +128,7 @@ def make(model: transformer.Transformer, num_slots: int, eos_id: int, vocab_size
     # Prefill: one call fills the cache. Slots after the prompt get keys of ignored tokens. Each of
     # them is overwritten before a query can attend to it.
     positions = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
-    out = model.apply(
+    out = apply(
       {"params": params},
       tokens_BS,
       positions,
@@ -147,7 +148,7 @@ def make(model: transformer.Transformer, num_slots: int, eos_id: int, vocab_size
       done_B |= token_B == eos_id
       lengths_B = jnp.where(done_B, lengths_B, i + 1)
       tokens = tokens.at[:, i].set(token_B)
-      out = model.apply(
+      out = apply(
         {"params": params},
         token_B[:, None],
         jnp.full((B, 1), i),

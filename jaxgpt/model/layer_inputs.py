@@ -3,6 +3,7 @@
 B batch, T query position, S key position or cache slot.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ def make(
     segments_BT: Segments, not used for the mask if there is a cache.
     cache: KV cache of the model, or None.
   """
+  mask: Callable[[int | None], jax.Array | None]
   if cache is not None:
     length = jax.tree.leaves(cache)[0].shape[2]
     mask = lambda window: masks.visible_slots(positions_BT, length, window=window)

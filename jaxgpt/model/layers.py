@@ -38,7 +38,11 @@ class Module(nn.Module):
     return self._declare(name, shape, axes, nn.initializers.constant(value))
 
   def _declare(self, name: str, shape: Shape, axes: Axes, init: Any) -> jax.Array:
-    return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    # Flax unboxes the parameter, which its type does not say.
+    value: Any = self.param(
+      name, nn.with_logical_partitioning(init, tuple(axes)), shape, jnp.float32
+    )
+    return value
 
   def linear(
     self,

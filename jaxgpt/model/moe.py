@@ -181,7 +181,7 @@ class MoE(layers.Module):
     """
     mesh = jax.sharding.get_abstract_mesh()
     several = not mesh.empty and mesh.size > 1
-    tokens = self.rules.fitting_spec(mesh, x_BTD.shape[:2], ("batch", "length")) if several else ()
+    tokens = self.rules.fitting_spec(mesh, x_BTD.shape[:2], ("batch", "length")) if several else P()
     # Partial sums over columns must be of the same tokens. So columns are sharded only over mesh
     # axes that do not shard tokens, and are gathered over the others.
     columns = without(self.rules.mesh_axes("mlp"), tokens)

@@ -103,9 +103,9 @@ class Transformer(layers.Module):
     # results are permuted back at the end. Positions and segments are permuted along.
     reorder = cfg.causal and cache is None and not balanced
     if reorder:
-      tokens_BT, positions_BT, segment_ids_BT, token_types_BT = map(
-        token_order.balance, (tokens_BT, positions_BT, segment_ids_BT, token_types_BT)
-      )
+      balance = token_order.balance
+      tokens_BT, positions_BT = balance(tokens_BT), balance(positions_BT)
+      segment_ids_BT, token_types_BT = balance(segment_ids_BT), balance(token_types_BT)
     table = self.weight("embed", (cfg.vocab_size, cfg.width), ("vocab", "embed"), cfg.init_std)
     # The table is gathered once, for the lookup and for a tied head. A lookup in a sharded table
     # would move activations instead.
@@ -205,7 +205,7 @@ class Transformer(layers.Module):
     self, stack: stacks.Stack, own: tuple[BlockInputs, ...], x: jax.Array, inputs: LayerInputs
   ) -> tuple[jax.Array, tuple[moe.Statistics | None, ...]]:
     """Applies a stack on a mesh with stages: (x, router statistics of each block of the period)."""
-    period = Period(self.cfg, self.rules, stack.kinds, False, parent=None)
+    period: Any = Period(self.cfg, self.rules, stack.kinds, False, parent=None)
 
     def apply_layers(layers_K, x, sides, microbatch):
       inputs = layer_inputs.make(self.cfg, self.form, sides["positions"], sides["segments"])

@@ -129,9 +129,9 @@ def forward(
   q2, k2, v2, ids2 = map(_stacked, (q, k, v, ids))
   own = blockwise.forward(cp, Band(cp.spec.causal, cp.spec.window), Block(q2, k2, v2, ids2, ids2))
   total = BlockOutput(own.out.astype(jnp.float32), own.log_z)
-  for halo, *keys, k_ids in halos:
-    keys, total = blockwise.in_sequence(keys, total)
-    block = Block(halo.queries(q), *keys, halo.queries(ids), k_ids)
+  for halo, k_halo, v_halo, k_ids in halos:
+    (k_halo, v_halo), total = blockwise.in_sequence((k_halo, v_halo), total)
+    block = Block(halo.queries(q), k_halo, v_halo, halo.queries(ids), k_ids)
     found = blockwise.forward(cp, halo.band, block)
     found = BlockOutput(halo.pad(found.out, 0), halo.pad(found.log_z, blockwise.NO_LOG_Z))
     total = blockwise.merge(total, found)
@@ -153,8 +153,8 @@ def backward(
   block = Block(q2, k2, v2, ids2, ids2)
   found = blockwise.backward(cp, band, block, BlockOutput(out2, log_z2), dout2)
   grads = [_transposed(_stacked, x, d) for x, d in zip(qkv, found, strict=True)]
-  for halo, *keys, k_ids in halos:
-    block = Block(halo.queries(q), *keys, halo.queries(ids), k_ids)
+  for halo, k_halo, v_halo, k_ids in halos:
+    block = Block(halo.queries(q), k_halo, v_halo, halo.queries(ids), k_ids)
     out, log_z, d = map(halo.queries, (*total, dout))
     found = blockwise.backward(cp, halo.band, block, BlockOutput(out, log_z), d)
     takes = (halo.queries, halo.keys, halo.keys)

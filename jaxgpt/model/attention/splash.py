@@ -132,8 +132,9 @@ def block_forward(spec: Spec, band: Band, block: Block) -> BlockOutput:
     )
     return out, log_z
 
-  out, log_z = jax.vmap(one)(*padded(q, k, v), q_ids, k_ids)
-  return BlockOutput(out[..., : v.shape[-1]], log_z)
+  q, k, v = padded(q, k, v)
+  out, log_z = jax.vmap(one)(q, k, v, q_ids, k_ids)
+  return BlockOutput(out[..., : block.v.shape[-1]], log_z)
 
 
 def block_backward(
@@ -150,5 +151,6 @@ def block_backward(
     return splash_kernel._splash_attention_bwd(res=residuals, do=dout, **fields)[3:6]
 
   out, dout = padded(total.out.astype(q.dtype), dout)
-  grads = jax.vmap(one)(*padded(q, k, v), q_ids, k_ids, out, total.log_z, dout)
-  return tuple(d[..., : x.shape[-1]] for d, x in zip(grads, (q, k, v), strict=True))
+  q, k, v = padded(q, k, v)
+  grads = jax.vmap(one)(q, k, v, q_ids, k_ids, out, total.log_z, dout)
+  return tuple(d[..., : x.shape[-1]] for d, x in zip(grads, block[:3], strict=True))
