@@ -154,6 +154,7 @@ def _is_reachable(address: str) -> str:
 def _start_peer_watch() -> peer_watch.PeerWatch:
   """Publishes this process's host name, waits for all processes, and connects the peer watch."""
   me, count = jax.process_index(), jax.process_count()
+  # Process 0 opens a port and shares it with a secret; the others connect after the barrier.
   listener, meeting = None, None
   if me == 0:
     listener = peer_watch.listen()

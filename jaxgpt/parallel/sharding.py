@@ -196,7 +196,7 @@ def host_slice(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int
   process = jax.process_index() if process is None else process
   rows = batch_sharding(mesh)
   shards = FIXED.num_shards(mesh, "rows")
-  held: dict[int, set[int]] = {}
+  held: dict[int, set[int]] = {}  # process -> shards of the rows on its devices
   shards_of_devices: Mapping[Any, Any] = rows.devices_indices_map((shards,))
   for device, (index,) in shards_of_devices.items():
     held.setdefault(device.process_index, set()).add(index.indices(shards)[0])

@@ -208,6 +208,9 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
     computation: Name of the computation that contains the loop.
     loop: The `while` instruction.
   """
+  # condition: compare(get-tuple-element(state, i), constant), direction=LT
+  # body:      tuple(..., add(get-tuple-element(state, i), constant), ...)
+  # outside:   while(tuple(..., constant, ...))
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if known:
     return int(known[1])
@@ -314,6 +317,8 @@ def matmul_flops(program: Program, computation: str, made: Instruction) -> float
     return 2 * math.prod(out) * math.prod(lhs[int(d)] for d in contracted)
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", made.attributes)
   assert labels is not None, made.attributes
+  # A matmul as a convolution: letters b (batch), f (features), i, o and digits (window dimensions)
+  # say what each dimension of the operands and of the result is, as in 0bf_io0->0bf.
   of_lhs, of_rhs, of_out = labels.groups()
   match = re.search(r"window=\{([^}]*)\}", made.attributes)
   window = dict(field.split("=") for field in match[1].split()) if match else {}
@@ -359,10 +364,12 @@ def groups(made: Instruction) -> np.ndarray | None:
     Array [groups, members], or None if the collective names none, which means all partitions.
   """
   text = made.attributes
+  # Lists, {{0,2},{1,3}}, also the pairs of a permutation.
   pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", text)
   if pairs:
     rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d, ]+)\}", pairs[1])]
     return np.array(rows) if len({len(row) for row in rows}) == 1 else None
+  # A permuted range, [groups, members]<=[dims]T(order): arange, reshaped to dims and transposed.
   ranges = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
   if ranges:
     shape, dims, order = (
@@ -371,6 +378,7 @@ def groups(made: Instruction) -> np.ndarray | None:
     assert shape is not None and dims is not None
     out = np.arange(math.prod(dims)).reshape(dims)
     return (out.transpose(order) if order else out).reshape(shape)
+  # Axes of a mesh, mesh['a'=2,'b'=4] {'b'}. A mesh with its own device order is not understood.
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](, device_ids=\S*)? \{([^}]*)\}", text)
   return _mesh_groups(mesh[1], mesh[3]) if mesh and not mesh[2] else None
 
@@ -385,6 +393,7 @@ def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
     name: (int(before or 1), int(size) if size else sizes[name])
     for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes)
   }
+  # Split each axis into (before, part, after); the parts become the members of a group.
   dims: list[int] = []
   inside = []
   for name, size in sizes.items():

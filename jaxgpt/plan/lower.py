@@ -194,6 +194,8 @@ def memory(
     mesh: The device mesh.
   """
   found: Any = executable.memory_analysis()
+  # The compiler reports the arguments as one sum. Their parts follow from shapes and shardings, and
+  # the rest of the sum is padding.
   kinds = {
     "parameters": device_bytes([state["params"], state.get("frozen", {})]),
     "optimizer": device_bytes(state["opt"]),
@@ -220,6 +222,8 @@ def read_out_of_memory(text: str, limit: int, given: int = 0) -> OutOfMemory:
     limit: Bytes of a device, if the error does not report them.
     given: Bytes of the program's arguments. Some compilers report only its temporaries.
   """
+  # "(22.66G) exceeds available HBM (15.75G)" reports the temporaries only; another form, "Used
+  # 22.66G of 15.75G hbm", reports everything.
   sizes = re.search(r"\(?([\d.]+)([KMGT]?)B?\)? exceeds available HBM \(([\d.]+)([KMGT])\)", text)
   if sizes is None:
     sizes, given = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text), 0

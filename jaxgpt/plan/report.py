@@ -38,6 +38,7 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
   tokens = c.data.batch_size * c.data.seq_len
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
   seconds = took["seconds"]
+  # The figure of merit leaves out kernels, for which the compiler has no estimate.
   merit = sum(seconds[kind] for kind in ("matmul", "other", "exposed", "between"))
   step = sum(seconds.values())
   tokens_per_device = tokens / topology.num_devices

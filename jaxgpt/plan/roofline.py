@@ -203,6 +203,8 @@ class _Walk:
         return 2 * operands[1]
       return sum(operands) + made.bytes
     inner = {one.name: one for one in body}
+    # A fusion keeps its intermediate results in registers. It reads its parameters and writes its
+    # root, or the elements of a tuple.
     read = sum(
       _read(one, body, operands[int(one.operands[0])]) for one in body if one.opcode == "parameter"
     )
@@ -217,6 +219,7 @@ class _Walk:
       results = results[len(made.operands) : 2 * len(made.operands)]
     size, groups = sum(a.bytes for a in results), hlo.groups(made)
     members = len(self._hosts) if groups is None else groups.shape[1]
+    # Bytes that one of N members sends in a ring. `size` is that of the result.
     share = (members - 1) / members
     sent = {
       "all-gather": size * share,

@@ -98,6 +98,7 @@ def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, i
   lengths = [n for n in _SEQS if c.data.seq_len % (_SEQ_UNIT * n) == 0 or n == 1]
   out = []
   stages = [n for n in _STAGES if m.num_layers % n == 0]
+  # Each combination of the axes within a slice; fsdp and data share the devices that are left.
   for tensor, seq, expert, stage in itertools.product(_TENSORS, lengths, experts, stages):
     if m.num_kv_heads % tensor or m.mlp_width % tensor or m.vocab_size % tensor:
       continue

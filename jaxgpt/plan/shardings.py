@@ -105,6 +105,8 @@ def holders(
   out: dict[tuple[int, ...], list[int]] = {}
   for place in np.ndindex(*(sizes[axis] for axis in MESH_AXES)):
     at = dict(zip(MESH_AXES, place, strict=True))
+    # The index of the shard in a dimension is the device's place along that dimension's mesh axes,
+    # as digits of a number with one base per axis.
     index = []
     for one in splits:
       shard = 0

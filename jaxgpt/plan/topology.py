@@ -142,6 +142,7 @@ def torus_shape(chip: chips.Chip, num_chips: int) -> tuple[int, ...]:
     )
   if num_chips in _SMALL_SHAPES_3D:
     return _SMALL_SHAPES_3D[num_chips]
+  # Larger slices consist of cubes of 4 x 4 x 4 chips. Sides a <= b <= c, at most 32 for a and b.
   shapes = [
     (a, b, num_chips // (a * b))
     for a in range(4, 33, 4)
