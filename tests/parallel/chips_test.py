@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from jaxgpt.model.attention import blockwise
+from jaxgpt.model.attention import masks, spec, splash
 from jaxgpt.parallel import chips
 
 
@@ -55,11 +55,11 @@ def test_attention_kernels_take_the_block_size_of_the_chip_they_are_compiled_for
   monkeypatch.setitem(chips.CHIPS._entries, "narrow", narrow)
   sizes = {}
   make = lambda mask, *, block_sizes, **_: sizes.setdefault(kind, block_sizes.block_q)
-  monkeypatch.setattr(blockwise.splash_kernel, "make_splash_mha", make)
+  monkeypatch.setattr(splash.splash_kernel, "make_splash_mha", make)
   for kind in ("TPU v5 narrow", "TPU v5"):
     device = jax.sharding.AbstractDevice(kind, num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-      blockwise.splash_of(blockwise.Band(causal=True), 1, 1024, 1024, blockwise.Kernel("splash"))
+      splash.make_kernel(masks.Band(causal=True), (1, 1024, 1024), spec.Spec(scale=1.0))
   assert sizes == {"TPU v5 narrow": 256, "TPU v5": 512}
   assert chips.attention_block() == 512  # CPUs, which interpret the kernel in tests
