@@ -1,7 +1,7 @@
-"""A compiled train step as a file, so that a start need not wait for the compiler.
+"""Compiled train steps in files, so that a start does not wait for the compiler.
 
-A file is a line of JSON, which says what the program was made from, and JAX's serialized executable.
-Loading one unpickles it: trust such a file as you trust code.
+A file has a line of JSON with the program's identity, then JAX's serialized executable. Loading it
+unpickles the executable: trust such a file as you trust code.
 """
 
 import hashlib
@@ -9,30 +9,37 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 from etils import epath
 from jax.experimental import serialize_executable
 
 from jaxgpt.config import installed
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.storage import atomic
 from jaxgpt.training import xla_options
 
+# {fact: its value}, such as {'the mesh': 'data=2 fsdp=4'}. The keys are stored in the files.
+Identity: TypeAlias = dict[str, str]
+
 _FORMAT = "jaxgpt compiled step 1"
 _COMPILERS = ("jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin")
-# Places in the source of Pallas kernels, which the program does not depend on.
+# Source locations of Pallas kernels, which do not change the program.
 _LOCATIONS = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
-def identity(lowered, mesh, options=()):
-  """What a compiled step depends on: {what: text}.
+def identity(
+  lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, options: Iterable[str] = ()
+) -> Identity:
+  """Everything that a compiled step depends on. Equal identities mean equal programs.
 
   Args:
-    lowered: from `train_step.lower`.
-    mesh: the device mesh.
-    options: of XLA, each "name=value", beside and before those of `compiler.DEFAULTS`.
+    lowered: From `train_step.lower`.
+    mesh: The device mesh.
+    options: XLA options "name=value", which override those of the chip.
   """
   devices = list(mesh.devices.flat)
   places = [(d.id, getattr(d, "coords", None), getattr(d, "core_on_chip", None)) for d in devices]
@@ -57,17 +64,17 @@ def identity(lowered, mesh, options=()):
   return out
 
 
-def _is_of(package, platform_name):
-  """Whether a compiler's package makes programs for a platform: 'cpu', 'tpu', 'gpu' or 'cuda'."""
+def _is_of(package: str, platform_name: str) -> bool:
+  """Whether a compiler's package compiles for a platform: 'cpu', 'tpu', 'gpu' or 'cuda'."""
   return platform_name != "cpu" and (package == "libtpu") == (platform_name == "tpu")
 
 
-def _digest(text):
+def _digest(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _processor():
-  """What tells processors apart for which XLA makes other code."""
+def _processor() -> str:
+  """A digest of the processor's model and features, which XLA compiles for."""
   try:
     with open("/proc/cpuinfo", encoding="utf-8") as f:
       lines = [line for line in f if line.startswith(("model name", "flags", "Features"))]
@@ -76,27 +83,26 @@ def _processor():
   return f"{platform.machine()} {_digest(''.join(sorted(set(lines))))}"
 
 
-def save(path, compiled, made_from):
+def save(path: epath.PathLike, compiled: jax.stages.Compiled, made_from: Identity) -> int:
   """Writes a compiled step.
 
   Args:
-    path: a file, also in a bucket.
-    compiled: from JAX, of devices that are there or only compile.
-    made_from: its `identity`.
+    path: A local file, or one in a bucket.
+    compiled: The program, for devices of this host or for a topology.
+    made_from: Its `identity`.
 
   Returns:
     The file's size in bytes.
 
   Raises:
-    UserError: it cannot be written, or JAX cannot serialize this program.
+    UserError: The file cannot be written, or JAX cannot serialize this program.
   """
   try:
     payload = serialize_executable.serialize(compiled)[0]
-  except Exception as e:  # pickle, JAX and its runtime share no class
+  except Exception as e:  # errors of pickle, JAX and its runtime share no base class
     raise UserError(
-      f"this program cannot be saved: {type(e).__name__}: "
-      f"{(str(e).splitlines() or ['?'])[0]}; set JAX_COMPILATION_CACHE_DIR instead, and "
-      "the first start fills it"
+      f"this program cannot be saved: {type(e).__name__}: {first_line(e)}; set "
+      "JAX_COMPILATION_CACHE_DIR instead, and the first start fills it"
     ) from e
   head = {"format": _FORMAT, "made_from": made_from, "sha256": hashlib.sha256(payload).hexdigest()}
   whole = json.dumps(head).encode() + b"\n" + payload
@@ -108,18 +114,25 @@ def save(path, compiled, made_from):
   return len(whole)
 
 
-def load(path, lowered, mesh, options=()):
-  """A compiled step from a file, where it is the very program that compiling would give.
+def load(
+  path: epath.PathLike,
+  lowered: jax.stages.Lowered,
+  mesh: jax.sharding.Mesh,
+  options: Iterable[str] = (),
+) -> tuple[Any, str | None]:
+  """Loads a compiled step if it is the program that compiling would give.
 
   Args:
-    path: what `save` wrote.
-    lowered, mesh, options: as in `identity`.
+    path: A file that `save` wrote.
+    lowered: From `train_step.lower`.
+    mesh: The device mesh.
+    options: XLA options, as in `identity`.
 
   Returns:
-    (the compiled function, None), or (None, why it cannot be used).
+    (compiled function, None), or (None, the reason why it cannot be used).
 
   Raises:
-    UserError: there is no such file, or it is something else.
+    UserError: There is no such file, or it is not a compiled step.
   """
   try:
     first, _, payload = epath.Path(path).read_bytes().partition(b"\n")
@@ -135,7 +148,7 @@ def load(path, lowered, mesh, options=()):
     head = {}
   if head.get("format") != _FORMAT:
     raise UserError(
-      f"mesh.compiled_step={path!r} is no compiled step of this version of jaxgpt; "
+      f"mesh.compiled_step={path!r} is not a compiled step of this version of jaxgpt; "
       "write it with `jaxgpt plan --save`, or leave the key empty"
     )
   if hashlib.sha256(payload).hexdigest() != digest:
@@ -149,14 +162,14 @@ def load(path, lowered, mesh, options=()):
     return serialize_executable.deserialize_and_load(
       payload, in_tree, lowered.out_tree, backend=devices[0].client, execution_devices=devices
     ), None
-  except Exception as e:  # of JAX's runtime, or of what was pickled
-    return None, f"{type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}"
+  except Exception as e:  # errors of JAX's runtime and of unpickling share no base class
+    return None, f"{type(e).__name__}: {first_line(e)}"
 
 
-def differences(old, new):
-  """What differs between two identities, in words."""
+def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+  """The differences between two identities, in words."""
   return [
-    f"{what} was {old.get(what) or 'none'}, and is {new.get(what) or 'none'}"
-    for what in (new | old)
-    if old.get(what, "") != new.get(what, "")
+    f"{fact} was {old.get(fact) or 'none'}, and is {new.get(fact) or 'none'}"
+    for fact in {**new, **old}
+    if old.get(fact, "") != new.get(fact, "")
   ]

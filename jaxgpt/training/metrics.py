@@ -1,6 +1,8 @@
-"""What is reported about a run: means over steps, FLOPs, utilisation, bits per byte."""
+"""Metrics of training: means over a log window, FLOPs per token, bits per byte, perplexity."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -9,16 +11,17 @@ from jaxgpt.model import transformer
 from jaxgpt.parallel import sharding
 
 
-def flops_per_token(c_model, seq_len):
-  """FLOPs that training spends on a token: forward, and twice that backward (arXiv:2204.02311, B).
+def flops_per_token(c_model: ml_collections.ConfigDict, seq_len: int) -> int:
+  """FLOPs of training per token: the forward pass, and twice that for the backward pass.
 
-  Two a multiply-add, matmuls only. Attention counts every query-key pair of the row, masked or
-  not, or as many as the window of a local layer has; of the experts those count that a token goes
-  to; recomputation counts nothing, which makes the ratio to the peak MFU and not HFU.
+  This follows PaLM (arXiv:2204.02311, appendix B). Only matmuls count, a multiply-add as 2.
+  Attention counts every query-key pair of a row, masked or not; a local layer counts its window. Of
+  the experts, those that a token is routed to count. Recomputation does not count, so the ratio to
+  the peak is MFU, not HFU.
 
   Args:
-    c_model: the config's `model` section, resolved.
-    seq_len: tokens a row.
+    c_model: The config's `model` section, resolved.
+    seq_len: Tokens per row.
   """
   model = transformer.Transformer(ml_collections.FrozenConfigDict(c_model))
   shapes, axes = transformer.abstract(model)
@@ -26,7 +29,7 @@ def flops_per_token(c_model, seq_len):
   lookups = {"pos_embed", "type_embed"}
   if c_model.head != "lm" or not c_model.tie_embeddings:
     lookups.add("embed")
-  weights = 0
+  weights = 0.0
   for name, shape in tree.flatten(shapes).items():
     if sharding.is_weight(axes[name]) and name not in lookups:
       used = c_model.moe.per_token / c_model.moe.experts if "experts" in axes[name] else 1
@@ -40,45 +43,51 @@ def flops_per_token(c_model, seq_len):
   return round(6 * (weights + attention))
 
 
-def bits_per_byte(nll, num_bytes):
-  """Bits that the model needs for a byte of text.
+def bits_per_byte(nll: float, num_bytes: float) -> float:
+  """Bits that the model needs per byte of text.
 
   Args:
-    nll: sum of the negative log likelihoods of the text's tokens, in nats.
+    nll: Sum of the negative log likelihoods of the text's tokens, in nats.
     num_bytes: UTF-8 bytes of that text.
   """
   return nll / math.log(2) / num_bytes
 
 
-def perplexity(nll):
-  """exp of a mean negative log likelihood in nats; inf where that overflows."""
+def perplexity(nll: float) -> float:
+  """exp of a mean negative log likelihood in nats; inf if that overflows."""
   return math.exp(nll) if nll < 700 else math.inf
 
 
 class Means:
   """Means over the steps between two log lines, weighted by their tokens."""
 
-  _LAST = ("lr", "param_norm")  # states, not flows: the newest value counts
+  _LAST = ("lr", "param_norm")  # of these the newest value is reported, not a mean
 
-  def __init__(self, steps=0, sums=None, last=None):
+  def __init__(
+    self,
+    steps: int = 0,
+    sums: dict[str, float] | None = None,
+    last: dict[str, float] | None = None,
+  ):
+    """Starts an empty window, or continues one from `state`."""
     self._steps, self._sums, self._last = steps, sums or {}, last or {}
 
-  def state(self):
-    """What `Means(**state)` goes on from: plain JSON values, restored to the last bit."""
+  def state(self) -> dict[str, Any]:
+    """The window as plain JSON. `Means(**state)` continues it exactly."""
     return {"steps": self._steps, "sums": dict(self._sums), "last": dict(self._last)}
 
-  def add(self, metrics):
-    """Adds one step's metrics: a dict of floats with 'tokens'."""
+  def add(self, metrics: Mapping[str, float]) -> None:
+    """Adds one step's metrics, with its number of 'tokens'."""
     self._steps += 1
     for name, value in metrics.items():
       if name in self._LAST:
         self._last[name] = value
       else:
-        share = {"tokens": 1, "grad_norm": 1}.get(name, metrics["tokens"])
-        self._sums[name] = self._sums.get(name, 0.0) + value * share
+        weight = {"tokens": 1, "grad_norm": 1}.get(name, metrics["tokens"])
+        self._sums[name] = self._sums.get(name, 0.0) + value * weight
 
-  def take(self):
-    """The means since the last call, and starts anew. 'tokens' is a sum."""
+  def take(self) -> dict[str, float]:
+    """Returns the means since the last call and empties the window. 'tokens' is a sum."""
     tokens = self._sums.pop("tokens", 0.0)
     out = {
       name: total / (self._steps if name == "grad_norm" else max(tokens, 1e-9))

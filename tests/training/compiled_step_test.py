@@ -128,7 +128,7 @@ def test_a_damaged_file_is_not_used_and_another_kind_of_file_is_refused(saved, t
   damaged, whole = tmp_path / "damaged", step.read_bytes()
   damaged.write_bytes(whole[:-100] + bytes(100))
   assert load(path, damaged) == (None, "the file is damaged")
-  for wrong, words in ((path, "is no compiled step"), (tmp_path / "nowhere", "cannot be read")):
+  for wrong, words in ((path, "is not a compiled step"), (tmp_path / "nowhere", "cannot be read")):
     with pytest.raises(UserError, match=words):
       load(path, wrong)
 
