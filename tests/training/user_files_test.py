@@ -1,0 +1,40 @@
+"""A run with an object of a user's file records the file, refuses a changed one, and needs no original."""
+
+import json
+
+import pytest
+
+from jaxgpt import config
+from jaxgpt.config import user_code
+from jaxgpt.errors import UserError
+from jaxgpt.inference import load
+from jaxgpt.training import loop
+
+SCHEDULE = """from jaxgpt.training.schedules import Schedule
+
+Half = Schedule(lambda c_schedule, steps: lambda step: c_schedule.options.factor)
+"""
+
+
+def test_a_run_records_its_user_file_and_works_without_the_original(tiny, tmp_path):
+  path = tmp_path / "code" / "half.py"
+  path.parent.mkdir()
+  path.write_text(SCHEDULE)
+  c = tiny(train__steps=1, schedule__name="half.py:Half", code_folder=str(path.parent))
+  c.schedule.options.factor = 0.5
+  c.schedule.warmup_steps = 0
+  folder = tmp_path / "run"
+  loop.train(c, folder, config.flatten(c))
+  stored = json.loads((folder / "config.json").read_text())["config"]
+  assert stored["code_folder"] == "code" and stored["schedule"]["name"] == "half.py:Half"
+  assert (folder / "code" / "half.py").read_text() == SCHEDULE
+  start = json.loads((folder / "starts.jsonl").read_text().splitlines()[0])
+  assert start["code"] == {"half.py": user_code.digest(SCHEDULE)}
+  metrics = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+  assert metrics["lr"] == pytest.approx(0.5 * c.optim.lr)
+  loop.train(c, folder, {})  # an unchanged file resumes
+  path.write_text(SCHEDULE + "# changed\n")
+  with pytest.raises(UserError, match="half.py changed since .* began: its SHA-256 was .* restore"):
+    loop.train(c, folder, {})
+  path.unlink()
+  assert load.evaluate_run(load.load(folder))["loss"] > 0
