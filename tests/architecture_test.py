@@ -38,7 +38,6 @@ UNFINISHED = (  # packages with public functions without annotations
   "parallel",
   "plan",
   "text",
-  "training",
 )
 SPECIAL = ("__init__", "__call__", "__enter__", "__exit__", "__iter__", "__getitem__", "__len__")
 # Imported inside the function that needs them, with an error that names the extra to install.

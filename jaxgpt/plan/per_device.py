@@ -8,13 +8,11 @@ from typing import NamedTuple
 import ml_collections
 
 from jaxgpt import tree
-from jaxgpt.config.remat import activations
+from jaxgpt.config.remat import ACTIVATIONS, activations
 from jaxgpt.model import transformer
 from jaxgpt.parallel import chips, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import optimizers
-
-_DOTS = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 
 
 class Weight(NamedTuple):
@@ -141,8 +139,13 @@ def saved_names(remat: str) -> tuple[str, ...]:
   """Names of the activations that `model.remat` saves on the device, out of those with a name."""
   if remat.startswith(("save:", "offload:")):
     return activations(remat).saved
-  kept = {"full": (), "save_qkv": _DOTS[:3], "save_attention": _DOTS[:4], "dots": _DOTS[:-1]}
-  return kept.get(remat, _DOTS)
+  kept = {
+    "full": (),
+    "save_qkv": ACTIVATIONS[:3],
+    "save_attention": ACTIVATIONS[:4],
+    "dots": ACTIVATIONS[:-1],
+  }
+  return kept.get(remat, ACTIVATIONS)
 
 
 def all_heads(m: ml_collections.ConfigDict) -> int:

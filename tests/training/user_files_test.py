@@ -1,4 +1,4 @@
-"""A run with an object of a user's file records the file, refuses a changed one, and needs no original."""
+"""A run with a user file records it, refuses a changed one, and works without the original."""
 
 import json
 
