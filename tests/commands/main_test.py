@@ -1,4 +1,4 @@
-"""The commands as a user types them, and what they answer to first tries that go wrong."""
+"""The commands as a user types them, and their messages on common mistakes."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""docs/cli.md, and the one place of each option."""
+"""docs/cli.md is up to date, and each option is declared once."""
 
 import ast
 import pathlib

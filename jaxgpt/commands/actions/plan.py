@@ -10,6 +10,7 @@ from etils import epath
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
+from jaxgpt.parallel import chips
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import communication_budget, cost, explain, hlo, lower, report, shardings
 from jaxgpt.plan import search as search_lib
@@ -52,15 +53,7 @@ def plan(
   where = topology_lib.parse(topology)
   chip = where.chip
   assert chip is not None, "`here` plans for this machine"
-  if save and chip.gpu:
-    raise UserError(
-      f"--save={save}: XLA tunes matmuls for a GPU by measuring them, so a step compiled without "
-      f"the GPU would be slow; save it on the GPUs with --topology={topology_lib.HERE}"
-    )
-  if top and chip.gpu:
-    raise UserError(
-      f"--top={top} needs the cycle counts of a program for TPUs; for GPUs, leave it out"
-    )
+  _check_chip(chip, save, top)
   print(f"compiling for {where.num_chips} x {chip.name} …", flush=True)
   try:
     compiled = lower.compile_step(c, where, use_cache=not save)
@@ -86,6 +79,19 @@ def plan(
     _explain(lower.OutOfMemory(memory["total"], memory["limit"]), c, where)
     return 1
   return differs
+
+
+def _check_chip(chip: chips.Chip, save: str | None, top: int) -> None:
+  """Refuses options that make no sense for a GPU that is not there."""
+  if save and chip.gpu:
+    raise UserError(
+      f"--save={save}: XLA tunes matmuls for a GPU by measuring them, so a step compiled without "
+      f"the GPU would be slow; save it on the GPUs with --topology={topology_lib.HERE}"
+    )
+  if top and chip.gpu:
+    raise UserError(
+      f"--top={top} needs the cycle counts of a program for TPUs; for GPUs, leave it out"
+    )
 
 
 def draw(path: epath.PathLike, overrides: Sequence[str], topology: str) -> int:

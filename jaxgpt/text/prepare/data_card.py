@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.text.prepare import best_fit, shards
+from jaxgpt.text.prepare import best_fit
 from jaxgpt.text.readers.documents import Dropped
 
 _SEQ_LENS = (512, 2048, 8192)
@@ -43,9 +43,7 @@ def write(
     The content of `card.json`.
   """
   folder = pathlib.Path(folder)
-  stored = {
-    split: np.load(folder / f"{split}.tokens.npy", mmap_mode="r") for split in shards.SPLITS
-  }
+  stored = np.load(folder / "train.tokens.npy", mmap_mode="r")
   total = manifest["total"]
   bytes_per_token = total["bytes"] / max(total["tokens"], 1)
   card = {
@@ -58,15 +56,7 @@ def write(
       for split, entry in manifest["splits"].items()
     },
     "bytes_per_token": round(bytes_per_token, 4),
-    "dropped": {
-      rule: {
-        "documents": count,
-        "bytes": dropped_bytes.get(rule, 0),
-        "tokens (estimate)": round(dropped_bytes.get(rule, 0) / bytes_per_token),
-        "examples": dropped.examples[rule],
-      }
-      for rule, count in sorted(dropped.counts.items())
-    },
+    "dropped": _dropped(dropped, dropped_bytes, bytes_per_token),
     "changed": {
       step: {"documents": documents, "characters": characters}
       for step, (documents, characters) in sorted(changed.items())
@@ -76,8 +66,8 @@ def write(
       for rule, count in sorted(dropped.counts.items())
       if rule.startswith("language: ")
     },
-    "lengths": _lengths(stored["train"]),
-    "packing": _packing(stored["train"]),
+    "lengths": _lengths(stored),
+    "packing": _packing(stored),
     "labels": _labels(folder, manifest),
     "sources": {
       name: {"documents": documents, "bytes": size}
@@ -92,6 +82,21 @@ def write(
   (folder / "lengths.svg").write_text(histogram(card["lengths"]["histogram"]), encoding="utf-8")
   (folder / "card.md").write_text(markdown(card), encoding="utf-8")
   return card
+
+
+def _dropped(
+  dropped: Dropped, dropped_bytes: Mapping[str, int], bytes_per_token: float
+) -> dict[str, Any]:
+  """{rule: counts and examples of the documents that it dropped}."""
+  return {
+    rule: {
+      "documents": count,
+      "bytes": dropped_bytes.get(rule, 0),
+      "tokens (estimate)": round(dropped_bytes.get(rule, 0) / bytes_per_token),
+      "examples": dropped.examples[rule],
+    }
+    for rule, count in sorted(dropped.counts.items())
+  }
 
 
 def _lengths(stored: np.ndarray) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def _short(number: int) -> str:
 
 def markdown(card: Mapping[str, Any]) -> str:
   """Formats the card as Markdown."""
-  lengths, documents = card["lengths"], card["documents"]
+  documents = card["documents"]
   lines = [
     "# Data card",
     "",
@@ -234,26 +239,7 @@ def markdown(card: Mapping[str, Any]) -> str:
       "",
       *_table(("language", "documents"), card["languages dropped"].items()),
     ]
-  if lengths["histogram"]:
-    lines += [
-      "## Lengths of training documents",
-      "",
-      "![lengths](lengths.svg)",
-      "",
-      f"Mean {lengths['mean']:,} tokens, longest {lengths['most']:,}; quantiles: "
-      + ", ".join(f"{q}: {x:,}" for q, x in lengths["quantiles"].items())
-      + ".",
-      "",
-      "Share of the positions in packed rows that predictions fill:",
-      "",
-      *_table(
-        ("data.seq_len", "best_fit", "one_per_row"),
-        [
-          (seq_len, *(f"{x:.2%}" for x in shares.values()))
-          for seq_len, shares in card["packing"].items()
-        ],
-      ),
-    ]
+  lines += _length_lines(card)
   if card["labels"]:
     lines += ["## Classes", "", *_table(("class", "training documents"), card["labels"].items())]
   lines += [
@@ -264,6 +250,32 @@ def markdown(card: Mapping[str, Any]) -> str:
     ),
   ]
   return "\n".join(lines)
+
+
+def _length_lines(card: Mapping[str, Any]) -> list[str]:
+  """The section on lengths and packing, if there are training documents."""
+  lengths = card["lengths"]
+  if not lengths["histogram"]:
+    return []
+  return [
+    "## Lengths of training documents",
+    "",
+    "![lengths](lengths.svg)",
+    "",
+    f"Mean {lengths['mean']:,} tokens, longest {lengths['most']:,}; quantiles: "
+    + ", ".join(f"{q}: {x:,}" for q, x in lengths["quantiles"].items())
+    + ".",
+    "",
+    "Share of the positions in packed rows that predictions fill:",
+    "",
+    *_table(
+      ("data.seq_len", "best_fit", "one_per_row"),
+      [
+        (seq_len, *(f"{x:.2%}" for x in shares.values()))
+        for seq_len, shares in card["packing"].items()
+      ],
+    ),
+  ]
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`jaxgpt data inspect` and `show`: what they say is what the batch holds."""
+"""`jaxgpt data inspect` and `data show` print the content of the batch."""
 
 import json
 

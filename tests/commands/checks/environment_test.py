@@ -1,4 +1,4 @@
-"""What is said of JAX's parts, the cluster and the devices of machines sound and not."""
+"""The doctor's findings on JAX's packages, the cluster and the devices."""
 
 import importlib.metadata
 import subprocess

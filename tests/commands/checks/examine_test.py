@@ -1,4 +1,4 @@
-"""What the doctor says of a sound machine, config, data and folder, and of each that is not."""
+"""The doctor's findings on sound and on broken configs, data and run folders."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Preparation that is killed and goes on, and runs on several executors, gives the same bytes."""
+"""A preparation gives the same bytes when it is killed and continued, and on every executor."""
 
 import hashlib
 import json

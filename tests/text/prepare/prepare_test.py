@@ -1,4 +1,4 @@
-"""What a prepared folder holds, and that a half-made one is never taken for it."""
+"""Content of a prepared folder; an unfinished one is never mistaken for it."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The whole way of `jaxgpt data` for each kind of data, and what is left out on it."""
+"""`jaxgpt data` from end to end for each kind of data, with the documents that it drops."""
 
 import json
 import pickle
