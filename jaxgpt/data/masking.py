@@ -1,25 +1,27 @@
-"""Which tokens of a row a masked language model has to guess, and what it sees instead."""
+"""Masking: which tokens a masked language model predicts, and which input replaces them."""
 
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 
 from jaxgpt.errors import UserError
+from jaxgpt.text.tokenizers.base import Tokenizer
 
 
 class Masking(NamedTuple):
   """How rows are masked (BERT, arXiv:1810.04805, section 3.1).
 
   Attributes:
-    rate: share of the tokens that are chosen, to be guessed.
-    replace: share of the chosen that become the mask's id.
-    random: share of the chosen that become any ordinary token; the others stay as they are.
-    mask_id: the mask's id.
-    ordinary: int32, ids that a random token is drawn from.
-    is_special: bool [V], ids that are never chosen.
-    joins: bool [2, V]; a token with joins[1] goes on with the word of a token with joins[0]
-      before it, and is chosen with it. None: each token is a word.
-    key: an integer that the draws depend on, besides the row's position.
+    rate: Share of the tokens that are chosen for prediction.
+    replace: Share of the chosen tokens that become the mask.
+    random: Share of the chosen tokens that become a random ordinary token. The rest stay.
+    mask_id: Token id of the mask.
+    ordinary: int32; ids that a random token is drawn from.
+    is_special: bool [V]; ids that are never chosen.
+    joins: bool [2, V]. A token with joins[1] continues the word of a preceding token with
+      joins[0] and is chosen together with it. None: each token is a word.
+    key: Integer seed of the draws, in addition to the row's position.
   """
 
   rate: float
@@ -31,19 +33,22 @@ class Masking(NamedTuple):
   joins: np.ndarray | None
   key: int
 
-  def __call__(self, tokens_T, segment_ids_T, position):
+  def __call__(
+    self, tokens_T: np.ndarray, segment_ids_T: np.ndarray, position: int
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Masks one row.
 
-    The draws are those of a Philox generator (its raw words, which no version of NumPy changes)
-    whose key is (seed, position): a row is masked alike on whatever host, and anew in each epoch.
+    The draws are raw words of a Philox generator with the key (seed, position), which are the same
+    in every version of NumPy. So a row is masked equally on any host, and differently in each
+    epoch. With whole words, all tokens of a word use the draw of its first token.
 
     Args:
-      tokens_T: ids; not changed.
-      segment_ids_T: 0 for padding.
-      position: the row's number in the endless sequence of rows.
+      tokens_T: Token ids; not changed.
+      segment_ids_T: 0 in padding.
+      position: The row's global index.
 
     Returns:
-      (masked tokens_T, chosen_T: bool).
+      (masked tokens_T, bool chosen_T).
     """
     bits = np.random.Philox(key=np.array([self.key, position], np.uint64))
     draws = bits.random_raw(len(tokens_T))
@@ -58,34 +63,35 @@ class Masking(NamedTuple):
     masked_T[at[swapped]] = self.ordinary[other[swapped] % np.uint64(len(self.ordinary))]
     return masked_T, chosen_T
 
-  def _word_starts(self, tokens_T, segment_ids_T):
-    """For each place the place at which its word begins."""
+  def _word_starts(self, tokens_T: np.ndarray, segment_ids_T: np.ndarray) -> np.ndarray:
+    """The position at which the word of each position begins."""
+    assert self.joins is not None
     joined = self.joins[0][tokens_T[:-1]] & self.joins[1][tokens_T[1:]]
     joined &= segment_ids_T[1:] == segment_ids_T[:-1]
     places = np.arange(len(tokens_T))
     return np.maximum.accumulate(np.where(np.concatenate(([False], joined)), 0, places))
 
 
-def _threshold(share):
-  """A 64-bit draw is below it in `share` of all cases."""
+def _threshold(share: float) -> np.uint64:
+  """The number below which a 64-bit draw falls with probability `share`."""
   return np.uint64(min(int(share * 2**64), 2**64 - 1))
 
 
-def make(c_objective, tokenizer, seed):
-  """The masking that the config asks for.
+def make(c_objective: ml_collections.ConfigDict, tokenizer: Tokenizer, seed: int) -> Masking:
+  """Makes the masking of a config.
 
   Args:
-    c_objective: the config's `objective` section.
-    tokenizer: whose special tokens are left alone.
-    seed: of the draws; any integer.
+    c_objective: The config's `objective` section.
+    tokenizer: The tokenizer, whose special tokens are never masked.
+    seed: Seed of the draws; any integer.
 
   Raises:
-    UserError: the tokenizer has no mask.
+    UserError: The tokenizer has no mask token.
   """
   if tokenizer.mask_id is None:
     raise UserError(
-      "objective.name='masked_lm' needs a token that stands for a masked one, and the tokenizer "
-      f"({tokenizer.kind}) has none; prepare the data with --tokenizer=sentencepiece:SIZE, "
+      "objective.name='masked_lm' needs a mask token, which this tokenizer "
+      f"({tokenizer.kind}) lacks; prepare the data with --tokenizer=sentencepiece:SIZE, "
       "--tokenizer=bytes or the tokenizer of a masked language model"
     )
   is_special = np.zeros(tokenizer.vocab_size, bool)
@@ -113,14 +119,13 @@ def make(c_objective, tokenizer, seed):
   )
 
 
-def word_joins(tokenizer, is_special):
-  """Which tokens belong to one word with a neighbour, by what they decode to.
+def word_joins(tokenizer: Tokenizer, is_special: np.ndarray) -> np.ndarray:
+  """Finds the tokens that share a word with their neighbour, from the text they decode to.
 
-  Words are runs of letters, digits and underscores, and of anything that is no text on its own
-  (a byte of a character).
+  A word is a run of letters, digits, underscores and incomplete characters (single bytes).
 
   Returns:
-    bool [2, V]: whether a token ends, and whether it begins, in the middle of a word.
+    bool [2, V]: whether a token ends within a word, and whether it begins within one.
   """
   joins = np.zeros((2, tokenizer.vocab_size), bool)
   inside = lambda c: c.isalnum() or c in "_\ufffd"

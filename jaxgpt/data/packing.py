@@ -1,26 +1,36 @@
-"""Documents' lengths to rows: an index, so that any row can be made on its own.
+"""Packing: assigns documents to rows of fixed length, as an index from which any row can be made.
 
-The unit is a prediction, a pair of an input and the token after it. A document of n + 1 stored
-tokens has n of them. A row has room for `seq_len`, and holds spans (document, start, length) whose
-inputs are stored[start : start + length] and whose targets are stored[start + 1 : start + length +
-1]. In every packing here each prediction is in exactly one span.
+The unit is a prediction: an input token and its successor, the target. A document of n + 1 stored
+tokens has n predictions. A row has room for `seq_len` predictions and holds spans (document, start,
+length). The inputs of a span are stored[start : start + length], its targets
+stored[start + 1 : start + length + 1]. Every packing puts each prediction in exactly one span.
+
+With seq_len 8 and documents A to D of 11, 5, 3 and 4 predictions (. is padding):
+
+  best_fit       AAAAAAAA  AAABBBBB  CCCDDDD.             long ones cut, the rest kept whole
+  concat         AAAAAAAA  AAABBBBB  CCCDDDD.             one stream, cut wherever a row ends
+  one_per_row    AAAAAAAA  AAA.....  BBBBB...  CCC.....  DDDD....
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxgpt.text.prepare import best_fit as best_fit_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class PackIndex:
-  """Rows of spans.
+  """The spans of all rows.
 
   Attributes:
-    seq_len: predictions a row has room for.
-    row_offsets: int64 [R + 1]; the spans of row r are row_offsets[r] : row_offsets[r + 1].
-    doc, start, length: [S] integers, a span's document, first prediction and predictions.
+    seq_len: Predictions that a row has room for.
+    row_offsets: int64 [R + 1]. Row r has the spans row_offsets[r] : row_offsets[r + 1].
+    doc: [S] integers; the document of each span.
+    start: [S] integers; its first prediction.
+    length: [S] integers; its number of predictions.
   """
 
   seq_len: int
@@ -29,46 +39,45 @@ class PackIndex:
   start: np.ndarray
   length: np.ndarray
 
-  def __len__(self):
+  def __len__(self) -> int:
     return self.num_rows
 
   @property
-  def num_rows(self):
+  def num_rows(self) -> int:
+    """Number of rows (R)."""
     return len(self.row_offsets) - 1
 
   @property
-  def padding_share(self):
-    """Share of all places that no prediction fills, in [0, 1]."""
+  def padding_share(self) -> float:
+    """Share of padding among all positions, in [0, 1]."""
     places = self.num_rows * self.seq_len
     return 1 - int(self.length.sum(dtype=np.int64)) / places if places else 0.0
 
-  def spans(self, row):
-    """(doc, start, length) arrays of one row's spans, in their order in the row."""
+  def spans(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(doc, start, length) arrays of a row's spans, in order."""
     s = slice(self.row_offsets[row], self.row_offsets[row + 1])
     return self.doc[s], self.start[s], self.length[s]
 
 
-def best_fit(lengths, seq_len, window=best_fit_lib.WINDOW):
-  """Keeps documents together: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
+def best_fit(lengths: ArrayLike, seq_len: int, window: int = best_fit_lib.WINDOW) -> PackIndex:
+  """Packs whole documents: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
 
-  A document longer than a row is cut every `seq_len` predictions from its start: the whole pieces
-  are rows of their own and only the rest shares one, so that no document is cut more often than
-  it must be. Rests and short documents are placed longest first, each into the fullest row that
-  still holds it. Nothing is thrown away. Rows are in the order of the first span in them, and so
-  are the spans of a row: reading goes forward through the files, and consecutive rows of a long
-  document are consecutive pieces of it.
+  A document longer than a row is cut every `seq_len` predictions from its start. The full pieces
+  fill rows of their own and only the rest shares a row, so that no document is cut more often than
+  necessary. Rests and short documents are placed longest first, each into the fullest row that has
+  room for it. Nothing is dropped.
+
+  Rows are ordered by their first span, and spans within a row likewise. So reading moves forward
+  through the files, and consecutive rows of a long document are consecutive pieces of it.
 
   Args:
-    lengths: [documents] predictions of each; those of 0 are in no row.
-    seq_len: predictions a row has room for.
-    window: pieces that are packed together; bounds the distance of documents that share a row.
-
-  Returns:
-    A PackIndex.
+    lengths: [documents]; predictions of each. Documents without predictions are in no row.
+    seq_len: Predictions that a row has room for.
+    window: Pieces that are packed together, which bounds the distance of documents in a row.
   """
   doc, start, length = best_fit_lib.cut(lengths, seq_len)
   row, num_rows = best_fit_lib.pack(length, seq_len, window)
-  # Rename the rows by their first pieces; pieces are already in the documents' order.
+  # Renumber the rows by their first pieces; pieces are already in document order.
   first = np.full(num_rows, len(doc), np.int64)
   np.minimum.at(first, row, np.arange(len(doc)))
   rank = np.empty(num_rows, np.int64)
@@ -78,35 +87,42 @@ def best_fit(lengths, seq_len, window=best_fit_lib.WINDOW):
   return _index(seq_len, row[order], doc[order], start[order], length[order])
 
 
-def concat(lengths, seq_len):
-  """One stream of all documents, cut every `seq_len` predictions; only the last row is padded.
+def concat(lengths: ArrayLike, seq_len: int) -> PackIndex:
+  """Concatenates all documents and cuts them every `seq_len` predictions; pads only the last row.
 
-  Documents stay apart as spans, but are cut wherever a row ends.
+  Documents remain separate spans, but are cut wherever a row ends.
 
-  Args and returns: as `best_fit`.
+  Args:
+    lengths: See `best_fit`.
+    seq_len: See `best_fit`.
   """
   lengths = np.asarray(lengths, np.int64)
   begins = np.cumsum(lengths) - lengths
   total = int(lengths.sum())
-  # Two sorted runs, which a stable sort merges in one pass.
+  # Cuts are the beginnings of documents and of rows: two sorted runs, which a stable sort merges.
   cut = np.sort(np.concatenate((begins[lengths > 0], np.arange(0, total, seq_len))), kind="stable")
   cut = cut[np.diff(cut, prepend=-1) > 0]
   doc = np.searchsorted(begins, cut, side="right") - 1
-  # Documents without predictions begin where the next one does: the last to begin there has some.
+  # A document without predictions begins where the next one does. The last one to begin there is
+  # the one with predictions.
   return _index(seq_len, cut // seq_len, doc, cut - begins[doc], np.diff(cut, append=total))
 
 
-def one_per_row(lengths, seq_len):
-  """A document, or a piece of `seq_len` predictions of it, in each row.
+def one_per_row(lengths: ArrayLike, seq_len: int) -> PackIndex:
+  """Puts one document, or one piece of `seq_len` predictions of it, in each row.
 
-  Args and returns: as `best_fit`.
+  Args:
+    lengths: See `best_fit`.
+    seq_len: See `best_fit`.
   """
   doc, start, length = best_fit_lib.cut(lengths, seq_len)
   return _index(seq_len, np.arange(len(doc)), doc, start, length)
 
 
-def _index(seq_len, row, doc, start, length):
-  """The PackIndex of spans that are sorted by row; each row has at least one."""
+def _index(
+  seq_len: int, row: np.ndarray, doc: np.ndarray, start: np.ndarray, length: np.ndarray
+) -> PackIndex:
+  """The PackIndex of spans that are sorted by row; each row has at least one span."""
   num_rows = int(row[-1]) + 1 if len(row) else 0
   return PackIndex(
     seq_len,
@@ -117,8 +133,13 @@ def _index(seq_len, row, doc, start, length):
   )
 
 
-def _compact(x):
+def _compact(x: np.ndarray) -> np.ndarray:
+  """Stores as int32 if the values fit."""
   return x.astype(np.int32 if not len(x) or x.max() < 1 << 31 else np.int64)
 
 
-PACKINGS = {"best_fit": best_fit, "concat": concat, "one_per_row": one_per_row}
+PACKINGS: dict[str, Callable[[ArrayLike, int], PackIndex]] = {
+  "best_fit": best_fit,
+  "concat": concat,
+  "one_per_row": one_per_row,
+}

@@ -1,37 +1,41 @@
-"""A split of a prepared folder, with random access to any piece of any document."""
+"""A split of a prepared folder, with random access to any range of any document's tokens."""
 
 import collections
 import os
 import threading
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
+from numpy.typing import ArrayLike
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import buckets
 from jaxgpt.text.prepare import shards
 
-# A reader ahead of the caller is of no use to random access.
+# Random access gains nothing from reading ahead.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-_OPEN_READERS = 128  # shards that are open at once, over all splits of a process
+_OPEN_READERS = 128  # limit on open shards, over all splits of a process
 
 
 class _Readers:
-  """Open shards, least recently used first; one that is pushed out closes when its reads end."""
+  """A cache of open shards, least recently used first. An evicted one closes after its reads."""
 
-  def __init__(self, limit):
+  def __init__(self, limit: int):
     self._limit, self._lock = limit, threading.Lock()
-    self._open = collections.OrderedDict()  # (path, version) -> reader
+    self._open: collections.OrderedDict[tuple[str, str], Any] = (
+      collections.OrderedDict()
+    )  # (path, version) -> reader
 
-  def get(self, path, version):
-    """The reader of a file; `version` tells files apart that had the same name in turn."""
+  def get(self, path: str, version: str) -> Any:
+    """The reader of a file. `version` distinguishes files that had the same name at other times."""
     key = path, version
     with self._lock:
       reader = self._open.get(key)
       if reader is None:
         # Not ArrayRecordDataSource: its __getitems__ starts a thread pool for each call, which
-        # takes five times as long as the reading.
+        # takes five times as long as reading.
         reader = self._open[key] = array_record_module.ArrayRecordReader(
           path, options=_READER_OPTIONS, file_reader_buffer_size=32_768
         )
@@ -45,21 +49,18 @@ class _Readers:
 _readers = _Readers(_OPEN_READERS)
 
 
-def open_split(folder, split):
-  """Opens one split of what `jaxgpt data` wrote.
+def open_split(folder: epath.PathLike, split: str) -> "Split":
+  """Opens one split of a prepared folder.
 
-  Checks the manifest, that each shard and sidecar is there with the right size, and that the
-  lengths agree with the shards; opens no shard.
+  Checks the manifest, the size of each shard and sidecar, and that the lengths agree with the
+  shards. Opens no shard.
 
   Args:
-    folder: the prepared folder.
+    folder: The prepared folder.
     split: 'train', 'validation' or 'test'.
 
-  Returns:
-    A Split.
-
   Raises:
-    UserError: no such split, it has no document, or the folder is damaged (names the file).
+    UserError: The split doesn't exist or is empty, or a file of the folder is damaged.
   """
   manifest = shards.read_manifest(folder)
   if split not in manifest["splits"]:
@@ -91,20 +92,20 @@ class Split:
   """Documents of one split. Safe to share between threads, and picklable.
 
   Attributes:
-    lengths: int64 [num_documents], predictions (stored tokens - 1) of each document.
-    bytes: UTF-8 bytes of the split's texts, which bits per byte are counted over.
-    kind: of the data, one of `examples.KINDS`.
-    label_names: names of the classes, in their order; [] where labels are numbers.
-    labels: classification: float64 [num_documents], a class's number or a value; else None.
-    second: classification: uint32 [num_documents], the stored token at which the second text of
-      a pair starts, 0 where there is one text; else None.
-    num_documents: documents.
-    manifest: the folder's manifest.
-    digest: its sha256.
+    lengths: int64 [num_documents]; predictions (stored tokens - 1) of each document.
+    bytes: UTF-8 bytes of the split's texts, the denominator of bits per byte.
+    kind: Kind of the data, one of `examples.KINDS`.
+    label_names: Names of the classes in order; [] if labels are numbers.
+    labels: For classification float64 [num_documents], a class index or a value; else None.
+    second: For classification uint32 [num_documents], the stored token at which the second text
+      of a pair starts, 0 without a second text; else None.
+    num_documents: Number of documents.
+    manifest: The folder's manifest.
+    digest: Its SHA-256.
   """
 
-  def __init__(self, folder, split, manifest):
-    """Use `open_split`, which checks what this takes for granted."""
+  def __init__(self, folder: epath.PathLike, split: str, manifest: dict[str, Any]):
+    """Use `open_split`, which checks the arguments."""
     self.split, self.manifest, self.digest = split, manifest, manifest["digest"]
     self._files = buckets.Files(folder, self.digest)
     entry = manifest["splits"][split]
@@ -124,60 +125,65 @@ class Split:
         f"{self._files.address}/{split}.tokens.npy does not match the manifest; run "
         "`jaxgpt data` again"
       )
-    self.labels = self.second = self._trained = None
+    self.labels: Any = None
+    self.second: Any = None
+    self._trained: Any = None
     if self.kind == "classification":
       self.labels, self.second = self._sidecar("labels"), self._sidecar("second")
     elif self.kind in shards.WITH_RANGES:
       self._trained = self._sidecar("trained")
       self._trained_offsets = self._sidecar("trained_offsets").astype(np.int64)
 
-  def trained(self, doc):
-    """Ranges (start, end) of the stored tokens of document `doc` that are predicted.
+  def trained(self, doc: int) -> np.ndarray | None:
+    """Ranges (start, end) of the stored tokens of a document that are trained on.
 
     Returns:
-      int32 [ranges, 2]; None where all are but the first.
+      int32 [ranges, 2]; None if all but the first token are.
     """
     if self._trained is None:
       return None
     return self._trained[self._trained_offsets[doc] : self._trained_offsets[doc + 1]]
 
-  def _sidecar(self, name):
+  def _sidecar(self, name: str) -> np.ndarray:
     path = self._sidecar_path(f"{name}.npy")
     try:
       return np.load(path, allow_pickle=False)
     except (OSError, ValueError) as e:
       raise UserError(f"{path} can't be read ({e}); run `jaxgpt data` again") from e
 
-  def _sidecar_path(self, name):
+  def _sidecar_path(self, name: str) -> Any:
     return self._files.get(self._sidecars[f"{self.split}.{name}"])
 
-  def source_name(self, doc):
-    """Where document `doc` came from: 'folder/file.txt', 'folder/file.jsonl:12'."""
+  def source_name(self, doc: int) -> str:
+    """The origin of a document: 'folder/file.txt', 'folder/file.jsonl:12'."""
     start, end = np.load(self._sidecar_path("sources.npy"), mmap_mode="r")[doc : doc + 2]
     with self._sidecar_path("sources.txt").open("rb") as f:
       f.seek(int(start))
       return os.fsdecode(f.read(int(end - start) - 1))
 
-  def read(self, doc, start, length):
-    """Stored tokens [start, start + length) of document `doc`, in the stored dtype.
+  def read(self, doc: int, start: int, length: int) -> np.ndarray:
+    """Reads the stored tokens [start, start + length) of a document, in the stored dtype.
 
     Args:
-      doc: in [0, num_documents).
-      start, length: within the document's lengths[doc] + 1 stored tokens.
+      doc: Document, in [0, num_documents).
+      start: First token; the document has lengths[doc] + 1.
+      length: Number of tokens.
 
     Raises:
-      IndexError: a piece that is not in the document.
+      IndexError: The range is not in the document.
     """
     return self.read_many([doc], [start], [length])[0]
 
-  def read_many(self, docs, starts, lengths):
-    """`read` for many pieces, with one call a shard, which is several times faster.
+  def read_many(self, docs: ArrayLike, starts: ArrayLike, lengths: ArrayLike) -> list[np.ndarray]:
+    """Reads many ranges with one call per shard, which is several times faster than `read`.
 
     Args:
-      docs, starts, lengths: equally long sequences of integers, as `read` takes one of each.
+      docs: [N]; see `read`.
+      starts: [N].
+      lengths: [N].
 
     Returns:
-      A list of read-only arrays.
+      N read-only arrays.
     """
     docs, starts, lengths = (np.asarray(x, np.int64) for x in (docs, starts, lengths))
     if not len(docs):
@@ -190,9 +196,10 @@ class Split:
       or lengths.min() < 0
       or (ends > self.lengths[docs] + 1).any()
     ):
-      raise IndexError(f"a piece outside the {self.num_documents} documents of {self.split}")
+      raise IndexError(f"a range outside the {self.num_documents} documents of {self.split}")
     first = starts // self._record_tokens
-    # An empty piece still reads the record it is at.
+    # A document is stored in records of `record_tokens` tokens; a range covers one or more of them.
+    # An empty range still reads one record.
     counts = np.maximum(ends - 1, starts) // self._record_tokens - first + 1
     offsets = np.cumsum(counts) - counts
     within = np.arange(counts.sum()) - np.repeat(offsets, counts)
@@ -211,10 +218,10 @@ class Split:
         out.append(joined[skip : skip + length])
     return out
 
-  def _records(self, keys):
-    """Records by their number in the split, read shard by shard."""
+  def _records(self, keys: np.ndarray) -> list[bytes]:
+    """Reads records by their index in the split, shard by shard."""
     shard_of = np.searchsorted(self._shard_ends, keys, side="right")
-    out = [None] * len(keys)
+    out = [b""] * len(keys)
     for shard in np.unique(shard_of).tolist():
       places = np.nonzero(shard_of == shard)[0]
       first = self._shard_ends[shard - 1] if shard else 0
@@ -223,6 +230,6 @@ class Split:
         out[place] = record
     return out
 
-  def _reader(self, shard):
+  def _reader(self, shard: int) -> Any:
     entry = self.manifest["splits"][self.split]["shards"][shard]
     return _readers.get(str(self._files.get(entry)), self.digest)

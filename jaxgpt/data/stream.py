@@ -1,74 +1,91 @@
-"""Batches of text that is read, tokenized and packed while training: sources without random access.
+"""Streams: batches of files that are read, tokenized and packed while training.
 
-A batch here is a function of what came before it, so the state of an iterator (Grain's) stands in a
-checkpoint: where the reading of each host was. Rows are packed and shuffled in windows of some
-hundred rows; the state names the place in the files where the window begins and how many of its
-rows are out, and whoever takes it up reads that window again.
+A stream has no random access: a batch depends on the ones before it. So a checkpoint contains the
+position of each host (the state of a Grain iterator). Rows are packed and shuffled in windows of
+some hundred rows:
+
+  files   |====== a.jsonl ======|===== b.jsonl =====|
+  windows |-- 0 --|-- 1 --|-- 2 --|-- 3 --|
+                  ^ start   row 5 of window 2 was handed out last
+
+The state is the place in the files where the current window begins and the number of its rows that
+were handed out. Resuming reads and packs that window again and skips those rows.
 """
 
 import collections
 import hashlib
 import json
-from typing import Any, NamedTuple
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import grain
 import numpy as np
+from etils import epath
 
 from jaxgpt.data import layouts, pipeline
 from jaxgpt.data import packing as packings
-from jaxgpt.data.batch_source import HostCheck
+from jaxgpt.data.batch_source import BatchIterator, HostCheck, State
+from jaxgpt.data.layouts import Batch
 from jaxgpt.errors import UserError
+from jaxgpt.storage import files as files_lib
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.readers import documents as documents_lib
 from jaxgpt.text.readers import formats
 from jaxgpt.text.tokenizers import examples
+from jaxgpt.text.tokenizers.base import Tokenizer
 
-_CHARS = 1_000_000  # of text that are tokenized in one call, at most
-_REMEMBERED = 2  # steps that can still be asked for: the loop reads metrics one step late
+_CHARS = 1_000_000  # most characters to tokenize in one call
+_REMEMBERED = 2  # steps to remember: the loop reads metrics one step late
+
+
+_Last: TypeAlias = collections.OrderedDict[
+  int, tuple[Batch, State]
+]  # step -> batch, state after it
 
 
 class Reading(NamedTuple):
-  """How the documents of a stream become rows."""
+  """Settings that turn the documents of a stream into rows."""
 
   tokenizer: Any
   field: str  # column of the text
   seq_len: int
   packing: str  # a key of `packing.PACKINGS`
-  window: int  # rows that are packed and shuffled together
-  seed: int | None  # of the order; None: that of the files
+  window: int  # rows to pack and shuffle together
+  seed: int | None  # seed of the order; None keeps the order of the files
 
 
 def make(
-  addresses,
-  path,
-  tokenizer,
+  addresses: str,
+  path: epath.PathLike,
+  tokenizer: Tokenizer,
   *,
-  field="text",
-  seq_len,
-  batch_size,
-  packing="best_fit",
-  window=512,
-  seed=0,
-  shuffle=True,
-):
+  field: str = "text",
+  seq_len: int,
+  batch_size: int,
+  packing: str = "best_fit",
+  window: int = 512,
+  seed: int = 0,
+  shuffle: bool = True,
+) -> "Stream":
   """Lists the files of a stream; reads none of them yet.
 
   Args:
-    addresses: as `jaxgpt data` takes them, separated by commas.
-    path: the prepared folders (`data.path`) whose tokenizer and held-out splits go with it.
-    tokenizer: of these folders.
-    field: the column of the text, in files that have columns.
-    seq_len, batch_size, packing, seed: as in `pipeline.make`.
-    window: rows that are packed and shuffled together.
-    shuffle: permute the files anew each epoch, and the rows of each window.
-
-  Returns:
-    A Stream.
+    addresses: Files, folders, patterns and URLs as for `jaxgpt data`, separated by commas.
+    path: The prepared folders (`data.path`) with the tokenizer and the held-out splits.
+    tokenizer: The tokenizer of these folders.
+    field: Column of the text, in files with columns.
+    seq_len: See `pipeline.make`.
+    batch_size: See `pipeline.make`.
+    packing: See `pipeline.make`.
+    window: Rows to pack and shuffle together.
+    seed: See `pipeline.make`.
+    shuffle: Permute the files in each epoch, and the rows of each window.
 
   Raises:
-    UserError: a path that is not there, or a missing extra.
+    UserError: A path does not exist, or an extra is missing.
   """
-  listed = documents_lib.find(pipeline.folders(addresses))
+  listed = documents_lib.find([os.fspath(f) for f in pipeline.folders(addresses)])
   formats.check_extras(listed)
   reading = Reading(tokenizer, field, seq_len, packing, window, seed % 2**64 if shuffle else None)
   digest = pipeline.digest_of([shards.read_manifest(f)["digest"] for f in pipeline.folders(path)])
@@ -76,33 +93,40 @@ def make(
 
 
 class Stream:
-  """Batches of a stream, in their order, with the arrays of `layouts.CausalLM`.
+  """Batches of a stream in order, with the arrays of `layouts.CausalLM`; a `BatchSource`.
 
-  Each host reads files of its own, epoch after epoch; an epoch holds each of their tokens once.
+  Each host reads its own files, epoch after epoch. An epoch contains each of their tokens once.
 
   Attributes:
-    files: list of `files.File`.
-    files_digest: sha256 of their names and sizes.
-    batch_size: global B.
-    seq_len: T.
-    digest: of the prepared folders that go with it.
-    state_key: where a checkpoint keeps the reading of all hosts.
+    files: The files of all hosts.
+    files_digest: SHA-256 of their names and sizes.
+    batch_size: Rows of a global batch (B).
+    seq_len: Length of a row (T).
+    digest: Digest of the prepared folders that belong to the stream.
+    state_key: Key of the positions of all hosts in a checkpoint.
   """
 
   state_key: str | None = "stream"
 
-  def __init__(self, addresses, listed, reading, batch_size, digest):
+  def __init__(
+    self,
+    addresses: str,
+    listed: Sequence[files_lib.File],
+    reading: Reading,
+    batch_size: int,
+    digest: str,
+  ):
     """Use `make`."""
     self._addresses, self.files, self._reading = addresses, listed, reading
     self.batch_size, self.seq_len, self.digest = batch_size, reading.seq_len, digest
     self.files_digest = hashlib.sha256(
       json.dumps([(file.source, file.size) for file in listed]).encode()
     ).hexdigest()
-    self._begin = None  # the state to go on from
-    self._last = collections.OrderedDict()  # step -> (batch, state after it)
+    self._begin: State = None  # the state to resume from
+    self._last: _Last = collections.OrderedDict()
 
-  def host_checks(self):
-    """All hosts must see the same files."""
+  def host_checks(self) -> list[HostCheck]:
+    """See `BatchSource`: all hosts must see the same files."""
     return [
       HostCheck(
         f"the digest of the files of data.stream={self._addresses!r}",
@@ -111,43 +135,52 @@ class Stream:
       )
     ]
 
-  def summary(self):
-    """Files and documents read, in words."""
+  def summary(self) -> str:
+    """See `BatchSource`: the files, and the documents read so far."""
     read = self.account()[0].removeprefix("data.stream: ")
     return f"data.stream has {len(self.files):,} files; {read}"
 
-  def describe(self, host_count):
-    """What a user should know before it starts, in lines."""
+  def describe(self, host_count: int) -> list[str]:
+    """See `BatchSource`: the size of the stream and its limits."""
     size = sum(file.size for file in self.files)
     return [
       f"data.stream: {len(self.files):,} file{'s' * (len(self.files) > 1)} of "
       f"{size / 1e6:,.1f} MB, read and tokenized while training, by {host_count} "
       f"host{'s' * (host_count > 1)}",
-      "  a stream has no random access, so less is promised than for a prepared folder: it is "
-      f"shuffled by file and within {self._reading.window} rows only; which documents were in a "
-      "step can't be looked up; the run goes on exactly, but only on as many hosts and with "
-      "the same files",
+      "  a stream promises less than a prepared folder, since it has no random access: it is "
+      f"shuffled only by file and within {self._reading.window} rows, the documents of a step "
+      "can't be looked up, and the run resumes exactly only on as many hosts and with the same "
+      "files",
     ]
 
-  def blank(self, rows):
-    """A batch of padding, whose shapes and dtypes are those of all batches of so many rows."""
-    return layouts.packed([], rows, self.seq_len)
+  def blank(self, num_rows: int) -> Batch:
+    """See `BatchSource`."""
+    return layouts.packed([], num_rows, self.seq_len)
 
-  def iterate(self, start_step=0, *, host_index=0, host_count=1, threads=1, prefetch=4):
-    """Iterates over a host's batches [B / host_count, T], from where `set_state` said.
+  def iterate(
+    self,
+    start_step: int = 0,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+    threads: int = 1,
+    prefetch: int = 4,
+  ) -> BatchIterator:
+    """Iterates over a host's batches [B / host_count, T], starting at the state of `set_state`.
 
     Args:
-      start_step: the number of the first one.
-      host_index, host_count: which files it reads.
-      threads: does nothing: batches are made in one thread, tokenizers have threads of their own.
-      prefetch: batches that are made ahead of time.
+      start_step: Number of the first step.
+      host_index: This host, which determines the files that it reads.
+      host_count: Hosts that share the batch.
+      threads: Unused: one thread makes batches, and tokenizers have their own threads.
+      prefetch: Batches to make ahead of time.
 
     Returns:
-      An iterator without end; its `close()` ends the thread.
+      An endless iterator; its `close()` ends the thread.
 
     Raises:
-      UserError: hosts without files, or that do not divide the batch size. Later: no document in
-        all of the files.
+      UserError: There are fewer files than hosts, or host_count does not divide the batch size.
+        While iterating: no file has a document.
     """
     del threads
     if host_count < 1 or self.batch_size % host_count:
@@ -173,11 +206,11 @@ class Stream:
     self._begin = iterator.get_state()
     return _Remembering(iterator, start_step, self._last)
 
-  def batch(self, step):
-    """This host's batch at one of the last steps.
+  def batch(self, step: int) -> Batch:
+    """This host's batch of one of the last steps.
 
     Raises:
-      UserError: it was handed out earlier, or never.
+      UserError: The step is not one of the last.
     """
     if step not in self._last:
       raise UserError(
@@ -186,15 +219,15 @@ class Stream:
       )
     return self._last[step][0]
 
-  def epochs(self, step):
-    """How often this host's files were gone through before one of the last steps: {name: epochs}.
+  def epochs(self, step: int) -> dict[str, float]:
+    """Passes over this host's files before one of the last steps: {name: epochs}.
 
-    It is the reading that is told of, which is up to a window ahead.
+    This is the position of the reader, which is up to one window ahead of the rows.
     """
     return {"stream": self._last[step - 1][1]["now"]["epochs"]} if step - 1 in self._last else {}
 
-  def account(self):
-    """What this host has read and left out up to now, in lines."""
+  def account(self) -> list[str]:
+    """See `BatchSource`: documents that this host has read and left out so far."""
     now, state = documents_lib.Dropped(), self.get_state()
     if state is not None:
       now.merge(state["now"]["account"])
@@ -212,19 +245,19 @@ class Stream:
       *changed,
     ]
 
-  def get_state(self):
-    """Where this host is after the last batch that it handed out: plain JSON; None: nowhere yet."""
+  def get_state(self) -> State:
+    """This host's position after the last batch it handed out; None before the first."""
     return next(reversed(self._last.values()))[1] if self._last else self._begin
 
-  def merge_states(self, states):
-    """What a checkpoint keeps: the states of all hosts, by their numbers; plain JSON."""
+  def merge_states(self, states: list[State]) -> State:
+    """See `BatchSource`: plain JSON with the states of all hosts in order."""
     return {"files": self.files_digest, "hosts": states}
 
-  def set_state(self, merged, host_index, host_count):
-    """Lets `iterate` go on from what `merge_states` returned.
+  def set_state(self, merged: State, host_index: int, host_count: int) -> None:
+    """Makes `iterate` resume from a result of `merge_states`.
 
     Raises:
-      UserError: it is of other files, or of another number of hosts.
+      UserError: It belongs to other files, or to another number of hosts.
     """
     if merged["files"] != self.files_digest:
       raise UserError(
@@ -242,16 +275,16 @@ class Stream:
 
 
 class _Remembering:
-  """An iterator of Grain that keeps its last elements, and its state after each."""
+  """A Grain iterator that keeps its last elements, and its state after each."""
 
-  def __init__(self, iterator, step, last):
+  def __init__(self, iterator: Any, step: int, last: _Last):
     self._iterator, self._step, self._last = iterator, step, last
     last.clear()
 
-  def __iter__(self):
+  def __iter__(self) -> "_Remembering":
     return self
 
-  def __next__(self):
+  def __next__(self) -> Batch:
     batch = next(self._iterator)
     self._last[self._step] = batch, self._iterator.get_state()
     self._step += 1
@@ -259,12 +292,15 @@ class _Remembering:
       self._last.popitem(last=False)
     return batch
 
-  def close(self):
+  def close(self) -> None:
     self._iterator.close()
 
 
-def _dealt(listed, host, count):
-  """The files of a host: as many bytes as others have, about, and at least one file."""
+def _dealt(listed: Sequence[files_lib.File], host: int, count: int) -> list[files_lib.File]:
+  """The files of a host: at least one, and about as many bytes as every other host has.
+
+  Files are dealt largest first, each to the host with the fewest bytes so far.
+  """
   loads = [(0, 0, h) for h in range(count)]
   chosen = []
   for i in sorted(range(len(listed)), key=lambda i: -listed[i].size):
@@ -274,8 +310,8 @@ def _dealt(listed, host, count):
   return [listed[i] for i in sorted(chosen)]
 
 
-def _order(count, seed, *key):
-  """A permutation of `count`, drawn from a seed and a key; that of the files where seed is None."""
+def _order(count: int, seed: int | None, *key: int) -> np.ndarray:
+  """A permutation of `count` items from a seed and a key; the identity if seed is None."""
   if seed is None:
     return np.arange(count)
   draws = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
@@ -283,22 +319,22 @@ def _order(count, seed, *key):
 
 
 class _Reader:
-  """The documents of some files, epoch after epoch, from any place on."""
+  """The documents of a host's files, epoch after epoch, from any place on."""
 
-  def __init__(self, listed, reading, host):
+  def __init__(self, listed: Sequence[files_lib.File], reading: Reading, host: int):
     self._files, self._reading, self._host = listed, reading, host
-    self._documents = None
+    self._documents: Any = None
     self.seek({"epoch": 0, "file": 0, "record": 0, "account": documents_lib.Dropped().to_json()})
 
-  def seek(self, place):
-    """Goes to a place; reads the file again up to it."""
+  def seek(self, place: State) -> None:
+    """Goes to a place, by reading its file again up to there."""
     self.close()
     self._epoch, self._number = place["epoch"], place["file"]
-    self._before = place["account"]  # of the files before this one
+    self._before = place["account"]  # account of the files before this one
     self._open(place["record"])
 
-  def place(self):
-    """Where this is: epoch, number of the file in its order, records of it that were met."""
+  def place(self) -> State:
+    """The position: epoch, index of the file in the epoch's order, records read from it."""
     return {
       "epoch": self._epoch,
       "file": self._number,
@@ -306,21 +342,21 @@ class _Reader:
       "account": self._before,
     }
 
-  def progress(self):
-    """What is told of a place: epochs, and the account up to it."""
+  def progress(self) -> State:
+    """The epochs and the account up to here, for reports."""
     return {
       "epochs": self._epoch + self._number / len(self._files),
       "account": self._total().to_json(),
     }
 
-  def _total(self):
+  def _total(self) -> documents_lib.Dropped:
     total = documents_lib.Dropped()
     total.merge(self._before)
     total.merge(self._dropped.to_json())
     return total
 
-  def _open(self, skip=0):
-    """Opens the file at hand, and passes over its first records."""
+  def _open(self, skip: int = 0) -> None:
+    """Opens the current file and skips its first records."""
     order = _order(len(self._files), self._reading.seed, self._host, self._epoch)
     self._dropped = documents_lib.Dropped()
     self._documents = documents_lib.documents(
@@ -331,9 +367,9 @@ class _Reader:
     while self._dropped.read < skip and next(self._documents, None) is not None:
       pass
 
-  def take(self, chars):
-    """Documents with about so many characters, and whether they end an epoch."""
-    out = []
+  def take(self, chars: int) -> tuple[list[documents_lib.Document], bool]:
+    """Reads documents with about `chars` characters; also returns whether they end an epoch."""
+    out: list[documents_lib.Document] = []
     while chars > 0:
       document = next(self._documents, None)
       if document is not None:
@@ -351,7 +387,7 @@ class _Reader:
         return out, True
     return out, False
 
-  def _check_not_empty(self):
+  def _check_not_empty(self) -> None:
     total = self._total()
     if not total.kept:
       raise UserError(
@@ -359,54 +395,57 @@ class _Reader:
         f"{self._host}; {'; '.join(total.lines()) or 'they are empty'}"
       )
 
-  def close(self):
+  def close(self) -> None:
+    """Closes the current file."""
     if self._documents is not None:
       self._documents.close()
 
 
 class _Rows(grain.IterDataset):
-  """Rows of a host: lists of stored tokens, each span with the token after it."""
+  """Rows of a host: lists of spans, each with the token after it."""
 
-  def __init__(self, listed, reading, host):
+  def __init__(self, listed: Sequence[files_lib.File], reading: Reading, host: int):
     super().__init__()
     self._arguments = listed, reading, host
 
-  def __iter__(self):
+  def __iter__(self) -> "_RowIterator":
     return _RowIterator(*self._arguments)
 
 
 class _RowIterator(grain.DatasetIterator):
-  """State: the place where the window at hand begins, and how many of its rows are out.
+  """Iterates over the rows of windows.
 
-  And what is told of it: `now`, how far the reading has come; `changed`, how many windows were not
-  what they had been when they were read again.
+  Its state: `start`, the place where the current window begins; `row`, the number of its rows that
+  were handed out. For reports: `now`, the progress of the reader; `changed`, the number of windows
+  that differed when they were read again.
   """
 
-  def __init__(self, listed, reading, host):
+  def __init__(self, listed: Sequence[files_lib.File], reading: Reading, host: int):
     super().__init__()
     self._reader, self._reading, self._host = _Reader(listed, reading, host), reading, host
     self._changed = 0
     self._go_on()
 
-  def _go_on(self):
-    """To the next window."""
-    self._start, self._row, self._rows = self._reader.place(), 0, None
+  def _go_on(self) -> None:
+    """Moves to the next window."""
+    self._start, self._row = self._reader.place(), 0
+    self._rows: list[Any] | None = None
     self._now = self._reader.progress()
 
-  def get_state(self):
+  def get_state(self) -> State:
     return {"start": self._start, "row": self._row, "now": self._now, "changed": self._changed}
 
-  def set_state(self, state):
+  def set_state(self, state: State) -> None:
     self._reader.seek(state["start"])
     self._start, self._row, self._rows = state["start"], state["row"], None
     self._now, self._changed = state["now"], state["changed"]
 
-  def __next__(self):
+  def __next__(self) -> list[np.ndarray]:
     while self._rows is None:
       self._rows, before = self._window(), self._now
       self._now = self._reader.progress()
       self._changed += self._row > 0 and self._now != before
-      if self._row >= len(self._rows):  # of a window that was longer the first time
+      if self._row >= len(self._rows):  # the window was longer the first time
         self._go_on()
     row = self._rows[self._row]
     self._row += 1
@@ -414,10 +453,11 @@ class _RowIterator(grain.DatasetIterator):
       self._go_on()
     return row
 
-  def _window(self):
-    """Reads on from here; the rows of what was read, in the order in which they come."""
+  def _window(self) -> list[list[np.ndarray]]:
+    """Reads the next window: its rows, shuffled."""
     r, start = self._reading, self._start
-    stored, missing, ended = [], r.window * r.seq_len, False
+    stored: list[np.ndarray] = []
+    missing, ended = r.window * r.seq_len, False
     while missing > 0 and not (ended and stored):
       documents, ended = self._reader.take(min(_CHARS, r.window * r.seq_len))
       new = [e.ids for (e,) in examples.encode_batch(documents, "text", r.tokenizer)]
@@ -435,6 +475,6 @@ class _RowIterator(grain.DatasetIterator):
       for row in order
     ]
 
-  def close(self):
+  def close(self) -> None:
     super().close()
     self._reader.close()

@@ -105,7 +105,7 @@ def test_a_word_does_not_go_on_into_another_document():
 def test_a_tokenizer_without_a_mask():
   without = tokenizer.ByteTokenizer()
   without.mask_id = None
-  with pytest.raises(UserError, match=r"masked_lm.*\(bytes\) has none"):
+  with pytest.raises(UserError, match=r"masked_lm.*\(bytes\) lacks"):
     make(tokenizer=without)
 
 

@@ -1,21 +1,24 @@
-"""What every tokenizer offers, and the one that needs no vocabulary: bytes."""
+"""The tokenizer interface, and the byte tokenizer, which needs no vocabulary."""
 
 import abc
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
+from numpy.typing import ArrayLike
 
 from jaxgpt.errors import UserError
 
 MASK = "<mask>"
 CHAT_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-# The description of a saved tokenizer, beside its files. The other names are those that
-# transformers reads, so a folder of `save` is one that it loads too.
+# The description of a saved tokenizer, next to its files. The other names are those that
+# transformers reads, so it can load a folder of `save` too.
 SPEC = "jaxgpt_tokenizer.json"
 CONFIG = "tokenizer_config.json"
 HF_FILES = (
@@ -30,36 +33,37 @@ HF_FILES = (
 )
 
 
-THREADS = "JAXGPT_THREADS"  # environment variable: threads that `encode_batch` uses; else all cores
+THREADS = "JAXGPT_THREADS"  # environment variable: threads for `encode_batch`; default: all cores
 
 
-def threads():
-  """Threads that `encode_batch` may use."""
+def threads() -> int:
+  """Number of threads that `encode_batch` may use."""
   return int(os.environ.get(THREADS) or cores())
 
 
-def cores():
-  """Cores that this process may run on."""
+def cores() -> int:
+  """Number of cores that this process may run on."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Tokenizer(abc.ABC):
-  """Text to ids and back.
+  """Converts text to token ids and back.
 
-  Text is text: a user's '<|user|>' or '</s>' is encoded by its characters, never as the special
-  id of that name, unless `encode` is told otherwise.
+  Text never becomes a special token: '<|user|>' or '</s>' in a user's text is encoded by its
+  characters, unless `encode` is called with `specials=True`.
 
   Attributes:
     kind: 'bytes', 'sentencepiece', 'huggingface' or 'tiktoken'.
-    vocab_size: ids are in [0, vocab_size), tokens added to the base vocabulary included.
-    bos_id, eos_id: put before and after each document; they may be equal.
-    pad_id: what the vocabulary has for padding, or None. Batches are padded with 0, which has no
-      weight, whatever this is.
-    mask_id: stands for a masked token, or None.
-    special_ids: {name: id} of the tokens that no text is encoded to.
-    unk_id: stands for what can't be encoded, or None.
-    chat_template: the Jinja template that came with it, or None.
-    digest: sha256, in hex, of what defines the tokenizer.
+    vocab_size: Ids are in [0, vocab_size), including tokens added to the base vocabulary.
+    bos_id: Id before each document.
+    eos_id: Id after each document; may equal bos_id.
+    pad_id: The vocabulary's padding id, or None. Batches are padded with 0 regardless; padding
+      has no weight.
+    mask_id: Id of the mask token, or None.
+    special_ids: {name: id} of the special tokens, which plain text is never encoded to.
+    unk_id: Id for text that can't be encoded, or None.
+    chat_template: The tokenizer's own Jinja template, or None.
+    digest: Hexadecimal SHA-256 of the tokenizer's definition.
   """
 
   kind: str
@@ -69,46 +73,46 @@ class Tokenizer(abc.ABC):
   pad_id: int | None = None
   mask_id: int | None = None
   unk_id: int | None = None
-  special_ids: dict
+  special_ids: dict[str, int]
   chat_template: str | None = None
   digest: str
 
-  def encode(self, text, specials=False):
-    """Token ids of a text, as a list of ints, without bos and eos.
+  def encode(self, text: str, specials: bool = False) -> list[int]:
+    """Encodes a text, without bos and eos.
 
     Args:
-      text: a string.
-      specials: turn each name of `special_ids` in the text into its id. For text that a template
-        wrote; in text of others it lets them write what only the program may.
+      text: The text.
+      specials: Encode names of `special_ids` as their ids. Only for text from a template: in
+        text from users it would let them write control tokens.
     """
     if not specials:
       return self.encode_batch([text])[0].tolist()
-    parts = self._split_at_specials(text)
-    plain = iter(self.encode_batch([part for part in parts if part not in self.special_ids]))
+    pieces = self._split_at_specials(text)
+    plain = iter(self.encode_batch([piece for piece in pieces if piece not in self.special_ids]))
     return [
       i
-      for part in parts
-      for i in ([self.special_ids[part]] if part in self.special_ids else next(plain).tolist())
+      for piece in pieces
+      for i in ([self.special_ids[piece]] if piece in self.special_ids else next(plain).tolist())
     ]
 
-  def _split_at_specials(self, text):
+  def _split_at_specials(self, text: str) -> list[str]:
     names = sorted(self.special_ids, key=len, reverse=True)  # the longest name wins
-    parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
-    return [part for part in parts if part]
+    pieces = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
+    return [piece for piece in pieces if piece]
 
   @abc.abstractmethod
-  def encode_batch(self, texts):
-    """Token ids of each text, as int32 arrays, without bos and eos; on `threads()`."""
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Encodes texts to int32 arrays, without bos and eos, on `threads()` threads."""
 
-  def decode(self, ids, specials=False):
-    """The text of ids.
+  def decode(self, ids: ArrayLike, specials: bool = False) -> str:
+    """Decodes ids to text.
 
     Args:
-      ids: integers. Those outside the vocabulary are skipped.
-      specials: write specials by their names; else they are skipped too.
+      ids: Token ids. Those outside the vocabulary are skipped.
+      specials: Write special tokens by name instead of skipping them.
 
     Returns:
-      A string. Bytes that are no valid UTF-8, as a model may well produce, become U+FFFD.
+      The text. Bytes that are not valid UTF-8, which a model may produce, become U+FFFD.
     """
     ids = np.asarray(ids, np.int64).reshape(-1)
     ids = ids[(ids >= 0) & (ids < self.vocab_size)]
@@ -120,15 +124,15 @@ class Tokenizer(abc.ABC):
     return "".join(names.get(int(run[0])) or self._decode(run) for run in runs if len(run))
 
   @abc.abstractmethod
-  def _decode(self, ids):
-    """The text of ids of the vocabulary among which is no special one but for unk."""
+  def _decode(self, ids: np.ndarray) -> str:
+    """Decodes ids of the vocabulary without special tokens other than unk."""
 
   @abc.abstractmethod
-  def files(self):
-    """{name: bytes} of the files that define it; `load` makes the same tokenizer of them."""
+  def files(self) -> dict[str, bytes]:
+    """{name: content} of the files that define the tokenizer; `load` restores it from them."""
 
-  def save(self, folder):
-    """Writes what `load` needs into a folder, local or remote, which is made if need be."""
+  def save(self, folder: epath.PathLike) -> None:
+    """Writes the tokenizer into a local or remote folder for `load`; creates the folder."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files().items():
@@ -138,7 +142,7 @@ class Tokenizer(abc.ABC):
 
 
 class ByteTokenizer(Tokenizer):
-  """UTF-8 bytes: nothing to train, and any text comes back as it was."""
+  """UTF-8 bytes as tokens. Needs no training and decodes any text exactly."""
 
   kind = "bytes"
   pad_id, bos_id, eos_id = 0, 1, 2
@@ -157,27 +161,29 @@ class ByteTokenizer(Tokenizer):
       f"bytes first={self._first} {sorted(self.special_ids.items())}".encode()
     ).hexdigest()
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """See `Tokenizer`."""
     return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) + self._first for t in texts]
 
-  def _decode(self, ids):
+  def _decode(self, ids: np.ndarray) -> str:
     return (ids - self._first).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
-  def files(self):
+  def files(self) -> dict[str, bytes]:
+    """See `Tokenizer`. Empty."""
     return {}
 
 
-def read_files(folder, names):
-  """{name: bytes} of those of `names` that a folder has."""
+def read_files(folder: epath.PathLike, names: Iterable[str]) -> dict[str, bytes]:
+  """Reads those of the named files that exist in a folder: {name: content}."""
   folder = epath.Path(folder)
   return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def read_json(files, name):
-  """The JSON object in one of `files`, or {} where there is no such file.
+def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+  """The JSON object in one of `files`, or {} if the file doesn't exist.
 
   Raises:
-    UserError: it is no JSON object.
+    UserError: The file is not a JSON object.
   """
   if name not in files:
     return {}
@@ -190,16 +196,16 @@ def read_json(files, name):
     raise UserError(f"the tokenizer's {name} can't be read ({e}); restore the file") from e
 
 
-def added_tokens(files):
-  """{token: id} of what tokenizer_config.json and added_tokens.json add to a vocabulary."""
+def added_tokens(files: Mapping[str, bytes]) -> dict[str, int]:
+  """{token: id} of the tokens that tokenizer_config.json and added_tokens.json add."""
   decoder = read_json(files, CONFIG).get("added_tokens_decoder", {})
   return read_json(files, "added_tokens.json") | {
     token["content"]: int(i) for i, token in decoder.items()
   }
 
 
-def role_tokens(files):
-  """{'bos', 'eos', 'pad', 'mask', 'cls', 'sep', 'unk': token}, those that the files name."""
+def role_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
+  """{role: token} of the roles bos, eos, pad, mask, cls, sep and unk that the files name."""
   named = read_json(files, "special_tokens_map.json") | read_json(files, CONFIG)
   out = {}
   for role in ("bos", "eos", "pad", "mask", "cls", "sep", "unk"):
@@ -208,14 +214,14 @@ def role_tokens(files):
   return {role: token for role, token in out.items() if token}
 
 
-def files_digest(files):
-  """sha256, in hex, of files by name and content."""
-  parts = [f"{name} {hashlib.sha256(data).hexdigest()}\n" for name, data in sorted(files.items())]
-  return hashlib.sha256("".join(parts).encode()).hexdigest()
+def files_digest(files: Mapping[str, bytes]) -> str:
+  """Hexadecimal SHA-256 of files, by name and content."""
+  lines = [f"{name} {hashlib.sha256(data).hexdigest()}\n" for name, data in sorted(files.items())]
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def chat_template(files):
-  """The Jinja chat template among a tokenizer's files: the default one where there are several."""
+def chat_template(files: Mapping[str, bytes]) -> str | None:
+  """The Jinja chat template among a tokenizer's files; the default one if there are several."""
   if "chat_template.jinja" in files:
     return files["chat_template.jinja"].decode()
   template = read_json(files, CONFIG).get("chat_template")

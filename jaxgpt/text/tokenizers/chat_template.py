@@ -1,24 +1,25 @@
-"""Chat templates: the messages of a conversation as pieces of text, special tokens and roles.
+"""Chat templates: turn the messages of a conversation into pieces of text and special tokens.
 
-A template is data (`FORMATS`), or the Jinja source that came with a tokenizer. What users write is
-always a piece of plain text: no message can smuggle in the mark that ends its turn.
+A template is data (`FORMATS`), or the Jinja source that came with a tokenizer. Text from users is
+always encoded as plain text: no message can inject the mark that ends its turn.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import jinja_template
-from jaxgpt.text.tokenizers.examples import Piece
+from jaxgpt.text.tokenizers.base import Tokenizer
+from jaxgpt.text.tokenizers.examples import Message, Piece
 
 OWN = "tokenizer"  # the Jinja template that came with the tokenizer
 
 
 class Turn(NamedTuple):
-  """How a message is written: before, lead, content, after, gap.
+  """The form of a message: before, lead, content, after, gap.
 
-  Of an assistant's message, lead, content and after are what is learned and what is generated
-  following `before`.
+  Of an assistant's message, lead, content and after are trained on, and generated after `before`.
   """
 
   before: str = ""
@@ -32,34 +33,35 @@ class Format(NamedTuple):
 
   Attributes:
     turns: {role: Turn}.
-    marks: special tokens that the tokenizer must have.
-    begin: what a conversation begins with.
-    system: where no turn has that role: how a system message, {}, is put in front of the first
-      user's message.
-    trim: whether white space around a content is left out.
+    marks: Special tokens that the tokenizer must have.
+    begin: The beginning of a conversation.
+    system: If no turn has that role, the form in which a system message, {}, is put in front of the
+      first user's message.
+    trim: Strip white space around contents.
   """
 
-  turns: dict
-  marks: tuple = ()
+  turns: dict[str, Turn]
+  marks: tuple[str, ...] = ()
   begin: str = "{bos}"
   system: str | None = None
   trim: bool = False
 
 
-def _turns(before, after, gap="", **names):
-  """The same turn for each role, with the name that the format has for it."""
-  names = dict(system="system", user="user", assistant="assistant") | names
+def _turns(before: str, after: str, gap: str = "", **renamed: str | None) -> dict[str, Turn]:
+  """The same turn for each role, with the format's name of the role; None leaves a role out."""
+  names: dict[str, str | None] = {role: role for role in ("system", "user", "assistant")}
+  names |= renamed
   return {
     role: Turn(before.replace("{role}", name), after, gap) for role, name in names.items() if name
   }
 
 
 FORMATS = {
-  # The marks that each tokenizer trained here has.
+  # The marks of every tokenizer that `jaxgpt data` trains.
   "simple": Format(
     _turns("<|{role}|>", "<|end|>"), ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
   ),
-  # No marks: for tokenizers without any. A line feed ends a question, eos an answer.
+  # Without marks, for tokenizers that have none. A newline ends a question, eos an answer.
   "raw": Format(
     {
       "system": Turn(after="\n"),
@@ -91,20 +93,20 @@ FORMATS = {
 
 
 class Template:
-  """Messages to pieces, for one tokenizer. Picklable.
+  """Turns messages into pieces, for one tokenizer. Picklable.
 
   Attributes:
-    name: 'tokenizer' or one of `FORMATS`.
-    stop: name of the special token that ends an assistant's turn, or None where only Jinja knows.
+    name: 'tokenizer' or a key of `FORMATS`.
+    stop: Name of the special token that ends an assistant's turn; None for a Jinja template.
   """
 
-  def __init__(self, name, tokenizer):
+  def __init__(self, name: str, tokenizer: Tokenizer):
     """Use `load`."""
     self.name, self._tokenizer = name, tokenizer
     ids = {i: token for token, i in tokenizer.special_ids.items()}
     self._ends = {"{bos}": ids[tokenizer.bos_id], "{eos}": ids[tokenizer.eos_id]}
     self._format = FORMATS.get(name)
-    self.stop = None
+    self.stop: str | None = None
     if self._format:
       names = [*self._format.marks, *self._ends]
       self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -112,24 +114,24 @@ class Template:
         p.text for p in self._parse(self._format.turns["assistant"].after) if p.special
       )
 
-  def __call__(self, messages, generate=False):
-    """The pieces of a conversation, all of its special tokens among them.
+  def __call__(self, messages: Iterable[Message], generate: bool = False) -> list[Piece]:
+    """Writes a conversation as pieces, including all special tokens.
 
     Args:
       messages: [{'role': str, 'content': str}, …]; a content may also be a list of {'type':
-        'text', 'text': str}. An assistant's message with a 'weight' of 0 is not learned.
-      generate: end with what stands before an assistant's answer.
+        'text', 'text': str}. An assistant's message with a 'weight' of 0 is not trained on.
+      generate: End with the text that precedes an assistant's answer.
 
     Returns:
-      A list of `examples.Piece`, no two neighbours of which could be one.
+      The pieces; neighbours that could be one piece are joined.
 
     Raises:
-      UserError: a message has no such form, or a role that the template has no place for.
+      UserError: A message has another form, or a role that the template doesn't have.
     """
     messages = [_checked(message) for message in messages]
     if not self._format:
       return joined(jinja_template.pieces(self._tokenizer, self._ends, messages, generate))
-    form, pieces = self._format, []
+    form, pieces = self._format, list[Piece]()
     pieces += self._parse(form.begin)
     for message in self._folded(messages):
       turn = form.turns.get(message["role"])
@@ -149,16 +151,18 @@ class Template:
       pieces += self._parse(form.turns["assistant"].before)
     return joined(pieces)
 
-  def _parse(self, text, trained=False):
-    parts = [part for part in self._split.split(text) if part]
+  def _parse(self, text: str, trained: bool = False) -> list[Piece]:
+    """Cuts a string of the format at its special tokens."""
     return [
-      Piece(self._ends.get(part, part), trained, bool(self._split.fullmatch(part)))
-      for part in parts
+      Piece(self._ends.get(string, string), trained, bool(self._split.fullmatch(string)))
+      for string in self._split.split(text)
+      if string
     ]
 
-  def _folded(self, messages):
-    """The messages with a leading system message put into the user's first."""
+  def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
+    """Moves a leading system message into the first user message if the format requires it."""
     form = self._format
+    assert form is not None
     if form.system is None or not messages or messages[0]["role"] != "system":
       return messages
     if len(messages) < 2 or messages[1]["role"] != "user":
@@ -170,12 +174,12 @@ class Template:
     return [{"role": "user", "content": form.system.replace("{}", system, 1) + user}, *messages[2:]]
 
 
-def _checked(message):
-  """A message whose content is a string."""
+def _checked(message: Any) -> Message:
+  """A message with a string as content."""
   try:
     role, content = message["role"], message["content"]
     if isinstance(content, list):
-      content = "".join(part["text"] for part in content)
+      content = "".join(item["text"] for item in content)
     if not isinstance(role, str) or not isinstance(content, str):
       raise TypeError("role and content must be strings")
   except (KeyError, TypeError, IndexError) as e:
@@ -186,9 +190,9 @@ def _checked(message):
   return {**message, "role": role, "content": content}
 
 
-def joined(pieces):
-  """Pieces without empty ones, and with neighbours of one kind joined, as a tokenizer sees them."""
-  out = []
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
+  """Drops empty pieces and joins neighbours of the same kind, which are tokenized together."""
+  out: list[Piece] = []
   for piece in pieces:
     if not piece.text:
       continue
@@ -199,16 +203,17 @@ def joined(pieces):
   return out
 
 
-def load(name, tokenizer) -> Template:
-  """A template for a tokenizer.
+def load(name: str, tokenizer: Tokenizer) -> Template:
+  """Finds a template for a tokenizer.
 
   Args:
-    name: one of `FORMATS`; 'tokenizer': the Jinja template that came with it; '': that one where
-      there is one, else the first of simple, chatml, llama3 and gemma whose marks it has, else raw.
-    tokenizer: from `tokenizer.load`.
+    name: A key of `FORMATS`, or 'tokenizer' for the Jinja template that came with it. '' chooses
+      that one if it exists, else the first of simple, chatml, llama3 and gemma whose marks the
+      tokenizer has, else raw.
+    tokenizer: The tokenizer.
 
   Raises:
-    UserError: no such template, the tokenizer lacks its marks, or jinja2 is not installed.
+    UserError: The template doesn't exist, the tokenizer lacks its marks, or jinja2 is missing.
   """
   specials = tokenizer.special_ids
   if not name:

@@ -1,21 +1,26 @@
-"""Documents of each kind of data to the tokens that are stored, and what is learned of them."""
+"""Training examples: encodes documents of each kind of data, and marks the tokens to train on."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from jaxgpt.errors import UserError
+from jaxgpt.text.readers.documents import Document
+from jaxgpt.text.tokenizers.base import Tokenizer
+
+Message: TypeAlias = Mapping[str, Any]  # {'role': str, 'content': str}
 
 
 class Encoded(NamedTuple):
   """One stored document.
 
   Attributes:
-    ids: int32 [S], all stored tokens, bos and eos among them.
-    trained: int32 [R, 2], ranges (start, end) of the stored tokens that are predicted; None: all
-      but the first.
-    label: a class's number or, for a regression, a float; None: none.
-    second: stored token at which the second text of a pair starts; None: there is one text.
+    ids: int32 [S]; all stored tokens, including bos and eos.
+    trained: int32 [R, 2]; ranges (start, end) of the stored tokens that are trained on. None means
+      all but the first.
+    label: A class index, or a float for a regression; None without label.
+    second: Stored token at which the second text of a pair starts; None if there is one text.
   """
 
   ids: np.ndarray
@@ -25,74 +30,86 @@ class Encoded(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """A part of a document that is tokenized on its own."""
+  """A piece of a document that is tokenized on its own."""
 
   text: str
-  trained: bool = False  # whether its tokens are predicted
+  trained: bool = False  # its tokens are trained on
   special: bool = False  # the text is the name of a special token
 
 
-def encode_batch(documents, kind, tokenizer, template=None, label_names=()):
-  """Documents as they are stored: [bos, tokens…, eos], but a chat as its template has it.
+Template: TypeAlias = Callable[[Sequence[Message]], list[Piece]]
 
-  text            all of it is predicted
-  classification  the text; or a pair as [bos, text…, eos, text_pair…, eos]
-  seq2seq         input, a line feed, and the target, which alone is predicted
-  chat            the messages as the template writes them, special tokens and all; what it says
-                  the assistant says is predicted
+
+def encode_batch(
+  documents: Sequence[Document],
+  kind: str,
+  tokenizer: Tokenizer,
+  template: Template | None = None,
+  label_names: Sequence[str] = (),
+) -> list[list[Encoded] | UserError]:
+  """Encodes documents as [bos, tokens…, eos], or a chat as its template writes it.
+
+  text            all of it is trained on
+  classification  the text, or a pair as [bos, text…, eos, text_pair…, eos]
+  seq2seq         input, a newline and the target; only the target is trained on
+  chat            the messages in the template's form with its special tokens; the assistant's
+                  turns are trained on
   preference      two stored documents, prompt + chosen and prompt + rejected; the answers are
-                  predicted. Where one of them is a list of messages, each is a `conversation`
-                  as the template has it, and its last message is predicted
+                  trained on. If one of the fields is a list of messages, both are `conversations`
+                  in the template's form, and the last message is trained on
 
   Args:
-    documents: of `read.documents`, with the `fields` of their kind.
+    documents: Documents with the `fields` of their kind.
     kind: A key of `readers.kinds.KINDS`.
-    tokenizer: from `tokenizer.load`.
-    template: chat, preference: a function (messages) -> [Piece], such as of `chat.load`.
-    label_names: classification: names of the classes, in their order; (): labels are numbers.
+    tokenizer: The tokenizer.
+    template: For chat and preference: a function (messages) -> pieces, such as
+      `chat_template.Template`.
+    label_names: For classification: names of the classes in order; () if labels are numbers.
 
   Returns:
-    For each document the list of its `Encoded`, or the UserError with which the template
-    refused it.
+    For each document its encoded documents, or the UserError with which the template refused it.
 
   Raises:
-    UserError: a label that is not in label_names, or is no number.
+    UserError: A label is not in label_names, or is not a number.
   """
-  plans = [_plan(document, kind, template) for document in documents]
+  # One call tokenizes the pieces of all documents; `_join` takes the results in the same order.
+  split = [_split(document, kind, template) for document in documents]
   texts = [
     p.text
-    for plan in plans
-    if not isinstance(plan, UserError)
-    for pieces in plan
+    for stored in split
+    if not isinstance(stored, UserError)
+    for pieces in stored
     for p in pieces
     if not p.special
   ]
   tokens = iter(tokenizer.encode_batch(texts))
   return [
-    plan
-    if isinstance(plan, UserError)
-    else [_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in plan]
-    for document, plan in zip(documents, plans)
+    stored
+    if isinstance(stored, UserError)
+    else [_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in stored]
+    for document, stored in zip(documents, split)
   ]
 
 
-def label_names(labels):
-  """Names of the classes that labels name: sorted; () where a label is a float (a regression).
+def label_names(labels: Iterable[str | int | float]) -> tuple[str, ...]:
+  """The sorted names of the classes; () if a label is a float (a regression).
 
   Args:
-    labels: iterable of strings, integers or floats.
+    labels: The labels of all documents.
   """
   found = set(labels)
   if any(isinstance(x, float) for x in found):
     return ()
-  # Integers in the order of their values, before any text.
+  # Integers by value, then strings.
   return tuple(dict.fromkeys(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x))))
 
 
-def _plan(document, kind, template):
-  """The pieces of each stored document that a document becomes; bos and eos are not among them.
+def _split(
+  document: Document, kind: str, template: Template | None
+) -> list[list[Piece]] | UserError:
+  """The pieces of each stored document that a document becomes, without bos and eos.
 
-  A UserError in their place says why the template has none.
+  Returns a UserError if the template refuses the document.
   """
   f = document.fields if kind != "text" else {}
   if kind == "text":
@@ -102,6 +119,7 @@ def _plan(document, kind, template):
   if kind == "seq2seq":
     return [[Piece(f["input"] + "\n"), Piece(f["target"], trained=True)]]
   if is_chat(document, kind):
+    assert template is not None, "chats need a template"
     try:
       return [
         template(messages) for messages in ([f["messages"]] if kind == "chat" else conversations(f))
@@ -112,21 +130,21 @@ def _plan(document, kind, template):
   return [[*prompt, Piece(f[name], trained=True)] for name in ("chosen", "rejected")]
 
 
-def is_chat(document, kind):
-  """Whether a document's messages are written by a template."""
+def is_chat(document: Document, kind: str) -> bool:
+  """Whether a template writes the document."""
   return kind == "chat" or (
     kind == "preference" and any(isinstance(value, list) for value in document.fields.values())
   )
 
 
-def conversations(fields):
-  """The messages of the two answers of a preference, of which only the last are learned.
+def conversations(fields: Mapping[str, Any]) -> list[list[Message]]:
+  """The messages of the two answers of a preference; only the last of each is trained on.
 
-  Each of prompt, chosen and rejected is a text or a list of messages. An answer that begins with
-  another message than the assistant's holds the prompt.
+  Each of prompt, chosen and rejected is a text or a list of messages. An answer that does not begin
+  with an assistant's message contains the prompt.
 
   Raises:
-    UserError: an answer does not end with a message of the assistant.
+    UserError: An answer does not end with a message of the assistant.
   """
   out = []
   for name in ("chosen", "rejected"):
@@ -142,24 +160,38 @@ def conversations(fields):
   return out
 
 
-def _join(pieces, tokens, tokenizer, kind, document, names):
-  """The `Encoded` of pieces whose tokens come next."""
+def _join(
+  pieces: Sequence[Piece],
+  tokens: Iterator[np.ndarray],
+  tokenizer: Tokenizer,
+  kind: str,
+  document: Document,
+  names: Sequence[str],
+) -> Encoded:
+  """Encodes pieces; `tokens` yields the tokens of each that is not special."""
   bos, eos = ([np.array([i], np.int32)] for i in (tokenizer.bos_id, tokenizer.eos_id))
-  framed = not is_chat(document, kind)  # a template writes its own ends
-  parts, trained, second, at = list(bos) if framed else [], [], None, int(framed)
+  framed = not is_chat(document, kind)  # a template writes its own bos and eos
+  arrays, trained, second, at = (
+    list(bos) if framed else [],
+    list[tuple[int, int]](),
+    None,
+    int(framed),
+  )
   for number, piece in enumerate(pieces):
     if kind == "classification" and number:
-      parts += eos
+      arrays += eos
       at += 1
       second = at
     ids = np.array([tokenizer.special_ids[piece.text]], np.int32) if piece.special else next(tokens)
     if piece.trained:
-      trained.append((max(at, 1), at + len(ids)))  # nothing precedes the first
-    parts.append(ids)
+      trained.append(
+        (max(at, 1), at + len(ids))
+      )  # the first token has no context to predict it from
+    arrays.append(ids)
     at += len(ids)
   if framed and pieces and pieces[-1].trained:
-    trained.append((at, at + 1))  # where to stop is part of what is learned
-  stored = np.concatenate(parts + eos if framed else parts)
+    trained.append((at, at + 1))  # the model also learns where to stop
+  stored = np.concatenate(arrays + eos if framed else arrays)
   if kind == "text":
     return Encoded(stored)
   if kind == "classification":
@@ -167,9 +199,9 @@ def _join(pieces, tokens, tokenizer, kind, document, names):
   return Encoded(stored, trained=_merged(trained))
 
 
-def _merged(ranges):
-  """Adjacent ranges joined, empty ones left out: int32 [R, 2]."""
-  out = []
+def _merged(ranges: Iterable[tuple[int, int]]) -> np.ndarray:
+  """Joins adjacent ranges and drops empty ones: int32 [R, 2]."""
+  out: list[list[int]] = []
   for start, end in ranges:
     if out and out[-1][1] == start:
       out[-1][1] = end
@@ -178,16 +210,16 @@ def _merged(ranges):
   return np.array(out, np.int32).reshape(-1, 2)
 
 
-def _label(document, names):
+def _label(document: Document, names: Sequence[str]) -> float:
   label = document.fields["label"]
   if names:
     if str(label) not in names:
       raise UserError(
-        f"{document.source}: label {label!r} is none of {', '.join(names[:20])}; "
+        f"{document.source}: label {label!r} is not one of {', '.join(names[:20])}; "
         "name the column of the labels with --field label=COLUMN"
       )
     return names.index(str(label))
   try:
     return float(label)
   except (TypeError, ValueError) as e:
-    raise UserError(f"{document.source}: label {label!r} is no number, where others are") from e
+    raise UserError(f"{document.source}: label {label!r} is not a number, but others are") from e

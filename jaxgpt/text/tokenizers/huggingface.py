@@ -1,16 +1,19 @@
-"""A Hugging Face `tokenizer.json`, by the `tokenizers` library."""
+"""Hugging Face tokenizers: a `tokenizer.json`, read by the `tokenizers` library."""
 
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import base
 
 MODEL = "tokenizer.json"
-# Beside a tokenizer.json alone, which names no roles: what the families call them, best first.
+# Usual names of the roles, best first, for a tokenizer.json without further files.
 _ROLES = {
   "bos": ("<|begin_of_text|>", "<bos>", "<s>", "[CLS]", "<|startoftext|>"),
   "eos": ("<|end_of_text|>", "<eos>", "</s>", "[SEP]", "<|endoftext|>", "<|im_end|>"),
@@ -21,25 +24,25 @@ _ROLES = {
 
 
 class HuggingFaceTokenizer(base.Tokenizer):
-  """What `transformers` saves as a fast tokenizer, or its `tokenizer.json` alone.
+  """A fast tokenizer that `transformers` saved, or its `tokenizer.json` alone.
 
-  The roles of tokens are those that tokenizer_config.json and special_tokens_map.json name; `cls`
-  and `sep` stand in for bos and eos (BERT), eos for a bos that there is not (Qwen, T5). Without
-  these files the post-processor tells, or the usual names. Whether a text comes back exactly is
-  up to the vocabulary: byte-level ones give back any text, BERT's folds case and white space.
+  tokenizer_config.json and special_tokens_map.json name the roles of tokens. `cls` and `sep` stand
+  in for bos and eos (BERT), and eos for a missing bos (Qwen, T5). Without these files, the
+  post-processor or the usual names determine the roles. Decoding is exact for byte-level
+  vocabularies; others may fold case and white space (BERT).
   """
 
   kind = "huggingface"
 
-  def __init__(self, files, name="the tokenizer"):
-    """Takes the bytes of the files.
+  def __init__(self, files: Mapping[str, bytes], name: str = "the tokenizer"):
+    """Reads the content of the files.
 
     Args:
-      files: {name: bytes}, `MODEL` among them; the others are as in `base.HF_FILES`.
-      name: what error messages call it.
+      files: {name: content} with `MODEL` and any of `base.HF_FILES`.
+      name: Name in error messages.
 
     Raises:
-      UserError: `tokenizers` is not installed, can't read the file, or no token ends a text.
+      UserError: `tokenizers` is not installed or can't read the file, or no token ends a text.
     """
     try:
       import tokenizers
@@ -49,8 +52,8 @@ class HuggingFaceTokenizer(base.Tokenizer):
       inner = tokenizers.Tokenizer.from_str(files[MODEL].decode())
     except Exception as e:  # the library raises no narrower one
       raise UserError(
-        f"{name} is no tokenizer.json that tokenizers {tokenizers.__version__} reads "
-        f"({e}); save it anew with transformers, or update tokenizers"
+        f"{name} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads "
+        f"({e}); save it again with transformers, or update tokenizers"
       ) from e
     inner.no_truncation()
     inner.no_padding()
@@ -61,7 +64,7 @@ class HuggingFaceTokenizer(base.Tokenizer):
     self.chat_template = base.chat_template(self._files)
     self._set_specials(name)
 
-  def _set_specials(self, name):
+  def _set_specials(self, name: str) -> None:
     inner = self._inner
     self.special_ids = {
       token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special
@@ -69,8 +72,8 @@ class HuggingFaceTokenizer(base.Tokenizer):
     roles = base.role_tokens(self._files)
     frame = {} if roles else _frame(json.loads(self._files[MODEL]).get("post_processor"))
 
-    def pick(role, substitute=None):
-      own = [roles.get(role), roles.get(substitute), frame.get(role)]
+    def pick(role: str, substitute: str | None = None) -> str | None:
+      own = [roles.get(role), roles.get(substitute or ""), frame.get(role)]
       names = [token for token in own if token] or ([] if roles else _ROLES[role])
       return next((token for token in names if inner.token_to_id(token) is not None), None)
 
@@ -94,7 +97,8 @@ class HuggingFaceTokenizer(base.Tokenizer):
     self.pad_id, self.mask_id, self.unk_id = ids["pad"], ids["mask"], ids["unk"]
     self._kept_from_text = np.array([i for i in self.special_ids.values() if i != self.unk_id])
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """See `Tokenizer`."""
     encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
     out = [np.array(e.ids, np.int32) for e in encoded]
     for i, ids in enumerate(out):
@@ -102,32 +106,37 @@ class HuggingFaceTokenizer(base.Tokenizer):
         out[i] = self._spelled_out(texts[i])
     return out
 
-  def _spelled_out(self, text):
-    """A text whose model knows a special's name as a word, as Unigram ones do: cut within it."""
+  def _spelled_out(self, text: str) -> np.ndarray:
+    """Encodes a text that contains the name of a special token.
+
+    Some models (Unigram) have the name as a word, so it is cut after its first character.
+    """
     names = "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True)))
-    parts = [
-      part
+    strings = [
+      string
       for piece in re.split(f"({names})", text)
-      for part in ((piece[:1], piece[1:]) if piece in self.special_ids else (piece,))
+      for string in ((piece[:1], piece[1:]) if piece in self.special_ids else (piece,))
     ]
-    encoded = self._inner.encode_batch_fast(parts, add_special_tokens=False)
+    encoded = self._inner.encode_batch_fast(strings, add_special_tokens=False)
     return np.array([i for e in encoded for i in e.ids], np.int32)
 
-  def _decode(self, ids):
+  def _decode(self, ids: np.ndarray) -> str:
     return self._inner.decode(ids.tolist(), skip_special_tokens=False)
 
-  def files(self):
+  def files(self) -> dict[str, bytes]:
+    """See `Tokenizer`."""
     return dict(self._files)
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[Any, ...]:
     return HuggingFaceTokenizer, (self._files,)
 
 
-def _frame(processor):
+def _frame(processor: Mapping[str, Any] | None) -> dict[str, str]:
   """{'bos', 'eos': token} that a post-processor puts around a text."""
-  kind = (processor or {}).get("type")
+  processor = processor or {}
+  kind = processor.get("type")
   if kind == "Sequence":
-    found = {}
+    found: dict[str, str] = {}
     for inner in processor["processors"]:
       found |= _frame(inner)
     return found
@@ -136,7 +145,7 @@ def _frame(processor):
   if kind != "TemplateProcessing":
     return {}
   names = [
-    part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in processor["single"]
+    item["SpecialToken"]["id"] if "SpecialToken" in item else None for item in processor["single"]
   ]
   place = names.index(None)
   return ({"bos": names[0]} if place else {}) | (
@@ -144,12 +153,8 @@ def _frame(processor):
   )
 
 
-def read(folder):
-  """The tokenizer of a folder, or of a tokenizer.json alone.
-
-  Args:
-    folder: an `epath.Path`.
-  """
+def read(folder: epath.Path) -> HuggingFaceTokenizer:
+  """Reads the tokenizer of a folder, or a tokenizer.json alone."""
   if folder.is_file():
     return HuggingFaceTokenizer({MODEL: folder.read_bytes()}, repr(os.fspath(folder)))
   return HuggingFaceTokenizer(

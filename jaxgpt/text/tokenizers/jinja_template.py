@@ -1,28 +1,35 @@
-"""The Jinja chat template that came with a tokenizer: rendered as transformers does, then cut."""
+"""Jinja chat templates of tokenizers: rendered as in transformers, then cut into pieces."""
 
 import datetime
 import functools
 import itertools
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 from jaxgpt.errors import UserError
-from jaxgpt.text.tokenizers.examples import Piece
+from jaxgpt.text.tokenizers.base import Tokenizer
+from jaxgpt.text.tokenizers.examples import Message, Piece
 
-_HELD = re.compile("\ue000([0-9]+)\ue001")  # stands for a content while the template is rendered
-# A block that some templates mark what the assistant says with; it renders as what is in it.
+Range: TypeAlias = tuple[int, int]  # (start, end) in a rendered conversation
+
+_HELD = re.compile(
+  "\ue000([0-9]+)\ue001"
+)  # placeholder of a content while the template is rendered
+# Some templates mark the assistant's text with a generation block; it renders as its content.
 _GENERATION = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
 
 
-def check(tokenizer):
-  """Raises a UserError where a tokenizer's template is missing or can't be used."""
+def check(tokenizer: Tokenizer) -> None:
+  """Raises a UserError if a tokenizer's template is missing or can't be used."""
   if not tokenizer.chat_template:
     raise UserError("the tokenizer came with no chat template; choose another one")
   _compiled(tokenizer.chat_template)
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source):
+def _compiled(source: str) -> Callable[..., str]:
   try:
     import jinja2
     import jinja2.sandbox
@@ -31,7 +38,7 @@ def _compiled(source):
       "the tokenizer's own chat template needs jinja2: pip install 'jaxgpt[data]'"
     ) from e
 
-  def fail(message):
+  def fail(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
   env = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -47,7 +54,7 @@ def _compiled(source):
   except jinja2.exceptions.TemplateError as e:
     raise UserError(f"the tokenizer's chat template can't be used ({e}); choose another one") from e
 
-  def render(messages, generate, **values):
+  def render(messages: Sequence[Message], generate: bool, **values: str) -> str:
     try:
       return template.render(
         messages=messages, add_generation_prompt=generate, tools=None, documents=None, **values
@@ -58,26 +65,29 @@ def _compiled(source):
   return render
 
 
-def pieces(tokenizer, ends, messages, generate):
-  """The pieces of a conversation.
+def pieces(
+  tokenizer: Tokenizer, ends: Mapping[str, str], messages: Sequence[Message], generate: bool
+) -> list[Piece]:
+  """Writes a conversation as pieces.
 
-  Contents are told from the template's own text by rendering it a second time with place holders
-  for them. An assistant's turn is learned from where the template would have it begin up to the
-  special token that ends it.
+  A second rendering with placeholders for the contents tells the contents from the template's own
+  text. An assistant's turn is trained on from the place where the template would start generation
+  up to the special token that ends it.
 
   Args:
-    tokenizer: one with a chat_template.
+    tokenizer: A tokenizer with a chat_template.
     ends: {'{bos}': name, '{eos}': name} of its special tokens.
-    messages, generate: as in `chat.Template`, with contents that are strings.
+    messages: See `chat_template.Template`; contents must be strings.
+    generate: See `chat_template.Template`.
 
   Raises:
     UserError: jinja2 is not installed, the template refuses the messages, or it rewrites contents
-      among which there are names of special tokens.
+      with names of special tokens.
   """
   values = {"bos_token": ends["{bos}"], "eos_token": ends["{eos}"]}
-  source = _compiled(tokenizer.chat_template)
+  source = _compiled(tokenizer.chat_template or "")
 
-  def render(messages, generate=False):
+  def render(messages: Sequence[Message], generate: bool = False) -> str:
     return source(messages, generate, **values)
 
   whole = render(messages, generate)
@@ -106,25 +116,35 @@ def pieces(tokenizer, ends, messages, generate):
   return _cut(whole, marks, [*filter(None, trained)])
 
 
-def _contents(render, messages, generate, whole):
-  """{message: [(start, end) in `whole`]} of the contents; None where the template rewrites them."""
+def _contents(
+  render: Callable[..., str], messages: Sequence[Message], generate: bool, whole: str
+) -> dict[int, list[Range]] | None:
+  """{message: ranges of its content in `whole`}, or None if the template rewrites contents."""
   held = render([{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)], generate)
   for trim in (False, True):
-    spans, parts, at = {}, [], 0
-    for number, part in enumerate(_HELD.split(held)):
+    spans: dict[int, list[Range]] = {}
+    strings, at = list[str](), 0
+    for number, string in enumerate(_HELD.split(held)):
       if number % 2:
-        i, part = int(part), messages[int(part)]["content"]
-        part = part.strip() if trim else part
-        spans.setdefault(i, []).append((at, at + len(part)))
-      parts.append(part)
-      at += len(part)
-    if "".join(parts) == whole:
+        i, string = int(string), messages[int(string)]["content"]
+        string = string.strip() if trim else string
+        spans.setdefault(i, []).append((at, at + len(string)))
+      strings.append(string)
+      at += len(string)
+    if "".join(strings) == whole:
       return spans
   return None
 
 
-def _answer(render, messages, i, whole, content, marks):
-  """(start, end) in `whole` of what is learned of assistant's message `i`, or None."""
+def _answer(
+  render: Callable[..., str],
+  messages: Sequence[Message],
+  i: int,
+  whole: str,
+  content: Sequence[Range] | None,
+  marks: Iterable[Range],
+) -> Range:
+  """The range in `whole` of the assistant's message `i` that is trained on."""
   before = render(messages[:i], True) if i else None
   begins = before is not None and whole.startswith(before) and len(before)
   if content:
@@ -138,8 +158,8 @@ def _answer(render, messages, i, whole, content, marks):
   return start, next((end for first, end in marks if first >= start), len(whole))
 
 
-def _cut(text, marks, trained):
-  """Pieces of a text: cut at its special tokens and where what is learned begins and ends."""
+def _cut(text: str, marks: Sequence[Range], trained: Sequence[Range]) -> list[Piece]:
+  """Cuts a text at its special tokens and at the ends of the trained ranges."""
   edges = sorted({0, len(text), *(x for span in (*marks, *trained) for x in span)})
   specials = set(marks)
   return [

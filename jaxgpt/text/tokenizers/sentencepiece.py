@@ -1,9 +1,11 @@
-"""SentencePiece: trained here, or any `.model` file."""
+"""SentencePiece tokenizers: training, and reading any `.model` file."""
 
 import hashlib
 import io
 import itertools
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -12,8 +14,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.text.readers import documents
 from jaxgpt.text.tokenizers import base, word_cache
 
-_SPACE_MARK = "▁"  # U+2581, which SentencePiece writes for a space and can't tell from one
-_CHUNK = 1 << 18  # characters encoded at a time: bounds memory, and shares a long text out
+_SPACE_MARK = "▁"  # U+2581: SentencePiece writes it for a space and can't distinguish the two
+_CHUNK = 1 << 18  # characters per call: bounds memory and divides a long text among threads
 MODEL = "tokenizer.model"
 KNOWN_MARKS = (
   base.MASK,
@@ -27,32 +29,37 @@ _RESERVED = ("<pad>", "<unk>", "<s>", "</s>", base.MASK, *base.CHAT_MARKS)
 
 
 class SentencePieceTokenizer(base.Tokenizer):
-  """A SentencePiece model: one of `train_sentencepiece`, or any other.
+  """A SentencePiece model, from `train_sentencepiece` or any other.
 
-  Models of `train_sentencepiece` give each text back exactly. Others do so as far as they were
-  trained to: many fold white space or put a space in front.
+  Models from `train_sentencepiece` decode every text exactly. Many others fold white space or put a
+  space in front.
   """
 
   kind = "sentencepiece"
 
-  def __init__(self, model, name="the SentencePiece model", extras=None):
-    """Takes the bytes of a `.model` file.
+  def __init__(
+    self,
+    model: bytes,
+    name: str = "the SentencePiece model",
+    extras: Mapping[str, bytes] | None = None,
+  ):
+    """Reads the content of a `.model` file.
 
     Args:
-      model: serialized ModelProto.
-      name: what error messages call it.
-      extras: {name: bytes} of what transformers keeps beside it, as in `base.HF_FILES`: tokens
-        added to the model's own, and which of them begins and ends a text.
+      model: A serialized ModelProto.
+      name: Name in error messages.
+      extras: {name: content} of the files that transformers keeps next to it, as in
+        `base.HF_FILES`: added tokens, and the roles of tokens.
 
     Raises:
-      UserError: the bytes are no SentencePiece model, no piece can end a text, or `extras` number
-        the model's pieces in another way.
+      UserError: The model can't be read, no piece can end a text, or `extras` number the pieces
+        differently.
     """
     try:
       self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError) as e:
       raise UserError(
-        f"{name} is no SentencePiece model ({len(model)} bytes); train one with "
+        f"{name} is not a SentencePiece model ({len(model)} bytes); train one with "
         "--tokenizer=sentencepiece:4096 or name another file"
       ) from e
     self._model, self._extras = model, extras or {}
@@ -73,27 +80,27 @@ class SentencePieceTokenizer(base.Tokenizer):
       "(" + "|".join(map(re.escape, sorted(self._spelled, key=len, reverse=True))) + ")"
     )
 
-  def _check_numbers(self, added, name):
+  def _check_numbers(self, added: Mapping[str, int], name: str) -> None:
     for token, i in added.items():
       if i < self._processor.get_piece_size() and self._processor.id_to_piece(i) != token:
         raise UserError(
-          f"{name} calls piece {i} {self._processor.id_to_piece(i)!r}, the files beside it "
-          f"{token!r}: this family numbers its pieces in its own way; name a folder that has a "
+          f"{name} calls piece {i} {self._processor.id_to_piece(i)!r}, the files next to it "
+          f"{token!r}: this family numbers its pieces differently; name a folder that has a "
           "tokenizer.json too"
         )
 
-  def _set_specials(self, added, name):
+  def _set_specials(self, added: Mapping[str, int], name: str) -> None:
     p = self._processor
     self.special_ids = {
       p.id_to_piece(i): i for i in range(p.get_piece_size()) if p.is_control(i) or p.is_unknown(i)
     } | added
-    for token in KNOWN_MARKS:  # some models have them as pieces that text may hold
+    for token in KNOWN_MARKS:  # some models have them as ordinary pieces
       i = p.piece_to_id(token)
       if i != p.unk_id():
         self.special_ids[token] = i
     roles = base.role_tokens(self._extras)
 
-    def pick(role, own, *names):
+    def pick(role: str, own: int, *names: str) -> int | None:
       if roles.get(role) in self.special_ids:
         return self.special_ids[roles[role]]
       return (
@@ -115,11 +122,11 @@ class SentencePieceTokenizer(base.Tokenizer):
     self.mask_id = pick("mask", -1, base.MASK, "[MASK]")
     self.unk_id = p.unk_id()
 
-  def _is_cut_at_spaces(self):
-    """Whether the tokens of a text are those of its words, for certain: see `word_cache`.
+  def _is_cut_at_spaces(self) -> bool:
+    """Whether the tokens of a text are certainly those of its words; see `word_cache`.
 
-    Scores that are whole numbers tell BPE, which merges by rank. A unigram model adds scores up
-    over the text, where rounding may break a tie in another way.
+    Integer scores identify BPE, which merges by rank. A unigram model adds up scores over the whole
+    text, so rounding could break a tie differently.
     """
     p = self._processor
     ids = [
@@ -134,13 +141,13 @@ class SentencePieceTokenizer(base.Tokenizer):
       and not any(re.search(f"[^{_SPACE_MARK}]{_SPACE_MARK}", p.id_to_piece(i)) for i in ids)
     )
 
-  def _encode_lists(self, texts):
+  def _encode_lists(self, texts: Sequence[str]) -> list[list[int]]:
     return self._processor.encode(texts, num_threads=base.threads())
 
-  def _make_spelled(self):
-    """{text: ids} of the texts that SentencePiece would read as something else than text."""
+  def _make_spelled(self) -> dict[str, np.ndarray]:
+    """{text: ids} of the texts that SentencePiece would take for spaces or special tokens."""
     p = self._processor
-    spelled = {}
+    spelled: dict[str, np.ndarray] = {}
     mark = [p.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
     if all(map(p.is_byte, mark)):
       spelled[_SPACE_MARK] = np.array(mark, np.int32)
@@ -149,61 +156,68 @@ class SentencePieceTokenizer(base.Tokenizer):
         spelled[token] = np.array(p.encode(token[:1]) + p.encode(token[1:]), np.int32)
     return spelled
 
-  def encode_batch(self, texts):
-    runs, plan = [], []  # what is encoded in one call; its place there, or ids that are known
-    ends = []
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """See `Tokenizer`."""
+    runs: list[str] = []  # strings to encode in one call
+    items: list[int | np.ndarray] = []  # all texts in order: an index into `runs`, or known ids
+    ends = []  # end of each text in `items`
     for text in texts:
-      for i, part in enumerate(self._pattern.split(text) if self._pattern else [text]):
+      for i, string in enumerate(self._pattern.split(text) if self._pattern else [text]):
         if i % 2:
-          plan.append(self._spelled[part])
+          items.append(self._spelled[string])
           continue
-        chunks = list(documents.chunks(part, _CHUNK)) if self._cuts_are_free else [part]
-        plan.extend(range(len(runs), len(runs) + len(chunks)))
+        chunks = list(documents.chunks(string, _CHUNK)) if self._cuts_are_free else [string]
+        items.extend(range(len(runs), len(runs) + len(chunks)))
         runs.extend(chunks)
-      ends.append(len(plan))
+      ends.append(len(items))
     encoded = (
       self._words(runs)
       if self._words
       else self._processor.encode(runs, return_type="numpy", num_threads=base.threads())
     )
-    ids = [encoded[item] if isinstance(item, int) else item for item in plan]
+    ids = [encoded[item] if isinstance(item, int) else item for item in items]
     return [
       ids[start] if end - start == 1 else np.concatenate(ids[start:end])
       for start, end in zip([0, *ends[:-1]], ends)
     ]
 
-  def _decode(self, ids):
+  def _decode(self, ids: np.ndarray) -> str:
     return self._processor.decode(ids[ids < self._processor.get_piece_size()].tolist())
 
-  def files(self):
+  def files(self) -> dict[str, bytes]:
+    """See `Tokenizer`."""
     return {MODEL: self._model, **self._extras}
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[Any, ...]:
     return SentencePieceTokenizer, (self._model, "the SentencePiece model", self._extras)
 
 
-def train_sentencepiece(texts, *, vocab_size, model_type="bpe", sample_bytes=4_000_000, symbols=()):
-  """Trains a tokenizer whose `decode(encode(x))` is `x`, for any x, and that suits code.
+def train_sentencepiece(
+  texts: Iterable[str],
+  *,
+  vocab_size: int,
+  model_type: str = "bpe",
+  sample_bytes: int = 4_000_000,
+  symbols: Sequence[str] = (),
+) -> SentencePieceTokenizer:
+  """Trains a tokenizer that decodes every text exactly and suits code.
 
-  White space is text like any other (no normalization, no dummy prefix, runs of spaces are
-  pieces), each digit is a piece, pieces may join letters and punctuation ('self.', '):\\n') but
-  don't go on over a space, and what is in no piece falls back to UTF-8 bytes.
+  White space is ordinary text (no normalization, no dummy prefix, runs of spaces are pieces). Each
+  digit is a piece. Pieces may join letters and punctuation ('self.', '):\\n') but never extend over
+  a space. Characters outside the vocabulary fall back to UTF-8 bytes.
 
   Args:
-    texts: iterable of strings, read until `sample_bytes` are there.
-    vocab_size: pieces, with the 9 specials (pad 0, unk 1, bos 2, eos 3, then `<mask>` and the
-      marks of a chat), the symbols and the 256 bytes.
-    model_type: 'bpe', 'unigram' (20 to 30 times slower to train) or 'char' (as few pieces as
-      there are characters, whatever vocab_size allows).
+    texts: Texts, read until there are `sample_bytes`.
+    vocab_size: Number of pieces, including 9 special tokens (pad 0, unk 1, bos 2, eos 3, `<mask>`
+      and the chat marks), the symbols and the 256 bytes.
+    model_type: 'bpe', 'unigram' (20 to 30 times slower to train) or 'char' (one piece per
+      character, up to vocab_size).
     sample_bytes: UTF-8 bytes of text to learn from.
-    symbols: texts that are one piece each wherever they occur, such as '<h1>'.
-
-  Returns:
-    A SentencePieceTokenizer.
+    symbols: Texts such as '<h1>' that are one piece wherever they occur.
 
   Raises:
-    UserError: no text, or a vocab_size that is too small for the characters of the text or
-      larger than what its repetitions support (but for 'char'), with the limit.
+    UserError: There is no text, or vocab_size is too small for its characters or larger than its
+      repetitions support (not for 'char'); the message gives the limit.
   """
   check_training(model_type, symbols)
   sentences = _sentences(texts, sample_bytes)
@@ -241,23 +255,27 @@ def train_sentencepiece(texts, *, vocab_size, model_type="bpe", sample_bytes=4_0
   return SentencePieceTokenizer(model.getvalue())
 
 
-def _sentences(texts, sample_bytes):
-  """Parts of 4,096 characters, line ends and all: what SentencePiece counts words in.
+def _sentences(texts: Iterable[str], sample_bytes: int) -> Iterator[str]:
+  """Cuts texts into "sentences" of 4,096 characters, including newlines.
 
-  It skips a whole part that holds U+0000 or U+2585, so parts are short.
+  SentencePiece skips a whole sentence with U+0000 or U+2585, so sentences are short.
   """
   left = sample_bytes
   for text in texts:
     for start in range(0, len(text), 4096):
-      part = text[start : start + 4096]
-      yield part
-      left -= len(part.encode())
+      sentence = text[start : start + 4096]
+      yield sentence
+      left -= len(sentence.encode())
       if left <= 0:
         return
 
 
-def check_training(model_type, symbols):
-  """Raises the UserError of `train_sentencepiece` that needs no text."""
+def check_training(model_type: str, symbols: Sequence[str]) -> None:
+  """Checks the arguments of `train_sentencepiece` before any text is read.
+
+  Raises:
+    UserError: An unknown model type, or a symbol that can't be a piece.
+  """
   if model_type not in ("bpe", "unigram", "char"):
     raise UserError(f"tokenizer model type {model_type!r}: choose one of bpe, unigram, char")
   for i, symbol in enumerate(symbols):
@@ -274,8 +292,8 @@ def check_training(model_type, symbols):
       raise UserError(f"the symbol {symbol!r} {why}; leave it out")
 
 
-def _training_error(message, vocab_size, model_type, specials):
-  """SentencePiece's complaint about the vocabulary's size, as a user can act on it."""
+def _training_error(message: str, vocab_size: int, model_type: str, specials: int) -> UserError:
+  """Translates SentencePiece's message about the vocabulary size into a way out."""
   way_out = "set it with --tokenizer=sentencepiece:SIZE, or take --tokenizer=bytes"
   if found := re.search(r"size too high \(\d+\)\D*(\d+)", message):
     return UserError(

@@ -1,11 +1,14 @@
-"""Vocabularies of tiktoken: a file of base64 tokens and ranks, a pattern, special tokens."""
+"""tiktoken vocabularies: a file of base64 tokens and ranks, a pattern and special tokens."""
 
 import base64
 import binascii
 import json
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import base
@@ -17,22 +20,22 @@ _EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 
 
 class TiktokenTokenizer(base.Tokenizer):
-  """Byte-level BPE by tiktoken: any text comes back as it was."""
+  """Byte-level BPE by tiktoken. Decodes any text exactly."""
 
   kind = "tiktoken"
 
-  def __init__(self, vocabulary, settings, name="the tiktoken vocabulary"):
-    """Takes the bytes of both files.
+  def __init__(self, vocabulary: bytes, settings: bytes, name: str = "the tiktoken vocabulary"):
+    """Reads the content of both files.
 
     Args:
-      vocabulary: lines of a token in base64, a space, its rank.
-      settings: JSON {"pattern": the regular expression that cuts text into words,
-        "special_tokens": {name: id}} and perhaps "bos_token", "eos_token", "pad_token",
+      vocabulary: Lines with a token in base64, a space and its rank.
+      settings: JSON {"pattern": regular expression that cuts text into words,
+        "special_tokens": {name: id}}, optionally with "bos_token", "eos_token", "pad_token" and
         "mask_token", which name special tokens.
-      name: what error messages call it.
+      name: Name in error messages.
 
     Raises:
-      UserError: tiktoken is not installed, or a file is not as said.
+      UserError: tiktoken is not installed, or a file has another form.
     """
     try:
       import tiktoken
@@ -58,12 +61,12 @@ class TiktokenTokenizer(base.Tokenizer):
     self.digest = base.files_digest(self.files())
     roles = base.role_tokens({base.CONFIG: settings})
 
-    def pick(role, *names):
+    def pick(role: str, *names: str) -> int | None:
       return next(
         (
           self.special_ids[token]
           for token in (roles.get(role), *names)
-          if token in self.special_ids
+          if token is not None and token in self.special_ids
         ),
         None,
       )
@@ -74,24 +77,27 @@ class TiktokenTokenizer(base.Tokenizer):
         f"the {SETTINGS} of {name} names no token that ends a text; add "
         '"eos_token", one of its special_tokens'
       )
-    self.bos_id, self.eos_id = eos if bos is None else bos, bos if eos is None else eos
+    self.bos_id, self.eos_id = eos if bos is None else bos, bos if eos is None else eos  # type: ignore[assignment]  # one of them is not None
     self.pad_id, self.mask_id = pick("pad"), pick("mask", base.MASK)
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """See `Tokenizer`."""
     ids = self._inner.encode_ordinary_batch(list(texts), num_threads=base.threads())
     return [np.array(i, np.int32) for i in ids]
 
-  def _decode(self, ids):
+  def _decode(self, ids: np.ndarray) -> str:
     return self._inner.decode(ids[self._is_token[ids]].tolist(), errors="replace")
 
-  def files(self):
+  def files(self) -> dict[str, bytes]:
+    """See `Tokenizer`."""
     return {MODEL: self._vocabulary, SETTINGS: self._settings}
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[Any, ...]:
     return TiktokenTokenizer, (self._vocabulary, self._settings)
 
 
-def _ranks(vocabulary, name):
+def _ranks(vocabulary: bytes, name: str) -> dict[bytes, int]:
+  """{token: rank} of a vocabulary file."""
   ranks = {}
   for number, line in enumerate(vocabulary.splitlines(), 1):
     if not line.strip():
@@ -101,7 +107,7 @@ def _ranks(vocabulary, name):
       ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (ValueError, binascii.Error) as e:
       raise UserError(
-        f"{name}:{number} is no base64 token and its rank; name a .tiktoken file"
+        f"{name}:{number} is not a base64 token and its rank; name a .tiktoken file"
       ) from e
   missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
   if missing:
@@ -109,18 +115,18 @@ def _ranks(vocabulary, name):
   return ranks
 
 
-def find(folder):
-  """The .tiktoken file that stands beside a tiktoken.json in a folder, or None."""
+def find(folder: epath.Path) -> epath.Path | None:
+  """The .tiktoken file next to a tiktoken.json in a folder, or None."""
   files = sorted(folder.glob("*.tiktoken")) if (folder / SETTINGS).is_file() else []
   return files[0] if len(files) == 1 else None
 
 
-def read(path):
-  """The tokenizer of a .tiktoken file (an `epath.Path`) and the tiktoken.json beside it."""
+def read(path: epath.Path) -> TiktokenTokenizer:
+  """Reads the tokenizer of a .tiktoken file and the tiktoken.json next to it."""
   settings = path.parent / SETTINGS
   if not settings.is_file():
     raise UserError(
-      f"{os.fspath(path)!r} has no {SETTINGS} beside it: write one with "
+      f"{os.fspath(path)!r} has no {SETTINGS} next to it: write one with "
       '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}, as in the code '
       "that came with the vocabulary"
     )

@@ -1,7 +1,8 @@
-"""Text to token ids and back: which tokenizer there is to be, and reading back what was saved."""
+"""Tokenizers by name: making the one that `--tokenizer` names, and loading a saved one."""
 
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 
 from etils import epath
 
@@ -27,16 +28,23 @@ __all__ = [
 _EXTRAS = (base.CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
-def from_spec(spec, sample, *, sample_bytes=4_000_000, symbols=()) -> Tokenizer:
-  """The tokenizer that `--tokenizer=SPEC` names.
+def from_spec(
+  spec: str,
+  sample: Callable[[], Iterable[str]],
+  *,
+  sample_bytes: int = 4_000_000,
+  symbols: Sequence[str] = (),
+) -> Tokenizer:
+  """Makes the tokenizer that `--tokenizer=SPEC` names.
 
   Args:
-    spec: 'bytes', 'sentencepiece:SIZE', 'sentencepiece:SIZE:MODEL_TYPE', or what `load` takes.
-    sample: called where one is to be trained: an iterable of texts.
-    sample_bytes, symbols: see `train_sentencepiece`.
+    spec: 'bytes', 'sentencepiece:SIZE', 'sentencepiece:SIZE:MODEL_TYPE', or an argument of `load`.
+    sample: Returns texts to train on; called only for training.
+    sample_bytes: See `train_sentencepiece`.
+    symbols: See `train_sentencepiece`.
 
   Raises:
-    UserError: it names none, or what `train_sentencepiece` and `load` raise.
+    UserError: The spec is unknown, or `train_sentencepiece` or `load` fails.
   """
   kind, _, rest = spec.partition(":")
   trains = kind == "sentencepiece"
@@ -69,17 +77,17 @@ def from_spec(spec, sample, *, sample_bytes=4_000_000, symbols=()) -> Tokenizer:
   )
 
 
-def load(folder) -> Tokenizer:
-  """The tokenizer that `save` wrote into a folder, or that other tools' files define.
+def load(folder: epath.PathLike) -> Tokenizer:
+  """Loads a tokenizer that `Tokenizer.save` wrote, or that other tools' files define.
 
   Args:
-    folder: local or remote: a folder of `save`; a prepared data folder with a `tokenizer` in it;
-      a folder with Hugging Face's tokenizer.json, a SentencePiece tokenizer.model, or a .tiktoken
-      file beside a tiktoken.json; or the .json, .model or .tiktoken file itself.
+    folder: Local or remote: a folder of `save`; a prepared data folder; a folder with a
+      tokenizer.json (Hugging Face), a tokenizer.model (SentencePiece), or a .tiktoken file next to
+      a tiktoken.json; or the .json, .model or .tiktoken file itself.
 
   Raises:
-    UserError: there is no such thing, its content is not what its digest says, or the library
-      that reads it is not installed.
+    UserError: There is no tokenizer, its content does not match its digest, or the library that
+      reads it is not installed.
   """
   path, name = epath.Path(folder), os.fspath(folder)
   if path.is_file():
@@ -100,7 +108,7 @@ def load(folder) -> Tokenizer:
   )
 
 
-def _load_file(path, name):
+def _load_file(path: epath.Path, name: str) -> Tokenizer:
   if path.suffix == ".json":
     return huggingface.read(path)
   if path.suffix == ".tiktoken":
@@ -108,7 +116,7 @@ def _load_file(path, name):
   return SentencePieceTokenizer(path.read_bytes(), repr(name))
 
 
-def _load_saved(folder):
+def _load_saved(folder: epath.Path) -> Tokenizer:
   damaged = f"the tokenizer in {os.fspath(folder)!r} is damaged: {{}}; run `jaxgpt data` again"
   try:
     spec = json.loads((folder / base.SPEC).read_text())
@@ -124,7 +132,7 @@ def _load_saved(folder):
   return tokenizer
 
 
-def _load_kind(kind, folder):
+def _load_kind(kind: str, folder: epath.Path) -> Tokenizer:
   name = os.fspath(folder)
   if kind == ByteTokenizer.kind:
     return ByteTokenizer()

@@ -155,9 +155,9 @@ def test_what_labels_are_called(labels, names):
 
 
 def test_a_label_that_is_none():
-  with pytest.raises(UserError, match=r"file:1: label 'x' is none of a, b"):
+  with pytest.raises(UserError, match=r"file:1: label 'x' is not one of a, b"):
     encode("classification", {"text": "t", "label": "x"}, label_names=("a", "b"))
-  with pytest.raises(UserError, match=r"file:1: label 'x' is no number"):
+  with pytest.raises(UserError, match=r"file:1: label 'x' is not a number"):
     encode("classification", {"text": "t", "label": "x"})
 
 

@@ -276,12 +276,12 @@ def test_a_tiktoken_vocabulary_that_is_not_whole(tmp_path):
   with pytest.raises(UserError, match=r"tiktoken\.json of .* is not right"):
     tokenizer.load(path)
   (path / "mine.tiktoken").write_text("IQ== 0\nnot base64\n")
-  with pytest.raises(UserError, match=r"mine\.tiktoken:2 is no base64"):
+  with pytest.raises(UserError, match=r"mine\.tiktoken:2 is not a base64"):
     tokenizer.load(path)
   (path / "mine.tiktoken").write_text("IQ== 0\n")
   with pytest.raises(UserError, match="no token for byte 0"):
     tokenizer.load(path)
   lone = pathlib.Path(tmp_path / "lone.tiktoken")
   lone.write_text("IQ== 0\n")
-  with pytest.raises(UserError, match=r"no tiktoken\.json beside it"):
+  with pytest.raises(UserError, match=r"no tiktoken\.json next to it"):
     tokenizer.load(lone)

@@ -291,7 +291,7 @@ def test_a_folder_with_a_sentencepiece_model_and_added_tokens(tmp_path):
   assert (tmp_path / "b" / "tokenizer_config.json").read_bytes() == (
     tmp_path / "a" / "tokenizer_config.json"
   ).read_bytes()
-  with pytest.raises(UserError, match="in its own way"):
+  with pytest.raises(UserError, match="numbers its pieces differently"):
     tokenizer.load(llama_folder(tmp_path / "c", own._model, **{"<s>": 7}))
 
 
@@ -299,7 +299,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
   with pytest.raises(UserError, match="no tokenizer in"):
     tokenizer.load(tmp_path)
   (tmp_path / "x.model").write_bytes(b"junk")
-  with pytest.raises(UserError, match=r"x\.model' is no SentencePiece model"):
+  with pytest.raises(UserError, match=r"x\.model' is not a SentencePiece model"):
     tokenizer.load(tmp_path / "x.model")
   tokenizer.ByteTokenizer().save(tmp_path)
   for spec, message in (
