@@ -75,7 +75,7 @@ def best_fit(lengths: ArrayLike, seq_len: int, window: int = best_fit_lib.WINDOW
     seq_len: Predictions that a row has room for.
     window: Pieces that are packed together, which bounds the distance of documents in a row.
   """
-  doc, start, length = best_fit_lib.cut(lengths, seq_len)
+  doc, start, length = best_fit_lib.cut(np.asarray(lengths, np.int64), seq_len)
   row, num_rows = best_fit_lib.pack(length, seq_len, window)
   # Renumber the rows by their first pieces; pieces are already in document order.
   first = np.full(num_rows, len(doc), np.int64)
@@ -115,7 +115,7 @@ def one_per_row(lengths: ArrayLike, seq_len: int) -> PackIndex:
     lengths: See `best_fit`.
     seq_len: See `best_fit`.
   """
-  doc, start, length = best_fit_lib.cut(lengths, seq_len)
+  doc, start, length = best_fit_lib.cut(np.asarray(lengths, np.int64), seq_len)
   return _index(seq_len, np.arange(len(doc)), doc, start, length)
 
 

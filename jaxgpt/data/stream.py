@@ -460,7 +460,8 @@ class _RowIterator(grain.DatasetIterator):
     missing, ended = r.window * r.seq_len, False
     while missing > 0 and not (ended and stored):
       documents, ended = self._reader.take(min(_CHARS, r.window * r.seq_len))
-      new = [e.ids for (e,) in examples.encode_batch(documents, "text", r.tokenizer)]
+      encoded: Any = examples.encode_batch(documents, "text", r.tokenizer)
+      new = [e.ids for (e,) in encoded]
       stored += new
       missing -= sum(len(ids) - 1 for ids in new)
     pack = packings.PACKINGS[r.packing]([len(ids) - 1 for ids in stored], r.seq_len)

@@ -48,7 +48,7 @@ from jaxgpt.text.readers.documents import Document, Dropped
 
 RULES = ("duplicate", "near duplicate")  # names in the account of dropped documents
 
-_SPECS = {
+_SPECS: dict[str, dict[str, Any]] = {
   "exact": {"ignore_space": True, "ignore_case": False},
   # A document with 5% of its words changed shares 0.95^3 / (2 - 0.95^3) = 0.75 of its 3-grams with
   # the original, but only 0.63 of its 5-grams (datatrove's default, whose 14 buckets of 8 hashes

@@ -249,7 +249,7 @@ def _document(
     text = "\n".join(string for key in checked for string in _texts(key, checked[key]))
     for string in (text, name, str(checked.get("label", ""))):
       string.encode()  # fails for a lone surrogate: "\ud800" is valid JSON but not a character
-  except UnicodeError as e:
+  except UnicodeEncodeError as e:
     return records.Fault("invalid utf-8", where, e.reason)
   except KeyError as e:
     has = ", ".join(map(repr, values))

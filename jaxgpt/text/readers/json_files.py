@@ -44,12 +44,12 @@ def read(file: files.File, want: records.Want) -> Iterator[records.Item]:
   head = _head(file).removeprefix(codecs.BOM_UTF8).lstrip()
   is_array = head.startswith(b"[")
   try:
-    head = head.removeprefix(b"[").decode("utf-8", "replace").lstrip()
-    value, end = json.JSONDecoder().raw_decode(head)
+    text = head.removeprefix(b"[").decode("utf-8", "replace").lstrip()
+    value, end = json.JSONDecoder().raw_decode(text)
     is_table = (
       isinstance(value, dict)
       and not set(want.required).isdisjoint(value)
-      and (is_array or "\n" not in head[:end])
+      and (is_array or "\n" not in text[:end])
     )
   except (ValueError, RecursionError):
     is_table = False

@@ -35,7 +35,7 @@ class Fault(NamedTuple):
   rule: str
   where: str
   why: str
-  count: int = 1
+  count: int = 1  # type: ignore[assignment]  # hides tuple.count, which nobody needs
 
 
 Item: TypeAlias = Record | Fault

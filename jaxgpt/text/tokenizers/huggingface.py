@@ -84,7 +84,9 @@ class HuggingFaceTokenizer(base.Tokenizer):
       "mask": pick("mask"),
       "unk": pick("unk"),
     }
-    ids = {role: token and inner.token_to_id(token) for role, token in tokens.items()}
+    ids: dict[str, Any] = {
+      role: token and inner.token_to_id(token) for role, token in tokens.items()
+    }  # ids or None
     if ids["eos"] is None and ids["bos"] is None:
       raise UserError(
         f'{name} names no token that ends a text; add an "eos_token" to the '
@@ -144,7 +146,7 @@ def _frame(processor: Mapping[str, Any] | None) -> dict[str, str]:
     return {"bos": processor["cls"][0], "eos": processor["sep"][0]}
   if kind != "TemplateProcessing":
     return {}
-  names = [
+  names: list[Any] = [
     item["SpecialToken"]["id"] if "SpecialToken" in item else None for item in processor["single"]
   ]
   place = names.index(None)

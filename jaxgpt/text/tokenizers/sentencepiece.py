@@ -93,7 +93,7 @@ class SentencePieceTokenizer(base.Tokenizer):
     p = self._processor
     self.special_ids = {
       p.id_to_piece(i): i for i in range(p.get_piece_size()) if p.is_control(i) or p.is_unknown(i)
-    } | added
+    } | dict(added)
     for token in KNOWN_MARKS:  # some models have them as ordinary pieces
       i = p.piece_to_id(token)
       if i != p.unk_id():
@@ -116,7 +116,7 @@ class SentencePieceTokenizer(base.Tokenizer):
         f"{name} has no piece that can close a document (eos_id=-1, bos_id=-1); "
         "train it with eos_id set"
       )
-    self.eos_id = bos if eos is None else eos
+    self.eos_id = bos if eos is None else eos  # type: ignore[assignment]  # one of them is an id
     self.bos_id = self.eos_id if bos is None else bos
     self.pad_id = pick("pad", p.pad_id(), "<pad>")
     self.mask_id = pick("mask", -1, base.MASK, "[MASK]")

@@ -213,7 +213,7 @@ def test_transformers_reads_a_saved_one_and_encodes_the_same(qwen, tmp_path):
 
 def test_files_that_are_no_tokenizer(tmp_path, monkeypatch):
   (tmp_path / "tokenizer.json").write_text("{}")
-  with pytest.raises(UserError, match=r"no tokenizer\.json that tokenizers .* reads"):
+  with pytest.raises(UserError, match=r"not a tokenizer\.json that tokenizers .* reads"):
     tokenizer.load(tmp_path)
   byte_level(QWEN).save(str(tmp_path / "tokenizer.json"))
   (tmp_path / "tokenizer_config.json").write_text("[]")
