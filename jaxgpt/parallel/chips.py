@@ -61,7 +61,9 @@ class Chip:
 
   Attributes:
     name: Name in a topology, such as 'v5e' in `--topology=v5e-256`.
-    device_kinds: Prefixes of `device_kind`, the name that JAX gives such a device.
+    device_kinds: Names that JAX gives such a device (`device_kind`). A GPU's is a prefix: its
+      memory and form factor follow, as in 'NVIDIA H100 80GB HBM3'. A TPU's is the whole name, since
+      'TPU v4 lite' is another chip than 'TPU v4'.
     peak_flops: bf16 FLOP/s on the vendor's data sheet; the MFU of a run is relative to it.
     clock: Cycles per second, to convert the compiler's cycle counts into seconds.
     flops_per_cycle: bf16 FLOPs of the matrix units per cycle.
@@ -119,14 +121,13 @@ def of_device(device_kind: str) -> Chip | None:
 
   Args:
     device_kind: From `jax.Device.device_kind`, such as 'TPU v5 lite' or 'NVIDIA H100 80GB HBM3'.
-      The longest matching prefix wins: 'TPU v5 lite' is v5e although it also starts with 'TPU v5',
-      the name of v5p.
+      The longest match wins; see `Chip.device_kinds`.
   """
   matches = [
-    (len(prefix), chip)
+    (len(name), chip)
     for chip in CHIPS.values()
-    for prefix in chip.device_kinds
-    if device_kind.startswith(prefix)
+    for name in chip.device_kinds
+    if device_kind == name or (chip.gpu and device_kind.startswith(name))
   ]
   return max(matches, key=lambda match: match[0])[1] if matches else None
 

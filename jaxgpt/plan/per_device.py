@@ -8,7 +8,7 @@ from typing import NamedTuple
 import ml_collections
 
 from jaxgpt import tree
-from jaxgpt.config.remat import ACTIVATIONS, activations
+from jaxgpt.config.remat import ACTIVATIONS, ATTENTION, DOWN, QKV, activations
 from jaxgpt.model import transformer
 from jaxgpt.parallel import chips, sharding
 from jaxgpt.parallel import mesh as mesh_lib
@@ -141,9 +141,9 @@ def saved_names(remat: str) -> tuple[str, ...]:
     return activations(remat).saved
   kept = {
     "full": (),
-    "save_qkv": ACTIVATIONS[:3],
-    "save_attention": ACTIVATIONS[:4],
-    "dots": ACTIVATIONS[:-1],
+    "save_qkv": QKV,
+    "save_attention": (*QKV, ATTENTION),
+    "dots": tuple(name for name in ACTIVATIONS if name != DOWN),
   }
   return kept.get(remat, ACTIVATIONS)
 

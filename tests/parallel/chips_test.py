@@ -8,6 +8,7 @@ import pytest
 
 from jaxgpt.model.attention import masks, spec, splash
 from jaxgpt.parallel import chips
+from jaxgpt.training import xla_options
 
 
 @pytest.mark.parametrize(
@@ -30,8 +31,11 @@ def test_chip_and_peak_of_a_device_kind(kind, name, peak):
   assert chips.peak_flops(kind) == peak
 
 
-def test_devices_that_are_not_in_the_table_have_no_peak():
-  assert chips.of_device("cpu") is None and chips.peak_flops("cpu") is None
+@pytest.mark.parametrize("kind", ["cpu", "TPU v4 lite", "TPU v5 mega", "TPU7", "NVIDIA L4"])
+def test_devices_that_are_not_in_the_table_have_no_peak_and_no_xla_options(kind):
+  """A TPU that is not in the table may have less fast memory than one whose name it extends."""
+  assert chips.of_device(kind) is None and chips.peak_flops(kind) is None
+  assert xla_options.options(kind) == {}
 
 
 @pytest.mark.parametrize("chip", chips.CHIPS.values(), ids=chips.CHIPS)
