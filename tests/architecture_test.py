@@ -32,13 +32,6 @@ WITHOUT_JAX = ("errors", "config", "storage", "text", "data")
 MOST_FILES = 16  # in a folder
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 500, 80, 11
 TABLES = ("hf.families", "config.presets")  # tables, which may be longer
-UNFINISHED = (  # packages with public functions without annotations
-  "commands",
-  "data",
-  "parallel",
-  "plan",
-  "text",
-)
 SPECIAL = ("__init__", "__call__", "__enter__", "__exit__", "__iter__", "__getitem__", "__len__")
 # Imported inside the function that needs them, with an error that names the extra to install.
 OPTIONAL = {"qwix", "tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
@@ -165,7 +158,7 @@ def unannotated(function):
   return out + (["return"] if function.returns is None and function.name != "__init__" else [])
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] not in UNFINISHED])
+@pytest.mark.parametrize("name", MODULES)
 def test_public_functions_are_annotated(name):
   lacking = {
     function: missing

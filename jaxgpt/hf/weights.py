@@ -76,7 +76,7 @@ def complete(params: dict[str, jax.Array], abstract: PyTree) -> PyTree:
     leaf.shape,
     leaf.sharding,
     lambda index: np.ones(
-      [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)], leaf.dtype
+      [len(range(*s.indices(n))) for s, n in zip(index or (), leaf.shape)], leaf.dtype
     ),
   )
   return tree.map_named(lambda path, leaf: params[path] if path in params else ones(leaf), abstract)
