@@ -5,12 +5,46 @@ A batch source yields this host's rows of each global batch. Two are built in: p
 whose position goes into every checkpoint. `from_config.BATCH_SOURCES` lists them.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from jaxgpt.data import packing as packings
 from jaxgpt.data.layouts import Batch
+from jaxgpt.errors import UserError
 
 State: TypeAlias = Any  # plain JSON
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batching:
+  """Settings of batches that all sources share.
+
+  Attributes:
+    seq_len: Length of a row (T), in predictions or tokens depending on the layout.
+    batch_size: Rows of a step over all hosts (global B).
+    packing: A key of `packing.PACKINGS`.
+    seed: Seed of the order; any integer.
+    shuffle: Permute the order in each epoch. Otherwise it is that of the documents.
+
+  Raises:
+    UserError: A value is out of range.
+  """
+
+  seq_len: int
+  batch_size: int
+  packing: str = "best_fit"
+  seed: int = 0
+  shuffle: bool = True
+
+  def __post_init__(self) -> None:
+    for key, value in (("seq_len", self.seq_len), ("batch_size", self.batch_size)):
+      if value < 1:
+        raise UserError(f"data.{key}={value} must be at least 1")
+    if self.packing not in packings.PACKINGS:
+      raise UserError(
+        f"data.packing={self.packing!r}: choose one of {', '.join(packings.PACKINGS)}"
+      )
 
 
 class HostCheck(NamedTuple):

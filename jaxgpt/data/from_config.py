@@ -11,7 +11,7 @@ import ml_collections
 
 from jaxgpt.config.registry import Registry
 from jaxgpt.data import layouts, masking, pipeline, stream
-from jaxgpt.data.batch_source import BatchSource
+from jaxgpt.data.batch_source import Batching, BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
@@ -28,6 +28,18 @@ class BatchSourceEntry(NamedTuple):
   key: str
   make: Callable[[ml_collections.ConfigDict, str], BatchSource]
   summary: str
+
+
+def batching(c: ml_collections.ConfigDict, batch_size: int | None = None) -> Batching:
+  """The settings of batches of a resolved config, or those with another batch size."""
+  d = c.data
+  return Batching(
+    seq_len=d.seq_len,
+    batch_size=batch_size or d.batch_size,
+    packing=d.packing,
+    seed=c.seed,
+    shuffle=d.shuffle,
+  )
 
 
 def split_batches(
@@ -51,11 +63,7 @@ def split_batches(
   data = pipeline.make(
     c.data.path,
     split,
-    seq_len=c.data.seq_len,
-    packing=c.data.packing,
-    seed=c.seed,
-    batch_size=batch_size or c.data.batch_size,
-    shuffle=c.data.shuffle,
+    batching(c, batch_size),
     weights=c.data.weights,
     weight_changes=c.data.weight_changes,
     layout=layout,
@@ -77,13 +85,9 @@ def _stream(c: ml_collections.ConfigDict, layout: str) -> BatchSource:
     d.stream,
     d.path,
     tokenizer_lib.load(pipeline.folders(d.path)[0]),
+    batching(c),
     field=d.stream_field,
-    seq_len=d.seq_len,
-    batch_size=d.batch_size,
-    packing=d.packing,
     window=d.stream_window,
-    seed=c.seed,
-    shuffle=d.shuffle,
   )
 
 

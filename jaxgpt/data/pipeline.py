@@ -28,7 +28,7 @@ from etils import epath
 
 from jaxgpt.data import layouts, mixture, source
 from jaxgpt.data import packing as packings
-from jaxgpt.data.batch_source import Batch, BatchIterator, HostCheck, State
+from jaxgpt.data.batch_source import Batch, Batching, BatchIterator, HostCheck, State
 from jaxgpt.data.masking import Masking
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import shards
@@ -88,12 +88,8 @@ def check_sources(path: epath.PathLike) -> list[epath.PathLike]:
 def make(
   path: epath.PathLike,
   split: str,
+  batching: Batching,
   *,
-  seq_len: int,
-  batch_size: int,
-  packing: str = "best_fit",
-  seed: int = 0,
-  shuffle: bool = True,
   weights: Sequence[float] = (),
   weight_changes: Sequence[tuple[int, Sequence[float]]] = (),
   layout: str = "causal_lm",
@@ -105,12 +101,8 @@ def make(
     path: One or more folders that `jaxgpt data` wrote; see `folders`.
     split: 'train', 'validation' or 'test'. For the last two, folders without documents in the
       split are left out.
-    seq_len: Length of a row (T), in predictions or tokens depending on the layout.
-    batch_size: Rows of a step over all hosts (B). If it exceeds the rows of the split, a batch
-      spans several epochs.
-    packing: best_fit, concat or one_per_row (see `packing`).
-    seed: Seed of the row order; any integer.
-    shuffle: Permute the rows in each epoch. Otherwise they keep the documents' order.
+    batching: Size, packing and order of the rows. If the batch size exceeds the rows of the split,
+      a batch spans several epochs.
     weights: Share of the rows that each folder contributes. (): in proportion to its rows, so that
       the epochs of all sources end together.
     weight_changes: ((step, weights), …) with rising steps: the weights from each step on.
@@ -118,13 +110,8 @@ def make(
     masking: From `masking.make`, if the layout needs it.
 
   Raises:
-    UserError: A value is out of range, or `source.open_split` fails.
+    UserError: See `check_sources`, `source.open_split`, `layouts.make` and `mixture.Mixture`.
   """
-  for key, value in (("seq_len", seq_len), ("batch_size", batch_size)):
-    if value < 1:
-      raise UserError(f"data.{key}={value} must be at least 1")
-  if packing not in packings.PACKINGS:
-    raise UserError(f"data.packing={packing!r}: choose one of {', '.join(packings.PACKINGS)}")
   found = check_sources(path)
   digest = digest_of([shards.read_manifest(folder)["digest"] for folder in found])
   if split != "train":
@@ -134,18 +121,18 @@ def make(
   made = layouts.make(layout, splits, masking)
   sources, num_cut = [], 0
   for number, (name, opened) in enumerate(splits):
-    pack, cut = made.index(opened, packing, seq_len)
-    order = _order(pack.num_rows, seed if shuffle else None, number)
+    pack, cut = made.index(opened, batching.packing, batching.seq_len)
+    order = _order(pack.num_rows, batching.seed if batching.shuffle else None, number)
     sources.append(Source(name, opened, pack, order))
     num_cut += cut
   mix = mixture.Mixture(
     len(sources),
     weights or [s.pack.num_rows for s in sources],
-    [(step * batch_size, w) for step, w in weight_changes],
-    seed,
+    [(step * batching.batch_size, w) for step, w in weight_changes],
+    batching.seed,
   )
   predicts_all = layouts.LAYOUTS[layout].predicts_text
-  return Batches(sources, mix, batch_size, made, predicts_all, num_cut, digest)
+  return Batches(sources, mix, batching.batch_size, made, predicts_all, num_cut, digest)
 
 
 def _names(found: Sequence[epath.PathLike]) -> list[str]:

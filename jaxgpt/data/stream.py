@@ -25,7 +25,7 @@ from etils import epath
 
 from jaxgpt.data import layouts, pipeline
 from jaxgpt.data import packing as packings
-from jaxgpt.data.batch_source import BatchIterator, HostCheck, State
+from jaxgpt.data.batch_source import Batching, BatchIterator, HostCheck, State
 from jaxgpt.data.layouts import Batch
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files as files_lib
@@ -59,14 +59,10 @@ def make(
   addresses: str,
   path: epath.PathLike,
   tokenizer: Tokenizer,
+  batching: Batching,
   *,
   field: str = "text",
-  seq_len: int,
-  batch_size: int,
-  packing: str = "best_fit",
   window: int = 512,
-  seed: int = 0,
-  shuffle: bool = True,
 ) -> "Stream":
   """Lists the files of a stream; reads none of them yet.
 
@@ -74,22 +70,20 @@ def make(
     addresses: Files, folders, patterns and URLs as for `jaxgpt data`, separated by commas.
     path: The prepared folders (`data.path`) with the tokenizer and the held-out splits.
     tokenizer: The tokenizer of these folders.
+    batching: Size, packing and order of the rows. `shuffle` permutes the files in each epoch and
+      the rows of each window.
     field: Column of the text, in files with columns.
-    seq_len: See `pipeline.make`.
-    batch_size: See `pipeline.make`.
-    packing: See `pipeline.make`.
     window: Rows to pack and shuffle together.
-    seed: See `pipeline.make`.
-    shuffle: Permute the files in each epoch, and the rows of each window.
 
   Raises:
     UserError: A path does not exist, or an extra is missing.
   """
   listed = documents_lib.find([os.fspath(f) for f in pipeline.folders(addresses)])
   formats.check_extras(listed)
-  reading = Reading(tokenizer, field, seq_len, packing, window, seed % 2**64 if shuffle else None)
+  seed = batching.seed % 2**64 if batching.shuffle else None
+  reading = Reading(tokenizer, field, batching.seq_len, batching.packing, window, seed)
   digest = pipeline.digest_of([shards.read_manifest(f)["digest"] for f in pipeline.folders(path)])
-  return Stream(addresses, listed, reading, batch_size, digest)
+  return Stream(addresses, listed, reading, batching.batch_size, digest)
 
 
 class Stream:

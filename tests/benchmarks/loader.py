@@ -20,6 +20,7 @@ from array_record.python import array_record_module
 
 from jaxgpt import config
 from jaxgpt.data import masking, pipeline
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.readers import documents
 from jaxgpt.text.tokenizers import examples, tokenizer
@@ -60,12 +61,11 @@ def rate(batches, count, seconds):
   return total / (time.perf_counter() - start)
 
 
-def ours(path, objective="causal_lm", **over):
+def ours(path, objective="causal_lm", weights=()):
   c = config.base()
   masked = masking.make(c.objective, Tokenizer(), 0) if objective == "masked_lm" else None
-  b = pipeline.make(
-    path, "train", seq_len=T, batch_size=B, layout=objective, masking=masked, **over
-  )
+  batching = Batching(seq_len=T, batch_size=B)
+  b = pipeline.make(path, "train", batching, weights=weights, layout=objective, masking=masked)
   return b.iterate(threads=c.data.threads, prefetch=c.data.prefetch)
 
 
@@ -131,7 +131,7 @@ def main():
     three = ",".join(
       str(write(pathlib.Path(tmp, f"part{i}"), args.tokens // 3, i)) for i in range(3)
     )
-    b = pipeline.make(folder, "train", seq_len=T, batch_size=B)
+    b = pipeline.make(folder, "train", Batching(seq_len=T, batch_size=B))
     print(f"padding {b.sources[0].pack.padding_share:.3%} of {b.len_rows:,} rows")
     stored = b.sources[0].split.lengths + 1
     split = b.sources[0].split

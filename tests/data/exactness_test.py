@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import config
 from jaxgpt.data import masking, pipeline
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.text.prepare import prepare, shards
 from jaxgpt.text.readers import documents
 from jaxgpt.text.tokenizers import examples, tokenizer
@@ -32,9 +33,7 @@ def make(path, objective, seq_len=96):
   return pipeline.make(
     path,
     "train",
-    seq_len=seq_len,
-    batch_size=B,
-    seed=5,
+    Batching(seq_len=seq_len, batch_size=B, seed=5),
     weights=(0.6, 0.3, 0.1),
     weight_changes=((60, (0.2, 0.3, 0.5)), (150, (0, 1, 1))),
     layout=objective,
@@ -174,10 +173,7 @@ def test_each_token_comes_once_an_epoch(tmp_path_factory, data, seq_len, seed, o
   b = pipeline.make(
     f"{folder / 'a'},{folder / 'b'}",
     "train",
-    seq_len=seq_len,
-    batch_size=3,
-    seed=seed,
-    packing=packing,
+    Batching(seq_len=seq_len, batch_size=3, seed=seed, packing=packing),
     layout=objective,
     masking=masked,
   )
@@ -224,6 +220,8 @@ def test_no_document_is_in_two_splits(tmp_path_factory, texts, salt):
   seen = []
   for split in shards.SPLITS:
     if shards.read_manifest(folder / "data")["splits"][split]["documents"]:
-      b = pipeline.make(folder / "data", split, seq_len=4096, batch_size=1, packing="one_per_row")
+      b = pipeline.make(
+        folder / "data", split, Batching(seq_len=4096, batch_size=1, packing="one_per_row")
+      )
       seen.append({batch["tokens"].tobytes() for batch in b.epoch_batches(threads=0, prefetch=0)})
   assert sum(map(len, seen)) == len(set().union(*seen)) == len(set(texts))

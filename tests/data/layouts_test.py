@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import pipeline
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.readers import documents
@@ -41,13 +42,11 @@ def text(ids):
   )
 
 
-def make(folder, objective, seq_len=8, batch_size=1, **over):
+def make(folder, objective, seq_len=8, batch_size=1, packing="best_fit", **over):
   return pipeline.make(
     folder,
     "train",
-    seq_len=seq_len,
-    batch_size=batch_size,
-    shuffle=False,
+    Batching(seq_len=seq_len, batch_size=batch_size, packing=packing, shuffle=False),
     layout=objective,
     **over,
   )

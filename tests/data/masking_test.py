@@ -5,6 +5,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.data import masking, pipeline
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import prepare
 from jaxgpt.text.tokenizers import tokenizer
@@ -113,10 +114,8 @@ def batches(folder, split="train", seed=0, batch_size=4):
   return pipeline.make(
     folder,
     split,
-    seq_len=64,
-    batch_size=batch_size,
+    Batching(seq_len=64, batch_size=batch_size, seed=seed),
     layout="masked_lm",
-    seed=seed,
     masking=make(seed),
   )
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxgpt.data import mixture, pipeline
 from jaxgpt.data import source as source_lib
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import prepare
 
@@ -101,8 +102,8 @@ def three(tmp_path_factory):
   return ",".join(str(path / f"data_{name}") for name in "abc")
 
 
-def make(path, **over):
-  return pipeline.make(path, **{"split": "train", "seq_len": 10, "batch_size": 8, **over})
+def make(path, split="train", batch_size=8, **weights):
+  return pipeline.make(path, split, Batching(seq_len=10, batch_size=batch_size), **weights)
 
 
 def texts(batch):
@@ -234,6 +235,7 @@ def test_the_digest_names_all_folders_whichever_have_the_split(tmp_path):
     )
   path = f"{tmp_path / 'a'},{tmp_path / 'b'}"
   train, held_out = (
-    pipeline.make(path, split, seq_len=16, batch_size=2) for split in ("train", "validation")
+    pipeline.make(path, split, Batching(seq_len=16, batch_size=2))
+    for split in ("train", "validation")
   )
   assert len(held_out.sources) == 1 and held_out.digest == train.digest

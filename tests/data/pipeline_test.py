@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import packing, pipeline
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import prepare
 from jaxgpt.text.tokenizers import tokenizer
@@ -29,7 +30,7 @@ def make(folder, split="train", **over):
   return pipeline.make(
     folder,
     split,
-    **{"seq_len": 32, "batch_size": 4, "packing": "best_fit", "seed": 0, "shuffle": True, **over},
+    Batching(**{"seq_len": 32, "batch_size": 4, **over}),
   )
 
 

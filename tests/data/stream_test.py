@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import stream
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
@@ -41,8 +42,9 @@ def folder(texts, tmp_path_factory):
 
 
 def make(folder, corpus, **overrides):
-  options = {"seq_len": SEQ_LEN, "batch_size": 4, "window": 20, "seed": 1} | overrides
-  return stream.make(str(folder), corpus, tokenizer_lib.load(corpus), **options)
+  own = {"window": 20} | {k: overrides.pop(k) for k in ("window", "field") if k in overrides}
+  batching = Batching(**{"seq_len": SEQ_LEN, "batch_size": 4, "seed": 1} | overrides)
+  return stream.make(str(folder), corpus, tokenizer_lib.load(corpus), batching, **own)
 
 
 def spans(batch):

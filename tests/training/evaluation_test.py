@@ -8,6 +8,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.data import pipeline
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.text.prepare import prepare
 from jaxgpt.training import evaluation
@@ -24,7 +25,7 @@ def uniform(params, frozen, batch, key):
 def test_a_uniform_model_of_bytes_needs_eight_bits_and_the_end_of_each_document(
   corpus, batch_size, seq_len
 ):
-  data = pipeline.make(corpus, "validation", seq_len=seq_len, batch_size=batch_size)
+  data = pipeline.make(corpus, "validation", Batching(seq_len=seq_len, batch_size=batch_size))
   result = evaluation.evaluate(
     evaluation.make_step(uniform), None, data.epoch_batches(), evaluation.bytes_per_token(data)
   )
@@ -56,7 +57,9 @@ def test_sources_are_reported_each_and_together(corpus, tmp_path):
   (tmp_path / "a.txt").write_text("\n".join(f"line {i} of {i * i}" for i in range(900)))
   prepare.prepare(tmp_path / "a.txt", tmp_path / "other", tokenizer="bytes", validation=0.3)
   c = config.base().data
-  data = pipeline.make(f"{corpus},{tmp_path / 'other'}", "validation", seq_len=40, batch_size=8)
+  data = pipeline.make(
+    f"{corpus},{tmp_path / 'other'}", "validation", Batching(seq_len=40, batch_size=8)
+  )
 
   def step(params, batch):  # a model that knows words by their lengths
     del params

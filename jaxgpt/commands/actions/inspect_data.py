@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from jaxgpt.data import layouts, pipeline, source
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.run import run_folder
@@ -93,9 +94,7 @@ def show(
   batches = pipeline.make(
     path,
     split,
-    seq_len=seq_len,
-    batch_size=rows,
-    seed=seed,
+    Batching(seq_len=seq_len, batch_size=rows, seed=seed),
     layout=layouts.of_kind(kind)[0],
   )
   tokenizer = tokenizer_lib.load(first)
