@@ -88,19 +88,12 @@ def run(args: PlanOptions) -> int:
   where = args.config, args.overrides, args.topology
   if args.mode == DRAW:
     return plan.draw(*where)
+  outputs = plan.Outputs(figures=args.json, golden=args.golden, program=args.hlo, step=args.save)
   if args.mode == HERE:
-    return plan.here(args.config, args.overrides, save_text=args.hlo, save=args.save)
+    return plan.here(args.config, args.overrides, outputs)
   if args.mode == SEARCH:
     return plan.search(*where, finalists=args.finalists, keep_batch=args.keep_batch, out=args.json)
-  return plan.plan(
-    *where,
-    price=args.price,
-    out=args.json,
-    golden=args.golden,
-    save_text=args.hlo,
-    top=args.top,
-    save=args.save,
-  )
+  return plan.plan(*where, outputs, price=args.price, top=args.top)
 
 
 COMMAND = Command(

@@ -12,6 +12,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+from etils import epath
+
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError
 
@@ -65,7 +67,7 @@ def differences(want: Budget, got: Budget, same_compiler: bool = True) -> Iterat
       )
 
 
-def check(path: str | pathlib.Path, f: Mapping[str, Any]) -> int:
+def check(path: epath.PathLike, f: Mapping[str, Any]) -> int:
   """Compares a plan with a stored budget and prints the outcome. Writes the file if it is missing.
 
   Args:

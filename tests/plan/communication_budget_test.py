@@ -140,7 +140,7 @@ def test_a_lost_rule_breaks_the_golden_budget_of_a_tpu(axis, monkeypatch, capsys
   path = BUDGETS / f"{axis}.json"
   before = path.read_text()
   file, given = plan_of(axis)
-  run = lambda more: plan.plan(file, [*given, *more], "v5e-4", golden=path)
+  run = lambda more: plan.plan(file, [*given, *more], "v5e-4", plan.Outputs(golden=path))
   assert run([]) == 0, capsys.readouterr().out
   assert run(lose(axis, monkeypatch)) == 1
   assert path.read_text() == before

@@ -26,8 +26,8 @@ SMALL = [
 def test_a_plan_of_a_small_model(tmp_path, capsys):
   pytest.importorskip("libtpu")
   out, budget = tmp_path / "plan.json", tmp_path / "golden.json"
-  args = dict(price=1.2, out=out, golden=budget)
-  assert plan.plan(LLAMA, SMALL, "v5e-8", **args) == 0
+  outputs = plan.Outputs(figures=out, golden=budget)
+  assert plan.plan(LLAMA, SMALL, "v5e-8", outputs, price=1.2) == 0
   f = json.loads(out.read_text())
   assert f["attention"] == "splash" and f["mesh"]["fsdp"] == 8 and f["memory"]["fits"]
   # Nothing but attention is computed again: forward and two kernels backward, in two layers.
@@ -71,7 +71,8 @@ def test_the_program_for_8_h100_holds_cudnns_flash_attention(
   config, overrides, forward, backward, tmp_path
 ):
   out, text = tmp_path / "plan.json", tmp_path / "program.txt"
-  assert plan.plan(config, overrides, "h100x8", out=out, save_text=text) == 0
+  outputs = plan.Outputs(figures=out, program=text)
+  assert plan.plan(config, overrides, "h100x8", outputs) == 0
   f, text = json.loads(out.read_text()), text.read_text()
   assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmax"') >= 1
   assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"') >= 1

@@ -1,5 +1,6 @@
 """Plans of a config on a topology: compile, draw the shardings, or search for the fastest."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -18,29 +19,40 @@ from jaxgpt.plan import topology as topology_lib
 from jaxgpt.training import compiled_step
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+  """Files that a plan writes in addition to what it prints; None leaves a file out.
+
+  Attributes:
+    figures: The printed figures, as JSON.
+    golden: A communication budget to compare with. It is written if it does not exist.
+    program: The text of the compiled program.
+    step: The compiled step, for `mesh.compiled_step`.
+  """
+
+  figures: epath.PathLike | None = None
+  golden: epath.PathLike | None = None
+  program: epath.PathLike | None = None
+  step: epath.PathLike | None = None
+
+
 def plan(
   path: epath.PathLike,
   overrides: Sequence[str],
   topology: str,
+  outputs: Outputs = Outputs(),
   *,
   price: float | None = None,
-  out: str | None = None,
-  golden: str | None = None,
-  save_text: str | None = None,
   top: int = 0,
-  save: str | None = None,
 ) -> int:
   """Compiles a config's train step for a topology and prints its memory, time and communication.
 
   Args:
     path, overrides: As in `config.load`.
     topology: A name for `topology.parse`.
+    outputs: Files to write.
     price: Price of a chip-hour.
-    out: File to write the figures to, as JSON.
-    golden: File with a communication budget to compare with. It is written if it does not exist.
-    save_text: File to write the compiled program's text to.
     top: Number of the most expensive instructions to print.
-    save: File to write the compiled step to, for `mesh.compiled_step`.
 
   Returns:
     The exit code: 0, or 1 if the program does not fit or exceeds its budget.
@@ -53,26 +65,26 @@ def plan(
   where = topology_lib.parse(topology)
   chip = where.chip
   assert chip is not None, "`here` plans for this machine"
-  _check_chip(chip, save, top)
+  _check_chip(chip, outputs.step, top)
   print(f"compiling for {where.num_chips} x {chip.name} …", flush=True)
   try:
-    compiled = lower.compile_step(c, where, use_cache=not save)
+    compiled = lower.compile_step(c, where, use_cache=not outputs.step)
   except lower.OutOfMemory as e:
     _explain(e, c, where)
     return 1
   text = compiled.executable.as_text() or ""
-  if save_text:
-    _write(save_text, text)
-  if save:
-    _save(save, compiled)
+  if outputs.program:
+    _write(outputs.program, text)
+  if outputs.step:
+    _save(outputs.step, compiled)
   found = report.figures(compiled, where, price)
   print("\n".join(report.table(found)), flush=True)
   if top:
     lines = cost.heaviest(hlo.parse(text), top)
     print("\n".join(report.heaviest_lines(lines, chip)), flush=True)
-  if out:
-    _write(out, json.dumps(found, indent=2))
-  differs = communication_budget.check(golden, found) if golden else 0
+  if outputs.figures:
+    _write(outputs.figures, json.dumps(found, indent=2))
+  differs = communication_budget.check(outputs.golden, found) if outputs.golden else 0
   memory = found["memory"]
   if not memory["fits"]:  # the compiler for GPUs does not refuse it
     print(flush=True)
@@ -81,7 +93,7 @@ def plan(
   return differs
 
 
-def _check_chip(chip: chips.Chip, save: str | None, top: int) -> None:
+def _check_chip(chip: chips.Chip, save: epath.PathLike | None, top: int) -> None:
   """Refuses options that make no sense for a GPU that is not there."""
   if save and chip.gpu:
     raise UserError(
@@ -113,25 +125,26 @@ def draw(path: epath.PathLike, overrides: Sequence[str], topology: str) -> int:
 def here(
   path: epath.PathLike,
   overrides: Sequence[str],
-  *,
-  save_text: str | None = None,
-  save: str | None = None,
+  outputs: Outputs = Outputs(),
 ) -> int:
   """Compiles a config's train step for the devices of this machine and prints its memory.
 
   Args:
-    path, overrides, save_text, save: As in `plan`.
+    path, overrides: As in `plan`.
+    outputs: Files to write: `program` and `step`.
 
   Raises:
     UserError: As in `plan`.
   """
   c = lower.resolve(config.load(path, overrides)[0])
-  compiled = lower.compile_step(c, topology_lib.parse(topology_lib.HERE), use_cache=not save)
+  compiled = lower.compile_step(
+    c, topology_lib.parse(topology_lib.HERE), use_cache=not outputs.step
+  )
   print("\n".join(report.of_this_machine(compiled)), flush=True)
-  if save_text:
-    _write(save_text, compiled.executable.as_text() or "")
-  if save:
-    _save(save, compiled)
+  if outputs.program:
+    _write(outputs.program, compiled.executable.as_text() or "")
+  if outputs.step:
+    _save(outputs.step, compiled)
   return 0
 
 
@@ -142,7 +155,7 @@ def _explain(
     print(line, flush=True)
 
 
-def _save(path: str, compiled: lower.Compiled) -> None:
+def _save(path: epath.PathLike, compiled: lower.Compiled) -> None:
   made_from = compiled_step.identity(
     compiled.lowered, compiled.mesh, compiled.c.mesh.compiler_options
   )
@@ -159,14 +172,15 @@ def search(
   *,
   finalists: int | None = None,
   keep_batch: bool = False,
-  out: str | None = None,
+  out: epath.PathLike | None = None,
 ) -> int:
   """Searches for the fastest plan that fits and prints the plans that it compiled.
 
   Args:
-    path, overrides, topology, out: As in `plan`.
+    path, overrides, topology: As in `plan`.
     finalists: Number of plans to compile. None: 6.
     keep_batch: Keep data.batch_size.
+    out: File to write the figures of all plans to, as JSON.
 
   Returns:
     The exit code: 0, or 1 if nothing fits.
@@ -201,7 +215,7 @@ def search(
   return 0 if results[0].fits else 1
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: epath.PathLike, text: str) -> None:
   try:
     pathlib.Path(path).write_text(text, encoding="utf-8")
   except OSError as e:
