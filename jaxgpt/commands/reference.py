@@ -4,17 +4,23 @@ python -m jaxgpt.commands.reference
 """
 
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 from jaxgpt.commands import Command, discover
 from jaxgpt.commands.main import default_text
 from jaxgpt.config import options, reference
+from jaxgpt.config.registry import Registry
+from jaxgpt.text.filters import clean_steps, dedup, step_specs
+from jaxgpt.text.readers import formats
 from jaxgpt.training import objectives, optimizers, schedules
 
 _CLI_HEAD = """# Command line
 
 Generated from the declarations of the options in `jaxgpt/commands/` and
-`jaxgpt/text/prepare/options.py` by `make docs`; a test keeps this page equal to them. `jaxgpt
-COMMAND --help` prints the same on a terminal. Write options as `--name=value` or `--name value`.
+`jaxgpt/text/prepare/options.py`, and from the registries of formats, cleaning steps and kinds of
+duplicates, by `make docs`; a test keeps this page equal to them. `jaxgpt COMMAND --help` prints the
+options on a terminal. Write them as `--name=value` or `--name value`.
 
 A command exits with 0 on success, 2 for bad input, 75 if the same command may succeed later, and
 128 + the signal's number if a signal ended a run. `jaxgpt plan` exits with 1 if nothing fits or a
@@ -72,7 +78,37 @@ def _section(command: Command) -> str:
       lines += [f"### {command.name}: {group.title}", ""]
       lines += [group.description, ""] if group.description else []
     lines += ["| option | default | meaning |", "|---|---|---|", *rows, ""]
+  if command.name == "data":
+    lines += [*_formats(), *_steps("cleaning steps", clean_steps.STEPS)]
+    lines += _steps("kinds of duplicates", dedup.KINDS)
   return "\n".join(lines)
+
+
+def _formats() -> Iterator[str]:
+  """The table of data formats."""
+  yield from ("### data: formats", "")
+  yield from (
+    "The suffix of a file chooses its format, or `--format` chooses that of all files.",
+    "",
+  )
+  yield from ("| format | suffixes | records |", "|---|---|---|")
+  for name, entry in formats.FORMATS.items():
+    needs = "; needs `jaxgpt[data]`" if entry.module else ""
+    yield f"| `{name}` | `{' '.join(entry.suffixes)}` | {_cell(entry.summary)}{needs} |"
+  yield ""
+
+
+def _steps(heading: str, steps: Registry[Any]) -> Iterator[str]:
+  """The table of a registry of steps and their options."""
+  yield from (f"### data: {heading}", "")
+  yield f"Values of `{steps.setting}=NAME` or `{steps.setting}=NAME:key=value,key=value`."
+  yield from ("", "| name, key | default | meaning |", "|---|---|---|")
+  for name, step in steps.items():
+    yield f"| `{name}` | | {_cell(step.summary)} |"
+    for key, option in step.options.items():
+      default = step_specs.to_text(option.default)
+      yield f"| `{name}:{key}` | {default and f'`{default}`'} | {_cell(option.help)} |"
+  yield ""
 
 
 def _row(o: options.Option) -> str:

@@ -115,7 +115,7 @@ class _Step(NamedTuple):
 
 
 def _build(spec: str) -> _Step:
-  name, options = step_specs.parse(spec, "--clean", clean_steps.defaults())
+  name, options = step_specs.parse(spec, "--clean", step_specs.defaults(clean_steps.STEPS))
   step = clean_steps.STEPS[name]
   pages = options.pop("pages_only", False)
   return _Step(name, step.build(spec, **options), step.rewrites, pages)

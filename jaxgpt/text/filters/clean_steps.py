@@ -18,13 +18,7 @@ from jaxgpt.errors import UserError, optional
 from jaxgpt.text.filters import datatrove_blocks
 from jaxgpt.text.filters import words as words_of
 from jaxgpt.text.filters.datatrove_blocks import Run
-
-
-class Option(NamedTuple):
-  """An option of a step; its type is that of the default."""
-
-  default: Any
-  help: str
+from jaxgpt.text.filters.step_specs import Option
 
 
 class CleaningStep(NamedTuple):
@@ -45,14 +39,6 @@ class CleaningStep(NamedTuple):
 
 
 STEPS: Registry[CleaningStep] = Registry("--clean")
-
-
-def defaults(steps: Mapping[str, CleaningStep] = STEPS) -> dict[str, dict[str, Any]]:
-  """{step: {option: default}}, as `step_specs.parse` takes it."""
-  return {
-    name: {key: option.default for key, option in step.options.items()}
-    for name, step in steps.items()
-  }
 
 
 def _unicode(spec: str, *, form: str) -> Run:

@@ -37,26 +37,61 @@ import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError
 from jaxgpt.text.filters import datatrove_blocks, step_specs, words
+from jaxgpt.text.filters.step_specs import Option
 from jaxgpt.text.readers.documents import Document, Dropped
 
 RULES = ("duplicate", "near duplicate")  # names in the account of dropped documents
 
-_SPECS: dict[str, dict[str, Any]] = {
-  "exact": {"ignore_space": True, "ignore_case": False},
+
+class DedupKind(NamedTuple):
+  """A kind of duplicates.
+
+  Attributes:
+    options: The options that users may set.
+    summary: One line for the documentation.
+  """
+
+  options: Mapping[str, Option]
+  summary: str
+
+
+KINDS: Registry[DedupKind] = Registry("--dedup")
+KINDS.add(
+  "exact",
+  DedupKind(
+    {
+      "ignore_space": Option(True, "treat any white space as one space, and none at the ends"),
+      "ignore_case": Option(False, "compare in lower case"),
+    },
+    "drop texts that equal an earlier one",
+  ),
+)
+KINDS.add(
+  "near",
   # A document with 5% of its words changed shares 0.95^3 / (2 - 0.95^3) = 0.75 of its 3-grams with
   # the original, but only 0.63 of its 5-grams (datatrove's default, whose 14 buckets of 8 hashes
   # find 30% of such pairs). 20 buckets of 6 hashes find similarity 0.75 with probability
   # 1 - (1 - 0.75^6)^20 = 98%. They also find 0.5 with 27%, so pairs are compared in all 120 hashes
   # (standard error 0.04) before a document is removed. tests/benchmarks/dedup.py measures both.
-  "near": {"ngram": 3, "buckets": 20, "hashes": 6, "threshold": 0.65, "seed": 1},
-}
+  DedupKind(
+    {
+      "ngram": Option(3, "words of an n-gram"),
+      "buckets": Option(20, "buckets of hashes; more find more candidates"),
+      "hashes": Option(6, "hashes of a bucket; more find fewer candidates"),
+      "threshold": Option(0.65, "smallest share of common n-grams (Jaccard similarity)"),
+      "seed": Option(1, "seed of the hash functions"),
+    },
+    "drop texts that share most of their n-grams with an earlier one (MinHash)",
+  ),
+)
 _DIGESTS = "digests.npy"
 _TABLE = "table.npy"
 _SORTED = 1 << 24  # digests to sort at once
@@ -76,10 +111,8 @@ def make(given: Iterable[str]) -> Config:
   """Parses the specs of `--dedup`.
 
   Args:
-    given: 'exact' or 'near', each with optional settings, as in 'exact:ignore_case=true' or
+    given: Names of `KINDS`, each with optional settings, as in 'exact:ignore_case=true' or
       'near:ngram=3,buckets=20,hashes=6,threshold=0.65'.
-      ignore_space: Treat any white space as one space, and none at the ends.
-      threshold: Smallest share of common n-grams (Jaccard) of near duplicates.
 
   Returns:
     The configuration, which pickles.
@@ -87,7 +120,9 @@ def make(given: Iterable[str]) -> Config:
   Raises:
     UserError: A bad spec, or the extra that 'near' needs is missing.
   """
-  options = dict(step_specs.parse(spec, "--dedup", _SPECS) for spec in given)
+  options = dict(
+    step_specs.parse(spec, KINDS.setting, step_specs.defaults(KINDS)) for spec in given
+  )
   near = options.get("near")
   if near is not None:
     for key in ("ngram", "buckets", "hashes"):

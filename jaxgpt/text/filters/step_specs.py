@@ -1,9 +1,36 @@
 """Steps as users write them: NAME or NAME:key=value,key=value."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxgpt.errors import UserError, nearest
+
+
+class Option(NamedTuple):
+  """An option of a step; its type is that of the default."""
+
+  default: Any
+  help: str
+
+
+class Step(Protocol):
+  """An entry of a registry of steps."""
+
+  @property
+  def options(self) -> Mapping[str, Option]:
+    """The options that users may set."""
+    ...
+
+
+StepT = TypeVar("StepT", bound=Step)
+
+
+def defaults(steps: Mapping[str, StepT]) -> dict[str, dict[str, Any]]:
+  """{step: {option: default}} of a registry of steps, as `parse` takes it."""
+  return {
+    name: {key: option.default for key, option in step.options.items()}
+    for name, step in steps.items()
+  }
 
 
 def parse(
@@ -48,6 +75,13 @@ def parse(
         f"{flag}={spec}: {key}={value!r} is no {type(default).__name__}; its default is {default!r}"
       ) from e
   return name, options
+
+
+def to_text(value: Any) -> str:
+  """A value as users write it; `parse` reads it."""
+  if isinstance(value, bool):
+    return str(value).lower()
+  return ";".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _value(text: str, default: Any) -> Any:
