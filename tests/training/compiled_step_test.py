@@ -79,7 +79,7 @@ def test_the_doctor_says_whether_a_saved_step_would_be_used(saved, capsys):
 
 
 def load(path, step, *flags):
-  """What `programs.load` says for a config with these flags; nothing is compiled."""
+  """The answer of `compiled_step.load` for a config with these flags; nothing is compiled."""
   c = lower.resolve(config.load(path, flags)[0])
   mesh = mesh_lib.make(c.mesh)
   parts = build_lib.build(c, mesh)

@@ -13,7 +13,7 @@ T = tokenizer.ByteTokenizer()
 
 
 class Document:
-  """Like `read.Document` with the fields of a labelled kind."""
+  """Like `documents.Document` with the fields of a labelled kind."""
 
   def __init__(self, **fields):
     self.source, self.fields, self.text = "file:1", fields, fields.get("text", "")
