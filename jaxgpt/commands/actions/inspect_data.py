@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import ml_collections
 import numpy as np
 from etils import epath
+from numpy.typing import ArrayLike
 
 from jaxgpt.data import layouts, pipeline, source
 from jaxgpt.data.batch_source import Batching
@@ -117,7 +118,7 @@ class _Texts:
   tokenizer: tokenizer_lib.Tokenizer
   chars: int
 
-  def lines(self, ids: Iterable[int]) -> Iterator[str]:
+  def lines(self, ids: ArrayLike) -> Iterator[str]:
     """The text of the tokens, cut to `chars`."""
     text = self.tokenizer.decode(ids, specials=True)
     if self.chars and len(text) > self.chars:
