@@ -68,7 +68,7 @@ def run(args: TrainOptions) -> int:
         "the same command goes on"
       )
     return 128 + stopped
-  if is_first:
+  if is_first and result is not None:  # a complete run is always evaluated
     print(f"done: {args.workdir} holds {step} steps; validation {evaluation.describe(result)}")
   return 0
 

@@ -107,7 +107,7 @@ def build(
   return Parts(model, objectives.make(model, c), tx, schedule, state)
 
 
-def check_heads(model: transformer.Transformer, mesh: jax.sharding.Mesh) -> None:
+def check_heads(model: transformer.Transformer, mesh: sharding.AnyMesh) -> None:
   """Checks that each device has the key/value heads that its query heads attend with.
 
   Args:

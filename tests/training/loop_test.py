@@ -162,7 +162,7 @@ def test_a_start_that_was_killed_before_its_config_was_written_is_made_good(fini
 
 
 def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
-  """Restored from fsdp=4 x stage=2 onto 2 devices, losses stay what they were but for the order of sums."""
+  """Restored from fsdp=4 x stage=2 onto 2 devices, losses differ only by the order of sums."""
   c = tiny(mesh__data=1, mesh__fsdp=4, mesh__stage=2)
   _, result, _ = train(c, tmp_path / "whole")
   half = config.from_dict(c.to_dict())

@@ -216,7 +216,7 @@ def test_moments_in_bfloat16_follow_those_in_float32(tiny):
 
 @pytest.mark.parametrize("chunk", [0, 64])
 def test_gradients_leave_the_matmuls_in_float32_where_it_is_asked_for(tiny, chunk):
-  """Numbers that went through bfloat16 have 16 bits of zeros; the first moment is a tenth of them."""
+  """Rounding to bfloat16 leaves 16 zero bits. The first moment is a tenth of the gradient."""
 
   def rounded(**fields):
     c = tiny(

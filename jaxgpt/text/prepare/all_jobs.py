@@ -245,7 +245,7 @@ class AllJobs:
     written: _Folders,
     accounts: list[Account],
     saved: pathlib.Path,
-    label_names: list[str],
+    label_names: Sequence[str],
     dropped: documents.Dropped,
   ) -> dict[str, Any]:
     """Joins the outputs of the tasks in the folder that becomes the result."""
