@@ -24,7 +24,7 @@ class Batching:
     seq_len: Length of a row (T), in predictions or tokens depending on the layout.
     batch_size: Rows of a step over all hosts (global B).
     packing: A key of `packing.PACKINGS`.
-    seed: Seed of the order; any integer.
+    seed: Seed of the order, any integer.
     shuffle: Permute the order in each epoch. Otherwise it is that of the documents.
 
   Raises:
@@ -62,7 +62,7 @@ class HostCheck(NamedTuple):
 
 
 class BatchIterator(Iterator[Batch], Protocol):
-  """Batches in step order; `close` ends the threads that make them."""
+  """Batches in step order. `close` ends the threads that make them."""
 
   def close(self) -> None: ...
 
@@ -73,8 +73,8 @@ class BatchSource(Protocol):
   Attributes:
     batch_size: Rows of a step over all hosts (global B).
     seq_len: Length of a row in tokens (T).
-    digest: SHA-256 of the prepared data that belongs to the source; recorded in the run folder.
-    state_key: Key of this source's state in a checkpoint; None if a batch depends on the step
+    digest: SHA-256 of the source's prepared data, as recorded in the run folder.
+    state_key: Key of this source's state in a checkpoint, or None if a batch depends on the step
       number only, so that nothing needs to be saved.
   """
 
@@ -84,7 +84,7 @@ class BatchSource(Protocol):
   state_key: str | None
 
   def blank(self, num_rows: int) -> Batch:
-    """A batch of padding with `num_rows` rows; its shapes and dtypes hold for every batch."""
+    """A batch of padding with `num_rows` rows. Its shapes and dtypes hold for every batch."""
     ...
 
   def iterate(
@@ -139,7 +139,7 @@ class BatchSource(Protocol):
     ...
 
   def get_state(self) -> State:
-    """This host's position after the last batch it handed out; None without `state_key`."""
+    """This host's position after the last batch it handed out, or None without `state_key`."""
     ...
 
   def merge_states(self, states: list[State]) -> State:

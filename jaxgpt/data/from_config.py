@@ -51,7 +51,7 @@ def split_batches(
     c: The resolved config.
     split: 'train', 'validation' or 'test'.
     layout: The row layout that the objective reads, a key of `layouts.LAYOUTS`.
-    batch_size: Rows of a batch; by default `data.batch_size`.
+    batch_size: Rows of a batch, `data.batch_size` by default.
 
   Raises:
     UserError: The folder is damaged, or its data does not fit the objective or the model.

@@ -53,7 +53,7 @@ class Layout(Protocol):
     ...
 
   def batch(self, items: Sequence[Item], num_rows: int, seq_len: int) -> Batch:
-    """Assembles a batch of `num_rows` rows; rows after the last item are padding."""
+    """Assembles a batch of `num_rows` rows. Rows after the last item are padding."""
     ...
 
 
@@ -61,9 +61,9 @@ class CausalLM:
   """Packed next-token predictions.
 
   The arrays, all [B, T]:
-    tokens, targets: int32. A token and its successor; 0 in padding.
-    loss_weights: float32. 1 if the prediction is trained on; 0 otherwise and in padding.
-    segment_ids: int32. 1, 2, … for the spans of a row in order; 0 in padding.
+    tokens, targets: int32. A token and its successor, or 0 in padding.
+    loss_weights: float32. 1 if the prediction is trained on, 0 otherwise and in padding.
+    segment_ids: int32. 1, 2, … for the spans of a row in order, 0 in padding.
     positions: int32. Counts from 0 in each span.
   """
 
@@ -84,9 +84,9 @@ def packed(rows: Sequence[Sequence[Any]], num_rows: int, seq_len: int) -> Batch:
   """Assembles the arrays of `CausalLM` for rows whose predictions are all trained on.
 
   Args:
-    rows: For each row a list of spans; each span is an int array with its tokens and one more,
+    rows: For each row a list of spans. Each span is an int array with its tokens and one more,
       the target of the last.
-    num_rows: Rows of the batch; those after `rows` are padding.
+    num_rows: Rows of the batch. Those after `rows` are padding.
     seq_len: T.
   """
   out = _zeros(
@@ -132,7 +132,7 @@ def _weigh(weights_T: np.ndarray, split: source.Split, spans: Spans) -> None:
 
 
 class MaskedLM:
-  """Packed tokens with some of them masked; the same arrays as `CausalLM`.
+  """Packed tokens with some of them masked, in the same arrays as `CausalLM`.
 
   tokens are the model's input after masking, targets the original tokens, and loss_weights is 1 at
   the positions that were chosen for prediction.
@@ -141,7 +141,7 @@ class MaskedLM:
   predicts_next = False
 
   def __init__(self, masking: Masking | None):
-    """Args: masking: How to mask; None if only blank batches are needed."""
+    """Args: masking: How to mask, or None if only blank batches are needed."""
     self._masking = masking
 
   def index(
@@ -180,7 +180,7 @@ class Classification:
     labels: [B]. int32 classes, or float32 values for a regression.
     loss_weights: float32 [B]. 0 for a row of padding.
 
-  Of an example that is too long, the end of the longer text is cut off; its eos is kept.
+  Of an example that is too long, the end of the longer text is cut off, but its eos is kept.
   """
 
   predicts_next = False
@@ -316,7 +316,7 @@ class LayoutEntry(NamedTuple):
 
   Attributes:
     make: Makes the layout.
-    kinds: Kinds of data that it can lay out, keys of `documents.KINDS`; the first is the usual one.
+    kinds: Kinds of data that it can lay out, keys of `documents.KINDS`. The first is the usual one.
     summary: One line for the documentation.
     needs_masking: `make` needs `Inputs.masking`.
     has_labels: Rows have a label, whose classes the model must have outputs for.
@@ -371,7 +371,7 @@ def of_kind(kind: str) -> list[str]:
 
 
 def blank(name: str, num_rows: int, seq_len: int, has_classes: bool = True) -> Batch:
-  """A batch of padding, for its shapes and dtypes; needs no data.
+  """A batch of padding, for its shapes and dtypes. It needs no data.
 
   Args:
     name: A key of `LAYOUTS`.

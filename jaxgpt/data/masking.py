@@ -17,8 +17,8 @@ class Masking(NamedTuple):
     replace: Share of the chosen tokens that become the mask.
     random: Share of the chosen tokens that become a random ordinary token. The rest stay.
     mask_id: Token id of the mask.
-    ordinary: int32; ids that a random token is drawn from.
-    is_special: bool [V]; ids that are never chosen.
+    ordinary: int32 ids that a random token is drawn from.
+    is_special: bool [V], True for ids that are never chosen.
     joins: bool [2, V]. A token with joins[1] continues the word of a preceding token with
       joins[0] and is chosen together with it. None: each token is a word.
     key: Integer seed of the draws, in addition to the row's position.
@@ -43,7 +43,7 @@ class Masking(NamedTuple):
     epoch. With whole words, all tokens of a word use the draw of its first token.
 
     Args:
-      tokens_T: Token ids; not changed.
+      tokens_T: Token ids, which are not changed.
       segment_ids_T: 0 in padding.
       position: The row's global index.
 
@@ -83,7 +83,7 @@ def make(c_objective: ml_collections.ConfigDict, tokenizer: Tokenizer, seed: int
   Args:
     c_objective: The config's `objective` section.
     tokenizer: The tokenizer, whose special tokens are never masked.
-    seed: Seed of the draws; any integer.
+    seed: Seed of the draws, any integer.
 
   Raises:
     UserError: The tokenizer has no mask token.

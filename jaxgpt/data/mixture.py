@@ -65,9 +65,9 @@ class Mixture:
 
     Args:
       num_sources: Number of sources.
-      weights: Share of the rows for each source; at least 0, not all 0.
+      weights: Share of the rows for each source, at least 0 and not all 0.
       changes: (position, weights) in rising order: the weights from each position on.
-      seed: Any integer; determines the order in which sources are drawn.
+      seed: Any integer. It determines the order in which sources are drawn.
 
     Raises:
       UserError: The number of weights differs from the sources, one is negative, or all are zero.

@@ -28,9 +28,9 @@ class PackIndex:
   Attributes:
     seq_len: Predictions that a row has room for.
     row_offsets: int64 [R + 1]. Row r has the spans row_offsets[r] : row_offsets[r + 1].
-    doc: [S] integers; the document of each span.
-    start: [S] integers; its first prediction.
-    length: [S] integers; its number of predictions.
+    doc: [S] integers, the document of each span.
+    start: [S] integers, its first prediction.
+    length: [S] integers, its number of predictions.
   """
 
   seq_len: int
@@ -71,7 +71,7 @@ def best_fit(lengths: ArrayLike, seq_len: int, window: int = best_fit_lib.WINDOW
   through the files, and consecutive rows of a long document are consecutive pieces of it.
 
   Args:
-    lengths: [documents]; predictions of each. Documents without predictions are in no row.
+    lengths: [documents], the predictions of each. Documents without predictions are in no row.
     seq_len: Predictions that a row has room for.
     window: Pieces that are packed together, which bounds the distance of documents in a row.
   """
@@ -88,7 +88,7 @@ def best_fit(lengths: ArrayLike, seq_len: int, window: int = best_fit_lib.WINDOW
 
 
 def concat(lengths: ArrayLike, seq_len: int) -> PackIndex:
-  """Concatenates all documents and cuts them every `seq_len` predictions; pads only the last row.
+  """Concatenates all documents and cuts them every `seq_len` predictions. Pads only the last row.
 
   Documents remain separate spans, but are cut wherever a row ends.
 
@@ -122,7 +122,7 @@ def one_per_row(lengths: ArrayLike, seq_len: int) -> PackIndex:
 def _index(
   seq_len: int, row: np.ndarray, doc: np.ndarray, start: np.ndarray, length: np.ndarray
 ) -> PackIndex:
-  """The PackIndex of spans that are sorted by row; each row has at least one span."""
+  """The PackIndex of spans that are sorted by row. Each row has at least one span."""
   num_rows = int(row[-1]) + 1 if len(row) else 0
   return PackIndex(
     seq_len,

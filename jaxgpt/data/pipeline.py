@@ -63,7 +63,7 @@ def check_sources(path: epath.PathLike) -> list[epath.PathLike]:
   """Checks that the folders of `data.path` hold prepared data in the tokens of one tokenizer.
 
   Args:
-    path: One or more folders; see `folders`.
+    path: One or more folders. See `folders`.
 
   Returns:
     The folders.
@@ -98,7 +98,7 @@ def make(
   """Opens a split of each source and packs it.
 
   Args:
-    path: One or more folders that `jaxgpt data` wrote; see `folders`.
+    path: One or more folders that `jaxgpt data` wrote. See `folders`.
     split: 'train', 'validation' or 'test'. For the last two, folders without documents in the
       split are left out.
     batching: Size, packing and order of the rows. If the batch size exceeds the rows of the split,
@@ -152,15 +152,15 @@ def _order(num_rows: int, seed: int | None, number: int) -> Any:
 
 
 class Batches:
-  """Batches of prepared data by step number; a `BatchSource`.
+  """Batches of prepared data by step number, as a `BatchSource`.
 
-  A batch is a dict of arrays; the layout says which. Row i of step N has position N * B + i in an
+  A batch is a dict of the layout's arrays. Row i of step N has position N * B + i in an
   endless sequence of rows, in which the sources take turns by weight and each runs through its own
   epochs. Host h of H gets the rows h * B / H to (h + 1) * B / H of each step. Picklable.
 
   Attributes:
     sources: The prepared folders.
-    layout: The row layout; see `layouts`.
+    layout: The row layout. See `layouts`.
     batch_size: Rows of a global batch (B).
     seq_len: Length of a row (T).
     len_rows: Rows of all sources.
@@ -326,14 +326,14 @@ class Batches:
 
     Args:
       start_step: The first step.
-      stop_step: The step to stop before; None to never stop.
+      stop_step: The step to stop before, or None to never stop.
       host_index: See `batch`.
       host_count: See `batch`.
-      threads: Threads that make batches; 0 makes them on demand.
-      prefetch: Batches to keep ready; 0 makes them on demand.
+      threads: Threads that make batches. 0 makes them on demand.
+      prefetch: Batches to keep ready. 0 makes them on demand.
 
     Returns:
-      A Grain iterator; its `close()` ends the threads.
+      A Grain iterator. Its `close()` ends the threads.
 
     Raises:
       UserError, IndexError: See `rows`.

@@ -92,13 +92,13 @@ class Split:
   """Documents of one split. Safe to share between threads, and picklable.
 
   Attributes:
-    lengths: int64 [num_documents]; predictions (stored tokens - 1) of each document.
+    lengths: int64 [num_documents], the predictions (stored tokens - 1) of each document.
     bytes: UTF-8 bytes of the split's texts, the denominator of bits per byte.
     kind: Kind of the data, one of `examples.KINDS`.
-    label_names: Names of the classes in order; [] if labels are numbers.
-    labels: For classification float64 [num_documents], a class index or a value; else None.
+    label_names: Names of the classes in order, or [] if labels are numbers.
+    labels: For classification float64 [num_documents], a class index or a value. Else None.
     second: For classification uint32 [num_documents], the stored token at which the second text
-      of a pair starts, 0 without a second text; else None.
+      of a pair starts, or 0 without a second text. Else None.
     num_documents: Number of documents.
     manifest: The folder's manifest.
     digest: Its SHA-256.
@@ -138,7 +138,7 @@ class Split:
     """Ranges (start, end) of the stored tokens of a document that are trained on.
 
     Returns:
-      int32 [ranges, 2]; None if all but the first token are.
+      int32 [ranges, 2], or None if all but the first token are.
     """
     if self._trained is None:
       return None
@@ -166,7 +166,7 @@ class Split:
 
     Args:
       doc: Document, in [0, num_documents).
-      start: First token; the document has lengths[doc] + 1.
+      start: First token. The document has lengths[doc] + 1 tokens.
       length: Number of tokens.
 
     Raises:
@@ -178,7 +178,7 @@ class Split:
     """Reads many ranges with one call per shard, which is several times faster than `read`.
 
     Args:
-      docs: [N]; see `read`.
+      docs: [N]. See `read`.
       starts: [N].
       lengths: [N].
 

@@ -64,7 +64,7 @@ def make(
   field: str = "text",
   window: int = 512,
 ) -> "Stream":
-  """Lists the files of a stream; reads none of them yet.
+  """Lists the files of a stream. It reads none of them yet.
 
   Args:
     addresses: Files, folders, patterns and URLs as for `jaxgpt data`, separated by commas.
@@ -87,7 +87,7 @@ def make(
 
 
 class Stream:
-  """Batches of a stream in order, with the arrays of `layouts.CausalLM`; a `BatchSource`.
+  """Batches of a stream in order, with the arrays of `layouts.CausalLM`, as a `BatchSource`.
 
   Each host reads its own files, epoch after epoch. An epoch contains each of their tokens once.
 
@@ -170,7 +170,7 @@ class Stream:
       prefetch: Batches to make ahead of time.
 
     Returns:
-      An endless iterator; its `close()` ends the thread.
+      An endless iterator. Its `close()` ends the thread.
 
     Raises:
       UserError: There are fewer files than hosts, or host_count does not divide the batch size.
@@ -240,7 +240,7 @@ class Stream:
     ]
 
   def get_state(self) -> State:
-    """This host's position after the last batch it handed out; None before the first."""
+    """This host's position after the last batch it handed out, or None before the first."""
     return next(reversed(self._last.values()))[1] if self._last else self._begin
 
   def merge_states(self, states: list[State]) -> State:
@@ -305,7 +305,7 @@ def _dealt(listed: Sequence[files_lib.File], host: int, count: int) -> list[file
 
 
 def _order(count: int, seed: int | None, *key: int) -> np.ndarray:
-  """A permutation of `count` items from a seed and a key; the identity if seed is None."""
+  """A permutation of `count` items from a seed and a key, or the identity if seed is None."""
   if seed is None:
     return np.arange(count)
   draws = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
@@ -362,7 +362,7 @@ class _Reader:
       pass
 
   def take(self, chars: int) -> tuple[list[documents_lib.Document], bool]:
-    """Reads documents with about `chars` characters; also returns whether they end an epoch."""
+    """Reads documents with about `chars` characters. Also returns whether they end an epoch."""
     out: list[documents_lib.Document] = []
     while chars > 0:
       document = next(self._documents, None)
@@ -409,9 +409,9 @@ class _Rows(grain.IterDataset):
 class _RowIterator(grain.DatasetIterator):
   """Iterates over the rows of windows.
 
-  Its state: `start`, the place where the current window begins; `row`, the number of its rows that
-  were handed out. For reports: `now`, the progress of the reader; `changed`, the number of windows
-  that differed when they were read again.
+  Its state is `start`, the place where the current window begins, and `row`, the number of its rows
+  that were handed out. Reports use `now`, the progress of the reader, and `changed`, the number of
+  windows that differed when they were read again.
   """
 
   def __init__(self, listed: Sequence[files_lib.File], reading: Reading, host: int):

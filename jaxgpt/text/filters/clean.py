@@ -1,6 +1,6 @@
 """Cleaning: a sequence of steps that rewrite texts or drop documents.
 
-Users write a step as NAME or NAME:key=value,key=value; `clean_steps.STEPS` lists them.
+Users write a step as NAME or NAME:key=value,key=value. `clean_steps.STEPS` lists them.
 """
 
 from collections.abc import Iterable, Iterator

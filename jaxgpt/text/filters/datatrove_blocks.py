@@ -18,7 +18,7 @@ def module(name: str) -> types.ModuleType:
   """Imports a module of datatrove and silences its log.
 
   Raises:
-    UserError: datatrove is not installed; the message names the extra.
+    UserError: datatrove is not installed. The message names the extra.
   """
   found = errors.optional(f"datatrove.{name}", EXTRA, "this step")
   errors.optional("loguru", EXTRA, "this step").logger.disable("datatrove")

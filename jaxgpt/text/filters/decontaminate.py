@@ -4,7 +4,7 @@ Words are compared in lower case and without punctuation, so that layout hides n
 called a *run* of words here, as in the options. (datatrove has a similar block, but it can only be
 built from lighteval's task list.)
 
-Phases, as in `dedup`; each writes into an empty folder that the caller creates:
+Phases, as in `dedup`. Each writes into an empty folder that the caller creates:
 
   collect   per task of held-out documents   -> the hashes of their runs
   merge     once                             -> an index by name ('validation', 'bench.jsonl')
@@ -70,7 +70,7 @@ def collect(documents: Iterable[Document], out: epath.PathLike, config: Config) 
   """Writes the runs of held-out documents to `out`.
 
   Args:
-    documents: The documents; only `text` is used.
+    documents: The documents, of which only `text` is used.
     out: An empty folder.
     config: The definition of contamination.
 
@@ -98,7 +98,7 @@ def merge(
   """Writes the index to `out`.
 
   Args:
-    inputs: {name: folders of `collect`}; the names appear in reports.
+    inputs: {name: folders of `collect`}. The names appear in reports.
     out: An empty folder.
     config: The definition of contamination.
 

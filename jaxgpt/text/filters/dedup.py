@@ -2,7 +2,7 @@
 
 The work is divided into phases over tasks, so that a corpus of any size is processed by separate
 processes and resumed where it stopped. A task is a group of inputs. Its documents are numbered from
-0; the corpus is the concatenation of the tasks by rank.
+0. The corpus is the concatenation of the tasks by rank.
 
   signatures   per task            documents -> digests, MinHash signatures
   buckets      per bucket          signatures of all tasks -> candidate pairs
@@ -11,7 +11,7 @@ processes and resumed where it stopped. A task is a group of inputs. Its documen
 
 Each phase writes into an empty folder that the caller creates (and renames when complete). It reads
 the folders of the phases before it. The result depends on the documents and their order, not on
-their division into tasks. Memory is that of one task's signatures; `cluster` needs 16 bytes per
+their division into tasks. Memory is that of one task's signatures. `cluster` needs 16 bytes per
 document and keeps the signatures of candidates in a file.
 
 MinHash in short: of all n-grams of a text, keep the smallest hash under each of 120 hash functions.
@@ -140,8 +140,8 @@ def signatures(
   """Phase 1, for one task: digests and signatures of its documents.
 
   Args:
-    documents: The documents; only `text` is used.
-    rank: The task's number; ranks are 0, 1, … without a gap.
+    documents: The documents, of which only `text` is used.
+    rank: The task's number. Ranks are 0, 1, … without a gap.
     out: An empty folder.
     config: The options.
 
@@ -165,7 +165,7 @@ def signatures(
 
 
 def bucket_tasks(config: Config) -> int:
-  """Number of `buckets` tasks, with ranks 0, 1, …; 0 without near duplicates."""
+  """Number of `buckets` tasks, with ranks 0, 1, … It is 0 without near duplicates."""
   return config.near["buckets"] if config.near else 0
 
 
@@ -178,7 +178,7 @@ def buckets(
     rank: The bucket's number.
     inputs: The folders of phase 1, by rank.
     out: An empty folder.
-    config: The options; `near` must be set.
+    config: The options. `near` must be set.
   """
   assert config.near is not None
   block = datatrove_blocks.module("pipeline.dedup.minhash").MinhashDedupBuckets(
@@ -285,7 +285,7 @@ def _signature_file(folder: epath.PathLike, bucket: int, rank: int) -> pathlib.P
 
 
 def _digest(text: str, options: Mapping[str, Any] | None) -> bytes:
-  """16 bytes that equal texts share; zeros if exact duplicates are not requested."""
+  """16 bytes that equal texts share, or zeros if exact duplicates are not requested."""
   if options is None:
     return bytes(16)
   if options["ignore_case"]:
@@ -436,7 +436,7 @@ def _greedy(
 ) -> Iterator[tuple[np.integer, np.integer]]:
   """Yields (document, the earlier one that stays and is like it) for the documents of one group.
 
-  The first document left stays and removes all that are like it; repeat with the rest.
+  The first document left stays and removes all that are like it. This repeats with the rest.
   """
   left = np.arange(len(nodes))
   while len(left) > 1:

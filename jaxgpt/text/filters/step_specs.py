@@ -7,7 +7,7 @@ from jaxgpt.errors import UserError, nearest
 
 
 class Option(NamedTuple):
-  """An option of a step; its type is that of the default."""
+  """An option of a step. Its type is that of the default."""
 
   default: Any
   help: str
@@ -78,7 +78,7 @@ def parse(
 
 
 def to_text(value: Any) -> str:
-  """A value as users write it; `parse` reads it."""
+  """A value as users write it. `parse` reads it."""
   if isinstance(value, bool):
     return str(value).lower()
   return ";".join(value) if isinstance(value, tuple) else str(value)

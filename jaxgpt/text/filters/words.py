@@ -40,7 +40,7 @@ def words(text: str) -> list[str]:
 
   A word is a run of letters, marks and digits, which may contain single dots, hyphens, slashes and
   the like ('well-known', 'x.y', './a/b'). Brackets, quotes, commas, colons and other signs are
-  separate; a run such as '...' or '====' is one. Each character of a script that is written without
+  separate. A run such as '...' or '====' is one. Each character of a script that is written without
   spaces is a word: Han, kana, Thai, Lao, Burmese, Khmer, Tibetan. The result is close to NLTK's
   Treebank rules, with which the thresholds of published filters were chosen.
   """

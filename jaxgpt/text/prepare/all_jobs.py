@@ -111,7 +111,7 @@ class AllJobs:
   def _job(
     self, name: str, count: int, run: Callable[..., Account], depends: Any
   ) -> tuple[_Folders, list[Account]]:
-    """Runs a job; returns the folders and accounts of its tasks by rank."""
+    """Runs a job and returns the folders and accounts of its tasks by rank."""
     job = self._work.job(name, count, run, depends, self._report)
     accounts = run_job.run(job, self._executor, self._report)
     return [job.task_folder(rank) for rank in range(count)], accounts

@@ -100,7 +100,7 @@ def _dropped(
 
 
 def _lengths(stored: np.ndarray) -> dict[str, Any]:
-  """Statistics of stored tokens per document; the bars of the histogram end at powers of two."""
+  """Statistics of stored tokens per document. The bars of the histogram end at powers of two."""
   if not len(stored):
     return {"histogram": []}
   counts = np.zeros(33, np.int64)

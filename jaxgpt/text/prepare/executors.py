@@ -35,7 +35,7 @@ def make(
   Args:
     kind: 'process': this process, one task after another. 'local': processes on this machine.
       'slurm': array jobs of a Slurm cluster. 'ray': a Ray cluster (RAY_ADDRESS), or this machine if
-      there is none. All but 'process' need datatrove; without it 'local' is 'process'. Slurm and
+      there is none. All but 'process' need datatrove. Without it 'local' is 'process'. Slurm and
       Ray need a file system that all machines share.
     workers: Tasks at the same time. 0: one per core, or as many as a cluster takes.
     options: Arguments of datatrove's executor of this kind, such as a Slurm job's 'time' and

@@ -26,8 +26,8 @@ Every step leaves a state from which the next run continues:
     1  assemble WORK/publish/        assembles it again from the tasks
     2  write published.json          the same, because OUT does not have the digest in it
     3  rename OUT to WORK/replaced   renames it back and starts over with step 1
-    4  rename WORK/publish to OUT    finds that OUT has the digest; only WORK is left to delete
-    5  delete WORK                   the same; published.json and state.json are deleted last
+    4  rename WORK/publish to OUT    finds that OUT has the digest. Only WORK is left to delete
+    5  delete WORK                   the same. published.json and state.json are deleted last
 """
 
 import ctypes

@@ -185,7 +185,7 @@ def _prepare(
   report: Report,
   executor: Executor | None,
 ) -> Manifest:
-  """Does the work in `OUT.unfinished` and moves the result; `jobs` explains the order."""
+  """Does the work in `OUT.unfinished` and moves the result. `jobs` explains the order."""
   versions = _versions()
   inputs = _digest([[file.source, file.size, file.version] for file in files])
   fingerprint = _digest([inputs, dataclasses.asdict(options), versions])

@@ -26,7 +26,7 @@ def run(job: Job, executor: Executor | None, report: Report) -> list[Account]:
     job: The job.
     executor: Called as executor(job, ranks) if more than one task is left. It returns when no more
       of them will be done. None: all tasks run in this process.
-    report: Called with a line of text at the end and every 10 s; see `Monitor`.
+    report: Called with a line of text at the end and every 10 s. See `Monitor`.
 
   Returns:
     The accounts of all tasks by rank.

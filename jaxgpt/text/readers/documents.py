@@ -31,10 +31,10 @@ class Document(NamedTuple):
     source: File, and line or number in it: 'corpus/a/b.jsonl:7'. The path starts at the folder
       that the user gave ('corpus' for '/data/corpus'), never at the root, so that two machines
       prepare identical data from the same files.
-    text: The text. For a labelled kind, all of its texts joined; they are hashed, cleaned and
+    text: The text. For a labelled kind, all of its texts joined. They are hashed, cleaned and
       compared as one.
     id: The data's own identifier, or ''.
-    fields: The values of a labelled kind by name (`KINDS`); empty for kind text.
+    fields: The values of a labelled kind by name (`KINDS`), empty for kind text.
     html: The text is an HTML page with its markup.
   """
 
@@ -91,7 +91,7 @@ class Dropped:
     """Ends the run if more records are broken than the user allows.
 
     Args:
-      max_errors: Broken records (rules `ERRORS`) to tolerate; None for any number.
+      max_errors: Broken records (rules `ERRORS`) to tolerate, or None for any number.
 
     Raises:
       UserError: There are more.
@@ -121,7 +121,7 @@ def chunks(text: str, size: int) -> Iterator[str]:
   """Cuts a text into chunks of at most `size` characters, after a newline where possible.
 
   Args:
-    text: The text. The chunks joined give it back; an empty text is one chunk.
+    text: The text. The chunks joined give it back. An empty text is one chunk.
     size: Maximum length of a chunk, at least 1.
   """
   start = 0
@@ -133,7 +133,7 @@ def chunks(text: str, size: int) -> Iterator[str]:
 
 
 def find(paths: files.Paths, exclude: Sequence[str] = ()) -> list[files.File]:
-  """Lists the files to read; folders are searched for the suffixes of all formats.
+  """Lists the files to read. Folders are searched for the suffixes of all formats.
 
   Args and errors: See `files.find`.
   """
@@ -160,9 +160,9 @@ def documents(
     listed: Files from `find`, or ranges of them from `formats.split`. Any grouping of the same list
       into calls yields the same documents.
     kind: A key of `KINDS`.
-    fields: {name: column} for columns that are not called like the name; 'a.b' is the key b of
+    fields: {name: column} for columns that are not called like the name. 'a.b' is the key b of
       column a.
-    form: A key of `formats.FORMATS` for all files; None chooses by each file's suffix.
+    form: A key of `formats.FORMATS` for all files. None chooses by each file's suffix.
     max_bytes: Longer records are dropped. A longer text file becomes several documents.
     max_errors: See `Dropped.check`.
     dropped: The account to count in.
@@ -171,7 +171,7 @@ def documents(
     An iterator over documents, whose texts are not empty and can be encoded in UTF-8.
 
   Raises:
-    UserError: A bad kind, field or format, or a missing extra; raised by the call itself, before
+    UserError: A bad kind, field or format, or a missing extra. Raised by the call itself, before
       the first document. While iterating: too many errors.
   """
   columns = _columns(kind, fields or {})

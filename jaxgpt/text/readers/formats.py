@@ -21,7 +21,7 @@ class Format(NamedTuple):
 
   Attributes:
     read: The reader.
-    suffixes: Suffixes of file names, in lower case and with the dot; a compression suffix such as
+    suffixes: Suffixes of file names, in lower case and with the dot. A compression suffix such as
       .gz may follow them.
     summary: One line for the documentation.
     module: A module from the extra `data` that the reader needs, or None.

@@ -26,7 +26,7 @@ class Fault(NamedTuple):
   """Records that can't be read.
 
   Attributes:
-    rule: Name of the rule that they break; see `documents.ERRORS`.
+    rule: Name of the rule that they break. See `documents.ERRORS`.
     where: Place of the first.
     why: Reason, for the report.
     count: Number of records.
@@ -56,7 +56,7 @@ class Want(NamedTuple):
 
 
 def lines(file: files.File, stream: BinaryIO, want: Want) -> Iterator[tuple[int, bytes | None]]:
-  """Yields (line number, line) for each line of a file; the line is None if it is too long."""
+  """Yields (line number, line) for each line of a file. The line is None if it is too long."""
   number, left = file.line, None if file.end is None else file.end - file.start
   while left is None or left > 0:
     line = stream.readline(want.max_bytes + 1)

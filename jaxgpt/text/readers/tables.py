@@ -18,7 +18,7 @@ class _LineTooLong(Exception):
 class _TextLines:
   """The lines of a file as strings. It may be iterated further after raising `_LineTooLong`.
 
-  Bytes that are not UTF-8 become lone surrogates; the check of each document reports them.
+  Bytes that are not UTF-8 become lone surrogates. The check of each document reports them.
   """
 
   def __init__(self, lines: Iterator[tuple[int, bytes | None]]):
@@ -41,7 +41,7 @@ def read_csv(file: files.File, want: records.Want) -> Iterator[records.Item]:
 
 
 def read_tsv(file: files.File, want: records.Want) -> Iterator[records.Item]:
-  """Reads tab-separated values. The first row names the columns; quotes have no meaning."""
+  """Reads tab-separated values. The first row names the columns. Quotes have no meaning."""
   return _read_rows(file, want, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
@@ -91,7 +91,7 @@ def _check_columns(
 
 
 def read_parquet(file: files.File, want: records.Want) -> Iterator[records.Item]:
-  """Reads the wanted columns of a Parquet file, a few rows at a time; skips broken row groups."""
+  """Reads the wanted columns of a Parquet file, a few rows at a time. Skips broken row groups."""
   parquet = optional("pyarrow.parquet", "data", f"reading {file.source}")
   arrow = optional("pyarrow", "data", f"reading {file.source}")
   broken = (OSError, ValueError, TypeError, RuntimeError, LookupError, arrow.ArrowException)
@@ -125,7 +125,7 @@ def read_parquet(file: files.File, want: records.Want) -> Iterator[records.Item]
 
 
 def _batch_records(batch: Any, source: str, first: int) -> Iterator[records.Item]:
-  """The rows of an Arrow batch; `first` is the number of its first row in the file."""
+  """The rows of an Arrow batch. `first` is the number of its first row in the file."""
   try:
     rows = batch.to_pylist()
   except ValueError:  # one bad value, such as invalid UTF-8: convert row by row to find it

@@ -56,8 +56,8 @@ class Tokenizer(abc.ABC):
     kind: 'bytes', 'sentencepiece', 'huggingface' or 'tiktoken'.
     vocab_size: Ids are in [0, vocab_size), including tokens added to the base vocabulary.
     bos_id: Id before each document.
-    eos_id: Id after each document; may equal bos_id.
-    pad_id: The vocabulary's padding id, or None. Batches are padded with 0 regardless; padding
+    eos_id: Id after each document. It may equal bos_id.
+    pad_id: The vocabulary's padding id, or None. Batches are padded with 0 regardless. Padding
       has no weight.
     mask_id: Id of the mask token, or None.
     special_ids: {name: id} of the special tokens, which plain text is never encoded to.
@@ -129,10 +129,10 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def files(self) -> dict[str, bytes]:
-    """{name: content} of the files that define the tokenizer; `load` restores it from them."""
+    """{name: content} of the files that define the tokenizer. `load` restores it from them."""
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes the tokenizer into a local or remote folder for `load`; creates the folder."""
+    """Writes the tokenizer into a local or remote folder for `load`, and creates the folder."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in self.files().items():
@@ -221,7 +221,7 @@ def files_digest(files: Mapping[str, bytes]) -> str:
 
 
 def chat_template(files: Mapping[str, bytes]) -> str | None:
-  """The Jinja chat template among a tokenizer's files; the default one if there are several."""
+  """The Jinja chat template among a tokenizer's files, the default one if there are several."""
   if "chat_template.jinja" in files:
     return files["chat_template.jinja"].decode()
   template = read_json(files, CONFIG).get("chat_template")

@@ -48,7 +48,7 @@ class Format(NamedTuple):
 
 
 def _turns(before: str, after: str, gap: str = "", **renamed: str | None) -> dict[str, Turn]:
-  """The same turn for each role, with the format's name of the role; None leaves a role out."""
+  """The same turn for each role, with the format's name of the role. None leaves a role out."""
   names: dict[str, str | None] = {role: role for role in ("system", "user", "assistant")}
   names |= renamed
   return {
@@ -97,7 +97,7 @@ class Template:
 
   Attributes:
     name: 'tokenizer' or a key of `FORMATS`.
-    stop: Name of the special token that ends an assistant's turn; None for a Jinja template.
+    stop: Name of the special token that ends an assistant's turn, or None for a Jinja template.
   """
 
   def __init__(self, name: str, tokenizer: Tokenizer):
@@ -118,12 +118,12 @@ class Template:
     """Writes a conversation as pieces, including all special tokens.
 
     Args:
-      messages: [{'role': str, 'content': str}, …]; a content may also be a list of {'type':
+      messages: [{'role': str, 'content': str}, …]. A content may also be a list of {'type':
         'text', 'text': str}. An assistant's message with a 'weight' of 0 is not trained on.
       generate: End with the text that precedes an assistant's answer.
 
     Returns:
-      The pieces; neighbours that could be one piece are joined.
+      The pieces. Neighbours that could be one piece are joined.
 
     Raises:
       UserError: A message has another form, or a role that the template doesn't have.

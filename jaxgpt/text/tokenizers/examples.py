@@ -16,11 +16,11 @@ class Encoded(NamedTuple):
   """One stored document.
 
   Attributes:
-    ids: int32 [S]; all stored tokens, including bos and eos.
-    trained: int32 [R, 2]; ranges (start, end) of the stored tokens that are trained on. None means
+    ids: int32 [S], all stored tokens, including bos and eos.
+    trained: int32 [R, 2], ranges (start, end) of the stored tokens that are trained on. None means
       all but the first.
-    label: A class index, or a float for a regression; None without label.
-    second: Stored token at which the second text of a pair starts; None if there is one text.
+    label: A class index, a float for a regression, or None without label.
+    second: Stored token at which the second text of a pair starts, or None if there is one text.
   """
 
   ids: np.ndarray
@@ -51,10 +51,10 @@ def encode_batch(
 
   text            all of it is trained on
   classification  the text, or a pair as [bos, text…, eos, text_pair…, eos]
-  seq2seq         input, a newline and the target; only the target is trained on
-  chat            the messages in the template's form with its special tokens; the assistant's
+  seq2seq         input, a newline and the target. Only the target is trained on
+  chat            the messages in the template's form with its special tokens. The assistant's
                   turns are trained on
-  preference      two stored documents, prompt + chosen and prompt + rejected; the answers are
+  preference      two stored documents, prompt + chosen and prompt + rejected. The answers are
                   trained on. If one of the fields is a list of messages, both are `conversations`
                   in the template's form, and the last message is trained on
 
@@ -64,7 +64,7 @@ def encode_batch(
     tokenizer: The tokenizer.
     template: For chat and preference: a function (messages) -> pieces, such as
       `chat_template.Template`.
-    label_names: For classification: names of the classes in order; () if labels are numbers.
+    label_names: For classification: names of the classes in order, or () if labels are numbers.
 
   Returns:
     For each document its encoded documents, or the UserError with which the template refused it.
@@ -92,7 +92,7 @@ def encode_batch(
 
 
 def label_names(labels: Iterable[str | int | float]) -> tuple[str, ...]:
-  """The sorted names of the classes; () if a label is a float (a regression).
+  """The sorted names of the classes, or () if a label is a float (a regression).
 
   Args:
     labels: The labels of all documents.
@@ -138,7 +138,7 @@ def is_chat(document: Document, kind: str) -> bool:
 
 
 def conversations(fields: Mapping[str, Any]) -> list[list[Message]]:
-  """The messages of the two answers of a preference; only the last of each is trained on.
+  """The messages of the two answers of a preference. Only the last of each is trained on.
 
   Each of prompt, chosen and rejected is a text or a list of messages. An answer that does not begin
   with an assistant's message contains the prompt.
@@ -168,7 +168,7 @@ def _join(
   document: Document,
   names: Sequence[str],
 ) -> Encoded:
-  """Encodes pieces; `tokens` yields the tokens of each that is not special."""
+  """Encodes pieces. `tokens` yields the tokens of each that is not special."""
   bos, eos = ([np.array([i], np.int32)] for i in (tokenizer.bos_id, tokenizer.eos_id))
   framed = not is_chat(document, kind)  # a template writes its own bos and eos
   arrays, trained, second, at = (

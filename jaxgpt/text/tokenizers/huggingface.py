@@ -29,7 +29,7 @@ class HuggingFaceTokenizer(base.Tokenizer):
   tokenizer_config.json and special_tokens_map.json name the roles of tokens. `cls` and `sep` stand
   in for bos and eos (BERT), and eos for a missing bos (Qwen, T5). Without these files, the
   post-processor or the usual names determine the roles. Decoding is exact for byte-level
-  vocabularies; others may fold case and white space (BERT).
+  vocabularies. Others may fold case and white space (BERT).
   """
 
   kind = "huggingface"

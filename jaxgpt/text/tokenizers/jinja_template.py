@@ -77,7 +77,7 @@ def pieces(
   Args:
     tokenizer: A tokenizer with a chat_template.
     ends: {'{bos}': name, '{eos}': name} of its special tokens.
-    messages: See `chat_template.Template`; contents must be strings.
+    messages: See `chat_template.Template`. Contents must be strings.
     generate: See `chat_template.Template`.
 
   Raises:

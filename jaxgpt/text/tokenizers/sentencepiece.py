@@ -123,7 +123,7 @@ class SentencePieceTokenizer(base.Tokenizer):
     self.unk_id = p.unk_id()
 
   def _is_cut_at_spaces(self) -> bool:
-    """Whether the tokens of a text are certainly those of its words; see `word_cache`.
+    """Whether the tokens of a text are certainly those of its words. See `word_cache`.
 
     Integer scores identify BPE, which merges by rank. A unigram model adds up scores over the whole
     text, so rounding could break a tie differently.
@@ -217,7 +217,7 @@ def train_sentencepiece(
 
   Raises:
     UserError: There is no text, or vocab_size is too small for its characters or larger than its
-      repetitions support (not for 'char'); the message gives the limit.
+      repetitions support (not for 'char'). The message gives the limit.
   """
   check_training(model_type, symbols)
   sentences = _sentences(texts, sample_bytes)

@@ -39,7 +39,7 @@ def from_spec(
 
   Args:
     spec: 'bytes', 'sentencepiece:SIZE', 'sentencepiece:SIZE:MODEL_TYPE', or an argument of `load`.
-    sample: Returns texts to train on; called only for training.
+    sample: Returns texts to train on. It is called only for training.
     sample_bytes: See `train_sentencepiece`.
     symbols: See `train_sentencepiece`.
 
@@ -81,9 +81,9 @@ def load(folder: epath.PathLike) -> Tokenizer:
   """Loads a tokenizer that `Tokenizer.save` wrote, or that other tools' files define.
 
   Args:
-    folder: Local or remote: a folder of `save`; a prepared data folder; a folder with a
+    folder: A folder of `save` or a prepared data folder, local or remote. Also a folder with a
       tokenizer.json (Hugging Face), a tokenizer.model (SentencePiece), or a .tiktoken file next to
-      a tiktoken.json; or the .json, .model or .tiktoken file itself.
+      a tiktoken.json, or the .json, .model or .tiktoken file itself.
 
   Raises:
     UserError: There is no tokenizer, its content does not match its digest, or the library that

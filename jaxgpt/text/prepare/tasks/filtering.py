@@ -195,5 +195,5 @@ class Corpus:
   contaminated: list[pathlib.Path] | None
 
   def removed(self, rank: int) -> dict[int, tuple[str, Any]]:
-    """The documents of a store that go; see `removed`."""
+    """The documents of a store that go. See `removed`."""
     return removed(self.clusters, self.contaminated, rank)

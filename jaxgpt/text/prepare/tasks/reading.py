@@ -73,7 +73,7 @@ def read_and_clean(
   Args:
     inputs: Folder of `list_inputs`.
     options: The options of the preparation.
-    cut_chars: Characters after which documents are cut; 0: never.
+    cut_chars: Characters after which documents are cut. 0: never.
     rank, folder, progress: As in `jobs.RunTask`.
   """
   dropped = SizedDropped(options.examples)
@@ -117,7 +117,7 @@ class SizedDropped(documents_lib.Dropped):
     self.at_hand = 0
 
   def add(self, rule: str, where: str, why: str, count: int = 1) -> None:
-    """Counts dropped documents; see `documents.Dropped.add`."""
+    """Counts dropped documents. See `documents.Dropped.add`."""
     super().add(rule, where, why, count)
     self.bytes[rule] = self.bytes.get(rule, 0) + self.at_hand
 
@@ -130,7 +130,7 @@ class SizedDropped(documents_lib.Dropped):
 
 
 def cut_chars(files: Sequence[File], options: Options, report: Report) -> int:
-  """The length in characters at which documents are cut; 0: never.
+  """The length in characters at which documents are cut, or 0 for never.
 
   It is the one given, or, if the corpus has too few documents to fill the splits, one that cuts
   them into enough pieces.

@@ -153,7 +153,7 @@ def tokenize(
 
 
 def _kept(corpus: Corpus, rank: int, options: Options, dropped: SizedDropped) -> Iterator[_Kept]:
-  """The documents that stay; counts the others in `dropped`."""
+  """The documents that stay. The others are counted in `dropped`."""
   documents, goes = document_store.Store(corpus.stores[rank]), corpus.removed(rank)
   splits = document_store.splits_of(documents.index, options.validation, options.test)
   sizes = documents.index["bytes"]
