@@ -51,7 +51,7 @@ def count(tree: PyTree) -> int:
 
 
 def merge(a: PyTree, b: PyTree | None) -> PyTree:
-  """The union of two nested dicts without common leaves; `b` may be empty or None."""
+  """The union of two nested dicts without common leaves. `b` may be empty or None."""
   if not b:
     return a
   both = {k: merge(a[k], b[k]) for k in a.keys() & b.keys()}
@@ -61,7 +61,7 @@ def merge(a: PyTree, b: PyTree | None) -> PyTree:
 def split(
   tree: PyTree, chosen: Collection[str], is_leaf: IsLeaf | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Splits a nested dict by path; `merge` undoes it.
+  """Splits a nested dict by path. `merge` undoes it.
 
   Args:
     tree: A nested dict.

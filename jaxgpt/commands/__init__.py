@@ -21,7 +21,7 @@ class Command:
     name: The word after `jaxgpt`, or two words such as 'data show'.
     summary: One phrase in lower case for `--help`.
     options: A dataclass whose fields are declared with `jaxgpt.config.options.option`.
-    run: Runs the command with an instance of `options`. Returns the exit code; None is 0.
+    run: Runs the command with an instance of `options`. Returns the exit code. None is 0.
   """
 
   name: str

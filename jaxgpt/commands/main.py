@@ -73,7 +73,7 @@ def _parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dic
 def make_parser(commands: dict[str, Command], words: Sequence[str]) -> argparse.ArgumentParser:
   """The parser of all commands, with the options of those that occur among the words.
 
-  Options that are not given are absent from the parsed namespace; the dataclass has their defaults.
+  Options that are not given are absent from the parsed namespace. The dataclass has their defaults.
   """
   parser = argparse.ArgumentParser(
     prog="jaxgpt",

@@ -1,7 +1,7 @@
 """Logical axis rules: which mesh axes shard each logical axis of parameters and activations.
 
 A rule gives a logical axis the mesh axes that shard it. The config's `mesh.rules` holds those that
-a user may change; `FIXED` holds those that code relies on. An array whose dimensions have the
+a user may change, and `FIXED` holds those that code relies on. An array whose dimensions have the
 logical axes ('embed', 'mlp') under the rules embed='fsdp', mlp='tensor' is sharded over fsdp by
 its rows and over tensor by its columns:
 

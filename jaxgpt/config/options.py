@@ -44,14 +44,14 @@ class Option:
     choices: The allowed values.
     least, above, most, below: The range of a number: value >= least, > above, <= most, < below.
     positional: The value is given without a flag.
-    parse: Reads one value from text and raises ValueError with a reason; default: the field's type.
+    parse: Reads one value from text and raises ValueError with a reason. Default: the field's type.
     unset: The behavior without the option, in words, if the default does not say it.
     group: Heading in `--help`.
-    modes: Modes of the command that use this option; see `refuse_unused`. Default: all.
+    modes: Modes of the command that use this option. See `refuse_unused`. Default: all.
     selects: {value: mode of the command that it selects}.
     overrides: The field collects the config overrides (`--config.KEY=VALUE`).
     name: Name of the field.
-    value_type: bool, int, float or str; of a repeated option, the type of one value.
+    value_type: bool, int, float or str. For a repeated option, the type of one value.
     repeated: The field is a tuple: the option may be repeated, or has several values if positional.
     required: The field has no default.
     default: The default, if any.
@@ -129,7 +129,7 @@ class Option:
     return value
 
   def range_text(self) -> str:
-    """The range in short, such as '≥ 1', '> 0 and < 1', or ''; without the limit of 32 bits."""
+    """The range in short, such as '≥ 1', '> 0 and < 1', or ''. Leaves out the limit of 32 bits."""
     bounds = (("≥", self.least), (">", self.above), ("≤", self.most), ("<", self.below))
     return " and ".join(f"{sign} {_number(x)}" for sign, x in bounds if x not in (None, _2_31))
 
@@ -142,7 +142,7 @@ def option(default: Any = dataclasses.MISSING, **declaration: Any) -> Any:
   """A dataclass field that declares an option.
 
   Args:
-    default: The default; without one the option is required.
+    default: The default. Without one the option is required.
     **declaration: Fields of `Option`, from `help` to `overrides`.
   """
   return dataclasses.field(default=default, metadata={_KEY: Option(**declaration)})
@@ -154,7 +154,7 @@ def integer(default: Any = dataclasses.MISSING, *, least: int = 0, **declaration
 
 
 def overrides() -> Any:
-  """The field of a command that takes config overrides; it holds them as the user typed them."""
+  """The field of a command that takes config overrides. It holds them as the user typed them."""
   return option((), help="config overrides", overrides=True)
 
 

@@ -22,7 +22,7 @@ class Registry(Mapping[str, T], Generic[T]):
     """Makes an empty registry.
 
     Args:
-      setting: The config key or option whose values are the names; errors start with it.
+      setting: The config key or option whose values are the names. Errors start with it.
     """
     self.setting = setting
     self._entries: dict[str, T] = {}

@@ -43,7 +43,7 @@ def find(registry: Registry[T], kind: type[T], name: str, folder: epath.PathLike
 
   Raises:
     UserError: There is no such entry, file or object, it is not a `kind`, or executing the file
-      fails; the message then names the file and the line.
+      fails. The message then names the file and the line.
   """
   if not is_user_defined(name):
     return registry.find(name)

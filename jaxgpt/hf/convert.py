@@ -1,4 +1,4 @@
-"""Conversion of config.json to the `model` section and back; the tensors that a model publishes."""
+"""Converts config.json to the `model` section and back. Gives the tensors that a model publishes."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -126,7 +126,7 @@ class Layout:
 
 
 def _split_bounds(group: _Axes, bounds: Bounds, sizes: dict[str, int]) -> dict[str, Bounds]:
-  """Returns the bounds of each letter of one of our axes; a flattened axis is read as a whole."""
+  """Returns the bounds of each letter of one of our axes. A flattened axis is read as a whole."""
   if len(group) == 1:
     return {group[0]: bounds}
   if bounds != (0, math.prod(sizes[x] for x in group)):

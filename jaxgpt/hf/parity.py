@@ -89,7 +89,7 @@ def encode(tokenizer: base.Tokenizer, length: int) -> list[list[int]]:
 
 
 def _same_tokens(folder: epath.Path, tokenizer: base.Tokenizer) -> bool | None:
-  """Returns whether AutoTokenizer gives our token ids; None if the export has no tokenizer."""
+  """Returns whether AutoTokenizer gives our token ids, or None if the export has no tokenizer."""
   import transformers
 
   if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):

@@ -1,8 +1,8 @@
 """Entries of a family's tensor table: how published tensors correspond to our parameters.
 
-A `TensorTemplate` describes one tensor of every layer ({i}) and expert ({e}); `convert.publish`
+A `TensorTemplate` describes one tensor of every layer ({i}) and expert ({e}). `convert.publish`
 fills it in for a model. Most tensors hold one parameter, in another axis order. Others hold
-several, one after the other along an axis (queries, keys and values in one matrix); each of these
+several, one after the other along an axis (queries, keys and values in one matrix). Each of these
 is a piece.
 
     one(name, path, layout)      one parameter

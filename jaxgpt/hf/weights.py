@@ -38,7 +38,7 @@ _Source = tuple[Piece, Published, safetensors.Tensor]
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _place(buffer: jax.Array, block: jax.Array, start: jax.Array, plus: float) -> jax.Array:
-  """Writes a block into a device's shard; in place, since the buffer is donated."""
+  """Writes a block into a device's shard, in place because the buffer is donated."""
   block = block.astype(buffer.dtype)
   block = block + plus if plus else block
   block = block.reshape((1,) * (buffer.ndim - block.ndim) + block.shape)
@@ -160,7 +160,7 @@ def _order(size: int, interleaved: int) -> np.ndarray:
 
 
 def rounded(params: PyTree, dtype: str) -> PyTree:
-  """Rounds parameters as an export in `dtype` does; they keep their dtypes."""
+  """Rounds parameters as an export in `dtype` does. They keep their dtypes."""
   return jax.tree.map(lambda x: x.astype(DTYPES[dtype]).astype(x.dtype), params)
 
 

@@ -33,7 +33,7 @@ class Run(NamedTuple):
     params: All weights, on the mesh.
     step: Step of the checkpoint.
     tokenizer: The run's tokenizer.
-    data_digest: Digest of the data that it was trained on; '' for an imported model.
+    data_digest: Digest of the data that it was trained on, or '' for an imported model.
   """
 
   c: ml_collections.ConfigDict

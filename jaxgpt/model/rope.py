@@ -26,11 +26,11 @@ def angles(
 
   Args:
     positions_BT: Integer positions.
-    rotated: R, the number of entries of a head that are rotated; even.
+    rotated: R, the number of rotated entries of a head. It is even.
     c_rope: The config's `model.rope` section.
     theta: Base of the frequencies.
     scaling: A key of `SCALINGS`.
-    context: Longest context of this call in tokens; 'ntk' and 'longrope' depend on it.
+    context: Longest context of this call in tokens. 'ntk' and 'longrope' depend on it.
 
   Returns:
     (sin, cos), each [B, T, 1, R/2] in float32, multiplied by the attention factor of the scaling.

@@ -32,7 +32,7 @@ class Output(NamedTuple):
   """The results of a model call.
 
   Attributes:
-    logits: float32 [B, T, V]; [B, V] with `logits_at_B` and for heads that pool.
+    logits: float32 [B, T, V], or [B, V] with `logits_at_B` and for heads that pool.
     hidden: Hidden states [B, T, D] after the final norm.
     cache: The KV cache with this call's tokens, or None.
     router: Router statistics summed over the layers, see `moe.MoE`, None without experts.

@@ -64,7 +64,7 @@ class Chip:
     device_kinds: Names that JAX gives such a device (`device_kind`). A GPU's is a prefix: its
       memory and form factor follow, as in 'NVIDIA H100 80GB HBM3'. A TPU's is the whole name, since
       'TPU v4 lite' is another chip than 'TPU v4'.
-    peak_flops: bf16 FLOP/s on the vendor's data sheet; the MFU of a run is relative to it.
+    peak_flops: bf16 FLOP/s on the vendor's data sheet. The MFU of a run is relative to it.
     clock: Cycles per second, to convert the compiler's cycle counts into seconds.
     flops_per_cycle: bf16 FLOPs of the matrix units per cycle.
     hbm: Bytes of memory.
@@ -73,15 +73,15 @@ class Chip:
     ici_bandwidth: TPU: bytes/s to the neighbours, summed over links and both directions. GPU:
       bytes/s sent over NVLink.
     dcn_bandwidth: Bytes/s to other slices or hosts, over the data center network.
-    torus: Dimensions of the interconnect, 2 or 3; 0 for GPUs.
+    torus: Dimensions of the interconnect, 2 or 3, or 0 for GPUs.
     cores: Cores per chip, as counted in topology names such as 'v5p-128'.
     devices: Devices per chip.
-    matmul_rate: Fraction of the peak that matmuls reach in compiled models; for
+    matmul_rate: Fraction of the peak that matmuls reach in compiled models, for
       `plan.time_estimate`.
     overlaps_gathers: Whether the compiler overlaps weight all-gathers with compute.
-    xla_options: XLA options of the train step; `mesh.compiler_options` override them.
+    xla_options: XLA options of the train step. `mesh.compiler_options` override them.
     attention_block: Tokens per block of queries and of keys in the attention kernel.
-    libtpu: Name in libtpu's topologies; '' if another compiler builds the program.
+    libtpu: Name in libtpu's topologies, or '' if another compiler builds the program.
     libtpu_options: Further arguments of libtpu's topology description.
     gpu: Target description for XLA's GPU compiler, or None for a TPU.
   """
@@ -109,7 +109,7 @@ class Chip:
 
   @property
   def clocked_flops(self) -> float:
-    """bf16 FLOP/s at `clock`; within 1% of `peak_flops`. Plans count cycles and use this one."""
+    """bf16 FLOP/s at `clock`, within 1% of `peak_flops`. Plans count cycles and use this one."""
     return self.clock * self.flops_per_cycle
 
 
@@ -121,7 +121,7 @@ def of_device(device_kind: str) -> Chip | None:
 
   Args:
     device_kind: From `jax.Device.device_kind`, such as 'TPU v5 lite' or 'NVIDIA H100 80GB HBM3'.
-      The longest match wins; see `Chip.device_kinds`.
+      The longest match wins. See `Chip.device_kinds`.
   """
   matches = [
     (len(name), chip)
@@ -289,7 +289,7 @@ def register_gpu(
     gpu: Target description, with memory and cores.
     device_kinds: See `Chip`.
     peak_flops: Dense bf16 FLOP/s on the data sheet.
-    clock: Clock rate in Hz behind that rate; `gpu.clock` is the boost clock.
+    clock: Clock rate in Hz behind that rate. `gpu.clock` is the boost clock.
     flops_per_core: Dense bf16 FLOPs per cycle and multiprocessor.
     nvlink: Bytes/s sent over NVLink (one direction).
     network: Bytes/s sent to other hosts.

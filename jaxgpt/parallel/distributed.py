@@ -3,7 +3,7 @@
     joined(settings)
       ├─ connect     jax.distributed.initialize: process 0 is the coordinator
       ├─ peer watch  a TCP connection to process 0, which notices that a peer failed or died
-      ├─ the run     every process executes the same program; collectives exchange arrays
+      ├─ the run     every process executes the same program. Collectives exchange arrays
       └─ end         all leave together, with the same exit code
 
 The coordinator also has a key-value store. The agreements below (`share`, `gather`, `barrier`)
@@ -111,7 +111,7 @@ def _connect(settings: cluster.Settings, seconds: float) -> None:
 
 
 def _give_up(settings: cluster.Settings, seconds: float, connected: threading.Event) -> None:
-  """Exits with a diagnosis unless this process is connected in time; runs in its own thread."""
+  """Exits with a diagnosis unless this process is connected in time. Runs in its own thread."""
   if connected.wait(seconds):
     return
   address = settings.coordinator or global_state.coordinator_address or "of the cluster"
@@ -221,7 +221,7 @@ def share(value: Any) -> Any:
   """Broadcasts a JSON value from process 0. All processes must call it.
 
   Args:
-    value: The value in process 0; other processes may pass anything.
+    value: The value in process 0. Other processes may pass anything.
 
   Returns:
     Process 0's value.

@@ -3,12 +3,12 @@
 The config gives the size of each axis, with -1 for the devices that are left:
 
     mesh axis   shards
-    data        the rows of a batch; parameters are replicated
+    data        the rows of a batch. Parameters are replicated
     fsdp        the rows of a batch, and the parameters
     seq         the tokens of each row
     tensor      heads, MLP columns, the vocabulary
     expert      the experts, and the rows of a batch
-    stage       the layers; outside of them the rows of a batch
+    stage       the layers. Outside of them the rows of a batch
 
 On a TPU slice a mesh axis is a whole dimension of the torus if the sizes allow it, so that its
 collectives use all links of a ring. With several slices, one axis crosses the slow network between

@@ -59,7 +59,7 @@ def listen() -> socket.socket:
 
 
 class PeerWatch:
-  """One process's connection to process 0; in process 0, its connections to all others."""
+  """One process's connection to process 0. In process 0, its connections to all others."""
 
   def __init__(
     self,
@@ -201,7 +201,7 @@ class PeerWatch:
     return process
 
   def _pass_on(self, notice: Notice, leave: bool = False) -> Notice | None:
-    """Records the first notice, and in process 0 forwards it; later ones have no effect."""
+    """Records the first notice, and in process 0 forwards it. Later ones have no effect."""
     with self._lock:
       first = self._notice is None
       if first:

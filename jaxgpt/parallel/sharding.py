@@ -41,11 +41,11 @@ class Rules:
   table: tuple[tuple[str, tuple[str, ...]], ...]
 
   def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
-    """The mesh axes that shard a dimension of a logical axis; () for None."""
+    """The mesh axes that shard a dimension of a logical axis, or () for None."""
     return dict(self.table)[axis] if axis else ()
 
   def num_shards(self, mesh: AnyMesh, axis: str | None) -> int:
-    """Number of shards of a dimension of a logical axis; 1 for None."""
+    """Number of shards of a dimension of a logical axis, or 1 for None."""
     return math.prod(mesh.shape[name] for name in self.mesh_axes(axis))
 
   def spec(self, axes: Iterable[str | None]) -> P:

@@ -52,7 +52,7 @@ class Cost:
     cycles: {'matmul': cycles, 'other': cycles}, as estimated by the compiler.
     flops: FLOPs of the matmuls in the program, recomputation included.
     kernels: {name: [calls, FLOPs]} of custom kernels. For attention kernels the FLOPs of all
-      query-key pairs, masked or not; for others 0.
+      query-key pairs, masked or not. For others 0.
     collectives: {(opcode, dtype, phase): [calls, bytes]}. The phase is 'exposed', 'overlapped', or
       'between' for those that go to other slices over the data center network.
     unhidden_bytes: Bytes of overlapped collectives beyond those that the compute of the same
@@ -212,7 +212,7 @@ class _Walk:
     return _total(self._fused(name) for name in made.calls)
 
   def _kernel(self, computation: str, made: hlo.Instruction) -> tuple[str, float]:
-    """(name, FLOPs) of a kernel. Attention is recognized by its name; its shapes give the FLOPs."""
+    """(name, FLOPs) of a kernel. Attention is recognized by its name. Its shapes give the FLOPs."""
     name = re.sub(r"\.\d+$", "", made.name)
     matmuls = next((n for kernel, n in _ATTENTION_MATMULS if kernel in name), 0)
     types = {i.name: i.arrays for i in self._program.computations[computation]}

@@ -62,7 +62,7 @@ class Instruction(NamedTuple):
 
   Attributes:
     name: Name without the percent sign.
-    arrays: Types of its result; several for a tuple.
+    arrays: Types of its result, several for a tuple.
     opcode: Such as 'fusion'.
     operands: Names of its operands. For a constant or parameter, the text in parentheses.
     attributes: The text after the operands.
@@ -290,7 +290,7 @@ def _constant(program: Program, computation: str, name: str) -> int | None:
 
 
 def _step(program: Program, body: str, element: int) -> int:
-  """The increment of an element of the loop's state per iteration; 1 if it is not found."""
+  """The increment of an element of the loop's state per iteration, or 1 if it is not found."""
   root = next(i for i in program.computations[body] if i.is_root)
   made = program.find(body, root.operands[element]) if root.opcode == "tuple" else None
   if made is None or made.opcode != "add":

@@ -80,7 +80,7 @@ class OutOfMemory(Exception):
   """The program needs more memory than a device has.
 
   Attributes:
-    needed: Bytes that it needs; 0 if the compiler does not report them.
+    needed: Bytes that it needs, or 0 if the compiler does not report them.
     limit: Bytes of a device.
   """
 

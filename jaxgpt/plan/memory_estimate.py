@@ -23,7 +23,7 @@ class Buffer(NamedTuple):
   Attributes:
     name: Its place in the model.
     kind: When it lives: 'saved', 'layers', 'logits', 'head', 'layer', 'gradients', 'parameters' or
-      'optimizer'; see `peak`.
+      'optimizer'. See `peak`.
     shape: Its shape on one device, as text.
     bytes: Its size.
     keys: Config keys that make it smaller, as text.

@@ -69,7 +69,7 @@ class Result(NamedTuple):
 
   @property
   def gib(self) -> str:
-    """Memory per device in GiB, as text; '-' if it is not known."""
+    """Memory per device in GiB, as text, or '-' if it is not known."""
     if self.figures:
       return f"{self.figures['memory']['total'] / GIB:.2f}"
     return f"{needed / GIB:.2f}" if (needed := getattr(self.error, "needed", 0)) else "-"

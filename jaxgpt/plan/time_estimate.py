@@ -144,7 +144,7 @@ def visible_share(c: ml_collections.ConfigDict, block: int, seq: int = 1) -> flo
   Args:
     c: A resolved config.
     block: Block size of the kernel in tokens, `Chip.attention_block`.
-    seq: Devices that share a row and exchange keys in a ring; see `model.attention.ring`.
+    seq: Devices that share a row and exchange keys in a ring. See `model.attention.ring`.
   """
   T = c.data.seq_len / seq
   # A device computes its own pairs with a causal mask, and for each other device half as many

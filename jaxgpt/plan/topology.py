@@ -41,7 +41,7 @@ _SMALL_SHAPES_3D = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32:
 
 
 class Topology(NamedTuple):
-  """One TPU slice or several equal ones; for GPUs, one host or several.
+  """One TPU slice or several equal ones. For GPUs, one host or several.
 
   Attributes:
     name: The name as the user wrote it.
@@ -70,7 +70,7 @@ class Topology(NamedTuple):
     """For each of three dimensions, whether wrap-around links make it a ring.
 
     Google Cloud wires them this way: a three-dimensional slice is a torus if all of its sides are
-    multiples of 4; in two dimensions a side is a ring if it spans a whole pod. libtpu has to be
+    multiples of 4. In two dimensions a side is a ring if it spans a whole pod. libtpu has to be
     told. Where it sees no ring it implements an all-gather as an all-reduce over zeros.
     """
     if self.chip is not None and self.chip.torus == 3:
@@ -79,7 +79,7 @@ class Topology(NamedTuple):
 
 
 def parse(name: str) -> Topology:
-  """Parses the name of a topology. Loads no compiler; 'here' starts JAX's backend.
+  """Parses the name of a topology. Loads no compiler, but 'here' starts JAX's backend.
 
   Raises:
     UserError: Not a topology name, unknown chip, or a slice size that is not sold.

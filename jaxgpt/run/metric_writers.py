@@ -48,7 +48,7 @@ class MetricWriter:
     raise NotImplementedError
 
   def newest(self, step: int, kind: str) -> dict[str, Any] | None:
-    """The metrics stored for a step, if the writer can read them back; None otherwise."""
+    """The metrics stored for a step, if the writer can read them back, else None."""
     return None
 
   def flush(self) -> None:

@@ -17,7 +17,7 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
     content: Text (UTF-8) or bytes.
 
   Raises:
-    OSError: The file cannot be written; the old one is unchanged.
+    OSError: The file cannot be written. The old one is unchanged.
   """
   path = epath.Path(path)
   data = content.encode() if isinstance(content, str) else content

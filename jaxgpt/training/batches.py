@@ -26,7 +26,7 @@ def load_tokenizer_and_config(
   """Loads the data's tokenizer and resolves the config with its vocabulary size.
 
   Args:
-    c: A config from `config.load`; unchanged.
+    c: A config from `config.load`. It stays unchanged.
 
   Returns:
     (tokenizer, resolved config).
@@ -58,7 +58,7 @@ def split_batches(
   Args:
     c: A resolved config.
     split: 'train', 'validation' or 'test'.
-    batch_size: Rows of a global batch; None for `data.batch_size`.
+    batch_size: Rows of a global batch, or None for `data.batch_size`.
 
   Raises:
     UserError: The data does not fit the objective or the model's labels.

@@ -75,9 +75,9 @@ def build(
       a trained model.
 
   Raises:
-    UserError: What `check` raises; or the mesh does not divide a batch, a parameter, the length,
-      the heads or the layers; or a pattern of parameters matches none; or the devices lack a kind
-      of memory.
+    UserError: `check` refuses the config. Also raised if the mesh does not divide a batch, a
+      parameter, the length, the heads or the layers, if a pattern of parameters matches none, or
+      if the devices lack a kind of memory.
   """
   check(c)
   if for_training:

@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
   Attributes:
     chunk: Tokens per device whose logits exist at once.
-    softcap: Logits become softcap * tanh(logits / softcap); None for no cap.
+    softcap: Logits become softcap * tanh(logits / softcap). None for no cap.
     z_loss: Weight of log(Z)^2.
     float32_gradient: Sum the weight's gradient over devices in float32 rather than in x's dtype.
     rules: Logical axis rules, which say how the mesh shards tokens and the weight.
@@ -149,7 +149,7 @@ def _local(
   with_gradients: bool,
   axes: _Axes,
 ) -> tuple[Sums, Any]:
-  """The scan over one device's chunks; see `_on_mesh`."""
+  """The scan over one device's chunks. See `_on_mesh`."""
   dtype = x_BTD.dtype
   w = w_DV.astype(dtype)
   if axes.embed:
@@ -235,7 +235,7 @@ def _sums_and_gradient(
 
 
 def _reduce_weight_gradient(dw_DV: jax.Array, axes: _Axes) -> jax.Array:
-  """Sums the weight's gradient over the devices of the tokens; each keeps its own rows of D."""
+  """Sums the weight's gradient over the devices of the tokens. Each keeps its own rows of D."""
   if axes.embed and set(axes.embed) <= set(axes.tokens):
     dw_DV = jax.lax.psum_scatter(dw_DV, axes.embed, scatter_dimension=0, tiled=True)
     return losses.psum(dw_DV, tuple(name for name in axes.tokens if name not in axes.embed))

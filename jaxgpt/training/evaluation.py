@@ -150,7 +150,7 @@ def evaluate_on(
     c_data: The config's `data` section.
     step: From `make_step`.
     params: All weights.
-    limit: Batches; 0: all rows once.
+    limit: Number of batches. 0: all rows once.
     goes_on: Called before each batch. The evaluation ends early if it returns False.
 
   Returns:

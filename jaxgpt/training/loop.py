@@ -144,7 +144,7 @@ def _first_state(
   tokenizer: Tokenizer,
   weight_sources: Sequence[init_from.WeightSource],
 ) -> tuple[train_step.State, metrics_lib.Means]:
-  """The state of the newest checkpoint, or the one before step 0; and the means of the log window.
+  """The state of the newest checkpoint, or the one before step 0, and the means of the log window.
 
   A checkpoint holds the means because a run may stop inside a log window: the resumed run then logs
   the same numbers as one that never stopped. Frozen parameters are saved once, apart.
@@ -221,7 +221,7 @@ class _Run:
     return self._signal(self._agreement.soon(self._stop.received or 0))
 
   def _stop_now(self) -> signal.Signals | None:
-    """As `_stop_soon`, but up to date; waits for all processes."""
+    """As `_stop_soon`, but up to date. Waits for all processes."""
     return self._signal(self._agreement.now(self._stop.received or 0))
 
   def _signal(self, number: int) -> signal.Signals | None:
@@ -306,12 +306,12 @@ class _Run:
       self._writers.write(step, "train", self._means.take() | self._timer.take() | epochs)
 
   def _evaluate(self, limit: int) -> evaluation.Result | None:
-    """The validation metrics of this step; None if a signal ended the evaluation.
+    """The validation metrics of this step, or None if a signal ended the evaluation.
 
     A step that metrics were written for is not evaluated again.
 
     Args:
-      limit: Batches; 0: the whole split.
+      limit: Number of batches. 0: the whole split.
     """
     self._read_metrics()
     result = distributed.share(self._writers.newest(self._step, "validation"))
@@ -343,7 +343,7 @@ class _Run:
       self._checkpoints.save(self._state, {"means": self._means.state()} | self._data_state())
 
   def _data_state(self) -> dict[str, object]:
-    """The batch source's entry in a checkpoint; empty if the batch is a function of the step."""
+    """The batch source's entry in a checkpoint, empty if the batch is a function of the step."""
     if self._data.state_key is None:
       return {}
     number, _ = sharding.host_slice(self._mesh)

@@ -6,10 +6,10 @@ With z = sum over v of exp(logits_v) and log Z = log(z):
   loss = nll + z_loss * (log Z)^2              z-loss keeps Z near 1 (PaLM, arXiv:2204.02311, 5)
   d nll / d logits = softmax(logits) - onehot(target)
 
-`cross_entropy` computes them for logits that exist at once; `chunked_loss` for a chunk of tokens at
-a time, where each device may hold only some columns of the logits.
+`cross_entropy` computes them for logits that exist at once. `chunked_loss` computes them for a chunk
+of tokens at a time, where each device may hold only some columns of the logits.
 
-B batch, T position, V vocabulary; X stands for the dimensions of the tokens.
+B batch, T position, V vocabulary. X stands for the dimensions of the tokens.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def softmax_terms(
   Args:
     logits_XV: Float32. Inside a `shard_map`, this device's columns.
     targets_X: Token ids, counted from the first of these columns.
-    vocab_axes: Mesh axes that the columns are sharded over; sums and maxima go over them.
+    vocab_axes: Mesh axes that the columns are sharded over. Sums and maxima go over them.
   """
   top = logits_XV.max(-1, keepdims=True)
   top = jax.lax.pmax(top, vocab_axes) if vocab_axes else top
@@ -71,7 +71,7 @@ def logits_gradient(
 def weighted_sums(
   nll_X: jax.Array, log_z_X: jax.Array, weights_X: jax.Array, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
-  """The weighted sums (loss, nll) over tokens; the first includes z-loss."""
+  """The weighted sums (loss, nll) over tokens. The first includes z-loss."""
   nll = loss = (nll_X * weights_X).sum()
   if z_loss:
     loss = nll + z_loss * (jnp.square(log_z_X) * weights_X).sum()
@@ -85,7 +85,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arr
   The backward pass reuses the softmax of the forward pass.
 
   Args:
-    logits_BTV: Float32 logits; any number of leading dimensions.
+    logits_BTV: Float32 logits with any number of leading dimensions.
     targets_BT: Token ids.
 
   Returns:
@@ -109,7 +109,7 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def psum(x: jax.Array, axes: MeshAxes) -> jax.Array:
-  """The sum over mesh axes inside a `shard_map`; x itself where there are none."""
+  """The sum over mesh axes inside a `shard_map`, or x itself where there are none."""
   return jax.lax.psum(x, axes) if axes else x
 
 

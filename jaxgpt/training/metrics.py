@@ -15,7 +15,7 @@ def flops_per_token(c_model: ml_collections.ConfigDict, seq_len: int) -> int:
   """FLOPs of training per token: the forward pass, and twice that for the backward pass.
 
   This follows PaLM (arXiv:2204.02311, appendix B). Only matmuls count, a multiply-add as 2.
-  Attention counts every query-key pair of a row, masked or not; a local layer counts its window. Of
+  Attention counts every query-key pair of a row, masked or not. A local layer counts its window. Of
   the experts, those that a token is routed to count. Recomputation does not count, so the ratio to
   the peak is MFU, not HFU.
 
@@ -54,7 +54,7 @@ def bits_per_byte(nll: float, num_bytes: float) -> float:
 
 
 def perplexity(nll: float) -> float:
-  """exp of a mean negative log likelihood in nats; inf if that overflows."""
+  """exp of a mean negative log likelihood in nats, or inf if that overflows."""
   return math.exp(nll) if nll < 700 else math.inf
 
 

@@ -129,7 +129,7 @@ def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) 
   """Cross entropy of `targets`, weighted by `loss_weights`, with an optional z-loss.
 
   loss = sum over tokens of loss_weights * (nll + z_loss * log(Z)^2), see `losses`. Targets that are
-  the tokens shifted by one make it next-token prediction; targets that masks hide make it masked
+  the tokens shifted by one make it next-token prediction. Targets that masks hide make it masked
   language modeling (BERT, arXiv:1810.04805). Layers of experts add their router losses.
 
   Returns:
@@ -180,7 +180,7 @@ OBJECTIVES.add(
 
 
 def _classification(model: Transformer, c_objective: ml_collections.ConfigDict) -> LossFn:
-  """Cross entropy of `labels` [B]; with one label the squared error of a regression.
+  """Cross entropy of `labels` [B], or with one label the squared error of a regression.
 
   Returns:
     A loss function. Its aux has 'nll', sums of the router and, if there are classes, 'correct'.
@@ -315,11 +315,11 @@ def router_terms(
 
   Args:
     model: A `Transformer`.
-    stats: `router` of its output; None without experts.
+    stats: `router` of its output, or None without experts.
     weight: The batch's weight sum.
 
   Returns:
-    (term to add to the loss sum, aux sums); (0.0, {}) without experts.
+    (term to add to the loss sum, aux sums), or (0.0, {}) without experts.
   """
   if stats is None:
     return 0.0, {}

@@ -37,7 +37,7 @@ class Moment:
   """An array that the optimizer keeps for each parameter.
 
   Attributes:
-    dtype_key: The key of the `optim` section that holds its dtype; None for float32.
+    dtype_key: The key of the `optim` section that holds its dtype, or None for float32.
     per_parameter: Numbers kept per number of the parameters, averaged over a model. Less than 1 for
       factored moments, or for moments that only some parameters have.
   """
@@ -59,7 +59,7 @@ class Optimizer:
     direction: Makes the transformation from gradients to directions of descent, from the config's
       `optim` section and the tree of logical axes of the trained parameters. It applies neither the
       learning rate nor weight decay, and does not flip the sign: `make` does.
-    moments: Arrays that it keeps; `jaxgpt plan` computes the optimizer's memory from them.
+    moments: Arrays that it keeps. `jaxgpt plan` computes the optimizer's memory from them.
     check: Raises a UserError if the `optim` section does not suit this optimizer.
     summary: A few words for docs/config.md.
   """
@@ -168,7 +168,7 @@ def trained(c_optim: ml_collections.ConfigDict, axes: PyTree) -> set[str]:
 def _rate_factors(
   c_optim: ml_collections.ConfigDict, axes: PyTree, depths: PyTree
 ) -> PyTree | None:
-  """Factors on the learning rate: a tree of numbers or arrays [layers, 1, …]; None if all are 1."""
+  """Factors on the learning rate: a tree of numbers or arrays [layers, 1, …]. None if all are 1."""
   named = tree.flatten(depths)
   last = max(np.max(depth) for depth in named.values())
 
@@ -185,7 +185,7 @@ def _rate_factors(
 
 
 def matrix_axes(axes: Axes) -> tuple[Dims, Dims] | None:
-  """Input and output dimensions of a layer's matrix; None for any other parameter.
+  """Input and output dimensions of a layer's matrix, or None for any other parameter.
 
   ('layers', 'embed', 'heads', 'head_dim') -> ((1,), (2, 3)): one matrix per layer maps the residual
   stream to all heads together.

@@ -4,7 +4,7 @@ Every schedule starts with a linear warmup, which `make` adds. An entry of `SCHE
 rest:
 
   1.0  |    /-------\__        Step 0 has the fraction 1 / warmup_steps, not 0, so that no step
-       |   /           \__     is wasted. Step warmup_steps has 1.0; from there on the entry's
+       |   /           \__     is wasted. Step warmup_steps has 1.0. From there on the entry's
        |  /               \_   function counts its steps from 0.
   0.0  +-/------------------
          warmup | entry
@@ -53,7 +53,7 @@ def make(c: ml_collections.ConfigDict) -> optax.Schedule:
   """The learning-rate schedule of a config, with warmup.
 
   Args:
-    c: A resolved config; `schedule` and `train.steps` are read.
+    c: A resolved config, of which `schedule` and `train.steps` are read.
 
   Returns:
     f(step) -> fraction of `optim.lr`, for traced and Python steps.

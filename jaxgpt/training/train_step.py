@@ -97,7 +97,7 @@ def first_state(
     tx: An optimizer from `optimizers.make`.
     seed: Seed of the initial weights.
     abstract: From `abstract_state`.
-    given: {path: array} of weights that replace the random ones; their buffers are donated.
+    given: {path: array} of weights that replace the random ones. Their buffers are donated.
   """
   trained = set(tree.flatten(abstract["params"]))
   init = lambda given: init_state(
@@ -150,7 +150,7 @@ def make(
     objective: A loss function, see `objectives`.
     tx: An optimizer from `optimizers.make`.
     schedule: Step -> fraction of the peak learning rate.
-    c: A resolved config; `seed` and `optim` are read.
+    c: A resolved config, of which `seed` and `optim` are read.
 
   Returns:
     train_step(state, batch) -> (state, metrics). The loss and the gradient are sums over the global
@@ -291,7 +291,7 @@ def compile(
     batch: The global batch as a tree of ShapeDtypeStructs.
     mesh: The device mesh.
     options: XLA options "name=value". They override those of the chip.
-    instead: Called with the lowered program; returns a compiled function to use instead of
+    instead: Called with the lowered program. Returns a compiled function to use instead of
       compiling, or None.
 
   Returns:

@@ -6,7 +6,7 @@ from jaxgpt.parallel import mesh
 
 
 def start(several: bool = False) -> None:
-  """Prepares JAX's backend; call it before the first use of a device.
+  """Prepares JAX's backend. Call it before the first use of a device.
 
   Args:
     several: Whether this process is about to join others.

@@ -30,10 +30,10 @@ def inspect(
 
   Args:
     folder: The run folder.
-    step: Number of the step; the first is 0. It may be in the future.
+    step: Number of the step. The first is 0. It may be in the future.
     row: Number of a row of the batch. None: all rows.
     data: The run's data folder. None: its folder at training.
-    chars: Characters of each text to show; 0: all.
+    chars: Characters of each text to show. 0: all.
 
   Returns:
     An iterator of lines.
@@ -112,7 +112,7 @@ class _Texts:
 
   Attributes:
     tokenizer: Decodes them.
-    chars: Characters of each text to show; 0: all.
+    chars: Characters of each text to show. 0: all.
   """
 
   tokenizer: tokenizer_lib.Tokenizer

@@ -21,7 +21,7 @@ from jaxgpt.training import compiled_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-  """Files that a plan writes in addition to what it prints; None leaves a file out.
+  """Files that a plan writes in addition to what it prints. None leaves a file out.
 
   Attributes:
     figures: The printed figures, as JSON.

@@ -60,7 +60,7 @@ def data(c: ml_collections.ConfigDict, known: Known) -> Iterator[Finding]:
 
 
 def _first_batch(c: ml_collections.ConfigDict, split: str, known: Known) -> Finding:
-  """Reads the first batch of a split; keeps that of the training split in `known`."""
+  """Reads the first batch of a split, and keeps that of the training split in `known`."""
   before = time.monotonic()
   batches, finding = tried(
     "data",

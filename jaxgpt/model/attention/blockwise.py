@@ -67,7 +67,7 @@ def backward(
 
 
 def merge(a: BlockOutput, b: BlockOutput) -> BlockOutput:
-  """Attention to two disjoint sets of keys, from the attention to each; float32."""
+  """Attention to two disjoint sets of keys, from the attention to each, in float32."""
   log_z = jnp.logaddexp(a.log_z, b.log_z)
   share = lambda x: x.out.astype(jnp.float32) * jnp.exp(x.log_z - log_z)[..., None]
   return BlockOutput(share(a) + share(b), log_z)
