@@ -237,7 +237,7 @@ def test_what_is_in_the_bucket_is_replaced_only_on_demand(bucket, web, tmp_path,
   assert shards.read_manifest(f"{bucket}/again")["digest"] != before
   (epath.Path(bucket) / "mine" / "x.txt").write_text("precious")
   code, _, err = run(capsys, *data[:2], f"--out={bucket}/mine", "--overwrite")
-  assert code == 2 and "no prepared data folder" in err
+  assert code == 2 and "not a prepared data folder" in err
   assert (epath.Path(bucket) / "mine" / "x.txt").read_text() == "precious"
 
 
@@ -255,7 +255,7 @@ def test_copying_goes_on_where_it_was_killed(bucket, tmp_path, capsys, monkeypat
   with monkeypatch.context() as patch:
     patch.setattr(buckets, "upload", killed)
     assert run(capsys, *data)[0] == 130
-  with pytest.raises(UserError, match="no prepared data folder"):
+  with pytest.raises(UserError, match="not a prepared data folder"):
     shards.read_manifest(f"{bucket}/killed")
   code, out, _ = run(capsys, *data)
   assert code == 0 and "tokenize" not in out

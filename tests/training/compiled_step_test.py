@@ -162,7 +162,7 @@ def test_a_program_for_gpus_is_not_saved_where_there_are_none(saved, tmp_path, c
     (["--topology=v5e-8", "--search", "--golden=x"], "--golden has no effect with --search"),
     (["--topology=v5e-8", "--shardings", "--top=3"], "--top has no effect with --shardings"),
     (["--topology=v5e-8", "--keep-batch"], "--keep-batch needs --search"),
-    (["--topology=h100x8", "--top=3"], "a GPU's has none"),
+    (["--topology=h100x8", "--top=3"], "for GPUs, leave it out"),
   ],
 )
 def test_flags_of_plan_that_would_do_nothing_are_refused(saved, capsys, flags, words):

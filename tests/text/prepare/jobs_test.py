@@ -199,6 +199,8 @@ def test_ctrl_c_is_one_line_whoever_hears_it(tmp_path, delay):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     start_new_session=True,
+    # The background jobs of a shell, and so these tests, may ignore SIGINT and pass that on.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   assert process.stdout.readline().startswith(b"inputs:")  # now workers are started
   time.sleep(delay)
