@@ -1,4 +1,4 @@
-"""Converts config.json to the `model` section and back. Gives the tensors that a model publishes."""
+"""Conversion of config.json to the `model` section and back, and the tensors a model publishes."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -6,8 +6,8 @@ With z = sum over v of exp(logits_v) and log Z = log(z):
   loss = nll + z_loss * (log Z)^2              z-loss keeps Z near 1 (PaLM, arXiv:2204.02311, 5)
   d nll / d logits = softmax(logits) - onehot(target)
 
-`cross_entropy` computes them for logits that exist at once. `chunked_loss` computes them for a chunk
-of tokens at a time, where each device may hold only some columns of the logits.
+`cross_entropy` computes them for logits that exist at once. `chunked_loss` computes them for a
+chunk of tokens at a time, where each device may hold only some columns of the logits.
 
 B batch, T position, V vocabulary. X stands for the dimensions of the tokens.
 """
