@@ -1,7 +1,7 @@
 """Makes the golden files with the code before the packages of docs/design.md (commit c4567cf).
 
-  git worktree add /tmp/before c4567cf
-  PYTHONPATH=/tmp/before:tests/golden python tests/golden/make.py FOLDER
+  git worktree add ../before c4567cf
+  PYTHONPATH=../before:tests/golden python tests/golden/make.py FOLDER
 
 FOLDER becomes a working folder; the files to keep are written next to this one. The script is
 kept as the record of how they were made: the code of today must not make them again.
