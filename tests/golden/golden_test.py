@@ -22,7 +22,10 @@ from tests.golden import cases
 
 GOLDEN = json.loads((cases.HERE / "golden.json").read_text())
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TOLERANCE = 1e-5  # relative, with another JAX or processor
+# Relative, with another JAX or processor. These sum in another order, and Adam turns the rounding
+# error of a gradient near 0 into a whole step: with JAX 0.12.0.1 the gradient norm of the
+# preference run differs by 2e-4 after seven steps.
+TOLERANCE = 1e-3
 EXACT = GOLDEN["identity"] == cases.identity()
 
 
