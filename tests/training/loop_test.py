@@ -228,7 +228,7 @@ def test_a_run_on_a_stream_goes_on_exactly_where_it_stopped(tiny, tmp_path, caps
   train(c, tmp_path / "whole")
   cut(c, tmp_path / "cut", at=7)
   out = capsys.readouterr().out
-  assert "a stream has no random access" in out and "'invalid json'" in out
+  assert "it has no random access" in out and "'invalid json'" in out
   c.data.prefetch = 1
   steps, result, _ = train(c, tmp_path / "cut")
   assert steps == 14 and "bits_per_byte" in result
