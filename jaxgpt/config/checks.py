@@ -57,6 +57,15 @@ def optim_lr_scales(key: str, value: Any) -> None:
       )
 
 
+def patterns(key: str, value: Any) -> None:
+  """Raises a UserError unless the value is a tuple of strings."""
+  if not all(isinstance(pattern, str) for pattern in value):
+    raise UserError(
+      f"{key}={value!r}: must be patterns of parameters; write ('layers/*',), with the comma at the "
+      "end"
+    )
+
+
 def user_option(key: str, value: Any) -> None:
   """Raises a UserError unless the value is a number, string, bool or a tuple of these.
 

@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from jaxgpt.config.keys import lora_targets
 from jaxgpt.errors import UserError
 
 
@@ -14,6 +15,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   rotary(c.model)
   experts(c.model)
   latent_attention(c.model)
+  lora_targets.check_match(c.model)
   quantization(c.model)
   pooler(c.model)
   masking(c.objective)

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import ml_collections
 
 from jaxgpt.config import checks, combinations, mesh_rules
-from jaxgpt.config.keys import DECLARATIONS, KEYS, base, lock
+from jaxgpt.config.keys import DECLARATIONS, KEYS, base, lock, lora_targets
 from jaxgpt.config.schema import Section
 from jaxgpt.errors import UserError, nearest
 
@@ -84,6 +84,8 @@ def resolve(
         section = section[s]
       if section[name] is None:
         section[name] = key.derive(c)
+  # A run folder has the names of the model's own weights, in whatever spelling the user gave them.
+  c.model.lora.targets = lora_targets.canonical(c.model.lora.targets)
   combinations.check(c)
   return lock(c)
 

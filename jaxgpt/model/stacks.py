@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import ml_collections
 
+from jaxgpt.config.keys.layer_kinds import attention_kinds, mlp_kinds
 from jaxgpt.model import pipeline
 
 PIPELINED = "layers"  # the stack that pipeline stages share, the others are short
@@ -53,13 +54,7 @@ def of(cfg: ml_collections.FrozenConfigDict) -> list[Stack]:
   Args:
     cfg: The config's `model` section.
   """
-  kinds = [
-    (
-      cfg.attention_pattern[i % len(cfg.attention_pattern)],
-      "dense" if i < cfg.moe.first_dense else cfg.mlp_pattern[i % len(cfg.mlp_pattern)],
-    )
-    for i in range(cfg.num_layers)
-  ]
+  kinds = list(zip(attention_kinds(cfg), mlp_kinds(cfg), strict=True))
   first = cfg.moe.first_dense if "moe" in cfg.mlp_pattern else 0
   period = math.lcm(len(cfg.attention_pattern), len(cfg.mlp_pattern))
   body = (cfg.num_layers - first) // period * period

@@ -23,6 +23,7 @@ from etils import epath
 
 from jaxgpt import config
 from jaxgpt.config import installed, user_code
+from jaxgpt.config.keys import lora_targets
 from jaxgpt.errors import UserError
 from jaxgpt.storage import atomic, buckets
 from jaxgpt.text.tokenizers.base import Tokenizer
@@ -210,6 +211,10 @@ def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
     c = config.from_dict(json.loads(path.read_text())["config"])
     if c.code_folder:
       c.code_folder = str(epath.Path(folder) / c.code_folder)
+    # Targets that matched no weight were once accepted, and if none did, all weights were trained.
+    c.model.lora.targets = lora_targets.matching(c.model)
+    if not c.model.lora.targets:
+      c.model.lora.rank = 0
     return config.resolve(c)
   except UserError as e:
     raise UserError(f"{path}: {e}") from e

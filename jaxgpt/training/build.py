@@ -8,6 +8,7 @@ import optax
 
 from jaxgpt import tree
 from jaxgpt.config import user_code
+from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.model import remat, stacks, transformer
@@ -64,7 +65,11 @@ def check(c: ml_collections.ConfigDict) -> None:
 
 
 def build(
-  c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, *, for_training: bool = True
+  c: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  *,
+  for_training: bool = True,
+  resumed: bool = False,
 ) -> Parts:
   """Builds the model, its objective and optimizer, and the shape of the state on the mesh.
 
@@ -73,11 +78,13 @@ def build(
     mesh: The device mesh.
     for_training: Whether the mesh must divide the batches of training and evaluation. False to use
       a trained model.
+    resumed: Whether the run exists already. Runs of earlier versions may have settings without
+      effect, which a new run may not have.
 
   Raises:
     UserError: `check` refuses the config. Also raised if the mesh does not divide a batch, a
-      parameter, the length, the heads or the layers, if a pattern of parameters matches none, or
-      if the devices lack a kind of memory.
+      parameter, the length, the heads or the layers, if a pattern of parameters matches none, if
+      the objective cannot train the chosen parameters, or if the devices lack a kind of memory.
   """
   check(c)
   if for_training:
@@ -97,14 +104,32 @@ def build(
   )
   schedule = schedules.make(c)
   shapes, axes = transformer.abstract(model)
-  trained = optimizers.trained(c.optim, axes)
+  strict = for_training and not resumed
+  trained = optimizers.trained(c.optim, axes, strict)
   select = lambda named, is_leaf=None: tree.split(named, trained, is_leaf)[0]
-  tx = optimizers.make(
-    c, schedule, select(axes, sharding.is_axes), select(transformer.depths(c.model, shapes))
-  )
+  depths = select(transformer.depths(c.model, shapes))
+  if strict:
+    objectives.check_trained(c, trained)
+    optimizers.check_rates(c.optim, depths)
+  tx = optimizers.make(c, schedule, select(axes, sharding.is_axes), depths)
   state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh)
   check_heads(model, mesh)
   return Parts(model, objectives.make(model, c), tx, schedule, state)
+
+
+def describe_trained(parts: Parts) -> list[str]:
+  """A line on the trained parameters, if there are others, with the weights that adapters skip."""
+  state, cfg = parts.state, parts.model.cfg
+  if "frozen" not in state:
+    return []
+  names = sorted(tree.flatten(state["params"]))
+  shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+  skipped = ""
+  if cfg.lora.rank and "moe" in mlp_kinds(cfg):
+    skipped = "; the routed experts have no adapters"
+  count = tree.count(state["params"])
+  total = count + tree.count(state["frozen"])
+  return [f"training {count:,} of {total:,} parameters: {shown}{skipped}"]
 
 
 def check_heads(model: transformer.Transformer, mesh: sharding.AnyMesh) -> None:

@@ -86,12 +86,13 @@ def train(
     build_lib.check(c)
     tokenizer, c = batches_lib.load_tokenizer_and_config(c)
     mesh = mesh_lib.make(c.mesh)
-    parts = build_lib.build(c, mesh)
+    resumed = run_folder_lib.is_run(folder)
+    parts = build_lib.build(c, mesh, resumed=resumed)
     data = batches_lib.training_data(c)
     held_out = batches_lib.split_batches(c, "validation", c.eval.batch_size)
     for check in data.host_checks():
       distributed.check_same(*check)
-    _tell(data.describe(sharding.host_slice(mesh)[1]))
+    _tell([*build_lib.describe_trained(parts), *data.describe(sharding.host_slice(mesh)[1])])
     setup = _Setup(c, folder, mesh, parts, data, held_out)
     _enter(setup, origin, tokenizer)
     checkpoints = checkpoints_lib.Checkpoints(

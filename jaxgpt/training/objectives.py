@@ -17,7 +17,7 @@ B batch, T position, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import jax
@@ -51,6 +51,8 @@ class Objective:
     head: The `model.head` that it needs: 'lm' or 'classifier'.
     causal: Whether it needs `model.causal`.
     loss_chunk: Whether it implements `objective.loss_chunk`.
+    adapters_only: Whether only LoRA adapters may be trained, since the loss compares the model with
+      itself without adapters.
     check: Raises a UserError if the config does not suit it. It gets the whole config, whose
       derived keys may still be None.
     summary: A few words for docs/config.md.
@@ -61,6 +63,7 @@ class Objective:
   head: str = "lm"
   causal: bool = False
   loss_chunk: bool = False
+  adapters_only: bool = False
   check: Callable[[ml_collections.ConfigDict], None] = lambda c: None
   summary: str = ""
 
@@ -106,6 +109,25 @@ def check(c: ml_collections.ConfigDict) -> None:
       f"objective.name={o.name!r} needs model.head={objective.head!r}, not {m.head!r}"
     )
   objective.check(c)
+
+
+def check_trained(c: ml_collections.ConfigDict, trained: Collection[str]) -> None:
+  """Checks that the objective can train the chosen parameters.
+
+  Args:
+    c: A config.
+    trained: Paths of the trained parameters, see `optimizers.trained`.
+
+  Raises:
+    UserError: The objective needs a fixed reference, but parameters of the reference are trained.
+  """
+  others = sorted(path for path in trained if not lora.is_adapter(path))
+  if find(c).adapters_only and others:
+    raise UserError(
+      f"objective.name={c.objective.name!r} compares the model with itself without adapters, which "
+      f"must stay fixed, but optim.trainable={c.optim.trainable} also trains {', '.join(others)}; "
+      "leave optim.trainable out"
+    )
 
 
 def make(model: Transformer, c: ml_collections.ConfigDict) -> LossFn:
@@ -270,7 +292,12 @@ def _check_adapters(c: ml_collections.ConfigDict) -> None:
 OBJECTIVES.add(
   "preference",
   Objective(
-    _preference, layout="preference", causal=True, check=_check_adapters, summary="DPO of adapters"
+    _preference,
+    layout="preference",
+    causal=True,
+    adapters_only=True,
+    check=_check_adapters,
+    summary="DPO of adapters",
   ),
 )
 

@@ -8,7 +8,7 @@ is read from the axes tree.
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeAlias
 
 import jax
@@ -20,7 +20,7 @@ import optax
 from jaxgpt import tree
 from jaxgpt.config import user_code
 from jaxgpt.config.registry import Registry
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, nearest
 from jaxgpt.model import lora
 from jaxgpt.parallel import sharding
 from jaxgpt.tree import PyTree
@@ -133,7 +133,7 @@ def make(
   return optax.chain(*chain)
 
 
-def trained(c_optim: ml_collections.ConfigDict, axes: PyTree) -> set[str]:
+def trained(c_optim: ml_collections.ConfigDict, axes: PyTree, strict: bool = True) -> set[str]:
   """Paths of the trained parameters: those of `optim.trainable` without those of `optim.frozen`.
 
   If `optim.trainable` is empty, all parameters are trained, or with LoRA (arXiv:2106.09685) only
@@ -142,27 +142,39 @@ def trained(c_optim: ml_collections.ConfigDict, axes: PyTree) -> set[str]:
   Args:
     c_optim: The config's `optim` section.
     axes: Tree of logical axes of all parameters.
+    strict: Refuse patterns of `optim.frozen` that match only parameters which are not trained
+      anyway. Runs of earlier versions may have some.
 
   Raises:
     UserError: A pattern matches no parameter, or no parameter is left to train.
   """
   paths = set(tree.flatten(axes, is_leaf=sharding.is_axes))
-
-  def matching(key: str, patterns: tuple[str, ...]) -> set[str]:
-    for pattern in patterns:
-      if not fnmatch.filter(paths, pattern):
-        raise UserError(
-          f"optim.{key}: {pattern!r} matches no parameter; they are named like "
-          f"{', '.join(sorted(paths)[:8])}"
-        )
-    return {path for path in paths for pattern in patterns if fnmatch.fnmatchcase(path, pattern)}
-
   adapters = {path for path in paths if lora.is_adapter(path)}
-  chosen = matching("trainable", c_optim.trainable) or adapters or paths
-  chosen -= matching("frozen", c_optim.frozen)
-  if not chosen:
+  chosen = (
+    {path for p in c_optim.trainable for path in _matching("trainable", p, paths)}
+    or adapters
+    or paths
+  )
+  among, kind = (chosen, "trained parameter") if strict and chosen < paths else (paths, "parameter")
+  frozen = {path for p in c_optim.frozen for path in _matching("frozen", p, among, kind)}
+  if chosen <= frozen:
     raise UserError(f"optim.frozen={c_optim.frozen} leaves no parameter to train")
-  return chosen
+  return chosen - frozen
+
+
+def _matching(key: str, pattern: str, paths: Collection[str], kind: str = "parameter") -> set[str]:
+  """The paths that a pattern of the `optim` section matches.
+
+  Raises:
+    UserError: It matches none. The message lists the paths.
+  """
+  matched = {path for path in paths if fnmatch.fnmatchcase(path, pattern)}
+  if not matched:
+    raise UserError(
+      f"optim.{key}: {pattern!r} matches no {kind}; {nearest(pattern, paths)}there are: "
+      f"{', '.join(sorted(paths))}"
+    )
+  return matched
 
 
 def _rate_factors(
@@ -182,6 +194,34 @@ def _rate_factors(
 
   factors = tree.map_named(one, axes, is_leaf=sharding.is_axes)
   return None if all((x == 1).all() for x in jax.tree.leaves(factors)) else factors
+
+
+def check_rates(c_optim: ml_collections.ConfigDict, depths: PyTree) -> None:
+  """Checks that each factor on the learning rate applies to a parameter.
+
+  Args:
+    c_optim: The config's `optim` section.
+    depths: Tree of the layers of the trained parameters, see `model.transformer.depths`.
+
+  Raises:
+    UserError: A pattern of `optim.lr_scales` is the first match of no trained parameter, or
+      `optim.layer_decay` is set and all trained parameters belong to one layer.
+  """
+  named = tree.flatten(depths)
+  left = set(named)
+  for pattern, _ in c_optim.lr_scales:
+    matched = _matching("lr_scales", pattern, named, "trained parameter")
+    if not matched & left:
+      raise UserError(
+        f"optim.lr_scales: {pattern!r} has no effect, since earlier patterns match all of its "
+        "parameters and the first match counts; move it to the front"
+      )
+    left -= matched
+  if c_optim.layer_decay != 1 and len({x for d in named.values() for x in np.ravel(d)}) == 1:
+    raise UserError(
+      f"optim.layer_decay={c_optim.layer_decay} has no effect: all trained parameters "
+      f"({', '.join(sorted(named))}) belong to one layer; leave it at 1.0"
+    )
 
 
 def matrix_axes(axes: Axes) -> tuple[Dims, Dims] | None:

@@ -1,36 +1,39 @@
-"""Objective, optimizer and schedule are checked by name and against the config, before any data."""
+"""What is built from a config: the parameters that an objective can train, and their account."""
 
+import jax
 import pytest
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
-from jaxgpt.training import build, objectives, optimizers, schedules
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.training import build
 
 
-@pytest.mark.parametrize(
-  "change, words",
-  [
-    ({"optim.name": "adam"}, "optim.name='adam': did you mean 'adamw'"),
-    ({"objective.name": "causal"}, "objective.name='causal': did you mean 'causal_lm'"),
-    ({"schedule.name": "cosin"}, "schedule.name='cosin': did you mean 'cosine'"),
-    ({"model.causal": False}, "causal_lm.*model.causal=True"),
-    ({"model.head": "classifier"}, "objective.name='causal_lm' needs model.head='lm'"),
-    (
-      {"objective.name": "masked_lm", "model.causal": False, "data.stream": "x"},
-      "data.stream='x' is for .*causal_lm",
-    ),
-    ({"optim.options.gamma": 1.0}, "optim.options are for your own .*'adamw' is built in .* gamma"),
-    ({"objective.name": "preference"}, "set model.lora.rank"),
-    ({"optim.name": "lion", "optim.second_dtype": "bfloat16"}, "has no such moment"),
-  ],
-)
-def test_a_config_that_does_not_suit_is_refused(change, words):
+def built(**changes):
   c = config.base()
-  c.update_from_flattened_dict(change)
-  with pytest.raises(UserError, match=words):
-    build.check(c)
+  c.model.update(dict(vocab_size=8, num_layers=2, width=8, num_heads=2))
+  c.data.seq_len = 8
+  c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  return build.build(config.resolve(c), mesh_lib.make(c.mesh, jax.devices()[:1]))
 
 
-def test_every_built_in_object_has_a_summary():
-  for entries in (objectives.OBJECTIVES, optimizers.OPTIMIZERS, schedules.SCHEDULES):
-    assert all(entry.summary for entry in entries.values())
+def test_preferences_train_nothing_but_adapters():
+  changes = dict(objective__name="preference", model__lora__rank=2)
+  assert "frozen" in built(**changes).state
+  assert "frozen" in built(**changes, optim__trainable=("*_lora_?",)).state
+  with pytest.raises(UserError, match="must stay fixed, but optim.trainable=.* also trains embed, final_norm"):
+    built(**changes, optim__trainable=("*",))
+
+
+def test_the_trained_parameters_are_counted_and_named():
+  assert build.describe_trained(built()) == []
+  q_and_v = built(model__lora__rank=1)
+  assert build.describe_trained(q_and_v) == [
+    "training 64 of 1,952 parameters: layers/attn/q_lora_a, layers/attn/q_lora_b, "
+    "layers/attn/v_lora_a, layers/attn/v_lora_b"
+  ]
+  experts = dict(model__mlp_pattern=("moe",), model__moe__experts=2)
+  line = build.describe_trained(
+    built(model__lora__rank=1, model__lora__targets=("*",), **experts)
+  )
+  assert line[0].endswith("; the routed experts have no adapters")

@@ -168,3 +168,42 @@ def test_a_pattern_without_a_match_is_named():
   c.trainable = ("layer/*",)
   with pytest.raises(UserError, match=r"optim.trainable: 'layer/\*' matches no parameter"):
     optimizers.trained(c, axes)
+
+
+@pytest.mark.parametrize(
+  "fields, words",
+  [
+    (dict(lr_scales=(("haed", 10.0),)), "'haed' matches no trained parameter; did you mean 'head'"),
+    (dict(lr_scales=(("embed", 2.0),), trainable=("head",)), "'embed' .*there are: head$"),
+    (dict(lr_scales=(("*", 2.0), ("head", 3.0))), "'head' has no effect, since earlier patterns"),
+    (dict(trainable=("head",), frozen=("embed",)), "'embed' matches no trained parameter"),
+    (dict(trainable=("head", "hed")), "optim.trainable: 'hed' matches no parameter"),
+    (dict(trainable=("head",), layer_decay=0.5), "layer_decay=0.5 has no effect"),
+    (dict(frozen=("*",)), "leaves no parameter to train"),
+  ],
+)
+def test_settings_of_parameters_that_match_nothing_are_refused(fields, words):
+  c, axes, depths = chosen(fields)
+  with pytest.raises(UserError, match=words):
+    paths = optimizers.trained(c, axes)
+    optimizers.check_rates(c, tree.split(depths, paths)[0])
+
+
+def test_settings_of_parameters_that_match_are_accepted():
+  c, axes, depths = chosen(dict(lr_scales=(("layers/mlp/*", 0.1), ("layers/*", 2.0))))
+  optimizers.check_rates(c, depths)
+  c, axes, _ = chosen(dict(trainable=("head", "embed"), frozen=("head",)))
+  assert optimizers.trained(c, axes) == {"embed"}
+  c, axes, _ = chosen(dict(trainable=("head",), frozen=("embed",)))
+  assert optimizers.trained(c, axes, strict=False) == {"head"}  # a run of an earlier version
+
+
+def chosen(fields):
+  """(the `optim` section, axes and depths of all parameters) of a small model."""
+  c = config.base()
+  c.model.update(dict(vocab_size=40, num_layers=2, width=16, num_heads=2, tie_embeddings=False))
+  c.optim.update(fields)
+  c = config.resolve(c)
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model))
+  shapes, axes = transformer.abstract(model)
+  return c.optim, axes, transformer.depths(c.model, shapes)

@@ -7,6 +7,7 @@ from etils import epath
 
 from jaxgpt.commands.checks import environment, training, workdir
 from jaxgpt.commands.checks.finding import OK, Finding, Known, tried
+from jaxgpt.run import run_folder
 
 
 def examine(
@@ -32,7 +33,7 @@ def examine(
   for finding in environment.devices():
     started = started or (finding.topic == "devices" and finding.status == OK)
     yield finding
-  known = Known()
+  known = Known(resumed=folder is not None and run_folder.is_run(folder))
   if load is not None:
     c, failure = tried("config", load)
     yield failure or Finding(OK, "config", "every key and value is known")

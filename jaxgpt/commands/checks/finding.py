@@ -37,12 +37,14 @@ class Known:
     batch: The first batch of the training split.
     mesh: The device mesh.
     parts: The model and its state's shapes, from `build.build`.
+    resumed: Whether the run folder holds a run that the config would continue.
   """
 
   c: ml_collections.ConfigDict | None = None
   batch: Any = None
   mesh: Any = None
   parts: Any = None
+  resumed: bool = False
 
 
 def tried(topic: str, function: Callable[[], T]) -> tuple[T, None] | tuple[None, Finding]:

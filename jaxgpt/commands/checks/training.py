@@ -104,7 +104,7 @@ def model(known: Known, step: bool) -> Iterator[Finding]:
 
   def build() -> tuple[jax.sharding.Mesh, build_lib.Parts]:
     mesh = mesh_lib.make(c.mesh)
-    return mesh, build_lib.build(c, mesh)
+    return mesh, build_lib.build(c, mesh, resumed=known.resumed)
 
   both, finding = tried("mesh", build)
   if both is None:

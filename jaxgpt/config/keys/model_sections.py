@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from jaxgpt.config.keys import lora_targets
 from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
 
 
@@ -186,7 +187,10 @@ LORA = Section(
     ),
     targets=Key(
       ("q", "v"),
-      "Weights that get an adapter, by name or pattern: q, k, v, o, gate, up, down.",
+      "Weights that get an adapter, by name or pattern: q, k, v, o, gate, up, down, or `*` for all. "
+      "Those of routed experts get none. PEFT's names, such as q_proj and all-linear, mean the "
+      "same weights.",
+      check=lora_targets.check,
       architecture=False,
     ),
   ),

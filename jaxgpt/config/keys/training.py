@@ -163,8 +163,13 @@ OPTIM = Section(
       (),
       'Patterns of the parameters to train, such as "layers/*". (): all, or only the adapters with '
       "LoRA.",
+      check=checks.patterns,
     ),
-    frozen=Key((), "Patterns of parameters that stay fixed although `trainable` matches them."),
+    frozen=Key(
+      (),
+      "Patterns of parameters that stay fixed although `trainable` matches them.",
+      check=checks.patterns,
+    ),
     layer_decay=Key(
       1.0,
       "Learning rate of a layer relative to the next layer's. Embeddings count as the layer "
