@@ -61,8 +61,8 @@ def patterns(key: str, value: Any) -> None:
   """Raises a UserError unless the value is a tuple of strings."""
   if not all(isinstance(pattern, str) for pattern in value):
     raise UserError(
-      f"{key}={value!r}: must be patterns of parameters; write ('layers/*',), with the comma at the "
-      "end"
+      f"{key}={value!r}: must be patterns of parameters; write ('layers/*',), with the comma at "
+      "the end"
     )
 
 

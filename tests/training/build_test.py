@@ -21,7 +21,7 @@ def test_preferences_train_nothing_but_adapters():
   changes = dict(objective__name="preference", model__lora__rank=2)
   assert "frozen" in built(**changes).state
   assert "frozen" in built(**changes, optim__trainable=("*_lora_?",)).state
-  with pytest.raises(UserError, match="must stay fixed, but optim.trainable=.* also trains embed, final_norm"):
+  with pytest.raises(UserError, match="must stay fixed, but .* also trains embed, final_norm"):
     built(**changes, optim__trainable=("*",))
 
 
@@ -33,7 +33,5 @@ def test_the_trained_parameters_are_counted_and_named():
     "layers/attn/v_lora_a, layers/attn/v_lora_b"
   ]
   experts = dict(model__mlp_pattern=("moe",), model__moe__experts=2)
-  line = build.describe_trained(
-    built(model__lora__rank=1, model__lora__targets=("*",), **experts)
-  )
+  line = build.describe_trained(built(model__lora__rank=1, model__lora__targets=("*",), **experts))
   assert line[0].endswith("; the routed experts have no adapters")

@@ -187,9 +187,9 @@ LORA = Section(
     ),
     targets=Key(
       ("q", "v"),
-      "Weights that get an adapter, by name or pattern: q, k, v, o, gate, up, down, or `*` for all. "
-      "Those of routed experts get none. PEFT's names, such as q_proj and all-linear, mean the "
-      "same weights.",
+      "Weights that get an adapter, by name or pattern: q, k, v, o, gate, up, down, or `*` for "
+      "all. Those of routed experts get none. PEFT's names, such as q_proj and all-linear, mean "
+      "the same weights.",
       check=lora_targets.check,
       architecture=False,
     ),

@@ -1,4 +1,4 @@
-"""Targets of adapters: each matches a weight, PEFT's names mean ours, and the names are complete."""
+"""Targets of adapters: each matches a weight, and PEFT's names mean ours."""
 
 import ml_collections
 import pytest
