@@ -24,7 +24,7 @@ RUN = ("README.md", "docs/quickstart.md")  # pages whose commands are run
 EXTENDED = "docs/extending.md"  # its commands belong to a changed package: see extending_test
 NOT_RUN = ("make ", ". .venv/bin/activate")  # `make demo` has a test of its own
 SECTIONS = tuple(config.base())
-NO_KEYS = (".py", ".md", ".json", ".jsonl", ".bin")  # `data.json` is a file, not a key
+NO_KEYS = (".py", ".md", ".json", ".jsonl", ".bin", ".txt")  # `data.json` is a file, not a key
 
 
 class Command(NamedTuple):

@@ -34,7 +34,13 @@ class PlanOptions:
     None,
     metavar="FILE",
     modes=(COMPILE,),
-    help="compare the collectives with the budget in a file, or write it if there is none",
+    help="compare the collectives with the budget in a file",
+  )
+  write_golden: str | None = option(
+    None,
+    metavar="FILE",
+    modes=(COMPILE,),
+    help="write the collectives to a file, as a budget for --golden",
   )
   top: int = integer(0, modes=(COMPILE,), help="number of the most expensive instructions to print")
   shardings: bool = option(
@@ -88,7 +94,13 @@ def run(args: PlanOptions) -> int:
   where = args.config, args.overrides, args.topology
   if args.mode == DRAW:
     return plan.draw(*where)
-  outputs = plan.Outputs(figures=args.json, golden=args.golden, program=args.hlo, step=args.save)
+  outputs = plan.Outputs(
+    figures=args.json,
+    golden=args.golden,
+    new_golden=args.write_golden,
+    program=args.hlo,
+    step=args.save,
+  )
   if args.mode == HERE:
     return plan.here(args.config, args.overrides, outputs)
   if args.mode == SEARCH:

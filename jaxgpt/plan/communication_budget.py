@@ -67,44 +67,63 @@ def differences(want: Budget, got: Budget, same_compiler: bool = True) -> Iterat
       )
 
 
-def check(path: epath.PathLike, f: Mapping[str, Any]) -> int:
-  """Compares a plan with a stored budget and prints the outcome. Writes the file if it is missing.
+def write(path: epath.PathLike, f: Mapping[str, Any]) -> None:
+  """Writes the communication budget of a plan to a JSON file.
 
   Args:
-    path: A JSON file.
+    path: The file. An existing one is replaced.
+    f: From `report.figures`.
+
+  Raises:
+    UserError: The file cannot be written.
+  """
+  stored = {"compilers": compilers(f["estimate"] == "roofline"), "collectives": budget(f)}
+  try:
+    pathlib.Path(path).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+  except OSError as e:
+    raise UserError(f"--write-golden={path} cannot be written: {e.strerror}") from e
+  print(f"\nwrote the communication budget {path}")
+
+
+def check_exists(path: epath.PathLike) -> None:
+  """Raises UserError if there is no such file, before minutes are spent on compiling."""
+  if not pathlib.Path(path).is_file():
+    raise UserError(f"--golden={path}: no such file; write it with --write-golden={path}")
+
+
+def check(path: epath.PathLike, f: Mapping[str, Any]) -> int:
+  """Compares a plan with a stored budget and prints the outcome.
+
+  Args:
+    path: A file from `write`.
     f: From `report.figures`.
 
   Returns:
     Exit code: 1 if they differ.
 
   Raises:
-    UserError: The file does not hold a budget, or cannot be read or written.
+    UserError: The file is missing, cannot be read, or does not hold a budget.
   """
+  check_exists(path)
   path, got, now = pathlib.Path(path), budget(f), compilers(f["estimate"] == "roofline")
   try:
-    text = path.read_text(encoding="utf-8") if path.exists() else None
-    if text is None:
-      path.write_text(
-        json.dumps({"compilers": now, "collectives": got}, indent=2) + "\n", encoding="utf-8"
-      )
-      print(f"\nwrote the communication budget {path}")
-      return 0
+    text = path.read_text(encoding="utf-8")
   except OSError as e:
-    raise UserError(f"--golden={path} cannot be read or written: {e.strerror}") from e
+    raise UserError(f"--golden={path} cannot be read: {e.strerror}") from e
   try:
     stored = json.loads(text)
     then = dict(stored["compilers"])
     lines = list(differences(stored["collectives"], got, then == now))
   except (ValueError, AttributeError, TypeError, KeyError) as e:
     raise UserError(
-      f"--golden={path} is not a communication budget; delete the file to write a new one"
+      f"--golden={path} is not a communication budget; write one with --write-golden={path}"
     ) from e
   print(f"\ncommunication {'differs from' if lines else 'is within'} the budget {path}")
   print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")
   if then != now:
     print(
       f"  the budget is from {_named(then)}, this program from {_named(now)}: only the sum of all "
-      f"bytes is compared, to {_OTHER_COMPILER:.0%}; delete the file to write a new one"
+      f"bytes is compared, to {_OTHER_COMPILER:.0%}; --write-golden={path} writes a new one"
     )
   return 1 if lines else 0
 

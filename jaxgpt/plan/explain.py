@@ -17,7 +17,7 @@ _SHOWN = 8  # arrays to list
 def out_of_memory(
   error: OutOfMemory, c: ml_collections.ConfigDict, topology: Topology
 ) -> Iterator[str]:
-  """Lines that list the largest arrays, with sizes by arithmetic.
+  """Lines that list the largest arrays, with estimated sizes.
 
   Args:
     error: The compiler's verdict.
@@ -31,7 +31,7 @@ def out_of_memory(
     f"state, which need {needed}"
   )
   yield ""
-  yield "the largest arrays on a device (by arithmetic), and the config keys that make them smaller"
+  yield "the largest arrays on a device (estimated), and the config keys that make them smaller"
   sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
   found = memory_estimate.buffers(c, sizes, per_device.count(c))
   for buffer in found[:_SHOWN]:

@@ -63,7 +63,9 @@ def figures(**collectives):
 
 def test_a_budget_of_communication_is_written_and_then_kept(tmp_path, capsys):
   path = tmp_path / "golden.json"
-  assert communication_budget.check(path, figures(all_gather=(10, 2e9))) == 0
+  with pytest.raises(UserError, match=r"--golden=.*golden.json: no such file; .*--write-golden=.*"):
+    communication_budget.check(path, figures(all_gather=(10, 2e9)))
+  communication_budget.write(path, figures(all_gather=(10, 2e9)))
   assert communication_budget.check(path, figures(all_gather=(10, 2.01e9))) == 0
   assert communication_budget.check(path, figures(all_gather=(10, 2e9), all_reduce=(4, 1e9))) == 1
   out = capsys.readouterr().out
@@ -72,17 +74,17 @@ def test_a_budget_of_communication_is_written_and_then_kept(tmp_path, capsys):
   path.write_text("[3]")
   with pytest.raises(UserError, match="is not a communication budget"):
     communication_budget.check(path, figures())
-  with pytest.raises(UserError, match="cannot be read or written: Is a directory"):
-    communication_budget.check(tmp_path, figures())
+  with pytest.raises(UserError, match="cannot be written: Is a directory"):
+    communication_budget.write(tmp_path, figures())
   gpu = figures(all_gather=(10, 2e9)) | {"estimate": "roofline"}
-  assert communication_budget.check(tmp_path / "gpu.json", gpu) == 0
+  communication_budget.write(tmp_path / "gpu.json", gpu)
   assert "jax-cuda13-plugin" in json.loads((tmp_path / "gpu.json").read_text())["compilers"]
 
 
 def test_of_another_compiler_all_bytes_are_compared(tmp_path, capsys, monkeypatch):
   path = tmp_path / "golden.json"
   monkeypatch.setattr(communication_budget, "compilers", lambda _: {"libtpu": "1"})
-  assert communication_budget.check(path, figures(all_gather=(10, 2e9))) == 0
+  communication_budget.write(path, figures(all_gather=(10, 2e9)))
   monkeypatch.setattr(communication_budget, "compilers", lambda _: {"libtpu": "2"})
   assert (
     communication_budget.check(path, figures(all_gather=(4, 1e9), collective_permute=(99, 0.9e9)))

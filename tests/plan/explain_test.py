@@ -47,7 +47,7 @@ def test_a_program_that_does_not_fit_is_explained_beside_its_budget(monkeypatch,
   )
   monkeypatch.setattr(report, "table", lambda _: ["the table"])
   monkeypatch.setattr(explain, "remedies", lambda *_: ["the remedies"])
-  outputs = plan.Outputs(golden=tmp_path / "golden.json")
+  outputs = plan.Outputs(new_golden=tmp_path / "golden.json")
   assert plan.plan(LLAMA, (), "v5e-256", outputs) == 1
   out = capsys.readouterr().out
   assert (

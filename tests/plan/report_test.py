@@ -26,7 +26,7 @@ SMALL = [
 def test_a_plan_of_a_small_model(tmp_path, capsys):
   pytest.importorskip("libtpu")
   out, budget = tmp_path / "plan.json", tmp_path / "golden.json"
-  outputs = plan.Outputs(figures=out, golden=budget)
+  outputs = plan.Outputs(figures=out, new_golden=budget)
   assert plan.plan(LLAMA, SMALL, "v5e-8", outputs, price=1.2) == 0
   f = json.loads(out.read_text())
   assert f["attention"] == "splash" and f["mesh"]["fsdp"] == 8 and f["memory"]["fits"]

@@ -25,13 +25,15 @@ class Outputs:
 
   Attributes:
     figures: The printed figures, as JSON.
-    golden: A communication budget to compare with. It is written if it does not exist.
+    golden: A communication budget to compare with.
+    new_golden: A file to write the communication budget to.
     program: The text of the compiled program.
     step: The compiled step, for `mesh.compiled_step`.
   """
 
   figures: epath.PathLike | None = None
   golden: epath.PathLike | None = None
+  new_golden: epath.PathLike | None = None
   program: epath.PathLike | None = None
   step: epath.PathLike | None = None
 
@@ -59,8 +61,10 @@ def plan(
 
   Raises:
     UserError: See `config.load`, `topology.parse` and `lower.compile_step`. Also if a step for GPUs
-      is to be saved on a machine without them.
+      is to be saved on a machine without them, or the budget does not exist.
   """
+  if outputs.golden:
+    communication_budget.check_exists(outputs.golden)
   c = lower.resolve(config.load(path, overrides)[0])
   where = topology_lib.parse(topology)
   chip = where.chip
@@ -84,6 +88,8 @@ def plan(
     print("\n".join(report.heaviest_lines(lines, chip)), flush=True)
   if outputs.figures:
     _write(outputs.figures, json.dumps(found, indent=2))
+  if outputs.new_golden:
+    communication_budget.write(outputs.new_golden, found)
   differs = communication_budget.check(outputs.golden, found) if outputs.golden else 0
   memory = found["memory"]
   if not memory["fits"]:  # the compiler for GPUs does not refuse it

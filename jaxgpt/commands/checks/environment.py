@@ -90,7 +90,7 @@ def cluster() -> Iterator[Finding]:
   if finding:
     yield finding
   elif settings is None:
-    yield Finding(OK, "processes", "one: no setting and no cluster names others")
+    yield Finding(OK, "processes", "1: neither settings nor a cluster name others")
   elif settings.coordinator:
     yield Finding(
       OK,

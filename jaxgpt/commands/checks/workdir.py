@@ -43,7 +43,9 @@ def run_folder(folder: epath.PathLike, known: Known) -> Iterator[Finding]:
       "change its permissions or your credentials",
     )
     return
-  yield Finding(OK, "workdir", f"{where} takes files: written, renamed, read and deleted")
+  yield Finding(
+    OK, "workdir", f"{where} is writable: a test file was written, renamed, read and deleted"
+  )
   if run_folder_lib.is_run(folder):
     yield _same_run(folder, known)
   elif run_folder_lib.holds_something_else(folder):
