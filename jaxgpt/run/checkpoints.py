@@ -243,6 +243,15 @@ class Checkpoints:
     self._manager.close()
 
 
+def complete_steps(folder: epath.PathLike) -> list[int]:
+  """Steps of the complete checkpoints in a folder, which need not exist. Writes nothing there."""
+  buckets.check(folder)
+  if bucket_checkpoints.is_needed(folder):
+    return bucket_checkpoints.Mirror(folder, read_only=True).steps()
+  found = ocp.path.step.standard_name_format().find_all(epath.Path(folder))
+  return sorted(metadata.step for metadata in found)
+
+
 def save_frozen(run_folder: epath.PathLike, state: Mapping[str, Any]) -> None:
   """Saves the parameters of a new run that are not trained, if there are any. Once per run."""
   if _FROZEN not in state:

@@ -97,7 +97,7 @@ class Jsonl(MetricWriter):
 
   def _drop_lines_after(self, start: int) -> None:
     """Drops lines of steps that will be repeated, since the checkpoint is older than they are."""
-    records = [_record(line) for line in self._path.read_text().splitlines()]
+    records = [record(line) for line in self._path.read_text().splitlines()]
     kept = [r for r in records if r and r["step"] <= start]
     self._newest = {r["kind"]: r for r in kept}
     self._lines = "".join(json.dumps(r) + "\n" for r in kept)
@@ -142,11 +142,11 @@ class Jsonl(MetricWriter):
       ) from e
 
 
-def _record(line: str) -> dict[str, Any] | None:
-  """A line as a dict, or None if a kill cut it short or it is not a record."""
+def record(line: str) -> dict[str, Any] | None:
+  """A line of metrics.jsonl as a dict, or None if a kill cut it short or it is not a record."""
   try:
-    record = json.loads(line)
-    return record if {"step", "kind"} <= record.keys() else None
+    found = json.loads(line)
+    return found if {"step", "kind"} <= found.keys() else None
   except (ValueError, AttributeError):
     return None
 

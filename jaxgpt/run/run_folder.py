@@ -1,7 +1,8 @@
 """The run folder: config and provenance of a run, and the check that a continuation matches it.
 
 RUN/config.json    the resolved config, and where each value came from
-RUN/starts.jsonl   one line per start: versions, git state, devices, mesh, data digest, command
+RUN/starts.jsonl   one line per start: versions, git state, devices, mesh, data digest, command, step
+RUN/train.lock     see `run_lock`
 RUN/tokenizer/     a copy of the data's tokenizer
 RUN/code/          copies of the user files FILE.py:NAME that the config names, if any
 RUN/metrics.jsonl  see `metric_writers`
@@ -25,6 +26,7 @@ from jaxgpt import config
 from jaxgpt.config import installed, user_code
 from jaxgpt.config.keys import lora_targets
 from jaxgpt.errors import UserError
+from jaxgpt.run import run_lock
 from jaxgpt.storage import atomic, buckets
 from jaxgpt.text.tokenizers.base import Tokenizer
 
@@ -34,7 +36,7 @@ _STARTS = "starts.jsonl"
 _TOKENIZER = "tokenizer"
 _CODE = "code"
 # config.json is written last. A start that was killed before leaves only these.
-_BEFORE_CONFIG = {_TOKENIZER, _CODE, _CONFIG + atomic.PART}
+_BEFORE_CONFIG = {_TOKENIZER, _CODE, _CONFIG + atomic.PART, run_lock.NAME}
 # Packages whose versions each start records.
 _PACKAGES = (
   "jaxgpt",
@@ -58,6 +60,7 @@ def enter(
   mesh: jax.sharding.Mesh,
   data_digest: str,
   tokenizer: Tokenizer,
+  step: int = 0,
 ) -> None:
   """Makes a run folder, or checks that the existing one belongs to this run, and records the start.
 
@@ -68,6 +71,7 @@ def enter(
     mesh: The device mesh.
     data_digest: Digest of the data's manifest. Empty for an imported model.
     tokenizer: Tokenizer of the data, which is saved in the folder.
+    step: Step from which this start goes on.
 
   Raises:
     UserError: The folder cannot be written, or holds a run with another config or other data.
@@ -79,11 +83,8 @@ def enter(
     if (folder / _CONFIG).exists():
       _check_same_run(folder, c, data_digest)
       _check_code(folder, code)
-    elif holds_something_else(folder):
-      raise UserError(
-        f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
-        "choose a new folder"
-      )
+    else:
+      check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # config.json makes the folder a run, so it is written after the tokenizer: a kill in between
     # leaves a folder that the next start can complete.
@@ -98,8 +99,9 @@ def enter(
       atomic.write(folder / _CONFIG, text + "\n")
     # Objects in a bucket cannot be appended to, so the file is written as a whole.
     starts = folder / _STARTS
+    record = {**_start(c, mesh, data_digest, code), "step": step}
     before = starts.read_text() if starts.exists() else ""
-    atomic.write(starts, before + json.dumps(_start(c, mesh, data_digest, code)) + "\n")
+    atomic.write(starts, before + json.dumps(record) + "\n")
   except OSError as e:
     raise UserError(
       f"--workdir={folder} can't be written ({e.strerror or e}); "
@@ -110,6 +112,14 @@ def enter(
 def is_run(folder: epath.PathLike) -> bool:
   """Whether a folder holds a run."""
   return (epath.Path(folder) / _CONFIG).exists()
+
+
+def check_free(folder: epath.PathLike) -> None:
+  """Raises a UserError if a folder holds something other than a run."""
+  if not is_run(folder) and holds_something_else(folder):
+    raise UserError(
+      f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); choose a new folder"
+    )
 
 
 def holds_something_else(folder: epath.PathLike) -> bool:
@@ -238,6 +248,13 @@ def read_starts(folder: epath.PathLike) -> list[dict[str, Any]]:
     return starts
   except (OSError, ValueError, TypeError) as e:
     raise UserError(f"{path} is broken ({e}); restore it, or start over in another folder") from e
+
+
+def note_saved(folder: epath.PathLike, step: int) -> None:
+  """Records in the newest start that the checkpoint of a step is complete."""
+  starts = read_starts(folder)
+  starts[-1]["saved"] = step
+  atomic.write(epath.Path(folder) / _STARTS, "".join(json.dumps(s) + "\n" for s in starts))
 
 
 def is_imported(folder: epath.PathLike) -> bool:

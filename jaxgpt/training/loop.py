@@ -26,8 +26,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import init_from, stop_signal, throughput
+from jaxgpt.run import init_from, run_lock, stop_signal, throughput
 from jaxgpt.run import metric_writers as metric_writers_lib
+from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.storage import atomic
 from jaxgpt.text.tokenizers.tokenizer import Tokenizer
@@ -80,7 +81,9 @@ def train(
     UserError: Bad input, or a loss that is not finite.
   """
   folder = epath.Path(folder)
-  with stop_signal.StopSignal() as stop:
+  with stop_signal.StopSignal() as stop, run_lock.RunLock(folder) as lock:
+    if distributed.is_first():
+      lock.take(make=False)  # a run that is being trained is refused at once
     # Mistakes in the config are reported before data is read, and those that the mesh reveals
     # before the run folder is made.
     build_lib.check(c)
@@ -94,7 +97,7 @@ def train(
       distributed.check_same(*check)
     _tell([*build_lib.describe_trained(parts), *data.describe(sharding.host_slice(mesh)[1])])
     setup = _Setup(c, folder, mesh, parts, data, held_out)
-    _enter(setup, origin, tokenizer)
+    _enter(setup, origin, tokenizer, lock)
     checkpoints = checkpoints_lib.Checkpoints(
       folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
     )
@@ -102,7 +105,9 @@ def train(
       state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
       run = _Run(setup, state, means, checkpoints, stop)
       with contextlib.closing(run):
-        return run.run()
+        outcome = run.run()
+    run.note_saved()
+    return outcome
 
 
 def _tell(lines: Sequence[str]) -> None:
@@ -111,11 +116,21 @@ def _tell(lines: Sequence[str]) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _enter(setup: _Setup, origin: Mapping[str, str], tokenizer: Tokenizer) -> None:
+def _enter(
+  setup: _Setup, origin: Mapping[str, str], tokenizer: Tokenizer, lock: run_lock.RunLock
+) -> None:
   """Makes or checks the run folder in the first process. All processes must agree on the run."""
   c, folder = setup.c, setup.folder
   if distributed.is_first():
-    run_folder_lib.enter(folder, c, origin, setup.mesh, setup.data.digest, tokenizer)
+    run_folder_lib.check_free(folder)
+    lock.take()
+    resume = resume_lib.find(folder)
+    run_folder_lib.enter(
+      folder, c, origin, setup.mesh, setup.data.digest, tokenizer, resume.step or 0
+    )
+    if lock.problem:
+      _tell([f"{folder} gives no file locks ({lock.problem}): start no second run in it"])
+    _tell([resume.describe(c.train.steps)])
   distributed.barrier("run folder")
   distributed.check_same(
     "the resolved config", c.to_json(), "start all processes with the same command and config file"
@@ -195,6 +210,7 @@ class _Run:
     self._agreement = distributed.Agreement(setup.mesh)
     self._stopped: signal.Signals | None = None
     self._step = int(state["step"])
+    self._saving: int | None = None  # step of the last save that began
     self._in_flight: tuple[int, train_step.Metrics] | None = None
     c, parts = setup.c, setup.parts
     peak = chips.peak_flops(setup.mesh.devices.flat[0].device_kind)
@@ -342,6 +358,14 @@ class _Run:
     self._writers.flush()
     with self._timer.paused(), jax.transfer_guard("allow"):
       self._checkpoints.save(self._state, {"means": self._means.state()} | self._data_state())
+    if self._saving != self._step:
+      self.note_saved()  # a save waits for the one before it
+      self._saving = self._step
+
+  def note_saved(self) -> None:
+    """Records that the last save is complete, once another one or the end has waited for it."""
+    if self._saving is not None and distributed.is_first():
+      run_folder_lib.note_saved(self._folder, self._saving)
 
   def _data_state(self) -> dict[str, object]:
     """The batch source's entry in a checkpoint, empty if the batch is a function of the step."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -15,7 +16,7 @@ from jaxgpt.commands.actions import import_export, inspect_data
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import metric_writers, run_folder, stop_signal
+from jaxgpt.run import metric_writers, run_folder, run_lock, stop_signal
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import loop
@@ -66,6 +67,7 @@ def test_a_run_reports_what_it_did(finished):
   assert saved.optim.lr == c.optim.lr and saved.model.vocab_size == 264
   (start,) = run_folder.read_starts(folder)
   assert start["packages"]["jax"] == jax.__version__
+  assert (start["step"], start["saved"]) == (0, 8)
   assert start["mesh"]["data"] == 8 and start["data_digest"] and start["command"]
   assert json.loads((folder / "config.json").read_text())["origin"].keys() == (
     config.flatten(c).keys()
@@ -367,6 +369,25 @@ def test_a_folder_with_a_run_of_another_config_is_refused(finished, change, word
   c.update_from_flattened_dict(change)
   with pytest.raises(UserError, match=words):
     train(c, folder)
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_metrics(finished, tmp_path, capsys):
+  c, folder = finished
+  shutil.copytree(folder, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints")
+  before = lines(folder)
+  with pytest.raises(UserError, match="a run of 8 steps whose checkpoints are gone"):
+    train(c, tmp_path / "run")
+  assert lines(tmp_path / "run") == before
+  assert len(run_folder.read_starts(tmp_path / "run")) == len(run_folder.read_starts(folder))
+
+
+def test_a_folder_that_is_being_trained_is_refused_before_anything_is_written(tiny, tmp_path):
+  with run_lock.RunLock(tmp_path / "run") as lock:
+    lock.take()
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on host .* is training in"):
+      train(tiny(), tmp_path / "run")
+  assert [path.name for path in (tmp_path / "run").iterdir()] == [run_lock.NAME]
 
 
 def test_a_folder_that_holds_something_else_is_refused(tiny, tmp_path):

@@ -21,6 +21,7 @@ from jaxgpt.commands.checks.finding import (
   within,
 )
 from jaxgpt.commands.checks.training import state_bytes
+from jaxgpt.run import resume, run_lock
 from jaxgpt.run import run_folder as run_folder_lib
 
 _PROBE_SECONDS = 60  # clients of buckets retry for minutes
@@ -48,6 +49,10 @@ def run_folder(folder: epath.PathLike, known: Known) -> Iterator[Finding]:
   )
   if run_folder_lib.is_run(folder):
     yield _same_run(folder, known)
+    if holder := run_lock.holder(folder):
+      yield Finding(
+        PROBLEM, "workdir", f"{holder} is training in {folder}: wait for it, or end it"
+      )
   elif run_folder_lib.holds_something_else(folder):
     yield Finding(
       PROBLEM, "workdir", f"{folder} is not empty and holds no run; choose a new folder"
@@ -64,7 +69,12 @@ def _same_run(folder: epath.Path, known: Known) -> Finding:
     return Finding(OK, "workdir", f"{folder} holds a run")
   changed = config.difference(old, known.c)
   if not changed:
-    return Finding(OK, "workdir", f"{folder} holds this run, which would be resumed")
+    found, finding = tried("workdir", lambda: resume.find(folder))
+    if found is None:
+      assert finding is not None
+      return finding
+    text = f"{folder} holds this run: {found.describe(known.c.train.steps)}"
+    return Finding(OK, "workdir", text)
   lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:5])
   return Finding(
     PROBLEM,
