@@ -1,7 +1,7 @@
 """The run folder: config and provenance of a run, and the check that a continuation matches it.
 
 RUN/config.json    the resolved config, and where each value came from
-RUN/starts.jsonl   one line per start: versions, git state, devices, mesh, data digest, command, step
+RUN/starts.jsonl   one line per start: versions, git state, mesh, data digest, command, step
 RUN/train.lock     see `run_lock`
 RUN/tokenizer/     a copy of the data's tokenizer
 RUN/code/          copies of the user files FILE.py:NAME that the config names, if any
@@ -118,7 +118,8 @@ def check_free(folder: epath.PathLike) -> None:
   """Raises a UserError if a folder holds something other than a run."""
   if not is_run(folder) and holds_something_else(folder):
     raise UserError(
-      f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); choose a new folder"
+      f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
+      "choose a new folder"
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
-from jaxgpt.run import resume, run_folder
+from jaxgpt.run import resume
 
 
 @pytest.fixture
@@ -37,7 +37,12 @@ def run(tmp_path):
     ((0,), (), ({"step": 0, "saved": 0},), "goes on from step 0 of 40"),
     ((10, 20, "30.orbax-checkpoint-tmp"), (10, 20), ({},), "goes on from step 20 of 40"),
     # Killed before the first checkpoint was complete: the save of step 20 would wait for it.
-    ((), (7, 20), ({"step": 0},), "starts at step 0 of 40; metrics.jsonl ends at step 20: 20 steps"),
+    (
+      (),
+      (7, 20),
+      ({"step": 0},),
+      "starts at step 0 of 40; metrics.jsonl ends at step 20: 20 steps",
+    ),
     ((10,), (12,), ({},), "goes on from step 10 of 40; metrics.jsonl ends at step 12: 2 steps"),
     ((40,), (40,), ({"saved": 40},), "all 40 steps are done"),
   ],

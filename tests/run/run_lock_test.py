@@ -54,10 +54,13 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
   with run_lock.RunLock(tmp_path) as lock:
     lock.take()
     reads, writes = os.pipe()
+    is_up, up = os.pipe()
     child = os.fork()
     if not child:
+      os.write(up, b".")
       os.read(reads, 1)
       os._exit(0)
+    os.read(is_up, 1)
   assert run_lock.holder(tmp_path) is None
   os.write(writes, b".")
   os.waitpid(child, 0)
