@@ -1,8 +1,10 @@
 """The lock of a run folder: one holder, named in the error, gone with its process."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -53,17 +55,18 @@ def test_a_killed_process_leaves_no_lock(other):
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
   with run_lock.RunLock(tmp_path) as lock:
     lock.take()
-    reads, writes = os.pipe()
     is_up, up = os.pipe()
     child = os.fork()
     if not child:
       os.write(up, b".")
-      os.read(reads, 1)
+      time.sleep(60)
       os._exit(0)
     os.read(is_up, 1)
-  assert run_lock.holder(tmp_path) is None
-  os.write(writes, b".")
-  os.waitpid(child, 0)
+  try:
+    assert run_lock.holder(tmp_path) is None
+  finally:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def test_nothing_is_made_in_a_folder_that_is_not_there(tmp_path):
