@@ -2,8 +2,8 @@
 
 Pages that build on one another run in one copy of the checkout, each in one shell, as a user types
 them. Where a page shows an error, the exit code must be 2. The lines of an output must appear in
-this order, with other numbers: "…" stands for any text. Texts that a model generates, and samples of
-the corpus, are not compared.
+this order, with other numbers: "…" stands for any text. Texts that a model generates and samples
+of the corpus are not compared.
 """
 
 import os

@@ -88,4 +88,3 @@ def _known_checkpoint(folder: epath.Path, reached: int) -> int:
   noted = max([start.get(key) or 0 for start in starts for key in ("step", "saved")], default=0)
   every = run_folder.read_config(folder).checkpoint.every
   return max(noted, every if every and reached > 2 * every else 0)
-

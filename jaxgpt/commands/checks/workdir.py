@@ -50,9 +50,7 @@ def run_folder(folder: epath.PathLike, known: Known) -> Iterator[Finding]:
   if run_folder_lib.is_run(folder):
     yield _same_run(folder, known)
     if holder := run_lock.holder(folder):
-      yield Finding(
-        PROBLEM, "workdir", f"{holder} is training in {folder}: wait for it, or end it"
-      )
+      yield Finding(PROBLEM, "workdir", f"{holder} is training in {folder}: wait for it, or end it")
   elif run_folder_lib.holds_something_else(folder):
     yield Finding(
       PROBLEM, "workdir", f"{folder} is not empty and holds no run; choose a new folder"
