@@ -5,6 +5,7 @@ No code branches on the name of a family.
 B batch, T query position, S cache slot, D model, V vocabulary (or labels), E experts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -315,11 +316,17 @@ def abstract(model: Transformer) -> tuple[PyTree, PyTree]:
     (shapes, axes): nested dicts of `ShapeDtypeStruct`s and of tuples of logical axes, such as
     ('layers', 'embed', 'heads', 'head_dim') for 'layers/attn/q'.
   """
-  boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
+  boxed = _abstract_boxed(ml_collections.FrozenConfigDict(model.cfg))
   return (
     jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box),
     jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box),
   )
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_boxed(cfg: ml_collections.FrozenConfigDict) -> PyTree:
+  """Shapes in boxes. A start of a run needs them several times, and tracing a model takes long."""
+  return jax.eval_shape(lambda: _init_boxed(Transformer(cfg), jax.random.key(0)))
 
 
 def depths(cfg: ml_collections.FrozenConfigDict, params: PyTree) -> PyTree:

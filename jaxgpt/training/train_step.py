@@ -64,6 +64,13 @@ def init_state(
   params = transformer.init(model, key)
   if given:
     params = tree.map_named(lambda path, x: given.get(path, x), params)
+  return _state_of(params, tx, ema, trained)
+
+
+def _state_of(
+  params: PyTree, tx: optax.GradientTransformation, ema: bool, trained: Collection[str]
+) -> State:
+  """The state before the first update, of given weights."""
   params, frozen = tree.split(params, trained)
   state = {
     "step": jnp.zeros((), jnp.int32),
@@ -129,8 +136,8 @@ def abstract_state(
   Raises:
     UserError: The mesh does not divide a parameter, or shards two of its dimensions by one axis.
   """
-  shapes = jax.eval_shape(lambda: init_state(model, tx, jax.random.key(0), ema, trained))
   params, axes = transformer.abstract(model)
+  shapes = jax.eval_shape(lambda params: _state_of(params, tx, ema, trained), params)
   of_params = sharding.params_shardings(axes, params, mesh, model.rules)
   of_state = sharding.like_params(shapes, params, of_params, mesh)
   return jax.tree.map(
