@@ -45,6 +45,14 @@ def _place(buffer: jax.Array, block: jax.Array, start: jax.Array, plus: float) -
   return jax.lax.dynamic_update_slice(buffer, block, start)
 
 
+def _place_on_host(shard: np.ndarray, block: np.ndarray, start: Sequence[int], plus: float) -> None:
+  """Writes a block into a shard, with the same rounding as `_place`."""
+  block = block.astype(shard.dtype)
+  block = block + np.asarray(plus, shard.dtype) if plus else block
+  block = block.reshape((1,) * (shard.ndim - block.ndim) + block.shape)
+  shard[tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
+
+
 def load(
   matched: Sequence[tuple[Published, safetensors.Tensor]], abstract: PyTree
 ) -> dict[str, jax.Array]:
@@ -92,7 +100,11 @@ def _array(leaf: jax.ShapeDtypeStruct, sources: Sequence[_Source]) -> jax.Array:
   shards = []
   for bounds, copies in devices.items():
     shape = tuple(b - a for a, b in bounds)
-    buffers = [jnp.zeros(shape, leaf.dtype, device=device) for device in copies]
+    # A small shard is put together on the host. A large one is filled block by block on the device,
+    # so that the host never holds all of it; that needs a compiled program for each shape.
+    small = math.prod(shape) * leaf.dtype.itemsize <= _BLOCK
+    host = np.zeros(shape if small else (), leaf.dtype)
+    buffers = [] if small else [jnp.zeros(shape, leaf.dtype, device=device) for device in copies]
     for piece, published, tensor in sources:
       outer, inner = bounds[: len(piece.lead)], bounds[len(piece.lead) :]
       if all(a <= i < b for i, (a, b) in zip(piece.lead, outer, strict=True)):
@@ -100,12 +112,15 @@ def _array(leaf: jax.ShapeDtypeStruct, sources: Sequence[_Source]) -> jax.Array:
         for block in _blocks(piece.layout, inner, tensor.dtype.itemsize):
           values = read_block(piece, published, tensor, block)
           start = first + [a - b for (a, _), (b, _) in zip(block, inner, strict=True)]
+          if small:
+            _place_on_host(host, values, start, piece.plus)
+            continue
           buffers = [
             _place(b, jax.device_put(values, b.device), np.array(start, np.int32), piece.plus)
             for b in buffers
           ]
           jax.block_until_ready(buffers)  # else the blocks in flight would fill the host's memory
-    shards += buffers
+    shards += [jax.device_put(host, device) for device in copies] if small else buffers
   return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
@@ -199,7 +214,10 @@ def save(
 
 def to_theirs(leaf: jax.Array, piece: Piece) -> np.ndarray:
   """Returns a piece of a published tensor, on the host, in our parameter's dtype."""
-  array = np.asarray(jax.device_get(leaf[piece.lead] if piece.lead else leaf))
+  if leaf.nbytes <= _BLOCK:  # the host's copy is kept, and a slice needs no compiled program
+    array = np.asarray(leaf)[piece.lead]
+  else:
+    array = np.asarray(jax.device_get(leaf[piece.lead] if piece.lead else leaf))
   if piece.interleaved:
     array = array[..., np.argsort(_order(array.shape[-1], piece.interleaved))]
   theirs = piece.layout.to_theirs(array)

@@ -9,14 +9,13 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import config
 from jaxgpt.commands.actions import import_export
 from jaxgpt.errors import UserError
-from jaxgpt.hf import parity
+from jaxgpt.hf import parity, weights
 from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.inference import load
 from jaxgpt.run import init_from
@@ -243,7 +242,7 @@ def trained(run, corpus, folder, out):
   assert not report["initialized"] and not report["left"] and not report["changed"]
   new = load.load(out)
   moved = max(
-    float(jnp.abs(a - b).max())
+    float(np.abs(np.asarray(a) - np.asarray(b)).max())
     for a, b in zip(jax.tree.leaves(run.params), jax.tree.leaves(new.params))
   )
   assert moved > 1e-4  # three steps did something
@@ -282,6 +281,20 @@ def test_there_and_back(name, tmp_path, corpus):
 def llama(tmp_path_factory):
   folder = tmp_path_factory.mktemp("llama") / "theirs"
   return folder, make("llama2", folder)
+
+
+def test_shards_filled_on_the_device_equal_those_of_the_host(llama, tmp_path, corpus, monkeypatch):
+  """Large shards are filled on the device, in blocks, and read from it layer by layer."""
+  import_export.import_model(llama[0], tmp_path / "host", tokenizer=corpus)
+  want = load.load(tmp_path / "host")
+  monkeypatch.setattr(weights, "_BLOCK", 64)
+  import_export.import_model(llama[0], tmp_path / "device", tokenizer=corpus)
+  got = load.load(tmp_path / "device")
+  jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+  import_export.export_run(tmp_path / "device", tmp_path / "out", certify=False)
+  there = st.load_file(tmp_path / "out" / "model.safetensors")
+  for name, tensor in st.load_file(llama[0] / "model.safetensors").items():
+    np.testing.assert_array_equal(there[name], tensor)
 
 
 def changed(folder, out, tensors=None, **values):
