@@ -14,10 +14,14 @@ from jaxgpt.run import run_folder
 
 def get_config(arg=""):
   c = config.base()
-  if arg:
-    c.model.update(run_folder.read_config(arg).model)
-    c.init_from = arg
   c.data.seq_len = 512
+  if arg:
+    run = run_folder.read_config(arg)
+    c.model.update(run.model)
+    c.init_from = arg
+    c.data.seq_len = min(c.data.seq_len, run.model.max_len)
+    if run.model.head != "lm" or not run.model.causal:
+      c.objective.name = run.objective.name
   c.data.batch_size = 16
   c.optim.lr = 2e-5
   c.optim.weight_decay = 0.0

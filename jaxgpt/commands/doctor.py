@@ -1,11 +1,11 @@
 """`jaxgpt doctor`: finds the reasons why a run would fail, before it starts."""
 
 import dataclasses
-import json
 
 from jaxgpt.commands import Command
 from jaxgpt.config.options import option, overrides
 from jaxgpt.errors import UserError
+from jaxgpt.storage import strict_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,9 @@ def run(args: DoctorOptions) -> int:
       print(f"{finding.status:<8} {finding.topic:<9} {finding.text}", flush=True)
   problems = sum(finding.status == finding_lib.PROBLEM for finding in findings)
   if args.json:
-    print(json.dumps({"ok": not problems, "findings": [f._asdict() for f in findings]}, indent=1))
+    print(
+      strict_json.dumps({"ok": not problems, "findings": [f._asdict() for f in findings]}, indent=1)
+    )
   elif problems:
     print(f"{problems} problem{'s' if problems > 1 else ''}: a run would fail")
   else:

@@ -25,7 +25,7 @@ def run(args: EvaluateOptions) -> None:
   from jaxgpt.training import evaluation
 
   backend.start()
-  found = load.load(args.workdir, args.step)
+  found = load.load(args.workdir, args.step, "evaluate")
   result = load.evaluate_run(found, args.split, args.batches, args.batch_size, args.data)
   print(f"{args.split} at step {found.step}: {evaluation.describe(result)}")
 

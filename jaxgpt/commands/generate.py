@@ -33,7 +33,7 @@ def run(args: GenerateOptions) -> None:
   sampling = load.Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
   prompt = _read(args.prompt)
   backend.start()
-  sampler = load.Sampler(load.load(args.workdir, args.step), args.samples)
+  sampler = load.Sampler(load.load(args.workdir, args.step, "generate"), args.samples)
   for i, text in enumerate(sampler(prompt, args.max_new, sampling, args.seed)):
     if args.samples > 1:
       print(f"--- sample {i + 1} of {args.samples}")

@@ -1,6 +1,7 @@
 """`jaxgpt import`: makes a run from a model in Hugging Face's format."""
 
 import dataclasses
+from typing import Any
 
 from jaxgpt.commands import Command
 from jaxgpt.config.options import integer, option
@@ -34,6 +35,7 @@ class ImportOptions:
 def run(args: ImportOptions) -> None:
   """Imports and says how to use the run."""
   from jaxgpt.commands.actions import backend, import_export
+  from jaxgpt.run import run_folder
 
   backend.start()
   done = import_export.import_model(
@@ -41,9 +43,46 @@ def run(args: ImportOptions) -> None:
   )
   print(
     f"imported {args.source}: {done.family}, {done.parameters:,} parameters, "
-    f"{done.bytes / 1e9:.2f} GB of files\n{args.workdir} is a run at step 0: generate and "
-    f"evaluate take it as it is; train from it with --config.init_from={args.workdir}"
+    f"{done.bytes / 1e9:.2f} GB of files\n{args.workdir} is a run at step 0; use it with"
   )
+  for line in next_commands(run_folder.read_config(args.workdir), args.workdir):
+    print(f"  {line}")
+
+
+def next_commands(c: Any, workdir: str) -> list[str]:
+  """The commands that use an imported run, without those that its model has no head for.
+
+  Args:
+    c: The run's config.
+    workdir: The run folder.
+  """
+  from jaxgpt.training import uses
+
+  able = uses.of(c)
+  train = (
+    f"jaxgpt train --config=configs/finetune.py:{workdir} --config.data.path=DATA --workdir=NEW"
+  )
+  lines = []
+  if "generate" in able:
+    lines.append(f"jaxgpt generate --workdir={workdir} --prompt=TEXT")
+  if "evaluate" in able:
+    lines.append(f"jaxgpt evaluate --workdir={workdir} --data=DATA")
+  if "train" in able:
+    lines.append(train)
+  elif c.model.causal:
+    lines.append(f"{train} --config.model.head=lm  (it has no head: this one is new)")
+  else:
+    lines.append(
+      f"{train} --config.model.head=classifier --config.objective.name=classification  "
+      "(it has no head: this one is new)"
+    )
+  kind = (
+    " --kind=classification" if "classifier" in lines[-1] or c.model.head == "classifier" else ""
+  )
+  lines.append(
+    f"where DATA is made by jaxgpt data --out=DATA --tokenizer={workdir}/tokenizer{kind} FILES"
+  )
+  return lines
 
 
 COMMAND = Command("import", "make a run from a model in Hugging Face's format", ImportOptions, run)

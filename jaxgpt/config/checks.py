@@ -1,5 +1,6 @@
 """Checks of single values that a range or a list of choices cannot express, named by their keys."""
 
+import math
 from typing import Any
 
 from jaxgpt.errors import UserError
@@ -49,7 +50,7 @@ def optim_lr_scales(key: str, value: Any) -> None:
       and len(scale) == 2
       and isinstance(scale[0], str)
       and isinstance(scale[1], (int, float))
-      and scale[1] >= 0
+      and 0 <= scale[1] < math.inf
     ):
       raise UserError(
         f"{key}: {scale!r} must be (pattern, factor); write (('layers/*', 0.1),), with the "
@@ -76,6 +77,8 @@ def user_option(key: str, value: Any) -> None:
   if isinstance(value, tuple):
     for item in value:
       user_option(key, item)
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f"{key}={value}: must be a finite number")
   elif not isinstance(value, (bool, int, float, str)):
     raise UserError(
       f"{key}={value!r}: options are numbers, strings, bools or tuples of these; "
@@ -85,4 +88,4 @@ def user_option(key: str, value: Any) -> None:
 
 def _are_weights(value: Any) -> bool:
   is_number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-  return isinstance(value, tuple) and all(is_number(w) and w >= 0 for w in value)
+  return isinstance(value, tuple) and all(is_number(w) and 0 <= w < math.inf for w in value)

@@ -42,9 +42,11 @@ class Layout(Protocol):
   Attributes:
     predicts_next: `targets` holds the token after each of `tokens`. False if it holds the same
       token (masked LM), or if the layout has no targets (classification).
+    predicts_tokens: The loss is a cross entropy per token. False if it is one per row.
   """
 
   predicts_next: bool
+  predicts_tokens: bool
 
   def index(
     self, split: source.Split, packing: str, seq_len: int
@@ -68,6 +70,7 @@ class CausalLM:
   """
 
   predicts_next = True
+  predicts_tokens = True
 
   def index(
     self, split: source.Split, packing: str, seq_len: int
@@ -139,6 +142,7 @@ class MaskedLM:
   """
 
   predicts_next = False
+  predicts_tokens = True
 
   def __init__(self, masking: Masking | None):
     """Args: masking: How to mask, or None if only blank batches are needed."""
@@ -184,6 +188,7 @@ class Classification:
   """
 
   predicts_next = False
+  predicts_tokens = False
 
   def __init__(self, has_classes: bool):
     """Args: has_classes: Labels are classes, not numbers."""
@@ -242,6 +247,7 @@ class Preference:
   """
 
   predicts_next = True
+  predicts_tokens = False
 
   def index(
     self, split: source.Split, packing: str, seq_len: int

@@ -8,7 +8,6 @@ Legend: L layers, N prompts, T tokens, V vocabulary (or labels), D width.
 
 import functools
 import hashlib
-import json
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from jaxgpt import __version__
 from jaxgpt.config import installed
 from jaxgpt.inference import sampling
 from jaxgpt.model import transformer
+from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import base
 from jaxgpt.tree import PyTree
 
@@ -248,7 +248,7 @@ def _sha256(path: epath.Path) -> str:
 
 def write(folder: epath.Path, certificate: Certificate) -> None:
   """Writes the certificate as JSON and as Markdown."""
-  (folder / JSON).write_text(json.dumps(certificate, indent=2) + "\n")
+  (folder / JSON).write_text(strict_json.dumps(certificate, indent=2) + "\n")
   (folder / TEXT).write_text("\n".join(describe(certificate)) + "\n")
 
 

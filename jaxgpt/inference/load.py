@@ -19,7 +19,7 @@ from jaxgpt.run import init_from, run_folder
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import evaluation
+from jaxgpt.training import evaluation, uses
 from jaxgpt.tree import PyTree
 
 
@@ -45,21 +45,23 @@ class Run(NamedTuple):
   data_digest: str
 
 
-def load(folder: epath.PathLike, step: int | None = None) -> Run:
+def load(folder: epath.PathLike, step: int | None = None, use: str = "export") -> Run:
   """Loads a run on the local devices, sharded over all of them.
 
   Args:
     folder: The run folder.
     step: Step of the checkpoint. None: the newest.
+    use: What the caller wants to do with the model, one of `uses.USES`.
 
   Returns:
     The run. Its weights are the moving average if the run keeps one.
 
   Raises:
-    UserError: There is no run, or no checkpoint of that step.
+    UserError: There is no run, no checkpoint of that step, or the model lacks the use.
   """
   folder = epath.Path(folder)
   c = run_folder.read_config(folder)
+  uses.check(c, use)  # before the weights are read
   tokenizer = tokenizer_lib.load(run_folder.tokenizer_folder(folder))
   mesh, parts = place(c)
   name = "ema" if c.optim.ema else "params"
@@ -137,9 +139,10 @@ def evaluate_run(
     See `evaluation.evaluate`.
 
   Raises:
-    UserError: The data does not exist, or is not the data of this run.
+    UserError: The data does not exist or is not the data of this run, or the model has no head.
   """
   c = run.c.copy_and_resolve_references()
+  uses.check(c, "evaluate")
   c.data.path = data or c.data.path
   if not c.data.path:
     raise UserError(
@@ -191,7 +194,11 @@ class Sampler:
     Args:
       run: From `load`.
       num_samples: Number of texts per call.
+
+    Raises:
+      UserError: The model cannot continue a text, see `uses`.
     """
+    uses.check(run.c, "generate")
     self._run, self._num_samples = run, num_samples
     self._context = run.c.data.seq_len
     self._generate = sampling_lib.make(

@@ -16,6 +16,7 @@ from etils import epath
 
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError
+from jaxgpt.storage import strict_json
 
 Budget: TypeAlias = dict[str, dict[str, Any]]  # {'opcode dtype': {'calls', 'bytes'}}
 
@@ -79,7 +80,7 @@ def write(path: epath.PathLike, f: Mapping[str, Any]) -> None:
   """
   stored = {"compilers": compilers(f["estimate"] == "roofline"), "collectives": budget(f)}
   try:
-    pathlib.Path(path).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    pathlib.Path(path).write_text(strict_json.dumps(stored, indent=2) + "\n", encoding="utf-8")
   except OSError as e:
     raise UserError(f"--write-golden={path} cannot be written: {e.strerror}") from e
   print(f"\nwrote the communication budget {path}")

@@ -12,7 +12,6 @@ A checkpoint has one item per part of the state, so that the weights can be read
 """
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ from jaxgpt import tree
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.parallel import distributed
 from jaxgpt.run import bucket_checkpoints
-from jaxgpt.storage import buckets
+from jaxgpt.storage import buckets, strict_json
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
@@ -322,7 +321,7 @@ def dump(
     arrays: dict[str, Any] = dict(batch)
     with (folder / "batch.npz").open("wb") as f:
       np.savez(f, **arrays)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (folder / "metrics.json").write_text(strict_json.dumps(metrics, indent=2))
   checkpoints = Checkpoints(folder / "state")
   checkpoints.save(state)
   checkpoints.close()

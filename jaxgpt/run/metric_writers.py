@@ -18,7 +18,7 @@ from rich import console, progress
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, nearest, optional
 from jaxgpt.parallel import distributed
-from jaxgpt.storage import atomic, buckets
+from jaxgpt.storage import atomic, buckets, strict_json
 
 JSONL = "metrics.jsonl"
 _REMOTE_SECONDS = 10.0  # between two writes of the file to a bucket
@@ -100,7 +100,7 @@ class Jsonl(MetricWriter):
     records = [record(line) for line in self._path.read_text().splitlines()]
     kept = [r for r in records if r and r["step"] <= start]
     self._newest = {r["kind"]: r for r in kept}
-    self._lines = "".join(json.dumps(r) + "\n" for r in kept)
+    self._lines = "".join(strict_json.dumps(r) + "\n" for r in kept)
     atomic.write(self._path, self._lines)
 
   def newest(self, step: int, kind: str) -> dict[str, Any] | None:
@@ -110,7 +110,7 @@ class Jsonl(MetricWriter):
 
   def write(self, step: int, kind: str, metrics: Metrics) -> None:
     self._newest[kind] = {"step": step, "kind": kind, **metrics}
-    line = json.dumps(self._newest[kind]) + "\n"
+    line = strict_json.dumps(self._newest[kind]) + "\n"
     if self._file is None:
       self._lines += line
       if time.monotonic() - self._written > _REMOTE_SECONDS:
@@ -215,6 +215,8 @@ _SHOWN = (  # metrics on the terminal: key, label, format
   ("bits_per_byte", "bits/byte", "{:.4f}"),
   ("perplexity", "perplexity", "{:.2f}"),
   ("accuracy", "accuracy", "{:.4f}"),
+  ("mse", "MSE", "{:.4f}"),
+  ("mae", "MAE", "{:.4f}"),
   ("lr", "lr", "{:.2e}"),
   ("grad_norm", "grad norm", "{:.2f}"),
   ("tokens_per_second", "tokens/s", "{:,.0f}"),

@@ -27,7 +27,7 @@ from jaxgpt.config import installed, user_code
 from jaxgpt.config.keys import lora_targets
 from jaxgpt.errors import UserError
 from jaxgpt.run import run_lock
-from jaxgpt.storage import atomic, buckets
+from jaxgpt.storage import atomic, buckets, strict_json
 from jaxgpt.text.tokenizers.base import Tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -95,13 +95,13 @@ def enter(
         atomic.write(folder / _CODE / name, source)
       # Relative to the run folder, so that the folder may move.
       values = json.loads(c.to_json()) | {"code_folder": _CODE if code else ""}
-      text = json.dumps({"config": values, "origin": origin}, indent=2)
+      text = strict_json.dumps({"config": values, "origin": origin}, indent=2)
       atomic.write(folder / _CONFIG, text + "\n")
     # Objects in a bucket cannot be appended to, so the file is written as a whole.
     starts = folder / _STARTS
     record = {**_start(c, mesh, data_digest, code), "step": step}
     before = starts.read_text() if starts.exists() else ""
-    atomic.write(starts, before + json.dumps(record) + "\n")
+    atomic.write(starts, before + strict_json.dumps(record) + "\n")
   except OSError as e:
     raise UserError(
       f"--workdir={folder} can't be written ({e.strerror or e}); "

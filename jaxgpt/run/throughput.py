@@ -32,7 +32,7 @@ class Timer:
     self._waited = self._paused = 0.0
 
   def step_done(self, tokens: float) -> None:
-    """Counts a step and its tokens."""
+    """Counts a step and the tokens that the model read in it, without padding."""
     self._steps += 1
     self._tokens += tokens
 

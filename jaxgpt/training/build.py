@@ -37,7 +37,7 @@ class Parts(NamedTuple):
   state: PyTree
 
 
-def check(c: ml_collections.ConfigDict) -> None:
+def check(c: ml_collections.ConfigDict, for_training: bool = True) -> None:
   """Checks the objective, the optimizer and the schedule that a config names, and their options.
 
   This needs no data, no devices and no vocabulary, so commands call it first. It executes the user
@@ -45,6 +45,7 @@ def check(c: ml_collections.ConfigDict) -> None:
 
   Args:
     c: A config, resolved or not.
+    for_training: False: the model is only used, so it may lack a head.
 
   Raises:
     UserError: A name is unknown, a user file fails, or the config does not suit the objective, the
@@ -59,7 +60,7 @@ def check(c: ml_collections.ConfigDict) -> None:
         f"{section}.options are for your own {section}.name=FILE.py:NAME, but "
         f"{section}.name={members.name!r} is built in and has no {', '.join(options)}; remove them"
       )
-  objectives.check(c)
+  objectives.check(c, for_training)
   optimizers.check(c)
   schedules.find(c).check(c.schedule)
 
@@ -86,7 +87,7 @@ def build(
       parameter, the length, the heads or the layers, if a pattern of parameters matches none, if
       the objective cannot train the chosen parameters, or if the devices lack a kind of memory.
   """
-  check(c)
+  check(c, for_training)
   if for_training:
     mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")

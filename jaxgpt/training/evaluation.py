@@ -1,4 +1,4 @@
-"""Evaluation on held-out data: loss, perplexity, bits per byte, accuracy."""
+"""Evaluation on held-out data: loss, perplexity, bits per byte, accuracy, error of a regression."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +16,8 @@ from jaxgpt.tree import PyTree
 EvalStep: TypeAlias = Callable[[PyTree, PyTree], dict[str, jax.Array]]
 Result: TypeAlias = dict[str, float]
 
-_SUMS = ("nll", "correct")  # of an objective's aux
+_MEANS = {"correct": "accuracy", "mse": "mse", "mae": "mae"}  # an objective's aux -> a metric
+_SUMS = ("nll", *_MEANS)
 
 
 def make_step(loss_fn: LossFn) -> EvalStep:
@@ -37,7 +38,11 @@ def make_step(loss_fn: LossFn) -> EvalStep:
 
 
 def evaluate(
-  step: EvalStep, params: PyTree, batches: Iterable[PyTree], bytes_per_token: float | None
+  step: EvalStep,
+  params: PyTree,
+  batches: Iterable[PyTree],
+  bytes_per_token: float | None,
+  per_token: bool = True,
 ) -> Result:
   """Runs the model over batches and computes the metrics.
 
@@ -47,10 +52,12 @@ def evaluate(
     batches: Batches on the devices.
     bytes_per_token: UTF-8 bytes per prediction of the whole split, which converts nats per token
       to bits per byte. None where the batches do not predict each token of the text once.
+    per_token: The loss is a cross entropy per token, so that its exponential is a perplexity.
 
   Returns:
     'loss' in nats per token (or per example) and 'tokens', their number. Where they have a meaning
-    also 'perplexity', 'bits_per_byte' and 'accuracy'. Batches are summed in double precision.
+    also 'perplexity', 'bits_per_byte', 'accuracy' and, of a regression, 'mse' and 'mae'. Batches
+    are summed in double precision.
   """
   totals = {"tokens": 0.0, "nll": 0.0}
 
@@ -69,10 +76,10 @@ def evaluate(
     add(in_flight)
   count = max(totals["tokens"], 1)
   out = {"loss": totals["nll"] / count}
-  if "correct" in totals:
-    out["accuracy"] = totals["correct"] / count
-  else:
+  means = {metric: totals[name] / count for name, metric in _MEANS.items() if name in totals}
+  if per_token and not means:
     out["perplexity"] = metrics.perplexity(out["loss"])
+  out |= means
   if bytes_per_token is not None:
     out["bits_per_byte"] = metrics.bits_per_byte(out["loss"], bytes_per_token)
   return out | {"tokens": int(totals["tokens"])}
@@ -93,7 +100,7 @@ def combined(by_source: Mapping[str, tuple[Result, float | None]]) -> Result:
   def mean(key: str, weights: list[float]) -> float:
     return sum(r[key] * w for r, w in zip(results, weights)) / max(sum(weights), 1)
 
-  out: Result = {key: mean(key, counts) for key in ("loss", "accuracy") if key in results[0]}
+  out: Result = {key: mean(key, counts) for key in ("loss", *_MEANS.values()) if key in results[0]}
   if "perplexity" in results[0]:
     out["perplexity"] = metrics.perplexity(out["loss"])
   if all("bits_per_byte" in result for result in results):  # not with labelled sources
@@ -160,7 +167,8 @@ def evaluate_on(
   def run(data: pipeline.Batches) -> tuple[Result, float | None]:
     batches = held_out_batches(data, mesh, c_data, limit)
     batches = itertools.takewhile(lambda _: goes_on(), batches)
-    return evaluate(step, params, batches, bytes_per_token(data)), bytes_per_token(data)
+    per_byte, per_token = bytes_per_token(data), data.layout.predicts_tokens
+    return evaluate(step, params, batches, per_byte, per_token), per_byte
 
   if len(data.sources) == 1 or 0 < limit < data.steps_per_epoch:
     return run(data)[0]
@@ -173,7 +181,12 @@ def describe(result: Result) -> str:
     ("loss", "loss {:.4f}"),
     ("perplexity", "perplexity {:.2f}"),
     ("accuracy", "accuracy {:.4f}"),
+    ("mse", "mean squared error {:.4f}"),
+    ("mae", "mean absolute error {:.4f}"),
     ("bits_per_byte", "{:.4f} bits per byte"),
     ("tokens", "{:,} predictions"),
   )
-  return ", ".join(form.format(result[name]) for name, form in forms if name in result)
+  # A metric that is not finite is null in metrics.jsonl.
+  return ", ".join(
+    form.format(result[name]) for name, form in forms if result.get(name) is not None
+  )

@@ -10,7 +10,6 @@ restored), compile, steps. Two rules hold throughout:
 """
 
 import contextlib
-import json
 import signal
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from jaxgpt.run import init_from, run_lock, stop_signal, throughput
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
-from jaxgpt.storage import atomic
+from jaxgpt.storage import atomic, strict_json
 from jaxgpt.text.tokenizers.tokenizer import Tokenizer
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
@@ -144,7 +143,7 @@ def _enter(
   if code:
     distributed.check_same(
       f"the digests of {', '.join(code)}",
-      json.dumps({name: user_code.digest(text) for name, text in code.items()}),
+      strict_json.dumps({name: user_code.digest(text) for name, text in code.items()}),
       "copy the same files to all hosts",
     )
   if not run_folder_lib.is_run(folder):
@@ -189,7 +188,7 @@ def _initial_weights(
   )
   init_from.check_tokenizer(given, tokenizer, c)
   if distributed.is_first():
-    atomic.write(setup.folder / init_from.REPORT, json.dumps(given.report, indent=2))
+    atomic.write(setup.folder / init_from.REPORT, strict_json.dumps(given.report, indent=2))
     print("\n".join(init_from.describe(given.report)), flush=True)
   return given.params
 
@@ -316,8 +315,8 @@ class _Run:
     nonfinite_step = int(metrics.pop("nonfinite_step"))
     if nonfinite_step >= 0:
       self._stop_at_nonfinite(nonfinite_step, metrics)
+    self._timer.step_done(metrics.pop("tokens_read"))
     self._means.add(metrics)
-    self._timer.step_done(metrics["tokens"])
     if step % self._c.log.every == 0 or step == self._c.train.steps:
       epochs = {f"epochs/{name}": n for name, n in self._data.epochs(step).items()}
       self._writers.write(step, "train", self._means.take() | self._timer.take() | epochs)

@@ -66,15 +66,20 @@ class Means:
   def __init__(
     self,
     steps: int = 0,
-    sums: dict[str, float] | None = None,
-    last: dict[str, float] | None = None,
+    sums: Mapping[str, float | str] | None = None,
+    last: Mapping[str, float | str] | None = None,
   ):
     """Starts an empty window, or continues one from `state`."""
-    self._steps, self._sums, self._last = steps, sums or {}, last or {}
+    numbers = lambda found: {name: float(value) for name, value in (found or {}).items()}
+    self._steps, self._sums, self._last = steps, numbers(sums), numbers(last)
 
   def state(self) -> dict[str, Any]:
-    """The window as plain JSON. `Means(**state)` continues it exactly."""
-    return {"steps": self._steps, "sums": dict(self._sums), "last": dict(self._last)}
+    """The window as plain JSON. `Means(**state)` continues it exactly.
+
+    JSON has no numbers that are not finite. They are strings here, which `float` reads.
+    """
+    plain = lambda found: {k: v if math.isfinite(v) else str(v) for k, v in found.items()}
+    return {"steps": self._steps, "sums": plain(self._sums), "last": plain(self._last)}
 
   def add(self, metrics: Mapping[str, float]) -> None:
     """Adds one step's metrics, with its number of 'tokens'."""

@@ -80,8 +80,44 @@ def find(c: ml_collections.ConfigDict) -> Objective:
   return user_code.find(OBJECTIVES, Objective, c.objective.name, c.code_folder)
 
 
-def check(c: ml_collections.ConfigDict) -> None:
+# The output of a model by `model.head`, for messages.
+HEADS = {
+  "lm": "logits over the vocabulary",
+  "classifier": "logits over classes",
+  "pooler": "one vector per row, not logits",
+  "none": "hidden states, not logits",
+}
+
+
+def head_problem(objective: Objective, c: ml_collections.ConfigDict) -> str:
+  """The reason why a model's head gives an objective nothing to compare with its targets, or ''.
+
+  Args:
+    objective: The objective, from `find`.
+    c: The config, resolved or not.
+  """
+  m, o = c.model, c.objective
+  if m.head == objective.head:
+    return ""
+  if m.head in ("none", "pooler"):
+    return (
+      f"model.head={m.head!r}: this model has no head, it gives {HEADS[m.head]}; start a model "
+      "with a head from it: jaxgpt train --config=configs/finetune.py:RUN "
+      f"--config.model.head={objective.head}"
+    )
+  fits = [name for name, entry in OBJECTIVES.items() if entry.head == m.head]
+  return (
+    f"objective.name={o.name!r} needs model.head={objective.head!r}, not {m.head!r}, which gives "
+    f"{HEADS[m.head]}; set model.head={objective.head!r}, or objective.name to {' or '.join(fits)}"
+  )
+
+
+def check(c: ml_collections.ConfigDict, for_training: bool = True) -> None:
   """Checks that the objective can train the config's model on its data.
+
+  Args:
+    c: The config, resolved or not.
+    for_training: False: the model is only used, so it may lack a head for the objective.
 
   Raises:
     UserError: There is no such objective, or the model or the data does not suit it.
@@ -103,11 +139,9 @@ def check(c: ml_collections.ConfigDict) -> None:
       f"data.stream={c.data.stream!r} is for objective.name='causal_lm', not {o.name!r}; prepare "
       "the files with `jaxgpt data`"
     )
-  # Imported models may have no head for training; they are never trained as they are.
-  if m.head in ("lm", "classifier") and m.head != objective.head:
-    raise UserError(
-      f"objective.name={o.name!r} needs model.head={objective.head!r}, not {m.head!r}"
-    )
+  # An imported model may have no head. It can be exported, and a training run can start from it.
+  if (problem := head_problem(objective, c)) and (for_training or m.head in ("lm", "classifier")):
+    raise UserError(problem)
   objective.check(c)
 
 
@@ -205,7 +239,8 @@ def _classification(model: Transformer, c_objective: ml_collections.ConfigDict) 
   """Cross entropy of `labels` [B], or with one label the squared error of a regression.
 
   Returns:
-    A loss function. Its aux has 'nll', sums of the router and, if there are classes, 'correct'.
+    A loss function. Its aux has 'nll', sums of the router, and 'correct' if there are classes, or
+    'mse' and 'mae', the squared and the absolute error of a regression.
   """
   del c_objective
 
@@ -216,7 +251,10 @@ def _classification(model: Transformer, c_objective: ml_collections.ConfigDict) 
     weights_B, labels_B = batch["loss_weights"], batch["labels"]
     aux = {}
     if model.cfg.num_labels == 1:
-      loss_B = jnp.square(out.logits[:, 0] - labels_B)
+      error_B = out.logits[:, 0] - labels_B
+      loss_B = jnp.square(error_B)
+      aux["mse"] = (loss_B * weights_B).sum()
+      aux["mae"] = (jnp.abs(error_B) * weights_B).sum()
     else:
       loss_B, _ = losses.cross_entropy(out.logits, labels_B)
       aux["correct"] = ((out.logits.argmax(-1) == labels_B) * weights_B).sum()

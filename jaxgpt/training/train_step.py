@@ -204,6 +204,7 @@ def make(
       "loss": loss * mean,
       **{k: v * mean for k, v in aux.items()},
       "tokens": weight,
+      "tokens_read": real_tokens(batch, weight),
       "grad_norm": norm,
       "param_norm": param_norm,
       "lr": c.optim.lr * schedule(step),
@@ -212,6 +213,22 @@ def make(
     return new | frozen, metrics
 
   return train_step
+
+
+def real_tokens(batch: Batch, weight: jax.Array) -> jax.Array:
+  """The tokens of a batch without padding, whether the loss counts them or not: a float32 scalar.
+
+  Args:
+    batch: A batch, whose `segment_ids` are 0 in padding.
+    weight: The batch's weight, which counts predictions, or rows in a classification. It is the
+      result for batches of your own without `segment_ids`.
+  """
+  found = [
+    leaf for path, leaf in tree.flatten(batch).items() if path.split("/")[-1] == "segment_ids"
+  ]
+  if not found:
+    return weight
+  return jnp.sum(jnp.stack([(leaf > 0).sum(dtype=jnp.float32) for leaf in found]))
 
 
 def accumulated(objective: LossFn, num_microbatches: int) -> GradientFn:

@@ -95,3 +95,16 @@ def test_the_other_processes_write_nothing(tmp_path, monkeypatch):
   writers.flush()
   writers.close()
   assert not list(tmp_path.iterdir())
+
+
+def test_the_file_is_json_also_where_a_metric_is_not_finite(tmp_path):
+  writers = metric_writers.make(resolved(), tmp_path, 0)
+  writers.write(1, "validation", {"loss": 800.0, "perplexity": float("inf")})
+  writers.write(2, "validation", {"loss": float("nan")})
+  writers.close()
+  text = (tmp_path / metric_writers.JSONL).read_text()
+  assert "Infinity" not in text and "NaN" not in text
+  assert [(r["loss"], r.get("perplexity", 0)) for r in lines(tmp_path)] == [
+    (800.0, None),
+    (None, 0),
+  ]

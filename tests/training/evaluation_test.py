@@ -77,3 +77,34 @@ def test_sources_are_reported_each_and_together(corpus, tmp_path):
     assert result[f"loss/{name}"] == pytest.approx(one["loss"])
   assert result["loss/data"] != result["loss/other"]
   assert "loss/data" not in evaluation.evaluate_on(data, mesh, c, step, None, limit=1)
+
+
+def test_a_regression_has_errors_and_no_perplexity():
+  """exp of a squared error means nothing, and here it is too large for JSON."""
+  labels = np.array([100.5, 99.5, 0.0])
+  step = evaluation.make_step(
+    lambda params, frozen, batch, key: (
+      0.0,
+      batch["w"].sum(),
+      {
+        "nll": (batch["y"] ** 2 * batch["w"]).sum(),
+        "mse": (batch["y"] ** 2 * batch["w"]).sum(),
+        "mae": (jnp.abs(batch["y"]) * batch["w"]).sum(),
+      },
+    )
+  )
+  batch = {"y": jnp.array(labels), "w": jnp.array([1.0, 1.0, 0.0])}
+  result = evaluation.evaluate(step, None, [batch], None, per_token=False)
+  assert result == {"loss": 10000.25, "mse": 10000.25, "mae": 100.0, "tokens": 2}
+  said = evaluation.describe(result)
+  assert said == (
+    "loss 10000.2500, mean squared error 10000.2500, mean absolute error 100.0000, 2 predictions"
+  )
+  both = evaluation.combined({"a": (result, None), "b": (result | {"mae": 50.0}, None)})
+  assert both["mae"] == 75.0 and "perplexity" not in both
+
+
+def test_a_metric_that_was_not_finite_is_left_out_of_the_summary():
+  assert evaluation.describe({"loss": 800.0, "perplexity": None, "tokens": 3}) == (
+    "loss 800.0000, 3 predictions"
+  )

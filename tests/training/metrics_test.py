@@ -47,3 +47,11 @@ def test_means_are_weighted_by_tokens_and_survive_json():
   }
   means.add({"loss": 7.0, "tokens": 1.0, "grad_norm": 1.0, "lr": 0.1, "param_norm": 5.0})
   assert means.take()["loss"] == 7.0
+
+
+def test_means_that_are_not_finite_survive_json_too():
+  means = metrics.Means()
+  means.add({"loss": 1.0, "margin": math.inf, "tokens": 30.0, "lr": math.nan})
+  text = json.dumps(means.state(), allow_nan=False)
+  found = metrics.Means(**json.loads(text)).take()
+  assert found["margin"] == math.inf and math.isnan(found["lr"]) and found["loss"] == 1.0

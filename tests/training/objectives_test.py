@@ -134,3 +134,4 @@ def test_a_regression_is_a_squared_error():
     {}, None, batch, jax.random.key(0)
   )
   assert (loss, weight) == (0.25 + 4, 2) and "correct" not in aux
+  assert (aux["mse"], aux["mae"]) == (0.25 + 4, 0.5 + 2)

@@ -303,3 +303,17 @@ def test_rules_that_cut_no_array_are_refused(rules, words):
 def test_constrain_without_a_mesh_is_nothing():
   x = jnp.ones((2, 2))
   assert sharding.DEFAULT.constrain(x, "batch", None) is x
+
+
+@pytest.mark.parametrize(
+  "batch, tokens",
+  [
+    ({"segment_ids": [[1, 1, 2], [1, 0, 0]], "loss_weights": [[0, 1, 1], [1, 0, 0]]}, 4),
+    ({"segment_ids": [[1, 1, 1], [1, 1, 0]], "loss_weights": [1, 1], "labels": [0, 1]}, 5),
+    ({name: {"segment_ids": [[1, 1, 0]]} for name in ("chosen", "rejected")}, 4),
+  ],
+)
+def test_throughput_counts_tokens_whatever_the_loss_counts(batch, tokens):
+  batch = jax.tree.map(jnp.array, batch, is_leaf=lambda x: isinstance(x, list))
+  assert train_step.real_tokens(batch, jnp.float32(-1)) == tokens
+  assert train_step.real_tokens({"x": jnp.ones(3)}, jnp.float32(7)) == 7

@@ -4,7 +4,6 @@ An imported folder becomes a run at step 0, and a run is exported as a folder.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from jaxgpt.inference import load
 from jaxgpt.model import lora
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder
+from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
 CONTEXT = 2048  # default limit of the rows that an imported run evaluates and samples
@@ -290,4 +290,4 @@ def _whole(out: epath.Path) -> Iterator[epath.Path]:
 
 
 def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2) + "\n")
+  path.write_text(strict_json.dumps(value, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import communication_budget, cost, explain, hlo, lower, report, shardings
 from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
+from jaxgpt.storage import strict_json
 from jaxgpt.training import compiled_step
 
 
@@ -87,7 +87,7 @@ def plan(
     lines = cost.heaviest(hlo.parse(text), top)
     print("\n".join(report.heaviest_lines(lines, chip)), flush=True)
   if outputs.figures:
-    _write(outputs.figures, json.dumps(found, indent=2))
+    _write(outputs.figures, strict_json.dumps(found, indent=2))
   if outputs.new_golden:
     communication_budget.write(outputs.new_golden, found)
   differs = communication_budget.check(outputs.golden, found) if outputs.golden else 0
@@ -204,7 +204,7 @@ def search(
   if out:
     _write(
       out,
-      json.dumps(
+      strict_json.dumps(
         [
           {
             "changes": r.candidate.changes,

@@ -21,6 +21,7 @@ from etils import epath
 from numpy.typing import ArrayLike
 
 from jaxgpt.errors import UserError
+from jaxgpt.storage import strict_json
 from jaxgpt.text.filters import step_specs, words
 from jaxgpt.text.readers.documents import Document, Dropped
 
@@ -111,7 +112,7 @@ def merge(
     runs = total["run"][total["texts"] <= config.common] if config.common else total["run"]
     np.save(pathlib.Path(out, f"{number}.npy"), runs)
     sizes[name] = len(runs)
-  pathlib.Path(out, _NAMES).write_text(json.dumps(list(inputs)), encoding="utf-8")
+  pathlib.Path(out, _NAMES).write_text(strict_json.dumps(list(inputs)), encoding="utf-8")
   return sizes
 
 

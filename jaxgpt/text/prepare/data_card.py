@@ -5,13 +5,13 @@ DIR/lengths.svg  its histogram of document lengths
 DIR/card.json    the same figures for programs
 """
 
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxgpt.storage import strict_json
 from jaxgpt.text.prepare import best_fit
 from jaxgpt.text.readers.documents import Dropped
 
@@ -77,7 +77,7 @@ def write(
     },
   }
   (folder / "card.json").write_text(
-    json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    strict_json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
   )
   (folder / "lengths.svg").write_text(histogram(card["lengths"]["histogram"]), encoding="utf-8")
   (folder / "card.md").write_text(markdown(card), encoding="utf-8")

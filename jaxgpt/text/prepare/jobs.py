@@ -46,6 +46,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 from jaxgpt.errors import UserError
+from jaxgpt.storage import strict_json
 
 Account = dict[str, Any]  # the result of a task, as JSON holds it
 Report = Callable[[str], None]  # takes a line of text for the user
@@ -183,7 +184,7 @@ class Work:
         f"another run is at work in {folder}; wait for it, or choose another --out"
       ) from e
     _locks.add(self._lock)
-    (folder / _STATE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    (folder / _STATE).write_text(strict_json.dumps(description, indent=1) + "\n", encoding="utf-8")
     self._key, self._run_id = "", secrets.token_hex(4)
 
   def __enter__(self) -> Self:
@@ -203,7 +204,7 @@ class Work:
       depends: A JSON-able value. The job's key covers it and all jobs before.
       report: Called with a line if outputs are deleted.
     """
-    text = json.dumps([self._key, name, tasks, depends], sort_keys=True)
+    text = strict_json.dumps([self._key, name, tasks, depends], sort_keys=True)
     self._key = hashlib.sha256(text.encode()).hexdigest()[:16]
     folder = self.folder / f"{name}-{self._key}"
     for other in sorted(self.folder.glob(f"{name}-*")):
@@ -230,7 +231,7 @@ class Work:
     if value is None:
       (self.folder / _PUBLISHED).unlink(missing_ok=True)
     else:
-      (self.folder / _PUBLISHED).write_text(json.dumps(value), encoding="utf-8")
+      (self.folder / _PUBLISHED).write_text(strict_json.dumps(value), encoding="utf-8")
 
   def remove(self) -> None:
     """Deletes the folder. The files that tell the next run that all is done go last."""

@@ -12,7 +12,6 @@ only on the inputs and the options, so the output is independent of executor and
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 import jaxgpt
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError
-from jaxgpt.storage import buckets
+from jaxgpt.storage import buckets, strict_json
 from jaxgpt.storage import files as files_lib
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import clean, decontaminate, dedup
@@ -247,4 +246,4 @@ def _versions() -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+  return hashlib.sha256(strict_json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 
 from jaxgpt.errors import UserError
+from jaxgpt.storage import strict_json
 from jaxgpt.text.prepare.jobs import DONE, Account, Job, Report
 from jaxgpt.text.prepare.monitor import PROGRESS, Monitor, Progress
 
@@ -88,7 +89,8 @@ def run_task(job: Job, rank: int) -> None:
       if path.is_file()
     }
     (folder / DONE).write_text(
-      json.dumps({"account": account, "counts": progress.counts, "files": files}), encoding="utf-8"
+      strict_json.dumps({"account": account, "counts": progress.counts, "files": files}),
+      encoding="utf-8",
     )
     if job.account(rank) is None:  # else a process that outlived its run was faster
       shutil.rmtree(final, ignore_errors=True)
@@ -127,7 +129,7 @@ def run_task_or_note(job: Job, rank: int) -> None:
     }
     path = job.folder / f".failed-{job.run_id}-{rank:05d}"
     with contextlib.suppress(FileNotFoundError):  # a later run has deleted the job
-      path.write_text(json.dumps(failure), encoding="utf-8")
+      path.write_text(strict_json.dumps(failure), encoding="utf-8")
 
 
 def _raise_failures(job: Job) -> None:

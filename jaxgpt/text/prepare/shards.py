@@ -41,7 +41,7 @@ from etils import epath
 
 import jaxgpt
 from jaxgpt.errors import UserError
-from jaxgpt.storage import atomic, buckets
+from jaxgpt.storage import atomic, buckets, strict_json
 from jaxgpt.text.prepare.assemble import describe
 from jaxgpt.text.readers.documents import Dropped
 from jaxgpt.text.tokenizers.base import Tokenizer
@@ -250,13 +250,13 @@ def make_manifest(
 def manifest_digest(manifest: dict[str, Any]) -> str:
   """The sha256, in hex, of the canonical JSON of a manifest without its 'digest'."""
   content = {key: value for key, value in manifest.items() if key != "digest"}
-  text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+  text = strict_json.dumps(content, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_manifest(folder: epath.PathLike, manifest: dict[str, Any]) -> None:
   """Writes `manifest.json` atomically."""
-  atomic.write(pathlib.Path(folder, MANIFEST), json.dumps(manifest, indent=1) + "\n")
+  atomic.write(pathlib.Path(folder, MANIFEST), strict_json.dumps(manifest, indent=1) + "\n")
 
 
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:

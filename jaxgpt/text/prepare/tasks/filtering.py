@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.storage import strict_json
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import decontaminate, dedup
 from jaxgpt.text.prepare import document_store, shards
@@ -140,7 +141,9 @@ def find_contaminated(
   for number, document in zip(numbers.tolist(), _watched(documents.take(numbers), progress)):
     if why := filter_.check(document.text):
       found[number] = why
-  (folder / "found.json").write_text(json.dumps(found if config.remove else {}), encoding="utf-8")
+  (folder / "found.json").write_text(
+    strict_json.dumps(found if config.remove else {}), encoding="utf-8"
+  )
   return {"found": filter_.found, "documents": len(found)}
 
 
