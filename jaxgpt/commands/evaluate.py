@@ -22,11 +22,13 @@ def run(args: EvaluateOptions) -> None:
   """Evaluates and prints one line."""
   from jaxgpt.commands.actions import backend
   from jaxgpt.inference import load
-  from jaxgpt.training import evaluation
+  from jaxgpt.training import evaluation, train_step
 
   backend.start()
   found = load.load(args.workdir, args.step, "evaluate")
   result = load.evaluate_run(found, args.split, args.batches, args.batch_size, args.data)
+  if note := train_step.ema_note(found.c.optim, found.step):
+    print(note)
   print(f"{args.split} at step {found.step}: {evaluation.describe(result)}")
 
 

@@ -30,16 +30,28 @@ class ImportOptions:
   tokenizer: str | None = option(
     None, metavar="PATH", help="tokenizer file or folder, if the model's folder has none"
   )
+  labels: str = option(
+    "",
+    metavar="A,B,C",
+    unset="id2label of its config.json",
+    help="names of a classifier's classes in the order of its outputs",
+  )
 
 
 def run(args: ImportOptions) -> None:
   """Imports and says how to use the run."""
   from jaxgpt.commands.actions import backend, import_export
   from jaxgpt.run import run_folder
+  from jaxgpt.text.tokenizers import labels
 
   backend.start()
   done = import_export.import_model(
-    args.source, args.workdir, dtype=args.dtype, seq_len=args.seq_len, tokenizer=args.tokenizer
+    args.source,
+    args.workdir,
+    dtype=args.dtype,
+    seq_len=args.seq_len,
+    tokenizer=args.tokenizer,
+    labels=labels.parse(args.labels),
   )
   print(
     f"imported {args.source}: {done.family}, {done.parameters:,} parameters, "

@@ -38,14 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     return command.run(command.options(**values)) or 0
   except UserError as e:
-    print(f"jaxgpt: error: {e}", file=sys.stderr)
-    return e.exit_code
+    return report(command, e)
   except KeyboardInterrupt:
     print("jaxgpt: interrupted", file=sys.stderr)
     return _INTERRUPTED
   except BrokenPipeError:  # the reader of the output, such as `head`, has ended
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return _PIPE_CLOSED
+
+
+def report(command: Command, error: UserError) -> int:
+  """Prints the error of a command and returns its exit code."""
+  del command  # tests check that the message names only flags that the command takes
+  print(f"jaxgpt: error: {error}", file=sys.stderr)
+  return error.exit_code
 
 
 def _parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dict[str, Any]]:

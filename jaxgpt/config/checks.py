@@ -33,6 +33,16 @@ def data_weight_changes(key: str, value: Any) -> None:
     last = change[0]
 
 
+def label_names(key: str, value: Any) -> None:
+  """Raises a UserError unless the value is a tuple of different strings."""
+  strings = all(isinstance(name, str) and name for name in value)
+  if not strings or len(set(value)) < len(value):
+    raise UserError(
+      f"{key}={value!r}: must be different names of classes; write "
+      f"--config.{key}=\"('bad', 'good')\""
+    )
+
+
 def mesh_compiler_options(key: str, value: Any) -> None:
   """Raises a UserError unless the value is a tuple of strings 'name=value'."""
   for option in value:

@@ -18,7 +18,9 @@ def check(c: ml_collections.ConfigDict) -> None:
   lora_targets.check_match(c.model)
   quantization(c.model)
   pooler(c.model)
+  classes(c.model)
   masking(c.objective)
+  averaging(c.optim)
   stream(c)
   lengths(c)
 
@@ -121,12 +123,29 @@ def pooler(m: ml_collections.ConfigDict) -> None:
     raise UserError("model.head='pooler' needs model.head_transform='tanh' or 'norm'")
 
 
+def classes(m: ml_collections.ConfigDict) -> None:
+  """Checks that a classifier has an output for each class that has a name."""
+  if m.head == "classifier" and m.label_names and not 1 < m.num_labels >= len(m.label_names):
+    raise UserError(
+      f"model.num_labels={m.num_labels}, but model.label_names has {len(m.label_names)} classes; "
+      f"set model.num_labels={max(len(m.label_names), 2)}, or name other classes"
+    )
+
+
 def masking(o: ml_collections.ConfigDict) -> None:
   """Checks the fractions of masked tokens in the `objective` section."""
   if o.mask_replace + o.mask_random > 1:
     raise UserError(
       f"objective.mask_replace={o.mask_replace} and objective.mask_random={o.mask_random} are "
       "fractions of the same tokens; their sum must not exceed 1"
+    )
+
+
+def averaging(o: ml_collections.ConfigDict) -> None:
+  """Checks that there is an average to correct in the `optim` section."""
+  if o.ema_debias and not o.ema:
+    raise UserError(
+      "optim.ema_debias=True has no effect with optim.ema=0; set optim.ema, such as 0.999"
     )
 
 

@@ -68,6 +68,7 @@ def split_batches(
     weight_changes=c.data.weight_changes,
     layout=layout,
     masking=masked,
+    label_names=c.model.label_names if entry.has_labels else (),
   )
   if entry.has_labels:
     data.check_labels(c.model.num_labels)

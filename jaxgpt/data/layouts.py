@@ -413,6 +413,7 @@ def make(
     if split.label_names != first.label_names:
       raise UserError(
         f"{other!r} and {first_name!r} have different classes: {', '.join(split.label_names)} "
-        f"and {', '.join(first.label_names)}; prepare them together"
+        f"and {', '.join(first.label_names)}; prepare them together, or name all classes in the "
+        "order of the model's outputs with model.label_names"
       )
   return entry.make(Inputs(masking, bool(first.label_names)))

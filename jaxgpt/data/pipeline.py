@@ -26,7 +26,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from jaxgpt.data import layouts, mixture, source
+from jaxgpt.data import label_numbers, layouts, mixture, source
 from jaxgpt.data import packing as packings
 from jaxgpt.data.batch_source import Batch, Batching, BatchIterator, HostCheck, State
 from jaxgpt.data.masking import Masking
@@ -94,6 +94,7 @@ def make(
   weight_changes: Sequence[tuple[int, Sequence[float]]] = (),
   layout: str = "causal_lm",
   masking: Masking | None = None,
+  label_names: Sequence[str] = (),
 ) -> "Batches":
   """Opens a split of each source and packs it.
 
@@ -108,6 +109,8 @@ def make(
     weight_changes: ((step, weights), …) with rising steps: the weights from each step on.
     layout: A key of `layouts.LAYOUTS`.
     masking: From `masking.make`, if the layout needs it.
+    label_names: Names of the model's classes in the order of its outputs, which number the classes
+      of each folder. (): as the folders number them.
 
   Raises:
     UserError: See `check_sources`, `source.open_split`, `layouts.make` and `mixture.Mixture`.
@@ -118,6 +121,9 @@ def make(
     found = [f for f in found if shards.read_manifest(f)["splits"][split]["documents"]] or found[:1]
     weights = weight_changes = ()
   splits = [(name, source.open_split(folder, split)) for name, folder in zip(_names(found), found)]
+  for name, opened in splits:
+    if label_names:
+      opened.number_classes(label_names, f"data.path={str(name)!r}")
   made = layouts.make(layout, splits, masking)
   sources, num_cut = [], 0
   for number, (name, opened) in enumerate(splits):
@@ -254,12 +260,13 @@ class Batches:
     if names and not 1 < num_labels >= len(names):
       raise UserError(
         f"model.num_labels={num_labels}, but the data has {len(names)} classes "
-        f"({', '.join(names[:10])}): set model.num_labels={max(len(names), 2)}"
+        f"({label_numbers.listed(names)}): set model.num_labels={max(len(names), 2)}"
       )
     if not names and num_labels != 1:
       raise UserError(
         f"model.num_labels={num_labels}, but the labels of the data are numbers, "
-        "not classes: set model.num_labels=1 for a regression"
+        "not classes: set model.num_labels=1 for a regression, or make them classes with "
+        "jaxgpt data --labels=A,B,C"
       )
 
   def rows(self, step: int, host_index: int = 0, host_count: int = 1) -> list[Row]:

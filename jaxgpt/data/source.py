@@ -3,6 +3,7 @@
 import collections
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from array_record.python import array_record_module
 from etils import epath
 from numpy.typing import ArrayLike
 
+from jaxgpt.data import label_numbers
 from jaxgpt.errors import UserError
 from jaxgpt.storage import buckets
 from jaxgpt.text.prepare import shards
@@ -133,6 +135,21 @@ class Split:
     elif self.kind in shards.WITH_RANGES:
       self._trained = self._sidecar("trained")
       self._trained_offsets = self._sidecar("trained_offsets").astype(np.int64)
+
+  def number_classes(self, names: Sequence[str], where: str) -> None:
+    """Numbers the classes as a model does. Does nothing if the labels are numbers.
+
+    Args:
+      names: Names of the model's classes, in the order of its outputs.
+      where: Name of the data, for an error.
+
+    Raises:
+      UserError: A class of the data is not among them.
+    """
+    if self.label_names:
+      numbers = label_numbers.numbering(self.label_names, names, where)
+      self.labels = np.array(numbers, np.float64)[self.labels.astype(np.int64)]
+      self.label_names = list(names)
 
   def trained(self, doc: int) -> np.ndarray | None:
     """Ranges (start, end) of the stored tokens of a document that are trained on.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from jaxgpt.config.architecture import each_layer
 from jaxgpt.errors import UserError
+from jaxgpt.hf import labels
 
 HfConfig = dict[str, Any]  # config.json
 Fields = dict[str, Any]  # fields of `model`, by flat names
@@ -181,6 +182,7 @@ def classes(**fields: Mapping[str, Any]) -> Entry:
     found = dict(fields[name])
     if found["head"] == "classifier":
       found["num_labels"] = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
+      found["label_names"] = labels.read(hf, found["num_labels"])
     return found
 
   def write(model: Fields) -> HfConfig:
@@ -188,8 +190,7 @@ def classes(**fields: Mapping[str, Any]) -> Entry:
     name = next(fits, next(iter(fields)))
     out: HfConfig = {"architectures": [name]}
     if fields[name]["head"] == "classifier":
-      labels = [f"LABEL_{i}" for i in range(model["num_labels"])]
-      out |= {"id2label": dict(enumerate(labels)), "label2id": {k: i for i, k in enumerate(labels)}}
+      out |= labels.write(model["label_names"], model["num_labels"])
     return out
 
   return Entry(read, write)

@@ -6,7 +6,8 @@ from etils import epath
 from jaxgpt import tree
 from jaxgpt.errors import UserError
 from jaxgpt.hf import config_map, convert, families, safetensors, weights
-from jaxgpt.run import init_from
+from jaxgpt.run import init_from, source_heads
+from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
 
 def read_family(folder: epath.Path) -> tuple[families.Family, config_map.HfConfig]:
@@ -33,17 +34,22 @@ class HuggingFaceSource:
     """Returns whether the folder holds a config.json that is not a run's."""
     return (folder / "config.json").exists() and not init_from.is_run(folder)
 
-  def check(self, folder: epath.Path) -> None:
-    """Raises a UserError if the folder's model is not supported. Reads no weights."""
-    read_family(folder)
+  def inspect(self, folder: epath.Path) -> init_from.Inspected:
+    """See `init_from.WeightSource`."""
+    c_model = convert.configured(convert.read(read_family(folder)[1])[1]).model
+    tokenizer = tokenizer_lib.load(folder) if tokenizer_lib.folder_of(folder) else None
+    return init_from.Inspected(c_model, tokenizer)
 
   def load(
     self, folder: epath.Path, c_model: ml_collections.ConfigDict, abstract: tree.PyTree
   ) -> init_from.Weights:
-    """See `init_from.WeightSource`. The tokenizer is not read."""
+    """See `init_from.WeightSource`."""
     family, hf = read_family(folder)
     tensors = safetensors.scan(folder)
+    old = convert.configured(convert.read(hf)[1]).model
+    other = lambda p: any(source_heads.passed_over(x.path, old, c_model) for x in p.pieces)
     published = convert.publish(family, c_model, abstract, partly=True)
+    published = [p for p in published if not (old.head == c_model.head and other(p))]
     found = convert.find(family, published, tensors, c_model.tie_embeddings)
     # A parameter that is stacked over layers is initialized if the files have none of its layers.
     # It is an error if they have some of them.
@@ -55,8 +61,6 @@ class HuggingFaceSource:
     return init_from.Weights(
       weights.load(found.matched, abstract),
       [name for name, tensor in tensors.items() if id(tensor) not in used],
-      convert.configured(convert.read(hf)[1]).model,
-      tokenizer=None,
     )
 
 

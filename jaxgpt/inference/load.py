@@ -16,6 +16,7 @@ from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import init_from, run_folder
+from jaxgpt.text.prepare import shards
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
@@ -148,9 +149,20 @@ def evaluate_run(
     raise UserError(
       "an imported model has no data of its own; say where prepared text is with --data=DIR"
     )
+  if not data and not all(map(shards.exists, pipeline.folders(c.data.path))):
+    raise UserError(
+      f"the run's data folder {c.data.path!r} holds no {shards.MANIFEST}; if it was moved, say "
+      "where it is with --data=DIR"
+    )
   rows = batch_size or run.c.eval.batch_size
   batches = batches_lib.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
   if not run.data_digest:  # an imported model
+    m = c.model
+    if m.head == "classifier" and m.num_labels > 1 and not m.label_names:
+      raise UserError(
+        "this run was imported by a version that did not record the names of its classes; import "
+        "it again with jaxgpt import"
+      )
     if not init_from.same_tokens(batches_lib.load_tokenizer_and_config(c)[0], run.tokenizer):
       raise UserError(
         f"{c.data.path} was tokenized with another tokenizer than the imported "

@@ -153,7 +153,10 @@ class Transformer(layers.Module):
     if cfg.token_types:
       types = self.weight("type_embed", (cfg.token_types, cfg.width), axes, cfg.init_std)
       types = types.astype(self.dtype)
-      x += types[0] if token_types_BT is None else jnp.take(types, token_types_BT, axis=0)
+      if token_types_BT is not None and cfg.token_types > 1:
+        x += jnp.take(types, token_types_BT, axis=0)
+      else:  # RoBERTa has one type for both texts of a pair
+        x += types[0]
     if cfg.embed_norm:
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="embed_norm")(x)
     return x

@@ -24,7 +24,7 @@ from etils import epath
 
 from jaxgpt import config
 from jaxgpt.config import installed, user_code
-from jaxgpt.config.keys import lora_targets
+from jaxgpt.config.keys import KEYS, lora_targets
 from jaxgpt.errors import UserError
 from jaxgpt.run import run_lock
 from jaxgpt.storage import atomic, buckets, strict_json
@@ -35,6 +35,7 @@ _CONFIG = "config.json"
 _STARTS = "starts.jsonl"
 _TOKENIZER = "tokenizer"
 _CODE = "code"
+_CHANGES = 5  # changed keys to show with their values, and without
 # config.json is written last. A start that was killed before leaves only these.
 _BEFORE_CONFIG = {_TOKENIZER, _CODE, _CONFIG + atomic.PART, run_lock.NAME}
 # Packages whose versions each start records.
@@ -81,7 +82,7 @@ def enter(
   code = user_code.files(c)
   try:
     if (folder / _CONFIG).exists():
-      _check_same_run(folder, c, data_digest)
+      _check_same_run(folder, c, origin, data_digest)
       _check_code(folder, code)
     else:
       check_free(folder)
@@ -129,19 +130,48 @@ def holds_something_else(folder: epath.PathLike) -> bool:
   return folder.exists() and not {p.name for p in folder.iterdir()} <= _BEFORE_CONFIG
 
 
-def _check_same_run(folder: epath.Path, c: ml_collections.ConfigDict, data_digest: str) -> None:
-  old = read_config(folder)
+def changes(folder: epath.PathLike, c: ml_collections.ConfigDict, origin: Mapping[str, str]) -> str:
+  """The keys whose values differ from those of the run in a folder, or '' if none does.
+
+  The keys that a user set come first: on the command line, in the file, by a preset. Keys that
+  derive their value from others come last.
+
+  Args:
+    folder: A run folder with a run.
+    c: A resolved config.
+    origin: As in `enter`. {} if it is not known.
+  """
+  changed = config.difference(read_config(folder), c)
+  before = json.loads((epath.Path(folder) / _CONFIG).read_text()).get("origin", {})
+
+  def rank(key: str) -> int:
+    of_both = {origin.get(key, "base"), before.get(key, "base")}
+    ranks = {"command line": 0, "file": 1, "config.json": 1, "base": 4}
+    found = min(ranks.get(name, 2) for name in of_both)  # 2: a preset
+    derived = key in KEYS and KEYS[key].derive is not None
+    return found if found < 4 or derived else 3
+
+  changed.sort(key=lambda change: (rank(change[0]), change[0]))
+  lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:_CHANGES])
+  rest = [key for key, _, _ in changed[_CHANGES:]]
+  return (
+    lines
+    + (f"; and {', '.join(rest[:_CHANGES])}" if rest else "")
+    + (f" and {len(rest) - _CHANGES} more" if len(rest) > _CHANGES else "")
+  )
+
+
+def _check_same_run(
+  folder: epath.Path, c: ml_collections.ConfigDict, origin: Mapping[str, str], data_digest: str
+) -> None:
   if data_digest and is_imported(folder):
     raise UserError(
       f"--workdir={folder} holds an imported model; train it in another --workdir "
       f"with --config.init_from={folder}"
     )
-  changed = config.difference(old, c)
-  if changed:
-    lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:5])
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+  if lines := changes(folder, c, origin):
     raise UserError(
-      f"--workdir={folder} holds a run of another config: {lines}{more}; give the "
+      f"--workdir={folder} holds a run of another config: {lines}; give the "
       "old values to continue it, or choose another --workdir to start a new run"
     )
   if not (folder / _STARTS).exists():  # killed between the two files

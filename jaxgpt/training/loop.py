@@ -25,7 +25,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import init_from, run_lock, stop_signal, throughput
+from jaxgpt.run import init_from, label_names, run_lock, stop_signal, throughput
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
@@ -87,6 +87,9 @@ def train(
     # before the run folder is made.
     build_lib.check(c)
     tokenizer, c = batches_lib.load_tokenizer_and_config(c)
+    c, notes = label_names.settle(c, folder, weight_sources)
+    if c.init_from and not run_folder_lib.is_run(folder):
+      notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
     mesh = mesh_lib.make(c.mesh)
     resumed = run_folder_lib.is_run(folder)
     parts = build_lib.build(c, mesh, resumed=resumed)
@@ -186,7 +189,7 @@ def _initial_weights(
   given = init_from.load(
     c.init_from, c.model, train_step.weights(setup.parts.state), weight_sources
   )
-  init_from.check_tokenizer(given, tokenizer, c)
+  init_from.check_tokenizer(c, tokenizer, weight_sources)  # a start may have been killed before
   if distributed.is_first():
     atomic.write(setup.folder / init_from.REPORT, strict_json.dumps(given.report, indent=2))
     print("\n".join(init_from.describe(given.report)), flush=True)
@@ -208,6 +211,7 @@ class _Run:
     self._state, self._means, self._checkpoints, self._stop = state, means, checkpoints, stop
     self._agreement = distributed.Agreement(setup.mesh)
     self._stopped: signal.Signals | None = None
+    self._told_ema = False
     self._step = int(state["step"])
     self._saving: int | None = None  # step of the last save that began
     self._in_flight: tuple[int, train_step.Metrics] | None = None
@@ -346,6 +350,10 @@ class _Run:
         if self._stop_now():
           return None
         self._writers.write(self._step, "validation", result)
+        note = train_step.ema_note(self._c.optim, self._step)
+        if note and not self._told_ema:
+          _tell([note])
+          self._told_ema = True
     return result
 
   def _save(self) -> None:

@@ -16,6 +16,7 @@ Weights that an update from finite gradients made infinite stay: to take them ba
 new state would have to be in memory together, up to 12 bytes per parameter.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeAlias
 
@@ -174,7 +175,8 @@ def make(
       state, params=optax.apply_updates(state["params"], updates), opt=opt, step=state["step"] + 1
     )
     if c.optim.ema:
-      new["ema"] = optax.incremental_update(new["params"], state["ema"], 1 - c.optim.ema)
+      share = ema_share(c.optim, state["step"])
+      new["ema"] = optax.incremental_update(new["params"], state["ema"], share)
     return new, optax.tree.norm(new["params"])
 
   def left_alone(state: State, grads: PyTree) -> tuple[State, jax.Array]:
@@ -213,6 +215,46 @@ def make(
     return new | frozen, metrics
 
   return train_step
+
+
+def ema_share(c_optim: ml_collections.ConfigDict, step: jax.Array) -> jax.Array | float:
+  """The share of the new weights in their moving average.
+
+  It is 1 - d for a decay d. With `ema_debias` it is (1 - d) / (1 - d^(step + 1)), which is 1 at the
+  first step: the average is then that of Adam's bias correction (arXiv:1412.6980, section 3),
+    sum over t of d^(step - t) params_t / sum over t of d^(step - t),
+  without the initial weights, and needs no other state than the step.
+
+  Args:
+    c_optim: The config's `optim` section.
+    step: Updates before this one.
+  """
+  decay = c_optim.ema
+  if not c_optim.ema_debias:
+    return 1 - decay
+  whole = -jnp.expm1((step + 1).astype(jnp.float32) * math.log(decay))  # 1 - d^(step + 1)
+  return jnp.where(step == 0, 1.0, (1 - decay) / whole)
+
+
+def initial_share(c_optim: ml_collections.ConfigDict, step: int) -> float:
+  """The share of the initial weights in the moving average after some steps.
+
+  Args:
+    c_optim: The config's `optim` section.
+    step: Number of steps.
+  """
+  return 0.0 if c_optim.ema_debias or not c_optim.ema else c_optim.ema**step
+
+
+def ema_note(c_optim: ml_collections.ConfigDict, step: int) -> str:
+  """A sentence for the user if the average still has over 1 % of the initial weights, or ''."""
+  share = initial_share(c_optim, step)
+  if share < 0.01:
+    return ""
+  return (
+    f"note: {share:.0%} of the average that is evaluated (optim.ema={c_optim.ema}) are still the "
+    f"weights of step 0; train longer, or with optim.ema_debias=True, which leaves them out"
+  )
 
 
 def real_tokens(batch: Batch, weight: jax.Array) -> jax.Array:

@@ -188,3 +188,33 @@ def test_hosts_that_do_not_divide_the_batch(folder):
     make(folder).batch(0, 2, 2)
   with pytest.raises(IndexError):
     make(folder).batch(-1)
+
+
+def test_classes_are_numbered_by_the_names_of_the_model(tmp_path):
+  """Also where two folders number them differently, each by itself."""
+  rows = [(f"text {i}", ("bad", "good", "so-so")[i % 3]) for i in range(60)]
+  for name, labels in (("a", "bad,good,so-so"), ("b", "so-so,good,bad")):
+    lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    prepare.prepare(
+      [tmp_path / "in.jsonl"],
+      tmp_path / name,
+      kind="classification",
+      tokenizer="bytes",
+      labels=labels,
+    )
+  batching = Batching(seq_len=16, batch_size=8)
+  path = f"{tmp_path}/a,{tmp_path}/b"
+  make = lambda **more: pipeline.make(path, "train", batching, layout="classification", **more)
+  with pytest.raises(UserError, match="have different classes.*model.label_names"):
+    make()
+  names = ("good", "so-so", "bad", "unused")
+  both = make(label_names=names)
+  both.check_labels(4)
+  for folder in both.sources:
+    split, by_text = folder.split, dict(rows)
+    for doc, label in enumerate(split.labels):
+      text = bytes(split.read(doc, 1, int(split.lengths[doc]) - 1) - 3).decode()
+      assert names[int(label)] == by_text[text]
+  with pytest.raises(UserError, match="classes bad, good, so-so, but the model has good, bad"):
+    make(label_names=("good", "bad"))

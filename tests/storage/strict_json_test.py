@@ -18,6 +18,7 @@ WITHOUT_FLOATS = {
   "parallel.distributed": "messages between processes of one run, read by Python",
   "parallel.peer_watch": "messages between processes of one run, read by Python",
   "storage.strict_json": "it is the writer",
+  "text.filters.exact_duplicates": "hashed, not written",
   "text.tokenizers.base": "names and digests",
   "text.tokenizers.jinja_template": "a template's filter, which must be as transformers has it",
   "training.compiled_step": "digests and device numbers",

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxgpt import config, tree
@@ -317,3 +318,30 @@ def test_throughput_counts_tokens_whatever_the_loss_counts(batch, tokens):
   batch = jax.tree.map(jnp.array, batch, is_leaf=lambda x: isinstance(x, list))
   assert train_step.real_tokens(batch, jnp.float32(-1)) == tokens
   assert train_step.real_tokens({"x": jnp.ones(3)}, jnp.float32(7)) == 7
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.9999])
+def test_a_corrected_average_is_that_of_the_weights_after_each_step(decay):
+  """Without the initial weights, from any start, and in the precision of float32."""
+  c = config.base().optim
+  c.update(dict(ema=decay, ema_debias=True))
+  rng = np.random.default_rng(0)
+  average, weights, values = jnp.float32(1e6), 0.0, 0.0
+  for step in range(200):
+    value = rng.normal()
+    share = train_step.ema_share(c, jnp.int32(step))
+    average = optax.incremental_update(jnp.float32(value), average, share)
+    weights, values = decay * weights + 1, decay * values + value
+    assert average == pytest.approx(values / weights, abs=3e-6), step
+  assert train_step.initial_share(c, 3) == 0 and not train_step.ema_note(c, 3)
+
+
+def test_an_average_says_how_much_of_it_are_the_initial_weights():
+  c = config.base().optim
+  c.ema = 0.9
+  assert train_step.ema_share(c, jnp.int32(7)) == 1 - 0.9
+  assert train_step.initial_share(c, 10) == pytest.approx(0.9**10)
+  assert "35% of the average" in train_step.ema_note(c, 10)
+  assert train_step.ema_note(c, 50) == ""
+  c.ema = 0.0
+  assert train_step.ema_note(c, 1) == ""

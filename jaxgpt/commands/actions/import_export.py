@@ -4,7 +4,7 @@ An imported folder becomes a run at step 0, and a run is exported as a folder.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -18,7 +18,7 @@ from jaxgpt.hf import tokenizer as hf_tokenizer
 from jaxgpt.inference import load
 from jaxgpt.model import lora
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import run_folder
+from jaxgpt.run import label_names, run_folder
 from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
@@ -46,6 +46,7 @@ def import_model(
   dtype: str = "float32",
   seq_len: int | None = None,
   tokenizer: epath.PathLike | None = None,
+  labels: Sequence[str] = (),
 ) -> Imported:
   """Makes a run folder at step 0 from a model in Hugging Face's format.
 
@@ -57,6 +58,7 @@ def import_model(
     dtype: The run's `model.dtype`. Parameters are float32.
     seq_len: The run's `data.seq_len`. None: the model's context, at most `CONTEXT`.
     tokenizer: File or folder of a tokenizer, if `source` has none.
+    labels: Names of a classifier's classes in the order of its outputs, instead of id2label.
 
   Raises:
     UserError: Something is not supported, missing, left over, or in the way.
@@ -64,6 +66,10 @@ def import_model(
   source, folder = epath.Path(source), epath.Path(folder)
   family, hf = weight_source.read_family(source)
   _, found = convert.read(hf)
+  if labels:
+    if found["head"] != "classifier":
+      raise UserError(f"labels={','.join(labels)}: the model is no classifier; leave labels out")
+    found["label_names"] = tuple(labels)
   c = convert.configured(
     found,
     model__preset=family.model_type,
@@ -164,7 +170,8 @@ def export_run(
   out = _free(out)
   found = convert.family_of(_without_adapters(run_folder.read_config(folder)).model, family)
   run = _merged(load.load(folder, step))
-  c = run.c
+  c = run.c.copy_and_resolve_references()
+  c.model.label_names = label_names.of_run(c, run.data_digest)
   with _whole(out) as part:
     published = convert.publish(found, c.model, run.params)
     if c.model.head in ("pooler", "none"):  # the bare model's names have no prefix

@@ -121,7 +121,7 @@ def model(known: Known, step: bool) -> Iterator[Finding]:
     + (f"; {pipe}" if (pipe := known.parts.model.pipeline) else ""),
   )
   if c.init_from:
-    _, finding = tried("init_from", lambda: init_from.check_source(c.init_from, WEIGHT_SOURCES))
+    _, finding = tried("init_from", lambda: init_from.inspect(c.init_from, WEIGHT_SOURCES))
     yield finding or Finding(OK, "init_from", f"{c.init_from} holds a model")
   if step and known.batch is not None:
     yield from dry_step(known)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from jaxgpt import config
 from jaxgpt.commands.checks.finding import (
   OK,
   PROBLEM,
@@ -21,7 +20,7 @@ from jaxgpt.commands.checks.finding import (
   within,
 )
 from jaxgpt.commands.checks.training import state_bytes
-from jaxgpt.run import resume, run_lock
+from jaxgpt.run import label_names, resume, run_lock
 from jaxgpt.run import run_folder as run_folder_lib
 
 _PROBE_SECONDS = 60  # clients of buckets retry for minutes
@@ -60,20 +59,19 @@ def run_folder(folder: epath.PathLike, known: Known) -> Iterator[Finding]:
 
 
 def _same_run(folder: epath.Path, known: Known) -> Finding:
-  old, finding = tried("workdir", lambda: run_folder_lib.read_config(folder))
+  _, finding = tried("workdir", lambda: run_folder_lib.read_config(folder))
   if finding:
     return finding
   if known.c is None:
     return Finding(OK, "workdir", f"{folder} holds a run")
-  changed = config.difference(old, known.c)
-  if not changed:
+  lines = run_folder_lib.changes(folder, label_names.settle(known.c, folder).c, {})
+  if not lines:
     found, finding = tried("workdir", lambda: resume.find(folder))
     if found is None:
       assert finding is not None
       return finding
     text = f"{folder} holds this run: {found.describe(known.c.train.steps)}"
     return Finding(OK, "workdir", text)
-  lines = "; ".join(f"{key} was {a!r}, is {b!r}" for key, a, b in changed[:5])
   return Finding(
     PROBLEM,
     "workdir",

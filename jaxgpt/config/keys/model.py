@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from jaxgpt.config import remat
+from jaxgpt.config import checks, remat
 from jaxgpt.config.keys.model_sections import LATENT, LORA, MOE, ROPE, has_local_layers
 from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
 from jaxgpt.errors import UserError
@@ -208,6 +208,14 @@ MODEL = Section(
       2,
       "Classes of a classifier. 1: regression.",
       interval=AT_LEAST_1,
+      used=lambda m: m.head == "classifier",
+    ),
+    label_names=Key(
+      (),
+      "Names of a classifier's classes in the order of its outputs. They number the classes of the "
+      "data. (): the names in the weights of `init_from`, or else in the data.",
+      check=checks.label_names,
+      architecture=False,
       used=lambda m: m.head == "classifier",
     ),
     causal=Key(True, "A token attends only to itself and to earlier tokens."),

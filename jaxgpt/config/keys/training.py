@@ -192,6 +192,11 @@ OPTIM = Section(
       "Decay of the moving average of the weights, which evaluation then uses. 0: no average.",
       interval=BELOW_1,
     ),
+    ema_debias=Key(
+      False,
+      "Leave the initial weights out of the average, as Adam corrects its moments. False: after N "
+      "steps they are `ema`^N of it.",
+    ),
     options=_options("optimizer"),
   ),
 )

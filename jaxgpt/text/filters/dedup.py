@@ -12,7 +12,7 @@ processes and resumed where it stopped. A task is a group of inputs. Its documen
 Each phase writes into an empty folder that the caller creates (and renames when complete). It reads
 the folders of the phases before it. The result depends on the documents and their order, not on
 their division into tasks. Memory is that of one task's signatures. `cluster` needs 16 bytes per
-document and keeps the signatures of candidates in a file.
+document, 24 if documents have labels, and keeps the signatures of candidates in a file.
 
 MinHash in short: of all n-grams of a text, keep the smallest hash under each of 120 hash functions.
 Two texts agree in each of these 120 numbers with a probability equal to the share of n-grams that
@@ -33,7 +33,6 @@ hashes agree with those of a document that stays.
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,7 +43,7 @@ from etils import epath
 
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError
-from jaxgpt.text.filters import datatrove_blocks, step_specs, words
+from jaxgpt.text.filters import datatrove_blocks, exact_duplicates, step_specs, words
 from jaxgpt.text.filters.step_specs import Option
 from jaxgpt.text.readers.documents import Document, Dropped
 
@@ -71,7 +70,7 @@ KINDS.add(
       "ignore_space": Option(True, "treat any white space as one space, and none at the ends"),
       "ignore_case": Option(False, "compare in lower case"),
     },
-    "drop texts that equal an earlier one",
+    "drop texts that equal an earlier one with the same label",
   ),
 )
 KINDS.add(
@@ -89,30 +88,43 @@ KINDS.add(
       "threshold": Option(0.65, "smallest share of common n-grams (Jaccard similarity)"),
       "seed": Option(1, "seed of the hash functions"),
     },
-    "drop texts that share most of their n-grams with an earlier one (MinHash)",
+    "drop texts that share most of their n-grams with an earlier one with the same label (MinHash)",
   ),
 )
 _DIGESTS = "digests.npy"
 _TABLE = "table.npy"
-_SORTED = 1 << 24  # digests to sort at once
 _SHINGLES = 1 << 13  # n-grams to hash at once
 _COMPARED = 1 << 16  # signatures to compare at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Options of deduplication. `exact` and `near` are their options, or None if not requested."""
+  """Options of deduplication.
+
+  Attributes:
+    exact: Options of exact duplicates, or None if they are not requested.
+    near: The same of near duplicates.
+    by_fields: Documents have fields. Their texts are compared one by one, and equal texts with
+      different labels are no duplicates.
+  """
 
   exact: dict[str, Any] | None
   near: dict[str, Any] | None
+  by_fields: bool = False
+
+  def depends(self) -> dict[str, Any]:
+    """The part of the configuration that the results depend on, as plain JSON."""
+    found = {"exact": self.exact, "near": self.near}
+    return found | ({"by_fields": True} if self.by_fields else {})
 
 
-def make(given: Iterable[str]) -> Config:
+def make(given: Iterable[str], by_fields: bool = False) -> Config:
   """Parses the specs of `--dedup`.
 
   Args:
     given: Names of `KINDS`, each with optional settings, as in 'exact:ignore_case=true' or
       'near:ngram=3,buckets=20,hashes=6,threshold=0.65'.
+    by_fields: See `Config`.
 
   Returns:
     The configuration, which pickles.
@@ -131,7 +143,7 @@ def make(given: Iterable[str]) -> Config:
     if not 0 < near["threshold"] <= 1:
       raise UserError(f"--dedup=near: threshold={near['threshold']} must be in (0, 1]")
     datatrove_blocks.module("pipeline.dedup.minhash")
-  return Config(options.get("exact"), near)
+  return Config(options.get("exact"), near, by_fields)
 
 
 def signatures(
@@ -140,7 +152,7 @@ def signatures(
   """Phase 1, for one task: digests and signatures of its documents.
 
   Args:
-    documents: The documents, of which only `text` is used.
+    documents: The documents. Only `text` is used, and with `Config.by_fields` also `fields`.
     rank: The task's number. Ranks are 0, 1, … without a gap.
     out: An empty folder.
     config: The options.
@@ -152,14 +164,14 @@ def signatures(
 
   def watched() -> Iterator[Document]:
     for document in documents:
-      digests.extend(_digest(document.text, config.exact))
+      digests.extend(exact_duplicates.digest(document, config.exact, config.by_fields))
       yield document
 
   if config.near is None:
     collections.deque(watched(), maxlen=0)
   else:
     _signature_block(out, config.near).run(watched(), rank)
-  found = np.frombuffer(bytes(digests), "<u8").reshape(-1, 2)
+  found = np.frombuffer(bytes(digests), "<u8").reshape(-1, 3 if config.by_fields else 2)
   np.save(pathlib.Path(out, _DIGESTS), found)
   return len(found)
 
@@ -188,12 +200,26 @@ def buckets(
   block.run(None, rank, config.near["buckets"])
 
 
+class Clusters(NamedTuple):
+  """The outcome of `cluster`.
+
+  Attributes:
+    removed: {rule: documents to remove}, with the `RULES` as keys.
+    conflicts: Texts with more than one label.
+    example: Two documents with one of these texts, each as (rank, number), or ().
+  """
+
+  removed: dict[str, int]
+  conflicts: int
+  example: tuple[tuple[int, int], ...]
+
+
 def cluster(
   inputs: Sequence[epath.PathLike],
   pairs: Sequence[epath.PathLike],
   out: epath.PathLike,
   config: Config,
-) -> dict[str, int]:
+) -> Clusters:
   """Phase 3, after phases 1 and 2: decides which documents to remove, for all tasks.
 
   Args:
@@ -203,13 +229,16 @@ def cluster(
     config: The options.
 
   Returns:
-    {rule: documents to remove}, with the `RULES` as keys.
+    `Clusters`.
   """
   digests = [np.load(pathlib.Path(folder, _DIGESTS), mmap_mode="r") for folder in inputs]
   starts = np.cumsum([0] + [len(d) for d in digests])  # first document of each task in the corpus
   none = np.zeros((0, 2), np.int64)
-  exact = _exact(digests, starts) if config.exact is not None else none
-  near = _near(inputs, pairs, out, starts, exact, config.near) if config.near else none
+  exact, conflicts, example = none, 0, []
+  if config.exact is not None:
+    exact, conflicts, example = exact_duplicates.find(digests, starts)
+  labels = np.concatenate([d[:, 2] for d in digests]) if config.by_fields else None
+  near = _near(inputs, pairs, out, starts, exact, config.near, labels) if config.near else none
   removed = np.concatenate(
     [
       np.column_stack((found, np.full(len(found), rule)))
@@ -224,7 +253,9 @@ def cluster(
       (own[:, 0] - starts[rank], own[:, 2], first_rank, own[:, 1] - starts[first_rank])
     )
     np.save(pathlib.Path(out, f"{rank:05d}.npy"), own.astype(np.int64))
-  return dict(zip(RULES, (len(exact), len(near))))
+  ranks = np.searchsorted(starts, example, side="right") - 1
+  where = tuple((int(r), int(d - starts[r])) for r, d in zip(ranks, example))
+  return Clusters(dict(zip(RULES, (len(exact), len(near)))), conflicts, where)
 
 
 def removals(rank: int, folder: epath.PathLike) -> np.ndarray:
@@ -284,17 +315,6 @@ def _signature_file(folder: epath.PathLike, bucket: int, rank: int) -> pathlib.P
   return pathlib.Path(folder, f"bucket_{bucket:03d}", f"{rank:05d}.minhash.sig")
 
 
-def _digest(text: str, options: Mapping[str, Any] | None) -> bytes:
-  """16 bytes that equal texts share, or zeros if exact duplicates are not requested."""
-  if options is None:
-    return bytes(16)
-  if options["ignore_case"]:
-    text = text.lower()
-  if options["ignore_space"]:
-    text = " ".join(text.split())
-  return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
 def _minhash_config(near: Mapping[str, Any]) -> Any:
   return datatrove_blocks.module("pipeline.dedup.minhash").MinhashConfig(
     n_grams=near["ngram"],
@@ -328,30 +348,6 @@ def _signature_block(folder: epath.PathLike, near: Mapping[str, Any]) -> Any:
   )
 
 
-def _exact(digests: Sequence[np.ndarray], starts: np.ndarray) -> np.ndarray:
-  """Finds exact duplicates.
-
-  Equal digests fall into the same residue class, so the classes are sorted one after the other.
-
-  Returns:
-    int64 [R, 2], sorted: a document that equals an earlier one, and the first such document.
-  """
-  classes = -(-int(starts[-1]) // _SORTED)
-  found = []
-  for residue in range(classes):
-    chosen = [np.flatnonzero(d[:, 0] % np.uint64(classes) == residue) for d in digests]
-    where = np.concatenate([c + start for c, start in zip(chosen, starts)])
-    high, low = (np.concatenate([d[c, k] for c, d in zip(chosen, digests)]) for k in (0, 1))
-    order = np.lexsort((where, low, high))
-    high, low, where = high[order], low[order], where[order]
-    same = np.zeros(len(where), bool)
-    same[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    first = where[np.maximum.accumulate(np.where(same, 0, np.arange(len(where))))]
-    found.append(np.column_stack((where[same], first[same])))
-  same_as = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
-  return same_as[np.argsort(same_as[:, 0])]
-
-
 def _near(
   inputs: Sequence[epath.PathLike],
   folders: Sequence[epath.PathLike],
@@ -359,8 +355,15 @@ def _near(
   starts: np.ndarray,
   exact: np.ndarray,
   near: Mapping[str, Any],
+  labels: np.ndarray | None,
 ) -> np.ndarray:
   """Finds near duplicates.
+
+  Args:
+    inputs, folders, out, starts: As in `cluster`.
+    exact: From `_exact`.
+    near: The options.
+    labels: For each document a number of its label, or None.
 
   Returns:
     int64 [R, 2]: a document that is a near duplicate of one that stays, and the latter.
@@ -373,6 +376,8 @@ def _near(
       at = np.minimum(np.searchsorted(exact[:, 0], more), len(exact) - 1)
       more = np.where(exact[at, 0] == more, exact[at, 1], more)
     more = more[more[:, 0] != more[:, 1]]
+    if labels is not None:  # like texts with different labels are no duplicates
+      more = more[labels[more[:, 0]] == labels[more[:, 1]]]
     pairs = np.unique(np.concatenate((pairs, np.sort(more, axis=1))), axis=0)
   if not len(pairs):
     return pairs

@@ -26,7 +26,7 @@ from jaxgpt.text.prepare.jobs import Account, Report, Work
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.tasks import filtering, reading, tokenizing
 from jaxgpt.text.readers import documents
-from jaxgpt.text.tokenizers import examples
+from jaxgpt.text.tokenizers import labels
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 
 RESULT = "publish"  # subfolder of the work that becomes the prepared folder
@@ -78,7 +78,7 @@ class AllJobs:
     if not dropped.kept:
       self._report_all(dropped.lines())
       raise tokenizing.nothing_to_train_on(options)
-    label_names = examples.label_names(label for account in cleaned for label in account["labels"])
+    label_names = self._label_names(cleaned)
     clusters = self._duplicates(stores) if options.dedup else None
     contaminated = self._contaminated(stores, clusters) if options.decontaminate else None
     corpus = filtering.Corpus(stores, clusters, contaminated)
@@ -87,7 +87,12 @@ class AllJobs:
       "tokenize",
       len(stores),
       functools.partial(tokenizing.tokenize, corpus, saved, label_names, options),
-      [options.shard_tokens, options.template, options.examples],
+      [
+        options.shard_tokens,
+        options.template,
+        options.examples,
+        *([label_names] if options.labels else []),
+      ],
     )
     for account in accounts:
       dropped.merge(account["dropped"])
@@ -141,17 +146,29 @@ class AllJobs:
         options.clean,
         options.salt,
         options.examples,
+        *([labels.RULE, bool(options.labels)] if options.kind == "classification" else []),
       ],
     )
 
+  def _label_names(self, cleaned: Sequence[Account]) -> tuple[str, ...]:
+    """The classes in order, or () for numbers and for data without labels. Reports them."""
+    if self._options.kind != "classification":
+      return ()
+    seen = labels.Seen()
+    for account in cleaned:
+      seen.merge(account["labels"])
+    names = labels.choose(seen, labels.parse(self._options.labels))
+    self._report(labels.describe(seen, names))
+    return names
+
   def _duplicates(self, stores: _Folders) -> pathlib.Path:
     """The folder that says which documents are duplicates."""
-    config = dedup.make(self._options.dedup)
+    config = dedup.make(self._options.dedup, by_fields=self._options.kind != "text")
     signed, _ = self._job(
       "signatures",
       len(stores),
       functools.partial(filtering.sign, stores, config),
-      dataclasses.asdict(config),
+      config.depends(),
     )
     pairs, _ = self._job(
       "buckets",
@@ -160,17 +177,23 @@ class AllJobs:
       [],
     )
     found, accounts = self._job(
-      "duplicates", 1, functools.partial(filtering.cluster, signed, pairs, config), []
+      "duplicates", 1, functools.partial(filtering.cluster, signed, pairs, config), ["clusters 2"]
     )
     asked = (config.exact, config.near)
     self._report(
       "duplicates: "
       + ", ".join(
         f"{count:,} by rule {rule!r}"
-        for (rule, count), settings in zip(accounts[0].items(), asked)
+        for (rule, count), settings in zip(accounts[0]["removed"].items(), asked)
         if settings
       )
     )
+    if accounts[0]["conflicts"]:
+      names = [tokenizing.source_of(stores, *where) for where in accounts[0]["example"]]
+      self._report(
+        f"{accounts[0]['conflicts']:,} texts have more than one label, and keep one document for "
+        f"each; such as {names[0]} and {names[1]}"
+      )
     return found[0]
 
   def _contaminated(self, stores: _Folders, clusters: pathlib.Path | None) -> _Folders:

@@ -37,6 +37,14 @@ class Options:
     help="column of text, id, text_pair, label, input, target, messages, prompt, chosen or "
     "rejected, if it has another name",
   )
+  labels: str = option(
+    "",
+    metavar="A,B,C|numbers",
+    group=READING,
+    unset="classes by their numbers, then by their letters; numbers with a fraction are a "
+    "regression",
+    help="kind classification: the classes in order, or numbers for a regression",
+  )
   format: str | None = option(
     None,
     group=READING,
@@ -156,6 +164,10 @@ class Options:
       raise UserError(
         f"cut_chars={self.cut_chars} is for kind=text: an example of kind={self.kind} cannot be "
         "cut; leave it out"
+      )
+    if self.labels and self.kind != "classification":
+      raise UserError(
+        f"labels={self.labels!r} is for kind=classification, not for kind={self.kind}; leave it out"
       )
     if self.template and self.kind not in _TEMPLATED:
       raise UserError(

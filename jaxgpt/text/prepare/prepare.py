@@ -31,7 +31,7 @@ from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.run_job import Executor
 from jaxgpt.text.prepare.tasks import filtering
 from jaxgpt.text.readers import documents
-from jaxgpt.text.tokenizers import chat_template
+from jaxgpt.text.tokenizers import chat_template, labels
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 
 __all__ = ["Options", "prepare"]
@@ -103,6 +103,7 @@ def _check_options(options: Options, files: Sequence[File]) -> None:
     form=options.format,
     max_bytes=options.max_record_bytes,
   )
+  labels.parse(options.labels)
   clean.make(options.clean)
   dedup.make(options.dedup)
   decontaminate.make(options.decontaminate_options)

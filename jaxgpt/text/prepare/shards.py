@@ -259,18 +259,23 @@ def write_manifest(folder: epath.PathLike, manifest: dict[str, Any]) -> None:
   atomic.write(pathlib.Path(folder, MANIFEST), strict_json.dumps(manifest, indent=1) + "\n")
 
 
+def exists(folder: epath.PathLike) -> bool:
+  """Whether a folder has a manifest."""
+  buckets.check(folder)
+  return (epath.Path(folder) / MANIFEST).is_file()
+
+
 def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
   """Reads the manifest of a prepared folder.
 
   Raises:
     UserError: There is none, it is damaged, or this version does not read its format.
   """
-  buckets.check(folder)
   path = epath.Path(folder) / MANIFEST
-  if not path.is_file():
+  if not exists(folder):
     raise UserError(
       f"data.path={os.fspath(folder)!r} is not a prepared data folder: it has no "
-      f"{MANIFEST}; run `jaxgpt data` first, or set --config.data.path"
+      f"{MANIFEST}; name a folder that `jaxgpt data` wrote"
     )
   try:
     manifest = json.loads(path.read_text())

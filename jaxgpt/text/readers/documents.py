@@ -287,6 +287,8 @@ def _string(name: str, value: Any) -> str:
 def _label(name: str, value: Any) -> str | int | float:
   if not isinstance(value, str | int | float):
     raise TypeError(f"{name} is {str(value)[:50]!r}, neither a string nor a number")
+  if isinstance(value, str) and not value.strip():
+    raise TypeError(f"{name} is empty")
   if not isinstance(value, str) and not abs(value) <= sys.float_info.max:
     raise TypeError(f"{name} is {str(value)[:50]}, which is not a finite number")
   return int(value) if isinstance(value, bool) else value

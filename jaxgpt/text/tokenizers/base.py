@@ -62,6 +62,7 @@ class Tokenizer(abc.ABC):
     mask_id: Id of the mask token, or None.
     special_ids: {name: id} of the special tokens, which plain text is never encoded to.
     unk_id: Id for text that can't be encoded, or None.
+    pair_ends: Number of eos between the two texts of a pair: 2 in RoBERTa, 1 in other models.
     chat_template: The tokenizer's own Jinja template, or None.
     digest: Hexadecimal SHA-256 of the tokenizer's definition.
   """
@@ -74,6 +75,7 @@ class Tokenizer(abc.ABC):
   mask_id: int | None = None
   unk_id: int | None = None
   special_ids: dict[str, int]
+  pair_ends: int = 1
   chat_template: str | None = None
   digest: str
 

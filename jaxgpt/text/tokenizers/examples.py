@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.readers.documents import Document
+from jaxgpt.text.tokenizers import labels
 from jaxgpt.text.tokenizers.base import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]  # {'role': str, 'content': str}
@@ -50,7 +51,8 @@ def encode_batch(
   """Encodes documents as [bos, tokens…, eos], or a chat as its template writes it.
 
   text            all of it is trained on
-  classification  the text, or a pair as [bos, text…, eos, text_pair…, eos]
+  classification  the text, or a pair as [bos, text…, eos, text_pair…, eos], with as many eos
+                  between the texts as the tokenizer puts there
   seq2seq         input, a newline and the target. Only the target is trained on
   chat            the messages in the template's form with its special tokens. The assistant's
                   turns are trained on
@@ -89,19 +91,6 @@ def encode_batch(
     else [_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in stored]
     for document, stored in zip(documents, split)
   ]
-
-
-def label_names(labels: Iterable[str | int | float]) -> tuple[str, ...]:
-  """The sorted names of the classes, or () if a label is a float (a regression).
-
-  Args:
-    labels: The labels of all documents.
-  """
-  found = set(labels)
-  if any(isinstance(x, float) for x in found):
-    return ()
-  # Integers by value, then strings.
-  return tuple(dict.fromkeys(str(x) for x in sorted(found, key=lambda x: (isinstance(x, str), x))))
 
 
 def _split(
@@ -179,9 +168,10 @@ def _join(
   )
   for number, piece in enumerate(pieces):
     if kind == "classification" and number:
-      arrays += eos
-      at += 1
-      second = at
+      # One eos ends the first text. Others begin the second, so that a cut row keeps them all.
+      arrays += eos * tokenizer.pair_ends
+      second = at + 1
+      at += tokenizer.pair_ends
     ids = np.array([tokenizer.special_ids[piece.text]], np.int32) if piece.special else next(tokens)
     if piece.trained:
       trained.append(
@@ -219,7 +209,6 @@ def _label(document: Document, names: Sequence[str]) -> float:
         "name the column of the labels with --field label=COLUMN"
       )
     return names.index(str(label))
-  try:
-    return float(label)
-  except (TypeError, ValueError) as e:
-    raise UserError(f"{document.source}: label {label!r} is not a number, but others are") from e
+  if labels.kind_of(str(label)) == "text":
+    raise UserError(f"{document.source}: label {label!r} is not a number, but others are")
+  return float(label)

@@ -97,6 +97,8 @@ class HuggingFaceTokenizer(base.Tokenizer):
     self.bos_id = ids["eos"] if ids["bos"] is None else ids["bos"]
     self.eos_id = ids["bos"] if ids["eos"] is None else ids["eos"]
     self.pad_id, self.mask_id, self.unk_id = ids["pad"], ids["mask"], ids["unk"]
+    processor = json.loads(self._files[MODEL]).get("post_processor")
+    self.pair_ends = _pair_ends(processor, inner.id_to_token(self.eos_id))
     self._kept_from_text = np.array([i for i in self.special_ids.values() if i != self.unk_id])
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -153,6 +155,20 @@ def _frame(processor: Mapping[str, Any] | None) -> dict[str, str]:
   return ({"bos": names[0]} if place else {}) | (
     {"eos": names[place + 1]} if place + 1 < len(names) else {}
   )
+
+
+def _pair_ends(processor: Mapping[str, Any] | None, eos: str) -> int:
+  """The number of eos that a post-processor puts between two texts, at least 1."""
+  processor = processor or {}
+  if processor.get("type") == "Sequence":
+    return max((_pair_ends(inner, eos) for inner in processor["processors"]), default=1)
+  if processor.get("type") == "RobertaProcessing":
+    return 2
+  if processor.get("type") != "TemplateProcessing":
+    return 1
+  names = [item.get("SpecialToken", {"id": None})["id"] for item in processor["pair"]]
+  first, second = (i for i, name in enumerate(names) if name is None)
+  return max(names[first:second].count(eos), 1)
 
 
 def read(folder: epath.Path) -> HuggingFaceTokenizer:

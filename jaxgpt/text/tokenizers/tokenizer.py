@@ -77,6 +77,16 @@ def from_spec(
   )
 
 
+def folder_of(folder: epath.PathLike) -> epath.Path | None:
+  """The folder whose files `load` reads: the given one, its subfolder `tokenizer`, or None."""
+  path = epath.Path(folder)
+  for place in (path, path / "tokenizer"):
+    names = (base.SPEC, huggingface.MODEL, MODEL)
+    if any((place / name).is_file() for name in names) or tiktoken.find(place):
+      return place
+  return None
+
+
 def load(folder: epath.PathLike) -> Tokenizer:
   """Loads a tokenizer that `Tokenizer.save` wrote, or that other tools' files define.
 
@@ -92,7 +102,7 @@ def load(folder: epath.PathLike) -> Tokenizer:
   path, name = epath.Path(folder), os.fspath(folder)
   if path.is_file():
     return _load_file(path, name)
-  for place in (path, path / "tokenizer"):
+  if place := folder_of(path):
     if (place / base.SPEC).is_file():
       return _load_saved(place)
     if (place / huggingface.MODEL).is_file():

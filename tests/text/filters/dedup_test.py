@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.text.filters import dedup
+from jaxgpt.text.filters import dedup, exact_duplicates
 from jaxgpt.text.readers import documents as documents_lib
 
 _spec = importlib.util.spec_from_file_location(
@@ -184,3 +184,32 @@ def test_near_duplicates_without_the_extra(monkeypatch):
   with pytest.raises(UserError, match=r"pip install 'jaxgpt\[data\]'"):
     dedup.make(["near"])
   assert pickle.loads(pickle.dumps(dedup.make(["exact"]))) == dedup.make(["exact"])
+
+
+def test_fields_are_compared_one_by_one_and_with_their_label():
+  def digest(**fields):
+    text = "\n".join(str(v) for k, v in fields.items() if k != "label")
+    document = documents_lib.Document("s", text, "", fields)
+    return exact_duplicates.digest(document, dedup.make(["exact"]).exact, True)
+
+  same = digest(text="a  b", label="x")
+  assert same == digest(text="a b", label="x")
+  other = digest(text="a b", label="y")
+  assert same[:16] == other[:16] and same != other, "a conflict has one text and two labels"
+  assert digest(text="a", label=1) == digest(text="a", label="1")
+  assert digest(text="a b", text_pair="c") != digest(text="a", text_pair="b c")
+  turn = lambda role: [{"role": role, "content": "a"}]
+  assert digest(messages=turn("user")) != digest(messages=turn("assistant"))
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 3])
+def test_texts_with_two_labels_are_counted_once(monkeypatch, chunk):
+  monkeypatch.setattr(exact_duplicates, "_SORTED", chunk)
+  rows = [(7, 0, 1), (8, 0, 1), (7, 0, 2), (9, 0, 5), (7, 0, 1), (7, 0, 3), (9, 0, 6), (8, 0, 1)]
+  digests = [np.array(rows[:5], np.uint64), np.array(rows[5:], np.uint64)]
+  found = exact_duplicates.find(digests, np.array([0, 5, 8]))
+  assert found.duplicates.tolist() == [[4, 0], [7, 1]]
+  assert found.conflicts == 2
+  a, b = found.example
+  together = rows[:5] + rows[5:]
+  assert together[a][:2] == together[b][:2] and together[a][2] != together[b][2]

@@ -70,6 +70,73 @@ def test_labels_that_are_floats_are_a_regression(tmp_path):
   assert manifest["label_names"] == []
 
 
+def write_csv(path, rows):
+  lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
+  path.write_text("\n".join(lines) + "\n")
+  return path
+
+
+def test_a_csv_and_a_jsonl_number_their_classes_alike(tmp_path, capsys):
+  rows = [{"text": sentence(i), "label": (10, 9, 1)[i % 3]} for i in range(60)]
+  write_csv(tmp_path / "in.csv", rows)
+  found = [run(tmp_path, rows, "--kind=classification")]
+  said = capsys.readouterr().out
+  assert "labels: 3 classes in this order: 1 (20), 9 (20), 10 (20)" in said
+  more = ["--kind=classification", "--tokenizer=bytes", f"--out={tmp_path}/b"]
+  assert main.main(["data", str(tmp_path / "in.csv"), *more]) == 0
+  found.append(shards.read_manifest(tmp_path / "b"))
+  assert [m["label_names"] for m in found] == [["1", "9", "10"]] * 2
+
+
+def test_classes_in_an_order_of_your_own(tmp_path, capsys):
+  rows = [{"text": sentence(i), "label": ("bad", "good")[i % 2]} for i in range(60)]
+  given = ["--kind=classification", "--labels=good,bad"]
+  assert run(tmp_path, rows, *given)["label_names"] == ["good", "bad"]
+  split = source.open_split(tmp_path / "out", "train")
+  by_text = {row["text"]: row["label"] for row in rows}
+  found = zip(texts(tmp_path / "out", "train"), split.labels)
+  assert all(by_text[text] == ("good", "bad")[int(label)] for text, label in found)
+  rows[7]["label"] = "godo"
+  write(tmp_path / "in.jsonl", rows)
+  args = ["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/c", "--tokenizer=bytes", *given]
+  assert main.main(args) == 2
+  assert "'godo' (in.jsonl:8)" in capsys.readouterr().err
+  assert main.main(["data", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/d", given[1]]) == 2
+  assert "is for kind=classification" in capsys.readouterr().err
+
+
+def test_one_number_with_a_fraction_among_classes_needs_a_word(tmp_path, capsys):
+  rows = [{"text": sentence(i), "label": i % 2} for i in range(60)]
+  rows[33]["label"] = 0.5
+  write(tmp_path / "in.jsonl", rows)
+  args = ["data", str(tmp_path / "in.jsonl"), "--tokenizer=bytes", "--kind=classification"]
+  assert main.main([*args, f"--out={tmp_path}/a"]) == 2
+  said = capsys.readouterr().err
+  assert "1 are with a fraction, such as '0.5' in in.jsonl:34, and 59 are whole numbers" in said
+  assert main.main([*args, f"--out={tmp_path}/a", "--labels=numbers"]) == 0
+  assert shards.read_manifest(tmp_path / "a")["label_names"] == []
+
+
+def test_a_row_without_a_label_is_counted(tmp_path):
+  rows = [{"text": sentence(i), "label": "ab"[i % 2]} for i in range(60)]
+  rows[3]["label"] = " "
+  manifest = run(tmp_path, rows, "--kind=classification")
+  assert manifest["label_names"] == ["a", "b"] and manifest["dropped"] == {"wrong type": 1}
+
+
+@pytest.mark.parametrize("given", ["exact", "near:threshold=0.6"])
+def test_one_text_with_two_labels_is_no_duplicate(tmp_path, capsys, given):
+  if given != "exact":
+    pytest.importorskip("datatrove")
+  rows = [{"text": sentence(i), "label": "ab"[i % 2]} for i in range(50)]
+  rows += [{"text": rows[4]["text"], "label": "a"}, {"text": rows[4]["text"] + " ", "label": "b"}]
+  manifest = run(tmp_path, rows, "--kind=classification", f"--dedup={given}")
+  rule = "duplicate" if given == "exact" else "near duplicate"
+  assert manifest["dropped"] == {rule: 1} and manifest["kept"] == 51
+  said = "1 texts have more than one label" in capsys.readouterr().out
+  assert said == (given == "exact")
+
+
 @pytest.mark.parametrize(
   "kind, row, learned",
   [

@@ -66,7 +66,7 @@ def cluster(
 ) -> Account:
   """Third job of `dedup`."""
   del rank, progress
-  return dedup.cluster(signed, pairs, folder, config)
+  return dedup.cluster(signed, pairs, folder, config)._asdict()
 
 
 def _watched(documents: Iterable[Document], progress: Counter) -> Iterator[Document]:

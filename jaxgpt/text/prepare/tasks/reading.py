@@ -1,5 +1,6 @@
 """Tasks that read files: dividing the inputs, and reading and cleaning documents."""
 
+import dataclasses
 import io
 import itertools
 import pathlib
@@ -7,7 +8,6 @@ import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jaxgpt.errors import UserError
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import clean
 from jaxgpt.text.prepare import document_store
@@ -16,13 +16,13 @@ from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.readers import documents as documents_lib
 from jaxgpt.text.readers import formats
 from jaxgpt.text.readers.documents import Document
+from jaxgpt.text.tokenizers import labels as labels_lib
 
 _FEW_DOCUMENTS = 100
 _CUT_INTO = 400  # pieces to cut few documents into: 5 % of them are a fair sample
 _LEAST_CUT = 1_000  # characters of a piece: a shorter one has no context to learn from, but
 _LEAST_PIECES = 40  # a short text makes at least 40 pieces, of 100 characters if need be
 _MOST_TASKS = 512
-_MOST_LABELS = 100_000
 
 
 def list_inputs(
@@ -87,19 +87,19 @@ def read_and_clean(
     dropped=dropped,
   )
   cleaner = clean.make(options.clean)
-  labels: dict[Any, None] = {}
+  labels = labels_lib.Seen()
   with document_store.Writer(folder, options.salt) as writer:
     for document in cleaner(dropped.watch(documents), dropped):
       for number, piece in enumerate(_cut(document, cut_chars)):
         dropped.read += number > 0
         progress(1, writer.add(piece))
       if options.kind == "classification":
-        _note_label(labels, document)
+        labels.add(document.fields["label"], document.source, bool(options.labels))
   return {
     "dropped": dropped.to_json(),
     "dropped_bytes": dropped.bytes,
     "changed": cleaner.changed,
-    "labels": list(labels),
+    "labels": dataclasses.asdict(labels),
   }
 
 
@@ -162,14 +162,3 @@ def _cut(document: Document, chars: int) -> list[Document]:
     document._replace(source=f"{document.source}#{number}", text=text)
     for number, text in enumerate(documents_lib.chunks(document.text, chars), 1)
   ]
-
-
-def _note_label(labels: dict[Any, None], document: Document) -> None:
-  """Keeps each class's label once. Floats are no classes: one stands for all of them."""
-  label = document.fields["label"]
-  labels.setdefault(0.5 if isinstance(label, float) else label)
-  if len(labels) > _MOST_LABELS:
-    raise UserError(
-      f"more than {_MOST_LABELS:,} different labels, such as {label!r} in {document.source}; name "
-      "the column of the labels with --field label=COLUMN"
-    )

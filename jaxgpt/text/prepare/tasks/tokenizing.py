@@ -163,13 +163,14 @@ def _kept(corpus: Corpus, rank: int, options: Options, dropped: SizedDropped) ->
       dropped.at_hand = int(sizes[number])
       if isinstance(why, tuple):  # looking up its name takes a while, and only examples need it
         is_example = dropped.counts.get(rule, 0) < dropped.limit
-        why = f"like {_source_of(corpus.stores, *why)}" if is_example else ""
+        why = f"like {source_of(corpus.stores, *why)}" if is_example else ""
       dropped.add(rule, document.source, why)
     else:
       yield int(splits[number]), int(sizes[number]), document
 
 
-def _source_of(stores: Sequence[pathlib.Path], rank: int, number: int) -> str:
+def source_of(stores: Sequence[pathlib.Path], rank: int, number: int) -> str:
+  """The name of a document, by its store and its number there."""
   return next(document_store.Store(stores[rank]).take([number])).source
 
 

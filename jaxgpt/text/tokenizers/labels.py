@@ -1,0 +1,170 @@
+"""Labels of examples: classes and their order, or numbers.
+
+A label is text, or a number in text: CSV has only text, and JSON has both. One rule holds for both:
+a label is an integer, a number with a fraction, or any other text, whatever type the file gave it.
+
+    integers and other texts     classes: integers by value, then texts by their letters
+    numbers with a fraction      a regression
+    both                         an error that names one of each. `--labels` says what they are
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxgpt.errors import UserError
+
+NUMBERS = "numbers"  # --labels=numbers: a regression
+RULE = "labels 2"  # name of the rules above, for the reuse of an unfinished preparation
+MOST = 100_000  # different classes
+_SHOWN = 8  # classes in a line of text
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def kind_of(name: str) -> str:
+  """'integer', 'fraction' (any other number) or 'text'."""
+  if _INTEGER.fullmatch(name):
+    return "integer"
+  return "fraction" if _NUMBER.fullmatch(name) else "text"
+
+
+def parse(text: str) -> tuple[str, ...]:
+  """The classes that `--labels` names in order, (NUMBERS,), or () for ''.
+
+  Args:
+    text: 'bad,good', '["a, b", "c"]' for names with commas, 'numbers' or ''.
+
+  Raises:
+    UserError: A name is empty or given twice, or there is only one.
+  """
+  if not text or text == NUMBERS:
+    return (text,) if text else ()
+  try:
+    names = json.loads(text) if text.startswith("[") else text.split(",")
+  except ValueError as e:
+    raise UserError(f'labels={text}: not a JSON list ({e}); write ["bad", "good"]') from e
+  names = tuple(str(name).strip() for name in names)
+  if len(set(names)) < len(names) or not all(names) or len(names) < 2:
+    raise UserError(
+      f"labels={text}: name each class once, two or more in order, such as bad,good; or write "
+      f"{NUMBERS} for a regression"
+    )
+  return names
+
+
+@dataclasses.dataclass
+class Seen:
+  """The labels of some documents, as plain JSON.
+
+  Attributes:
+    kinds: {kind: [documents, a label of that kind, the name of its document]}.
+    classes: {label: [documents, the name of the first]}. Without fractions, unless they are listed.
+    span: [lowest, highest] number of the fractions, or [].
+  """
+
+  kinds: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+  classes: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+  span: list[float] = dataclasses.field(default_factory=list)
+
+  def add(self, label: str | int | float, source: str, listed: bool = False) -> None:
+    """Counts a label.
+
+    Args:
+      label: The label of a document.
+      source: The document's name.
+      listed: The user names the classes, so that a fraction may be one.
+
+    Raises:
+      UserError: There are more than `MOST` classes.
+    """
+    name = str(label)
+    kind = kind_of(name)
+    self.kinds.setdefault(kind, [0, name, source])[0] += 1
+    if kind == "fraction":
+      low, high = self.span or (float(name), float(name))
+      self.span = [min(low, float(name)), max(high, float(name))]
+    if kind != "fraction" or listed:
+      self.classes.setdefault(name, [0, source])[0] += 1
+    if len(self.classes) > MOST:
+      raise UserError(
+        f"more than {MOST:,} different labels, such as {label!r} in {source}; name the column of "
+        "the labels with --field label=COLUMN"
+      )
+
+  def merge(self, other: Mapping[str, Any]) -> None:
+    """Adds the `dataclasses.asdict` of another."""
+    for mine, more in ((self.kinds, other["kinds"]), (self.classes, other["classes"])):
+      for key, (count, *rest) in more.items():
+        mine.setdefault(key, [0, *rest])[0] += count
+    ends = [*self.span, *other["span"]]
+    self.span = [min(ends), max(ends)] if ends else []
+
+
+def choose(seen: Seen, given: Sequence[str] = ()) -> tuple[str, ...]:
+  """The classes of a corpus in order, or () if its labels are numbers.
+
+  Args:
+    seen: The labels of all documents.
+    given: From `parse`.
+
+  Raises:
+    UserError: The labels are of several kinds and the user does not say which, or they are not what
+      the user says.
+  """
+  if tuple(given) == (NUMBERS,):
+    if "text" in seen.kinds:
+      raise UserError(f"labels={NUMBERS}, but {_such(seen, 'text')}; correct or drop these rows")
+    return ()
+  if given:
+    others = [name for name in seen.classes if name not in given]
+    if others:
+      such = ", ".join(f"{name!r} ({seen.classes[name][1]})" for name in others[:3])
+      raise UserError(
+        f"labels={','.join(given)}: {len(others)} labels of the data are not among them, such as "
+        f"{such}; add them, or drop these rows"
+      )
+    return tuple(given)
+  if "fraction" not in seen.kinds:
+    return tuple(in_order(seen.classes))
+  if len(seen.kinds) == 1:
+    return ()
+  other = "text" if "text" in seen.kinds else "integer"
+  ways = "correct these rows, or name the classes in order with --labels=A,B,C"
+  if other == "integer":
+    ways = f"say which: --labels={NUMBERS} for a regression, --labels=A,B,C for classes in order"
+  raise UserError(
+    f"labels are of two kinds: {_such(seen, 'fraction')}, and {_such(seen, other)}; {ways}"
+  )
+
+
+def _such(seen: Seen, kind: str) -> str:
+  count, name, source = seen.kinds[kind]
+  words = {"fraction": "with a fraction", "integer": "whole numbers", "text": "no numbers"}[kind]
+  return f"{count:,} are {words}, such as {name[:50]!r} in {source}"
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Names of classes in order: integers by value, then other texts."""
+  key = lambda x: (0, int(x), x) if kind_of(x) == "integer" else (1, 0, x)
+  return sorted(set(names), key=key)
+
+
+def describe(seen: Seen, names: Sequence[str]) -> str:
+  """A line on the labels of a corpus.
+
+  Args:
+    seen: From the documents.
+    names: From `choose`.
+  """
+  if not names:
+    ends = seen.span or [float(f([int(x) for x in seen.classes])) for f in (min, max)]
+    return (
+      f"labels: numbers from {ends[0]:g} to {ends[1]:g}, so this is a regression "
+      "(model.num_labels=1); --labels=A,B,C makes them classes"
+    )
+  shown = [f"{name} ({seen.classes.get(name, [0])[0]:,})" for name in names[:_SHOWN]]
+  more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+  return f"labels: {len(names)} classes in this order: {', '.join(shown)}{more}"
