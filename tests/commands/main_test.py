@@ -171,6 +171,16 @@ def test_a_workdir_with_a_run_of_another_config(site, capsys):
   assert "optim.lr was 0.001, is 0.5" in message
 
 
+def test_a_changed_key_comes_before_those_that_follow_from_it(site, capsys):
+  """Of a wider model five derived sizes differ, each with a name before model.width."""
+  message = refused(capsys, *train(site, "--config.model.width=32", workdir="run"))
+  assert "of another config: model.width was 16, is 32; " in message
+  assert "model.attn_scale was" in message and "model.head_dim" in message
+  # Also where the new command leaves out what the old one gave.
+  other = refused(capsys, *train(site, "--config.model.head_dim=4", workdir="run"))
+  assert "of another config: model.head_dim was 8, is 4; " in other
+
+
 @pytest.mark.parametrize("workdir", ["file/run", "file"])
 def test_a_workdir_that_cannot_be_written(site, capsys, workdir):
   (site / "file").write_text("")
@@ -215,7 +225,8 @@ def test_data_that_was_moved(site, tmp_path, capsys):
   shutil.copytree(site / "data", tmp_path / "moved")
   text = (tmp_path / "run" / "config.json").read_text()
   (tmp_path / "run" / "config.json").write_text(text.replace(f"{site}/data", "gone"))
-  assert "gone" in refused(capsys, "evaluate", f"--workdir={tmp_path}/run")
+  message = refused(capsys, "evaluate", f"--workdir={tmp_path}/run")
+  assert "the run's data folder 'gone' holds no manifest.json" in message and "--data=" in message
   args = ["evaluate", f"--workdir={tmp_path}/run", f"--data={tmp_path}/moved"]
   assert run(capsys, *args)[0] == 0
 

@@ -280,6 +280,14 @@ def test_token_types_distinguish_the_texts_of_a_pair():
   assert not np.allclose(run(None), run(jnp.ones_like(tokens)))
 
 
+def test_a_model_with_one_token_type_has_it_for_both_texts():
+  """RoBERTa. A lookup of type 1 in a table of one row would be NaN."""
+  model, params = make(**STYLES["post"] | {"token_types": 1})
+  tokens, positions = tokens_and_positions()
+  run = lambda types: logits_of(model, params, tokens, positions, token_types_BT=types)
+  np.testing.assert_array_equal(run(None), run(jnp.ones_like(tokens)))
+
+
 def test_the_outputs_of_all_layers():
   model, params = make(**STYLES["gemma"])
   out = apply(model, params, *tokens_and_positions(), layer_outputs=True)

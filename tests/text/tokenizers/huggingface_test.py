@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.errors import UserError
-from jaxgpt.text.tokenizers import tokenizer
+from jaxgpt.text.readers.documents import Document
+from jaxgpt.text.tokenizers import examples, tokenizer
 from tests.text.tokenizers import tokenizer_test
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -285,3 +286,54 @@ def test_a_tiktoken_vocabulary_that_is_not_whole(tmp_path):
   lone.write_text("IQ== 0\n")
   with pytest.raises(UserError, match=r"no tiktoken\.json next to it"):
     tokenizer.load(lone)
+
+
+PROCESSORS = tokenizers.processors
+CLS, SEP = ("<s>", 0), ("</s>", 1)
+
+
+@pytest.mark.parametrize(
+  "processor, ends",
+  [
+    (PROCESSORS.RobertaProcessing(SEP, CLS), 2),
+    (PROCESSORS.BertProcessing(SEP, CLS), 1),
+    (
+      PROCESSORS.TemplateProcessing(  # XLM-RoBERTa
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[CLS, SEP]
+      ),
+      2,
+    ),
+    (
+      PROCESSORS.Sequence(
+        [
+          PROCESSORS.ByteLevel(),
+          PROCESSORS.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[CLS, SEP]
+          ),
+        ]
+      ),
+      1,
+    ),
+  ],
+)
+def test_a_pair_is_separated_as_the_tokenizer_does_it(tmp_path, processor, ends):
+  words = ["<s>", "</s>", "<unk>", "a", "b", "c"]
+  inner = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
+  )
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  inner.add_special_tokens(["<s>", "</s>"])
+  inner.post_processor = processor
+  (tmp_path / "tokenizer.json").write_text(inner.to_str())
+  roles = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+  own = tokenizer.load(tmp_path)
+  assert own.pair_ends == ends
+  fields = {"text": "a b", "text_pair": "c c b", "label": 1}
+  [[pair]] = examples.encode_batch(
+    [Document("f:1", "", "", fields)], "classification", own, label_names=("0", "1")
+  )
+  assert pair.ids.tolist() == inner.encode("a b", "c c b").ids
+  types = (np.arange(len(pair.ids)) >= pair.second).astype(int)
+  first = pair.ids.tolist().index(1) + 1  # one end belongs to the first text
+  assert types.tolist() == [0] * first + [1] * (len(types) - first)
