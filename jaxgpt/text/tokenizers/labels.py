@@ -160,9 +160,9 @@ def describe(seen: Seen, names: Sequence[str]) -> str:
     names: From `choose`.
   """
   if not names:
-    ends = seen.span or [float(f([int(x) for x in seen.classes])) for f in (min, max)]
+    found = [*seen.span, *(float(x) for x in seen.classes if kind_of(x) == "integer")]
     return (
-      f"labels: numbers from {ends[0]:g} to {ends[1]:g}, so this is a regression "
+      f"labels: numbers from {min(found):g} to {max(found):g}, so this is a regression "
       "(model.num_labels=1); --labels=A,B,C makes them classes"
     )
   shown = [f"{name} ({seen.classes.get(name, [0])[0]:,})" for name in names[:_SHOWN]]

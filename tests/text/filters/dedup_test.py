@@ -74,7 +74,7 @@ def test_the_first_exact_duplicate_stays(tmp_path):
 def test_digests_sorted_in_parts_find_the_same(tmp_path, monkeypatch):
   texts = TEXTS + TEXTS[10:20] + TEXTS[5:15]
   whole = removed(texts, ["exact"], tmp_path / "a")
-  monkeypatch.setattr(dedup, "_SORTED", 7)
+  monkeypatch.setattr(exact_duplicates, "_SORTED", 7)
   assert removed(texts, ["exact"], tmp_path / "b") == whole
   assert (
     len(whole)
@@ -200,6 +200,21 @@ def test_fields_are_compared_one_by_one_and_with_their_label():
   assert digest(text="a b", text_pair="c") != digest(text="a", text_pair="b c")
   turn = lambda role: [{"role": role, "content": "a"}]
   assert digest(messages=turn("user")) != digest(messages=turn("assistant"))
+
+
+def test_like_texts_with_two_labels_are_no_near_duplicates(tmp_path):
+  pytest.importorskip("datatrove")
+  rows = [(text, "x") for text in TEXTS[:6]]
+  rows += [(TEXTS[2] + " Also.", "x"), (TEXTS[3] + " Also.", "y"), (TEXTS[4], "y")]
+  found = [
+    documents_lib.Document(f"s:{i}", text, "", {"text": text, "label": label})
+    for i, (text, label) in enumerate(rows)
+  ]
+  of = lambda given, name: benchmark.remove(
+    found, dedup.make(given, by_fields=True), tmp_path / name, tasks=2
+  )
+  assert of(["near"], "a") == {6: 2}
+  assert of(["exact", "near"], "b") == {6: 2}
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 3])

@@ -97,7 +97,7 @@ def test_a_line_tells_what_was_found():
   assert "numbers from -1.5 to 2.5, so this is a regression" in labels.describe(
     seen([2.5, -1.5]), ()
   )
-  assert "numbers from 1 to 5" in labels.describe(seen([1, 5]), ())
+  assert "numbers from 1 to 5" in labels.describe(seen([1, 2.5, 5]), ())
 
 
 def test_too_many_classes(monkeypatch):
