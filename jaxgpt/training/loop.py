@@ -88,16 +88,22 @@ def train(
     build_lib.check(c)
     tokenizer, c = batches_lib.load_tokenizer_and_config(c)
     c, notes = label_names.settle(c, folder, weight_sources)
-    if c.init_from and not run_folder_lib.is_run(folder):
+    resumed = run_folder_lib.is_run(folder)
+    if c.init_from and not resumed:
       notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
     mesh = mesh_lib.make(c.mesh)
-    resumed = run_folder_lib.is_run(folder)
     parts = build_lib.build(c, mesh, resumed=resumed)
     data = batches_lib.training_data(c)
     held_out = batches_lib.split_batches(c, "validation", c.eval.batch_size)
     for check in data.host_checks():
       distributed.check_same(*check)
-    _tell([*build_lib.describe_trained(parts), *data.describe(sharding.host_slice(mesh)[1])])
+    _tell(
+      [
+        *notes,
+        *build_lib.describe_trained(parts),
+        *data.describe(sharding.host_slice(mesh)[1]),
+      ]
+    )
     setup = _Setup(c, folder, mesh, parts, data, held_out)
     _enter(setup, origin, tokenizer, lock)
     checkpoints = checkpoints_lib.Checkpoints(
