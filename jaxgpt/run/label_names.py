@@ -48,19 +48,19 @@ def settle(
     return Settled(c, [])
   if run_folder.is_run(folder):  # perhaps of a version that did not record them
     return Settled(c if m.label_names else _named(c, _recorded(folder)), [])
-  theirs: tuple[str, ...] = ()
+  theirs: tuple[str, ...] | None = None  # (): there is a head, but its classes have no names
   if c.init_from:
     old = init_from.inspect(c.init_from, sources).c_model
     if old.head == "classifier" and old.num_labels == m.num_labels:
       theirs = tuple(old.label_names)
   own = of_data(c)
   if m.label_names:
-    _check_order(m.label_names, theirs, c.init_from)
+    _check_order(m.label_names, theirs or (), c.init_from)
     return Settled(c, [])
   if not own:  # the labels are numbers, which `check_labels` refuses
     return Settled(c, [])
   if not theirs:
-    return Settled(_named(c, own), _unknown(c, own) if c.init_from else [])
+    return Settled(_named(c, own), [] if theirs is None else _unknown(c, own))
   where = f"data.path={c.data.path!r}"
   if not label_numbers.generic(theirs):
     if label_numbers.find(own, theirs) is None:
@@ -88,11 +88,9 @@ def _check_order(ours: tuple[str, ...], theirs: tuple[str, ...], source: str) ->
 
 def _unknown(c: ml_collections.ConfigDict, names: Sequence[str]) -> list[str]:
   """The note on a head whose classes have no names."""
-  old_head = "the head's outputs are taken to be"
   return [
-    f"init_from={c.init_from!r} names no classes; if it has a classifier of {c.model.num_labels} "
-    f"classes, {old_head} {label_numbers.listed(names)}, in this order "
-    f"(model.label_names says otherwise)"
+    f"init_from={c.init_from!r} names no classes: its outputs are taken to be "
+    f"{label_numbers.listed(names)}, in this order; model.label_names gives another"
   ]
 
 

@@ -285,7 +285,7 @@ def note_saved(folder: epath.PathLike, step: int) -> None:
   """Records in the newest start that the checkpoint of a step is complete."""
   starts = read_starts(folder)
   starts[-1]["saved"] = step
-  atomic.write(epath.Path(folder) / _STARTS, "".join(json.dumps(s) + "\n" for s in starts))
+  atomic.write(epath.Path(folder) / _STARTS, "".join(strict_json.dumps(s) + "\n" for s in starts))
 
 
 def is_imported(folder: epath.PathLike) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, Self
 from etils import epath
 
 from jaxgpt.errors import UserError
-from jaxgpt.storage import buckets
+from jaxgpt.storage import buckets, strict_json
 
 NAME = "train.lock"
 _TRIES = 5  # doctor looks at the lock for a moment, and a killed process may be about to go
@@ -84,7 +84,7 @@ class RunLock:
     me = {"pid": os.getpid(), "host": socket.gethostname()}
     with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
       os.ftruncate(descriptor, 0)
-      os.pwrite(descriptor, (json.dumps(me) + "\n").encode(), 0)
+      os.pwrite(descriptor, (strict_json.dumps(me) + "\n").encode(), 0)
 
   def _lock(self, descriptor: int) -> None:
     for left in reversed(range(_TRIES)):

@@ -85,7 +85,7 @@ def test_an_assumption_is_told(data, source, tmp_path, of_source):
   c = classifier(data("bad", "good"), source(*of_source))
   found = label_names.settle(c, tmp_path / "run")
   assert found.c.model.label_names == ("bad", "good")
-  assert "outputs are taken to be bad, good, in this order" in found.notes[0]
+  assert "its outputs are taken to be bad, good, in this order" in found.notes[0]
 
 
 def test_other_classes_are_refused_with_both_lists(data, source, tmp_path):
