@@ -20,6 +20,7 @@ from jaxgpt.run import metric_writers, run_folder, run_lock, stop_signal
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import loop
+from tests import quick
 
 TIMES = ("tokens_per_second", "step_time", "input_wait")
 
@@ -82,7 +83,7 @@ def test_running_a_finished_run_again_trains_no_step(finished):
   assert lines(folder) == before
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
+@pytest.mark.parametrize("stop_after", quick.first([3, 1, 4, 5]))
 def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkeypatch, stop_after):
   """Stops inside a log window, at its end, and at an evaluation; then the same call goes on."""
   c, folder = finished
@@ -110,17 +111,17 @@ def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkey
 
 
 STAGES = {  # where a signal arrives: (object, attribute, which call)
+  "compile": (loop.train_step, "compile", 1),
+  "save": (checkpoints_lib.Checkpoints, "save", 1),
   "data": (batches_lib.pipeline, "make", 1),
   "run folder": (run_folder, "enter", 1),
   "initial state": (loop.train_step, "first_state", 1),
-  "compile": (loop.train_step, "compile", 1),
-  "save": (checkpoints_lib.Checkpoints, "save", 1),
   "evaluation": (loop.evaluation, "evaluate", 1),
   "last evaluation": (loop.evaluation, "evaluate", 2),
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick.first(STAGES, 2))
 def test_a_signal_at_any_stage_changes_no_number(finished, tmp_path, stage):
   """The run is stopped in one stage; the same call goes on and reports what it would have."""
   c, folder = finished
@@ -188,6 +189,7 @@ def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   assert family == "llama"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_used_under_other_rules(tiny, tmp_path):
   c = tiny(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   train(c, tmp_path / "whole")
