@@ -82,6 +82,9 @@ class Family(NamedTuple):
 _L = "model.layers.{i}."
 _LM: dict[str, Any] = dict(head="lm", head_bias=False, head_transform="none")
 _BARE: dict[str, Any] = dict(head="none")
+# *ForSequenceClassification of decoders: a linear layer on the last token that is not padding.
+_SCORE: dict[str, Any] = dict(head="classifier", head_bias=False, head_transform="none",
+                              pooling="last")
 _SIZES = sames(vocab_size="vocab_size", hidden_size="width", intermediate_size="mlp_width",
                num_hidden_layers="num_layers", num_attention_heads="num_heads",
                max_position_embeddings="max_len")
@@ -89,7 +92,8 @@ _KV_HEADS = same("num_key_value_heads", "num_kv_heads", lambda hf: get(hf, "num_
 _HEAD_DIM = same("head_dim", "head_dim", head_dim)
 _DERIVED_HEAD_DIM = derived("head_dim", head_dim)
 _EMBED = one("model.embed_tokens.weight", "embed", "V D -> V D")
-_HEAD = one("lm_head.weight", "head", "V D -> D V", ("lm",))
+_HEAD = (one("lm_head.weight", "head", "V D -> D V", ("lm",)),
+         one("score.weight", "head", "V D -> D V", ("classifier",)))
 _QKV = tuple(heads(f"{_L}self_attn.{x}_proj", x) for x in "qkv")
 _O = output(_L + "self_attn.o_proj")
 _QK_NORM = (vector(_L + "self_attn.q_norm.weight", "layers/attn/q_norm/scale"),
@@ -107,7 +111,8 @@ def _llama_like(kind: str, cls: str, *config: Entry, eps: float = 1e-6, act: str
   """A decoder with Llama's tensors, entries of its own (`config`) and constants (`fields`)."""
   fixed = dict(norm="rmsnorm", position="rotary", gated=True, causal=True) | fields
   return Family(
-      kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE}), ours(**fixed), _SIZES,
+      kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE,
+                         f"{cls}ForSequenceClassification": _SCORE}), ours(**fixed), _SIZES,
              _KV_HEADS, same("rms_norm_eps", "norm_eps", eps), activation("hidden_act", act),
              same("tie_word_embeddings", "tie_embeddings", tied), *config),
       flat(_EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _FINAL, _HEAD), ignored=(_FREQUENCIES,))
@@ -117,7 +122,7 @@ def _gpt2() -> Family:
   h = "transformer.h.{i}."
   return Family(
       "gpt2", (
-          classes(GPT2LMHeadModel=_LM, GPT2Model=_BARE),
+          classes(GPT2LMHeadModel=_LM, GPT2Model=_BARE, GPT2ForSequenceClassification=_SCORE),
           ours(norm="layernorm", position="learned", gated=False, bias=True, causal=True),
           sames(vocab_size="vocab_size", n_positions="max_len", n_embd="width",
                 n_layer="num_layers", n_head="num_heads"),
@@ -198,7 +203,8 @@ def _olmo2() -> Family:
 def _starcoder2() -> Family:
   return Family(
       "starcoder2", (
-          classes(Starcoder2ForCausalLM=_LM, Starcoder2Model=_BARE),
+          classes(Starcoder2ForCausalLM=_LM, Starcoder2Model=_BARE,
+                  Starcoder2ForSequenceClassification=_SCORE),
           ours(norm="layernorm", position="rotary", gated=False, bias=True, causal=True), _SIZES,
           _KV_HEADS, _DERIVED_HEAD_DIM, same("norm_epsilon", "norm_eps", 1e-5),
           activation("hidden_act", "gelu_pytorch_tanh"), must("use_bias", True), rope(),
@@ -213,7 +219,9 @@ def _gemma(kind: str, causal: str, bare: str, norms: Sequence, *config: Entry,
            **fields: Any) -> Family:
   fixed = dict(norm="rmsnorm", position="rotary", gated=True, bias=False, causal=True) | fields
   return Family(
-      kind, (classes(**{causal: _LM, bare: _BARE}), ours(**fixed), _SIZES,
+      kind, (classes(**{causal: _LM, bare: _BARE,
+                         bare.replace("Model", "ForSequenceClassification"): _SCORE}),
+             ours(**fixed), _SIZES,
              same("num_key_value_heads", "num_kv_heads"),
              same("head_dim", "head_dim", 256), same("rms_norm_eps", "norm_eps", 1e-6),
              derived("embed_scale", lambda hf: float(get(hf, "hidden_size")) ** 0.5),
@@ -245,6 +253,13 @@ def _optional(theirs: str, ours: str, default: float | None) -> Entry:
   return Entry(lambda hf: {ours: hf.get(theirs, default)}, lambda model: {theirs: model[ours]})
 
 
+def _final_cap(default: float | None) -> Entry:
+  """The cap on the logits over the vocabulary. Scores of classes have none."""
+  cap = _optional("final_logit_softcapping", "logit_softcap", default)
+  scores = lambda hf: str((hf.get("architectures") or [""])[0]).endswith("SequenceClassification")
+  return cap._replace(read=lambda hf: {"logit_softcap": None} if scores(hf) else cap.read(hf))
+
+
 def _every(hf: HfConfig, n: int) -> list[str]:
   """Gemma's pattern: every n-th layer is global."""
   return ["global" if (i + 1) % n == 0 else "local" for i in range(get(hf, "num_hidden_layers"))]
@@ -252,7 +267,7 @@ def _every(hf: HfConfig, n: int) -> list[str]:
 
 def _gemmas() -> tuple[Family, ...]:
   caps = lambda final, attention: (
-      _optional("final_logit_softcapping", "logit_softcap", final),
+      _final_cap(final),
       _optional("attn_logit_softcapping", "attn_softcap", attention))
   three = lambda hf: _every(hf, hf.get("sliding_window_pattern")
                             or hf.get("_sliding_window_pattern") or 6)

@@ -191,6 +191,21 @@ def mean_of(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
   return jnp.einsum("BTD,BT->BD", x_BTD, weights) / jnp.maximum(weights.sum(-1, keepdims=True), 1)
 
 
+def last_of(x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+  """The last token of each row that is not padding, [B, D]; in a packed row, of its last document.
+
+  Tokens may be in any order, such as that of `token_order.balance`.
+
+  Args:
+    x_BTD: Hidden states.
+    positions_BT: Positions within each document.
+    segments_BT: 1, 2, ... for the documents of a row, 0 for padding.
+  """
+  in_last_BT = segments_BT == segments_BT.max(-1, keepdims=True)
+  at_B = jnp.where(in_last_BT, positions_BT, -1).argmax(-1)
+  return jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)[:, 0]
+
+
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
   """Computes cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118), or returns x if cap is None."""
   return x if cap is None else cap * jnp.tanh(x / cap)

@@ -127,16 +127,20 @@ class Transformer(layers.Module):
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
     x = self.rules.constrain(x, "rows", "length", "act_embed")
-    real = inputs.real
     if reorder:
-      x, real = token_order.restore(x), token_order.restore(real)
+      x = token_order.restore(x)
+      inputs = inputs._replace(
+        positions=token_order.restore(inputs.positions),
+        segments=token_order.restore(inputs.segments),
+        real=token_order.restore(inputs.real),
+      )
       outputs = None if outputs is None else token_order.restore(outputs, 2)
     # Logits are large, [B, T, V], and decoding needs those of one token per row.
     at = x
     if logits_at_B is not None:
       at = jnp.take_along_axis(x, logits_at_B[:, None, None], axis=1)[:, 0]
     narrow = project is None and not self.has_wide_gradients
-    logits = self._head(at, gathered if narrow else table, real, project)
+    logits = self._head(at, gathered if narrow else table, inputs, project)
     return Output(logits, x, cache, router, outputs)
 
   def _embedded(
@@ -255,14 +259,17 @@ class Transformer(layers.Module):
     )
 
   def _head(
-    self, x: jax.Array, table_VD: jax.Array, real_BT: jax.Array, project: Project | None
+    self, x: jax.Array, table_VD: jax.Array, inputs: LayerInputs, project: Project | None
   ) -> Any:
-    """The result of `model.head`, from hidden states [B, T, D] or [B, D]."""
+    """The result of `model.head`, from hidden states [B, T, D] or [B, D].
+
+    `inputs` has the tokens in the order of x.
+    """
     cfg = self.cfg
     if cfg.head == "none":
       return x
     if cfg.head != "lm":
-      x = x[:, 0] if cfg.pooling == "first" else ops.mean_of(x, real_BT)
+      x = self._pooled(x, inputs)
     x = self._transformed(x)
     if cfg.head == "pooler":
       return x.astype(jnp.float32)
@@ -278,6 +285,14 @@ class Transformer(layers.Module):
     if bias is not None:
       logits += bias
     return ops.softcap(logits, cfg.logit_softcap)
+
+  def _pooled(self, x_BTD: jax.Array, inputs: LayerInputs) -> jax.Array:
+    """One vector per row, [B, D], as `model.pooling` says."""
+    if self.cfg.pooling == "first":
+      return x_BTD[:, 0]
+    if self.cfg.pooling == "mean":
+      return ops.mean_of(x_BTD, inputs.real)
+    return ops.last_of(x_BTD, inputs.positions, inputs.segments)
 
   def _transformed(self, x: jax.Array) -> jax.Array:
     """Applies BERT's dense layer between hidden states and logits (`model.head_transform`)."""

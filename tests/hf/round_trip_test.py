@@ -147,6 +147,15 @@ FAMILIES = {  # name: class of the model, its config
     "DeepseekV3ForCausalLM",
     dict(LATENT, n_routed_experts=8, n_group=4, topk_group=2, n_shared_experts=1),
   ),
+  "gpt2_classifier": (
+    "GPT2ForSequenceClassification",
+    dict(SMALL, n_positions=T, n_embd=32, n_layer=2, n_head=4, num_labels=3),
+  ),
+  "llama_classifier": ("LlamaForSequenceClassification", dict(DECODER, num_labels=3)),
+  "gemma2_classifier": (
+    "Gemma2ForSequenceClassification",
+    dict(WIDE, sliding_window=5, query_pre_attn_scalar=24),
+  ),
   "bert": ("BertForMaskedLM", SIZES),
   "bert_classifier": ("BertForSequenceClassification", dict(SIZES, num_labels=3)),
   "bert_pooler": ("BertModel", SIZES),

@@ -57,3 +57,14 @@ def test_materialized_keeps_values_and_gradients(what, barriers):
   np.testing.assert_array_equal(f(x), plain(x))
   np.testing.assert_array_equal(jax.grad(f)(x), jax.grad(plain)(x))
   assert str(jax.make_jaxpr(jax.grad(f))(x)).count("optimization_barrier") == barriers
+
+
+def test_the_last_token_is_found_in_padded_packed_and_permuted_rows():
+  segments_BT = np.array([[1] * 8, [1] * 5 + [0] * 3, [1] * 5 + [2] * 2 + [0], [1] + [0] * 7])
+  positions_BT = np.array([range(8), [*range(5), 0, 0, 0], [*range(5), 0, 1, 0], [0] * 8])
+  last_B = np.array([7, 4, 6, 0])
+  x_BTD = np.arange(64.0).reshape(4, 8, 2)
+  want_BD = x_BTD[np.arange(4), last_B]
+  for order in (np.arange(8), np.array([0, 1, 6, 7, 2, 3, 4, 5])):  # rows, token_order.balance
+    got_BD = ops.last_of(*(jnp.asarray(a[:, order]) for a in (x_BTD, positions_BT, segments_BT)))
+    np.testing.assert_array_equal(got_BD, want_BD)

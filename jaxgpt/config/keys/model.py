@@ -201,7 +201,11 @@ MODEL = Section(
     pooling=Key(
       "first",
       "Input of a classifier or pooler.",
-      choices={"first": "the first token", "mean": "the mean over the tokens"},
+      choices={
+        "first": "the first token",
+        "mean": "the mean over the tokens",
+        "last": "the last token",
+      },
       used=lambda m: m.head in ("classifier", "pooler"),
     ),
     num_labels=Key(
