@@ -33,14 +33,18 @@ def run(args: DoctorOptions) -> int:
   from jaxgpt.commands.actions import backend
   from jaxgpt.commands.checks import examine
   from jaxgpt.commands.checks import finding as finding_lib
+  from jaxgpt.config import effects
+  from jaxgpt.run import run_folder
   from jaxgpt.training import build
 
   backend.start()
 
   def load() -> ml_collections.ConfigDict:
-    c, _ = config.load(args.config or "", args.overrides)
+    c, origin = config.load(args.config or "", args.overrides)
     config.resolve(c)
     build.check(c)
+    resumed = args.workdir is not None and run_folder.is_run(args.workdir)
+    effects.check(c, origin, resumed=resumed)
     return c
 
   findings = []

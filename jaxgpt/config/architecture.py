@@ -1,6 +1,7 @@
 """The architecture of a model: the part of its config that determines its function."""
 
 import math
+import types
 from typing import Any
 
 import ml_collections
@@ -22,12 +23,12 @@ def architecture(c_model: ml_collections.ConfigDict) -> dict[str, Any]:
   Returns:
     {flat key below `model`: value}. Patterns have one entry per layer.
   """
-  flat = flatten(c_model)
+  flat, only_model = flatten(c_model), types.SimpleNamespace(model=c_model)
   found = {
     name: flat[name]
     for name, key in MODEL.flat_keys()
     if key.architecture
-    and all(node.used is None or node.used(c_model) for node in MODEL.on_path(name))
+    and all(node.needs is None or node.needs.holds(only_model) for node in MODEL.on_path(name))
   }
   # Patterns that differ only in their length may say the same: ("local",) and ("local", "local").
   for name, key in MODEL.flat_keys():

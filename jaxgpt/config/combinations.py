@@ -3,6 +3,7 @@
 import ml_collections
 
 from jaxgpt.config.keys import lora_targets
+from jaxgpt.config.keys.layer_kinds import attention_kinds, mlp_kinds
 from jaxgpt.errors import UserError
 
 
@@ -32,7 +33,7 @@ def attention_heads(m: ml_collections.ConfigDict) -> None:
       f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; "
       "choose a divisor"
     )
-  if "local" in m.attention_pattern and m.window is None:
+  if "local" in attention_kinds(m) and m.window is None:
     raise UserError("model.attention_pattern has 'local' layers: set model.window, in tokens")
 
 
@@ -57,7 +58,7 @@ def rotary(m: ml_collections.ConfigDict) -> None:
 
 def experts(m: ml_collections.ConfigDict) -> None:
   """Checks groups and numbers of experts, if there are layers of experts."""
-  if "moe" not in m.mlp_pattern:
+  if "moe" not in m.mlp_pattern[: m.num_layers]:  # a pattern longer than the model is deep is cut
     return
   x = m.moe
   if x.experts < 1:
@@ -78,7 +79,7 @@ def experts(m: ml_collections.ConfigDict) -> None:
       f"model.moe.per_token={x.per_token} is more than the {choice} experts that a token can be "
       "routed to; lower it, or raise model.moe.experts or model.moe.top_groups"
     )
-  if x.first_dense >= m.num_layers:
+  if "moe" not in mlp_kinds(m):
     raise UserError(
       f"model.moe.first_dense={x.first_dense} leaves none of the model.num_layers="
       f"{m.num_layers} layers to the experts"

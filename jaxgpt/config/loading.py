@@ -72,6 +72,13 @@ def load(
   c = _from_file(file, arg)
   defaults, from_file = flatten(base()), flatten(c)
   c = _override(c, overrides)
+  if c.model.preset != from_file["model.preset"]:
+    preset(c.model.preset)  # an unknown name is reported as such
+    raise UserError(
+      f"--config.model.preset={c.model.preset!r}: the name alone fills in nothing; write "
+      f"c.model.update(config.preset({c.model.preset!r})) in the config file, or give a file that "
+      f"takes a preset, such as --config=configs/llama3_8b.py:{c.model.preset}"
+    )
   if user_code.names(c) and not c.code_folder:
     c.code_folder = os.path.dirname(file) or "."
   # A preset's values count as such only if the file did not change them afterwards.

@@ -37,6 +37,9 @@ unknown key or a value outside its range is an error that names the nearest key 
 Keys marked ↻ may change when a run continues, because they do not change the result. A run folder
 refuses to continue with any other change.
 
+A key that *needs* something has no effect without it. A new run is then refused if the key differs
+from its default. A run that exists already goes on, and names the key when it starts.
+
 The sections called `options` are empty. They hold options of objectives, optimizers, schedules and
 metric writers that you define yourself: any keys, with numbers, strings, booleans or tuples of
 these as values.
@@ -61,14 +64,16 @@ def text(choices: Choices) -> str:
 
 
 def _section(name: str, section: Section, choices: Choices) -> str:
-  lines = [f"\n## {name or 'Top level'}\n", section.help]
+  needs = f" Needs {section.needs.words}." if section.needs else ""
+  lines = [f"\n## {name or 'Top level'}\n", section.help + needs]
   prefix = f"{name}." if name else ""
   rows = {prefix + n: m for n, m in section.members.items() if isinstance(m, Key)}
   if rows:
     lines += ["", "| key | default | values | meaning |", "|---|---|---|---|"]
   for flat, key in rows.items():
     mark = " ↻" if any(node.free_on_resume for node in DECLARATIONS.on_path(flat)) else ""
-    cells = (f"`{flat}`{mark}", _default(key), _values(key, choices.get(flat, {})), key.help)
+    meaning = key.help + (f" Needs {key.needs.words}." if key.needs else "")
+    cells = (f"`{flat}`{mark}", _default(key), _values(key, choices.get(flat, {})), meaning)
     lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
   return "\n".join(lines) + "\n"
 

@@ -7,7 +7,7 @@ docs/config.md all follow from these objects. The folder `keys` holds the declar
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
@@ -50,6 +50,22 @@ FRACTION = Interval(0, 1)
 BELOW_1 = Interval(0, 1, open_high=True)
 
 
+class Needs(NamedTuple):
+  """A condition under which a key, or one of its values, has an effect.
+
+  Attributes:
+    words: The condition, to follow "it needs", such as "model.rope.scaling='yarn'".
+    holds: Whether a resolved config meets it. For keys of an architecture, it reads only `c.model`.
+    keys: The flat keys that it depends on.
+    inheritable: Whether a `model` section that was copied from another run may violate it.
+  """
+
+  words: str
+  holds: Callable[[Any], bool]
+  keys: tuple[str, ...] = ()
+  inheritable: bool = True
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
   """One config key.
@@ -70,7 +86,10 @@ class Key:
     free_on_resume: A run may continue with another value. This never changes the result.
     architecture: In the `model` section: the key determines the model's function. False for keys of
       training, memory and speed.
-    used: In the `model` section: whether the key has an effect, given the section. Default: always.
+    needs: The condition under which the key has an effect. A new run with another value than the
+      default is refused without it. None: it always has one.
+    values_need: {value, or item of a tuple: the condition under which it does what it says}. Unlike
+      `needs`, they hold for the default too.
   """
 
   default: Any
@@ -85,7 +104,8 @@ class Key:
   check: Callable[[str, Any], None] | None = None
   free_on_resume: bool = False
   architecture: bool = True
-  used: Callable[[ml_collections.ConfigDict], bool] | None = None
+  needs: Needs | None = None
+  values_need: Mapping[Any, Needs] = dataclasses.field(default_factory=dict)
 
   def validate(self, name: str, value: Any) -> None:
     """Checks one value by itself.
@@ -122,14 +142,14 @@ class Section:
     help: What the section is for, in a sentence.
     members: Keys and sections in the order of the config.
     free_on_resume: All keys of the section are free on resume.
-    used: As in `Key`, for all keys of the section.
+    needs: As in `Key`, for all keys of the section.
     user_keys: The section is empty in the base config, and users may add any keys to it.
   """
 
   help: str
   members: Mapping[str, "Key | Section"]
   free_on_resume: bool = False
-  used: Callable[[ml_collections.ConfigDict], bool] | None = None
+  needs: Needs | None = None
   user_keys: bool = False
 
   def config(self) -> ml_collections.ConfigDict:

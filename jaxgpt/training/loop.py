@@ -18,7 +18,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from jaxgpt.config import user_code
+from jaxgpt.config import effects, user_code
 from jaxgpt.data import pipeline
 from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
@@ -85,10 +85,11 @@ def train(
       lock.take(make=False)  # a run that is being trained is refused at once
     # Mistakes in the config are reported before data is read, and those that the mesh reveals
     # before the run folder is made.
+    resumed = run_folder_lib.is_run(folder)
     build_lib.check(c)
+    _tell(effects.check(c, origin, resumed=resumed))
     tokenizer, c = batches_lib.load_tokenizer_and_config(c)
     c, notes = label_names.settle(c, folder, weight_sources)
-    resumed = run_folder_lib.is_run(folder)
     if c.init_from and not resumed:
       notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
     mesh = mesh_lib.make(c.mesh)

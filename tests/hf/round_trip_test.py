@@ -238,7 +238,7 @@ def train_config(run, corpus, folder):
   c.optim.lr = 1e-3
   c.schedule.warmup_steps = 1
   c.train.steps = 3
-  c.eval.update(dict(every=0, batches=1))
+  c.eval.every = 0
   c.mesh.update(dict(data=-1, fsdp=1))
   return c
 

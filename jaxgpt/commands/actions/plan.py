@@ -9,6 +9,7 @@ import ml_collections
 from etils import epath
 
 from jaxgpt import config
+from jaxgpt.config import effects
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips
 from jaxgpt.parallel import mesh as mesh_lib
@@ -65,7 +66,7 @@ def plan(
   """
   if outputs.golden:
     communication_budget.check_exists(outputs.golden)
-  c = lower.resolve(config.load(path, overrides)[0])
+  c = _load(path, overrides)
   where = topology_lib.parse(topology)
   chip = where.chip
   assert chip is not None, "`here` plans for this machine"
@@ -99,6 +100,14 @@ def plan(
   return differs
 
 
+def _load(path: epath.PathLike, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+  """The resolved config, as a new run of it would have it."""
+  loaded, origin = config.load(path, overrides)
+  c = lower.resolve(loaded)
+  effects.check(loaded, origin)
+  return c
+
+
 def _check_chip(chip: chips.Chip, save: epath.PathLike | None, top: int) -> None:
   """Refuses options that make no sense for a GPU that is not there."""
   if save and chip.gpu:
@@ -121,7 +130,7 @@ def draw(path: epath.PathLike, overrides: Sequence[str], topology: str) -> int:
   Raises:
     UserError: As in `plan` and `mesh.axis_sizes`.
   """
-  c = lower.resolve(config.load(path, overrides)[0])
+  c = _load(path, overrides)
   sizes = mesh_lib.axis_sizes(c.mesh, topology_lib.parse(topology).num_devices)
   mesh_lib.check_batch(sizes, c.data.batch_size, c.optim.accumulate)
   print("\n".join(shardings.describe(c, sizes)))
@@ -142,7 +151,7 @@ def here(
   Raises:
     UserError: As in `plan`.
   """
-  c = lower.resolve(config.load(path, overrides)[0])
+  c = _load(path, overrides)
   compiled = lower.compile_step(
     c, topology_lib.parse(topology_lib.HERE), use_cache=not outputs.step
   )
@@ -194,7 +203,7 @@ def search(
   Raises:
     UserError: As in `plan`.
   """
-  c = lower.resolve(config.load(path, overrides)[0])
+  c = _load(path, overrides)
   where = topology_lib.parse(topology)
   topology_lib.devices(where)  # raises once, not for each plan, if there is no compiler
   results = search_lib.search(

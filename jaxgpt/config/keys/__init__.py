@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from jaxgpt.config.keys import conditions
 from jaxgpt.config.keys.mesh import MESH, MESH_AXES
 from jaxgpt.config.keys.model import MODEL
 from jaxgpt.config.keys.training import (
@@ -34,6 +35,7 @@ DECLARATIONS = Section(
       "",
       "Folder of the files in values FILE.py:NAME. Empty: the folder of the config file.",
       free_on_resume=True,
+      needs=conditions.USER_FILES,
     ),
     model=MODEL,
     data=DATA,

@@ -3,7 +3,9 @@
 import functools
 
 from jaxgpt.config import checks, mesh_rules
-from jaxgpt.config.schema import AT_LEAST_0, AT_LEAST_1, Key, Section
+from jaxgpt.config.keys import conditions
+from jaxgpt.config.keys.conditions import above_0, one_of, other_than
+from jaxgpt.config.schema import AT_LEAST_0, AT_LEAST_1, Key, Needs, Section
 
 # The mesh axes, in the order of the device mesh. A size of -1 takes the devices that are left.
 _AXES = dict(
@@ -24,9 +26,9 @@ _AXES = dict(
 MESH_AXES = tuple(_AXES)
 
 
-def _rule(default: str, help: str) -> Key:
+def _rule(default: str, help: str, needs: Needs | None = None) -> Key:
   check = functools.partial(mesh_rules.check_rule, mesh_axes=MESH_AXES)
-  return Key(default, help, check=check)
+  return Key(default, help, check=check, needs=needs)
 
 
 RULES = Section(
@@ -34,21 +36,27 @@ RULES = Section(
   "joined by commas, or `none`. A mesh axis can shard only one dimension of an array.",
   dict(
     vocab=_rule("tensor", "Parameters: the rows of the vocabulary."),
-    positions=_rule("none", "Parameters: learned positions and token types."),
+    positions=_rule("none", "Parameters: learned positions and token types.", conditions.POSITIONS),
     embed=_rule("fsdp", "Parameters: the dimension of the residual stream."),
     mlp=_rule("tensor", "Parameters: columns of MLPs and experts."),
     heads=_rule("tensor", "Parameters: query heads."),
     kv_heads=_rule("tensor", "Parameters: key/value heads."),
     head_dim=_rule("none", "Parameters: entries of a head."),
     norm=_rule("none", "Parameters: scales of norms, biases of the residual stream."),
-    experts=_rule("expert", "Parameters and activations: experts."),
-    router=_rule("none", "Parameters: columns of a router."),
-    rank=_rule("none", "Parameters: ranks of LoRA and latent attention."),
-    labels=_rule("none", "Parameters: classes of a classifier."),
+    experts=_rule("expert", "Parameters and activations: experts.", conditions.EXPERTS),
+    router=_rule("none", "Parameters: columns of a router.", conditions.EXPERTS),
+    rank=_rule("none", "Parameters: ranks of LoRA and latent attention.", conditions.RANKS),
+    labels=_rule(
+      "none", "Parameters: classes of a classifier.", one_of("model.head", "classifier")
+    ),
     residual_length=_rule(
       "seq,tensor", "Activations between blocks: tokens of a row (sequence parallelism)."
     ),
-    expert_batch=_rule("data,fsdp", "Activations: rows that were sent to the experts."),
+    expert_batch=_rule(
+      "data,fsdp",
+      "Activations: rows that were sent to the experts, with a capacity.",
+      above_0("model.moe.capacity"),
+    ),
     act_embed=_rule("none", "Activations: the dimension of the residual stream."),
     act_mlp=_rule("tensor", "Activations: columns of MLPs and experts."),
     act_heads=_rule("tensor", "Activations: heads of queries, keys and values alike."),
@@ -69,12 +77,14 @@ MESH = Section(
       "(stage - 1) / (stage_microbatches * stage_repeats + stage - 1) of a step. 0: one row per "
       "data shard in each microbatch.",
       interval=AT_LEAST_0,
+      needs=other_than("mesh.stage", 1),
     ),
     stage_repeats=Key(
       1,
       "Times that a microbatch passes through all stages, each time through a stage_repeats-th of "
       "the layers: a smaller bubble, but more messages.",
       interval=AT_LEAST_1,
+      needs=other_than("mesh.stage", 1),
     ),
     compiled_step=Key(
       "",

@@ -3,7 +3,9 @@
 from ml_collections import ConfigDict
 
 from jaxgpt.config import checks, remat
-from jaxgpt.config.keys.model_sections import LATENT, LORA, MOE, ROPE, has_local_layers
+from jaxgpt.config.keys import conditions
+from jaxgpt.config.keys.conditions import one_of, other_than
+from jaxgpt.config.keys.model_sections import LATENT, LORA, MOE, ROPE
 from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
 from jaxgpt.errors import UserError
 
@@ -65,6 +67,7 @@ MODEL = Section(
       derive=lambda c: 4 * c.model.width,
       unset="4 × `model.width`",
       interval=AT_LEAST_1,
+      needs=conditions.MLP_WIDTH,
     ),
     norm=Key(
       "layernorm",
@@ -86,6 +89,7 @@ MODEL = Section(
       True,
       "Normalize the input of the first layer's attention. False: it reads the embeddings as they "
       "are (ModernBERT).",
+      needs=one_of("model.norm_placement", "pre", "both"),
     ),
     embed_norm=Key(False, "Normalize the embeddings (BERT)."),
     embed_scale=Key(1.0, "Factor on the embeddings (Gemma: sqrt(width)).", interval=ABOVE_0),
@@ -111,6 +115,7 @@ MODEL = Section(
         "local": "reads within `window`",
         "nope": "global, without rotary embedding",
       },
+      values_need={"nope": one_of("model.position", "rotary")},
     ),
     window=Key(
       None,
@@ -118,7 +123,7 @@ MODEL = Section(
       value_type=int,
       unset="no local layers",
       interval=AT_LEAST_1,
-      used=has_local_layers,
+      needs=conditions.LOCAL_LAYERS,
     ),
     attn_scale=Key(
       None,
@@ -173,9 +178,10 @@ MODEL = Section(
       value_type=float,
       unset="no cap",
       interval=ABOVE_0,
+      needs=one_of("model.head", "lm", "classifier"),
     ),
     tie_embeddings=Key(
-      True, "Use the transposed embedding as the output head.", used=lambda m: m.head == "lm"
+      True, "Use the transposed embedding as the output head.", needs=one_of("model.head", "lm")
     ),
     head=Key(
       "lm",
@@ -187,7 +193,7 @@ MODEL = Section(
         "none": "hidden states",
       },
     ),
-    head_bias=Key(False, "A bias on the logits.", used=lambda m: m.head != "none"),
+    head_bias=Key(False, "A bias on the logits.", needs=one_of("model.head", "lm", "classifier")),
     head_transform=Key(
       "none",
       "Layer before the head.",
@@ -196,7 +202,7 @@ MODEL = Section(
         "tanh": "BERT's pooler",
         "norm": "activation and norm, as in BERT's masked-LM head",
       },
-      used=lambda m: m.head != "none",
+      needs=other_than("model.head", "none"),
     ),
     pooling=Key(
       "first",
@@ -206,13 +212,14 @@ MODEL = Section(
         "mean": "the mean over the tokens",
         "last": "the last token",
       },
-      used=lambda m: m.head in ("classifier", "pooler"),
+      needs=one_of("model.head", "classifier", "pooler"),
+      values_need={"first": conditions.SEES_ITS_TEXT},
     ),
     num_labels=Key(
       2,
       "Classes of a classifier. 1: regression.",
       interval=AT_LEAST_1,
-      used=lambda m: m.head == "classifier",
+      needs=one_of("model.head", "classifier"),
     ),
     label_names=Key(
       (),
@@ -220,7 +227,7 @@ MODEL = Section(
       "data. (): the names in the weights of `init_from`, or else in the data.",
       check=checks.label_names,
       architecture=False,
-      used=lambda m: m.head == "classifier",
+      needs=one_of("model.head", "classifier"),
     ),
     causal=Key(True, "A token attends only to itself and to earlier tokens."),
     dropout=Key(
@@ -247,6 +254,7 @@ MODEL = Section(
       "dtype of weight gradients, as matmul output and in the cross-device reduction. Experts "
       "always use `compute`.",
       choices={"compute": "as `dtype`", "float32": ""},
+      needs=one_of("model.dtype", "bfloat16"),
       architecture=False,
     ),
     quantize=Key(

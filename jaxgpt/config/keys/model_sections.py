@@ -1,34 +1,32 @@
 """Config keys of the sections below `model`: rotary embedding, experts, latent attention, LoRA."""
 
-from ml_collections import ConfigDict
-
-from jaxgpt.config.keys import lora_targets
+from jaxgpt.config.keys import conditions, lora_targets
+from jaxgpt.config.keys.conditions import above_0, one_of
 from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
-
-
-def has_local_layers(m: ConfigDict) -> bool:
-  """Whether a layer of the `model` section has local attention."""
-  # A pattern longer than the model is deep is cut.
-  return "local" in m.attention_pattern[: m.num_layers]
-
-
-def _is_scaled(m: ConfigDict) -> bool:
-  return m.rope.scaling != "none"
-
 
 ROPE = Section(
   "Rotary position embedding, used where `model.position` is `rotary`.",
   dict(
-    theta=Key(10_000.0, "Base of the rotary frequencies.", interval=ABOVE_0),
+    theta=Key(
+      10_000.0,
+      "Base of the rotary frequencies.",
+      interval=ABOVE_0,
+      needs=conditions.ROTATED_BY_THETA,
+    ),
     local_theta=Key(
       None,
       "Base of the frequencies in local layers, to which no scaling then applies.",
       value_type=float,
       unset="as in global layers",
       interval=ABOVE_0,
-      used=has_local_layers,
+      needs=conditions.LOCAL_LAYERS,
     ),
-    fraction=Key(1.0, "Fraction of a head that is rotated. At most 1.", interval=ABOVE_0),
+    fraction=Key(
+      1.0,
+      "Fraction of a head that is rotated. At most 1.",
+      interval=ABOVE_0,
+      needs=one_of("model.latent.kv_rank", 0),
+    ),
     scaling=Key(
       "none",
       "How the frequencies are changed for a longer context.",
@@ -40,12 +38,19 @@ ROPE = Section(
         "yarn": "arXiv:2309.00071",
         "longrope": "one divisor per frequency (arXiv:2402.13753)",
       },
+      needs=conditions.ROTATED_BY_THETA,
+      values_need={
+        "linear": conditions.STRETCHED,
+        "llama3": conditions.STRETCHED,
+        "yarn": conditions.YARN,
+        "ntk": conditions.BEYOND_THE_ORIGINAL,
+      },
     ),
     factor=Key(
       1.0,
       "Length of the new context divided by the original one.",
       interval=ABOVE_0,
-      used=_is_scaled,
+      needs=conditions.ROPE_FACTOR,
     ),
     original_len=Key(
       None,
@@ -54,7 +59,7 @@ ROPE = Section(
       derive=lambda c: c.model.max_len,
       unset="`model.max_len`",
       interval=AT_LEAST_1,
-      used=_is_scaled,
+      needs=one_of("model.rope.scaling", "ntk", "llama3", "yarn", "longrope"),
     ),
     attention_factor=Key(
       None,
@@ -62,32 +67,40 @@ ROPE = Section(
       value_type=float,
       unset="the paper's formula",
       interval=ABOVE_0,
-      used=_is_scaled,
+      needs=one_of("model.rope.scaling", "yarn", "longrope"),
     ),
     low_freq=Key(
       1.0,
       "llama3: frequencies with fewer turns in the original context are divided by `factor`.",
-      used=_is_scaled,
+      needs=one_of("model.rope.scaling", "llama3"),
     ),
     high_freq=Key(
-      4.0, "llama3: frequencies with more turns in the original context are kept.", used=_is_scaled
+      4.0,
+      "llama3: frequencies with more turns in the original context are kept.",
+      needs=one_of("model.rope.scaling", "llama3"),
     ),
     beta_fast=Key(
-      32.0, "yarn: frequencies with more turns in the original context are kept.", used=_is_scaled
+      32.0,
+      "yarn: frequencies with more turns in the original context are kept.",
+      needs=one_of("model.rope.scaling", "yarn"),
     ),
     beta_slow=Key(
       1.0,
       "yarn: frequencies with fewer turns in the original context are divided by `factor`.",
-      used=_is_scaled,
+      needs=one_of("model.rope.scaling", "yarn"),
     ),
     short_factors=Key(
-      (), "longrope: divisors of the frequencies within the original context.", used=_is_scaled
+      (),
+      "longrope: divisors of the frequencies within the original context.",
+      needs=one_of("model.rope.scaling", "longrope"),
     ),
     long_factors=Key(
-      (), "longrope: divisors of the frequencies beyond the original context.", used=_is_scaled
+      (),
+      "longrope: divisors of the frequencies beyond the original context.",
+      needs=one_of("model.rope.scaling", "longrope"),
     ),
   ),
-  used=lambda m: m.position == "rotary",
+  needs=conditions.ROTATED_LAYERS,
 )
 
 MOE = Section(
@@ -134,16 +147,18 @@ MOE = Section(
       0.01,
       "Weight of the loss that spreads tokens evenly over the experts.",
       interval=AT_LEAST_0,
+      needs=one_of("objective.name", "causal_lm", "masked_lm", "classification"),
       architecture=False,
     ),
     z_loss=Key(
       0.001,
       "Weight of the loss that keeps the router's logits small.",
       interval=AT_LEAST_0,
+      needs=one_of("objective.name", "causal_lm", "masked_lm", "classification"),
       architecture=False,
     ),
   ),
-  used=lambda m: "moe" in m.mlp_pattern[: m.num_layers],
+  needs=conditions.EXPERTS,
 )
 
 LATENT = Section(
@@ -169,7 +184,7 @@ LATENT = Section(
       interval=AT_LEAST_1,
     ),
   ),
-  used=lambda m: m.latent.kv_rank > 0,
+  needs=above_0("model.latent.kv_rank"),
 )
 
 LORA = Section(
@@ -180,10 +195,15 @@ LORA = Section(
       16.0,
       "Factor on the adapters' output, divided by the rank.",
       interval=ABOVE_0,
+      needs=above_0("model.lora.rank"),
       architecture=False,
     ),
     dropout=Key(
-      0.0, "Dropout rate on the adapters' input in training.", interval=BELOW_1, architecture=False
+      0.0,
+      "Dropout rate on the adapters' input in training.",
+      interval=BELOW_1,
+      needs=above_0("model.lora.rank"),
+      architecture=False,
     ),
     targets=Key(
       ("q", "v"),
@@ -191,6 +211,7 @@ LORA = Section(
       "all. Those of routed experts get none. PEFT's names, such as q_proj and all-linear, mean "
       "the same weights.",
       check=lora_targets.check,
+      needs=above_0("model.lora.rank"),
       architecture=False,
     ),
   ),

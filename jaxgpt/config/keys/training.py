@@ -1,12 +1,15 @@
 """Config keys of training: data, objective, optimizer, schedule, evaluation, checkpoints, logs."""
 
 from jaxgpt.config import checks
+from jaxgpt.config.keys import conditions
+from jaxgpt.config.keys.conditions import above_0, one_of, set_to_something
 from jaxgpt.config.schema import (
   ABOVE_0,
   AT_LEAST_0,
   AT_LEAST_1,
   BELOW_1,
   FRACTION,
+  Interval,
   Key,
   Section,
 )
@@ -23,20 +26,29 @@ DATA = Section(
       (),
       "Share of the rows from each folder of the mixture. (): in proportion to their rows.",
       check=checks.data_weights,
+      needs=conditions.SEVERAL_FOLDERS,
     ),
     weight_changes=Key(
       (),
       "A curriculum: ((step, weights), ...), each with the weights from that step on.",
       check=checks.data_weight_changes,
+      needs=conditions.SEVERAL_FOLDERS,
     ),
     stream=Key(
       "",
       "Files to read and tokenize during training, in place of the training split of `path`. "
       "Addresses as for `jaxgpt data`, separated by commas.",
     ),
-    stream_field=Key("text", "Streams: the column that holds the text, in files with columns."),
+    stream_field=Key(
+      "text",
+      "Streams: the column that holds the text, in files with columns.",
+      needs=set_to_something("data.stream"),
+    ),
     stream_window=Key(
-      512, "Streams: rows per host that are packed and shuffled together.", interval=AT_LEAST_1
+      512,
+      "Streams: rows per host that are packed and shuffled together.",
+      interval=AT_LEAST_1,
+      needs=set_to_something("data.stream"),
     ),
     seq_len=Key(256, "Tokens per row (T).", interval=AT_LEAST_1),
     batch_size=Key(
@@ -52,6 +64,7 @@ DATA = Section(
         "concat": "one stream of tokens, cut into rows",
         "one_per_row": "one document per row",
       },
+      needs=one_of("objective.name", "causal_lm", "masked_lm"),
     ),
     shuffle=Key(True, "Permute the rows in each epoch, seeded by `seed`."),
     threads=Key(4, "Reader threads per host.", interval=AT_LEAST_1, free_on_resume=True),
@@ -66,6 +79,8 @@ def _options(kind: str) -> Section:
   )
 
 
+_MASKED_LM = one_of("objective.name", "masked_lm")
+
 OBJECTIVE = Section(
   "The training objective and the loss.",
   dict(
@@ -73,23 +88,36 @@ OBJECTIVE = Section(
       "causal_lm",
       "Objective, or FILE.py:NAME for your own.",
       registered=True,
+      values_need={"masked_lm": one_of("model.causal", False)},
     ),
     beta=Key(
       0.1,
       "preference: weight of staying close to the model without adapters. Smaller values let the "
       "model move further away.",
       interval=ABOVE_0,
+      needs=one_of("objective.name", "preference"),
     ),
-    mask_rate=Key(0.15, "masked_lm: fraction of tokens to predict.", interval=FRACTION),
+    mask_rate=Key(
+      0.15,
+      "masked_lm: fraction of tokens to predict.",
+      interval=Interval(0, 1, open_low=True),
+      needs=_MASKED_LM,
+    ),
     mask_replace=Key(
-      0.8, "masked_lm: fraction of these that the mask token replaces.", interval=FRACTION
+      0.8,
+      "masked_lm: fraction of these that the mask token replaces.",
+      interval=FRACTION,
+      needs=_MASKED_LM,
     ),
     mask_random=Key(
       0.1,
       "masked_lm: fraction of these that a random token replaces. The others stay.",
       interval=FRACTION,
+      needs=_MASKED_LM,
     ),
-    mask_whole_words=Key(False, "masked_lm: choose whole words, with all of their tokens."),
+    mask_whole_words=Key(
+      False, "masked_lm: choose whole words, with all of their tokens.", needs=_MASKED_LM
+    ),
     loss_chunk=Key(
       0,
       "causal_lm, masked_lm: tokens per device whose logits are in memory at once, such as 2048. "
@@ -101,6 +129,7 @@ OBJECTIVE = Section(
       0.0,
       "Weight of log(Z)^2, which keeps the normalizer Z of the softmax near 1 (PaLM: 1e-4).",
       interval=AT_LEAST_0,
+      needs=one_of("objective.name", "causal_lm", "masked_lm"),
     ),
     options=_options("objective"),
   ),
@@ -124,21 +153,25 @@ OPTIM = Section(
       derive=lambda c: c.optim.lr,
       unset="`optim.lr`",
       interval=AT_LEAST_0,
+      needs=one_of("optim.name", "muon"),
     ),
     b1=Key(
       0.9,
       "Decay of the first moment: adamw (also for the rest under muon) and lion.",
       interval=BELOW_1,
+      needs=one_of("optim.name", "adamw", "lion", "muon"),
     ),
     b2=Key(
       0.95,
       "Decay of the second moment (of the momentum in lion). adafactor has its own.",
       interval=BELOW_1,
+      needs=one_of("optim.name", "adamw", "lion", "muon"),
     ),
     eps=Key(
       1e-8,
       "Added to the root of the second moment: adamw, also for the rest under muon.",
       interval=ABOVE_0,
+      needs=one_of("optim.name", "adamw", "muon"),
     ),
     first_dtype=Key(
       "float32", "dtype of the first moment: adamw, lion, muon.", choices=_MOMENT_DTYPES
@@ -149,7 +182,10 @@ OPTIM = Section(
       choices=_MOMENT_DTYPES,
     ),
     muon_momentum=Key(
-      0.95, "muon: decay of the momentum that is orthogonalized.", interval=BELOW_1
+      0.95,
+      "muon: decay of the momentum that is orthogonalized.",
+      interval=BELOW_1,
+      needs=one_of("optim.name", "muon"),
     ),
     weight_decay=Key(
       0.1,
@@ -196,6 +232,7 @@ OPTIM = Section(
       False,
       "Leave the initial weights out of the average, as Adam corrects its moments. False: after N "
       "steps they are `ema`^N of it.",
+      needs=above_0("optim.ema"),
     ),
     options=_options("optimizer"),
   ),
@@ -213,10 +250,16 @@ SCHEDULE = Section(
       100, "Steps of linear warmup. The step after them has the peak rate.", interval=AT_LEAST_0
     ),
     decay_fraction=Key(
-      0.2, "wsd: last fraction of the run, in which the rate falls.", interval=FRACTION
+      0.2,
+      "wsd: last fraction of the run, in which the rate falls.",
+      interval=FRACTION,
+      needs=one_of("schedule.name", "wsd"),
     ),
     final_ratio=Key(
-      0.1, "cosine, linear, wsd: last rate as a fraction of the peak.", interval=FRACTION
+      0.1,
+      "cosine, linear, wsd: last rate as a fraction of the peak.",
+      interval=FRACTION,
+      needs=one_of("schedule.name", "cosine", "linear", "wsd"),
     ),
     options=_options("schedule"),
   ),
@@ -235,6 +278,7 @@ EVAL = Section(
       20,
       "Batches per evaluation during training. 0: the whole split.",
       interval=AT_LEAST_0,
+      needs=above_0("eval.every"),
     ),
     batch_size=Key(
       None,

@@ -1,0 +1,126 @@
+"""Conditions under which config keys have an effect, for `Key.needs` and `Key.values_need`."""
+
+from typing import Any
+
+from jaxgpt.config.keys.layer_kinds import attention_kinds, mlp_kinds
+from jaxgpt.config.schema import Needs
+
+_OF_A_USER = ".py:"  # in the name of an object that a user's file defines
+
+
+def value_of(c: Any, key: str) -> Any:
+  """The value of a flat key of a config."""
+  for name in key.split("."):
+    c = getattr(c, name)
+  return c
+
+
+def one_of(key: str, *values: Any) -> Needs:
+  """The key has one of these values, or names an object of a user's file."""
+  holds = lambda c: value_of(c, key) in values or _OF_A_USER in str(value_of(c, key))
+  return Needs(f"{key}={_either(values)}", holds, (key,))
+
+
+def other_than(key: str, value: Any) -> Needs:
+  """The key has another value."""
+  return Needs(f"{key} other than {value!r}", lambda c: value_of(c, key) != value, (key,))
+
+
+def above_0(key: str) -> Needs:
+  """The key has a number above 0."""
+  return Needs(f"{key} above 0", lambda c: value_of(c, key) > 0, (key,))
+
+
+def set_to_something(key: str) -> Needs:
+  """The key is neither empty nor unset."""
+  return Needs(f"a value of {key}", lambda c: bool(value_of(c, key)), (key,))
+
+
+def _either(values: tuple[Any, ...]) -> str:
+  *others, last = map(repr, values)
+  return f"{', '.join(others)} or {last}" if others else last
+
+
+def _on(words: str, holds: Any, *keys: str) -> Needs:
+  return Needs(words, holds, keys)
+
+
+LOCAL_LAYERS = _on(
+  "a 'local' layer in model.attention_pattern, within model.num_layers",
+  lambda c: "local" in attention_kinds(c.model),
+  "model.attention_pattern",
+  "model.num_layers",
+)
+ROTATED_LAYERS = _on(
+  "model.position='rotary' and a layer other than 'nope' in model.attention_pattern",
+  lambda c: c.model.position == "rotary" and set(attention_kinds(c.model)) != {"nope"},
+  "model.position",
+  "model.attention_pattern",
+)
+# Local layers with a base of their own read neither the other base nor its scaling.
+ROTATED_BY_THETA = _on(
+  "a 'global' layer in model.attention_pattern, or model.rope.local_theta unset",
+  lambda c: "global" in attention_kinds(c.model) or c.model.rope.local_theta is None,
+  "model.attention_pattern",
+  "model.rope.local_theta",
+)
+EXPERTS = _on(
+  "a 'moe' layer in model.mlp_pattern, within model.num_layers",
+  lambda c: "moe" in mlp_kinds(c.model),
+  "model.mlp_pattern",
+  "model.num_layers",
+  "model.moe.first_dense",
+)
+MLP_WIDTH = _on(
+  "a 'dense' layer in model.mlp_pattern, or model.moe.width unset",
+  lambda c: "dense" in mlp_kinds(c.model) or c.model.moe.width in (None, c.model.mlp_width),
+  "model.mlp_pattern",
+  "model.moe.width",
+)
+RANKS = _on(
+  "model.lora.rank or model.latent.kv_rank above 0",
+  lambda c: c.model.lora.rank > 0 or c.model.latent.kv_rank > 0,
+  "model.lora.rank",
+  "model.latent.kv_rank",
+)
+POSITIONS = _on(
+  "model.position='learned' or model.token_types above 0",
+  lambda c: c.model.position == "learned" or c.model.token_types > 0,
+  "model.position",
+  "model.token_types",
+)
+# The attention factor, if it is given, replaces the formula that longrope reads `factor` for.
+ROPE_FACTOR = _on(
+  "model.rope.scaling='linear', 'ntk', 'llama3', 'yarn', or 'longrope' without attention_factor",
+  lambda c: (
+    c.model.rope.scaling != "none"
+    and (c.model.rope.scaling != "longrope" or c.model.rope.attention_factor is None)
+  ),
+  "model.rope.scaling",
+  "model.rope.attention_factor",
+)
+STRETCHED = other_than("model.rope.factor", 1.0)
+YARN = _on(
+  "model.rope.factor other than 1.0, or model.rope.attention_factor",
+  lambda c: c.model.rope.factor != 1 or c.model.rope.attention_factor is not None,
+  "model.rope.factor",
+)
+BEYOND_THE_ORIGINAL = _on(
+  "model.rope.original_len below model.max_len",
+  lambda c: c.model.rope.original_len < c.model.max_len,
+  "model.rope.original_len",
+  "model.max_len",
+)
+SEVERAL_FOLDERS = _on("several folders in data.path", lambda c: "," in c.data.path, "data.path")
+USER_FILES = _on(
+  "a value FILE.py:NAME of optim.name, objective.name or schedule.name",
+  lambda c: any(_OF_A_USER in x.name for x in (c.optim, c.objective, c.schedule)),
+  "optim.name",
+  "objective.name",
+  "schedule.name",
+)
+SEES_ITS_TEXT = _on(
+  "model.causal=False, since the first token of a causal model sees no other (the last sees all)",
+  lambda c: not c.model.causal,
+  "model.causal",
+)._replace(inheritable=False)
