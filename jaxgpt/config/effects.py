@@ -131,7 +131,7 @@ def _empty_preset(c: ml_collections.ConfigDict) -> str | None:
 def _unknown_to_remat(c: ml_collections.ConfigDict) -> Iterator[str]:
   """Activations in the lists of `model.remat` that the model's layers do not have."""
   m, kinds = c.model, mlp_kinds(c.model)
-  lacking = {}
+  lacking: dict[str, str] = {}
   if not m.gated:
     lacking[remat.GATE] = "model.gated=True"
   if "dense" not in kinds and not m.moe.shared:
