@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 from jaxgpt.model import rope
-from jaxgpt.model.attention import attention, masks
+from jaxgpt.model.attention import attention, masks, token_order
 from jaxgpt.model.kv_cache import Cache
 
 
@@ -82,6 +82,14 @@ def make(
       rotary = rope.angles(positions_BT, rotated_size(cfg), cfg.rope, theta, scaling, length)
     kinds[kind] = KindInputs(mask(cfg.window if local else None), rotary)
   return LayerInputs(kinds, positions_BT, real, segments_BT)
+
+
+def restored(inputs: LayerInputs) -> LayerInputs:
+  """Inputs with positions, padding and segments in the order of the rows. `kinds` stays as it is."""
+  positions, real, segments = map(
+    token_order.restore, (inputs.positions, inputs.real, inputs.segments)
+  )
+  return inputs._replace(positions=positions, real=real, segments=segments)
 
 
 def rotated_size(cfg: ml_collections.FrozenConfigDict) -> int:

@@ -128,12 +128,7 @@ class Transformer(layers.Module):
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
     x = self.rules.constrain(x, "rows", "length", "act_embed")
     if reorder:
-      x = token_order.restore(x)
-      inputs = inputs._replace(
-        positions=token_order.restore(inputs.positions),
-        segments=token_order.restore(inputs.segments),
-        real=token_order.restore(inputs.real),
-      )
+      x, inputs = token_order.restore(x), layer_inputs.restored(inputs)
       outputs = None if outputs is None else token_order.restore(outputs, 2)
     # Logits are large, [B, T, V], and decoding needs those of one token per row.
     at = x
