@@ -85,7 +85,7 @@ def make(
 
 
 def restored(inputs: LayerInputs) -> LayerInputs:
-  """Inputs with positions, padding and segments in the order of the rows. `kinds` stays as it is."""
+  """Inputs with positions, padding and segments in the order of the rows. `kinds` stays."""
   positions, real, segments = map(
     token_order.restore, (inputs.positions, inputs.real, inputs.segments)
   )
