@@ -11,6 +11,7 @@ import pytest
 from jaxgpt import config, tree
 from jaxgpt.errors import UserError
 from jaxgpt.model import pipeline, stacks, transformer
+from tests import quick
 
 B, T = 8, 12
 
@@ -106,7 +107,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick.first(CASES, 2))
 def test_a_pipeline_computes_the_same_as_a_loop_over_layers(case):
   fields, pipe = CASES[case]
   model, params, batch = make(**fields)
