@@ -21,7 +21,6 @@ def check(c: ml_collections.ConfigDict) -> None:
   pooler(c.model)
   classes(c.model)
   masking(c.objective)
-  averaging(c.optim)
   stream(c)
   lengths(c)
 
@@ -139,14 +138,6 @@ def masking(o: ml_collections.ConfigDict) -> None:
     raise UserError(
       f"objective.mask_replace={o.mask_replace} and objective.mask_random={o.mask_random} are "
       "fractions of the same tokens; their sum must not exceed 1"
-    )
-
-
-def averaging(o: ml_collections.ConfigDict) -> None:
-  """Checks that there is an average to correct in the `optim` section."""
-  if o.ema_debias and not o.ema:
-    raise UserError(
-      "optim.ema_debias=True has no effect with optim.ema=0; set optim.ema, such as 0.999"
     )
 
 
