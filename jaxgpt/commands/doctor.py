@@ -33,7 +33,6 @@ def run(args: DoctorOptions) -> int:
   from jaxgpt.commands.actions import backend
   from jaxgpt.commands.checks import examine
   from jaxgpt.commands.checks import finding as finding_lib
-  from jaxgpt.config import effects
   from jaxgpt.run import run_folder
   from jaxgpt.training import build
 
@@ -44,7 +43,7 @@ def run(args: DoctorOptions) -> int:
     config.resolve(c)
     build.check(c)
     resumed = args.workdir is not None and run_folder.is_run(args.workdir)
-    effects.check(c, origin, resumed=resumed)
+    build.check_settings(c, origin, resumed=resumed)
     return c
 
   findings = []

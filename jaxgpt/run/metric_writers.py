@@ -261,6 +261,17 @@ class Writers(MetricWriter):
       writer.close()
 
 
+def check_options(c: ml_collections.ConfigDict) -> None:
+  """Raises a UserError for a key of `log.options` that no writer reads."""
+  options = [name for entry in WRITERS.values() for name in entry.options]
+  for name in c.log.options:
+    if name not in options:
+      raise UserError(
+        f"log.options.{name}: no metric writer reads it; {nearest(name, options)}there are: "
+        f"{', '.join(options) or 'none'}"
+      )
+
+
 def make(c: ml_collections.ConfigDict, folder: epath.PathLike, start: int) -> Writers:
   """Opens the writers that a config turns on. Only the first process has any.
 
@@ -272,13 +283,7 @@ def make(c: ml_collections.ConfigDict, folder: epath.PathLike, start: int) -> Wr
   Raises:
     UserError: A key of `log.options` that no writer reads, or a writer that cannot be opened.
   """
-  options = [name for entry in WRITERS.values() for name in entry.options]
-  for name in c.log.options:
-    if name not in options:
-      raise UserError(
-        f"log.options.{name}: no metric writer reads it; {nearest(name, options)}there are: "
-        f"{', '.join(options) or 'none'}"
-      )
+  check_options(c)
   if not distributed.is_first():
     return Writers()
   run = Run(c, epath.Path(folder), start)

@@ -1,5 +1,6 @@
 """From a config and a mesh to everything that trains it, before any number is computed."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import ml_collections
 import optax
 
 from jaxgpt import tree
-from jaxgpt.config import user_code
+from jaxgpt.config import effects, user_code
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
@@ -15,6 +16,7 @@ from jaxgpt.model import remat, stacks, transformer
 from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
+from jaxgpt.run import metric_writers
 from jaxgpt.training import objectives, optimizers, schedules, train_step
 from jaxgpt.tree import PyTree
 
@@ -65,6 +67,26 @@ def check(c: ml_collections.ConfigDict, for_training: bool = True) -> None:
   schedules.find(c).check(c.schedule)
 
 
+def check_settings(
+  c: ml_collections.ConfigDict, origin: Mapping[str, str], *, resumed: bool = False
+) -> list[str]:
+  """Checks that each setting of a run has an effect: `effects.check`, and `log.options`.
+
+  Args:
+    c: A config from `config.load`, not resolved.
+    origin: As in `effects.check`.
+    resumed: As in `effects.check`.
+
+  Returns:
+    Lines to print.
+
+  Raises:
+    UserError: A new run has a setting without effect, or no metric writer reads an option.
+  """
+  metric_writers.check_options(c)
+  return effects.check(c, origin, resumed=resumed)
+
+
 def build(
   c: ml_collections.ConfigDict,
   mesh: jax.sharding.Mesh,
@@ -112,6 +134,7 @@ def build(
   if strict:
     objectives.check_trained(c, trained)
     optimizers.check_rates(c.optim, depths)
+    optimizers.find(c).check_trained(c.optim, select(axes, sharding.is_axes))
   tx = optimizers.make(c, schedule, select(axes, sharding.is_axes), depths)
   state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh)
   check_heads(model, mesh)

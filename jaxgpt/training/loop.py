@@ -18,7 +18,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from jaxgpt.config import effects, user_code
+from jaxgpt.config import user_code
 from jaxgpt.data import pipeline
 from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
@@ -87,7 +87,7 @@ def train(
     # before the run folder is made.
     resumed = run_folder_lib.is_run(folder)
     build_lib.check(c)
-    _tell(effects.check(c, origin, resumed=resumed))
+    _tell(build_lib.check_settings(c, origin, resumed=resumed))
     tokenizer, c = batches_lib.load_tokenizer_and_config(c)
     c, notes = label_names.settle(c, folder, weight_sources)
     if c.init_from and not resumed:

@@ -61,12 +61,15 @@ class Optimizer:
       learning rate nor weight decay, and does not flip the sign: `make` does.
     moments: Arrays that it keeps. `jaxgpt plan` computes the optimizer's memory from them.
     check: Raises a UserError if the `optim` section does not suit this optimizer.
+    check_trained: Raises a UserError if the trained parameters, given as their tree of logical
+      axes, leave a setting of the `optim` section without effect.
     summary: A few words for docs/config.md.
   """
 
   direction: Callable[[ml_collections.ConfigDict, PyTree], optax.GradientTransformation]
   moments: tuple[Moment, ...] = ()
   check: Callable[[ml_collections.ConfigDict], None] = lambda c_optim: None
+  check_trained: Callable[[ml_collections.ConfigDict, PyTree], None] = lambda c_optim, axes: None
   summary: str = ""
 
   def bytes_per_parameter(self, c_optim: ml_collections.ConfigDict) -> float:
@@ -369,6 +372,22 @@ def _muon(c_optim: ml_collections.ConfigDict, axes: PyTree) -> optax.GradientTra
   )
 
 
+def _check_muon_trained(c_optim: ml_collections.ConfigDict, axes: PyTree) -> None:
+  """Refuses Muon without matrices, and a rate for other parameters where there are none."""
+  named = tree.flatten(axes, is_leaf=sharding.is_axes)
+  matrices = [path for path, a in named.items() if matrix_axes(a)]
+  if not matrices:
+    raise UserError(
+      f"optim.name='muon' has no effect: none of the trained parameters ({', '.join(named)}) is a "
+      "matrix of the layers; set optim.name='adamw'"
+    )
+  if len(matrices) == len(named) and c_optim.adam_lr != c_optim.lr:
+    raise UserError(
+      f"optim.adam_lr={c_optim.adam_lr} has no effect: all trained parameters "
+      f"({', '.join(named)}) are matrices of the layers, which muon updates; leave it out"
+    )
+
+
 # The second moment is AdamW's, of about a fifth of the parameters.
 OPTIMIZERS.add(
   "muon",
@@ -376,6 +395,7 @@ OPTIMIZERS.add(
     _muon,
     (Moment("first_dtype"), Moment("second_dtype", per_parameter=0.2)),
     _check_second_dtype,
+    _check_muon_trained,
     summary="orthogonalized momentum for matrices of the layers, adamw for the rest",
   ),
 )

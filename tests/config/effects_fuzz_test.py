@@ -229,7 +229,7 @@ SETTINGS = dict(
 
 def test_a_changed_key_acts(folders):
   run = hypothesis.given(st.data())(lambda data: check(data, folders))
-  hypothesis.settings(max_examples=12, **SETTINGS)(run)()
+  hypothesis.settings(max_examples=10, **SETTINGS)(run)()
 
 
 @pytest.mark.slow

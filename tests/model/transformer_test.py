@@ -256,6 +256,7 @@ def test_layers_are_scanned_over_the_periods_of_their_pattern():
   [
     (dict(head="classifier", num_labels=3, head_transform="tanh"), (2, 3)),
     (dict(head="pooler", head_transform="tanh", pooling="mean"), (2, 32)),
+    (dict(head="classifier", num_labels=3, pooling="last"), (2, 3)),
     (dict(head="none"), (2, 12, 32)),
   ],
 )

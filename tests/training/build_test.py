@@ -35,3 +35,21 @@ def test_the_trained_parameters_are_counted_and_named():
   experts = dict(model__mlp_pattern=("moe",), model__moe__experts=2)
   line = build.describe_trained(built(model__lora__rank=1, model__lora__targets=("*",), **experts))
   assert line[0].endswith("; the routed experts have no adapters")
+
+
+def test_muon_needs_matrices_and_adam_lr_something_else():
+  muon = dict(optim__name="muon", optim__adam_lr=1e-4)
+  built(**muon)
+  with pytest.raises(UserError, match=r"optim.name='muon' has no effect: .*\(embed\) is a matrix"):
+    built(**muon, optim__trainable=("embed",))
+  with pytest.raises(UserError, match="optim.adam_lr=0.0001 has no effect: .*q_lora_a"):
+    built(**muon, model__lora__rank=2)
+  built(optim__name="muon", model__lora__rank=2)
+
+
+def test_an_option_that_no_metric_writer_reads_is_refused_at_the_start():
+  c = config.base()
+  assert build.check_settings(c, {}) == []
+  c.log.options.csv = True
+  with pytest.raises(UserError, match="log.options.csv: no metric writer reads it"):
+    build.check_settings(c, {})

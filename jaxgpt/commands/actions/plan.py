@@ -9,7 +9,6 @@ import ml_collections
 from etils import epath
 
 from jaxgpt import config
-from jaxgpt.config import effects
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips
 from jaxgpt.parallel import mesh as mesh_lib
@@ -17,7 +16,7 @@ from jaxgpt.plan import communication_budget, cost, explain, hlo, lower, report,
 from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
 from jaxgpt.storage import strict_json
-from jaxgpt.training import compiled_step
+from jaxgpt.training import build, compiled_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ def _load(path: epath.PathLike, overrides: Sequence[str]) -> ml_collections.Conf
   """The resolved config, as a new run of it would have it."""
   loaded, origin = config.load(path, overrides)
   c = lower.resolve(loaded)
-  effects.check(loaded, origin)
+  build.check_settings(loaded, origin)
   return c
 
 
