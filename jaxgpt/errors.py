@@ -21,9 +21,15 @@ class UserError(ValueError):
     self.exit_code = exit_code
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-  """A hint such as "did you mean 'adamw'? ", or '' if no name is close."""
-  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+  """A hint such as "did you mean 'adamw'? ", or '' if no name is close.
+
+  Args:
+    name: The name that the user gave.
+    names: The names that there are.
+    cutoff: Least similarity, from 0 to 1.
+  """
+  close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
   return f"did you mean {close[0]!r}? " if close else ""
 
 

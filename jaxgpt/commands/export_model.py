@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxgpt.commands import Command
 from jaxgpt.config.options import integer, option
+from jaxgpt.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class ExportOptions:
 def run(args: ExportOptions) -> None:
   """Exports and prints the files and how well transformers agrees with them."""
   from jaxgpt.commands.actions import backend, import_export
+  from jaxgpt.hf import parity
 
   backend.start()
   if args.adapter:
@@ -54,6 +56,11 @@ def run(args: ExportOptions) -> None:
   print(f"wrote {args.to} ({family}, {args.dtype}): {', '.join(files)}")
   for line in _agreement(certificate):
     print(line)
+  if problems := parity.problems(certificate):
+    raise UserError(
+      f"--to={args.to}: {'; '.join(problems)}. The folder is kept, {parity.TEXT} in it has the "
+      "figures; do not publish it"
+    )
 
 
 def _agreement(certificate: dict[str, Any]) -> list[str]:

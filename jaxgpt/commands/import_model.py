@@ -36,6 +36,10 @@ class ImportOptions:
     unset="id2label of its config.json",
     help="names of a classifier's classes in the order of its outputs",
   )
+  check: bool = option(
+    False,
+    help="compare outputs with transformers first (extra bench), and make no run if they differ",
+  )
 
 
 def run(args: ImportOptions) -> None:
@@ -52,13 +56,22 @@ def run(args: ImportOptions) -> None:
     seq_len=args.seq_len,
     tokenizer=args.tokenizer,
     labels=labels.parse(args.labels),
+    certify=args.check,
   )
+  for note in done.notes:
+    print(f"note: {note}")
   print(
     f"imported {args.source}: {done.family}, {done.parameters:,} parameters, "
     f"{done.bytes / 1e9:.2f} GB of files\n{args.workdir} is a run at step 0; use it with"
   )
   for line in next_commands(run_folder.read_config(args.workdir), args.workdir):
     print(f"  {line}")
+  if done.certificate:
+    figure = done.certificate["logits"]
+    print(
+      f"checked against transformers {done.certificate['versions']['transformers']}: outputs "
+      f"differ by at most {figure['max_abs']:.1e} of {figure['scale']:.3g}"
+    )
 
 
 def next_commands(c: Any, workdir: str) -> list[str]:

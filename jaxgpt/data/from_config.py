@@ -59,7 +59,7 @@ def split_batches(
   entry, masked = layouts.LAYOUTS[layout], None
   if entry.needs_masking:
     tokenizer = tokenizer_lib.load(pipeline.folders(c.data.path)[0])
-    masked = masking.make(c.objective, tokenizer, c.seed)
+    masked = masking.make(c.objective, tokenizer, c.seed, c.model.vocab_size)
   data = pipeline.make(
     c.data.path,
     split,
@@ -70,6 +70,9 @@ def split_batches(
     masking=masked,
     label_names=c.model.label_names if entry.has_labels else (),
   )
+  for of_folder in data.sources:
+    if of_folder.split.manifest["tokenizer"]["vocab_size"] > c.model.vocab_size:
+      of_folder.split.rows = c.model.vocab_size
   if entry.has_labels:
     data.check_labels(c.model.num_labels)
   return data
@@ -82,10 +85,18 @@ def _prepared(c: ml_collections.ConfigDict, layout: str) -> BatchSource:
 def _stream(c: ml_collections.ConfigDict, layout: str) -> BatchSource:
   del layout  # The config's checks refuse data.stream for any other than causal_lm.
   d = c.data
+  tokenizer = tokenizer_lib.load(pipeline.folders(d.path)[0])
+  # Special tokens are never in a stream, whose texts are all from files.
+  lost = tokenizer.ids_beyond(c.model.vocab_size).keys() - tokenizer.special_ids.keys()
+  if lost:
+    raise UserError(
+      f"data.stream={d.stream!r} may hold {min(lost)!r}, for which the model has no row of its "
+      f"embedding (model.vocab_size={c.model.vocab_size}); raise it, or prepare the data"
+    )
   return stream.make(
     d.stream,
     d.path,
-    tokenizer_lib.load(pipeline.folders(d.path)[0]),
+    tokenizer,
     batching(c),
     field=d.stream_field,
     window=d.stream_window,

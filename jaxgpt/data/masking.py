@@ -77,13 +77,19 @@ def _threshold(share: float) -> np.uint64:
   return np.uint64(min(int(share * 2**64), 2**64 - 1))
 
 
-def make(c_objective: ml_collections.ConfigDict, tokenizer: Tokenizer, seed: int) -> Masking:
+def make(
+  c_objective: ml_collections.ConfigDict,
+  tokenizer: Tokenizer,
+  seed: int,
+  rows: int | None = None,
+) -> Masking:
   """Makes the masking of a config.
 
   Args:
     c_objective: The config's `objective` section.
     tokenizer: The tokenizer, whose special tokens are never masked.
     seed: Seed of the draws, any integer.
+    rows: Rows of the model's embedding. Tokens without one are never drawn.
 
   Raises:
     UserError: The tokenizer has no mask token.
@@ -104,7 +110,7 @@ def make(c_objective: ml_collections.ConfigDict, tokenizer: Tokenizer, seed: int
     tokenizer.unk_id,
   ]
   is_special[[i for i in specials if i is not None]] = True
-  ordinary = np.nonzero(~is_special)[0].astype(np.int32)
+  ordinary = np.nonzero(~is_special[:rows])[0].astype(np.int32)
   key = np.random.SeedSequence(seed % 2**64).generate_state(1, np.uint64)[0]
   joins = word_joins(tokenizer, is_special) if c_objective.mask_whole_words else None
   return Masking(

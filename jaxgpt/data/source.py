@@ -104,11 +104,14 @@ class Split:
     num_documents: Number of documents.
     manifest: The folder's manifest.
     digest: Its SHA-256.
+    rows: Rows of the model's embedding, if the tokenizer has ids beyond them. Reading such an id
+      is an error. None: no check.
   """
 
   def __init__(self, folder: epath.PathLike, split: str, manifest: dict[str, Any]):
     """Use `open_split`, which checks the arguments."""
     self.split, self.manifest, self.digest = split, manifest, manifest["digest"]
+    self.rows: int | None = None
     self._files = buckets.Files(folder, self.digest)
     entry = manifest["splits"][split]
     self._sidecars = {file["name"]: file for file in entry["sidecars"]}
@@ -201,6 +204,10 @@ class Split:
 
     Returns:
       N read-only arrays.
+
+    Raises:
+      IndexError: A range is not in its document.
+      UserError: A token has no row in the model's embedding, see `rows`.
     """
     docs, starts, lengths = (np.asarray(x, np.int64) for x in (docs, starts, lengths))
     if not len(docs):
@@ -233,7 +240,19 @@ class Split:
       else:
         joined = np.frombuffer(b"".join(records[offset : offset + count]), self._dtype)
         out.append(joined[skip : skip + length])
+    if self.rows is not None:
+      self._check_rows(self.rows, docs.tolist(), out)
     return out
+
+  def _check_rows(self, rows: int, docs: Sequence[int], tokens: Sequence[np.ndarray]) -> None:
+    for doc, ids in zip(docs, tokens, strict=True):
+      largest = int(ids.max(initial=0))
+      if largest >= rows:
+        raise UserError(
+          f"document {doc} of the {self.split} split ({self.source_name(doc)}) uses token "
+          f"{largest}, for which the model has no row of its embedding (model.vocab_size={rows}); "
+          "prepare the data without that token"
+        )
 
   def _records(self, keys: np.ndarray) -> list[bytes]:
     """Reads records by their index in the split, shard by shard."""

@@ -10,9 +10,11 @@ and returns keys of config.json. Both are plain dicts, and a family's table is a
     must("attention_bias", False)                  a key that must have this value
     ours(norm="rmsnorm", ...)                      constants of the family, absent from config.json
     derived("embed_scale", lambda hf: ...)         a field computed from config.json, never written
+    unless("head_dim", "head_dim", default)        as same, written only where it is not the default
     Entry(read, write)                             anything else
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,6 +26,35 @@ HfConfig = dict[str, Any]  # config.json
 Fields = dict[str, Any]  # fields of `model`, by flat names
 
 _REQUIRED = object()
+
+
+class ConfigJson(HfConfig):
+  """A config.json that remembers the keys that were read, and collects notes for the user.
+
+  Attributes:
+    seen: Keys that were looked up, present or not.
+    notes: Sentences on values that have no effect.
+  """
+
+  def __init__(self, values: HfConfig):
+    super().__init__(values)
+    self.seen: set[str] = set()
+    self.notes: list[str] = []
+
+  def get(self, key: str, default: Any = None) -> Any:
+    """As `dict.get`."""
+    self.seen.add(key)
+    return super().get(key, default)
+
+  def __getitem__(self, key: str) -> Any:
+    self.seen.add(key)
+    return super().__getitem__(key)
+
+
+def note(hf: HfConfig, text: str) -> None:
+  """Adds a note for the user if somebody collects them."""
+  if isinstance(hf, ConfigJson) and text not in hf.notes:
+    hf.notes.append(text)
 
 
 class Entry(NamedTuple):
@@ -60,9 +91,75 @@ def refuse(key: str, value: Any, reason: str) -> NoReturn:
   raise UserError(f"config.json: {key}={value!r} is not supported: {reason}")
 
 
+def _forbidden(key: str, reason: str) -> Entry:
+  """A key that changes the model in a way that no family here supports, unless it is empty."""
+
+  def read(hf: HfConfig) -> Fields:
+    if hf.get(key):
+      refuse(key, hf[key], reason)
+    return {}
+
+  return Entry(read, lambda model: {})
+
+
+# Keys of every family.
+EVERYWHERE = (
+  _forbidden("quantization_config", "convert it to bfloat16 first"),
+  _forbidden("compression_config", "convert it to bfloat16 first"),
+  _forbidden("per_layer_config", "all layers have the same sizes here"),
+  _forbidden("pruned_heads", "all layers have the same heads here"),
+  _forbidden("is_encoder_decoder", "there are no encoder-decoder models here"),
+)
+
+# Keys that do not change the outputs of a trained model: file formats, training, generation.
+_HARMLESS = re.compile(
+  r"_.*|model_type|architectures|auto_map|transformers(_js)?_version|.*version|torch_dtype|dtype"
+  r"|.*_token_ids?|id2label|label2id|num_labels|problem_type|finetuning_task|tokenizer_class"
+  r"|name_or_path|task_specific_params|use_cache|cache_implementation|torchscript|return_dict"
+  r"|output_(attentions|hidden_states|router_logits)|attn_implementation|use_bfloat16"
+  r"|initializer_(range|cutoff_factor)|.*dropout.*|.*_pdrop|gradient_checkpointing"
+  r"|router_(aux_loss_coef|jitter_noise)|aux_loss_alpha|seq_aux|ep_size|num_nextn_predict_layers"
+  r"|num_mtp_layers|pretraining_tp|chunk_size_feed_forward|reorder_and_upcast_attn|n_ctx"
+  r"|summary_.*|deterministic_flash_attn|reference_compile|repad_logits_with_grad"
+  r"|sparse_(prediction|pred_ignore_index)|rope_theta|rope_scaling|rope_parameters"
+  r"|global_attn_every_n_layers|sliding_window(_pattern)?|max_window_layers"
+  r"|(max|min)_length|max_new_tokens|do_sample|early_stopping|num_beams|num_beam_groups"
+  r"|diversity_penalty|temperature|top_[kp]|typical_p|repetition_penalty|length_penalty"
+  r"|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids|num_return_sequences"
+  r"|output_scores|return_dict_in_generate|prefix|suppress_tokens|begin_suppress_tokens"
+)
+
+
+def unread(hf: ConfigJson) -> list[str]:
+  """Lists keys that were not looked up and may say something, as 'key=value'."""
+  return [
+    f"{key}={str(value)[:40]}"
+    for key, value in sorted(hf.items())
+    if key not in hf.seen and value not in (None, False, "", [], {}) and not is_harmless(key)
+  ]
+
+
+def is_harmless(key: str) -> bool:
+  """Whether a key of config.json has no effect on the outputs of a trained model."""
+  return bool(_HARMLESS.fullmatch(key))
+
+
 def same(theirs: str, ours: str, default: Any = _REQUIRED) -> Entry:
   """A key whose value is stored unchanged under another name. `default` is as in `get`."""
   return Entry(lambda hf: {ours: get(hf, theirs, default)}, lambda model: {theirs: model[ours]})
+
+
+def unless(theirs: str, ours: str, default: Callable[[HfConfig], Any]) -> Entry:
+  """As `same`. The key is written only if its value is not the default.
+
+  For keys that the family's config class does not declare, though its model reads them.
+  """
+
+  def write(model: Fields) -> HfConfig:
+    sizes = {"hidden_size": model["width"], "num_attention_heads": model["num_heads"]}
+    return {} if model[ours] == default(sizes) else {theirs: model[ours]}
+
+  return Entry(lambda hf: {ours: get(hf, theirs, default)}, write)
 
 
 def sames(**names: str) -> Entry:
@@ -123,6 +220,17 @@ def derived(name: str, function: Callable[[HfConfig], Any]) -> Entry:
   return Entry(lambda hf: {name: function(hf)}, lambda model: {})
 
 
+def repeated(*keys: str) -> Entry:
+  """Keys that repeat what follows from others. They are neither used nor written."""
+
+  def read(hf: HfConfig) -> Fields:
+    for key in keys:
+      hf.get(key)
+    return {}
+
+  return Entry(read, lambda model: {})
+
+
 def biases(default: bool = False) -> Entry:
   """`attention_bias` and `mlp_bias`. They must be equal, since `model.bias` covers both."""
 
@@ -153,14 +261,15 @@ def activation(key: str, default: Any = _REQUIRED) -> Entry:
   return mapped(key, "activation", ACTIVATIONS, default)
 
 
-def tanh_gelu(key: str) -> Entry:
-  """Gemma's activation: every spelling, 'gelu' included, means the tanh approximation."""
-  return mapped(
-    key,
-    "activation",
-    {"gelu_pytorch_tanh": "gelu", "gelu": "gelu", "gelu_new": "gelu"},
-    "gelu_pytorch_tanh",
-  )
+def old_gemma_activation() -> Entry:
+  """Gemma's activation: 'gelu' in its published files means the tanh approximation."""
+  table = {"gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
+  table |= _without(ACTIVATIONS, table)
+  return mapped("hidden_act", "activation", table, "gelu_pytorch_tanh")
+
+
+def _without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+  return {k: v for k, v in values.items() if k not in names}
 
 
 def head_dim(hf: HfConfig) -> int:
@@ -186,8 +295,9 @@ def classes(**fields: Mapping[str, Any]) -> Entry:
     return found
 
   def write(model: Fields) -> HfConfig:
-    fits = (name for name, f in fields.items() if all(model[k] == v for k, v in f.items()))
-    name = next(fits, next(iter(fields)))
+    fits = [name for name, f in fields.items() if all(model[k] == v for k, v in f.items())]
+    bare = [name for name, f in fields.items() if model["head"] == "none" and f["head"] == "pooler"]
+    name = next(iter([*fits, *bare, *fields]))
     out: HfConfig = {"architectures": [name]}
     if fields[name]["head"] == "classifier":
       out |= labels.write(model["label_names"], model["num_labels"])
@@ -210,17 +320,16 @@ def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
 class WindowKey(NamedTuple):
   """The key of config.json with the size of the attention window, and conversions of its value."""
 
+  default: int | None  # for a missing key
   name: str = "sliding_window"
   to_ours: Callable[[int], int] = lambda n: n
   to_theirs: Callable[[int], int] = lambda n: n
-
-
-_SLIDING_WINDOW = WindowKey()
+  nullable: bool = True  # whether a model without local layers has null there, instead of no key
 
 
 def layer_types(
   default: Callable[[HfConfig], Sequence[str]],
-  window: WindowKey = _SLIDING_WINDOW,
+  window: WindowKey,
   also: Callable[[Fields], HfConfig] = lambda model: {},
 ) -> Entry:
   """The layers that attend within a window: `layer_types`, or the keys of older files.
@@ -232,13 +341,17 @@ def layer_types(
   """
 
   def read(hf: HfConfig) -> Fields:
-    given = hf.get("layer_types")
+    given = per_layer(hf, "layer_types")
     unknown = [kind for kind in given or () if kind not in _KINDS]
     if unknown:
       refuse("layer_types", unknown[0], f"known are {', '.join(_KINDS)}")
     pattern = shortest([_KINDS[kind] for kind in given] if given else default(hf))
-    local = {"window": window.to_ours(get(hf, window.name))} if "local" in pattern else {}
-    return {"attention_pattern": pattern, **local}
+    size = hf.get(window.name, window.default)
+    if "local" not in pattern:
+      return {"attention_pattern": pattern}
+    if not size:
+      refuse(window.name, size, "some layers attend within a window")
+    return {"attention_pattern": pattern, "window": window.to_ours(size)}
 
   def write(model: Fields) -> HfConfig:
     names = {v: k for k, v in _KINDS.items()}
@@ -246,11 +359,24 @@ def layer_types(
     size = window.to_theirs(model["window"]) if "local" in kinds else None
     return {
       "layer_types": [names.get(kind, kind) for kind in kinds],
-      window.name: size,
+      **({window.name: size} if size is not None or window.nullable else {}),
       **also(model),
     }
 
   return Entry(read, write)
+
+
+def per_layer(hf: HfConfig, key: str) -> Sequence[Any] | None:
+  """Returns a list with one value for each layer, or None if the key is missing.
+
+  Raises:
+    UserError: The list has another length.
+  """
+  given = hf.get(key)
+  layers = get(hf, "num_hidden_layers")
+  if given is not None and len(given) != layers:
+    refuse(key, given, f"it has {len(given)} entries for num_hidden_layers={layers}")
+  return given
 
 
 def moe(experts: str, per_token: str, width: str = "moe_intermediate_size", **more: str) -> Entry:

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import ml_collections
+import numpy as np
 
 from jaxgpt import config, tree
 from jaxgpt.config.architecture import architecture, same_value
-from jaxgpt.errors import UserError, nearest
+from jaxgpt.errors import UserError, first_line, nearest
 from jaxgpt.hf import config_map, families
 from jaxgpt.hf.config_map import Fields, HfConfig
 from jaxgpt.hf.families import Family
@@ -29,6 +30,10 @@ class Piece(NamedTuple):
   interleaved: int  # entries at the end of our last axis that are stored as x0 y0 x1 y1 ...
 
 
+# Fields of a model whose config.json promises a pooler that its files lack.
+WITHOUT_POOLER: Fields = {"head": "none", "head_transform": "none"}
+
+
 class Published(NamedTuple):
   """A published tensor."""
 
@@ -37,16 +42,26 @@ class Published(NamedTuple):
   view: tuple[int, ...]  # the shape in which the pieces lie along `axis`
   axis: int
   pieces: tuple[Piece, ...]
+  instead: str = ""  # name that is read in place of `name` where the files have it
+  copies: str = ""  # name under which the tensor is written a second time
 
 
-def read(hf: HfConfig) -> tuple[Family, Fields]:
+class Reading(NamedTuple):
+  """A config.json in our terms."""
+
+  family: Family
+  fields: Fields  # {flat field of `model`: value}
+  notes: list[str]  # sentences on keys that have no effect
+
+
+def read(hf: HfConfig) -> Reading:
   """Reads a config.json.
 
   Args:
     hf: The parsed config.json.
 
   Returns:
-    The family and {flat field of `model`: value}.
+    The family, the fields, and notes for the user.
 
   Raises:
     UserError: The family or a value is not supported. The message names the first one.
@@ -55,18 +70,32 @@ def read(hf: HfConfig) -> tuple[Family, Fields]:
   if kind not in families.FAMILIES:
     raise UserError(
       f"config.json: model_type={kind!r} is not supported; "
-      f"{nearest(str(kind), families.FAMILIES)}supported are: "
-      f"{', '.join(families.FAMILIES)}"
+      f"{_meant(str(kind))}supported are: {', '.join(families.FAMILIES)}"
     )
   family = families.FAMILIES[kind]
-  if hf.get("quantization_config"):
-    config_map.refuse(
-      "quantization_config", hf["quantization_config"], "convert it to bfloat16 first"
-    )
+  recorded = config_map.ConfigJson(hf)
   found: Fields = {}
-  for entry in family.config:
-    found |= entry.read(hf)
-  return family, found
+  try:
+    for entry in (*config_map.EVERYWHERE, *family.config):
+      found |= entry.read(recorded)
+  except UserError:
+    raise
+  except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+    raise UserError(
+      f"config.json: a value of this {kind} model has the wrong form "
+      f"({type(e).__name__}: {first_line(e)}); download the model's folder again"
+    ) from e
+  unread = config_map.unread(recorded)
+  if unread:
+    recorded.notes.append(f"keys of config.json without a meaning here: {', '.join(unread)}")
+  return Reading(family, found, recorded.notes)
+
+
+def _meant(name: str) -> str:
+  """The hint of `nearest` if a name is a misspelt family, '' if it is another architecture."""
+  digits = re.findall(r"\d+", name)
+  known = [kind for kind in families.FAMILIES if re.findall(r"\d+", kind) == digits]
+  return "" if name.lower() in families.OTHERS else nearest(name, known, cutoff=0.8)
 
 
 def write(family: Family, c_model: ml_collections.ConfigDict) -> HfConfig:
@@ -90,7 +119,10 @@ def configured(found: Fields, **more: Any) -> ml_collections.ConfigDict:
     **more: Further flat keys, with '__' for '.'.
   """
   c = config.base()
-  c.update_from_flattened_dict({f"model.{key}": value for key, value in found.items()})
+  try:
+    c.update_from_flattened_dict({f"model.{key}": value for key, value in found.items()})
+  except TypeError as e:
+    raise UserError(f"config.json: a value has the wrong type ({first_line(e)})") from e
   if c.model.head == "classifier":
     c.objective.name = "classification"
   elif not c.model.causal:
@@ -107,7 +139,9 @@ def differences(family: Family, c_model: ml_collections.ConfigDict) -> list[str]
   back is one reason, with its name and both values. [] means that the model is a member.
   """
   try:
-    _, found = read(write(family, c_model))
+    found = read(write(family, c_model)).fields
+    if c_model.head == "none" and found["head"] == "pooler":  # the tensors tell them apart
+      found |= WITHOUT_POOLER
     back = architecture(configured(found).model)
   except UserError as e:
     return [str(e).removeprefix("config.json: ")]
@@ -133,11 +167,13 @@ def family_of(c_model: ml_collections.ConfigDict, name: str | None = None) -> Fa
   """
   if name is not None and name not in families.FAMILIES:
     raise UserError(
-      f"family={name!r} is unknown; {nearest(name, families.FAMILIES)}known are: "
-      f"{', '.join(families.FAMILIES)}"
+      f"family={name!r} is unknown; {_meant(name)}known are: {', '.join(families.FAMILIES)}"
     )
   against = {}
-  likely = lambda family: c_model.preset.startswith(family.model_type)
+  likely = lambda family: (
+    c_model.preset == family.model_type,
+    c_model.preset.startswith(family.model_type),
+  )
   for family in sorted(families.FAMILIES.values(), key=likely, reverse=True):
     if name in (None, family.model_type):
       against[family.model_type] = differences(family, c_model)
@@ -161,6 +197,8 @@ class _Layer(NamedTuple):
 def _layers(c_model: ml_collections.ConfigDict) -> tuple[list[_Layer], _Layer]:
   """Returns the layers in order, and an entry for the parameters outside of them."""
   facts = {c_model.head, "q_rank" if c_model.latent.q_rank else "no q_rank"}
+  if c_model.head == "lm":
+    facts.add("tied lm" if c_model.tie_embeddings else "untied lm")
   layers: list[_Layer] = []
   for stack in stacks.of(c_model):
     for repeat in range(stack.repeats):
@@ -245,14 +283,18 @@ def _published(
   view = list(pieces[0].layout.their_shape)
   view[t.axis] = start
   shape = (view[0] * view[1], *view[2:]) if t.merged else tuple(view)
-  return Published(t.name.format(i=i, e=expert), shape, tuple(view), t.axis, tuple(pieces))
+  name = t.name.format(i=i, e=expert)
+  return Published(name, shape, tuple(view), t.axis, tuple(pieces), t.instead, t.copies)
 
 
 class HasShape(Protocol):
-  """Anything with a shape, such as a tensor of a safetensors file."""
+  """Anything with a shape and a dtype, such as a tensor of a safetensors file."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> np.dtype: ...
 
 
 class Found(NamedTuple):
@@ -260,42 +302,82 @@ class Found(NamedTuple):
 
   matched: list[tuple[Published, Any]]  # with the tensor of the files
   missing: list[Published]
-  wrong: list[str]  # messages on tensors of another shape
+  wrong: list[str]  # messages on tensors of another shape or dtype
   extra: list[str]  # names in the files that the model does not have
+  passed_over: list[str]  # names in the files that are not read on purpose, buffers excepted
 
 
 def find(
-  family: Family, published: Sequence[Published], tensors: Mapping[str, HasShape], tied: bool
+  family: Family,
+  c_model: ml_collections.ConfigDict,
+  published: Sequence[Published],
+  tensors: Mapping[str, HasShape],
+  says_tied: bool,
 ) -> Found:
   """Finds each tensor of a model in its files, by name and shape.
 
   Args:
     family: The family.
+    c_model: The resolved `model` section.
     published: The model's tensors, from `publish`.
     tensors: {name: tensor of the files}, from `safetensors.scan`.
-    tied: Whether the head is the transposed embedding, so that a stored head is a copy to ignore.
+    says_tied: Whether config.json says that embeddings are tied, even if the head's values differ.
+
+  Raises:
+    UserError: Two tensors of the files are the same tensor of the model.
   """
-  names = {p.name for p in published}
-  there = {_full_name(name, family.prefix, names): name for name in tensors}
+  there = full_names(family, {p.name for p in published}, tensors)
   matched, missing, wrong = [], [], []
   for p in published:
-    name = there.pop(p.name, None)
+    names = [p.instead, p.name, p.copies if says_tied else ""]
+    name = next((there[x] for x in names if x in there), None)
+    for x in (p.instead, p.name, p.copies):
+      there.pop(x, None)
     if name is None:
       missing.append(p)
     elif tuple(tensors[name].shape) != p.shape:
       wrong.append(f"{name} is {list(tensors[name].shape)}, {_ours(p)} needs {list(p.shape)}")
+    elif not is_real(tensors[name].dtype):
+      wrong.append(f"{name} is {tensors[name].dtype}, a quantized weight: convert it to bfloat16")
     else:
       matched.append((p, tensors[name]))
-  heads = [
-    re.escape(t.name) for t in family.tensors if t.pieces[0].path == "head" and "lm" in t.when
-  ]
-  patterns = [*family.ignored, *(heads if tied else [])]
-  extra = [
-    name
-    for full, name in there.items()
-    if not any(re.fullmatch(pattern, full) for pattern in patterns)
-  ]
-  return Found(matched, missing, wrong, extra)
+  ignored = [pattern.replace("{last}", str(c_model.num_layers)) for pattern in family.ignored]
+  if c_model.tie_embeddings:
+    ignored += [re.escape(name) for name in head_names(family)]
+  extra, passed_over = [], []
+  for full, name in there.items():
+    if not any(re.fullmatch(pattern, full) for pattern in ignored):
+      extra.append(name)
+    elif not re.fullmatch(families.BUFFERS, full) and full not in head_names(family):
+      passed_over.append(name)
+  return Found(matched, missing, wrong, extra, passed_over)
+
+
+def is_real(dtype: np.dtype) -> bool:
+  """Whether numbers of a dtype are weights themselves, and not codes to be multiplied by scales."""
+  return dtype.name in ("float64", "float32", "float16", "bfloat16")
+
+
+def head_names(family: Family) -> list[str]:
+  """Names of the tensor with the weight of an LM head."""
+  return [t.name for t in family.tensors if t.pieces[0].path == "head" and "lm" in t.when]
+
+
+def full_names(family: Family, names: set[str], tensors: Iterable[str]) -> dict[str, str]:
+  """Returns {name in today's spelling, with the prefix that bare models omit: name in the files}.
+
+  Raises:
+    UserError: Two names in the files stand for the same tensor.
+  """
+  there: dict[str, str] = {}
+  for name in tensors:
+    full = _full_name(name, family.prefix, names)
+    if full in there:
+      raise UserError(
+        f"the files hold both {there[full]} and {name}, which are the same tensor; remove one"
+      )
+    there[full] = name
+  return there
 
 
 def check(found: Found, tensors: Mapping[str, HasShape], folder: Any) -> None:
@@ -312,7 +394,7 @@ def check(found: Found, tensors: Mapping[str, HasShape], folder: Any) -> None:
     f"{len(names)} {problem}: {'; '.join(names[:8])}{' …' if len(names) > 8 else ''}"
     for problem, names in (
       ("missing", missing),
-      ("of the wrong shape", found.wrong),
+      ("of the wrong shape or dtype", found.wrong),
       ("that this model does not have", extra),
     )
     if names

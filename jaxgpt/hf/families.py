@@ -42,13 +42,17 @@ from jaxgpt.hf.config_map import (
   mapped,
   moe,
   must,
+  old_gemma_activation,
   ours,
+  per_layer,
+  refuse,
+  repeated,
   same,
   sames,
   shortest,
-  tanh_gelu,
+  unless,
 )
-from jaxgpt.hf.rotary import latent_rope, rope
+from jaxgpt.hf.rotary import DEFAULT_ONLY, PHI3_KINDS, latent_rope, rope
 from jaxgpt.hf.tensor_map import (
   PieceTemplate,
   Templates,
@@ -88,9 +92,18 @@ _SCORE: dict[str, Any] = dict(head="classifier", head_bias=False, head_transform
 _SIZES = sames(vocab_size="vocab_size", hidden_size="width", intermediate_size="mlp_width",
                num_hidden_layers="num_layers", num_attention_heads="num_heads",
                max_position_embeddings="max_len")
-_KV_HEADS = same("num_key_value_heads", "num_kv_heads", lambda hf: get(hf, "num_attention_heads"))
+
+
+def _kv_heads(missing: int | None) -> Entry:
+  """Heads of keys and values: null for one per query head, `missing` where there is no key."""
+  def read(hf: HfConfig) -> Fields:
+    given = hf.get("num_key_value_heads", missing)
+    return {"num_kv_heads": get(hf, "num_attention_heads") if given is None else given}
+  return Entry(read, lambda model: {"num_key_value_heads": model["num_kv_heads"]})
+
+
 _HEAD_DIM = same("head_dim", "head_dim", head_dim)
-_DERIVED_HEAD_DIM = derived("head_dim", head_dim)
+_OWN_HEAD_DIM = unless("head_dim", "head_dim", head_dim)
 _EMBED = one("model.embed_tokens.weight", "embed", "V D -> V D")
 _HEAD = (one("lm_head.weight", "head", "V D -> D V", ("lm",)),
          one("score.weight", "head", "V D -> D V", ("classifier",)))
@@ -107,14 +120,21 @@ _FREQUENCIES = r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)"
 
 
 def _llama_like(kind: str, cls: str, *config: Entry, eps: float = 1e-6, act: str = "silu",
-                tied: bool = False, **fields: Any) -> Family:
+                tied: bool = False, kv_heads: int | None = None, **fields: Any) -> Family:
   """A decoder with Llama's tensors, entries of its own (`config`) and constants (`fields`)."""
   fixed = dict(norm="rmsnorm", position="rotary", gated=True, causal=True) | fields
   return Family(
+<<<<<<< HEAD
       kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE,
                          f"{cls}ForSequenceClassification": _SCORE}), ours(**fixed), _SIZES,
              _KV_HEADS, same("rms_norm_eps", "norm_eps", eps), activation("hidden_act", act),
              same("tie_word_embeddings", "tie_embeddings", tied), *config),
+=======
+      kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE}), ours(**fixed), _SIZES,
+             _kv_heads(kv_heads), same("rms_norm_eps", "norm_eps", eps),
+             activation("hidden_act", act), same("tie_word_embeddings", "tie_embeddings", tied),
+             *config),
+>>>>>>> f897192 (Import: transformers is followed with a note, or the folder is refused by name; --check; exports keep their folder)
       flat(_EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _FINAL, _HEAD), ignored=(_FREQUENCIES,))
 
 
@@ -142,22 +162,28 @@ def _gpt2() -> Family:
       prefix="transformer.", ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",))
 
 
-def _all_or_none(hf: HfConfig) -> list[str]:
-  return ["global" if hf.get("sliding_window") is None else "local"]
+def _one_window(default: int | None = None) -> Entry:
+  """One window for all layers, or none. `layer_types` is neither read nor written.
 
+  Args:
+    default: The window of a config.json without the key. null means that there is none.
+  """
+  def read(hf: HfConfig) -> Fields:
+    window = hf.get("sliding_window", default)
+    if window is None:
+      return {"attention_pattern": ("global",)}
+    return {"attention_pattern": ("local",), "window": window}
 
-def _mistral_window() -> Entry:
-  """One window for all layers, or none. `layer_types` is neither read nor written."""
-  types = layer_types(_all_or_none)
-  return Entry(lambda hf: types.read(hf | {"layer_types": None}),
-               lambda model: {"sliding_window": model["window"] if "local" in
-                                model["attention_pattern"] else None})
+  def write(model: Fields) -> HfConfig:
+    local = "local" in model["attention_pattern"]
+    return {"sliding_window": model["window"] if local else None}
+  return Entry(read, write)
 
 
 def _qwen_window() -> Entry:
   """A window for the layers from `max_window_layers` on, if `use_sliding_window`."""
   def default(hf: HfConfig) -> list[str]:
-    local = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
+    local = hf.get("use_sliding_window") and hf.get("sliding_window", 4096) is not None
     first = get(hf, "max_window_layers", 28)
     return ["local" if local and i >= first else "global"
             for i in range(get(hf, "num_hidden_layers"))]
@@ -165,15 +191,25 @@ def _qwen_window() -> Entry:
   def also(model: Fields) -> HfConfig:
     return {"use_sliding_window": "local" in model["attention_pattern"],
             "max_window_layers": model["num_layers"]}
-  return layer_types(default, also=also)
+
+  types = layer_types(default, WindowKey(4096), also=also)
+
+  def read(hf: HfConfig) -> Fields:
+    found, used = types.read(hf), hf.get("use_sliding_window")
+    if "local" in found["attention_pattern"] and not used:
+      refuse("layer_types", "sliding_attention", "use_sliding_window is false")
+    return found
+  return Entry(read, types.write)
 
 
 def _smollm3_positions() -> Entry:
   """Layers without rotary positions: `no_rope_layers` has a 0 for each of them."""
   def read(hf: HfConfig) -> Fields:
     every = get(hf, "no_rope_layer_interval", 4)
-    given = hf.get("no_rope_layers") or [
+    given = per_layer(hf, "no_rope_layers") or [
         int((i + 1) % every != 0) for i in range(get(hf, "num_hidden_layers"))]
+    if "sliding_attention" in (per_layer(hf, "layer_types") or ()):
+      refuse("layer_types", "sliding_attention", "use_sliding_window is false")
     return {"attention_pattern": shortest(["global" if x else "nope" for x in given])}
 
   def write(model: Fields) -> HfConfig:
@@ -184,8 +220,8 @@ def _smollm3_positions() -> Entry:
 
 def _phi3() -> Family:
   family = _llama_like(
-      "phi3", "Phi3", _DERIVED_HEAD_DIM, rope(kinds=("default", "longrope", "su"), own_len=True),
-      _mistral_window(), eps=1e-5, bias=False)
+      "phi3", "Phi3", _OWN_HEAD_DIM, rope(kinds=PHI3_KINDS, own_len=True, partial=True),
+      _one_window(), eps=1e-5, bias=False)
   return family._replace(tensors=flat(
       _EMBED, _NORMS, qkv(_L + "self_attn.qkv_proj"), _O,
       fused(_L + "mlp.gate_up_proj.weight", "F D -> D F", "layers/mlp/gate", "layers/mlp/up"),
@@ -193,7 +229,7 @@ def _phi3() -> Family:
 
 
 def _olmo2() -> Family:
-  family = _llama_like("olmo2", "Olmo2", _DERIVED_HEAD_DIM, rope(), must("attention_bias", False),
+  family = _llama_like("olmo2", "Olmo2", _OWN_HEAD_DIM, rope(), must("attention_bias", False),
                        eps=1e-5, bias=False, norm_placement="branch", qk_norm="all")
   return family._replace(tensors=flat(
       _EMBED, _QKV, _QK_NORM, _O, norm(_L + "post_attention_layernorm", "layers/attn_post_norm"),
@@ -206,9 +242,9 @@ def _starcoder2() -> Family:
           classes(Starcoder2ForCausalLM=_LM, Starcoder2Model=_BARE,
                   Starcoder2ForSequenceClassification=_SCORE),
           ours(norm="layernorm", position="rotary", gated=False, bias=True, causal=True), _SIZES,
-          _KV_HEADS, _DERIVED_HEAD_DIM, same("norm_epsilon", "norm_eps", 1e-5),
+          _kv_heads(2), _OWN_HEAD_DIM, same("norm_epsilon", "norm_eps", 1e-5),
           activation("hidden_act", "gelu_pytorch_tanh"), must("use_bias", True), rope(),
-          same("tie_word_embeddings", "tie_embeddings", True), _mistral_window()),
+          same("tie_word_embeddings", "tie_embeddings", True), _one_window()),
       flat(_EMBED, _NORMS, _QKV, _O, dense(_L + "mlp.c_fc", "layers/mlp/up"),
            dense(_L + "mlp.c_proj", "layers/mlp/down"), _FINAL, _HEAD), ignored=(_FREQUENCIES,))
 
@@ -266,23 +302,38 @@ def _every(hf: HfConfig, n: int) -> list[str]:
 
 
 def _gemmas() -> tuple[Family, ...]:
+<<<<<<< HEAD
   caps = lambda final, attention: (
       _final_cap(final),
       _optional("attn_logit_softcapping", "attn_softcap", attention))
   three = lambda hf: _every(hf, hf.get("sliding_window_pattern")
                             or hf.get("_sliding_window_pattern") or 6)
+=======
+  cap = lambda default: _optional("final_logit_softcapping", "logit_softcap", default)
+  # Their masks need a window even if no layer has one.
+  window = WindowKey(4096, nullable=False)
+
+  def three(hf: HfConfig) -> list[str]:
+    each, other = get(hf, "sliding_window_pattern", 6), hf.get("_sliding_window_pattern")
+    if other not in (None, each):
+      refuse("_sliding_window_pattern", other, f"transformers reads sliding_window_pattern={each}")
+    return _every(hf, each)
+
+>>>>>>> f897192 (Import: transformers is followed with a note, or the folder is refused by name; --check; exports keep their folder)
   return (
       _gemma("gemma", "GemmaForCausalLM", "GemmaModel", _GEMMA_NORMS,
-             tanh_gelu("hidden_act"), rope()),
+             old_gemma_activation(), rope()),
       _gemma("gemma2", "Gemma2ForCausalLM", "Gemma2Model", _GEMMA2_NORMS,
-             tanh_gelu("hidden_activation"), rope(),
-             _ATTN_SCALE, *caps(30.0, 50.0), layer_types(lambda hf: _every(hf, 2)),
+             activation("hidden_activation", "gelu_pytorch_tanh"), rope(),
+             _ATTN_SCALE, cap(30.0), _optional("attn_logit_softcapping", "attn_softcap", 50.0),
+             layer_types(lambda hf: _every(hf, 2), window),
              norm_placement="both"),
       _gemma("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextModel",
              (_GEMMA2_NORMS, _GEMMA3_QK_NORM),
-             tanh_gelu("hidden_activation"),
-             rope(1e6, local=("rope_local_base_freq", 10_000.0)), _ATTN_SCALE, *caps(None, None),
-             layer_types(three), norm_placement="both", qk_norm="head"))
+             activation("hidden_activation", "gelu_pytorch_tanh"),
+             rope(1e6, local=("rope_local_base_freq", 10_000.0)), _ATTN_SCALE, cap(None),
+             must("attn_logit_softcapping", None),  # transformers does not apply it
+             layer_types(three, window), norm_placement="both", qk_norm="head"))
 
 
 # --- Mixtures of experts.
@@ -297,9 +348,10 @@ def _experts(name: str, gate: str = "gate_proj", up: str = "up_proj",
 
 def _mixtral() -> Family:
   family = _llama_like(
-      "mixtral", "Mixtral", _HEAD_DIM, rope(1e6), _mistral_window(),
+      "mixtral", "Mixtral", _HEAD_DIM, rope(1e6), _one_window(),
       moe("num_local_experts", "num_experts_per_tok", "intermediate_size"),
-      eps=1e-5, bias=False, mlp_pattern=("moe",), moe__router="softmax", moe__normalize=True)
+      eps=1e-5, kv_heads=8, bias=False, mlp_pattern=("moe",), moe__router="softmax",
+      moe__normalize=True)
   return family._replace(tensors=flat(
       _EMBED, _NORMS, _QKV, _O, _experts(_L + "block_sparse_moe", "w1", "w3", "w2"), _FINAL, _HEAD))
 
@@ -328,7 +380,7 @@ def _qwen3_moe() -> Family:
       must("use_sliding_window", False), experts, _sparse_layers(),
       sames(num_experts_per_tok="moe.per_token", moe_intermediate_size="moe.width"),
       same("norm_topk_prob", "moe.normalize", False),
-      bias=False, qk_norm="head", moe__router="softmax")
+      kv_heads=4, bias=False, qk_norm="head", moe__router="softmax")
   return family._replace(tensors=flat(
       _EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _experts(_L + "mlp"), _FINAL, _HEAD))
 
@@ -339,16 +391,16 @@ def _deepseek(kind: str, cls: str, *config: Entry, **fields: Any) -> Family:
   a = _L + "self_attn."
   latent = sames(kv_lora_rank="latent.kv_rank", qk_rope_head_dim="latent.rope_dim",
                  v_head_dim="latent.v_dim")
-  ranks = Entry(lambda hf: {"latent.q_rank": hf.get("q_lora_rank") or 0},
+  ranks = Entry(lambda hf: {"latent.q_rank": hf.get("q_lora_rank", 1536) or 0},
                 lambda model: {"q_lora_rank": model["latent.q_rank"] or None})
   head = Entry(lambda hf: {"head_dim": get(hf, "qk_nope_head_dim") + get(hf, "qk_rope_head_dim")},
                lambda model: {"qk_nope_head_dim": model["head_dim"] - model["latent.rope_dim"]})
   family = _llama_like(
-      kind, cls, latent, ranks, head, latent_rope(), must("attention_bias", False),
-      must("rms_norm_eps", 1e-6), must("moe_layer_freq", 1),  # the norms of ranks have eps 1e-6
+      kind, cls, latent, ranks, head, repeated("head_dim", "qk_head_dim"), latent_rope(),
+      must("attention_bias", False), must("moe_layer_freq", 1),
       moe("n_routed_experts", "num_experts_per_tok", n_shared_experts="shared",
           first_k_dense_replace="first_dense", routed_scaling_factor="scale"),
-      *config, bias=False, mlp_pattern=("moe",), **fields)
+      *config, bias=False, mlp_pattern=("moe",), latent__norm_eps=1e-6, **fields)
   halves = tuple(PieceTemplate(f"layers/attn/{x}", "N H C -> C N H") for x in "kv")
   rotated = lambda name: one(name, "layers/attn/q", "(N H) C -> C N H", interleaved=True)
   # q_proj exists without a rank of queries, q_a_proj and q_b_proj with one. kv_b_proj holds the
@@ -367,16 +419,22 @@ def _deepseek(kind: str, cls: str, *config: Entry, **fields: Any) -> Family:
       vector(_L + "mlp.gate.e_score_correction_bias", "layers/mlp/router_bias", ("moe",)),
       *(dense(f"{_L}mlp.shared_experts.{x}_proj", f"layers/mlp/shared/{x}", ("moe",))
         for x in ("gate", "up", "down")), _FINAL, _HEAD)
-  # Layer 61 of the published V3 is its head for multi-token prediction.
-  return family._replace(tensors=tensors, ignored=(_FREQUENCIES, r"model\.layers\.61\..*"))
+  # The layers after the last are heads for multi-token prediction (layer 61 of V3).
+  return family._replace(tensors=tensors, ignored=(_FREQUENCIES, r"model\.layers\.{last}\..*"))
 
 
-def _groups(method_key: str | None = None) -> Entry:
-  """Groups of experts. null means one group."""
+def _groups(method_key: str | None = None, groups: int | None = None,
+            top: int | None = None) -> Entry:
+  """Groups of experts, with the defaults of missing keys. null means one group."""
   def read(hf: HfConfig) -> Fields:
     method = hf.get(method_key, "greedy") if method_key else None
-    groups = 1 if method == "greedy" else hf.get("n_group") or 1
-    return {"moe.groups": groups, "moe.top_groups": 1 if groups == 1 else get(hf, "topk_group")}
+    if method not in (None, "greedy", "group_limited_greedy"):
+      refuse(str(method_key), method, "known are greedy, group_limited_greedy")
+    number, chosen = hf.get("n_group", groups) or 1, hf.get("topk_group", top)
+    number = 1 if method == "greedy" else number
+    if number > 1 and not chosen:
+      refuse("topk_group", chosen, f"n_group={number} needs it")
+    return {"moe.groups": number, "moe.top_groups": 1 if number == 1 else chosen}
 
   def write(model: Fields) -> HfConfig:
     out = {"n_group": model["moe.groups"], "topk_group": model["moe.top_groups"]}
@@ -434,35 +492,59 @@ def _bert() -> Family:
            dense("cls.predictions.transform.dense", "head_dense", ("lm",)),
            norm("cls.predictions.transform.LayerNorm", "head_norm", ("lm",)),
            one("cls.predictions.decoder.weight", "head", "V D -> D V", ("lm",)),
-           vector("cls.predictions.bias", "head_bias", ("lm",)),
+           _head_bias("cls.predictions.bias", "cls.predictions.decoder.bias"),
            dense("bert.pooler.dense", "head_dense", _POOLED),
            dense("classifier", "head", ("classifier",))),
       prefix="bert.",
       ignored=(r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*",
-               r"cls\.seq_relationship\..*", r"cls\.predictions\.decoder\.bias"))
+               r"cls\.seq_relationship\..*"))
 
 
-def _roberta() -> Family:
+def _head_bias(own: str, of_decoder: str) -> Templates:
+  """The bias of a masked LM's logits, which has two names.
+
+  transformers adds `of_decoder`. If embeddings are tied and only `own` is in the files, it is
+  copied from there.
+  """
+  return (vector(own, "head_bias", ("tied lm",))._replace(instead=of_decoder),
+          vector(of_decoder, "head_bias", ("untied lm",))._replace(copies=own))
+
+
+def _roberta(kind: str, cls: str) -> Family:
   # Positions count from pad_token_id + 1 = 2, so the first two rows of the table are unused.
   length = Entry(lambda hf: {"max_len": get(hf, "max_position_embeddings") - 2},
                  lambda model: {"max_position_embeddings": model["max_len"] + 2})
   return Family(
-      "roberta", _bert_config(
-          classes(RobertaForMaskedLM=_BERT_LM, RobertaForSequenceClassification=_BERT_CLASSIFIER,
-                  RobertaModel=_BERT_POOLER),
+      kind, _bert_config(
+          classes(**{f"{cls}ForMaskedLM": _BERT_LM,
+                     f"{cls}ForSequenceClassification": _BERT_CLASSIFIER,
+                     f"{cls}Model": _BERT_POOLER}),
           length, must("pad_token_id", 1),
           mapped("hidden_act", "activation", {"gelu": "gelu_exact"}, "gelu")),
       flat(_bert_tensors("roberta", skip=2),
            dense("lm_head.dense", "head_dense", ("lm",)),
            norm("lm_head.layer_norm", "head_norm", ("lm",)),
            one("lm_head.decoder.weight", "head", "V D -> D V", ("lm",)),
-           vector("lm_head.bias", "head_bias", ("lm",)),
+           _head_bias("lm_head.bias", "lm_head.decoder.bias"),
            dense("roberta.pooler.dense", "head_dense", ("pooler",)),
            dense("classifier.dense", "head_dense", ("classifier",)),
            dense("classifier.out_proj", "head", ("classifier",))),
       prefix="roberta.",
-      ignored=(r"(roberta\.)?embeddings\.position_ids", r"(roberta\.)?pooler\..*",
-               r"lm_head\.decoder\.bias", r"lm_head\.decoder\.weight"))
+      ignored=(r"(roberta\.)?embeddings\.position_ids", r"(roberta\.)?pooler\..*"))
+
+
+def _modernbert_activation() -> Entry:
+  """The activation of the MLP, which is also that of the head if there is one."""
+  mlp, head = activation("hidden_activation", "gelu"), activation("classifier_activation", "gelu")
+
+  def read(hf: HfConfig) -> Fields:
+    found, of_head = mlp.read(hf), head.read(hf)
+    bare = "ModernBertModel" in (hf.get("architectures") or ())
+    if of_head != found and not bare:
+      refuse("classifier_activation", get(hf, "classifier_activation", "gelu"),
+             f"hidden_activation={get(hf, 'hidden_activation', 'gelu')!r} differs")
+    return found
+  return Entry(read, lambda model: mlp.write(model) | head.write(model))
 
 
 def _modernbert() -> Family:
@@ -470,7 +552,8 @@ def _modernbert() -> Family:
   kinds = lambda hf: ["local" if i % each(hf) else "global"
                       for i in range(get(hf, "num_hidden_layers"))]
   # Their window is the whole span, n // 2 tokens on each side; ours counts the token itself.
-  window = WindowKey("local_attention", lambda n: n // 2 + 1, lambda n: 2 * (n - 1))
+  window = WindowKey(128, "local_attention", lambda n: n // 2 + 1, lambda n: 2 * (n - 1),
+                     nullable=False)
   head = dict(head_bias=True, head_transform="norm")
   m = "model.layers.{i}."
   return Family(
@@ -480,13 +563,13 @@ def _modernbert() -> Family:
                   ModernBertModel=_BARE),
           ours(norm="layernorm", position="rotary", gated=True, bias=False, causal=False,
                embed_norm=True, first_norm=False),
-          _SIZES, same("norm_eps", "norm_eps", 1e-5), activation("hidden_activation", "gelu"),
+          _SIZES, same("norm_eps", "norm_eps", 1e-5), _modernbert_activation(),
           same("tie_word_embeddings", "tie_embeddings", True), must("norm_bias", False),
           must("attention_bias", False), must("mlp_bias", False), must("classifier_bias", False),
-          must("decoder_bias", True), must("classifier_activation", "gelu"),
+          must("decoder_bias", True),
           mapped("classifier_pooling", "pooling", {"cls": "first", "mean": "mean"}, "cls"),
           rope(160_000.0, "global_rope_theta", local=("local_rope_theta", 10_000.0),
-               kinds=("default",)),
+               kinds=DEFAULT_ONLY, scale_local=True),
           layer_types(kinds, window)),
       flat(one("model.embeddings.tok_embeddings.weight", "embed", "V D -> V D"),
            norm("model.embeddings.norm", "embed_norm"),
@@ -501,21 +584,33 @@ def _modernbert() -> Family:
            dense("classifier", "head", ("classifier",))))
 
 
+# Tensors that are computed from config.json, and are in files for no reason.
+BUFFERS = r".*(position_ids|inv_freq|cos_cached|sin_cached|attn\.(masked_)?bias)"
+
+# Other architectures whose names look like misspelt families: no "did you mean" for them.
+OTHERS = (
+    "albert", "bart", "colmodernvbert", "deepseek_ocr2", "eurobert", "gemma3n_text", "hubert",
+    "ibert", "llava", "mbart", "ministral", "mllama", "modernvbert", "molmo2", "pixtral",
+    "qwen3_vl_moe", "roc_bert", "xlm-roberta-xl")
+
 # `export` without --family takes the first family in this order that has the model's fields.
 FAMILIES = {f.model_type: f for f in (
     _gpt2(),
     _llama_like("llama", "Llama", _HEAD_DIM, rope(), biases()),
-    _llama_like("mistral", "Mistral", _HEAD_DIM, rope(), _mistral_window(), bias=False),
-    _llama_like("qwen2", "Qwen2", _DERIVED_HEAD_DIM, rope(), _qwen_window(), bias=False,
-                qkv_bias=True),
+    _llama_like("mistral", "Mistral", _HEAD_DIM, rope(), _one_window(4096), kv_heads=8,
+                bias=False),
+    _llama_like("qwen2", "Qwen2", _OWN_HEAD_DIM, rope(), _qwen_window(), kv_heads=32,
+                bias=False, qkv_bias=True),
     _llama_like("qwen3", "Qwen3", same("head_dim", "head_dim", 128), rope(), _qwen_window(),
-                must("attention_bias", False), bias=False, qk_norm="head"),
-    _llama_like("smollm3", "SmolLM3", _DERIVED_HEAD_DIM, rope(2e6), _smollm3_positions(),
-                must("use_sliding_window", False), biases(), tied=True),
+                must("attention_bias", False), kv_heads=32, bias=False, qk_norm="head"),
+    _llama_like("smollm3", "SmolLM3", _OWN_HEAD_DIM, rope(2e6), _smollm3_positions(),
+                must("use_sliding_window", False), biases(), kv_heads=4, tied=True),
     _starcoder2(), *_gemmas(), _phi3(), _olmo2(), _mixtral(), _qwen3_moe(),
     _deepseek("deepseek_v2", "DeepseekV2", _groups("topk_method"), must("mlp_bias", False),
-              moe__router="softmax", moe__normalize=False),
-    _deepseek("deepseek_v3", "DeepseekV3", _groups(), must("rope_interleave", True),
-              same("norm_topk_prob", "moe.normalize", True), moe__router="sigmoid"),
-    _bert(), _roberta(), _modernbert())}
+              must("norm_topk_prob", False), moe__router="softmax", moe__normalize=False),
+    _deepseek("deepseek_v3", "DeepseekV3", _groups(None, 8, 4), must("rope_interleave", True),
+              same("norm_topk_prob", "moe.normalize", True), kv_heads=128,
+              moe__router="sigmoid"),
+    _bert(), _roberta("roberta", "Roberta"), _roberta("xlm-roberta", "XLMRoberta"),
+    _roberta("camembert", "Camembert"), _modernbert())}
 # fmt: on

@@ -1,7 +1,7 @@
-"""The parity certificate of an export: outputs of transformers and of jaxgpt on the same prompts.
+"""The parity certificate: outputs of transformers and of jaxgpt on the same prompts.
 
-Both run in float32 from the exported weights, so a difference comes from the format or the
-mathematics and not from rounding to the files' dtype.
+It belongs to an export or to an import. Both sides run in float32 from the weights in the files, so
+a difference comes from the format or the mathematics and not from rounding to the files' dtype.
 
 Legend: L layers, N prompts, T tokens, V vocabulary (or labels), D width.
 """
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from etils import epath
 
 from jaxgpt import __version__
 from jaxgpt.config import installed
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.inference import sampling
 from jaxgpt.model import transformer
 from jaxgpt.storage import strict_json
@@ -33,6 +34,9 @@ PROMPTS = (
   "In 1905 Albert Einstein published four papers; the third, on the electrodynamics of",
 )
 LENGTH, NEW = 48, 16  # tokens: longest prompt; generated
+# Largest difference of float32 outputs, as a fraction of the largest output. Deep models come to a
+# quarter of it by rounding alone. The wrong one of two similar activations exceeds it.
+NEAR = 1e-4
 _PACKAGES = ("jax", "torch", "transformers")
 
 Certificate = dict[str, Any]  # JSON values, see `certify`
@@ -47,20 +51,21 @@ def certify(
   dtype: str,
   compare: bool = True,
 ) -> Certificate:
-  """Compares an export with the model it was made from, on fixed prompts.
+  """Compares a folder in Hugging Face's format with our model, on fixed prompts.
 
   Args:
-    folder: The export.
+    folder: The folder, exported or to be imported.
     c_model: The resolved `model` section.
-    params: The weights as exported: rounded, then cast to float32.
+    params: The weights as they are in the files: rounded, then cast to float32.
     tokenizer: The run's tokenizer.
     dtype: Dtype of the files.
     compare: False: record versions and digests, but compare nothing.
 
   Returns:
-    'checked': whether outputs were compared. If not, 'why_not'; if so, 'logits', 'layers' and
-    'greedy' (see `_compare`). 'tokenizer': {'equal': whether AutoTokenizer gives the same ids for
-    the prompts, None if unknown}. 'dtypes', 'versions', 'files': {name: sha256}.
+    'checked': whether outputs were compared. If not, 'why_not', and 'failed' if the reason is that
+    transformers raised an exception. If so, 'logits', 'layers' and 'greedy' (see `_compare`).
+    'tokenizer': {'equal': whether AutoTokenizer gives the same ids for the prompts, None if
+    unknown}. 'dtypes', 'versions', 'files': {name: sha256}.
   """
   out: Certificate = {
     "checked": False,
@@ -71,16 +76,56 @@ def certify(
       "jaxgpt": __version__,
       **{name: installed.version(name) for name in _PACKAGES},
     },
-    "files": {p.name: _sha256(p) for p in sorted(folder.iterdir())},
+    "files": {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
   }
   if not compare:
     return out | {"why_not": "--no-check was given"}
-  missing = [name for name in ("torch", "transformers") if out["versions"][name] is None]
-  if missing:
+  if missing := _missing():
     return out | {"why_not": f"{' and '.join(missing)} not installed; pip install 'jaxgpt[bench]'"}
-  prompts = encode(tokenizer, min(LENGTH, c_model.max_len - NEW))
-  out["tokenizer"]["equal"] = _same_tokens(folder, tokenizer)
-  return out | {"checked": True, **_compare(folder, c_model, params, prompts)}
+  prompts = encode(tokenizer, max(1, min(LENGTH, c_model.max_len - NEW)))
+  try:
+    out["tokenizer"]["equal"] = _same_tokens(folder, tokenizer)
+    theirs = _load_theirs(folder, c_model)
+    answers = [_run_theirs(theirs, c_model, ids) for ids in prompts]
+  except Exception as e:  # whatever transformers raises
+    why = f"transformers raised {type(e).__name__}: {first_line(e, 200)}"
+    return out | {"failed": True, "why_not": why}
+  return out | {"checked": True, **_compare(theirs, answers, c_model, params, prompts)}
+
+
+def need() -> None:
+  """Raises a UserError if a package that a comparison needs is not installed."""
+  if missing := _missing():
+    raise UserError(
+      f"--check needs {' and '.join(missing)}, not installed here: pip install 'jaxgpt[bench]'"
+    )
+
+
+def _missing() -> list[str]:
+  return [name for name in ("torch", "transformers") if installed.version(name) is None]
+
+
+def problems(c: Certificate) -> list[str]:
+  """Lists what a certificate says is wrong, in sentences. [] means equal, or not checked."""
+  if c.get("failed"):
+    return [c["why_not"]]
+  found = []
+  if c["checked"]:
+    off = [i for i, layer in enumerate(c["layers"]) if not _near(layer)]
+    if not _near(c["logits"]):
+      found.append(
+        f"outputs differ from transformers' by {c['logits']['max_abs']:.1e} of "
+        f"{c['logits']['scale']:.3g}" + (f", from layer {off[0]} on" if off else "")
+      )
+    if not c.get("greedy", {"equal": True})["equal"]:
+      found.append("greedy continuations differ from transformers'")
+  if c["tokenizer"]["equal"] is False:
+    found.append("AutoTokenizer gives other token ids than the run's tokenizer")
+  return found
+
+
+def _near(figure: Distance) -> bool:
+  return figure["max_abs"] <= NEAR * max(1.0, figure["scale"])  # False for NaN
 
 
 def encode(tokenizer: base.Tokenizer, length: int) -> list[list[int]]:
@@ -100,41 +145,63 @@ def _same_tokens(folder: epath.Path, tokenizer: base.Tokenizer) -> bool | None:
   )
 
 
+class _Answer(NamedTuple):
+  """The results of transformers for a prompt."""
+
+  logits: np.ndarray
+  layers: list[np.ndarray]
+  greedy: list[int] | None  # None if the model is not causal
+
+
+def _load_theirs(folder: epath.Path, c_model: ml_collections.ConfigDict) -> Any:
+  import torch
+  import transformers
+
+  auto = getattr(transformers, AUTO[auto_class(c_model)])
+  # Eager attention is the one implementation that all of their models follow to the letter.
+  return auto.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _run_theirs(model: Any, c_model: ml_collections.ConfigDict, ids: Sequence[int]) -> _Answer:
+  import torch
+
+  tokens, greedy = torch.tensor([ids]), None
+  with torch.no_grad():
+    out = model(tokens, output_hidden_states=True)
+    if auto_class(c_model) == "causal":
+      # Lists of end tokens and sampling defaults of the folder do not apply here.
+      made = model.generate(
+        tokens, do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0
+      )
+      greedy = made[0, len(ids) :].tolist()
+  layers = [h[0].numpy() for h in out.hidden_states[1:]]
+  return _Answer(answer(out, c_model.head)[0].numpy(), layers, greedy)
+
+
 def _compare(
-  folder: epath.Path,
+  theirs: Any,
+  answers: Sequence[_Answer],
   c_model: ml_collections.ConfigDict,
   params: PyTree,
   prompts: Sequence[Sequence[int]],
 ) -> Certificate:
   """Compares logits, outputs of each layer and, for causal models, greedy continuations."""
-  import torch
-  import transformers
-
-  auto = getattr(transformers, AUTO[auto_class(c_model)])
-  theirs = auto.from_pretrained(str(folder), dtype=torch.float32).eval()
   ours = transformer.Transformer(
     ml_collections.FrozenConfigDict(c_model.to_dict() | dict(dtype="float32", remat="none"))
   )
   logits, layers = forward(ours, params, prompts)
   figures, by_layer, greedy = [], [], []
-  for i, ids in enumerate(prompts):
-    with torch.no_grad():
-      out = theirs(torch.tensor([ids]), output_hidden_states=True)
+  for i, (ids, want) in enumerate(zip(prompts, answers, strict=True)):
     mine = logits[i] if c_model.head in POOLED else logits[i, : len(ids)]
-    figures.append(_distance(mine, answer(out, c_model.head)[0].numpy()))
-    hidden = [h[0].numpy() for h in out.hidden_states[1:]]
-    by_layer.append([_distance(a[i, : len(ids)], b) for a, b in zip(layers, hidden, strict=True)])
-    if auto_class(c_model) == "causal":
-      with torch.no_grad():
-        chosen = theirs.generate(
-          torch.tensor([ids]),
-          do_sample=False,
-          max_new_tokens=NEW,
-          eos_token_id=None,
-          pad_token_id=0,
-        )[0, len(ids) :].tolist()
-      mine = continuation(ours, params, ids)
-      greedy.append({"prompt": PROMPTS[i], "equal": mine == chosen, "ours": mine, "theirs": chosen})
+    figures.append(_distance(mine, want.logits))
+    by_layer.append(
+      [_distance(a[i, : len(ids)], b) for a, b in zip(layers, want.layers, strict=True)]
+    )
+    if want.greedy is not None:
+      made = continuation(ours, params, ids)
+      greedy.append(
+        {"prompt": PROMPTS[i], "equal": made == want.greedy, "ours": made, "theirs": want.greedy}
+      )
   out = {
     "architecture": type(theirs).__name__,
     "logits": _worst(figures),

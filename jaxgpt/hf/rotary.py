@@ -9,12 +9,12 @@ config.json keeps it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxgpt.hf.config_map import Entry, Fields, HfConfig, get, refuse
+from jaxgpt.hf.config_map import Entry, Fields, HfConfig, get, note, refuse
 
-# {rope_type: model.rope.scaling}. Of several spellings, the first is written.
+# {rope_type: model.rope.scaling}
 _KINDS = {
   "default": "none",
   "linear": "linear",
@@ -22,16 +22,20 @@ _KINDS = {
   "llama3": "llama3",
   "yarn": "yarn",
   "longrope": "longrope",
-  "su": "longrope",
 }
+# What Phi-3 makes of them: older files call its scaling 'su' or 'yarn'.
+PHI3_KINDS = {"default": "none", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
+DEFAULT_ONLY = {"default": "none"}
 
 
 def rope(
   theta: float = 10_000.0,
   theta_key: str = "rope_theta",
   local: tuple[str, float] | None = None,
-  kinds: tuple[str, ...] = tuple(_KINDS),
+  kinds: Mapping[str, str] = _KINDS,
   own_len: bool = False,
+  partial: bool = False,
+  scale_local: bool = False,
 ) -> Entry:
   """The fields of `model.rope`: base, rotated fraction of a head, scaling.
 
@@ -39,36 +43,41 @@ def rope(
     theta: Default of the base.
     theta_key: Old key of the base.
     local: Old key and default of the base in local layers. None: the same base as in global layers.
-    kinds: Values of `rope_type` that the family's code in transformers supports.
+    kinds: {`rope_type` that the family's code in transformers supports: `model.rope.scaling`}.
     own_len: Whether the original context is a key of config.json outside of the scaling (Phi-3).
+    partial: Whether the family's code in transformers reads `partial_rotary_factor`.
+    scale_local: Whether the old `rope_scaling` is for local layers too.
   """
 
   def read(hf: HfConfig) -> Fields:
-    given, sliding = _given(hf)
-    kind = given.get("rope_type", given.get("type", "default"))
+    given, sliding = _by_layer(hf, scale_local) if local else (_given(hf), {})
+    kind = _kind(given)
     if kind not in kinds:
       refuse("rope_type", kind, f"known are {', '.join(kinds)}")
-    share = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    scaling = kinds[kind]
+    _note_unread(hf, given, scaling)
     out = {
       "rope.theta": float(given.get("rope_theta") or hf.get(theta_key) or theta),
-      "rope.fraction": 1.0 if share is None else float(share),
-      "rope.scaling": _KINDS[kind],
-      **_READ[_KINDS[kind]](given, hf),
+      "rope.fraction": _fraction(hf, given, partial),
+      "rope.scaling": scaling,
+      **_READ[scaling](given, hf),
     }
+    if own_len:
+      hf.get("original_max_position_embeddings")  # it has no effect without a scaling
     if local:
-      if sliding.get("rope_type", "default") != "default":
-        refuse("rope_type", sliding["rope_type"], "layers within a window have no scaling")
+      if _kind(sliding) != "default":
+        refuse("rope_type", _kind(sliding), "layers within a window have no scaling")
+      _fraction(hf, sliding, partial)
       out["rope.local_theta"] = float(sliding.get("rope_theta") or hf.get(local[0]) or local[1])
     return out
 
   def write(model: Fields) -> HfConfig:
-    kind = model["rope.scaling"]
     scaling = None
-    if kind != "none":
-      name = next(k for k, v in _KINDS.items() if v == kind)
-      scaling = {"rope_type": name, "type": name, **_WRITE[kind](model)}
+    if model["rope.scaling"] != "none":
+      name = next(k for k, v in _KINDS.items() if v == model["rope.scaling"])
+      scaling = {"rope_type": name, "type": name, **_WRITE[model["rope.scaling"]](model, own_len)}
     out = {theta_key: model["rope.theta"], "rope_scaling": scaling}
-    if model["rope.fraction"] != 1:
+    if model["rope.fraction"] != 1 and partial:
       out["partial_rotary_factor"] = model["rope.fraction"]
     if own_len:
       out["original_max_position_embeddings"] = model["rope.original_len"]
@@ -79,12 +88,52 @@ def rope(
   return Entry(read, write)
 
 
-def _given(hf: HfConfig) -> tuple[HfConfig, HfConfig]:
+def _kind(given: HfConfig) -> str:
+  return str(given.get("rope_type", given.get("type", "default")))
+
+
+def _given(hf: HfConfig) -> HfConfig:
+  """Returns the parameters of a family that has one set for all layers."""
+  given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+  nested = [key for key in _LAYERS if key in given]
+  if nested:
+    refuse("rope_parameters", nested[0], "this family has one set of them for all layers")
+  return given
+
+
+_LAYERS = ("full_attention", "sliding_attention")
+
+
+def _by_layer(hf: HfConfig, scale_local: bool) -> tuple[HfConfig, HfConfig]:
   """Returns the parameters of global layers and those of layers with a window."""
-  new = hf.get("rope_parameters") or {}
-  if "full_attention" in new or "sliding_attention" in new:
-    return new.get("full_attention") or {}, new.get("sliding_attention") or {}
-  return {**(hf.get("rope_scaling") or {}), **new}, {}
+  new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+  others = sorted(new.keys() - set(_LAYERS))
+  if others:
+    refuse("rope_parameters", others[0], f"this family has {' and '.join(_LAYERS)} there")
+  full, sliding = (new.get(key) or {} for key in _LAYERS)
+  return {**full, **old}, {**sliding, **(old if scale_local else {})}
+
+
+def _fraction(hf: HfConfig, given: HfConfig, partial: bool) -> float:
+  """Returns the rotated fraction of a head."""
+  share = given.get("partial_rotary_factor")
+  share = hf.get("partial_rotary_factor") if share is None else share
+  if share is None or share == 1:
+    return 1.0
+  if partial:
+    return float(share)
+  if _kind(given) != "default":
+    refuse("partial_rotary_factor", share, f"this family has none with rope_type={_kind(given)!r}")
+  note(hf, f"partial_rotary_factor={share} has no effect in this family: whole heads are rotated")
+  return 1.0
+
+
+def _note_unread(hf: HfConfig, given: HfConfig, scaling: str) -> None:
+  known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+  known |= {"original_max_position_embeddings", *_KEYS.get(scaling, ()), *_ALSO.get(scaling, ())}
+  extra = [f"{key}={value!r}" for key, value in given.items() if key not in known]
+  if extra:
+    note(hf, f"keys of the rotary scaling without a meaning here: {', '.join(extra)}")
 
 
 def _length(given: HfConfig, hf: HfConfig) -> int:
@@ -154,17 +203,23 @@ _KEYS = {  # {model.rope.scaling: {key of config.json: field}}
     "beta_fast": "rope.beta_fast",
     "beta_slow": "rope.beta_slow",
   },
-  "longrope": {
+  "longrope": _LONG
+  | {
     "attention_factor": "rope.attention_factor",
     "short_factor": "rope.short_factors",
     "long_factor": "rope.long_factors",
   },
 }
+_ALSO = {"yarn": ("mscale", "mscale_all_dim", "truncate")}  # read, but not written as they are
 
 
-def _writer(keys: dict[str, str]) -> Callable[[Fields], HfConfig]:
-  def write(model: Fields) -> HfConfig:
+def _writer(keys: dict[str, str]) -> Callable[[Fields, bool], HfConfig]:
+  def write(model: Fields, own_len: bool) -> HfConfig:
     values: dict[str, Any] = {theirs: model[ours] for theirs, ours in keys.items()}
+    if own_len:  # the length is elsewhere, and the factor follows from it
+      values.pop("original_max_position_embeddings", None)
+      if math.isclose(model["rope.factor"], model["max_len"] / model["rope.original_len"]):
+        values.pop("factor", None)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {k: v for k, v in values.items() if v is not None}
 
@@ -188,7 +243,7 @@ def latent_rope() -> Entry:
   plain = rope()
 
   def read(hf: HfConfig) -> Fields:
-    given, _ = _given(hf)
+    given = _given(hf)
     scale = (get(hf, "qk_nope_head_dim") + get(hf, "qk_rope_head_dim")) ** -0.5
     found = plain.read(hf)
     if found["rope.scaling"] != "none" and given.get("mscale_all_dim"):

@@ -59,7 +59,8 @@ def scan(folder: epath.PathLike) -> dict[str, Tensor]:
   """Lists the tensors of a model folder. Reads the headers alone.
 
   Args:
-    folder: Holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
+    folder: Holds `model.safetensors`, or `model.safetensors.index.json` and the files it names. If
+      it holds both, the first is read, as transformers does.
 
   Returns:
     {name: Tensor}.
@@ -70,7 +71,7 @@ def scan(folder: epath.PathLike) -> dict[str, Tensor]:
   """
   folder = epath.Path(folder)
   index = folder / INDEX
-  if not index.exists():
+  if (folder / SINGLE).exists() or not index.exists():
     if not (folder / SINGLE).exists():
       other = sorted(p.name for p in folder.glob("*.bin"))
       hint = (
@@ -102,6 +103,14 @@ def scan(folder: epath.PathLike) -> dict[str, Tensor]:
       "there; download the folder again"
     )
   return tensors
+
+
+def passed_over(folder: epath.Path) -> list[str]:
+  """Returns a note on weights in a model folder that `scan` does not read, or none."""
+  if not ((folder / SINGLE).exists() and (folder / INDEX).exists()):
+    return []
+  shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
+  return [f"{SINGLE} is read, as transformers does, and not {', '.join([INDEX, *shards[:3]])}"]
 
 
 def _header(path: epath.Path) -> dict[str, Tensor]:

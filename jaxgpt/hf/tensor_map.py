@@ -42,7 +42,9 @@ class TensorTemplate(NamedTuple):
   axis: int = 0  # along which the pieces are concatenated
   skip: int = 0  # unused entries along the axis before the first piece
   merged: bool = False  # the first two axes of the layouts are one axis in the file
-  when: tuple[str, ...] = ()  # exists for these heads, kinds of MLP, or 'normed'; (): always
+  when: tuple[str, ...] = ()  # exists for these facts, see `convert.publish`; (): always
+  instead: str = ""  # name that is read in place of `name` where the files have it
+  copies: str = ""  # name under which the tensor is written a second time, and ignored on reading
 
 
 # A group of templates, in the order of the table.

@@ -4,27 +4,9 @@ import ml_collections
 from etils import epath
 
 from jaxgpt import tree
-from jaxgpt.errors import UserError
-from jaxgpt.hf import config_map, convert, families, safetensors, weights
+from jaxgpt.hf import convert, model_folder, weights
 from jaxgpt.run import init_from, source_heads
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
-
-
-def read_family(folder: epath.Path) -> tuple[families.Family, config_map.HfConfig]:
-  """Reads the config.json of a folder in Hugging Face's format.
-
-  Returns:
-    The family, and config.json as a dict.
-
-  Raises:
-    UserError: There is no config.json, or its model is not supported.
-  """
-  if not (folder / "config.json").exists():
-    raise UserError(
-      f"{folder} holds no config.json; name a folder as transformers' save_pretrained writes it"
-    )
-  hf = init_from.read_config_json(folder)
-  return convert.read(hf)[0], hf
 
 
 class HuggingFaceSource:
@@ -36,7 +18,7 @@ class HuggingFaceSource:
 
   def inspect(self, folder: epath.Path) -> init_from.Inspected:
     """See `init_from.WeightSource`."""
-    c_model = convert.configured(convert.read(read_family(folder)[1])[1]).model
+    c_model = convert.configured(model_folder.read(folder).fields).model
     tokenizer = tokenizer_lib.load(folder) if tokenizer_lib.folder_of(folder) else None
     return init_from.Inspected(c_model, tokenizer)
 
@@ -44,23 +26,22 @@ class HuggingFaceSource:
     self, folder: epath.Path, c_model: ml_collections.ConfigDict, abstract: tree.PyTree
   ) -> init_from.Weights:
     """See `init_from.WeightSource`."""
-    family, hf = read_family(folder)
-    tensors = safetensors.scan(folder)
-    old = convert.configured(convert.read(hf)[1]).model
+    model = model_folder.read(folder)
+    old = convert.configured(model.fields).model
     other = lambda p: any(source_heads.passed_over(x.path, old, c_model) for x in p.pieces)
-    published = convert.publish(family, c_model, abstract, partly=True)
+    published = convert.publish(model.family, c_model, abstract, partly=True)
     published = [p for p in published if not (old.head == c_model.head and other(p))]
-    found = convert.find(family, published, tensors, c_model.tie_embeddings)
+    found = convert.find(model.family, c_model, published, model.tensors, model.says_tied)
     # A parameter that is stacked over layers is initialized if the files have none of its layers.
     # It is an error if they have some of them.
     paths = lambda published: {piece.path for p in published for piece in p.pieces}
     torn = paths(found.missing) & paths(p for p, _ in found.matched)
     found = found._replace(missing=[p for p in found.missing if paths([p]) & torn], extra=[])
-    convert.check(found, tensors, folder)
+    convert.check(found, model.tensors, folder)
     used = {id(tensor) for _, tensor in found.matched}
     return init_from.Weights(
       weights.load(found.matched, abstract),
-      [name for name, tensor in tensors.items() if id(tensor) not in used],
+      [name for name, tensor in model.tensors.items() if id(tensor) not in used],
     )
 
 

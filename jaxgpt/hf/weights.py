@@ -199,7 +199,7 @@ def save(
     Names of the files.
   """
   leaves = tree.flatten(params)
-  by_name = {p.name: p for p in published}
+  by_name = {p.name: p for p in published} | {p.copies: p for p in published if p.copies}
 
   def array_of(entry: safetensors.Entry) -> np.ndarray:
     p = by_name[entry.name]
@@ -208,7 +208,7 @@ def save(
       pieces.insert(0, np.zeros_like(np.take(pieces[0], range(p.pieces[0].start), p.axis)))
     return np.concatenate(pieces, p.axis).reshape(p.shape).astype(entry.dtype)
 
-  entries = [safetensors.Entry(p.name, p.shape, DTYPES[dtype]) for p in published]
+  entries = [safetensors.Entry(name, p.shape, DTYPES[dtype]) for name, p in by_name.items()]
   return safetensors.write(folder, entries, array_of, shard_bytes)
 
 

@@ -241,6 +241,7 @@ class Sampler:
     sampling.check()
     run, tokenizer = self._run, self._run.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    tokenizer.check_rows(ids, run.c.model.vocab_size)
     if len(ids) >= self._context:
       raise UserError(
         f"the prompt has {len(ids)} tokens, the model's context {self._context} "

@@ -131,20 +131,23 @@ class Norm(Module):
   Attributes:
     kind: 'layernorm' or 'rmsnorm'.
     size: Size of the last axis.
+    eps: Added to the variance. None: `model.norm_eps`.
   """
 
   kind: str
   size: int
+  eps: float | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalizes an array of shape [..., size]."""
     cfg = self.cfg
     scale = self.vector("scale", (self.size,), ("norm",), 1.0)
+    eps = cfg.norm_eps if self.eps is None else self.eps
     if self.kind == "rmsnorm":
-      return ops.rms_norm(x, scale, cfg.norm_eps)
+      return ops.rms_norm(x, scale, eps)
     bias = self.vector("bias", (self.size,), ("norm",)) if cfg.bias else None
-    return ops.layer_norm(x, scale, bias, cfg.norm_eps)
+    return ops.layer_norm(x, scale, bias, eps)
 
 
 class MLP(Module):

@@ -153,11 +153,11 @@ class Attention(Module):
     x_BTC = x_BTD
     if lat.q_rank:
       x_BTC = down("q_down", x_BTD, (D, lat.q_rank))
-      x_BTC = Norm(cfg, "rmsnorm", lat.q_rank, name="q_down_norm")(x_BTC)
+      x_BTC = Norm(cfg, "rmsnorm", lat.q_rank, lat.norm_eps, name="q_down_norm")(x_BTC)
     q_axis = "rank" if lat.q_rank else "embed"
     q = self._heads("q", x_BTC, ("heads", N, cfg.head_dim), key, q_axis)
     compressed = down("kv_down", x_BTD, (D, lat.kv_rank + R))
-    norm = Norm(cfg, "rmsnorm", lat.kv_rank, name="kv_down_norm")
+    norm = Norm(cfg, "rmsnorm", lat.kv_rank, lat.norm_eps, name="kv_down_norm")
     latent_BTC = norm(compressed[..., : lat.kv_rank])
     shared_key = rope.rotate(compressed[..., None, lat.kv_rank :], *here.rotary)
     q = jnp.concatenate([q[..., :plain], rope.rotate(q[..., plain:], *here.rotary)], -1)

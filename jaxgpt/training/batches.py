@@ -32,7 +32,8 @@ def load_tokenizer_and_config(
     (tokenizer, resolved config).
 
   Raises:
-    UserError: `data.path` is not set, or the tokenizer has more ids than `model.vocab_size`.
+    UserError: `data.path` is not set, or the tokenizer has more ids than `model.vocab_size`, added
+      tokens excepted. Batches that use one of those are refused.
   """
   if not c.data.path:
     raise UserError(
@@ -42,11 +43,13 @@ def load_tokenizer_and_config(
   first = pipeline.check_sources(c.data.path)[0]
   tokenizer = tokenizer_lib.load(epath.Path(first) / "tokenizer")
   c = config.resolve(c, vocab_size=tokenizer.vocab_size)
-  if tokenizer.vocab_size > c.model.vocab_size:
+  try:
+    tokenizer.ids_beyond(c.model.vocab_size)
+  except UserError as e:
     raise UserError(
       f"model.vocab_size={c.model.vocab_size} is smaller than the "
-      f"{tokenizer.vocab_size} ids of the tokenizer in data.path={c.data.path!r}"
-    )
+      f"{tokenizer.vocab_size} ids of the tokenizer in data.path={c.data.path!r}; raise it"
+    ) from e
   return tokenizer, c
 
 

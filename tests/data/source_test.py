@@ -142,3 +142,15 @@ def test_a_damaged_folder_names_the_file_and_the_way_out(tmp_path, damage, messa
   with pytest.raises(UserError, match=message) as e:
     source.open_split(tmp_path / "data", "train")
   assert "run `jaxgpt data`" in str(e.value)
+
+
+def test_a_token_without_a_row_in_the_embedding_is_an_error_that_names_the_document(folder):
+  path, stored = folder
+  s = source.open_split(path, "train")
+  s.rows = 259
+  s.read_many(range(len(stored)), [0] * len(stored), [2] * len(stored))
+  s.rows = int(stored[1].max())  # one too few
+  with pytest.raises(
+    UserError, match=rf"(?s)document 1 .* uses token {s.rows}, .* vocab_size={s.rows}"
+  ):
+    s.read(1, 0, len(stored[1]))

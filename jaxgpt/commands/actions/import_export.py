@@ -7,20 +7,23 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 from etils import epath
 
 from jaxgpt import config, tree
 from jaxgpt.errors import UserError
-from jaxgpt.hf import adapters, convert, parity, safetensors, weight_source, weights
+from jaxgpt.hf import adapters, convert, model_folder, parity, safetensors, weights
 from jaxgpt.hf import tokenizer as hf_tokenizer
+from jaxgpt.hf.families import Family
 from jaxgpt.inference import load
 from jaxgpt.model import lora
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import label_names, run_folder
 from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
+from jaxgpt.training import build
 
 CONTEXT = 2048  # default limit of the rows that an imported run evaluates and samples
 
@@ -32,11 +35,77 @@ class Imported(NamedTuple):
     family: The model's family, its `model_type`.
     parameters: Their number.
     bytes: Bytes of the tensors in the files.
+    notes: Sentences on what was not read, or not as config.json says.
+    certificate: The comparison with transformers, or None if none was asked for.
   """
 
   family: str
   parameters: int
   bytes: int
+  notes: list[str]
+  certificate: parity.Certificate | None
+
+
+class ReadModel(NamedTuple):
+  """A published model with its weights on the devices.
+
+  Attributes:
+    c: The config of a run with this model.
+    mesh: The device mesh.
+    parts: The model.
+    params: Its weights.
+    source: The folder that it was read from.
+  """
+
+  c: ml_collections.ConfigDict
+  mesh: jax.sharding.Mesh
+  parts: build.Parts
+  params: tree.PyTree
+  source: model_folder.ModelFolder
+
+
+def read_model(
+  folder: epath.PathLike,
+  *,
+  dtype: str = "float32",
+  seq_len: int | None = None,
+  labels: Sequence[str] = (),
+) -> ReadModel:
+  """Reads a model in Hugging Face's format.
+
+  Checks the architecture and the name and shape of each tensor before it reads any weights.
+
+  Args:
+    folder: Holds config.json and safetensors files.
+    dtype: The config's `model.dtype`. Parameters are float32.
+    seq_len: The config's `data.seq_len`. None: the model's context, at most `CONTEXT`.
+    labels: As in `import_model`.
+
+  Raises:
+    UserError: Something is not supported, missing or left over.
+  """
+  source = model_folder.read(epath.Path(folder))
+  if labels:
+    if source.fields["head"] != "classifier":
+      raise UserError(f"labels={','.join(labels)}: the model is no classifier; leave labels out")
+    source.fields["label_names"] = tuple(labels)
+  c = convert.configured(
+    source.fields,
+    model__preset=source.family.model_type,
+    model__dtype=dtype,
+    init_from=str(folder),
+    data__seq_len=seq_len or min(source.fields["max_len"], CONTEXT),
+  )
+  mesh, parts = load.place(c)
+  abstract = parts.state["params"]
+  published = convert.publish(source.family, c.model, abstract)
+  match = convert.find(source.family, c.model, published, source.tensors, source.says_tied)
+  convert.check(match, source.tensors, source.folder)
+  if match.passed_over:
+    names = ", ".join(match.passed_over[:3]) + (" …" if len(match.passed_over) > 3 else "")
+    source.notes.append(f"{len(match.passed_over)} tensors are not part of the model: {names}")
+  params = weights.complete(weights.load(match.matched, abstract), abstract)
+  return ReadModel(c, mesh, parts, params, source)
 
 
 def import_model(
@@ -47,10 +116,9 @@ def import_model(
   seq_len: int | None = None,
   tokenizer: epath.PathLike | None = None,
   labels: Sequence[str] = (),
+  certify: bool = False,
 ) -> Imported:
   """Makes a run folder at step 0 from a model in Hugging Face's format.
-
-  Checks the architecture and the name and shape of each tensor before it reads any weights.
 
   Args:
     source: Folder with config.json, safetensors files and the tokenizer's files.
@@ -59,52 +127,50 @@ def import_model(
     seq_len: The run's `data.seq_len`. None: the model's context, at most `CONTEXT`.
     tokenizer: File or folder of a tokenizer, if `source` has none.
     labels: Names of a classifier's classes in the order of its outputs, instead of id2label.
+    certify: Compare with transformers first, and write the certificate into the run folder.
 
   Raises:
-    UserError: Something is not supported, missing, left over, or in the way.
+    UserError: Something is not supported, missing, left over, or in the way. With `certify` also if
+      transformers is not installed or gives other outputs. Then there is no run folder.
   """
-  source, folder = epath.Path(source), epath.Path(folder)
-  family, hf = weight_source.read_family(source)
-  _, found = convert.read(hf)
-  if labels:
-    if found["head"] != "classifier":
-      raise UserError(f"labels={','.join(labels)}: the model is no classifier; leave labels out")
-    found["label_names"] = tuple(labels)
-  c = convert.configured(
-    found,
-    model__preset=family.model_type,
-    model__dtype=dtype,
-    init_from=str(source),
-    data__seq_len=seq_len or min(found["max_len"], CONTEXT),
-  )
-  tensors = safetensors.scan(source)
-  device_mesh, parts = load.place(c)
-  abstract = parts.state["params"]
-  match = convert.find(
-    family, convert.publish(family, c.model, abstract), tensors, c.model.tie_embeddings
-  )
-  convert.check(match, tensors, source)
-  tokens = load_tokenizer(source, tokenizer, c.model.vocab_size)
+  folder = epath.Path(folder)
+  if certify:
+    parity.need()
+  model = read_model(source, dtype=dtype, seq_len=seq_len, labels=labels)
+  c = model.c
+  tokens, notes = load_tokenizer(model.source.folder, tokenizer, c.model.vocab_size)
+  certificate = None
+  if certify:
+    certificate = parity.certify(model.source.folder, c.model, model.params, tokens, "their dtype")
+    if problems := parity.problems(certificate):
+      raise UserError(f"--from={source}: {problems[0]}; no run was made")
   origin = {
-    key: "config.json" if key.removeprefix("model.") in found else "base"
+    key: "config.json" if key.removeprefix("model.") in model.source.fields else "base"
     for key in config.flatten(c)
   }
-  run_folder.enter(folder, c, origin, device_mesh, "", tokens)
-  largest = max(leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(abstract).values())
+  run_folder.enter(folder, c, origin, model.mesh, "", tokens)
+  sizes = [leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(model.params).values()]
   checkpoints = checkpoints_lib.Checkpoints(
-    folder / run_folder.CHECKPOINTS, writing_gb=(largest + 1e6) / 1e9
+    folder / run_folder.CHECKPOINTS, writing_gb=(max(sizes) + 1e6) / 1e9
   )
   if checkpoints.latest() is not None:
     raise UserError(f"--workdir={folder} holds this model already; choose another folder")
-  params = weights.complete(weights.load(match.matched, abstract), abstract)
-  checkpoints.save({"step": np.int32(0), "nonfinite_step": np.int32(-1), "params": params})
+  checkpoints.save({"step": np.int32(0), "nonfinite_step": np.int32(-1), "params": model.params})
   checkpoints.close()
-  return Imported(family.model_type, tree.count(params), sum(t.nbytes for t in tensors.values()))
+  if certificate:
+    parity.write(folder, certificate)
+  return Imported(
+    model.source.family.model_type,
+    tree.count(model.params),
+    sum(t.nbytes for t in model.source.tensors.values()),
+    [*model.source.notes, *notes],
+    certificate,
+  )
 
 
 def load_tokenizer(
   source: epath.PathLike, other: epath.PathLike | None, vocab_size: int
-) -> tokenizer_lib.Tokenizer:
+) -> tuple[tokenizer_lib.Tokenizer, list[str]]:
   """Loads the tokenizer of a published model.
 
   Args:
@@ -112,19 +178,27 @@ def load_tokenizer(
     other: File or folder to load instead, or None.
     vocab_size: Rows of the model's embedding.
 
+  Returns:
+    The tokenizer, and a note if it has added tokens without a row.
+
   Raises:
-    UserError: There is none, or it has more ids than the embedding has rows.
+    UserError: There is none, or ids of its base vocabulary have no row in the embedding.
   """
   try:
     tokens = tokenizer_lib.load(other or source)
   except UserError as e:
     raise UserError(f"{e}; name another with --tokenizer=PATH") from e
-  if tokens.vocab_size > vocab_size:
-    raise UserError(
-      f"the tokenizer in {other or source} has {tokens.vocab_size} ids, the model {vocab_size} "
-      "rows of its embedding; name another with --tokenizer=PATH"
-    )
-  return tokens
+  try:
+    beyond = tokens.ids_beyond(vocab_size)
+  except UserError as e:
+    raise UserError(f"{other or source}: {e}; name another with --tokenizer=PATH") from e
+  if not beyond:
+    return tokens, []
+  names = ", ".join(sorted(beyond, key=beyond.__getitem__)[:3])
+  return tokens, [
+    f"the model has no row for {len(beyond)} added tokens of its tokenizer ({names}): text that "
+    "uses them is refused"
+  ]
 
 
 class Exported(NamedTuple):
@@ -173,10 +247,7 @@ def export_run(
   c = run.c.copy_and_resolve_references()
   c.model.label_names = label_names.of_run(c, run.data_digest)
   with _whole(out) as part:
-    published = convert.publish(found, c.model, run.params)
-    if c.model.head in ("pooler", "none"):  # the bare model's names have no prefix
-      published = [p._replace(name=p.name.removeprefix(found.prefix)) for p in published]
-    files = weights.save(part, published, run.params, dtype, shard_bytes)
+    files = write_weights(part, found, c.model, run.params, dtype, shard_bytes)
     ids = dict(
       bos_token_id=run.tokenizer.bos_id,
       eos_token_id=run.tokenizer.eos_id,
@@ -191,12 +262,36 @@ def export_run(
     for name, data in of_tokenizer.items():
       (part / name).write_bytes(data)
     files += ["config.json", "generation_config.json", *of_tokenizer]
-    certificate = parity.certify(
-      part, c.model, weights.rounded(run.params, dtype), run.tokenizer, dtype, certify
-    )
-    certificate["tokenizer"]["why_not"] = why_not
-    parity.write(part, certificate)
+  # The folder is complete. Whatever happens in the comparison, it stays.
+  params = weights.rounded(run.params, dtype)
+  certificate = parity.certify(out, c.model, params, run.tokenizer, dtype, certify)
+  certificate["tokenizer"]["why_not"] = why_not
+  parity.write(out, certificate)
   return Exported(found.model_type, [*files, parity.JSON, parity.TEXT], certificate)
+
+
+def write_weights(
+  folder: epath.Path,
+  family: Family,
+  c_model: ml_collections.ConfigDict,
+  params: tree.PyTree,
+  dtype: str = "float32",
+  shard_bytes: int = 5 << 30,
+) -> list[str]:
+  """Writes a model's tensors under the names of a family. Returns the names of the files.
+
+  Args:
+    folder: An empty folder.
+    family: The family.
+    c_model: The resolved `model` section.
+    params: The weights, without adapters.
+    dtype: Dtype of the tensors, a key of `weights.DTYPES`.
+    shard_bytes: Largest size of a file.
+  """
+  published = convert.publish(family, c_model, params)
+  if c_model.head in ("pooler", "none"):  # the bare model's names have no prefix
+    published = [p._replace(name=p.name.removeprefix(family.prefix)) for p in published]
+  return weights.save(folder, published, params, dtype, shard_bytes)
 
 
 def export_adapter(

@@ -183,6 +183,14 @@ LATENT = Section(
       unset="`model.head_dim`",
       interval=AT_LEAST_1,
     ),
+    norm_eps=Key(
+      None,
+      "Added to the variance in the norms of the latents.",
+      value_type=float,
+      derive=lambda c: c.model.norm_eps,
+      unset="`model.norm_eps`",
+      interval=ABOVE_0,
+    ),
   ),
   needs=above_0("model.latent.kv_rank"),
 )

@@ -102,6 +102,38 @@ class Tokenizer(abc.ABC):
     pieces = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
     return [piece for piece in pieces if piece]
 
+  def ids_beyond(self, rows: int) -> dict[str, int]:
+    """The added tokens whose ids have no row in a model's embedding, as {name: id}.
+
+    Published tokenizers may have a few, which the model was never trained on (Gemma 3).
+
+    Args:
+      rows: Rows of the embedding.
+
+    Raises:
+      UserError: A token of the base vocabulary has no row either, or one that every text needs.
+    """
+    beyond = {name: i for name, i in self._added().items() if i >= rows}
+    needed = {self.bos_id, self.eos_id} & set(beyond.values())
+    if self.vocab_size - rows > len(set(beyond.values())) or needed:
+      raise UserError(
+        f"the tokenizer has {self.vocab_size} ids, the model {rows} rows of its embedding"
+      )
+    return beyond
+
+  def check_rows(self, ids: ArrayLike, rows: int) -> None:
+    """Raises a UserError if one of the ids has no row in a model's embedding."""
+    largest = int(np.max(ids, initial=-1))
+    if largest >= rows:
+      raise UserError(
+        f"the text uses the token {self.decode([largest], specials=True)!r} (id {largest}), for "
+        f"which the model has no row of its embedding (model.vocab_size={rows}); remove it"
+      )
+
+  def _added(self) -> dict[str, int]:
+    """{name: id} of the tokens that were added to the base vocabulary."""
+    return self.special_ids
+
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Encodes texts to int32 arrays, without bos and eos, on `threads()` threads."""

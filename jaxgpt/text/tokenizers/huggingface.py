@@ -110,6 +110,10 @@ class HuggingFaceTokenizer(base.Tokenizer):
         out[i] = self._spelled_out(texts[i])
     return out
 
+  def _added(self) -> dict[str, int]:
+    added = self._inner.get_added_tokens_decoder()
+    return {token.content: i for i, token in added.items()} | self.special_ids
+
   def _spelled_out(self, text: str) -> np.ndarray:
     """Encodes a text that contains the name of a special token.
 
