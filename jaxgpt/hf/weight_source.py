@@ -18,7 +18,7 @@ class HuggingFaceSource:
 
   def inspect(self, folder: epath.Path) -> init_from.Inspected:
     """See `init_from.WeightSource`."""
-    c_model = convert.configured(model_folder.read(folder).fields).model
+    c_model = convert.configured(model_folder.read_config(folder).fields).model
     tokenizer = tokenizer_lib.load(folder) if tokenizer_lib.folder_of(folder) else None
     return init_from.Inspected(c_model, tokenizer)
 

@@ -15,7 +15,7 @@ import pytest
 from jaxgpt import config
 from jaxgpt.commands.actions import import_export
 from jaxgpt.errors import UserError
-from jaxgpt.hf import parity, weights
+from jaxgpt.hf import config_map, parity, weights
 from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.inference import load
 from jaxgpt.run import init_from
@@ -389,6 +389,32 @@ def test_export_in_bfloat16_and_in_shards(llama, tmp_path, corpus):
     import_export.export_run(tmp_path / "run", tmp_path / "gpt2", family="gpt2")
   with pytest.raises(UserError, match="imported model; train it in another --workdir"):
     loop.train(train_config(load.load(tmp_path / "run"), corpus, ""), tmp_path / "run", {})
+
+
+def test_an_import_is_checked_and_an_export_outlives_its_check(
+  llama, tmp_path, corpus, monkeypatch
+):
+  """Outputs that differ leave no run. What transformers raises leaves the exported folder."""
+  run, out = tmp_path / "run", tmp_path / "out"
+  monkeypatch.setitem(config_map.ACTIVATIONS, "silu", "gelu")
+  with pytest.raises(
+    UserError, match=r"outputs differ from transformers' by .* from layer 0 on; no"
+  ):
+    import_export.import_model(llama[0], run, tokenizer=corpus, certify=True)
+  assert not run.exists()
+  monkeypatch.undo()
+  done = import_export.import_model(llama[0], run, tokenizer=corpus, certify=True)
+  assert done.certificate["logits"]["max_abs"] < 1e-5
+  assert json.loads((run / parity.JSON).read_text())["greedy"]["equal"]
+
+  def fail(*args, **kwargs):
+    raise KeyError("something of theirs\nand more")
+
+  monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+  certificate = import_export.export_run(run, out).certificate
+  (problem,) = parity.problems(certificate)
+  assert problem.startswith("transformers raised KeyError: 'something of theirs")
+  assert (out / "model.safetensors").exists() and "raised" in (out / parity.TEXT).read_text()
 
 
 def test_starting_from_part_of_a_model(llama, tmp_path, corpus, capsys):

@@ -17,19 +17,18 @@ from tests.hf import variants  # noqa: E402
 KNOWN = {
   "llama-tied-other-head": "",
   "llama-stale-shards": "",
-  "llama-rope-partial": "",
-  "llama-longrope-named": "",
+  "llama-rope-longrope": "",
   "bert-untied": "",
   "bert-no-pooler": "",
   "gemma2-act-gelu": "",
   "modernbert-global": "",
-  "camembert": "",
-  "deepseek_v3-moonlight": "",
   "llama-int8-one": "mlp.up_proj.weight is int8, a quantized weight: convert it to bfloat16",
   "modernbert-head-silu": "classifier_activation='silu' is not supported: hidden_activation='gelu'",
   "llama-adapter": "holds adapter_config.json",
   "qwen2-types-unused": "layer_types='sliding_attention' is not supported: use_sliding_window",
 }
+# transformers 5 does not load these either, version 4 did.
+OLD = {"phi3-old-su", "gemma2-null-activation", "gemma3-null-activation"}
 BY_NAME = {variant.name: variant for variant in variants.VARIANTS}
 
 
@@ -44,7 +43,7 @@ def test_what_was_wrong_is_equal_or_refused(name, tmp_path):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_variant_is_equal_or_refused_by_name(name, tmp_path):
   found = variants.outcome(BY_NAME[name], tmp_path)
-  assert found.kind in ("equal", "refused"), found.message
+  assert found.kind in ("equal", "refused", *(["invalid"] if name in OLD else [])), found.message
   if found.kind == "refused":  # by a key of config.json, a tensor, a file, or a field of `model`
     assert re.search(
       r"config\.json: |model\.\w+|\.weight|\.bias|_config\.json|safetensors", found.message

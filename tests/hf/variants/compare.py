@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from jaxgpt.commands.actions import import_export
 from jaxgpt.errors import UserError
-from jaxgpt.hf import convert
+from jaxgpt.hf import convert, parity
 
 PROMPT = [3, 40, 41, 9, 17, 60, 5, 33, 2, 50, 21, 7]
 NEAR = 1e-5  # of the largest value
@@ -67,17 +67,12 @@ def save(variant: Variant, folder: pathlib.Path) -> None:
     variant.files(folder)
 
 
-def theirs(variant: Variant, folder: pathlib.Path) -> np.ndarray:
-  """The outputs of transformers."""
+def theirs(variant: Variant, folder: pathlib.Path, head: str) -> np.ndarray:
+  """The outputs of transformers. `head` is our model's."""
   cls = getattr(transformers, variant.load or variant.cls)
   model = cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
   with torch.no_grad():
-    out = model(torch.tensor([PROMPT]))
-  if hasattr(out, "logits"):
-    return out.logits[0].numpy()
-  return (out.last_hidden_state if out.get("pooler_output") is None else out.pooler_output)[
-    0
-  ].numpy()
+    return parity.answer(model(torch.tensor([PROMPT])), head)[0].numpy()
 
 
 def ours(model: import_export.ReadModel) -> np.ndarray:
@@ -111,7 +106,7 @@ def outcome(variant: Variant, folder: pathlib.Path) -> Outcome:
     return Outcome("refused", str(e))
   mine = ours(model)
   try:
-    want = theirs(variant, folder / "theirs")
+    want = theirs(variant, folder / "theirs", model.c.model.head)
   except Exception as e:  # whatever transformers raises for a folder that it does not take
     return Outcome("invalid", f"{type(e).__name__}: {e}"[:300])
   if (off := _distance(mine, want)) > NEAR:
@@ -122,7 +117,7 @@ def outcome(variant: Variant, folder: pathlib.Path) -> Outcome:
   ]
   if kinds[0] != kinds[1]:
     return Outcome("different", f"{kinds[0]} is exported as {kinds[1]}")
-  if (back := _distance(mine, theirs(variant, folder / "back"))) > NEAR:
+  if (back := _distance(mine, theirs(variant, folder / "back", model.c.model.head))) > NEAR:
     return Outcome("different", f"{back:.1e} after export")
   return Outcome("equal", f"{off:.1e}, {back:.1e} after export")
 
