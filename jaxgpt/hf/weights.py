@@ -97,7 +97,7 @@ def _array(leaf: jax.ShapeDtypeStruct, sources: Sequence[_Source]) -> jax.Array:
   for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
     bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
     devices.setdefault(bounds, []).append(device)
-  shards = []
+  shards: list[jax.Array] = []
   for bounds, copies in devices.items():
     shape = tuple(b - a for a, b in bounds)
     # A small shard is put together on the host. A large one is filled block by block on the device,

@@ -151,6 +151,6 @@ def test_a_token_without_a_row_in_the_embedding_is_an_error_that_names_the_docum
   s.read_many(range(len(stored)), [0] * len(stored), [2] * len(stored))
   s.rows = int(stored[1].max())  # one too few
   with pytest.raises(
-    UserError, match=rf"(?s)document 1 .* uses token {s.rows}, .* vocab_size={s.rows}"
+    UserError, match=rf"(?s)document 1 .* uses token {s.rows}, .*vocab_size={s.rows}"
   ):
     s.read(1, 0, len(stored[1]))
