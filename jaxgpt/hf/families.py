@@ -124,17 +124,11 @@ def _llama_like(kind: str, cls: str, *config: Entry, eps: float = 1e-6, act: str
   """A decoder with Llama's tensors, entries of its own (`config`) and constants (`fields`)."""
   fixed = dict(norm="rmsnorm", position="rotary", gated=True, causal=True) | fields
   return Family(
-<<<<<<< HEAD
       kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE,
                          f"{cls}ForSequenceClassification": _SCORE}), ours(**fixed), _SIZES,
-             _KV_HEADS, same("rms_norm_eps", "norm_eps", eps), activation("hidden_act", act),
-             same("tie_word_embeddings", "tie_embeddings", tied), *config),
-=======
-      kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE}), ours(**fixed), _SIZES,
              _kv_heads(kv_heads), same("rms_norm_eps", "norm_eps", eps),
              activation("hidden_act", act), same("tie_word_embeddings", "tie_embeddings", tied),
              *config),
->>>>>>> f897192 (Import: transformers is followed with a note, or the folder is refused by name; --check; exports keep their folder)
       flat(_EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _FINAL, _HEAD), ignored=(_FREQUENCIES,))
 
 
@@ -302,14 +296,6 @@ def _every(hf: HfConfig, n: int) -> list[str]:
 
 
 def _gemmas() -> tuple[Family, ...]:
-<<<<<<< HEAD
-  caps = lambda final, attention: (
-      _final_cap(final),
-      _optional("attn_logit_softcapping", "attn_softcap", attention))
-  three = lambda hf: _every(hf, hf.get("sliding_window_pattern")
-                            or hf.get("_sliding_window_pattern") or 6)
-=======
-  cap = lambda default: _optional("final_logit_softcapping", "logit_softcap", default)
   # Their masks need a window even if no layer has one.
   window = WindowKey(4096, nullable=False)
 
@@ -319,19 +305,18 @@ def _gemmas() -> tuple[Family, ...]:
       refuse("_sliding_window_pattern", other, f"transformers reads sliding_window_pattern={each}")
     return _every(hf, each)
 
->>>>>>> f897192 (Import: transformers is followed with a note, or the folder is refused by name; --check; exports keep their folder)
   return (
       _gemma("gemma", "GemmaForCausalLM", "GemmaModel", _GEMMA_NORMS,
              old_gemma_activation(), rope()),
       _gemma("gemma2", "Gemma2ForCausalLM", "Gemma2Model", _GEMMA2_NORMS,
              activation("hidden_activation", "gelu_pytorch_tanh"), rope(),
-             _ATTN_SCALE, cap(30.0), _optional("attn_logit_softcapping", "attn_softcap", 50.0),
+             _ATTN_SCALE, _final_cap(30.0), _optional("attn_logit_softcapping", "attn_softcap", 50.0),
              layer_types(lambda hf: _every(hf, 2), window),
              norm_placement="both"),
       _gemma("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextModel",
              (_GEMMA2_NORMS, _GEMMA3_QK_NORM),
              activation("hidden_activation", "gelu_pytorch_tanh"),
-             rope(1e6, local=("rope_local_base_freq", 10_000.0)), _ATTN_SCALE, cap(None),
+             rope(1e6, local=("rope_local_base_freq", 10_000.0)), _ATTN_SCALE, _final_cap(None),
              must("attn_logit_softcapping", None),  # transformers does not apply it
              layer_types(three, window), norm_placement="both", qk_norm="head"))
 
