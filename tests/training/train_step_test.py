@@ -349,3 +349,42 @@ def test_an_average_says_how_much_of_it_are_the_initial_weights():
   assert train_step.ema_note(c, 50) == ""
   c.ema = 0.0
   assert train_step.ema_note(c, 1) == ""
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_the_average_goes_on_exactly_from_a_saved_state(debias):
+  """Of a quadratic, whose weights go from 1 towards 3: the average has or lacks the first weight."""
+  c = config.base()
+  c.optim.update(dict(ema=0.9, ema_debias=debias, lr=1.0, clip_norm=0.0))
+
+  def objective(params, frozen, batch, key):
+    loss = ((params["w"] - batch["target"]) ** 2).sum()
+    return loss, jnp.float32(1), {"nll": loss}
+
+  tx = optax.sgd(0.1)
+  step = jax.jit(train_step.make(objective, tx, lambda step: 1.0, c))
+  params = {"w": jnp.array([1.0, 5.0])}
+  start = {
+    "step": jnp.int32(0),
+    "params": params,
+    "opt": tx.init(params),
+    "nonfinite_step": jnp.int32(-1),
+    "ema": jax.tree.map(jnp.copy, params),
+  }
+  batch = {"target": jnp.array([3.0, 3.0]), "segment_ids": jnp.array([[1, 1, 0]])}
+  states = [start]
+  for _ in range(6):
+    state, metrics = step(states[-1], batch)
+    states.append(state)
+  assert metrics["tokens_read"] == 2 and metrics["tokens"] == 1
+  seen = np.stack([state["params"]["w"] for state in states])
+  weights = 0.9 ** np.arange(6)[::-1]
+  if debias:
+    want = (weights[:, None] * seen[1:]).sum(0) / weights.sum()
+  else:
+    want = 0.9**6 * seen[0] + 0.1 * (weights[:, None] * seen[1:]).sum(0)
+  np.testing.assert_allclose(states[-1]["ema"]["w"], want, rtol=1e-6)
+  again = jax.tree.map(lambda x: jnp.array(np.asarray(x)), states[3])  # as from a checkpoint
+  for _ in range(3):
+    again, _ = step(again, batch)
+  jax.tree.map(np.testing.assert_array_equal, again, states[-1])
