@@ -214,7 +214,8 @@ def test_classes_are_numbered_by_the_names_of_the_model(tmp_path):
   for folder in both.sources:
     split, by_text = folder.split, dict(rows)
     for doc, label in enumerate(split.labels):
-      text = bytes(split.read(doc, 1, int(split.lengths[doc]) - 1) - 3).decode()
+      ids = split.read(doc, 1, int(split.lengths[doc]) - 1)
+      text = (ids - 3).astype(np.uint8).tobytes().decode()
       assert names[int(label)] == by_text[text]
   with pytest.raises(UserError, match="classes bad, good, so-so, but the model has good, bad"):
     make(label_names=("good", "bad"))
