@@ -353,7 +353,7 @@ def test_an_average_says_how_much_of_it_are_the_initial_weights():
 
 @pytest.mark.parametrize("debias", [False, True])
 def test_the_average_goes_on_exactly_from_a_saved_state(debias):
-  """Of a quadratic, whose weights go from 1 towards 3: the average has or lacks the first weight."""
+  """Of a quadratic, whose weights go from 1 to 3: the average has or lacks the first weights."""
   c = config.base()
   c.optim.update(dict(ema=0.9, ema_debias=debias, lr=1.0, clip_norm=0.0))
 
