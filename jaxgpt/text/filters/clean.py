@@ -57,6 +57,9 @@ class Cleaner:
       rewrite texts also clean the strings there, except labels and the roles of messages. Steps
       that judge look at `text`.
     """
+    if not self._steps:
+      yield from documents
+      return
     for document in documents:
       left: Document | None = document
       for step in self._steps:

@@ -9,6 +9,7 @@ reads no file that came from somewhere else.
 """
 
 import hashlib
+import itertools
 import pathlib
 import pickle
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from jaxgpt.text.readers.documents import Document
 INDEX = np.dtype([("key", "<u8"), ("digest", "<u8", (2,)), ("bytes", "<u8")])
 _BLOCK_BYTES = 1 << 18
 _READ_BLOCKS = 8
+_LONG_BLOCK = 1 << 20  # bytes of text: such a block is read on its own
 _WRITER_OPTIONS = "group_size:1,zstd:1"
 _READER_OPTIONS = "readahead_buffer_size:0"
 
@@ -45,31 +47,41 @@ class Writer:
     self._index: list[np.ndarray] = []  # of the blocks written
     self._ends = [0]
     self._block: list[tuple] = []
-    self._block_index: list[tuple] = []
+    self._hashes: list[bytes] = []  # of the block's documents: salted SHA-256 of their texts
+    self._sizes: list[int] = []
     self._block_bytes = 0
 
   def add(self, document: Document) -> int:
     """Appends a document and returns the UTF-8 bytes of its text."""
     data = document.text.encode()
-    found = hashlib.sha256(self._salt + data).digest()
-    self._block_index.append(
-      (
-        int.from_bytes(found[:6], "big"),
-        (int.from_bytes(found[6:14], "little"), int.from_bytes(found[14:22], "little")),
-        len(data),
-      )
-    )
+    found = hashlib.sha256(self._salt)
+    found.update(data)
+    self._hashes.append(found.digest())
+    size = len(data)
+    del data  # a document may be long
+    self._sizes.append(size)
     self._block.append(tuple(document))
-    self._block_bytes += len(data)
+    self._block_bytes += size
     if self._block_bytes >= _BLOCK_BYTES:
       self._end_block()
-    return len(data)
+    return size
 
   def _end_block(self) -> None:
     self._writer.write(pickle.dumps(self._block, protocol=5))
-    self._index.append(np.array(self._block_index, INDEX))
+    self._index.append(self._indexed())
     self._ends.append(self._ends[-1] + len(self._block))
-    self._block, self._block_bytes, self._block_index = [], 0, []
+    self._block, self._block_bytes, self._hashes, self._sizes = [], 0, [], []
+
+  def _indexed(self) -> np.ndarray:
+    """The index of the block's documents."""
+    index = np.empty(len(self._block), INDEX)
+    hashes = np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, 32)
+    key = np.zeros((len(index), 8), np.uint8)
+    key[:, 2:] = hashes[:, :6]
+    index["key"] = key.view(">u8")[:, 0]
+    index["digest"] = np.ascontiguousarray(hashes[:, 6:22]).view("<u8")
+    index["bytes"] = self._sizes
+    return index
 
   def __enter__(self) -> Self:
     return self
@@ -99,8 +111,12 @@ class Store:
 
   def __iter__(self) -> Iterator[Document]:
     """All documents in order."""
-    for documents in self._blocks(range(len(self._ends) - 1)):
+    for _, documents in self.blocks():
       yield from documents
+
+  def blocks(self) -> Iterator[tuple[int, list[Document]]]:
+    """All documents in order, a few at a time: (number of the first, documents)."""
+    yield from zip(self._ends.tolist(), self._blocks(range(len(self._ends) - 1)))
 
   def take(self, numbers: np.ndarray | Sequence[int]) -> Iterator[Document]:
     """The documents of ascending numbers."""
@@ -118,11 +134,30 @@ class Store:
       str(self._folder / "documents.arrayrecord"), options=_READER_OPTIONS
     )
     try:
-      for start in range(0, len(blocks), _READ_BLOCKS):
-        for record in reader.read(list(blocks[start : start + _READ_BLOCKS])):
-          yield [Document(*fields) for fields in pickle.loads(record)]
+      for numbers in self._grouped(blocks):
+        records = reader.read(numbers)
+        records.reverse()
+        while records:  # a record may be long: it is gone before its documents are used
+          documents = list(itertools.starmap(Document, pickle.loads(records.pop())))
+          yield documents
+          del documents
     finally:
       reader.close()
+
+  def _grouped(self, blocks: Sequence[int]) -> Iterator[list[int]]:
+    """Blocks to read in one call: several, but not together with one that has a long document."""
+    sizes = np.add.reduceat(self.index["bytes"], self._ends[:-1]) if len(self.index) else []
+    group: list[int] = []
+    for block in blocks:
+      if group and (len(group) == _READ_BLOCKS or sizes[block] > _LONG_BLOCK):
+        yield group
+        group = []
+      group.append(block)
+      if sizes[block] > _LONG_BLOCK:
+        yield group
+        group = []
+    if group:
+      yield group
 
 
 def splits_of(index: np.ndarray, validation: float, test: float) -> np.ndarray:

@@ -27,7 +27,8 @@ class Progress:
     self.counts = [0, 0]
 
   def __call__(self, documents: int, num_bytes: int) -> None:
-    self.counts = [self.counts[0] + documents, self.counts[1] + num_bytes]
+    self.counts[0] += documents
+    self.counts[1] += num_bytes
     if time.monotonic() - self._written > _COUNT_SECONDS:
       self._written = time.monotonic()
       self._path.write_text("{} {}".format(*self.counts), encoding="utf-8")

@@ -28,10 +28,11 @@ consecutive in one shard. So the lengths alone determine the record of each toke
 
 import array
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,20 +117,7 @@ class SplitWriter:
       num_bytes: UTF-8 bytes of its text.
       source: Its name.
     """
-    stored = encoded.ids.astype(self._dtype)
-    if self._writer is None or self._shards[-1]["tokens"] >= self._shard_tokens:
-      self._next_shard()
-    for start in range(0, len(stored), RECORD_TOKENS):
-      self._writer.write(stored[start : start + RECORD_TOKENS].tobytes())
-    shard = self._shards[-1]
-    shard["documents"] += 1
-    shard["tokens"] += len(stored)
-    shard["records"] += int(records_of(len(stored)))
-    self._tokens.append(len(stored))
-    self._bytes.append(num_bytes)
-    self._source_ends.append(
-      self._source_ends[-1] + self._sources.write(os.fsencode(source) + b"\n")
-    )
+    self.add_long([encoded.ids], num_bytes, source)
     if self._kind == "classification":
       assert encoded.label is not None
       self._labels.append(encoded.label)
@@ -138,6 +126,70 @@ class SplitWriter:
       assert encoded.trained is not None
       self._trained.extend(encoded.trained.reshape(-1).tolist())
       self._trained_ends.append(len(self._trained) // 2)
+
+  def add_long(self, pieces: Iterable[np.ndarray], num_bytes: int, source: str) -> None:
+    """Appends a document of kind text whose stored tokens come in pieces."""
+    self._make_room()
+    tokens = records = 0
+    for record in _records(pieces, self._dtype):
+      self._writer.write(record.tobytes())
+      tokens, records = tokens + len(record), records + 1
+    self._count(1, tokens, records)
+    self._tokens.append(tokens)
+    self._bytes.append(num_bytes)
+    self._add_sources([source])
+
+  def add_texts(
+    self,
+    stored: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    num_bytes: np.ndarray,
+    sources: Sequence[str],
+  ) -> None:
+    """Appends many documents of kind text: as `add` for each, in a tenth of the time.
+
+    Args:
+      stored: Tokens of the documents, among others.
+      starts, ends: int64 [documents], each document's range in `stored`.
+      num_bytes: [documents], UTF-8 bytes of their texts.
+      sources: Their names.
+    """
+    lengths = ends - starts
+    total = int(lengths.sum())
+    room = self._shard_tokens - (self._shards[-1]["tokens"] if self._shards else 0)
+    if total >= room or lengths.max(initial=0) > RECORD_TOKENS:
+      for start, end, size, source in zip(starts, ends, num_bytes.tolist(), sources):
+        self.add_long([stored[start:end]], size, source)
+      return
+    if not len(lengths):
+      return
+    self._make_room()
+    data, width = stored.astype(self._dtype, copy=False).tobytes(), self._dtype.itemsize
+    write = self._writer.write
+    for start, end in zip((starts * width).tolist(), (ends * width).tolist()):
+      write(data[start:end])
+    self._count(len(lengths), total, len(lengths))
+    self._tokens.frombytes(lengths.astype(np.uint32).tobytes())
+    self._bytes.frombytes(num_bytes.astype(np.uint32).tobytes())
+    self._add_sources(sources)
+
+  def _add_sources(self, sources: Sequence[str]) -> None:
+    names = [os.fsencode(source) for source in sources]
+    self._sources.write(b"\n".join([*names, b""]))
+    sizes = itertools.accumulate((len(name) + 1 for name in names), initial=self._source_ends.pop())
+    self._source_ends.extend(sizes)
+
+  def _count(self, documents: int, tokens: int, records: int) -> None:
+    shard = self._shards[-1]
+    shard["documents"] += documents
+    shard["tokens"] += tokens
+    shard["records"] += records
+
+  def _make_room(self) -> None:
+    """Starts a shard if there is none, or the last one is full."""
+    if self._writer is None or self._shards[-1]["tokens"] >= self._shard_tokens:
+      self._next_shard()
 
   def _next_shard(self) -> None:
     self.close()
@@ -195,6 +247,24 @@ class SplitWriter:
         "trained_offsets": np.array(self._trained_ends, "<u8"),
       }
     return out
+
+
+def _records(pieces: Iterable[np.ndarray], dtype: np.dtype) -> Iterator[np.ndarray]:
+  """The records of a document whose tokens come in pieces of any length."""
+  held: list[np.ndarray] = []
+  count = 0
+  for piece in pieces:
+    held.append(piece.astype(dtype))
+    count += len(piece)
+    if count < RECORD_TOKENS:
+      continue
+    joined = np.concatenate(held)
+    whole = count - count % RECORD_TOKENS
+    for start in range(0, whole, RECORD_TOKENS):
+      yield joined[start : start + RECORD_TOKENS]
+    held, count = [joined[whole:]], count - whole
+  if count:
+    yield np.concatenate(held)
 
 
 def make_manifest(

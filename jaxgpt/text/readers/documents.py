@@ -208,7 +208,12 @@ def _documents(
 ) -> Iterator[Document]:
   for file in listed:
     for read in formats.read(file, want, form):
-      item = _document(read, kind, columns) if isinstance(read, records.Record) else read
+      item: Document | records.Fault
+      if isinstance(read, records.Record):
+        plain = _plain(read, columns["text"], columns["id"]) if kind == "text" else None
+        item = plain or _document(read, kind, columns)
+      else:
+        item = read
       if isinstance(item, Document):
         if len(item.text) > want.max_bytes:
           item = records.too_long(item.source, want)
@@ -221,6 +226,25 @@ def _documents(
         dropped.read += item.count
         dropped.add(*item)
         dropped.check(max_errors)
+
+
+def _plain(record: records.Record, column: str, id_column: str) -> Document | None:
+  """A record's document of kind text if it has a text and no identifier. Else `_document` looks."""
+  values = record.values
+  if isinstance(values, str):
+    text = values
+  else:
+    text = values.get(column)
+    if id_column in values or id_column.partition(".")[0] in values:
+      return None
+  if type(text) is not str or not record.id.isascii():
+    return None
+  if not text.isascii():
+    try:
+      text.encode()
+    except UnicodeEncodeError:
+      return None
+  return Document(record.where, text, record.id, html=record.html)
 
 
 def _document(

@@ -2,10 +2,11 @@
 
 import abc
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,18 @@ HF_FILES = (
   "tokenizer.model",
 )
 
+
+LONG = 1 << 18  # characters of a text that is cut into pieces where its ids allow
+_WINDOW = 512  # characters on each side of a cut that must have the same ids with and without it
+_CUT_TRIES = 16
+# Places to cut, and characters to leave out there: after a newline, before a space, at a space that
+# the vocabulary puts in front of each text by itself, and anywhere. Text stands on both sides.
+_CUTS = (
+  (re.compile(r"(?<=\S\n)(?=\S)"), 0),
+  (re.compile(r"(?<=\S)(?= \S)"), 0),
+  (re.compile(r"(?<=\S)(?= \S)"), 1),
+  (re.compile(r"(?<=\S)(?=\S)"), 0),
+)
 
 THREADS = "JAXGPT_THREADS"  # environment variable: threads for `encode_batch`; default: all cores
 
@@ -138,6 +151,40 @@ class Tokenizer(abc.ABC):
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Encodes texts to int32 arrays, without bos and eos, on `threads()` threads."""
 
+  def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes texts as `encode_batch` does, to one array: (ids of all texts, ids of each text).
+
+    Returns:
+      (int32 [sum of the lengths], int64 [texts]: the lengths).
+    """
+    arrays = self.encode_batch(texts)
+    lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+    return np.concatenate([*arrays, np.empty(0, np.int32)]), lengths
+
+  def pieces(self, text: str) -> Iterator[str]:
+    """Cuts a long text into pieces of about `LONG` characters, whose ids in a row are the text's.
+
+    Each cut is checked on the text around it. A text without a place to cut, such as one word, or a
+    tokenizer whose ids depend on more than their surroundings, leaves the text whole.
+    """
+    start = 0
+    while len(text) - start > LONG and (cut := self._find_cut(text, start + LONG)):
+      end, next_start = cut
+      yield text[start:end]
+      start = next_start
+    yield text[start:]
+
+  def _find_cut(self, text: str, at: int) -> tuple[int, int] | None:
+    """(end of a piece, start of the next one) after `at`, or None if there is no place to cut."""
+    for pattern, skip in _CUTS:
+      for match in itertools.islice(pattern.finditer(text, at), _CUT_TRIES):
+        end = match.end()
+        left, right = text[end - _WINDOW : end], text[end + skip : end + _WINDOW]
+        a, b, whole = self.encode_batch([left, right, left + text[end : end + skip] + right])
+        if np.array_equal(np.concatenate((a, b)), whole):
+          return end, end + skip
+    return None
+
   def decode(self, ids: ArrayLike, specials: bool = False) -> str:
     """Decodes ids to text.
 
@@ -198,6 +245,17 @@ class ByteTokenizer(Tokenizer):
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """See `Tokenizer`."""
     return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) + self._first for t in texts]
+
+  def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """See `Tokenizer`."""
+    encoded = [text.encode() for text in texts]
+    ids = np.frombuffer(b"".join(encoded), np.uint8).astype(np.int32) + self._first
+    return ids, np.fromiter(map(len, encoded), np.int64, len(encoded))
+
+  def pieces(self, text: str) -> Iterator[str]:
+    """See `Tokenizer`. A cut may be anywhere."""
+    for start in range(0, max(len(text), 1), LONG):
+      yield text[start : start + LONG]
 
   def _decode(self, ids: np.ndarray) -> str:
     return (ids - self._first).astype(np.uint8).tobytes().decode("utf-8", "replace")

@@ -11,11 +11,10 @@ import numpy as np
 import sentencepiece
 
 from jaxgpt.errors import UserError
-from jaxgpt.text.readers import documents
 from jaxgpt.text.tokenizers import base, word_cache
 
 _SPACE_MARK = "▁"  # U+2581: SentencePiece writes it for a space and can't distinguish the two
-_CHUNK = 1 << 18  # characters per call: bounds memory and divides a long text among threads
+_CUT = re.compile("(?<=[^ ]) ")  # a text may be cut before a run of spaces, see `word_cache`
 MODEL = "tokenizer.model"
 KNOWN_MARKS = (
   base.MASK,
@@ -166,7 +165,7 @@ class SentencePieceTokenizer(base.Tokenizer):
         if i % 2:
           items.append(self._spelled[string])
           continue
-        chunks = list(documents.chunks(string, _CHUNK)) if self._cuts_are_free else [string]
+        chunks = list(self.pieces(string))
         items.extend(range(len(runs), len(runs) + len(chunks)))
         runs.extend(chunks)
       ends.append(len(items))
@@ -180,6 +179,22 @@ class SentencePieceTokenizer(base.Tokenizer):
       ids[start] if end - start == 1 else np.concatenate(ids[start:end])
       for start, end in zip([0, *ends[:-1]], ends)
     ]
+
+  def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """See `Tokenizer`."""
+    if (
+      self._words is None
+      or max(map(len, texts), default=0) > base.LONG
+      or (self._pattern and self._pattern.search("\n".join(texts)))
+    ):
+      return super().encode_joined(texts)
+    return self._words.joined(texts)
+
+  def _find_cut(self, text: str, at: int) -> tuple[int, int] | None:
+    if self._words is None:
+      return super()._find_cut(text, at)
+    found = _CUT.search(text, at, at + base.LONG)
+    return (found.start(), found.start()) if found else super()._find_cut(text, at)
 
   def _decode(self, ids: np.ndarray) -> str:
     return self._processor.decode(ids[ids < self._processor.get_piece_size()].tolist())

@@ -24,6 +24,7 @@ import numpy as np
 
 _WORDS = re.compile(" *[^ ]+| +")
 _LONGEST = 32  # longest word to keep, in characters
+_GROUP_CHARS = 1 << 18  # characters cut into words at a time
 _MOST = 250_000  # most words to keep: about 50 MB
 
 
@@ -41,6 +42,27 @@ class WordCache:
 
   def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Encodes each text to an int32 array."""
+    ids, lengths = self.joined(texts)
+    cuts = np.cumsum([0, *lengths.tolist()]).tolist()
+    return [ids[start:end] for start, end in itertools.pairwise(cuts)]
+
+  def joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes texts to one array: (int32 ids of all texts, int64 [texts] ids of each text).
+
+    Takes some texts at a time, as the strings of all words need much more memory than their ids.
+    """
+    groups: list[list[str]] = [[]]
+    chars = 0
+    for text in texts:
+      if chars > _GROUP_CHARS:
+        groups.append([])
+        chars = 0
+      groups[-1].append(text)
+      chars += len(text)
+    ids, lengths = zip(*map(self._joined, groups))
+    return (ids[0], lengths[0]) if len(ids) == 1 else (np.concatenate(ids), np.concatenate(lengths))
+
+  def _joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     words = [_WORDS.findall(text) for text in texts]
     with self._lock:
       self._learn(words)
@@ -52,8 +74,7 @@ class WordCache:
       places = np.repeat(self._starts[numbers] - ends[:-1], lengths)
       places += np.arange(ends[-1])
       ids = self._pool[places]
-    cuts = ends[np.cumsum([0, *map(len, words)])].tolist()
-    return [ids[start:end] for start, end in itertools.pairwise(cuts)]
+    return ids, np.diff(ends[np.cumsum([0, *map(len, words)])])
 
   def _learn(self, words: Sequence[Sequence[str]]) -> None:
     """Encodes the new words, those to keep first. The next call reuses the space of the rest."""

@@ -90,9 +90,12 @@ def read_and_clean(
   labels = labels_lib.Seen()
   with document_store.Writer(folder, options.salt) as writer:
     for document in cleaner(dropped.watch(documents), dropped):
-      for number, piece in enumerate(_cut(document, cut_chars)):
-        dropped.read += number > 0
-        progress(1, writer.add(piece))
+      if not cut_chars or len(document.text) <= cut_chars:
+        progress(1, writer.add(document))
+      else:
+        for number, piece in enumerate(_cut(document, cut_chars)):
+          dropped.read += number > 0
+          progress(1, writer.add(piece))
       if options.kind == "classification":
         labels.add(document.fields["label"], document.source, bool(options.labels))
   return {
@@ -108,23 +111,24 @@ class SizedDropped(documents_lib.Dropped):
 
   Attributes:
     bytes: {rule: UTF-8 bytes of the dropped texts}, of documents that could be read.
-    at_hand: Bytes of the document that is being looked at.
+    at_hand: The document that is being looked at: its bytes, or its text.
   """
 
   def __init__(self, limit: int):
     super().__init__(limit)
     self.bytes: dict[str, int] = {}
-    self.at_hand = 0
+    self.at_hand: int | str = 0
 
   def add(self, rule: str, where: str, why: str, count: int = 1) -> None:
     """Counts dropped documents. See `documents.Dropped.add`."""
     super().add(rule, where, why, count)
-    self.bytes[rule] = self.bytes.get(rule, 0) + self.at_hand
+    size = self.at_hand if isinstance(self.at_hand, int) else len(self.at_hand.encode())
+    self.bytes[rule] = self.bytes.get(rule, 0) + size
 
   def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
     """Yields the documents and notes the size of the current one."""
     for document in documents:
-      self.at_hand = len(document.text.encode())
+      self.at_hand = document.text
       yield document
       self.at_hand = 0
 
@@ -156,8 +160,6 @@ def cut_chars(files: Sequence[File], options: Options, report: Report) -> int:
 
 
 def _cut(document: Document, chars: int) -> list[Document]:
-  if not chars or len(document.text) <= chars:
-    return [document]
   return [
     document._replace(source=f"{document.source}#{number}", text=text)
     for number, text in enumerate(documents_lib.chunks(document.text, chars), 1)

@@ -2,7 +2,8 @@
 
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,13 +15,26 @@ from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.tasks.filtering import Corpus
 from jaxgpt.text.prepare.tasks.reading import SizedDropped
 from jaxgpt.text.readers.documents import Document
-from jaxgpt.text.tokenizers import chat_template, examples
+from jaxgpt.text.tokenizers import base, chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 
-_BATCH_CHARS = 250_000  # characters tokenized in one call: more takes memory and saves no time
-_BATCH_DOCUMENTS = 4_096
+_BATCH_DOCUMENTS = 4_096  # tokenized in one call, from one block of the store
 
-_Kept = tuple[int, int, Document]  # (number of the split, UTF-8 bytes, document)
+_Writers = dict[str, shards.SplitWriter]
+
+
+class _Batch(NamedTuple):
+  """Documents to tokenize in one call.
+
+  Attributes:
+    documents: The documents.
+    splits: uint8 [documents], numbers of their splits.
+    sizes: int64 [documents], UTF-8 bytes of their texts.
+  """
+
+  documents: list[Document]
+  splits: np.ndarray
+  sizes: np.ndarray
 
 
 def make_tokenizer(
@@ -114,31 +128,37 @@ def tokenize(
     if options.kind in ("chat", "preference")
     else None
   )
-  dropped, templated = SizedDropped(options.examples), False
-  sources: dict[str, list[int]] = {}
+  dropped, sources = SizedDropped(options.examples), _Sources()
+  templated, encoded = False, 0
   writers = {
     split: shards.SplitWriter(folder, split, tokenizer, options.shard_tokens, options.kind)
     for split in shards.SPLITS
   }
-  encoded = 0
   try:
-    for batch in _batches(_kept(corpus, rank, options, dropped)):
+    for batch in _kept(corpus, rank, options, dropped):
+      progress(len(batch.documents), int(batch.sizes.sum()))
+      if options.kind == "text":
+        _write_texts(batch, tokenizer, writers)
+        sources.count(batch)
+        encoded += len(batch.documents)
+        continue
       stored = examples.encode_batch(
-        [document for _, _, document in batch], options.kind, tokenizer, template, label_names
+        batch.documents, options.kind, tokenizer, template, label_names
       )
-      for (split, num_bytes, document), texts in zip(batch, stored):
+      kept = []
+      for number, (document, texts) in enumerate(zip(batch.documents, stored)):
+        num_bytes = int(batch.sizes[number])
         if isinstance(texts, UserError):
           dropped.at_hand = num_bytes
           dropped.add("chat template", document.source, str(texts))
           continue
-        encoded += 1
+        kept.append(number)
         templated |= examples.is_chat(document, options.kind)
-        count = sources.setdefault(_source_group(document.source), [0, 0])
-        count[0], count[1] = count[0] + 1, count[1] + num_bytes
         sizes = [num_bytes] if len(texts) == 1 else _answer_bytes(document)
         for text, size in zip(texts, sizes):
-          writers[shards.SPLITS[split]].add(text, size, document.source)
-      progress(len(batch), sum(num_bytes for _, num_bytes, _ in batch))
+          writers[shards.SPLITS[batch.splits[number]]].add(text, size, document.source)
+      sources.count(batch, kept)
+      encoded += len(kept)
   finally:
     for writer in writers.values():
       writer.close()
@@ -147,26 +167,93 @@ def tokenize(
     "dropped": dropped.to_json(),
     "dropped_bytes": dropped.bytes,
     "encoded": encoded,
-    "sources": sources,
+    "sources": sources.counts,
     "template": template.name if template and templated else None,
   }
 
 
-def _kept(corpus: Corpus, rank: int, options: Options, dropped: SizedDropped) -> Iterator[_Kept]:
-  """The documents that stay. The others are counted in `dropped`."""
-  documents, goes = document_store.Store(corpus.stores[rank]), corpus.removed(rank)
-  splits = document_store.splits_of(documents.index, options.validation, options.test)
-  sizes = documents.index["bytes"]
-  for number, document in enumerate(documents):
-    if number in goes:
-      rule, why = goes[number]
-      dropped.at_hand = int(sizes[number])
-      if isinstance(why, tuple):  # looking up its name takes a while, and only examples need it
-        is_example = dropped.counts.get(rule, 0) < dropped.limit
-        why = f"like {source_of(corpus.stores, *why)}" if is_example else ""
-      dropped.add(rule, document.source, why)
-    else:
-      yield int(splits[number]), int(sizes[number]), document
+def _write_texts(batch: _Batch, tokenizer: tokenizers.Tokenizer, writers: _Writers) -> None:
+  """Writes documents of kind text, each as [bos, tokens…, eos]."""
+  if len(batch.documents) == 1 and len(batch.documents[0].text) > base.LONG:
+    document, split = batch.documents[0], shards.SPLITS[batch.splits[0]]
+    writers[split].add_long(_stored(document.text, tokenizer), int(batch.sizes[0]), document.source)
+    return
+  ids, lengths = tokenizer.encode_joined([document.text for document in batch.documents])
+  ends = np.cumsum(lengths + 2)
+  starts = ends - lengths - 2
+  is_text = np.ones(int(lengths.sum()) + 2 * len(lengths), bool)
+  is_text[starts] = is_text[ends - 1] = False
+  stored = np.empty(len(is_text), np.int32)
+  stored[is_text], stored[starts], stored[ends - 1] = ids, tokenizer.bos_id, tokenizer.eos_id
+  for number, split in enumerate(shards.SPLITS):
+    chosen = np.flatnonzero(batch.splits == number)
+    names = [batch.documents[i].source for i in chosen.tolist()]
+    writers[split].add_texts(stored, starts[chosen], ends[chosen], batch.sizes[chosen], names)
+
+
+def _stored(text: str, tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
+  """The stored tokens of a long text, a piece at a time."""
+  yield np.array([tokenizer.bos_id], np.int32)
+  for piece in tokenizer.pieces(text):
+    yield tokenizer.encode_joined([piece])[0]
+  yield np.array([tokenizer.eos_id], np.int32)
+
+
+def _kept(corpus: Corpus, rank: int, options: Options, dropped: SizedDropped) -> Iterator[_Batch]:
+  """The documents that stay, in batches. The others are counted in `dropped`."""
+  store, goes = document_store.Store(corpus.stores[rank]), corpus.removed(rank)
+  splits = document_store.splits_of(store.index, options.validation, options.test)
+  sizes = store.index["bytes"].astype(np.int64)
+  for first, documents in store.blocks():
+    for start in range(0, len(documents), _BATCH_DOCUMENTS):
+      numbers = range(first + start, first + min(start + _BATCH_DOCUMENTS, len(documents)))
+      stay = [number for number in numbers if number not in goes] if goes else numbers
+      for number in numbers if len(stay) < len(numbers) else ():
+        if number in goes:
+          _drop(corpus, documents[number - first], goes[number], int(sizes[number]), dropped)
+      if stay:
+        chosen = np.array(stay)
+        kept = [documents[number - first] for number in stay]
+        yield _Batch(kept, splits[chosen], sizes[chosen])
+
+
+def _drop(
+  corpus: Corpus, document: Document, cause: tuple[str, Any], size: int, dropped: SizedDropped
+) -> None:
+  """Counts a document that goes. `cause` is an entry of `filtering.removed`."""
+  rule, why = cause
+  dropped.at_hand = size
+  if isinstance(why, tuple):  # looking up its name takes a while, and only examples need it
+    is_example = dropped.counts.get(rule, 0) < dropped.limit
+    why = f"like {source_of(corpus.stores, *why)}" if is_example else ""
+  dropped.add(rule, document.source, why)
+
+
+class _Sources:
+  """Documents and bytes of each group of sources, for the data card.
+
+  Attributes:
+    counts: {group: [documents, UTF-8 bytes]}.
+  """
+
+  def __init__(self) -> None:
+    self.counts: dict[str, list[int]] = {}
+    self._of_file: dict[str, list[int]] = {}  # file of records -> the counts of its group
+
+  def count(self, batch: _Batch, chosen: Sequence[int] | None = None) -> None:
+    """Counts the documents of a batch, or some of them by number."""
+    sizes = batch.sizes.tolist()
+    for i in range(len(sizes)) if chosen is None else chosen:
+      source = batch.documents[i].source
+      name, _, number = source.rpartition(":")
+      if not number.isdecimal():
+        name = source
+      found = self._of_file.get(name)
+      if found is None:
+        found = self.counts.setdefault(_source_group(source), [0, 0])
+        self._of_file[name] = found
+      found[0] += 1
+      found[1] += sizes[i]
 
 
 def source_of(stores: Sequence[pathlib.Path], rank: int, number: int) -> str:
@@ -190,17 +277,3 @@ def _answer_bytes(document: Document) -> list[int]:
     ]
   prompt = len(document.fields.get("prompt", "").encode())
   return [prompt + len(document.fields[name].encode()) for name in ("chosen", "rejected")]
-
-
-def _batches(items: Iterable[_Kept]) -> Iterator[list[_Kept]]:
-  """Groups documents, so that a call to the tokenizer has enough work but little memory."""
-  batch: list[_Kept] = []
-  chars = 0
-  for item in items:
-    batch.append(item)
-    chars += len(item[2].text)
-    if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-      yield batch
-      batch, chars = [], 0
-  if batch:
-    yield batch
