@@ -19,9 +19,8 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jaxgpt.storage.files import File
 from jaxgpt.text.filters import decontaminate, dedup
-from jaxgpt.text.prepare import assemble, data_card, run_job, shards
+from jaxgpt.text.prepare import assemble, data_card, run_job, shards, splits
 from jaxgpt.text.prepare.jobs import Account, Report, Work
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.tasks import filtering, reading, tokenizing
@@ -59,11 +58,11 @@ class AllJobs:
     self._work, self._options, self._report = work, options, report
     self._executor = executor
 
-  def run(self, files: Sequence[File], inputs: str, versions: dict[str, Any]) -> dict[str, Any]:
+  def run(self, files: splits.Inputs, inputs: str, versions: dict[str, Any]) -> dict[str, Any]:
     """Runs all jobs.
 
     Args:
-      files: The files to read.
+      files: The files to read, by split.
       inputs: Digest of the files.
       versions: Versions that the outputs depend on.
 
@@ -82,6 +81,7 @@ class AllJobs:
     clusters = self._duplicates(stores) if options.dedup else None
     contaminated = self._contaminated(stores, clusters) if options.decontaminate else None
     corpus = filtering.Corpus(stores, clusters, contaminated)
+    shared = self._report_splits(corpus)
     saved = self._tokenizer(corpus)
     written, accounts = self._job(
       "tokenize",
@@ -91,6 +91,7 @@ class AllJobs:
         options.shard_tokens,
         options.template,
         options.examples,
+        options.shares,
         *([label_names] if options.labels else []),
       ],
     )
@@ -106,8 +107,40 @@ class AllJobs:
       _sum(account["dropped_bytes"] for account in cleaned + accounts),
       _sum(account["changed"] for account in cleaned),
       _sum(account["sources"] for account in accounts),
+      shared,
     )
     return manifest
+
+  def _report_splits(self, corpus: filtering.Corpus) -> int | None:
+    """Reports on groups, and on texts that are in training and held out.
+
+    Returns:
+      The number of training documents whose text is held out too, or None if the splits follow from
+      the texts, so that there are none.
+    """
+    options = self._options
+    if options.split_by:
+      groups = filtering.count_groups(corpus.stores, options.shares)
+      counts = dict(zip(shards.SPLITS, groups))
+      self._report(
+        f"split by {options.split_by!r}: {sum(groups):,} groups, of which "
+        f"{counts['validation']:,} in validation and {counts['test']:,} in test"
+      )
+      for split, share in options.shares._asdict().items():
+        if share and not counts[split]:
+          self._report(
+            f"no group fell into {split}: {split}={share:g} of {sum(groups):,} groups came to none; "
+            "raise it, or set another --salt"
+          )
+    if not (options.own_files or options.split_by):
+      return None
+    shared = filtering.count_shared(corpus, options.shares)
+    if shared:
+      self._report(
+        f"{shared:,} training documents have the text of a document of validation or test; "
+        "--dedup=exact removes them from training"
+      )
+    return shared
 
   def _report_all(self, lines: Iterable[str]) -> None:
     for line in lines:
@@ -122,7 +155,7 @@ class AllJobs:
     return [job.task_folder(rank) for rank in range(count)], accounts
 
   def _read(
-    self, files: Sequence[File], inputs: str, versions: dict[str, Any]
+    self, files: splits.Inputs, inputs: str, versions: dict[str, Any]
   ) -> tuple[_Folders, list[Account]]:
     """Folders of cleaned documents, and accounts."""
     options = self._options
@@ -132,11 +165,12 @@ class AllJobs:
       functools.partial(reading.list_inputs, files, options.task_bytes),
       [inputs, options.task_bytes, versions],
     )
-    cut_chars = reading.cut_chars(files, options, self._report)
+    cut_chars = reading.cut_chars(files[splits.BY_HASH], options, self._report)
+    task_splits = accounts[0]["splits"]
     return self._job(
       "read",
-      accounts[0]["tasks"],
-      functools.partial(reading.read_and_clean, listed[0], options, cut_chars),
+      len(task_splits),
+      functools.partial(reading.read_and_clean, listed[0], options, cut_chars, task_splits),
       [
         options.kind,
         options.fields,
@@ -147,6 +181,7 @@ class AllJobs:
         options.salt,
         options.examples,
         *([labels.RULE, bool(options.labels)] if options.kind == "classification" else []),
+        options.split_by,
       ],
     )
 
@@ -207,8 +242,7 @@ class AllJobs:
       len(own) + len(sources),
       functools.partial(filtering.collect_held_out, own, clusters, sources, options, config),
       [
-        options.validation,
-        options.test,
+        options.shares,
         options.decontaminate,
         options.decontaminate_field,
         dataclasses.asdict(config),
@@ -257,8 +291,7 @@ class AllJobs:
         given and given.digest,
         options.sample_bytes,
         options.symbols,
-        options.validation,
-        options.test,
+        options.shares,
       ],
     )
     return made[0] / "tokenizer"
@@ -275,21 +308,28 @@ class AllJobs:
     folder = self._work.folder / RESULT
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    splits = {
+    entries = {
       split: assemble.assemble(
         folder, [(task, account["splits"][split]) for task, account in zip(written, accounts)]
       )
       for split in shards.SPLITS
     }
-    if not splits["train"]["documents"]:
+    if not entries["train"]["documents"]:
       raise tokenizing.nothing_to_train_on(self._options)
     shutil.copytree(saved, folder / "tokenizer")
     template = next((a["template"] for a in accounts if a["template"]), None)
     manifest = shards.make_manifest(
-      tokenizers.load(saved), splits, dropped, self._options.kind, label_names, template
+      tokenizers.load(saved),
+      entries,
+      dropped,
+      self._options.kind,
+      label_names,
+      template,
+      split_by=self._options.split_by,
+      own_files=sorted(self._options.own_files),
     )
     shards.write_manifest(folder, manifest)
-    for split, entry in splits.items():
+    for split, entry in entries.items():
       self._report(
         f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
         f"{entry['bytes']:>14,} bytes"

@@ -28,6 +28,7 @@ def write(
   dropped_bytes: Mapping[str, int],
   changed: Mapping[str, Sequence[int]],
   sources: Mapping[str, Sequence[int]],
+  shared: int | None = None,
 ) -> dict[str, Any]:
   """Writes the card of a folder that holds shards, sidecars and manifest.
 
@@ -38,6 +39,7 @@ def write(
     dropped_bytes: {rule: UTF-8 bytes of the dropped texts}, as far as they are known.
     changed: {cleaning step: [documents changed, characters removed]}.
     sources: {group of sources: [documents, UTF-8 bytes]}.
+    shared: Training documents whose text is held out too. None: the splits exclude it.
 
   Returns:
     The content of `card.json`.
@@ -76,6 +78,8 @@ def write(
       )
     },
   }
+  if shared is not None:
+    card["training documents with held-out text"] = shared
   (folder / "card.json").write_text(
     strict_json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
   )
@@ -208,6 +212,7 @@ def markdown(card: Mapping[str, Any]) -> str:
       ("split", "documents", "tokens", "bytes"),
       [(split, *entry.values()) for split, entry in card["splits"].items()],
     ),
+    *_shared_lines(card),
     "## Left out",
     "",
     "Documents read = kept + dropped. Bytes count the texts that could be read; tokens are "
@@ -250,6 +255,13 @@ def markdown(card: Mapping[str, Any]) -> str:
     ),
   ]
   return "\n".join(lines)
+
+
+def _shared_lines(card: Mapping[str, Any]) -> list[str]:
+  shared = card.get("training documents with held-out text")
+  if shared is None:
+    return []
+  return [f"{shared:,} training documents have the text of a held-out document.", ""]
 
 
 def _length_lines(card: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
     FOLDER/documents.arrayrecord    pickled lists of documents, a few hundred kB each, zstd
     FOLDER/documents.npy            INDEX [documents]
+    FOLDER/split.txt                the split of all documents, or empty: `splits_of` decides
     FOLDER/blocks.npy               int64 [blocks + 1]; block b holds documents [b] to [b + 1]
 
 The format is private to one run, so documents are pickled: pickle is fast, takes any field, and
@@ -18,12 +19,16 @@ from typing import Self
 import numpy as np
 from array_record.python import array_record_module
 
+from jaxgpt.text.prepare import splits
 from jaxgpt.text.readers.documents import Document
 
-# key: the first 48 bits of the salted hash of the text, which choose its split. digest: the next
-# 128 bits, equal for equal texts only. bytes: UTF-8 bytes of the text.
+# key: the first 48 bits of the salted hash of the text (of the group, if the document has one),
+# which choose its split. digest: the next 128 bits of the text's hash, equal for equal texts only.
+# bytes: UTF-8 bytes of the text.
 INDEX = np.dtype([("key", "<u8"), ("digest", "<u8", (2,)), ("bytes", "<u8")])
 _BLOCK_BYTES = 1 << 18
+_SPLIT = "split.txt"
+_NUMBERS = {"train": 0, "validation": 1, "test": 2}  # of `shards.SPLITS`
 _READ_BLOCKS = 8
 _LONG_BLOCK = 1 << 20  # bytes of text: such a block is read on its own
 _WRITER_OPTIONS = "group_size:1,zstd:1"
@@ -33,13 +38,15 @@ _READER_OPTIONS = "readahead_buffer_size:0"
 class Writer:
   """Writes documents in their order. A context manager."""
 
-  def __init__(self, folder: pathlib.Path, salt: str):
+  def __init__(self, folder: pathlib.Path, salt: str, split: str = ""):
     """Starts an empty store.
 
     Args:
       folder: An existing folder.
       salt: Text that the hashes depend on.
+      split: The split of all documents, or '' if their hashes choose it.
     """
+    (folder / _SPLIT).write_text(split, encoding="utf-8")
     self._folder, self._salt = folder, salt.encode() + b"\0"
     self._writer = array_record_module.ArrayRecordWriter(
       str(folder / "documents.arrayrecord"), _WRITER_OPTIONS
@@ -48,6 +55,7 @@ class Writer:
     self._ends = [0]
     self._block: list[tuple] = []
     self._hashes: list[bytes] = []  # of the block's documents: salted SHA-256 of their texts
+    self._keys: list[bytes] = []  # and of what chooses their splits
     self._sizes: list[int] = []
     self._block_bytes = 0
 
@@ -57,6 +65,10 @@ class Writer:
     found = hashlib.sha256(self._salt)
     found.update(data)
     self._hashes.append(found.digest())
+    if document.group is None:
+      self._keys.append(self._hashes[-1])
+    else:
+      self._keys.append(hashlib.sha256(self._salt + document.group.encode()).digest())
     size = len(data)
     del data  # a document may be long
     self._sizes.append(size)
@@ -70,14 +82,15 @@ class Writer:
     self._writer.write(pickle.dumps(self._block, protocol=5))
     self._index.append(self._indexed())
     self._ends.append(self._ends[-1] + len(self._block))
-    self._block, self._block_bytes, self._hashes, self._sizes = [], 0, [], []
+    self._block, self._block_bytes = [], 0
+    self._hashes, self._keys, self._sizes = [], [], []
 
   def _indexed(self) -> np.ndarray:
     """The index of the block's documents."""
     index = np.empty(len(self._block), INDEX)
     hashes = np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, 32)
     key = np.zeros((len(index), 8), np.uint8)
-    key[:, 2:] = hashes[:, :6]
+    key[:, 2:] = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 32)[:, :6]
     index["key"] = key.view(">u8")[:, 0]
     index["digest"] = np.ascontiguousarray(hashes[:, 6:22]).view("<u8")
     index["bytes"] = self._sizes
@@ -99,12 +112,20 @@ class Store:
 
   Attributes:
     index: INDEX [documents].
+    split: The split of all documents, or ''.
   """
 
   def __init__(self, folder: pathlib.Path):
     self._folder = pathlib.Path(folder)
     self.index = np.load(self._folder / "documents.npy")
     self._ends = np.load(self._folder / "blocks.npy")
+    self.split = (self._folder / _SPLIT).read_text(encoding="utf-8")
+
+  def splits(self, shares: splits.Shares) -> np.ndarray:
+    """The split of each document: uint8 [documents], numbers of `shards.SPLITS`."""
+    if self.split:
+      return np.full(len(self), _NUMBERS[self.split], np.uint8)
+    return splits_of(self.index, shares)
 
   def __len__(self) -> int:
     return len(self.index)
@@ -160,7 +181,7 @@ class Store:
       yield group
 
 
-def splits_of(index: np.ndarray, validation: float, test: float) -> np.ndarray:
+def splits_of(index: np.ndarray, shares: splits.Shares) -> np.ndarray:
   """The split of each document: 0 train, 1 validation, 2 test (`shards.SPLITS`).
 
   The hash, as a number in [0, 1), chooses the split:
@@ -173,10 +194,10 @@ def splits_of(index: np.ndarray, validation: float, test: float) -> np.ndarray:
 
   Args:
     index: INDEX [documents].
-    validation, test: The shares of these splits, in [0, 1).
+    shares: The shares of validation and test.
 
   Returns:
     uint8 [documents].
   """
-  key = index["key"] / (1 << 48)
+  key, (validation, test) = index["key"] / (1 << 48), shares
   return np.where(key < test, 2, np.where(key < test + validation, 1, 0)).astype(np.uint8)

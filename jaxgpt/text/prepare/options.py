@@ -5,6 +5,7 @@ import dataclasses
 from jaxgpt.config import options
 from jaxgpt.config.options import Group, key_value, option
 from jaxgpt.errors import UserError
+from jaxgpt.text.prepare import splits
 from jaxgpt.text.readers import kinds
 
 READING = Group("reading")
@@ -102,11 +103,28 @@ class Options:
     group=CLEANING,
     help="column that holds the text in the files of --decontaminate",
   )
-  validation: float = option(
-    0.05, least=0, below=1, group=TOKENS, help="share of documents in the validation split"
+  validation: tuple[float | str, ...] = option(
+    (),
+    metavar="SHARE|PATH",
+    parse=splits.parse,
+    group=TOKENS,
+    unset="0.05; 0 if --test names files",
+    help="share of the documents in the validation split, or files that are the split",
   )
-  test: float = option(
-    0.05, least=0, below=1, group=TOKENS, help="share of documents in the test split"
+  test: tuple[float | str, ...] = option(
+    (),
+    metavar="SHARE|PATH",
+    parse=splits.parse,
+    group=TOKENS,
+    unset="0.05; 0 if --validation names files",
+    help="share of the documents in the test split, or files that are the split",
+  )
+  split_by: str = option(
+    "",
+    metavar="COLUMN",
+    group=TOKENS,
+    unset="the text",
+    help="column whose value decides a document's split: all documents of one value share it",
   )
   salt: str = option(
     "", group=TOKENS, help="any text; another salt moves other documents into the held-out splits"
@@ -154,12 +172,10 @@ class Options:
   )
 
   def __post_init__(self) -> None:
+    for name in ("validation", "test"):
+      object.__setattr__(self, name, splits.normal(name, getattr(self, name)))
     options.check(self)
-    if self.validation + self.test >= 1:
-      raise UserError(
-        f"validation={self.validation} and test={self.test} leave nothing to train on; their sum "
-        "must be below 1"
-      )
+    splits.check(bool(self.own_files), self.shares, self.split_by)
     if self.cut_chars and self.kind != "text":
       raise UserError(
         f"cut_chars={self.cut_chars} is for kind=text: an example of kind={self.kind} cannot be "
@@ -179,3 +195,15 @@ class Options:
         f"decontaminate_options={self.decontaminate_options!r} needs decontaminate=PATH or "
         "decontaminate=held-out: add it"
       )
+
+  @property
+  def shares(self) -> splits.Shares:
+    """The shares of the held-out splits: 0 for one with files of its own."""
+    return splits.shares(self.validation, self.test)
+
+  @property
+  def own_files(self) -> dict[str, list[str]]:
+    """{held-out split: the paths of its own files}, of the splits that have some."""
+    given = {"test": self.test, "validation": self.validation}
+    own = {name: splits.own_paths(value) for name, value in given.items()}
+    return {name: paths for name, paths in own.items() if paths}

@@ -25,7 +25,7 @@ from jaxgpt.storage import buckets, strict_json
 from jaxgpt.storage import files as files_lib
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import clean, decontaminate, dedup
-from jaxgpt.text.prepare import all_jobs, shards
+from jaxgpt.text.prepare import all_jobs, shards, splits
 from jaxgpt.text.prepare.jobs import Report, Work
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.run_job import Executor
@@ -53,8 +53,9 @@ def prepare(
 ) -> Manifest:
   """Turns files into a folder that training reads.
 
-  A document's split depends only on its text and the salt. So equal texts share a split, and a
-  document keeps its split when the corpus grows. The work is done in a folder `OUT.unfinished` next
+  A document's split depends only on its text (or its column `split_by`) and the salt. So equal
+  texts share a split, and a document keeps its split when the corpus grows. A held-out split may
+  have files of its own instead (`splits`). The work is done in a folder `OUT.unfinished` next
   to `out`, which is renamed at the end: a folder named `out` is complete. A call that finds such a
   folder reuses each job whose inputs, options and versions are the same.
 
@@ -84,9 +85,12 @@ def prepare(
       "out", *address.rstrip("/").replace("://", "/").split("/")
     )
   files = documents.find(paths, chosen.exclude)
-  _check_options(chosen, files)
+  inputs, lines = splits.find(files, chosen.own_files, chosen.exclude)
+  _check_options(chosen, [file for group in inputs.values() for file in group])
+  for line in lines:
+    report(line)
   try:
-    return _prepare(files, _Output(folder, address, overwrite), chosen, report, executor)
+    return _prepare(inputs, _Output(folder, address, overwrite), chosen, report, executor)
   except OSError as e:
     raise UserError(
       f"--out={folder} cannot be written ({e.strerror or e}); name another folder, make room or "
@@ -102,6 +106,7 @@ def _check_options(options: Options, files: Sequence[File]) -> None:
     fields=dict(options.fields),
     form=options.format,
     max_bytes=options.max_record_bytes,
+    group=options.split_by,
   )
   labels.parse(options.labels)
   clean.make(options.clean)
@@ -179,7 +184,7 @@ class _Output:
 
 
 def _prepare(
-  files: Sequence[File],
+  files: splits.Inputs,
   output: _Output,
   options: Options,
   report: Report,
@@ -187,7 +192,9 @@ def _prepare(
 ) -> Manifest:
   """Does the work in `OUT.unfinished` and moves the result. `jobs` explains the order."""
   versions = _versions()
-  inputs = _digest([[file.source, file.size, file.version] for file in files])
+  inputs = _digest(
+    {s: [[f.source, f.size, f.version] for f in group] for s, group in files.items()}
+  )
   fingerprint = _digest([inputs, dataclasses.asdict(options), versions])
   out = output.folder
   folder = out.with_name(f"{out.name}.unfinished")

@@ -274,6 +274,8 @@ def make_manifest(
   kind: str = "text",
   label_names: Sequence[str] = (),
   template: str | None = None,
+  split_by: str = "",
+  own_files: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Makes the manifest. Equal inputs give equal manifests, so its digest identifies the data.
 
@@ -284,6 +286,8 @@ def make_manifest(
     kind: Kind of the data, a key of `kinds.KINDS`.
     label_names: Names of the classes, in order.
     template: Name of the chat template, if one was applied.
+    split_by: Column that decided the splits, if it was not the text.
+    own_files: Held-out splits that have files of their own.
 
   Returns:
     A JSON-able dict without times and paths. 'digest' is the sha256 of the canonical JSON of the
@@ -313,6 +317,8 @@ def make_manifest(
       key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes")
     },
   }
+  manifest |= {"split_by": split_by} if split_by else {}
+  manifest |= {"own_files": list(own_files)} if own_files else {}
   manifest["digest"] = manifest_digest(manifest)
   return manifest
 

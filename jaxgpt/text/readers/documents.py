@@ -36,6 +36,7 @@ class Document(NamedTuple):
     id: The data's own identifier, or ''.
     fields: The values of a labelled kind by name (`KINDS`), empty for kind text.
     html: The text is an HTML page with its markup.
+    group: The value of the column that decides the split, if there is one.
   """
 
   source: str
@@ -43,6 +44,7 @@ class Document(NamedTuple):
   id: str = ""
   fields: dict[str, Any] = {}  # noqa: RUF012 (never changed)
   html: bool = False
+  group: str | None = None
 
 
 class Dropped:
@@ -149,6 +151,7 @@ def documents(
   max_bytes: int = MAX_BYTES,
   max_errors: int | None = None,
   dropped: Dropped | None = None,
+  group: str = "",
 ) -> Iterator[Document]:
   """Reads the documents of files, one at a time, in constant memory.
 
@@ -166,6 +169,7 @@ def documents(
     max_bytes: Longer records are dropped. A longer text file becomes several documents.
     max_errors: See `Dropped.check`.
     dropped: The account to count in.
+    group: Column of `Document.group`, which each document needs, or ''.
 
   Returns:
     An iterator over documents, whose texts are not empty and can be encoded in UTF-8.
@@ -181,9 +185,10 @@ def documents(
     raise UserError(f"max_record_bytes={max_bytes} must be at least 1024")
   formats.check_extras(listed, form)
   required = tuple(columns[name] for name in KINDS[kind] if name in columns)
-  want = records.Want(tuple(columns.values()), required, max_bytes)
+  wanted = dict.fromkeys((*columns.values(), group) if group else columns.values())
+  want = records.Want(tuple(wanted), required, max_bytes)
   dropped = Dropped() if dropped is None else dropped
-  return _documents(listed, form, want, kind, columns, max_errors, dropped)
+  return _documents(listed, form, want, kind, columns, max_errors, dropped, group)
 
 
 def _columns(kind: str, fields: Mapping[str, str]) -> dict[str, str]:
@@ -205,6 +210,7 @@ def _documents(
   columns: Mapping[str, str],
   max_errors: int | None,
   dropped: Dropped,
+  group: str,
 ) -> Iterator[Document]:
   for file in listed:
     for read in formats.read(file, want, form):
@@ -212,6 +218,8 @@ def _documents(
       if isinstance(read, records.Record):
         plain = _plain(read, columns["text"], columns["id"]) if kind == "text" else None
         item = plain or _document(read, kind, columns)
+        if group and isinstance(item, Document):
+          item = _in_group(item, read.values, group)
       else:
         item = read
       if isinstance(item, Document):
@@ -245,6 +253,26 @@ def _plain(record: records.Record, column: str, id_column: str) -> Document | No
     except UnicodeEncodeError:
       return None
   return Document(record.where, text, record.id, html=record.html)
+
+
+def _in_group(
+  document: Document, values: Mapping[str, Any] | str, column: str
+) -> Document | records.Fault:
+  """A document with its group, or a fault if its record has none. 1 and 1.0 are one group."""
+  value = None if isinstance(values, str) else _value(values, column, optional=True)
+  if value is None:
+    has = "a text has no columns" if isinstance(values, str) else _listed(values)
+    return records.Fault("missing field", document.source, f"no {column!r} to split by: {has}")
+  if not isinstance(value, str | int | float):
+    why = f"{column} is a {type(value).__name__}, and splits follow a string or a number"
+    return records.Fault("wrong type", document.source, why)
+  if isinstance(value, float) and value.is_integer():
+    value = int(value)
+  return document._replace(group=str(value).encode("utf-8", "backslashreplace").decode())
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+  return f"it has {', '.join(map(repr, values))}"[:100]
 
 
 def _document(

@@ -22,7 +22,7 @@ import numpy as np
 from jaxgpt.storage import strict_json
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import decontaminate, dedup
-from jaxgpt.text.prepare import document_store, shards
+from jaxgpt.text.prepare import document_store, shards, splits
 from jaxgpt.text.prepare.jobs import Account, Counter
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.readers import documents as documents_lib
@@ -96,7 +96,7 @@ def collect_held_out(
   """
   if rank < len(stores):
     documents = document_store.Store(stores[rank])
-    split_of = document_store.splits_of(documents.index, options.validation, options.test)
+    split_of = documents.splits(options.shares)
     stay = ~gone(clusters, None, rank, len(documents))
     accounts = {}
     for number, split in enumerate(shards.SPLITS[1:], 1):
@@ -134,7 +134,7 @@ def find_contaminated(
 ) -> Account:
   """Third job of `decontaminate`: writes {number: reason} of contaminated training documents."""
   documents = document_store.Store(stores[rank])
-  split_of = document_store.splits_of(documents.index, options.validation, options.test)
+  split_of = documents.splits(options.shares)
   numbers = np.flatnonzero((split_of == 0) & ~gone(clusters, None, rank, len(documents)))
   filter_ = decontaminate.Filter(index, config)
   found = {}
@@ -200,3 +200,33 @@ class Corpus:
   def removed(self, rank: int) -> dict[int, tuple[str, Any]]:
     """The documents of a store that go. See `removed`."""
     return removed(self.clusters, self.contaminated, rank)
+
+
+def count_groups(stores: Sequence[pathlib.Path], shares: splits.Shares) -> list[int]:
+  """The number of groups of `split_by` in each of `shards.SPLITS`.
+
+  Documents of files that are a split of their own belong to no group.
+  """
+  keys = np.empty(0, np.uint64)
+  for folder in stores:
+    store = document_store.Store(folder)
+    if not store.split:
+      keys = np.union1d(keys, store.index["key"])
+  index = np.zeros(len(keys), document_store.INDEX)
+  index["key"] = keys
+  return np.bincount(document_store.splits_of(index, shares), minlength=3).tolist()
+
+
+def count_shared(corpus: Corpus, shares: splits.Shares) -> int:
+  """The number of training documents whose text is also in a held-out split."""
+
+  def digests(rank: int, held_out: bool) -> np.ndarray:
+    store = document_store.Store(corpus.stores[rank])
+    stay = ~gone(corpus.clusters, corpus.contaminated, rank, len(store))
+    chosen = ((store.splits(shares) > 0) == held_out) & stay
+    found = np.ascontiguousarray(store.index["digest"][chosen])
+    return found.view([("a", "<u8"), ("b", "<u8")]).reshape(-1)
+
+  ranks = range(len(corpus.stores))
+  held_out = np.unique(np.concatenate([digests(rank, True) for rank in ranks]))
+  return sum(int(np.isin(digests(rank, False), held_out).sum()) for rank in ranks)

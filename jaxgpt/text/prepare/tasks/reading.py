@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import clean
-from jaxgpt.text.prepare import document_store
+from jaxgpt.text.prepare import document_store, splits
 from jaxgpt.text.prepare.jobs import Account, Counter, Report
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.readers import documents as documents_lib
@@ -26,10 +26,24 @@ _MOST_TASKS = 512
 
 
 def list_inputs(
-  files: Sequence[File], task_bytes: int, rank: int, folder: pathlib.Path, progress: Counter
+  files: splits.Inputs, task_bytes: int, rank: int, folder: pathlib.Path, progress: Counter
 ) -> Account:
-  """Divides files into groups of about `task_bytes` in the order given, at most 512 of them."""
+  """Divides files into groups of about `task_bytes` in the order given, about 512 at most.
+
+  A group has files of one split. Those of held-out splits come first, as in `splits.ORDER`.
+  """
   del rank, progress
+  total = sum(file.size or 0 for group in files.values() for file in group)
+  task_bytes = max(task_bytes, total // _MOST_TASKS)
+  task_splits: list[str] = []
+  for split in splits.ORDER:
+    for group in _divided(files.get(split, ()), task_bytes):
+      (folder / f"{len(task_splits):05d}").write_bytes(pickle.dumps(group))
+      task_splits.append(split)
+  return {"splits": task_splits}
+
+
+def _divided(files: Sequence[File], task_bytes: int) -> list[list[File]]:
   total = sum(file.size or 0 for file in files)
   count = min(max(total // task_bytes, 1), _MOST_TASKS)
   groups: dict[int, list[File]] = {}
@@ -40,9 +54,7 @@ def list_inputs(
     for piece in formats.split([file], -(-total // (4 * count))) if cut else [file]:
       groups.setdefault(min(start * count // max(total, 1), count - 1), []).append(piece)
       start += piece.size or 0
-  for number, group in enumerate(groups.values()):
-    (folder / f"{number:05d}").write_bytes(pickle.dumps(group))
-  return {"tasks": len(groups)}
+  return list(groups.values())
 
 
 class _Unpickler(pickle.Unpickler):
@@ -62,6 +74,7 @@ def read_and_clean(
   inputs: pathlib.Path,
   options: Options,
   cut_chars: int,
+  task_splits: Sequence[str],
   rank: int,
   folder: pathlib.Path,
   progress: Counter,
@@ -74,6 +87,7 @@ def read_and_clean(
     inputs: Folder of `list_inputs`.
     options: The options of the preparation.
     cut_chars: Characters after which documents are cut. 0: never.
+    task_splits: The split of each task, or `splits.BY_HASH`.
     rank, folder, progress: As in `jobs.RunTask`.
   """
   dropped = SizedDropped(options.examples)
@@ -85,10 +99,11 @@ def read_and_clean(
     max_bytes=options.max_record_bytes,
     max_errors=options.max_errors,
     dropped=dropped,
+    group=options.split_by if task_splits[rank] == splits.BY_HASH else "",
   )
   cleaner = clean.make(options.clean)
   labels = labels_lib.Seen()
-  with document_store.Writer(folder, options.salt) as writer:
+  with document_store.Writer(folder, options.salt, task_splits[rank]) as writer:
     for document in cleaner(dropped.watch(documents), dropped):
       if not cut_chars or len(document.text) <= cut_chars:
         progress(1, writer.add(document))
@@ -139,9 +154,9 @@ def cut_chars(files: Sequence[File], options: Options, report: Report) -> int:
   It is the one given, or, if the corpus has too few documents to fill the splits, one that cuts
   them into enough pieces.
   """
-  if options.cut_chars is not None or not options.validation + options.test:
+  if options.cut_chars is not None or not sum(options.shares):
     return options.cut_chars or 0
-  if options.kind != "text":
+  if options.kind != "text" or options.split_by:
     return 0
   documents = documents_lib.documents(
     files, fields=dict(options.fields), form=options.format, max_bytes=options.max_record_bytes

@@ -61,13 +61,14 @@ def sample(corpus: Corpus, options: Options) -> list[str]:
   """
   best = np.empty((0, 4), np.uint64)  # hash, task, number, bytes
   for task, folder in enumerate(corpus.stores):
-    index = document_store.Store(folder).index
-    mask = document_store.splits_of(index, options.validation, options.test) == 0
+    store = document_store.Store(folder)
+    index, mask = store.index, store.splits(options.shares) == 0
     mask[list(corpus.removed(task))] = False
     number = np.flatnonzero(mask)
     found = np.stack(
       [
-        index["key"][number],
+        # Documents of one group have one key, and would come as a whole.
+        index["digest"][number, 0] if options.split_by else index["key"][number],
         np.full(len(number), task, np.uint64),
         number.astype(np.uint64),
         np.minimum(index["bytes"][number], options.sample_bytes),
@@ -92,7 +93,8 @@ def nothing_to_train_on(options: Options) -> UserError:
   """The error of a corpus that leaves the training split empty."""
   return UserError(
     "no document for the training split: either none has any text (the rules and counts are "
-    f"reported), or all went to validation={options.validation} and test={options.test}; lower "
+    f"reported), or all went to validation={options.shares.validation:g} and "
+    f"test={options.shares.test:g}; lower "
     "these shares, give more documents (a line of a .jsonl file is one), cut long ones with "
     "cut_chars, or set another salt"
   )
@@ -202,7 +204,7 @@ def _stored(text: str, tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
 def _kept(corpus: Corpus, rank: int, options: Options, dropped: SizedDropped) -> Iterator[_Batch]:
   """The documents that stay, in batches. The others are counted in `dropped`."""
   store, goes = document_store.Store(corpus.stores[rank]), corpus.removed(rank)
-  splits = document_store.splits_of(store.index, options.validation, options.test)
+  splits = store.splits(options.shares)
   sizes = store.index["bytes"].astype(np.int64)
   for first, documents in store.blocks():
     for start in range(0, len(documents), _BATCH_DOCUMENTS):
