@@ -68,8 +68,9 @@ def run(args: TrainOptions) -> int:
         "the same command goes on"
       )
     return 128 + stopped
-  if is_first and result is not None:  # a complete run is always evaluated
-    print(f"done: {args.workdir} holds {step} steps; validation {evaluation.describe(result)}")
+  if is_first:
+    text = f"; validation {evaluation.describe(result)}" if result else "; no validation split"
+    print(f"done: {args.workdir} holds {step} steps{text}")
   return 0
 
 

@@ -85,6 +85,12 @@ def check_sources(path: epath.PathLike) -> list[epath.PathLike]:
   return found
 
 
+def splits_with_documents(path: epath.PathLike) -> list[str]:
+  """The splits that have documents in at least one folder of `data.path`."""
+  entries = [shards.read_manifest(folder)["splits"] for folder in folders(path)]
+  return [split for split in shards.SPLITS if any(e[split]["documents"] for e in entries)]
+
+
 def make(
   path: epath.PathLike,
   split: str,

@@ -1,6 +1,6 @@
 """A trained model in use: loads a run folder, evaluates its weights and samples text from it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -126,25 +126,27 @@ def evaluate_run(
   limit: int = 0,
   batch_size: int | None = None,
   data: str | None = None,
-) -> evaluation.Result:
-  """Evaluates a run on a split of its training data.
+) -> dict[str, Any]:
+  """Evaluates a run on a split of its own data, or of other data in the same tokens.
 
   Args:
     run: From `load`.
     split: 'validation', 'test' or 'train'.
     limit: Number of batches, 0: the whole split.
     batch_size: Rows of a batch. None: that of the config, rounded up to a multiple of the devices.
-    data: Folder of the prepared data. None: the one that the run was trained on.
+    data: Folder of prepared data. None: the one that the run was trained on.
 
   Returns:
-    See `evaluation.evaluate`.
+    The metrics of `evaluation.evaluate`, and 'data_digest', the digest of the data's manifest.
 
   Raises:
-    UserError: The data does not exist or is not the data of this run, or the model has no head.
+    UserError: The data does not exist, has no such split, or is in other tokens; it is not the run's
+      own, though `data` is None; or the model has no head.
   """
   c = run.c.copy_and_resolve_references()
   uses.check(c, "evaluate")
-  c.data.path = data or c.data.path
+  if data:  # training weights are for the folders of the run's own data
+    c.data.update(dict(path=data, weights=(), weight_changes=()))
   if not c.data.path:
     raise UserError(
       "an imported model has no data of its own; say where prepared text is with --data=DIR"
@@ -154,25 +156,38 @@ def evaluate_run(
       f"the run's data folder {c.data.path!r} holds no {shards.MANIFEST}; if it was moved, say "
       "where it is with --data=DIR"
     )
+  m = c.model
+  if not run.data_digest and m.head == "classifier" and m.num_labels > 1 and not m.label_names:
+    raise UserError(
+      "this run was imported by a version that did not record the names of its classes; import it "
+      "again with jaxgpt import"
+    )
+  _check_split(c.data.path, split)
   rows = batch_size or run.c.eval.batch_size
   batches = batches_lib.split_batches(c, split, -(-rows // run.mesh.size) * run.mesh.size)
-  if not run.data_digest:  # an imported model
-    m = c.model
-    if m.head == "classifier" and m.num_labels > 1 and not m.label_names:
-      raise UserError(
-        "this run was imported by a version that did not record the names of its classes; import "
-        "it again with jaxgpt import"
-      )
-    if not init_from.same_tokens(batches_lib.load_tokenizer_and_config(c)[0], run.tokenizer):
-      raise UserError(
-        f"{c.data.path} was tokenized with another tokenizer than the imported "
-        "model's; prepare it with jaxgpt data --tokenizer=RUN/tokenizer"
-      )
-  else:
+  if not data:
     check_data(batches, run.data_digest, c.data.path)
+  elif batches.digest != run.data_digest:
+    tokenizer = tokenizer_lib.load(epath.Path(pipeline.folders(data)[0]) / "tokenizer")
+    if not init_from.same_tokens(tokenizer, run.tokenizer):
+      raise UserError(
+        f"--data={data} is in the tokens of another tokenizer ({tokenizer.digest[:12]}) than the "
+        f"run ({run.tokenizer.digest[:12]}); prepare it with jaxgpt data --tokenizer=RUN/tokenizer"
+      )
   step = evaluation.make_step(run.parts.objective)
   with jax.set_mesh(run.mesh):
-    return evaluation.evaluate_on(batches, run.mesh, c.data, step, run.params, limit)
+    result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.params, limit)
+  return {**result, "data_digest": batches.digest}
+
+
+def _check_split(path: str, split: str) -> None:
+  """Raises a UserError that names the splits there are, if the data has no document in this one."""
+  there = pipeline.splits_with_documents(path)
+  if split not in there:
+    raise UserError(
+      f"--split={split}: {path} has no {split} split; choose one of {', '.join(there)}, or name "
+      "other data in the same tokens with --data=DIR"
+    )
 
 
 def check_data(batches: pipeline.Batches, digest: str, path: str) -> None:

@@ -69,6 +69,13 @@ def split_batches(
   return from_config.split_batches(c, split, objectives.find(c).layout, batch_size)
 
 
+def validation(c: ml_collections.ConfigDict) -> pipeline.Batches | None:
+  """Opens the validation split in batches of `eval.batch_size`, or None if the data has none."""
+  if "validation" not in pipeline.splits_with_documents(c.data.path):
+    return None
+  return split_batches(c, "validation", c.eval.batch_size)
+
+
 def training_data(c: ml_collections.ConfigDict) -> BatchSource:
   """Opens the batch source that a resolved config trains on."""
   return from_config.training_data(c, objectives.find(c).layout)

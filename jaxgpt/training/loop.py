@@ -42,7 +42,8 @@ class Outcome(NamedTuple):
 
   Attributes:
     step: Steps done so far.
-    result: Metrics on the whole validation split, or None if the run is not complete.
+    result: Metrics on the whole validation split, or None if the run is not complete or the data
+      has no validation split.
     stopped: The signal that stopped the run, or None.
   """
 
@@ -59,7 +60,7 @@ class _Setup(NamedTuple):
   mesh: jax.sharding.Mesh
   parts: build_lib.Parts
   data: BatchSource
-  held_out: pipeline.Batches
+  held_out: pipeline.Batches | None
 
 
 def train(
@@ -95,7 +96,7 @@ def train(
     mesh = mesh_lib.make(c.mesh)
     parts = build_lib.build(c, mesh, resumed=resumed)
     data = batches_lib.training_data(c)
-    held_out = batches_lib.split_batches(c, "validation", c.eval.batch_size)
+    held_out = batches_lib.validation(c)
     for check in data.host_checks():
       distributed.check_same(*check)
     _tell(
@@ -105,6 +106,8 @@ def train(
         *data.describe(sharding.host_slice(mesh)[1]),
       ]
     )
+    if held_out is None:
+      _tell([f"data.path={c.data.path!r} has no validation split: this run is not evaluated"])
     setup = _Setup(c, folder, mesh, parts, data, held_out)
     _enter(setup, origin, tokenizer, lock)
     checkpoints = checkpoints_lib.Checkpoints(
@@ -232,13 +235,14 @@ class _Run:
 
   def run(self) -> Outcome:
     """Steps until the end or a signal, saves, and evaluates a complete run."""
-    last = None
     if self._step < self._c.train.steps and not self._stop_now():
       self._train()
     self._save()
-    if self._step == self._c.train.steps:
-      last = self._evaluate(limit=0)
-    return Outcome(self._step, last, None if last else self._stopped)
+    if self._step < self._c.train.steps:
+      return Outcome(self._step, None, self._stopped)
+    last = self._evaluate(limit=0)
+    is_complete = last is not None or self._held_out is None
+    return Outcome(self._step, last, None if is_complete else self._stopped)
 
   def _stop_soon(self) -> signal.Signals | None:
     """The signal that any process got, or None.
@@ -333,14 +337,17 @@ class _Run:
       self._writers.write(step, "train", self._means.take() | self._timer.take() | epochs)
 
   def _evaluate(self, limit: int) -> evaluation.Result | None:
-    """The validation metrics of this step, or None if a signal ended the evaluation.
+    """The validation metrics of this step.
 
-    A step that metrics were written for is not evaluated again.
+    None if there is no validation split, or if a signal ended the evaluation. A step that metrics
+    were written for is not evaluated again.
 
     Args:
       limit: Number of batches. 0: the whole split.
     """
     self._read_metrics()
+    if self._held_out is None:
+      return None
     result = distributed.share(self._writers.newest(self._step, "validation"))
     if result is None:
       with self._timer.paused(), jax.transfer_guard("allow"):

@@ -56,7 +56,15 @@ def data(c: ml_collections.ConfigDict, known: Known) -> Iterator[Finding]:
     return
   _, known.c = both
   for split in ("validation", "train"):
-    yield _first_batch(known.c, split, known)
+    if split == "train" or split in pipeline.splits_with_documents(known.c.data.path):
+      yield _first_batch(known.c, split, known)
+    else:
+      yield Finding(
+        WARNING,
+        "data",
+        "there is no validation split, so the run would not be evaluated: give jaxgpt data "
+        "--validation a share or files",
+      )
 
 
 def _first_batch(c: ml_collections.ConfigDict, split: str, known: Known) -> Finding:

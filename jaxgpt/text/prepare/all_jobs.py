@@ -129,8 +129,8 @@ class AllJobs:
       for split, share in options.shares._asdict().items():
         if share and not counts[split]:
           self._report(
-            f"no group fell into {split}: {split}={share:g} of {sum(groups):,} groups came to none; "
-            "raise it, or set another --salt"
+            f"no group fell into {split}: {split}={share:g} of {sum(groups):,} groups came to "
+            "none; raise it, or set another --salt"
           )
     if not (options.own_files or options.split_by):
       return None
