@@ -1,5 +1,6 @@
 """The commands as a user types them, and their messages on common mistakes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.commands import main
+from jaxgpt.text.prepare import shards
 
 CONFIG = """from jaxgpt import config
 
@@ -157,8 +159,30 @@ def test_a_text_shorter_than_one_context(site, tmp_path, capsys):
   (tmp_path / "a.txt").write_text("Too short.")
   args = ["data", tmp_path / "a.txt", f"--out={tmp_path}/d", "--tokenizer=bytes"]
   assert run(capsys, *args)[0] == 0
-  message = refused(capsys, *train(site, f"--config.data.path={tmp_path}/d"))
-  assert "validation split" in message and "is empty" in message and "--validation" in message
+  code, out, _ = run(
+    capsys, *train(site, f"--config.data.path={tmp_path}/d", f"--workdir={tmp_path}/run")
+  )
+  assert code == 0 and "has no validation split: this run is not evaluated" in out
+  assert "holds 4 steps; no validation split" in out
+  message = refused(capsys, "evaluate", f"--workdir={tmp_path}/run")
+  assert "has no validation split; choose one of train" in message and "--data=DIR" in message
+
+
+def test_evaluate_on_other_data(site, tmp_path, capsys):
+  (tmp_path / "a.txt").write_text("".join(f"line {i} of a poem\n" for i in range(400)))
+  run(capsys, "data", tmp_path / "a.txt", f"--out={tmp_path}/d", "--tokenizer=bytes")
+  digest = shards.read_manifest(tmp_path / "d")["digest"]
+  args = ["evaluate", f"--workdir={site}/run", f"--data={tmp_path}/d", "--split=test"]
+  code, out, _ = run(capsys, *args)
+  assert code == 0 and f"(other data than the run's, digest {digest[:12]}) at step 4: loss" in out
+  code, out, _ = run(capsys, *args, "--json")
+  found = json.loads(out)
+  assert found["data_digest"] == digest and found["split"] == "test" and found["bits_per_byte"] > 0
+  own = json.loads(run(capsys, "evaluate", f"--workdir={site}/run", "--json")[1])
+  assert own["data_digest"] != digest
+  run(capsys, "data", tmp_path / "a.txt", f"--out={tmp_path}/e", "--tokenizer=sentencepiece:290")
+  message = refused(capsys, *args[:2], f"--data={tmp_path}/e")
+  assert "tokens of another tokenizer" in message and "--tokenizer=RUN/tokenizer" in message
 
 
 def test_a_prompt_longer_than_the_context(site, capsys):

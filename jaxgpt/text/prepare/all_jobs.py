@@ -126,12 +126,6 @@ class AllJobs:
         f"split by {options.split_by!r}: {sum(groups):,} groups, of which "
         f"{counts['validation']:,} in validation and {counts['test']:,} in test"
       )
-      for split, share in options.shares._asdict().items():
-        if share and not counts[split]:
-          self._report(
-            f"no group fell into {split}: {split}={share:g} of {sum(groups):,} groups came to "
-            "none; raise it, or set another --salt"
-          )
     if not (options.own_files or options.split_by):
       return None
     shared = filtering.count_shared(corpus, options.shares)
@@ -334,6 +328,13 @@ class AllJobs:
         f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "
         f"{entry['bytes']:>14,} bytes"
       )
+    for split, share in self._options.shares._asdict().items():
+      if share and not entries[split]["documents"]:
+        what = "group" if self._options.split_by else "document"
+        self._report(
+          f"no {what} fell into {split}, though its share is {share:g}: raise --{split}, set another "
+          f"--salt, or give more {what}s"
+        )
     return manifest
 
 

@@ -179,7 +179,7 @@ class Tokenizer(abc.ABC):
     for pattern, skip in _CUTS:
       for match in itertools.islice(pattern.finditer(text, at), _CUT_TRIES):
         end = match.end()
-        left, right = text[end - _WINDOW : end], text[end + skip : end + _WINDOW]
+        left, right = text[max(end - _WINDOW, 0) : end], text[end + skip : end + _WINDOW]
         a, b, whole = self.encode_batch([left, right, left + text[end : end + skip] + right])
         if np.array_equal(np.concatenate((a, b)), whole):
           return end, end + skip

@@ -11,7 +11,7 @@ import pytest
 from jaxgpt.commands import main
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text.prepare import data_card, prepare, shards
+from jaxgpt.text.prepare import data_card, prepare, shards, splits
 from jaxgpt.text.prepare.tasks import reading
 from jaxgpt.text.readers import documents
 from jaxgpt.text.tokenizers import tokenizer
@@ -376,7 +376,7 @@ def test_tasks_are_of_one_size_and_keep_the_order(tmp_path):
   total = sum(file.size for file in files)
   folder = tmp_path / "groups"
   folder.mkdir()
-  count = reading.list_inputs(files, total // 8, 0, folder, None)["tasks"]
+  count = len(reading.list_inputs({splits.BY_HASH: files}, total // 8, 0, folder, None)["splits"])
   groups = [pickle.loads((folder / f"{i:05d}").read_bytes()) for i in range(count)]
   assert count in (8, 9)
   sizes = [sum(part.size for part in group) for group in groups]

@@ -175,6 +175,18 @@ def test_a_post_processor_tells_the_ends(tmp_path):
   assert (t.bos_id, t.eos_id) == (400, 400)
 
 
+def test_a_long_text_has_the_ids_of_its_pieces(qwen, tmp_path, monkeypatch):
+  made = (
+    tokenizer.load(qwen),
+    tokenizer.load(tiktoken_folder(tmp_path / "tiktoken")[0]),
+    tokenizer.load(folder(tmp_path / "bert", bert())),
+  )
+  for t in made:
+    text = TEXT[:9000] + " ".join(t.special_ids) + "\n\n  \n" + TEXT[9000:20_000]
+    with monkeypatch.context() as m:
+      tokenizer_test.check_pieces(t, text, m)
+
+
 def test_a_saved_one_is_the_same_and_its_files_are_as_they_came(qwen, tmp_path):
   t = tokenizer.load(qwen)
   t.save(tmp_path / "tokenizer")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import base, tokenizer
-from jaxgpt.text.tokenizers import sentencepiece as sentencepiece_lib
 
 CODE = "".join(path.read_text() for path in sorted(pathlib.Path(json.__file__).parent.glob("*.py")))
 SPECIAL = [
@@ -70,10 +69,40 @@ def test_any_text_comes_back_from_bytes(text):
   assert t.decode([t.bos_id, *ids, t.eos_id, 0, 10**6, -1]) == text
 
 
-def test_a_text_longer_than_a_chunk_comes_back(trained, monkeypatch):
-  monkeypatch.setattr(sentencepiece_lib, "_CHUNK", 100)
-  text = CODE[:3000] + "▁" + "x" * 250
-  assert trained.decode(trained.encode(text)) == text
+def check_pieces(t, text, monkeypatch, most=2):
+  """The ids of a long text are those of its pieces, which are at most `most` times `LONG` long."""
+  whole = t.encode(text)
+  monkeypatch.setattr(base, "LONG", 1500)
+  pieces = list(t.pieces(text))
+  assert len(pieces) > len(text) // (most * 1500) and max(map(len, pieces)) <= most * 1500
+  assert np.concatenate(t.encode_batch(pieces)).tolist() == t.encode(text) == whole
+
+
+def test_a_long_text_has_the_ids_of_its_pieces(trained, monkeypatch):
+  text = CODE[:9000] + "▁" + "x" * 250 + " ".join(trained.special_ids) + CODE[9000:20_000]
+  check_pieces(trained, text, monkeypatch)
+  check_pieces(trained, "xyzq" * 2000, monkeypatch)  # one word
+  assert list(trained.pieces("")) == [""] and list(trained.pieces("ab")) == ["ab"]
+
+
+def test_pieces_of_vocabularies_that_put_a_space_in_front(monkeypatch):
+  text = CODE[:20_000]
+  check_pieces(trained_elsewhere(vocab_size=300), text, monkeypatch)
+  check_pieces(trained_elsewhere(vocab_size=300, model_type="bpe"), text, monkeypatch)
+  keeps = trained_elsewhere(vocab_size=300, model_type="bpe", remove_extra_whitespaces=False)
+  check_pieces(keeps, text, monkeypatch)
+
+
+def test_pieces_of_bytes_may_end_anywhere(monkeypatch):
+  check_pieces(tokenizer.ByteTokenizer(), "é" * 20_000, monkeypatch, most=1)
+
+
+def test_texts_encoded_to_one_array_are_those_of_a_batch(trained):
+  for t in (trained, tokenizer.ByteTokenizer(), trained_elsewhere(vocab_size=300)):
+    for texts in ([CODE[:500], "", "a▁b", "</s>", CODE[500:900]], ["a b", "c"], [""], []):
+      ids, lengths = t.encode_joined(texts)
+      assert ids.dtype == np.int32 and lengths.tolist() == [len(t.encode(x)) for x in texts]
+      assert ids.tolist() == [i for text in texts for i in t.encode(text)]
 
 
 def test_a_batch_is_its_texts_one_by_one(trained):

@@ -92,7 +92,9 @@ def sample(corpus: Corpus, options: Options) -> list[str]:
 def nothing_to_train_on(options: Options) -> UserError:
   """The error of a corpus that leaves the training split empty."""
   return UserError(
-    "no document for the training split: either none has any text (the rules and counts are "
+    "no document for the training split: either none has any text"
+    + (f" and a column {options.split_by!r}" if options.split_by else "")
+    + " (the rules and counts are "
     f"reported), or all went to validation={options.shares.validation:g} and "
     f"test={options.shares.test:g}; lower "
     "these shares, give more documents (a line of a .jsonl file is one), cut long ones with "
