@@ -332,8 +332,8 @@ class AllJobs:
       if share and not entries[split]["documents"]:
         what = "group" if self._options.split_by else "document"
         self._report(
-          f"no {what} fell into {split}, though its share is {share:g}: raise --{split}, set another "
-          f"--salt, or give more {what}s"
+          f"no {what} fell into {split}, though its share is {share:g}: raise --{split}, set "
+          f"another --salt, or give more {what}s"
         )
     return manifest
 

@@ -183,8 +183,7 @@ def test_a_long_text_has_the_ids_of_its_pieces(qwen, tmp_path, monkeypatch):
   )
   for t in made:
     text = TEXT[:9000] + " ".join(t.special_ids) + "\n\n  \n" + TEXT[9000:20_000]
-    with monkeypatch.context() as m:
-      tokenizer_test.check_pieces(t, text, m)
+    tokenizer_test.check_pieces(t, text, monkeypatch)
 
 
 def test_a_saved_one_is_the_same_and_its_files_are_as_they_came(qwen, tmp_path):
