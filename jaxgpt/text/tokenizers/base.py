@@ -176,8 +176,10 @@ class Tokenizer(abc.ABC):
 
   def _find_cut(self, text: str, at: int) -> tuple[int, int] | None:
     """(end of a piece, start of the next one) after `at`, or None if there is no place to cut."""
-    for pattern, skip in _CUTS:
-      for match in itertools.islice(pattern.finditer(text, at), _CUT_TRIES):
+    for pattern, skip, limit in [
+      (*cut, limit) for limit in (at + LONG // 4, len(text)) for cut in _CUTS
+    ]:
+      for match in itertools.islice(pattern.finditer(text, at, limit), _CUT_TRIES):
         end = match.end()
         left, right = text[max(end - _WINDOW, 0) : end], text[end + skip : end + _WINDOW]
         a, b, whole = self.encode_batch([left, right, left + text[end : end + skip] + right])
