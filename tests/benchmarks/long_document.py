@@ -12,10 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-try:
-  from prepare import machine_texts
-except ImportError:  # imported as a module of the tests
-  from tests.benchmarks.prepare import machine_texts
+from prepare import machine_texts  # the file next to this one
 
 MEGABYTES = 79.6
 TOKENIZERS = ("bytes", "sentencepiece:8000")

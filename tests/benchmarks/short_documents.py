@@ -16,10 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-try:
-  from prepare import machine_texts
-except ImportError:  # imported as a module of the tests
-  from tests.benchmarks.prepare import machine_texts
+from prepare import machine_texts  # the file next to this one
 
 DOCUMENTS = 424_145
 VOCAB = 8_000
