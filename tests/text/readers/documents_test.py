@@ -108,7 +108,7 @@ def test_accounts_of_parts_add_up_to_the_account_of_the_whole(tmp_path):
 def test_the_values_and_the_text_of_each_kind(tmp_path, kind, row, text, fields):
   path = rows(tmp_path / "a.jsonl", {**row, "id": 7})
   (document,) = documents_lib.documents(documents_lib.find(path), kind=kind)
-  assert document == ("a.jsonl:1", text, "7", fields, False)
+  assert document == ("a.jsonl:1", text, "7", fields, False, None)
   assert type(document.fields.get("label")) is not bool
 
 
