@@ -1,12 +1,15 @@
 """Where a run goes on, and whether its checkpoints are gone."""
 
 import json
+import os
 
 import pytest
 
 from jaxgpt import config
+from jaxgpt.commands.checks import workdir
+from jaxgpt.commands.checks.finding import PROBLEM, Known
 from jaxgpt.errors import UserError
-from jaxgpt.run import resume
+from jaxgpt.run import resume, run_lock
 
 
 @pytest.fixture
@@ -63,6 +66,21 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(run, metrics, starts):
   folder = run((), metrics, starts)
   with pytest.raises(UserError, match="whose checkpoints are gone.*restore.*delete.*--workdir"):
     resume.find(folder)
+
+
+def said(folder):
+  """The findings of doctor on a run folder, by status."""
+  return {finding.status: finding.text for finding in workdir.run_folder(folder, Known())}
+
+
+def test_doctor_says_what_train_would_do(run):
+  folder = run((), (4,), ({"step": 0, "saved": 4},))
+  assert "whose checkpoints are gone" in said(folder)[PROBLEM]
+  (folder / "checkpoints" / "4").mkdir(parents=True)
+  assert PROBLEM not in said(folder)
+  with run_lock.RunLock(folder) as lock:
+    lock.take()
+    assert f"process {os.getpid()} on host" in said(folder)[PROBLEM]
 
 
 def test_a_folder_without_a_run_starts_at_step_0(tmp_path):

@@ -59,17 +59,18 @@ def run_folder(folder: epath.PathLike, known: Known) -> Iterator[Finding]:
 
 
 def _same_run(folder: epath.Path, known: Known) -> Finding:
-  _, finding = tried("workdir", lambda: run_folder_lib.read_config(folder))
-  if finding:
+  old, finding = tried("workdir", lambda: run_folder_lib.read_config(folder))
+  if old is None:
+    assert finding is not None
+    return finding
+  found, finding = tried("workdir", lambda: resume.find(folder))
+  if found is None:
+    assert finding is not None
     return finding
   if known.c is None:
-    return Finding(OK, "workdir", f"{folder} holds a run")
+    return Finding(OK, "workdir", f"{folder} holds a run: {found.describe(old.train.steps)}")
   lines = run_folder_lib.changes(folder, label_names.settle(known.c, folder).c, {})
   if not lines:
-    found, finding = tried("workdir", lambda: resume.find(folder))
-    if found is None:
-      assert finding is not None
-      return finding
     text = f"{folder} holds this run: {found.describe(known.c.train.steps)}"
     return Finding(OK, "workdir", text)
   return Finding(
