@@ -30,6 +30,7 @@ _BLOCK_BYTES = 1 << 18
 _SPLIT = "split.txt"
 _NUMBERS = {"train": 0, "validation": 1, "test": 2}  # of `shards.SPLITS`
 _READ_BLOCKS = 8
+_SHORT = 1 << 16  # bytes of a text that is hashed in one call
 _LONG_BLOCK = 1 << 20  # bytes of text: such a block is read on its own
 _WRITER_OPTIONS = "group_size:1,zstd:1"
 _READER_OPTIONS = "readahead_buffer_size:0"
@@ -62,14 +63,16 @@ class Writer:
   def add(self, document: Document) -> int:
     """Appends a document and returns the UTF-8 bytes of its text."""
     data = document.text.encode()
-    found = hashlib.sha256(self._salt)
-    found.update(data)
-    self._hashes.append(found.digest())
+    size = len(data)
+    if size < _SHORT:
+      digest = hashlib.sha256(self._salt + data).digest()
+    else:
+      digest = _digest(self._salt, data)
+    self._hashes.append(digest)
     if document.group is None:
-      self._keys.append(self._hashes[-1])
+      self._keys.append(digest)
     else:
       self._keys.append(hashlib.sha256(self._salt + document.group.encode()).digest())
-    size = len(data)
     del data  # a document may be long
     self._sizes.append(size)
     self._block.append(tuple(document))
@@ -105,6 +108,13 @@ class Writer:
     self._writer.close()
     np.save(self._folder / "documents.npy", np.concatenate([*self._index, np.empty(0, INDEX)]))
     np.save(self._folder / "blocks.npy", np.array(self._ends, np.int64))
+
+
+def _digest(salt: bytes, data: bytes) -> bytes:
+  """The SHA-256 of salt + data, without their concatenation."""
+  found = hashlib.sha256(salt)
+  found.update(data)
+  return found.digest()
 
 
 class Store:

