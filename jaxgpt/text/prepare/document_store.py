@@ -64,6 +64,8 @@ class Writer:
     """Appends a document and returns the UTF-8 bytes of its text."""
     data = document.text.encode()
     size = len(data)
+    if size >= _BLOCK_BYTES and self._block:
+      self._end_block()  # a long document is alone in its block
     if size < _SHORT:
       digest = hashlib.sha256(self._salt + data).digest()
     else:
