@@ -116,8 +116,15 @@ def is_run(folder: epath.PathLike) -> bool:
 
 
 def check_free(folder: epath.PathLike) -> None:
-  """Raises a UserError if a folder holds something other than a run."""
-  if not is_run(folder) and holds_something_else(folder):
+  """Raises a UserError if a folder holds something other than a run, or is a file."""
+  try:
+    is_free = is_run(folder) or not holds_something_else(folder)
+  except OSError as e:
+    raise UserError(
+      f"--workdir={folder} can't be written ({e.strerror or e}); choose another folder or change "
+      "its permissions"
+    ) from e
+  if not is_free:
     raise UserError(
       f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
       "choose a new folder"

@@ -258,7 +258,12 @@ def test_data_that_was_moved(site, tmp_path, capsys):
 def test_data_that_is_not_the_runs(site, tmp_path, capsys):
   (tmp_path / "a.txt").write_text("".join(f"other text {i}\n" for i in range(2000)))
   run(capsys, "data", tmp_path / "a.txt", f"--out={tmp_path}/d", "--tokenizer=bytes")
-  message = refused(capsys, "evaluate", f"--workdir={site}/run", f"--data={tmp_path}/d")
+  moved = tmp_path / "run"
+  shutil.copytree(site / "run", moved)
+  found = json.loads((moved / "config.json").read_text())
+  found["config"]["data"]["path"] = f"{tmp_path}/d"  # as if it had been prepared again
+  (moved / "config.json").write_text(json.dumps(found))
+  message = refused(capsys, "evaluate", f"--workdir={moved}")
   assert "is not the data of this run" in message
 
 
