@@ -179,7 +179,7 @@ class Store:
 
   def _grouped(self, blocks: Sequence[int]) -> Iterator[list[int]]:
     """Blocks to read in one call: several, but not together with one that has a long document."""
-    sizes = np.add.reduceat(self.index["bytes"], self._ends[:-1]) if len(self.index) else []
+    sizes: np.ndarray = np.add.reduceat(self.index["bytes"], self._ends[:-1])
     group: list[int] = []
     for block in blocks:
       if group and (len(group) == _READ_BLOCKS or sizes[block] > _LONG_BLOCK):

@@ -248,7 +248,7 @@ def _plain(
 
   Else None, and `_document` looks: there is an identifier, or no text that can be kept.
   """
-  values = record.values
+  values, text = record.values, None
   if isinstance(values, str):
     text = values
   elif id_columns.isdisjoint(values):
