@@ -45,6 +45,8 @@ def rotary(m: ml_collections.ConfigDict) -> None:
       f"model.head_dim={m.head_dim} x model.rope.fraction={m.rope.fraction} must be even for "
       "model.position='rotary'"
     )
+  if m.position == "rotary":
+    scaling(m.rope, m.latent.rope_dim if m.latent.kv_rank else int(m.head_dim * m.rope.fraction))
   if m.rope.scaling == "longrope":
     half = int(m.head_dim * m.rope.fraction) // 2
     for key in ("short_factors", "long_factors"):
@@ -53,6 +55,31 @@ def rotary(m: ml_collections.ConfigDict) -> None:
           f"model.rope.{key} has {len(m.rope[key])} numbers; longrope needs one for each of the "
           f"{half} frequencies"
         )
+
+
+def scaling(r: ml_collections.ConfigDict, rotated: int) -> None:
+  """Checks the numbers that a scaling of the rotary embedding divides by.
+
+  Args:
+    r: The `model.rope` section.
+    rotated: Number of entries of a head that are rotated.
+  """
+  if r.scaling == "llama3" and r.high_freq <= r.low_freq:
+    raise UserError(
+      f"model.rope.high_freq={r.high_freq} must be above model.rope.low_freq={r.low_freq}"
+    )
+  if r.scaling == "ntk" and rotated <= 2:
+    raise UserError(
+      f"model.rope.scaling='ntk' needs more than {rotated} rotated entries of a head; choose a "
+      "larger model.head_dim or another scaling"
+    )
+  if r.scaling == "yarn" and r.theta == 1:
+    raise UserError("model.rope.scaling='yarn' needs model.rope.theta other than 1.0")
+  if r.scaling == "longrope" and r.attention_factor is None and r.original_len < 2:
+    raise UserError(
+      f"model.rope.original_len={r.original_len} is too short for longrope's formula; set "
+      "model.rope.attention_factor"
+    )
 
 
 def experts(m: ml_collections.ConfigDict) -> None:

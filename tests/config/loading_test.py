@@ -78,6 +78,7 @@ def test_a_placeholder_can_be_set_from_the_command_line(tmp_path):
       "residual_length='seq,tensor': the residual stream between blocks",
     ),
     ("--config.mesh.rules.layers=none", "rules.layers cannot be set: the pipeline .*mesh.stage;"),
+    ("--config.model.rope.beta_slow=0.0", "model.rope.beta_slow=0.0: must be above 0"),
     ("--config.model.rope.fraction=1.5", "model.rope.fraction=1.5 is a fraction of a head"),
     (
       "--config.mesh.compiler_options=('xla_foo',)",
@@ -235,3 +236,23 @@ def test_a_name_may_stand_for_an_object_in_a_users_file(key):
   c = config.base()
   c.update_from_flattened_dict({key: "my/file.py:thing"})
   config.resolution.check_values(c)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"scaling": "llama3", "low_freq": 4.0}, "high_freq=4.0 must be above model.rope.low_freq=4.0"),
+    ({"scaling": "ntk", "fraction": 0.03125}, "'ntk' needs more than 2 rotated entries"),
+    ({"scaling": "yarn", "theta": 1.0}, "'yarn' needs model.rope.theta other than 1.0"),
+    (
+      {"scaling": "longrope", "original_len": 1, "factor": 2.0},
+      "model.rope.original_len=1 is too short for longrope's formula",
+    ),
+  ],
+)
+def test_scalings_that_would_divide_by_zero_are_refused(changes, words):
+  c = config.base()
+  c.model.position = "rotary"
+  c.model.rope.update(changes)
+  with pytest.raises(UserError, match=words):
+    config.resolve(c, vocab_size=8)

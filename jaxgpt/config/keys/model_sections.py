@@ -82,11 +82,13 @@ ROPE = Section(
     beta_fast=Key(
       32.0,
       "yarn: frequencies with more turns in the original context are kept.",
+      interval=ABOVE_0,
       needs=one_of("model.rope.scaling", "yarn"),
     ),
     beta_slow=Key(
       1.0,
       "yarn: frequencies with fewer turns in the original context are divided by `factor`.",
+      interval=ABOVE_0,
       needs=one_of("model.rope.scaling", "yarn"),
     ),
     short_factors=Key(
