@@ -1,7 +1,7 @@
 """The numbers of classes: those of the data, and those of a model trained on other data."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxgpt.errors import UserError
 
@@ -39,7 +39,8 @@ def find(data: Sequence[str], model: Sequence[str]) -> list[int] | None:
       return None
     numbers = [int(name) for name in data]
     return numbers if len(set(numbers)) == len(numbers) else None
-  for fold in (str, str.casefold):
+  as_they_are: Callable[[str], str] = str
+  for fold in (as_they_are, str.casefold):
     place = {fold(name): i for i, name in enumerate(model)}
     folded = [fold(name) for name in data]
     unambiguous = len(place) == len(model) and len(set(folded)) == len(data)

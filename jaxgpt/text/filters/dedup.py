@@ -234,9 +234,10 @@ def cluster(
   digests = [np.load(pathlib.Path(folder, _DIGESTS), mmap_mode="r") for folder in inputs]
   starts = np.cumsum([0] + [len(d) for d in digests])  # first document of each task in the corpus
   none = np.zeros((0, 2), np.int64)
-  exact, conflicts, example = none, 0, []
+  equal = exact_duplicates.Found(none, 0, [])
   if config.exact is not None:
-    exact, conflicts, example = exact_duplicates.find(digests, starts)
+    equal = exact_duplicates.find(digests, starts)
+  exact = equal.duplicates
   labels = np.concatenate([d[:, 2] for d in digests]) if config.by_fields else None
   near = _near(inputs, pairs, out, starts, exact, config.near, labels) if config.near else none
   removed = np.concatenate(
@@ -253,9 +254,9 @@ def cluster(
       (own[:, 0] - starts[rank], own[:, 2], first_rank, own[:, 1] - starts[first_rank])
     )
     np.save(pathlib.Path(out, f"{rank:05d}.npy"), own.astype(np.int64))
-  ranks = np.searchsorted(starts, example, side="right") - 1
-  where = tuple((int(r), int(d - starts[r])) for r, d in zip(ranks, example))
-  return Clusters(dict(zip(RULES, (len(exact), len(near)))), conflicts, where)
+  ranks = np.searchsorted(starts, equal.example, side="right") - 1
+  where = tuple((int(r), int(d - starts[r])) for r, d in zip(ranks, equal.example))
+  return Clusters(dict(zip(RULES, (len(exact), len(near)))), equal.conflicts, where)
 
 
 def removals(rank: int, folder: epath.PathLike) -> np.ndarray:
