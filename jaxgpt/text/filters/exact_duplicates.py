@@ -93,6 +93,6 @@ def find(digests: Sequence[np.ndarray], starts: np.ndarray) -> Found:
     other = np.flatnonzero(text & ~same)  # one text, two labels
     conflicts += len(np.unique(np.cumsum(~text)[other]))
     if len(other) and not example:
-      example = sorted(where[[other[0] - 1, other[0]]].tolist())
+      example = sorted((int(first[other[0] - 1]), int(where[other[0]])))
   same_as = np.concatenate(found)
   return Found(same_as[np.argsort(same_as[:, 0])], conflicts, example)
