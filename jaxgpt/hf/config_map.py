@@ -366,6 +366,21 @@ def layer_types(
   return Entry(read, write)
 
 
+def check_layer_types(hf: ConfigJson, found: Fields) -> None:
+  """Refuses `layer_types` that a family does not read and that differ from its layers.
+
+  Args:
+    hf: config.json, after all entries have read it.
+    found: What they found.
+  """
+  if "layer_types" in hf.seen or hf.get("layer_types") is None:
+    return
+  kinds = each_layer(found.get("attention_pattern", ("global",)), found["num_layers"])
+  for name, kind in zip(hf["layer_types"], kinds, strict=False):
+    if _KINDS.get(name) != kind:
+      refuse("layer_types", name, f"all layers of this {hf['model_type']} are {kind}")
+
+
 def per_layer(hf: HfConfig, key: str) -> Sequence[Any] | None:
   """Returns a list with one value for each layer, or None if the key is missing.
 
@@ -373,8 +388,7 @@ def per_layer(hf: HfConfig, key: str) -> Sequence[Any] | None:
     UserError: The list has another length.
   """
   given = hf.get(key)
-  layers = get(hf, "num_hidden_layers")
-  if given is not None and len(given) != layers:
+  if given is not None and len(given) != (layers := get(hf, "num_hidden_layers")):
     refuse(key, given, f"it has {len(given)} entries for num_hidden_layers={layers}")
   return given
 

@@ -78,6 +78,7 @@ def read(hf: HfConfig) -> Reading:
   try:
     for entry in (*config_map.EVERYWHERE, *family.config):
       found |= entry.read(recorded)
+    config_map.check_layer_types(recorded, found)
   except UserError:
     raise
   except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:

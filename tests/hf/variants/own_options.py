@@ -328,7 +328,7 @@ def _berts() -> list[Variant]:
       of(family, "bfloat16", dtype=torch.bfloat16),
     ]
   out += [
-    of("bert", "pretraining", cls="BertForPreTraining"),
+    of("bert", "pretraining", cls="BertForPreTraining", load="BertForMaskedLM"),
     of("bert", "next-sentence", cls="BertForNextSentencePrediction"),
     of("bert", "causal", cls="BertLMHeadModel", is_decoder=True),
     of(
