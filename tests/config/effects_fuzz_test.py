@@ -206,13 +206,13 @@ def outcome(profile, flat, value, folders):
   base = base_of(profile, json.dumps(folders))
   try:
     other = Accepted(PROFILES[profile] | {flat: value}, folders)
+    if other.c.to_dict() == base.c.to_dict():
+      return "same"
+    if any(note.startswith(f"note: {flat}=") for note in other.notes):
+      return "noted"
+    differs = next((part for part in PARTS if getattr(base, part) != getattr(other, part)), None)
   except UserError:
     return "refused"
-  if other.c.to_dict() == base.c.to_dict():
-    return "same"
-  if any(note.startswith(f"note: {flat}=") for note in other.notes):
-    return "noted"
-  differs = next((part for part in PARTS if getattr(base, part) != getattr(other, part)), None)
   return differs or ("listed" if flat in IT_DEPENDS else None)
 
 
