@@ -101,10 +101,16 @@ def _beginning(text: str) -> str:
   return repr(line if len(line) <= 60 else f"{line[:57]}…")
 
 
+# Fields that are names or, as the JSON schemas of tools, code.
+_NAMES = ("label", "id", "role", "from", "type", "name", "tool_call_id", "tools")
+
+
 def _map_fields(run: Run, value: Any, key: str | None = None) -> Any:
-  """Cleans all strings of a field, except those that are names."""
+  """Cleans all strings of a field, except those of `_NAMES`."""
+  if key in _NAMES:
+    return value
   if isinstance(value, str):
-    return value if key in ("label", "id", "role", "from") else run(value)[0] or ""
+    return run(value)[0] or ""
   if isinstance(value, dict):
     return {k: _map_fields(run, v, k) for k, v in value.items()}
   return [_map_fields(run, v, key) for v in value] if isinstance(value, list | tuple) else value

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
-from jaxgpt.text.readers import formats, records
+from jaxgpt.text.readers import formats, messages, records
 from jaxgpt.text.readers.kinds import EXAMPLES, KINDS, MAX_BYTES
 
 # Rules that broken records are counted under. Other rules, such as those of cleaning, are choices.
@@ -337,7 +337,9 @@ def _value(values: Mapping[str, Any], column: str, optional: bool) -> Any:
 def _texts(name: str, value: Any) -> list[str]:
   """The strings of a field that belong to the document's text."""
   if isinstance(value, list):
-    return [message["content"] for message in value]
+    if name == "tools":
+      return []
+    return [string for message in value for string in messages.words(message)]
   return [] if name == "label" else [value]
 
 
@@ -367,12 +369,8 @@ def _messages(name: str, value: Any) -> list[dict[str, Any]]:
   if not isinstance(value, list):
     raise TypeError(f"{name} is a {type(value).__name__}, not a list of {{role, content}}")
   for number, message in enumerate(value, 1):
-    if not (
-      isinstance(message, dict)
-      and isinstance(message.get("role"), str)
-      and isinstance(message.get("content"), str)
-    ):
-      raise TypeError(f"{name}: message {number} is not {{role, content}} with two strings")
+    if problem := messages.problem(message):
+      raise TypeError(f"{name}: message {number}: {problem}")
   return value
 
 
@@ -383,6 +381,7 @@ def _text_or_messages(name: str, value: Any) -> str | list[dict[str, Any]]:
 _CHECKS = {
   "label": _label,
   "messages": _messages,
+  "tools": lambda name, value: messages.tools(value),
   "prompt": _text_or_messages,
   "chosen": _text_or_messages,
   "rejected": _text_or_messages,

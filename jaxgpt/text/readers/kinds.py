@@ -5,8 +5,8 @@ KINDS = {
   "text": ("text",),
   "classification": ("text", "[text_pair]", "label"),
   "seq2seq": ("input", "target"),
-  "chat": ("messages",),
-  "preference": ("[prompt]", "chosen", "rejected"),  # no prompt: an empty one
+  "chat": ("messages", "[tools]"),
+  "preference": ("[prompt]", "chosen", "rejected", "[tools]"),  # no prompt: an empty one
 }
 
 EXAMPLES = 5  # dropped documents that a report names, per rule

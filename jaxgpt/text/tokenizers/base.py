@@ -7,13 +7,16 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from etils import epath
 from numpy.typing import ArrayLike
 
 from jaxgpt.errors import UserError
+
+Message: TypeAlias = Mapping[str, Any]  # {'role': str, 'content': str, …} of a conversation
+Range: TypeAlias = tuple[int, int]  # (start, end) in a text
 
 MASK = "<mask>"
 CHAT_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -59,6 +62,20 @@ def cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Tokens(NamedTuple):
+  """The tokens of a text and the characters that they stand for.
+
+  Attributes:
+    ids: int32 [S].
+    starts, ends: int [S], the range of each token in the text, in characters. The tokens of one
+      character that is written in several have the same range.
+  """
+
+  ids: np.ndarray
+  starts: np.ndarray
+  ends: np.ndarray
+
+
 class Tokenizer(abc.ABC):
   """Converts text to token ids and back.
 
@@ -77,6 +94,10 @@ class Tokenizer(abc.ABC):
     unk_id: Id for text that can't be encoded, or None.
     pair_ends: Number of eos between the two texts of a pair: 2 in RoBERTa, 1 in other models.
     chat_template: The tokenizer's own Jinja template, or None.
+    tool_template: Its Jinja template for conversations with tools, or None if that is the same.
+    role_names: {'bos_token': name, …} of the special tokens that have a role. A tokenizer without
+      its own bos, such as Qwen's, has no 'bos_token' here, though `bos_id` stands in for it.
+    adds_bos: The tokenizer puts bos in front of a text, as `transformers` has it.
     digest: Hexadecimal SHA-256 of the tokenizer's definition.
   """
 
@@ -90,6 +111,8 @@ class Tokenizer(abc.ABC):
   special_ids: dict[str, int]
   pair_ends: int = 1
   chat_template: str | None = None
+  tool_template: str | None = None
+  adds_bos: bool = True
   digest: str
 
   def encode(self, text: str, specials: bool = False) -> list[int]:
@@ -109,6 +132,52 @@ class Tokenizer(abc.ABC):
       for piece in pieces
       for i in ([self.special_ids[piece]] if piece in self.special_ids else next(plain).tolist())
     ]
+
+  @property
+  def role_names(self) -> dict[str, str]:
+    """See the attributes."""
+    names = {i: name for name, i in self.special_ids.items()}
+    ids = {
+      "bos_token": None if self.bos_id == self.eos_id else self.bos_id,
+      "eos_token": self.eos_id,
+      "pad_token": self.pad_id,
+      "mask_token": self.mask_id,
+      "unk_token": self.unk_id,
+    }
+    return {role: names[i] for role, i in ids.items() if i in names}
+
+  def encode_rendered(self, texts: Sequence[str], plain: Sequence[Sequence[Range]]) -> list[Tokens]:
+    """Encodes texts that a chat template wrote, each in one go.
+
+    Args:
+      texts: The texts. Names of `special_ids` in them become their ids.
+      plain: For each text, ranges in which names of special tokens are text from a user.
+    """
+    return [self._encode_rendered(text, ranges) for text, ranges in zip(texts, plain, strict=True)]
+
+  def _encode_rendered(self, text: str, plain: Sequence[Range]) -> Tokens:
+    parts, at = list[Tokens](), 0
+    for start, end in (*self.special_ranges(text, plain), (len(text), len(text))):
+      if at < start:
+        ids, starts, ends = self._located(text[at:start])
+        parts.append(Tokens(ids, starts + at, ends + at))
+      if start < end:
+        i = np.array([self.special_ids[text[start:end]]], np.int32)
+        parts.append(Tokens(i, np.array([start]), np.array([end])))
+      at = end
+    if not parts:
+      return Tokens(np.empty(0, np.int32), np.empty(0, int), np.empty(0, int))
+    return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+  def special_ranges(self, text: str, plain: Sequence[Range] = ()) -> list[Range]:
+    """Ranges of the names of special tokens in a text that do not touch one of `plain`."""
+    names = sorted(self.special_ids, key=len, reverse=True)  # the longest name wins
+    found = re.finditer("|".join(map(re.escape, names)), text) if names else ()
+    return [m.span() for m in found if not any(a < m.end() and m.start() < b for a, b in plain)]
+
+  @abc.abstractmethod
+  def _located(self, text: str) -> Tokens:
+    """Encodes a text without special tokens, with the place of each token."""
 
   def _split_at_specials(self, text: str) -> list[str]:
     names = sorted(self.special_ids, key=len, reverse=True)  # the longest name wins
@@ -259,12 +328,32 @@ class ByteTokenizer(Tokenizer):
     for start in range(0, max(len(text), 1), LONG):
       yield text[start : start + LONG]
 
+  def _located(self, text: str) -> Tokens:
+    ids = self.encode_batch([text])[0]
+    return by_bytes(text, ids, np.ones(len(ids), int))
+
   def _decode(self, ids: np.ndarray) -> str:
     return (ids - self._first).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
   def files(self) -> dict[str, bytes]:
     """See `Tokenizer`. Empty."""
     return {}
+
+
+def by_bytes(text: str, ids: np.ndarray, lengths: np.ndarray) -> Tokens:
+  """Places tokens that together are a text's UTF-8 bytes.
+
+  Args:
+    text: The text.
+    ids: int32 [S].
+    lengths: int [S], bytes of each token. Their sum is the text's.
+  """
+  data = np.frombuffer(text.encode(), np.uint8)
+  char = np.cumsum((data & 0xC0) != 0x80) - 1  # of each byte
+  ends = np.cumsum(lengths)
+  char_after = np.append(char, len(text))
+  starts = char_after[ends - lengths]
+  return Tokens(ids, starts, np.where(lengths > 0, char_after[ends - 1] + 1, starts))
 
 
 def read_files(folder: epath.PathLike, names: Iterable[str]) -> dict[str, bytes]:
@@ -314,12 +403,27 @@ def files_digest(files: Mapping[str, bytes]) -> str:
   return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def chat_template(files: Mapping[str, bytes]) -> str | None:
-  """The Jinja chat template among a tokenizer's files, the default one if there are several."""
-  if "chat_template.jinja" in files:
-    return files["chat_template.jinja"].decode()
+def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
+  """{name: Jinja chat template} among a tokenizer's files. A single one is called 'default'.
+
+  Raises:
+    UserError: A template has another form.
+  """
   template = read_json(files, CONFIG).get("chat_template")
-  if isinstance(template, list):
-    named = {entry["name"]: entry["template"] for entry in template}
-    return named.get("default")
-  return template
+  try:
+    named = (
+      {entry["name"]: entry["template"] for entry in template}
+      if isinstance(template, list)
+      else {"default": template}
+      if template
+      else {}
+    )
+    if "chat_template.jinja" in files:
+      named["default"] = files["chat_template.jinja"].decode()
+    if not all(isinstance(text, str) for text in named.values()):
+      raise TypeError("a template is not a text")
+  except (TypeError, KeyError, UnicodeDecodeError) as e:
+    raise UserError(
+      f"the tokenizer's chat template can't be read ({type(e).__name__}: {e}); restore the file"
+    ) from e
+  return named

@@ -4,14 +4,16 @@ A template is data (`FORMATS`), or the Jinja source that came with a tokenizer. 
 always encoded as plain text: no message can inject the mark that ends its turn.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
-from jaxgpt.text.tokenizers import jinja_template
-from jaxgpt.text.tokenizers.base import Tokenizer
-from jaxgpt.text.tokenizers.examples import Message, Piece
+from jaxgpt.text.readers import messages as messages_lib
+from jaxgpt.text.tokenizers import huggingface, jinja_template
+from jaxgpt.text.tokenizers.base import Message, Tokenizer
+from jaxgpt.text.tokenizers.examples import Piece
 
 OWN = "tokenizer"  # the Jinja template that came with the tokenizer
 
@@ -38,6 +40,8 @@ class Format(NamedTuple):
     system: If no turn has that role, the form in which a system message, {}, is put in front of the
       first user's message.
     trim: Strip white space around contents.
+    raw: Nothing but text separates a prompt from its answer. So the two are tokenized apart: a
+      token that reaches over the border could not be generated.
   """
 
   turns: dict[str, Turn]
@@ -45,6 +49,7 @@ class Format(NamedTuple):
   begin: str = "{bos}"
   system: str | None = None
   trim: bool = False
+  raw: bool = False
 
 
 def _turns(before: str, after: str, gap: str = "", **renamed: str | None) -> dict[str, Turn]:
@@ -67,7 +72,8 @@ FORMATS = {
       "system": Turn(after="\n"),
       "user": Turn(after="\n"),
       "assistant": Turn(after="{eos}", gap="\n"),
-    }
+    },
+    raw=True,
   ),
   "chatml": Format(
     _turns("<|im_start|>{role}\n", "<|im_end|>", "\n"), ("<|im_start|>", "<|im_end|>"), begin=""
@@ -97,40 +103,68 @@ class Template:
 
   Attributes:
     name: 'tokenizer' or a key of `FORMATS`.
-    stop: Name of the special token that ends an assistant's turn, or None for a Jinja template.
+    stop: Name of the special token that ends an assistant's answer, or None if none does.
+    stops: Names of all special tokens that end an assistant's turn: an answer, or a call of a tool.
+    in_one_go: A conversation is tokenized as a whole, as transformers does, not piece by piece.
   """
 
   def __init__(self, name: str, tokenizer: Tokenizer):
     """Use `load`."""
     self.name, self._tokenizer = name, tokenizer
     ids = {i: token for token, i in tokenizer.special_ids.items()}
-    self._ends = {"{bos}": ids[tokenizer.bos_id], "{eos}": ids[tokenizer.eos_id]}
+    # Where a tokenizer has no bos, eos stands between documents, but does not begin a conversation.
+    bos = tokenizer.role_names.get("bos_token", "")
     self._format = FORMATS.get(name)
-    self.stop: str | None = None
+    if self._format and self._format.raw:
+      bos = ids[tokenizer.bos_id]
+    self._ends = {"{bos}": bos, "{eos}": ids[tokenizer.eos_id]}
+    self.in_one_go = name == OWN or (
+      tokenizer.kind == huggingface.HuggingFaceTokenizer.kind
+      and not (self._format and self._format.raw)
+    )
     if self._format:
       names = [*self._format.marks, *self._ends]
       self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-      self.stop = next(
-        p.text for p in self._parse(self._format.turns["assistant"].after) if p.special
-      )
+    self.stops = tuple(dict.fromkeys(filter(None, map(self._last_mark, _PROBES))))
+    self.stop: str | None = self._last_mark(_PROBES[0])
 
-  def __call__(self, messages: Iterable[Message], generate: bool = False) -> list[Piece]:
+  def _last_mark(self, answer: Message) -> str | None:
+    """The special token that ends what is learned of an answer, if one does."""
+    try:
+      pieces = [p for p in self([{"role": "user", "content": "a"}, answer]) if p.trained]
+    except UserError:  # a template without tools, for example
+      return None
+    return pieces[-1].text if pieces and pieces[-1].special else None
+
+  def __call__(
+    self,
+    messages: Iterable[Message],
+    generate: bool = False,
+    tools: jinja_template.Tools | None = None,
+  ) -> list[Piece]:
     """Writes a conversation as pieces, including all special tokens.
 
     Args:
       messages: [{'role': str, 'content': str}, …]. A content may also be a list of {'type':
-        'text', 'text': str}. An assistant's message with a 'weight' of 0 is not trained on.
+        'text', 'text': str}, and missing where there are 'tool_calls'. The tokenizer's own template
+        sees all fields, such as 'reasoning_content'. The others have no place for more than a role
+        and a content. An assistant's message with a 'weight' of 0 is not trained on.
       generate: End with the text that precedes an assistant's answer.
+      tools: JSON schemas of the tools that the assistant may call. Only for the tokenizer's own
+        template.
 
     Returns:
       The pieces. Neighbours that could be one piece are joined.
 
     Raises:
-      UserError: A message has another form, or a role that the template doesn't have.
+      UserError: A message has another form, or a role or fields that the template doesn't have.
     """
     messages = [_checked(message) for message in messages]
     if not self._format:
-      return joined(jinja_template.pieces(self._tokenizer, self._ends, messages, generate))
+      return joined(_cut(jinja_template.render(self._tokenizer, messages, generate, tools)))
+    messages = [_plain(message, self.name) for message in messages]
+    if tools:
+      raise _no_place(self.name, "tools")
     form, pieces = self._format, list[Piece]()
     pieces += self._parse(form.begin)
     for message in self._folded(messages):
@@ -174,20 +208,57 @@ class Template:
     return [{"role": "user", "content": form.system.replace("{}", system, 1) + user}, *messages[2:]]
 
 
+# Two turns that end, in some templates, with different special tokens.
+_PROBES: tuple[Message, ...] = (
+  {"role": "assistant", "content": "b"},
+  {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+      {
+        "id": "callabcde",
+        "type": "function",
+        "function": {"name": "f", "arguments": {"x": "y"}},
+      }
+    ],
+  },
+)
+
+
 def _checked(message: Any) -> Message:
-  """A message with a string as content."""
-  try:
-    role, content = message["role"], message["content"]
-    if isinstance(content, list):
-      content = "".join(item["text"] for item in content)
-    if not isinstance(role, str) or not isinstance(content, str):
-      raise TypeError("role and content must be strings")
-  except (KeyError, TypeError, IndexError) as e:
+  """A message in the form that `Template` takes. Fields without a value are left out."""
+  if problem := messages_lib.problem(message):
     raise UserError(
-      f"a chat message is {message!r:.200}, not {{'role': …, 'content': …}} "
-      f"({type(e).__name__}: {e}); name the columns with --field"
-    ) from e
-  return {**message, "role": role, "content": content}
+      f"a chat message is {message!r:.200}, not {{'role': …, 'content': …}} ({problem}); "
+      "name the columns with --field"
+    )
+  return {key: value for key, value in message.items() if value is not None}
+
+
+def _plain(message: Message, template: str) -> Message:
+  """A message with a string as content, for a template that knows no other fields."""
+  more = [key for key in messages_lib.SAID if message.get(key)]
+  if more:
+    raise _no_place(template, more[0])
+  return {**message, "content": messages_lib.text(message)}
+
+
+def _no_place(template: str, what: str) -> UserError:
+  return UserError(
+    f"the chat template {template!r} has no place for {what}; leave them out of the data, or take "
+    f"a tokenizer whose own template has, with --template={OWN}"
+  )
+
+
+def _cut(rendered: jinja_template.Rendered) -> list[Piece]:
+  """Cuts a text at its special tokens and at the ends of the learned ranges."""
+  text, marks, learned = rendered
+  edges = sorted({0, len(text), *(x for span in (*marks, *learned) for x in span)})
+  specials = set(marks)
+  return [
+    Piece(text[a:b], any(s <= a and b <= e for s, e in learned), (a, b) in specials)
+    for a, b in itertools.pairwise(edges)
+  ]
 
 
 def joined(pieces: Iterable[Piece]) -> list[Piece]:

@@ -8,9 +8,7 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.text.readers.documents import Document
 from jaxgpt.text.tokenizers import labels
-from jaxgpt.text.tokenizers.base import Tokenizer
-
-Message: TypeAlias = Mapping[str, Any]  # {'role': str, 'content': str}
+from jaxgpt.text.tokenizers.base import Message, Range, Tokenizer
 
 
 class Encoded(NamedTuple):
@@ -38,7 +36,9 @@ class Piece(NamedTuple):
   special: bool = False  # the text is the name of a special token
 
 
-Template: TypeAlias = Callable[[Sequence[Message]], list[Piece]]
+# (messages) -> pieces. It is called with the keyword `tools` if a conversation has some. With an
+# attribute `in_one_go` that is true, a conversation is tokenized as a whole.
+Template: TypeAlias = Callable[..., list[Piece]]
 
 
 def encode_batch(
@@ -76,21 +76,71 @@ def encode_batch(
   """
   # One call tokenizes the pieces of all documents; `_join` takes the results in the same order.
   split = [_split(document, kind, template) for document in documents]
+  whole = [
+    getattr(template, "in_one_go", False) and is_chat(document, kind) for document in documents
+  ]
+  chosen = [(stored, w) for stored, w in zip(split, whole) if not isinstance(stored, UserError)]
   texts = [
-    p.text
-    for stored in split
-    if not isinstance(stored, UserError)
-    for pieces in stored
-    for p in pieces
-    if not p.special
+    p.text for stored, w in chosen if not w for pieces in stored for p in pieces if not p.special
   ]
   tokens = iter(tokenizer.encode_batch(texts))
-  return [
-    stored
-    if isinstance(stored, UserError)
-    else [_join(pieces, tokens, tokenizer, kind, document, label_names) for pieces in stored]
-    for document, stored in zip(documents, split)
-  ]
+  rendered = iter(_rendered([pieces for stored, w in chosen if w for pieces in stored], tokenizer))
+  out: list[list[Encoded] | UserError] = []
+  for document, stored, w in zip(documents, split, whole):
+    if isinstance(stored, UserError):
+      out.append(stored)
+      continue
+    encoded = [
+      next(rendered) if w else _join(pieces, tokens, tokenizer, kind, document, label_names)
+      for pieces in stored
+    ]
+    out.append(encoded)
+  return out
+
+
+def nothing_learned(encoded: Sequence[Encoded]) -> str:
+  """The reason why there is nothing to train on in what a conversation became, or ''."""
+  if all(e.trained is not None and len(e.trained) for e in encoded):
+    return ""
+  return (
+    "no token is trained on: it has no message of role 'assistant', or only ones of weight 0, or "
+    "the template does not mark them"
+  )
+
+
+def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, in_one_go: bool) -> list[int]:
+  """The ids of a conversation, such as a prompt.
+
+  Args:
+    pieces: From a template.
+    tokenizer: The tokenizer.
+    in_one_go: See `chat_template.Template`.
+  """
+  if in_one_go:
+    return _rendered([pieces], tokenizer)[0].ids.tolist()
+  return [i for p in pieces for i in tokenizer.encode(p.text, specials=p.special)]
+
+
+def _rendered(chats: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[Encoded]:
+  """Encodes conversations as wholes. A token is trained on if any of its characters is."""
+  texts, plain, learned = [], list[list[Range]](), list[list[Range]]()
+  for pieces in chats:
+    text = "".join(p.text for p in pieces)
+    ends = np.cumsum([len(p.text) for p in pieces]).tolist()
+    spans = list(zip([0, *ends[:-1]], ends))
+    special = {span for p, span in zip(pieces, spans) if p.special}
+    texts.append(text)
+    plain.append([span for span in tokenizer.special_ranges(text) if span not in special])
+    learned.append([span for p, span in zip(pieces, spans) if p.trained])
+  out = []
+  for tokens, ranges in zip(tokenizer.encode_rendered(texts, plain), learned):
+    is_trained = np.zeros(len(tokens.ids), bool)
+    for start, end in ranges:
+      is_trained |= (tokens.ends > start) & (tokens.starts < end)
+    is_trained[:1] = False  # the first token has no context to predict it from
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], is_trained, [0]))))
+    out.append(Encoded(tokens.ids, trained=edges.astype(np.int32).reshape(-1, 2)))
+  return out
 
 
 def _split(
@@ -110,19 +160,21 @@ def _split(
   if is_chat(document, kind):
     assert template is not None, "chats need a template"
     try:
-      return [
-        template(messages) for messages in ([f["messages"]] if kind == "chat" else conversations(f))
-      ]
+      chats = [f["messages"]] if kind == "chat" else conversations(f)
+      return [template(m, tools=f["tools"]) if f.get("tools") else template(m) for m in chats]
     except UserError as e:
       return e
   prompt = [Piece(f["prompt"])] if f.get("prompt") is not None else []
   return [[*prompt, Piece(f[name], trained=True)] for name in ("chosen", "rejected")]
 
 
+_ANSWERS = ("prompt", "chosen", "rejected")
+
+
 def is_chat(document: Document, kind: str) -> bool:
   """Whether a template writes the document."""
   return kind == "chat" or (
-    kind == "preference" and any(isinstance(value, list) for value in document.fields.values())
+    kind == "preference" and any(isinstance(document.fields.get(name), list) for name in _ANSWERS)
   )
 
 

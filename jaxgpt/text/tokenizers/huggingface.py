@@ -1,8 +1,10 @@
 """Hugging Face tokenizers: a `tokenizer.json`, read by the `tokenizers` library."""
 
+import itertools
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +63,9 @@ class HuggingFaceTokenizer(base.Tokenizer):
     self._inner, self._files = inner, dict(files)
     self.vocab_size = max(inner.get_vocab().values(), default=-1) + 1
     self.digest = base.files_digest(self._files)
-    self.chat_template = base.chat_template(self._files)
+    templates = base.chat_templates(self._files)
+    self.chat_template, self.tool_template = templates.get("default"), templates.get("tool_use")
+    self._lock = threading.RLock()  # of `encode_special_tokens`, a setting of the inner tokenizer
     self._set_specials(name)
 
   def _set_specials(self, name: str) -> None:
@@ -93,17 +97,91 @@ class HuggingFaceTokenizer(base.Tokenizer):
         f"{base.CONFIG} beside it (its specials: "
         f"{', '.join(list(self.special_ids)[:10]) or 'none'})"
       )
+    self._role_names = {
+      f"{role}_token": token
+      for role, token in (roles or tokens).items()
+      if token and inner.token_to_id(token) is not None
+    }
     self.special_ids |= {token: ids[role] for role, token in tokens.items() if token}
     self.bos_id = ids["eos"] if ids["bos"] is None else ids["bos"]
     self.eos_id = ids["bos"] if ids["eos"] is None else ids["eos"]
     self.pad_id, self.mask_id, self.unk_id = ids["pad"], ids["mask"], ids["unk"]
     processor = json.loads(self._files[MODEL]).get("post_processor")
     self.pair_ends = _pair_ends(processor, inner.id_to_token(self.eos_id))
+    self.adds_bos = ids["bos"] is not None and self._puts_bos_in_front(ids["bos"])
     self._kept_from_text = np.array([i for i in self.special_ids.values() if i != self.unk_id])
+
+  def _puts_bos_in_front(self, bos: int) -> bool:
+    """As transformers does: `add_bos_token` of the config, else the post-processor."""
+    said = base.read_json(self._files, base.CONFIG).get("add_bos_token")
+    return said if isinstance(said, bool) else self._inner.encode("a").ids[:1] == [bos]
+
+  @property
+  def role_names(self) -> dict[str, str]:
+    """See `Tokenizer`. The roles that the files name, as transformers has them."""
+    return self._role_names
+
+  def encode_rendered(
+    self, texts: Sequence[str], plain: Sequence[Sequence[base.Range]]
+  ) -> list[base.Tokens]:
+    """See `Tokenizer`. Without plain ranges, the ids are those of transformers."""
+    whole = [text for text, ranges in zip(texts, plain, strict=True) if not ranges]
+    tokens = iter(self._with_specials(whole))
+    return [
+      self._around(text, ranges) if ranges else next(tokens)
+      for text, ranges in zip(texts, plain, strict=True)
+    ]
+
+  def _with_specials(self, texts: Sequence[str]) -> list[base.Tokens]:
+    """Encodes texts in which names of special tokens are these tokens."""
+    with self._lock:
+      self._inner.encode_special_tokens = False
+      try:
+        encoded = self._inner.encode_batch(list(texts), add_special_tokens=False)
+      finally:
+        self._inner.encode_special_tokens = True
+    return [_tokens(e) for e in encoded]
+
+  def _around(self, text: str, plain: Sequence[base.Range]) -> base.Tokens:
+    """Encodes a text with names of special tokens that are text.
+
+    The text is cut at these. Some tokenizers put a space in front of what they encode, so each cut
+    piece but the first is encoded after a newline, whose tokens are left out (as transformers does
+    for its `sanitize_control_tokens`).
+    """
+    newline = self.encode_batch(["\n"])[0]
+    edges = sorted({0, len(text), *(x for span in plain for x in span)})
+    parts = []
+    for start, end in itertools.pairwise(edges):
+      piece, lead = text[start:end], "\n" if start else ""
+      if (start, end) in plain:
+        ids = self._after(newline, lead + piece, piece)
+        parts.append(base.Tokens(ids, np.full(len(ids), start), np.full(len(ids), end)))
+        continue
+      found = self._with_specials([lead + piece])[0]
+      skip = len(newline) if lead else 0
+      if not np.array_equal(found.ids[:skip], newline[:skip]):
+        found, lead, skip = self._with_specials([piece])[0], "", 0
+      shift = start - len(lead)
+      parts.append(
+        base.Tokens(found.ids[skip:], found.starts[skip:] + shift, found.ends[skip:] + shift)
+      )
+    return base.Tokens(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+  def _after(self, newline: np.ndarray, text: str, alone: str) -> np.ndarray:
+    """The ids of a text from a user, without the newline that it was put after."""
+    ids = self.encode_batch([text])[0]
+    if text != alone and np.array_equal(ids[: len(newline)], newline):
+      return ids[len(newline) :]
+    return self.encode_batch([alone])[0]
+
+  def _located(self, text: str) -> base.Tokens:
+    return self._around(text, [(0, len(text))])
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """See `Tokenizer`."""
-    encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+    with self._lock:
+      encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
     out = [np.array(e.ids, np.int32) for e in encoded]
     for i, ids in enumerate(out):
       if np.isin(ids, self._kept_from_text).any():
@@ -125,7 +203,8 @@ class HuggingFaceTokenizer(base.Tokenizer):
       for piece in re.split(f"({names})", text)
       for string in ((piece[:1], piece[1:]) if piece in self.special_ids else (piece,))
     ]
-    encoded = self._inner.encode_batch_fast(strings, add_special_tokens=False)
+    with self._lock:
+      encoded = self._inner.encode_batch_fast(strings, add_special_tokens=False)
     return np.array([i for e in encoded for i in e.ids], np.int32)
 
   def _decode(self, ids: np.ndarray) -> str:
@@ -137,6 +216,11 @@ class HuggingFaceTokenizer(base.Tokenizer):
 
   def __reduce__(self) -> tuple[Any, ...]:
     return HuggingFaceTokenizer, (self._files,)
+
+
+def _tokens(encoding: Any) -> base.Tokens:
+  places = np.array(encoding.offsets, int).reshape(-1, 2)
+  return base.Tokens(np.array(encoding.ids, np.int32), places[:, 0], places[:, 1])
 
 
 def _frame(processor: Mapping[str, Any] | None) -> dict[str, str]:

@@ -66,7 +66,8 @@ class SentencePieceTokenizer(base.Tokenizer):
     self._check_numbers(added, name)
     self.vocab_size = max([p.get_piece_size() - 1, *added.values()]) + 1
     self._set_specials(added, name)
-    self.chat_template = base.chat_template(self._extras)
+    templates = base.chat_templates(self._extras)
+    self.chat_template, self.tool_template = templates.get("default"), templates.get("tool_use")
     self.digest = (
       base.files_digest(self.files()) if self._extras else hashlib.sha256(model).hexdigest()
     )
@@ -117,6 +118,8 @@ class SentencePieceTokenizer(base.Tokenizer):
       )
     self.eos_id = bos if eos is None else eos  # type: ignore[assignment]  # one of them is an id
     self.bos_id = self.eos_id if bos is None else bos
+    add_bos = base.read_json(self._extras, base.CONFIG).get("add_bos_token")
+    self.adds_bos = self.bos_id != self.eos_id and add_bos is not False
     self.pad_id = pick("pad", p.pad_id(), "<pad>")
     self.mask_id = pick("mask", -1, base.MASK, "[MASK]")
     self.unk_id = p.unk_id()
@@ -195,6 +198,34 @@ class SentencePieceTokenizer(base.Tokenizer):
       return super()._find_cut(text, at)
     found = _CUT.search(text, at, at + base.LONG)
     return (found.start(), found.start()) if found else super()._find_cut(text, at)
+
+  def _located(self, text: str) -> base.Tokens:
+    ids = self.encode_batch([text])[0]
+    if self._cuts_are_free and self._decode(ids) == text:  # the pieces are the text
+      lengths = [self._length(i) for i in ids.tolist()]
+      if sum(lengths) == len(text.encode()):
+        return base.by_bytes(text, ids, np.array(lengths, int))
+    found, ranges, at = list[int](), list[tuple[int, int]](), 0
+    for i, string in enumerate(self._pattern.split(text) if self._pattern else [text]):
+      size = len(string.encode())
+      if i % 2:
+        more = self._spelled[string].tolist()
+        spans = [(0, size)] * len(more)
+      else:
+        pieces = self._processor.encode(string, return_type="proto").pieces if string else []
+        more, spans = [p.id for p in pieces], [(p.begin, p.end) for p in pieces]
+      found += more
+      ranges += [(at + a, at + b) for a, b in spans]
+      at += size
+    assert found == ids.tolist(), "tokens with and without places differ"
+    char = np.cumsum((np.frombuffer(text.encode() + b"x", np.uint8) & 0xC0) != 0x80) - 1
+    places = char[np.array(ranges, int).reshape(-1, 2)]
+    return base.Tokens(ids, places[:, 0], places[:, 1])
+
+  def _length(self, i: int) -> int:
+    """UTF-8 bytes of the text that a piece stands for."""
+    p = self._processor
+    return 1 if p.is_byte(i) else len(p.id_to_piece(i).replace(_SPACE_MARK, " ").encode())
 
   def _decode(self, ids: np.ndarray) -> str:
     return self._processor.decode(ids[ids < self._processor.get_piece_size()].tolist())

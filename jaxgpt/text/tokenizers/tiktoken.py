@@ -78,12 +78,18 @@ class TiktokenTokenizer(base.Tokenizer):
         '"eos_token", one of its special_tokens'
       )
     self.bos_id, self.eos_id = eos if bos is None else bos, bos if eos is None else eos  # type: ignore[assignment]  # one of them is not None
+    self.adds_bos = bos is not None and bos != eos
     self.pad_id, self.mask_id = pick("pad"), pick("mask", base.MASK)
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """See `Tokenizer`."""
     ids = self._inner.encode_ordinary_batch(list(texts), num_threads=base.threads())
     return [np.array(i, np.int32) for i in ids]
+
+  def _located(self, text: str) -> base.Tokens:
+    ids = self.encode_batch([text])[0]
+    lengths = [len(self._inner.decode_single_token_bytes(i)) for i in ids.tolist()]
+    return base.by_bytes(text, ids, np.array(lengths, int))
 
   def _decode(self, ids: np.ndarray) -> str:
     return self._inner.decode(ids[self._is_token[ids]].tolist(), errors="replace")

@@ -137,6 +137,18 @@ SURVIVED = {
     {"wrong type": 5},
     {"kind": "chat"},
   ),
+  "weights that are none": (
+    "a.jsonl",
+    messages(
+      *(
+        [{"role": "assistant", "content": GOOD, "weight": weight}]
+        for weight in ("0", "1", 0.5, -1, [0], 0, 1, True, None)
+      )
+    ),
+    4,
+    {"wrong type": 5},
+    {"kind": "chat"},
+  ),
   "messages without content": (
     "a.jsonl",
     messages(None, [], [{"role": "user", "content": None}], [{"role": "user", "content": " "}]),
@@ -162,7 +174,9 @@ SURVIVED = {
   "a text among tables": ("a.txt", b"x", 0, {"missing field": 1}, {"kind": "seq2seq"}),
 }
 KINDS = {
-  "chat": {"messages": [{"role": "user", "content": GOOD}]},
+  "chat": {
+    "messages": [{"role": "user", "content": GOOD}, {"role": "assistant", "content": GOOD}]
+  },
   "classification": {"text": GOOD, "label": 1},
   "seq2seq": {"input": "", "target": GOOD},
 }

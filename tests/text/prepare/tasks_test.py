@@ -185,6 +185,24 @@ def test_conversations_that_a_template_has_no_place_for_are_counted(tmp_path):
   assert split.source_name(0).endswith(":2"), "the others keep their order"
 
 
+def test_conversations_in_which_nothing_is_learned_are_counted_and_left_out(tmp_path):
+  ask, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+  chats = [[ask, answer], [ask], [ask, {**answer, "weight": 0}], [ask, {**answer, "weight": None}]]
+  manifest = run(
+    tmp_path,
+    [{"messages": chats[i % 4]} for i in range(60)],
+    "--kind=chat",
+    "--validation=0",
+    "--test=0",
+  )
+  assert manifest["dropped"] == {"nothing learned": 30}
+  assert (manifest["read"], manifest["kept"]) == (60, 30)
+  split = source.open_split(tmp_path / "out", "train")
+  assert split.num_documents == 30 and all(len(split.trained(i)) for i in range(30))
+  examples = json.loads((tmp_path / "out" / "card.json").read_text())["dropped"]["nothing learned"]
+  assert ".jsonl:2: no token is trained on" in examples["examples"][0]
+
+
 def test_preferences_are_pairs(tmp_path):
   rows = [
     {"prompt": f"{sentence(i, 4)}\n", "chosen": f"yes {i}", "rejected": "no"} for i in range(60)

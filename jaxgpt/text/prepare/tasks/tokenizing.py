@@ -14,6 +14,7 @@ from jaxgpt.text.prepare.jobs import Account, Counter
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.tasks.filtering import Corpus
 from jaxgpt.text.prepare.tasks.reading import SizedDropped
+from jaxgpt.text.readers import messages
 from jaxgpt.text.readers.documents import Document
 from jaxgpt.text.tokenizers import base, chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
@@ -156,8 +157,13 @@ def tokenize(
           dropped.at_hand = num_bytes
           dropped.add("chat template", document.source, str(texts))
           continue
+        if examples.is_chat(document, options.kind):
+          templated = True
+          if why := examples.nothing_learned(texts):
+            dropped.at_hand = num_bytes
+            dropped.add("nothing learned", document.source, why)
+            continue
         kept.append(number)
-        templated |= examples.is_chat(document, options.kind)
         sizes = [num_bytes] if len(texts) == 1 else _answer_bytes(document)
         for text, size in zip(texts, sizes):
           writers[shards.SPLITS[batch.splits[number]]].add(text, size, document.source)
@@ -276,8 +282,8 @@ def _answer_bytes(document: Document) -> list[int]:
   """UTF-8 bytes of the two texts of a preference: the prompt with each of its answers."""
   if examples.is_chat(document, "preference"):
     return [
-      sum(len(message["content"].encode()) for message in messages)
-      for messages in examples.conversations(document.fields)
+      sum(len(string.encode()) for m in conversation for string in messages.words(m))
+      for conversation in examples.conversations(document.fields)
     ]
   prompt = len(document.fields.get("prompt", "").encode())
   return [prompt + len(document.fields[name].encode()) for name in ("chosen", "rejected")]
