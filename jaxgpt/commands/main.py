@@ -1,7 +1,9 @@
 """The command line: reads the arguments by the declarations of a command's options and runs it."""
 
 import argparse
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,10 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit code: 0 for success, 2 for bad input, 75 if the same command may succeed later, and
     128 + the signal's number for a run that a signal ended.
   """
+  _write_any_character()
   commands = discover()
   words = sys.argv[1:] if argv is None else list(argv)
   if " ".join(words[:2]) in commands:  # `data show`; a file of that name is `./show`
     words[:2] = [" ".join(words[:2])]
+  try:
+    _check_text(words)
+  except UserError as e:
+    print(f"jaxgpt: error: {e}", file=sys.stderr)
+    return e.exit_code
   command, values = _parse(commands, words)
   try:
     return command.run(command.options(**values)) or 0
@@ -52,6 +60,29 @@ def report(command: Command, error: UserError) -> int:
   del command  # tests check that the message names only flags that the command takes
   print(f"jaxgpt: error: {error}", file=sys.stderr)
   return error.exit_code
+
+
+def _write_any_character() -> None:
+  """Lets a terminal or pipe that is not UTF-8 show the characters that it lacks as escapes."""
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
+
+
+def _check_text(words: Sequence[str]) -> None:
+  """Refuses values of options that are not UTF-8. Python marks their bytes with surrogates.
+
+  Names of input files may be any bytes.
+  """
+  for before, word in zip(["", *words], words):
+    flag, equals, _ = word.partition("=")
+    if not flag.startswith("--"):
+      flag = before if before.startswith("--") and "=" not in before else ""
+    if flag and re.search("[\ud800-\udfff]", word):
+      shown = word.partition("=")[2] if equals else word
+      raise UserError(
+        f"{flag}={shown!r} is not UTF-8 text (\\udcXX is the byte XX); convert it to UTF-8"
+      )
 
 
 def _parse(commands: dict[str, Command], words: list[str]) -> tuple[Command, dict[str, Any]]:

@@ -33,16 +33,34 @@ PROBES = (
 )
 
 
-def files(tokenizer: base.Tokenizer, max_len: int) -> tuple[Files, str]:
+def files(tokenizer: base.Tokenizer, max_len: int, template: str = "") -> tuple[Files, str]:
   """Converts a tokenizer.
 
   Args:
     tokenizer: The run's tokenizer.
     max_len: Longest context of the model, in tokens.
+    template: Jinja source of the chat template that the model was trained in, or '': that of the
+      tokenizer, if it has one.
 
   Returns:
     ({name: bytes}, ''), or ({}, the reason why there are no files).
   """
+  found, why_not = _files(tokenizer, max_len)
+  return (_with_template(found, template) if template and found else found), why_not
+
+
+def _with_template(files: Files, template: str) -> Files:
+  """The files with the template in place of the tokenizer's, unchanged if it is the same."""
+  if base.chat_templates(files).get("default") == template:
+    return files
+  config = base.read_json(files, base.CONFIG) | {"chat_template": template}
+  text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+  return {k: v for k, v in files.items() if k != "chat_template.jinja"} | {
+    base.CONFIG: text.encode()
+  }
+
+
+def _files(tokenizer: base.Tokenizer, max_len: int) -> tuple[Files, str]:
   own = tokenizer.files()
   if tokenizer.kind == huggingface.HuggingFaceTokenizer.kind or base.CONFIG in own:
     return own | ({} if base.CONFIG in own else _config(tokenizer, max_len)), ""

@@ -1,5 +1,6 @@
 """A trained model in use: loads a run folder, evaluates its weights and samples text from it."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,12 @@ from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
+from jaxgpt.run import generation as generation_lib
 from jaxgpt.run import init_from, run_folder
 from jaxgpt.text.prepare import shards
+from jaxgpt.text.tokenizers import chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
+from jaxgpt.text.tokenizers.base import Message
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import evaluation, uses
@@ -35,6 +39,7 @@ class Run(NamedTuple):
     step: Step of the checkpoint.
     tokenizer: The run's tokenizer.
     data_digest: Digest of the data that it was trained on, or '' for an imported model.
+    generation: How its texts end and are drawn.
   """
 
   c: ml_collections.ConfigDict
@@ -44,6 +49,7 @@ class Run(NamedTuple):
   step: int
   tokenizer: tokenizer_lib.Tokenizer
   data_digest: str
+  generation: generation_lib.Generation
 
 
 def load(folder: epath.PathLike, step: int | None = None, use: str = "export") -> Run:
@@ -79,6 +85,7 @@ def load(folder: epath.PathLike, step: int | None = None, use: str = "export") -
     step=int(state["step"]),
     tokenizer=tokenizer,
     data_digest=run_folder.read_starts(folder)[0]["data_digest"],
+    generation=generation_lib.read(folder, tokenizer),
   )
 
 
@@ -209,7 +216,25 @@ def check_data(batches: pipeline.Batches, digest: str, path: str) -> None:
     )
 
 
-_DEFAULT_SAMPLING = Sampling()
+def sampling_defaults(run: Run) -> tuple[Sampling, list[str]]:
+  """How a run's text is drawn where nothing else is said.
+
+  Args:
+    run: From `load`.
+
+  Returns:
+    (`Sampling()` with what the run's generation_config.json sets, keys of that file that are not
+    followed).
+
+  Raises:
+    UserError: The file sets a value that is out of range.
+  """
+  found, ignored = generation_lib.sampling_defaults(run.generation.values, Sampling._fields)
+  if "top_k" in found:
+    found["top_k"] = int(found["top_k"])
+  settings = Sampling()._replace(**found)  # type: ignore[arg-type]  # floats by name
+  settings.check()
+  return settings, ignored
 
 
 class Sampler:
@@ -228,24 +253,73 @@ class Sampler:
     uses.check(run.c, "generate")
     self._run, self._num_samples = run, num_samples
     self._context = run.c.data.seq_len
+    self._template: chat_template.Template | None = None
     self._generate = sampling_lib.make(
-      run.parts.model, self._context, run.tokenizer.eos_id, run.tokenizer.vocab_size
+      run.parts.model, self._context, run.generation.end_ids, run.tokenizer.vocab_size
     )
+
+  def prompt_ids(self, prompt: str) -> list[int]:
+    """The ids of a text to continue.
+
+    They begin as the run's documents do: with bos after training on texts, as the chat template
+    begins after training on conversations, and as the tokenizer encodes a text for a model that was
+    imported.
+    """
+    run, tokenizer = self._run, self._run.tokenizer
+    ids = tokenizer.encode(prompt)
+    if run.generation.template:
+      begins = self.template().begins_with_bos()
+    else:
+      begins = bool(run.data_digest) or tokenizer.adds_bos
+    return [tokenizer.bos_id, *ids] if begins or not ids else ids
+
+  def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation up to where the assistant's answer begins.
+
+    Args:
+      messages: See `chat_template.Template`.
+
+    Raises:
+      UserError: The run has no chat template, or the template refuses the messages.
+    """
+    template = self.template()
+    pieces = template(messages, generate=True)
+    return examples.encode_pieces(pieces, self._run.tokenizer, template.in_one_go)
+
+  def template(self) -> chat_template.Template:
+    """The chat template that the run was trained in, or else the tokenizer's own.
+
+    Raises:
+      UserError: There is none.
+    """
+    run = self._run
+    if self._template is None:
+      if not run.generation.template and not run.tokenizer.chat_template:
+        raise UserError(
+          "this run has no chat template: it was not trained on conversations, and its tokenizer "
+          "came without one; give a text to continue, without --chat"
+        )
+      self._template = chat_template.load(
+        run.generation.template_name or chat_template.OWN, run.tokenizer, run.generation.template
+      )
+    return self._template
 
   def __call__(
     self,
     prompt: str,
     max_new: int = 200,
-    sampling: Sampling = _DEFAULT_SAMPLING,
+    sampling: Sampling | None = None,
     seed: int = 0,
+    chat: bool = False,
   ) -> list[str]:
     """Continues a prompt.
 
     Args:
       prompt: Text. May be empty.
       max_new: Largest number of new tokens. The context is the other limit.
-      sampling: How tokens are drawn.
+      sampling: How tokens are drawn. None: as in `sampling_defaults`.
       seed: Seed of the draws.
+      chat: The prompt is a user's message in the run's chat template, and the texts are answers.
 
     Returns:
       `num_samples` texts, without the prompt.
@@ -253,9 +327,11 @@ class Sampler:
     Raises:
       UserError: The prompt leaves no room for a new token, or a setting is out of range.
     """
+    sampling = sampling_defaults(self._run)[0] if sampling is None else sampling
     sampling.check()
     run, tokenizer = self._run, self._run.tokenizer
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    message = {"role": "user", "content": prompt}
+    ids = self.chat_ids([message]) if chat else self.prompt_ids(prompt)
     tokenizer.check_rows(ids, run.c.model.vocab_size)
     if len(ids) >= self._context:
       raise UserError(
@@ -277,6 +353,5 @@ class Sampler:
         )
       )
     return [
-      tokenizer.decode([int(i) for i in row[len(ids) : n]])
-      for row, n in zip(out, lengths, strict=True)
+      tokenizer.continuation(ids, row[len(ids) : n]) for row, n in zip(out, lengths, strict=True)
     ]

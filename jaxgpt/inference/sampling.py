@@ -3,7 +3,8 @@
 B sample, S cache slot, V vocabulary.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,13 @@ from jaxgpt.tree import PyTree
 
 
 class Sampling(NamedTuple):
-  """How tokens are drawn, see `filter_logits` and `sample`."""
+  """How tokens are drawn, see `penalized`, `filter_logits` and `sample`."""
 
   temperature: float = 0.8
   top_k: int = 0
   top_p: float = 1.0
   min_p: float = 0.0
+  repetition_penalty: float = 1.0
 
   def check(self) -> None:
     """Raises a UserError that names the first value out of range."""
@@ -29,16 +31,33 @@ class Sampling(NamedTuple):
       ("top_k", self.top_k >= 0, "at least 0"),
       ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
       ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+      ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
     ):
-      if not ok:
-        raise UserError(f"--{name}={getattr(self, name)} must be {valid}")
+      if not ok or not math.isfinite(getattr(self, name)):
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag}={getattr(self, name)} must be {valid} and finite")
 
 
 # generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B), see `make`.
 Generate = Callable[
-  [PyTree, jax.typing.ArrayLike, int, int, jax.Array, tuple[float, int, float, float]],
+  [PyTree, jax.typing.ArrayLike, int, int, jax.Array, tuple[float, ...]],
   tuple[jax.Array, jax.Array],
 ]
+
+
+def penalized(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float | jax.Array) -> jax.Array:
+  """Makes tokens that the text already holds less likely (arXiv:1909.05858, section 4.1).
+
+  Args:
+    logits_BV: Logits before the temperature.
+    seen_BV: bool, the tokens of the prompt and of the text so far.
+    penalty: Divides positive logits of these tokens and multiplies negative ones; 1: no penalty.
+
+  Returns:
+    [B, V] logits, as transformers' RepetitionPenaltyLogitsProcessor gives them.
+  """
+  less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+  return jnp.where(seen_BV, less_BV, logits_BV)
 
 
 def filter_logits(
@@ -98,36 +117,44 @@ def sample(
   return jnp.where(temperature > 0, drawn, logits_BV.argmax(-1)).astype(jnp.int32)
 
 
-def make(model: transformer.Transformer, num_slots: int, eos_id: int, vocab_size: int) -> Generate:
+def make(
+  model: transformer.Transformer, num_slots: int, eos_id: int | Sequence[int], vocab_size: int
+) -> Generate:
   """Makes a jitted sampler, compiled once for all prompt lengths, settings and sample lengths.
 
   Args:
     model: The model.
     num_slots: S, the context: prompt and new tokens together.
-    eos_id: The token that ends a sample.
+    eos_id: The token that ends a sample, or several of which each does.
     vocab_size: Token ids from here on only pad the embedding. They are never drawn.
 
   Returns:
     generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B). Each row
     of `tokens_BS` starts with a prompt of `length` tokens. The rest is ignored. At most
     min(max_new, S - length) tokens follow it, up to the first `eos_id`, which `lengths_B` does not
-    count. `settings` is a `Sampling`, the arguments of `sample` after its key.
+    count. `settings` is a `Sampling`, or the arguments of `sample` after its key.
   """
   cfg = model.cfg
+  end_ids = jnp.array([eos_id] if isinstance(eos_id, int) else list(eos_id))
   apply: Any = model.apply  # the type of Flax's `apply` does not know the model's results
 
   @jax.jit
   def generate(params, tokens_BS, length, max_new, key, settings):
     B = tokens_BS.shape[0]
     is_token_V = jnp.arange(cfg.vocab_size) < vocab_size
+    rows_B = jnp.arange(B)
 
-    def draw(logits_BV, i):
+    def draw(logits_BV, seen_BV, i):
       key_i = jax.random.fold_in(key, i)
-      return sample(jnp.where(is_token_V, logits_BV, -jnp.inf), key_i, *settings)
+      if len(settings) > 4:
+        logits_BV = penalized(logits_BV, seen_BV, settings[4])
+      return sample(jnp.where(is_token_V, logits_BV, -jnp.inf), key_i, *settings[:4])
 
     # Prefill: one call fills the cache. Slots after the prompt get keys of ignored tokens. Each of
     # them is overwritten before a query can attend to it.
     positions = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
+    seen_BV = jnp.zeros((B, cfg.vocab_size), bool)
+    seen_BV = seen_BV.at[rows_B[:, None], tokens_BS].max(positions < length)
     out = apply(
       {"params": params},
       tokens_BS,
@@ -138,16 +165,17 @@ def make(model: transformer.Transformer, num_slots: int, eos_id: int, vocab_size
     end = jnp.minimum(length + max_new, num_slots)
 
     def unfinished(carry):
-      i, _, _, _, done_B, _ = carry
+      i, _, _, _, _, done_B, _ = carry
       return (i < end) & ~done_B.all()
 
     # Decode: draw the token at position i, then compute the logits after it.
     def step(carry):
-      i, tokens, cache, logits, done_B, lengths_B = carry
-      token_B = draw(logits, i)
-      done_B |= token_B == eos_id
+      i, tokens, seen_BV, cache, logits, done_B, lengths_B = carry
+      token_B = draw(logits, seen_BV, i)
+      done_B |= jnp.isin(token_B, end_ids)
       lengths_B = jnp.where(done_B, lengths_B, i + 1)
       tokens = tokens.at[:, i].set(token_B)
+      seen_BV = seen_BV.at[rows_B, token_B].set(True)
       out = apply(
         {"params": params},
         token_B[:, None],
@@ -155,11 +183,12 @@ def make(model: transformer.Transformer, num_slots: int, eos_id: int, vocab_size
         cache=cache,
         logits_at_B=jnp.zeros((B,), jnp.int32),
       )
-      return i + 1, tokens, out.cache, out.logits, done_B, lengths_B
+      return i + 1, tokens, seen_BV, out.cache, out.logits, done_B, lengths_B
 
     lengths_B = jnp.full((B,), length)
-    start = (length, tokens_BS, out.cache, out.logits, jnp.zeros((B,), bool), lengths_B)
-    _, tokens, _, _, _, lengths_B = jax.lax.while_loop(unfinished, step, start)
+    done_B = jnp.zeros((B,), bool)
+    start = (length, tokens_BS, seen_BV, out.cache, out.logits, done_B, lengths_B)
+    _, tokens, _, _, _, _, lengths_B = jax.lax.while_loop(unfinished, step, start)
     return tokens, lengths_B
 
   return generate

@@ -25,6 +25,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
+from jaxgpt.run import generation as generation_lib
 from jaxgpt.run import init_from, label_names, run_lock, stop_signal, throughput
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import resume as resume_lib
@@ -137,9 +138,12 @@ def _enter(
     run_folder_lib.check_free(folder)
     lock.take()
     resume = resume_lib.find(folder)
+    generation, notices = generation_lib.of_training(c, tokenizer, folder)
     run_folder_lib.enter(
       folder, c, origin, setup.mesh, setup.data.digest, tokenizer, resume.step or 0
     )
+    generation_lib.write(folder, generation)
+    _tell(notices)
     if lock.problem:
       _tell([f"{folder} gives no file locks ({lock.problem}): start no second run in it"])
     _tell([resume.describe(c.train.steps)])

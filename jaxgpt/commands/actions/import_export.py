@@ -20,7 +20,7 @@ from jaxgpt.hf.families import Family
 from jaxgpt.inference import load
 from jaxgpt.model import lora
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import label_names, run_folder
+from jaxgpt.run import generation, label_names, run_folder
 from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import build
@@ -149,6 +149,7 @@ def import_model(
     for key in config.flatten(c)
   }
   run_folder.enter(folder, c, origin, model.mesh, "", tokens)
+  generation.write(folder, generation.read(model.source.folder, tokens))
   sizes = [leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(model.params).values()]
   checkpoints = checkpoints_lib.Checkpoints(
     folder / run_folder.CHECKPOINTS, writing_gb=(max(sizes) + 1e6) / 1e9
@@ -257,11 +258,13 @@ def export_run(
     hf = convert.write(found, c.model) | {"torch_dtype": dtype}
     hf = ids | hf if "pad_token_id" in hf else hf | ids
     _write_json(part / "config.json", hf)
-    _write_json(part / "generation_config.json", {"_from_model_config": True, **ids})
-    of_tokenizer, why_not = hf_tokenizer.files(run.tokenizer, c.model.max_len)
+    _write_json(part / generation.FILE, generation.published(run.generation, run.tokenizer))
+    of_tokenizer, why_not = hf_tokenizer.files(
+      run.tokenizer, c.model.max_len, run.generation.template
+    )
     for name, data in of_tokenizer.items():
       (part / name).write_bytes(data)
-    files += ["config.json", "generation_config.json", *of_tokenizer]
+    files += ["config.json", generation.FILE, *of_tokenizer]
   # The folder is complete. Whatever happens in the comparison, it stays.
   params = weights.rounded(run.params, dtype)
   certificate = parity.certify(out, c.model, params, run.tokenizer, dtype, certify)

@@ -275,6 +275,24 @@ class Tokenizer(abc.ABC):
     runs = np.split(ids, np.nonzero(is_special[1:] | is_special[:-1])[0] + 1)
     return "".join(names.get(int(run[0])) or self._decode(run) for run in runs if len(run))
 
+  def continuation(self, before: ArrayLike, ids: ArrayLike) -> str:
+    """Decodes ids that follow others.
+
+    Many tokenizers put a space in front of a text and drop it when they decode one, so the space
+    before the first new word is only kept if both are decoded together.
+
+    Args:
+      before: Token ids, such as a prompt's.
+      ids: The ids that follow them.
+
+    Returns:
+      The text of `ids`. Special tokens are skipped.
+    """
+    before = np.asarray(before, np.int64).reshape(-1)
+    start = self.decode(before)
+    whole = self.decode(np.append(before, np.asarray(ids, np.int64).reshape(-1)))
+    return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
+
   @abc.abstractmethod
   def _decode(self, ids: np.ndarray) -> str:
     """Decodes ids of the vocabulary without special tokens other than unk."""

@@ -5,6 +5,7 @@ always encoded as plain text: no message can inject the mark that ends its turn.
 """
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -108,9 +109,11 @@ class Template:
     in_one_go: A conversation is tokenized as a whole, as transformers does, not piece by piece.
   """
 
-  def __init__(self, name: str, tokenizer: Tokenizer):
+  def __init__(self, name: str, tokenizer: Tokenizer, source: str | None = None):
     """Use `load`."""
     self.name, self._tokenizer = name, tokenizer
+    self._source = source or tokenizer.chat_template or ""
+    self._tool_source = None if source else tokenizer.tool_template
     ids = {i: token for token, i in tokenizer.special_ids.items()}
     # Where a tokenizer has no bos, eos stands between documents, but does not begin a conversation.
     bos = tokenizer.role_names.get("bos_token", "")
@@ -134,7 +137,10 @@ class Template:
       pieces = [p for p in self([{"role": "user", "content": "a"}, answer]) if p.trained]
     except UserError:  # a template without tools, for example
       return None
-    return pieces[-1].text if pieces and pieces[-1].special else None
+    marks = [i for i, p in enumerate(pieces) if p.special]
+    if not marks or "".join(p.text for p in pieces[marks[-1] + 1 :]).strip():
+      return None
+    return pieces[marks[-1]].text
 
   def __call__(
     self,
@@ -161,7 +167,8 @@ class Template:
     """
     messages = [_checked(message) for message in messages]
     if not self._format:
-      return joined(_cut(jinja_template.render(self._tokenizer, messages, generate, tools)))
+      source = (tools and self._tool_source) or self._source
+      return joined(_cut(jinja_template.render(source, self._tokenizer, messages, generate, tools)))
     messages = [_plain(message, self.name) for message in messages]
     if tools:
       raise _no_place(self.name, "tools")
@@ -184,6 +191,50 @@ class Template:
     if generate:
       pieces += self._parse(form.turns["assistant"].before)
     return joined(pieces)
+
+  def begins_with_bos(self) -> bool:
+    """Whether a conversation begins with the tokenizer's bos."""
+    try:
+      first = self([{"role": "user", "content": "a"}], generate=True)[:1]
+    except UserError:
+      return False
+    bos = self._tokenizer.bos_id
+    return bool(first and first[0].special and self._tokenizer.special_ids[first[0].text] == bos)
+
+  def to_jinja(self) -> str:
+    """The template as Jinja source, for transformers."""
+    if self._format is None:
+      return self._source
+    form, folded = self._format, ""
+    text = lambda string: json.dumps(string, ensure_ascii=False)
+    at_once = lambda x: x.replace("{bos}", self._ends["{bos}"]).replace(
+      "{eos}", self._ends["{eos}"]
+    )
+    trim = " | trim" if form.trim else ""
+    content = f"message['content']{trim}"
+    if form.system is not None:
+      before, after = form.system.split("{}")
+      folded = (
+        "{% set system = '' %}{% if messages and messages[0]['role'] == 'system' %}"
+        f"{{% set system = {text(before)} + (messages[0]['content']{trim}) + {text(after)} %}}"
+        "{% set messages = messages[1:] %}{% if not messages or messages[0]['role'] != 'user' %}"
+        "{{ raise_exception('a system message needs a user message after it') }}"
+        "{% endif %}{% endif %}"
+      )
+      content = f"((system if loop.first else '') + ({content})){trim}"
+    turns = "".join(
+      f"{{% {'elif' if i else 'if'} message['role'] == {text(role)} %}}"
+      f"{{{{ {text(at_once(turn.before) + turn.lead)} + ({content}) + "
+      f"{text(at_once(turn.after) + at_once(turn.gap))} }}}}"
+      for i, (role, turn) in enumerate(form.turns.items())
+    )
+    answer = at_once(form.turns["assistant"].before)
+    return (
+      f"{folded}{{{{ {text(at_once(form.begin))} }}}}{{% for message in messages %}}{turns}"
+      "{% else %}{{ raise_exception('no place for a message of role ' + message['role']) }}"
+      "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+      f"{{{{ {text(answer)} }}}}{{% endif %}}"
+    )
 
   def _parse(self, text: str, trained: bool = False) -> list[Piece]:
     """Cuts a string of the format at its special tokens."""
@@ -274,7 +325,7 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
   return out
 
 
-def load(name: str, tokenizer: Tokenizer) -> Template:
+def load(name: str, tokenizer: Tokenizer, source: str | None = None) -> Template:
   """Finds a template for a tokenizer.
 
   Args:
@@ -282,6 +333,7 @@ def load(name: str, tokenizer: Tokenizer) -> Template:
       that one if it exists, else the first of simple, chatml, llama3 and gemma whose marks the
       tokenizer has, else raw.
     tokenizer: The tokenizer.
+    source: Jinja source to take for 'tokenizer' instead of the tokenizer's own.
 
   Raises:
     UserError: The template doesn't exist, the tokenizer lacks its marks, or jinja2 is missing.
@@ -293,7 +345,11 @@ def load(name: str, tokenizer: Tokenizer) -> Template:
     ]
     name = OWN if tokenizer.chat_template else fits[0] if fits else "raw"
   if name == OWN:
-    jinja_template.check(tokenizer)
+    if not (source or tokenizer.chat_template):
+      raise UserError("the tokenizer came with no chat template; choose another one")
+    jinja_template.check(source or tokenizer.chat_template or "")
+    if tokenizer.tool_template and not source:
+      jinja_template.check(tokenizer.tool_template)
   elif name not in FORMATS:
     raise UserError(
       f"there is no chat template {name!r}; choose one of {OWN}, {', '.join(FORMATS)}"
@@ -303,4 +359,4 @@ def load(name: str, tokenizer: Tokenizer) -> Template:
       f"the chat template {name!r} needs {', '.join(missing)}, which this tokenizer "
       "does not have as special tokens; choose another template, such as raw"
     )
-  return Template(name, tokenizer)
+  return Template(name, tokenizer, source if name == OWN else None)

@@ -40,16 +40,17 @@ class Rendered(NamedTuple):
   learned: list[Range]
 
 
-def check(tokenizer: Tokenizer) -> None:
-  """Raises a UserError if a tokenizer's template is missing or can't be used."""
-  if not tokenizer.chat_template:
-    raise UserError("the tokenizer came with no chat template; choose another one")
-  for source in filter(None, (tokenizer.chat_template, tokenizer.tool_template)):
-    _compiled(source)
+def check(source: str) -> None:
+  """Raises a UserError if a template can't be used."""
+  _compiled(source)
 
 
 def render(
-  tokenizer: Tokenizer, messages: Sequence[Message], generate: bool, tools: Tools | None = None
+  source: str,
+  tokenizer: Tokenizer,
+  messages: Sequence[Message],
+  generate: bool,
+  tools: Tools | None = None,
 ) -> Rendered:
   """Writes a conversation.
 
@@ -58,7 +59,8 @@ def render(
   up to the last special token of its turn, or to the end of the turn if no special token ends it.
 
   Args:
-    tokenizer: A tokenizer with a chat_template.
+    source: The template.
+    tokenizer: The tokenizer.
     messages: See `chat_template.Template`.
     generate: See `chat_template.Template`.
     tools: JSON schemas of tools, or None.
@@ -67,7 +69,6 @@ def render(
     UserError: jinja2 is not installed, the template refuses the messages or rewrites names of
       special tokens in them, or it does not say where an answer begins.
   """
-  source = (tools and tokenizer.tool_template) or tokenizer.chat_template or ""
   names = sorted(tokenizer.special_ids, key=len, reverse=True)
   program = _Program(_compiled(source), dict(tokenizer.role_names), tools, names)
   messages = [_normalized(message) for message in messages]
@@ -324,11 +325,11 @@ def _positions(text: str) -> tuple[str, _Marked] | None:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-  """A copy of a JSON value with changed strings. Keys and roles stay."""
+  """A copy of a JSON value with changed strings. Keys stay."""
   if isinstance(value, str):
     return change(value)
   if isinstance(value, Mapping):
-    return {k: v if k in ("role", "type") else _mapped(v, change) for k, v in value.items()}
+    return {key: _mapped(x, change) for key, x in value.items()}
   return [_mapped(x, change) for x in value] if isinstance(value, list | tuple) else value
 
 
@@ -423,7 +424,9 @@ class _Answer:
     """The part of the turn that the generation prompt writes.
 
     The template writes earlier turns differently once there is this one (without their reasoning,
-    for example), so the header is found in the conversation that ends here, and verified.
+    for example). So the header is what stands in front of the answer in the conversation that ends
+    with it, or else what the template adds to a conversation if it is to generate. The turn must
+    begin with it.
     """
     before = list(self._messages[: self._i])
     if isinstance(prompt, UserError):  # no conversation begins with an answer, so ask something
@@ -433,10 +436,16 @@ class _Answer:
       raise self._error()
     message = self._messages[self._i]
     start, end = self._turn or (0, 0)
+    answer = self._whole[start:end]
     found = self._program.turn([*before, message])
     if found and found[0].startswith(prompt):
       header = found[0][found[1][0] : len(prompt)]
-      if self._whole[start:end].startswith(header):
+      if answer.startswith(header):
+        return header
+    asked = self._program.plain(before)
+    if isinstance(asked, str) and prompt.startswith(asked):
+      header = prompt[len(asked) :]
+      if answer.startswith(header):
         return header
     # The prompt opens something that this answer does not have, such as its reasoning.
     words = {k: v for k, v in message.items() if k not in messages_lib.REASONING}
@@ -451,7 +460,7 @@ class _Answer:
       if name.start() < shared < name.end():
         shared = name.start()
     header = text[first:shared]
-    if shared < first or not self._whole[start:end].startswith(header):
+    if shared < first or not answer.startswith(header):
       raise self._error()
     return header
 

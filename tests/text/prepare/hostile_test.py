@@ -174,9 +174,7 @@ SURVIVED = {
   "a text among tables": ("a.txt", b"x", 0, {"missing field": 1}, {"kind": "seq2seq"}),
 }
 KINDS = {
-  "chat": {
-    "messages": [{"role": "user", "content": GOOD}, {"role": "assistant", "content": GOOD}]
-  },
+  "chat": {"messages": [{"role": "user", "content": GOOD}, {"role": "assistant", "content": GOOD}]},
   "classification": {"text": GOOD, "label": 1},
   "seq2seq": {"input": "", "target": GOOD},
 }
