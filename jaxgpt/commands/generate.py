@@ -57,7 +57,7 @@ def run(args: GenerateOptions) -> None:
   from jaxgpt.commands.actions import backend
   from jaxgpt.inference import load
 
-  prompt = _read(args.prompt)
+  prompt = read_prompt(args.prompt)
   given = {
     name: value for name in load.Sampling._fields if (value := getattr(args, name)) is not None
   }
@@ -88,7 +88,12 @@ def _notices(given: Mapping[str, float], own: Any, usual: Any, ignored: Sequence
   return lines
 
 
-def _read(prompt: str) -> str:
+def read_prompt(prompt: str) -> str:
+  """The text of `--prompt`: a file's for @FILE, '@TEXT' for @@TEXT.
+
+  Raises:
+    UserError: The file can't be read, is no UTF-8 text, or is too long.
+  """
   if not prompt.startswith("@"):
     return prompt
   if prompt.startswith("@@"):

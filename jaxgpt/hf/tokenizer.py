@@ -46,10 +46,10 @@ def files(tokenizer: base.Tokenizer, max_len: int, template: str = "") -> tuple[
     ({name: bytes}, ''), or ({}, the reason why there are no files).
   """
   found, why_not = _files(tokenizer, max_len)
-  return (_with_template(found, template) if template and found else found), why_not
+  return (with_template(found, template) if template and found else found), why_not
 
 
-def _with_template(files: Files, template: str) -> Files:
+def with_template(files: Files, template: str) -> Files:
   """The files with the template in place of the tokenizer's, unchanged if it is the same."""
   if base.chat_templates(files).get("default") == template:
     return files

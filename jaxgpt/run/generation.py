@@ -73,7 +73,9 @@ def read(folder: epath.PathLike, tokenizer: Tokenizer) -> Generation:
   return Generation(values, template[name.end() :], name[1])
 
 
-def of_training(c: ml_collections.ConfigDict, tokenizer: Tokenizer) -> tuple[Generation, list[str]]:
+def of_training(
+  c: ml_collections.ConfigDict, tokenizer: Tokenizer, folder: epath.PathLike
+) -> tuple[Generation | None, list[str]]:
   """What the texts end with that a run is trained on.
 
   Keeps what the model of `init_from` says, and adds the tokens that end the data's documents: eos
@@ -82,10 +84,14 @@ def of_training(c: ml_collections.ConfigDict, tokenizer: Tokenizer) -> tuple[Gen
   Args:
     c: The resolved config. `data.path` names prepared data.
     tokenizer: The tokenizer of the data.
+    folder: The run folder.
 
   Returns:
-    (generation, notices for the user).
+    (generation, notices for the user). No generation for a run that has one already, or whose model
+    writes no text.
   """
+  if (epath.Path(folder) / FILE).exists() or not (c.model.causal and c.model.head == "lm"):
+    return None, []
   before = read(c.init_from, tokenizer) if c.init_from else Generation({_EOS: []})
   manifests = [shards.read_manifest(folder) for folder in pipeline.folders(c.data.path)]
   names = dict.fromkeys(manifest.get("chat_template") for manifest in manifests)
@@ -114,10 +120,10 @@ def of_training(c: ml_collections.ConfigDict, tokenizer: Tokenizer) -> tuple[Gen
   return before._replace(values=values), notices
 
 
-def write(folder: epath.PathLike, generation: Generation) -> None:
-  """Writes the files into a run folder that has none yet."""
+def write(folder: epath.PathLike, generation: Generation | None) -> None:
+  """Writes the files into a run folder, unless there is nothing to write."""
   folder = epath.Path(folder)
-  if not (folder / FILE).exists():
+  if generation:
     if generation.template:
       name = f"{{#- jaxgpt: {generation.template_name} -#}}"
       atomic.write(folder / TEMPLATE, name + generation.template)

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from jaxgpt import config
-from jaxgpt.commands import main
+from jaxgpt.commands import generate, main
+from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import shards
 
 CONFIG = """from jaxgpt import config
@@ -294,6 +295,69 @@ def test_sampling_settings_out_of_range(site, capsys):
   assert "top_p=1.5" in refused(capsys, "generate", f"--workdir={site}/run", "--top-p=1.5")
   assert "--samples" in refused(capsys, "generate", f"--workdir={site}/run", "--samples=0")
   assert "--seed" in refused(capsys, "generate", f"--workdir={site}/run", f"--seed={10**20}")
+
+
+def test_a_run_says_how_its_texts_end(site):
+  values = json.loads((site / "run" / "generation_config.json").read_text())
+  assert values == {"eos_token_id": [2]}
+
+
+@pytest.mark.parametrize(
+  "given, read",
+  [("plain", "plain"), ("@@me, hi", "@me, hi"), ("@{file}", "from\na file\n"), ("a@b", "a@b")],
+)
+def test_prompts_and_files_with_prompts(tmp_path, given, read):
+  (tmp_path / "p.txt").write_bytes(b"from\r\na file\n")
+  assert generate.read_prompt(given.format(file=tmp_path / "p.txt")) == read
+
+
+@pytest.mark.parametrize(
+  "prompt, message",
+  [
+    ("@", "No such file"),
+    ("@missing.txt", "No such file.*with @@ for an @ at its beginning"),
+    ("@{folder}", "Is a directory"),
+    ("@{folder}/latin", "can't decode byte 0xe9"),
+    ("@/dev/zero", "more than 67,108,864 bytes"),
+  ],
+)
+def test_files_that_are_no_prompt(tmp_path, prompt, message):
+  (tmp_path / "latin").write_bytes(b"caf\xe9")
+  with pytest.raises(UserError, match=message):
+    generate.read_prompt(prompt.format(folder=tmp_path))
+
+
+def test_chat_with_a_run_that_has_no_template(site, capsys):
+  line = refused(capsys, "generate", f"--workdir={site}/run", "--prompt=x", "--chat")
+  assert "has no chat template" in line and "without --chat" in line
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ["generate", "--workdir=r", "--prompt=caf\udce9"],
+    ["generate", "--workdir=r", "--prompt", "caf\udce9"],
+    ["data", "--out=\udce9", "a.txt"],
+    ["train", "--config=c.py", "--config.data.path=\udce9", "--workdir=r"],
+  ],
+)
+def test_a_value_that_is_not_utf8_is_refused(capsys, words):
+  assert "is not UTF-8 text" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16"])
+def test_terminals_that_are_not_utf8(encoding, tmp_path):
+  """Help and errors are written with escapes for the characters that a terminal lacks."""
+  environment = os.environ | {"PYTHONIOENCODING": encoding}
+  for words, has in (
+    (["data", "--help"], "usage: jaxgpt data"),
+    (["generate", f"--workdir={tmp_path}/\u2713\u6771", "--prompt=x"], "holds no run"),
+  ):
+    done = subprocess.run(
+      [sys.executable, "-m", "jaxgpt", *words], capture_output=True, env=environment, check=False
+    )
+    assert has in (done.stdout + done.stderr).decode(encoding)
+    assert done.returncode == (0 if "--help" in words else 2)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer(site, capsys):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.hf import tokenizer as hf_tokenizer
-from jaxgpt.text.tokenizers import tiktoken
+from jaxgpt.text.tokenizers import chat_template, examples, tiktoken
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 
 pytest.importorskip("tokenizers")
@@ -13,9 +13,9 @@ pytest.importorskip("tokenizers")
 TEXT = "The cat sat on the mat; the dog saw two cats, and 12 mats.\n  def f(x): return x\n" * 40
 
 
-def loaded(folder, tokenizer):
+def loaded(folder, tokenizer, template=""):
   transformers = pytest.importorskip("transformers")
-  files, why = hf_tokenizer.files(tokenizer, 64)
+  files, why = hf_tokenizer.files(tokenizer, 64, template)
   assert why == ""
   for name, data in files.items():
     (folder / name).write_bytes(data)
@@ -70,3 +70,33 @@ def test_what_would_not_be_exact_is_not_written():
   ours.encode_batch = lambda texts: [np.zeros(1, np.int32) for _ in texts]
   files, why = hf_tokenizer.files(ours, 64)
   assert not files and "would not be exact" in why
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "tiktoken"])
+@pytest.mark.parametrize("name", ["simple", "raw"])
+def test_the_chat_template_that_was_trained_in_is_published(tmp_path, kind, name):
+  """transformers then writes the ids of a prompt that the model was trained on."""
+  ours = make(kind)
+  if kind == "tiktoken" and name == "simple":
+    return  # it has no such special tokens
+  template = chat_template.load(name, ours)
+  theirs = loaded(tmp_path, ours, template.to_jinja())
+  talk = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat on"},
+    {"role": "user", "content": "the  mat?"},
+  ]
+  pieces = template(talk, generate=True)
+  assert theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == "".join(
+    p.text for p in pieces
+  )
+  got = theirs.apply_chat_template(talk[:2], add_generation_prompt=True, return_dict=False)
+  assert got == examples.encode_pieces(template(talk[:2], generate=True), ours, False)
+
+
+def test_the_trained_template_takes_the_place_of_the_tokenizers_own(tmp_path):
+  own = {"tokenizer_config.json": b'{"eos_token": "</s>", "chat_template": "old"}'}
+  assert hf_tokenizer.with_template(own, "old") == own
+  (config,) = hf_tokenizer.with_template(own | {"chat_template.jinja": b"older"}, "new").values()
+  assert json.loads(config) == {"eos_token": "</s>", "chat_template": "new"}

@@ -100,6 +100,37 @@ def test_token_ids_that_pad_the_embedding_are_never_drawn(sampler):
   assert drawn.size and drawn.max() < 4
 
 
+def test_each_of_several_end_tokens_ends_a_sample(sampler):
+  model, params, _ = sampler
+  (whole,) = run(sampler, [1, 2])
+  ends = [whole[5], whole[8]]
+  sample = sampling.make(model, 16, eos_id=ends, vocab_size=30)
+  first = next(i for i, token in enumerate(whole) if i >= 2 and token in ends)
+  assert run((model, params, sample), [1, 2]) == [whole[:first]]
+
+
+def test_a_penalty_for_repetition_is_that_of_transformers(sampler):
+  logits = jax.random.normal(jax.random.key(0), (3, 30))
+  tokens = np.array([[1, 2, 2], [7, 7, 7], [29, 0, 4]])
+  seen = np.zeros((3, 30), bool)
+  np.put_along_axis(seen, tokens, True, axis=1)
+  got = sampling.penalized(logits, seen, 1.7)
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  theirs = transformers.RepetitionPenaltyLogitsProcessor(1.7)
+  want = theirs(torch.tensor(tokens), torch.tensor(np.asarray(logits)))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_penalty_counts_the_prompt_and_the_tokens_drawn(sampler):
+  _, params, sample = sampler
+  tokens = np.zeros((1, 16), np.int32)
+  tokens[:, :3] = [3, 4, 5]
+  settings = sampling.Sampling(temperature=0.0, repetition_penalty=1e6)
+  out, (length,) = sample(params, tokens, 3, 99, jax.random.key(0), settings)
+  drawn = out[0, :length].tolist()
+  assert len(set(drawn)) == len(drawn) > 3, "so high a penalty excludes all tokens so far"
+
+
 def test_each_seed_and_row_draws_different_text(sampler):
   a, b = run(sampler, [1, 2], temperature=2.0, rows=2)
   assert a != b

@@ -216,6 +216,18 @@ def test_what_a_template_writes_ahead_of_an_answer_is_learned_with_it(model):
   assert learned(pieces) == ["Well: Me.<|im_end|>", "Well: So.\n<|im_end|>"]
 
 
+@pytest.mark.parametrize("generate", [False, True])
+@pytest.mark.parametrize("name", sorted(set(chat_template.FORMATS) - {"simple"}))
+def test_a_format_as_jinja_writes_the_same(model, name, generate):
+  t, _ = model()
+  template = chat_template.load(name, t)
+  again = chat_template.load("tokenizer", t, template.to_jinja())
+  for talk in (TALK, TALK[1:3], [{"role": "user", "content": '"{{ x }}" \\n % \'é🙂'}]):
+    assert written(again(talk, generate)) == written(template(talk, generate))
+  with pytest.raises(UserError, match="no place for a message of role"):
+    again([*TALK[1:], {"role": "tool", "content": "x"}])
+
+
 @pytest.mark.parametrize(
   "talk, message",
   [

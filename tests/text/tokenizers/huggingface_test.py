@@ -1,6 +1,8 @@
 """Tokenizers of other tools: Hugging Face folders and files, tiktoken's vocabularies."""
 
 import base64
+import functools
+import io
 import json
 import pathlib
 import pickle
@@ -9,10 +11,12 @@ import sys
 import hypothesis
 import numpy as np
 import pytest
+import sentencepiece
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.readers.documents import Document
 from jaxgpt.text.tokenizers import examples, tokenizer
+from jaxgpt.text.tokenizers import tiktoken as tiktoken_lib
 from tests.text.tokenizers import tokenizer_test
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -348,3 +352,96 @@ def test_a_pair_is_separated_as_the_tokenizer_does_it(tmp_path, processor, ends)
   types = (np.arange(len(pair.ids)) >= pair.second).astype(int)
   first = pair.ids.tolist().index(1) + 1  # one end belongs to the first text
   assert types.tolist() == [0] * first + [1] * (len(types) - first)
+
+
+def sentencepiece_with_a_dummy_prefix():
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["the cat sat on the mat and the dog ran"] * 50),
+    model_writer=model,
+    vocab_size=290,
+    model_type="bpe",
+    byte_fallback=True,
+    hard_vocab_limit=False,
+    minloglevel=3,
+  )
+  return tokenizer.SentencePieceTokenizer(model.getvalue())
+
+
+def with_a_dummy_prefix(tmp_path):
+  t = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+  t.normalizer = tokenizers.normalizers.Sequence(
+    [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+  )
+  t.decoder = tokenizers.decoders.Sequence(
+    [
+      tokenizers.decoders.Replace("▁", " "),
+      tokenizers.decoders.ByteFallback(),
+      tokenizers.decoders.Fuse(),
+      tokenizers.decoders.Strip(" ", 1, 0),
+    ]
+  )
+  t.train_from_iterator(
+    ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran"] * 50,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    ),
+  )
+  return tokenizer.load(folder(tmp_path / "t", t, bos_token="<s>", eos_token="</s>"))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface", "bytes"])
+def test_a_continuation_keeps_the_space_before_its_first_word(tmp_path, kind):
+  t = {
+    "sentencepiece": sentencepiece_with_a_dummy_prefix,
+    "huggingface": lambda: with_a_dummy_prefix(tmp_path),
+    "bytes": tokenizer.ByteTokenizer,
+  }[kind]()
+  whole, prompt = t.encode("the cat sat on the mat"), t.encode("the cat sat")
+  assert whole[: len(prompt)] == prompt
+  assert t.continuation([t.bos_id, *prompt], whole[len(prompt) :]) == " on the mat"
+  assert t.continuation([t.bos_id], whole) == "the cat sat on the mat"
+  assert t.continuation(prompt, []) == ""
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "trained", "bytes", "tiktoken"])
+@hypothesis.given(
+  text=hypothesis.strategies.text(alphabet="the cat\n▁é東🙂<|end|> </s>", max_size=30)
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_places_of_tokens(kind, text):
+  """Ids are those of the text, and each token stands for its characters."""
+  t = PLACED[kind]()
+  [got] = t.encode_rendered([text], [[]])
+  assert got.ids.tolist() == t.encode(text, specials=True)
+  assert (got.starts[:-1] <= got.starts[1:]).all() and (got.ends[:-1] <= got.ends[1:]).all()
+  assert ((got.starts >= 0) & (got.ends <= len(text))).all()
+  covered = {i for a, b in zip(got.starts, got.ends) for i in range(a, b)}
+  if kind != "sentencepiece":  # which drops spaces at both ends
+    assert covered == set(range(len(text)))
+  for start, end in t.special_ranges(text):
+    (at,) = np.flatnonzero((got.starts == start) & (got.ends == end))
+    assert got.ids[at] == t.special_ids[text[start:end]]
+
+
+@functools.lru_cache
+def trained():
+  return tokenizer.train_sentencepiece([TEXT[:20_000]], vocab_size=400)
+
+
+@functools.lru_cache
+def ranks():
+  lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+  more = f"{base64.b64encode(b' cat').decode()} 256\n{base64.b64encode(b'he').decode()} 257\n"
+  settings = {"pattern": GPT2_PATTERN, "special_tokens": {"</s>": 258, "<|end|>": 259}}
+  return tiktoken_lib.TiktokenTokenizer(
+    ("".join(lines) + more).encode(), json.dumps(settings).encode()
+  )
+
+
+PLACED = {
+  "sentencepiece": functools.lru_cache(sentencepiece_with_a_dummy_prefix),
+  "trained": trained,
+  "bytes": tokenizer.ByteTokenizer,
+  "tiktoken": ranks,
+}
