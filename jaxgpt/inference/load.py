@@ -85,7 +85,7 @@ def load(folder: epath.PathLike, step: int | None = None, use: str = "export") -
     step=int(state["step"]),
     tokenizer=tokenizer,
     data_digest=run_folder.read_starts(folder)[0]["data_digest"],
-    generation=generation_lib.read(folder, tokenizer),
+    generation=generation_lib.of_run(folder, c, tokenizer),
   )
 
 

@@ -73,6 +73,26 @@ def read(folder: epath.PathLike, tokenizer: Tokenizer) -> Generation:
   return Generation(values, template[name.end() :], name[1])
 
 
+def of_run(
+  folder: epath.PathLike, c: ml_collections.ConfigDict, tokenizer: Tokenizer
+) -> Generation:
+  """What a run folder says, or else the data that a run of an older version was trained on.
+
+  Args:
+    folder: The run folder.
+    c: The run's config.
+    tokenizer: The run's tokenizer.
+  """
+  if not (epath.Path(folder) / FILE).exists() and c.data.path:
+    try:
+      found, _ = of_training(c, tokenizer, folder)
+    except UserError:  # the data is not there any more
+      found = None
+    if found:
+      return found
+  return read(folder, tokenizer)
+
+
 def of_training(
   c: ml_collections.ConfigDict, tokenizer: Tokenizer, folder: epath.PathLike
 ) -> tuple[Generation | None, list[str]]:
@@ -132,8 +152,11 @@ def write(folder: epath.PathLike, generation: Generation | None) -> None:
 
 def published(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
   """The generation_config.json to publish with a model. One end token is not a list."""
-  roles = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-  values = {key: i for key, i in roles.items() if i is not None} | generation.values
+  roles = {"bos_token_id": "bos_token", "pad_token_id": "pad_token"}
+  names = tokenizer.role_names
+  values = {
+    key: tokenizer.special_ids[names[role]] for key, role in roles.items() if role in names
+  } | generation.values
   ends = values[_EOS]
   return values | {_EOS: ends[0] if len(ends) == 1 else list(ends)}
 

@@ -1,6 +1,7 @@
 """The tokenizer interface, and the byte tokenizer, which needs no vocabulary."""
 
 import abc
+import functools
 import hashlib
 import itertools
 import json
@@ -171,8 +172,7 @@ class Tokenizer(abc.ABC):
 
   def special_ranges(self, text: str, plain: Sequence[Range] = ()) -> list[Range]:
     """Ranges of the names of special tokens in a text that do not touch one of `plain`."""
-    names = sorted(self.special_ids, key=len, reverse=True)  # the longest name wins
-    found = re.finditer("|".join(map(re.escape, names)), text) if names else ()
+    found = names_pattern(tuple(self.special_ids)).finditer(text)
     return [m.span() for m in found if not any(a < m.end() and m.start() < b for a, b in plain)]
 
   @abc.abstractmethod
@@ -356,6 +356,12 @@ class ByteTokenizer(Tokenizer):
   def files(self) -> dict[str, bytes]:
     """See `Tokenizer`. Empty."""
     return {}
+
+
+@functools.lru_cache(maxsize=16)
+def names_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+  """A pattern that finds names. The longest one wins."""
+  return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def by_bytes(text: str, ids: np.ndarray, lengths: np.ndarray) -> Tokens:

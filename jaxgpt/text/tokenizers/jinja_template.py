@@ -15,8 +15,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.text.readers import messages as messages_lib
+from jaxgpt.text.tokenizers import base
 from jaxgpt.text.tokenizers.base import Message, Range, Tokenizer
 
 _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
@@ -69,7 +70,7 @@ def render(
     UserError: jinja2 is not installed, the template refuses the messages or rewrites names of
       special tokens in them, or it does not say where an answer begins.
   """
-  names = sorted(tokenizer.special_ids, key=len, reverse=True)
+  names = base.names_pattern(tuple(tokenizer.special_ids))
   program = _Program(_compiled(source), dict(tokenizer.role_names), tools, names)
   messages = [_normalized(message) for message in messages]
   whole = program.plain(messages, generate)
@@ -81,7 +82,7 @@ def render(
   marks = [
     m.span()
     for m in program.names.finditer(whole)
-    if names and not any(a < m.end() and m.start() < b for a, b in marked.plain)
+    if not any(a < m.end() and m.start() < b for a, b in marked.plain)
   ]
   learns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
   if "generation" in program.template.features:
@@ -217,10 +218,9 @@ class _Program:
   """A template with all its variables but the messages."""
 
   def __init__(
-    self, template: _Template, values: dict[str, Any], tools: Tools | None, names: Sequence[str]
+    self, template: _Template, values: dict[str, Any], tools: Tools | None, names: re.Pattern[str]
   ):
-    self.template, self.values, self._tools = template, values, tools
-    self.names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    self.template, self.values, self._tools, self.names = template, values, tools, names
 
   def plain(self, messages: Sequence[Message], generate: bool = False) -> str | UserError:
     """The text, or the error with which the template refuses the messages."""
@@ -266,8 +266,6 @@ class _Program:
   def _run(
     self, template: Any, messages: Sequence[Message], tools: Any, generate: bool
   ) -> str | UserError:
-    import jinja2
-
     numbers = {id(message): i for i, message in enumerate(messages)}
 
     def turn(loop: int, item: Any) -> str:
@@ -278,8 +276,8 @@ class _Program:
     values = {"messages": messages, "tools": tools, "documents": None, **self.values}
     try:
       return template.render(add_generation_prompt=generate, _turn=turn, **values)
-    except (jinja2.exceptions.TemplateError, TypeError, ValueError, KeyError, IndexError) as e:
-      return UserError(f"the tokenizer's chat template refuses a conversation: {e}")
+    except Exception as e:  # a template is a program: it may fail in any way
+      return UserError(f"the tokenizer's chat template refuses a conversation: {first_line(e)}")
 
   def _marks(
     self, template: Any, messages: Sequence[Message], tools: Any, generate: bool, whole: str
