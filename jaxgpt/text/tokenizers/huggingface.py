@@ -1,10 +1,10 @@
 """Hugging Face tokenizers: a `tokenizer.json`, read by the `tokenizers` library."""
 
+import functools
 import itertools
 import json
 import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +65,6 @@ class HuggingFaceTokenizer(base.Tokenizer):
     self.digest = base.files_digest(self._files)
     templates = base.chat_templates(self._files)
     self.chat_template, self.tool_template = templates.get("default"), templates.get("tool_use")
-    self._lock = threading.RLock()  # of `encode_special_tokens`, a setting of the inner tokenizer
     self._set_specials(name)
 
   def _set_specials(self, name: str) -> None:
@@ -132,14 +131,19 @@ class HuggingFaceTokenizer(base.Tokenizer):
       for text, ranges in zip(texts, plain, strict=True)
     ]
 
+  @functools.cached_property
+  def _with_names(self) -> Any:
+    """The tokenizer once more, which takes names of special tokens for these tokens.
+
+    That is a setting of the library's object, which several threads may use at once.
+    """
+    inner = type(self._inner).from_str(self._inner.to_str())
+    inner.encode_special_tokens = False
+    return inner
+
   def _with_specials(self, texts: Sequence[str]) -> list[base.Tokens]:
     """Encodes texts in which names of special tokens are these tokens."""
-    with self._lock:
-      self._inner.encode_special_tokens = False
-      try:
-        encoded = self._inner.encode_batch(list(texts), add_special_tokens=False)
-      finally:
-        self._inner.encode_special_tokens = True
+    encoded = self._with_names.encode_batch(list(texts), add_special_tokens=False)
     return [_tokens(e) for e in encoded]
 
   def _around(self, text: str, plain: Sequence[base.Range]) -> base.Tokens:
@@ -180,8 +184,7 @@ class HuggingFaceTokenizer(base.Tokenizer):
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """See `Tokenizer`."""
-    with self._lock:
-      encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+    encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
     out = [np.array(e.ids, np.int32) for e in encoded]
     for i, ids in enumerate(out):
       if np.isin(ids, self._kept_from_text).any():
@@ -203,8 +206,7 @@ class HuggingFaceTokenizer(base.Tokenizer):
       for piece in re.split(f"({names})", text)
       for string in ((piece[:1], piece[1:]) if piece in self.special_ids else (piece,))
     ]
-    with self._lock:
-      encoded = self._inner.encode_batch_fast(strings, add_special_tokens=False)
+    encoded = self._inner.encode_batch_fast(strings, add_special_tokens=False)
     return np.array([i for e in encoded for i in e.ids], np.int32)
 
   def _decode(self, ids: np.ndarray) -> str:
