@@ -104,8 +104,8 @@ def _compiled(source: str) -> _Template:
   try:
     import jinja2
     import jinja2.ext
+    import jinja2.nodes as nodes
     import jinja2.sandbox
-    from jinja2 import nodes
   except ImportError as e:
     raise UserError(
       "the tokenizer's own chat template needs jinja2: pip install 'jaxgpt[data]'"
