@@ -376,7 +376,9 @@ def check_layer_types(hf: ConfigJson, found: Fields) -> None:
   if "layer_types" in hf.seen or hf.get("layer_types") is None:
     return
   kinds = each_layer(found.get("attention_pattern", ("global",)), found["num_layers"])
-  for name, kind in zip(hf["layer_types"], kinds, strict=False):
+  if len(hf["layer_types"]) != len(kinds):
+    refuse("layer_types", hf["layer_types"], f"the model has {len(kinds)} layers")
+  for name, kind in zip(hf["layer_types"], kinds, strict=True):
     if _KINDS.get(name) != kind:
       refuse("layer_types", name, f"all layers of this {hf['model_type']} are {kind}")
 

@@ -69,6 +69,17 @@ def test_keys_without_a_meaning_are_named():
 
 
 @pytest.mark.parametrize(
+  "types", [["sliding_attention"] * 2, ["full_attention"], ["full_attention"] * 3, ["other"] * 2]
+)
+def test_layer_types_that_a_family_does_not_read_must_agree_with_its_layers(types):
+  """Llama's code has one kind of layer, but its masks are made from the key."""
+  hf, _ = config_json("llama")
+  assert convert.read(hf | {"layer_types": ["full_attention"] * 2}).notes == []
+  with pytest.raises(UserError, match="layer_types=.* is not supported"):
+    convert.read(hf | {"layer_types": types})
+
+
+@pytest.mark.parametrize(
   "values",
   [
     {"num_hidden_layers": "two"},
