@@ -2,8 +2,12 @@
 
 import difflib
 import importlib
+import re
 import types
 from collections.abc import Iterable
+
+# Control characters, line separators, marks that reverse the writing direction, lone surrogates.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -19,6 +23,24 @@ class UserError(ValueError):
   def __init__(self, message: str, exit_code: int = 2):
     super().__init__(message)
     self.exit_code = exit_code
+
+
+def printable(text: str, keep: str = "") -> str:
+  """A text that is safe to print and can be encoded in UTF-8.
+
+  The name of a file, or a text in it, may hold sequences that a terminal obeys. They are written as
+  escapes of Python: '\\x1b[2J'.
+
+  Args:
+    text: The text.
+    keep: Control characters to keep, such as a newline.
+  """
+  return _CONTROLS.sub(
+    lambda found: (
+      found[0] if found[0] in keep else found[0].encode("unicode_escape").decode("ascii")
+    ),
+    text,
+  )
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:

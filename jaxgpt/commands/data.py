@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxgpt.commands import Command
 from jaxgpt.config.options import integer, key_value, option, take
+from jaxgpt.errors import printable
 from jaxgpt.text.prepare.options import EXECUTION, EXECUTORS, Options
 
 
@@ -14,7 +15,8 @@ class DataOptions(Options):
   paths: tuple[str, ...] = option(
     positional=True,
     metavar="PATH",
-    help="files, folders, glob patterns or URLs (s3://, gs://, hf://, https://)",
+    help="files, folders, glob patterns or URLs (s3://, gs://, hf://, https://); - is standard "
+    "input",
   )
   out: str = option(metavar="DIR", help="folder to write")
   overwrite: bool = option(False, help="replace an earlier prepared folder")
@@ -55,7 +57,8 @@ def run(args: DataOptions) -> None:
       executor=executors.make(args.executor, args.workers, dict(args.executor_option), report),
       **take(args, Options),
     )
-  print(f"wrote {args.out}; train with --config.data.path={args.out}")
+  out = printable(args.out)
+  print(f"wrote {out}; train with --config.data.path={out}")
 
 
 COMMAND = Command("data", "turn text files into tokenized shards", DataOptions, run)

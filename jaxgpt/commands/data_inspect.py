@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxgpt.commands import Command
 from jaxgpt.config.options import integer, option
+from jaxgpt.errors import printable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ def run(args: InspectOptions) -> None:
   from jaxgpt.commands.actions import inspect_data
 
   for line in inspect_data.inspect(args.workdir, args.step, args.row, args.data, args.chars):
-    print(line)
+    print(printable(line, keep="\t"))
 
 
 COMMAND = Command(

@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxgpt.commands import Command
 from jaxgpt.config.options import integer, option
+from jaxgpt.errors import printable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ def run(args: ShowOptions) -> None:
   for line in inspect_data.show(
     args.path, args.split, args.rows, args.seed, args.seq_len, args.chars
   ):
-    print(line)
+    print(printable(line, keep="\t"))
 
 
 COMMAND = Command(

@@ -11,7 +11,7 @@ from typing import Any
 from jaxgpt import __version__
 from jaxgpt.commands import Command, discover
 from jaxgpt.config import options
-from jaxgpt.errors import UserError, nearest
+from jaxgpt.errors import UserError, nearest, printable
 
 _EPILOG = """config overrides: any key of the config as --config.SECTION.KEY=VALUE, for example
   jaxgpt train --config=configs/gpt2_124m.py --config.optim.lr=3e-4 --config.data.path=DIR \\
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(command: Command, error: UserError) -> int:
   """Prints the error of a command and returns its exit code."""
   del command  # tests check that the message names only flags that the command takes
-  print(f"jaxgpt: error: {error}", file=sys.stderr)
+  print(f"jaxgpt: error: {printable(str(error))}", file=sys.stderr)  # always one line
   return error.exit_code
 
 

@@ -29,6 +29,7 @@ from jaxgpt.data.batch_source import Batching, BatchIterator, HostCheck, State
 from jaxgpt.data.layouts import Batch
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files as files_lib
+from jaxgpt.storage.passed_over import PassedOver
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.readers import documents as documents_lib
 from jaxgpt.text.readers import formats
@@ -78,12 +79,13 @@ def make(
   Raises:
     UserError: A path does not exist, or an extra is missing.
   """
-  listed = documents_lib.find([os.fspath(f) for f in pipeline.folders(addresses)])
+  rest = PassedOver()
+  listed = documents_lib.find([os.fspath(f) for f in pipeline.folders(addresses)], (), rest)
   formats.check_extras(listed)
   seed = batching.seed % 2**64 if batching.shuffle else None
   reading = Reading(tokenizer, field, batching.seq_len, batching.packing, window, seed)
   digest = pipeline.digest_of([shards.read_manifest(f)["digest"] for f in pipeline.folders(path)])
-  return Stream(addresses, listed, reading, batching.batch_size, digest)
+  return Stream(addresses, listed, reading, batching.batch_size, digest, str(rest))
 
 
 class Stream:
@@ -109,8 +111,10 @@ class Stream:
     reading: Reading,
     batch_size: int,
     digest: str,
+    passed_over: str = "",
   ):
     """Use `make`."""
+    self._passed_over = passed_over
     self._addresses, self.files, self._reading = addresses, listed, reading
     self.batch_size, self.seq_len, self.digest = batch_size, reading.seq_len, digest
     self.files_digest = hashlib.sha256(
@@ -145,6 +149,7 @@ class Stream:
       f"shuffled only by file and within {self._reading.window} rows, the documents of a step "
       "can't be looked up, and the run resumes exactly only on as many hosts and with the same "
       "files",
+      *([f"  passed over: {self._passed_over}"] if self._passed_over else []),
     ]
 
   def blank(self, num_rows: int) -> Batch:
@@ -381,6 +386,10 @@ class _Reader:
         return out, True
     return out, False
 
+  def drop(self, rule: str, where: str, why: str) -> None:
+    """Counts a document that was read and could not be used."""
+    self._dropped.add(rule, where, why)
+
   def _check_not_empty(self) -> None:
     total = self._total()
     if not total.kept:
@@ -451,12 +460,25 @@ class _RowIterator(grain.DatasetIterator):
     """Reads the next window: its rows, shuffled."""
     r, start = self._reading, self._start
     stored: list[np.ndarray] = []
-    missing, ended = r.window * r.seq_len, False
+    missing, ended, empty = r.window * r.seq_len, False, 0
     while missing > 0 and not (ended and stored):
       documents, ended = self._reader.take(min(_CHARS, r.window * r.seq_len))
-      encoded: Any = examples.encode_batch(documents, "text", r.tokenizer)
-      new = [e.ids for (e,) in encoded]
+      encoded = examples.or_errors(
+        documents, lambda batch: examples.encode_batch(batch, "text", r.tokenizer)
+      )
+      new = []
+      for document, found in zip(documents, encoded):
+        if isinstance(found, UserError):
+          self._reader.drop("tokenizer", document.source, str(found))
+        else:
+          new.append(found[0].ids)
       stored += new
+      empty += ended and not stored
+      if empty > 1:  # a whole epoch
+        raise UserError(
+          "data.stream: the tokenizer fails on every document, such as "
+          f"{documents[-1].source if documents else '?'}; name another tokenizer"
+        )
       missing -= sum(len(ids) - 1 for ids in new)
     pack = packings.PACKINGS[r.packing]([len(ids) - 1 for ids in stored], r.seq_len)
     order = _order(

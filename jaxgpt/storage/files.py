@@ -21,7 +21,8 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxgpt.errors import UserError, optional
+from jaxgpt.errors import UserError, optional, printable
+from jaxgpt.storage.passed_over import PassedOver
 
 COMPRESSED = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
 _IGNORED = ("__pycache__",)
@@ -75,12 +76,13 @@ class File(NamedTuple):
 
 
 class _Found(NamedTuple):
-  """A file found below a given path."""
+  """A file or folder found below a given path."""
 
   root: Parts  # name of the given folder, as a tuple of at most one name
   parts: Parts  # path below it
   file: File
   identity: Any  # equal for two paths of the same file
+  why: str = ""  # the reason why it is not read
 
 
 def suffix(address: str) -> str:
@@ -95,12 +97,16 @@ def is_zstandard(address: str) -> bool:
 
 
 def find(
-  paths: Paths, exclude: str | Sequence[str] = (), suffixes: Collection[str] = ()
+  paths: Paths,
+  exclude: str | Sequence[str] = (),
+  suffixes: Collection[str] = (),
+  passed_over: PassedOver | None = None,
 ) -> list[File]:
   """Lists the files that paths stand for.
 
   Hidden files, hidden folders and `__pycache__` are left out, unless a path names them. So are
-  folders written by `jaxgpt data`, whose output may lie in the folder that is read.
+  folders written by `jaxgpt data`, whose output may lie in the folder that is read. A subfolder
+  that can't be listed is in the list like a file: reading it reports and counts the error.
 
   Args:
     paths: One or several files, folders (with everything below them) and glob patterns of files
@@ -110,14 +116,22 @@ def find(
       any part of that path: 'test*' leaves out 'a/tests/b.py' and 'a/test_c.py'.
     suffixes: Suffixes, as of `suffix`, of the files to list in folders. Paths of files and patterns
       may have any.
+    passed_over: The account to count the rest in.
+
+  Returns:
+    The files. Their sources differ: of two given folders of one name, the second is called
+    'NAME(2)'.
 
   Raises:
-    UserError: A path that does not exist or cannot be listed, a pattern without a match, no file
+    UserError: A path that does not exist or cannot be listed, a glob without a match, no file
       left, or an extra that is not installed.
   """
   paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-  seen, files = set(), []
+  rest = PassedOver() if passed_over is None else passed_over
+  seen: set[Any] = set()
+  names: set[str] = set()
+  unused, files = set(exclude), []
   for path in paths:
     given = os.fspath(path)
     if not given:
@@ -125,23 +139,90 @@ def find(
     expand = _expand_remote if scheme_of(given) else _expand_local
     found = list(expand(given.removeprefix("file://"), suffixes))
     # `jaxgpt data` may write its output below the folder it reads. It must not read that again.
-    prepared = _prepared({f.parts for f in found})
-    for root, parts, file, identity in found:
-      if (
-        identity not in seen
-        and not _excluded(parts, exclude)
-        and not any(parts[:n] in prepared for n in range(len(parts)))
-      ):
-        seen.add(identity)
-        files.append(file._replace(source=_printable("/".join((*root, *parts)))))
+    prepared = _prepared({f.parts for f in found if not f.why})
+    chosen = []
+    for item in found:
+      matching = _matching(item.parts, exclude)
+      unused -= matching
+      why = (
+        "excluded"
+        if matching
+        else "prepared data"
+        if any(item.parts[:n] in prepared for n in range(len(item.parts)))
+        else item.why or ("found twice" if item.identity in seen else "")
+      )
+      if why:
+        rest.add(why, printable("/".join((*item.root, *item.parts))))
+      else:
+        seen.add(item.identity)
+        chosen.append(item)
+    number, named = _named(chosen, names)
+    if number > 1:
+      rest.renamed[printable(given)] = named[0].source
+    names.update(file.source for file in named)
+    files.extend(named)
   if not files:
-    names = ", ".join(repr(os.fspath(p)) for p in paths) or "no path"
-    raise UserError(
-      f"no file to read in {names}; folders are searched for {' '.join(sorted(suffixes))}, "
-      f"without hidden files, folders that jaxgpt data wrote and exclude={exclude}; name files or "
-      "a glob pattern to read other suffixes"
-    )
+    raise _nothing_to_read(paths, exclude, suffixes, rest)
+  rest.unused = unused if rest.unused is None else rest.unused & unused
   return files
+
+
+def _nothing_to_read(
+  paths: Sequence[Any], exclude: Sequence[str], suffixes: Collection[str], rest: PassedOver
+) -> UserError:
+  names = ", ".join(repr(os.fspath(p)) for p in paths) or "no path"
+  there = f" (passed over: {rest})" if rest.counts else ""
+  return UserError(
+    f"no file to read in {names}{there}; folders are searched for {' '.join(sorted(suffixes))}, "
+    f"without hidden files, folders that jaxgpt data wrote and exclude={list(exclude)}; name files "
+    "or a glob pattern to read other suffixes"
+  )
+
+
+def _named(found: Sequence[_Found], taken: Collection[str]) -> tuple[int, list[File]]:
+  """(number, files) of one given path. Sources differ from each other and from those `taken`.
+
+  A folder whose name is taken gets a number, and so does a single file: 'corpus(2)/a.txt',
+  'a(2).txt'. Numbers follow the order of the given paths, so they are the same on every machine.
+  """
+  number, names = 0, list(taken)
+  while not number or not set(names).isdisjoint(taken):
+    number += 1
+    names = [printable("/".join(_numbered(item, number))) for item in found]
+  out, own = [], set[str]()
+  for item, name in zip(found, names):
+    while name in own:  # two names that differ in bytes which are not UTF-8, or in controls
+      name = f"{name}(2)"
+    own.add(name)
+    out.append(item.file._replace(source=name))
+  return number, out
+
+
+def _numbered(item: _Found, number: int) -> Parts:
+  if number == 1:
+    return (*item.root, *item.parts)
+  if item.root:
+    return (f"{item.root[0]}({number})", *item.parts)
+  stem, dot, rest = item.parts[0].partition(".")
+  return (f"{stem}({number}){dot}{rest}", *item.parts[1:])
+
+
+def refuse_device(path: str | os.PathLike[str], option: str) -> None:
+  """Refuses a local path that is a pipe or device: reading it may never end.
+
+  Args:
+    path: The path, which need not exist.
+    option: The option that names it, for the message.
+
+  Raises:
+    UserError: It is a pipe, socket or device.
+  """
+  try:
+    mode = 0 if scheme_of(os.fspath(path)) else os.stat(path).st_mode
+  except (OSError, ValueError):  # opening it reports the error
+    return
+  if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    raise UserError(f"{option}={printable(os.fspath(path))} is a pipe or device; name a file")
 
 
 def scheme_of(address: str) -> str:
@@ -157,22 +238,20 @@ def _path_of(address: str) -> str:
   return address
 
 
-def _printable(name: str) -> str:
-  """A name that can be encoded in UTF-8. A file's name may be any bytes."""
-  return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _excluded(parts: Parts, patterns: Sequence[str]) -> bool:
+def _matching(parts: Parts, patterns: Sequence[str]) -> set[str]:
+  """The patterns that leave out the file at this path."""
   names = (*parts, "/".join(parts))
-  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+  return {
+    pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in names)
+  }
 
 
-def _wanted(parts: Parts, suffixes: Collection[str]) -> bool:
-  """Whether the listing of a folder includes the file at this path below it."""
-  return (
-    not any(part.startswith(".") or part in _IGNORED for part in parts)
-    and suffix(parts[-1]) in suffixes
-  )
+def _why_not(parts: Parts, suffixes: Collection[str]) -> str:
+  """The reason why the listing of a folder does not include the file at this path, or ''."""
+  if any(part.startswith(".") or part in _IGNORED for part in parts):
+    return "hidden"
+  found = suffix(parts[-1])
+  return "" if found in suffixes else f"suffix {printable(found)}" if found else "no suffix"
 
 
 def _prepared(found: Collection[Parts]) -> set[Parts]:
@@ -217,20 +296,25 @@ def _expand_local(given: str, suffixes: Collection[str]) -> Iterator[_Found]:
       )
     root = pathlib.Path(*_literal_parts(path.parts))
     for match in map(pathlib.Path, matches):
-      if match.is_file():
-        yield _Found(_name_of(root), match.relative_to(root).parts, *_local(os.fspath(match)))
+      parts, (file, identity) = match.relative_to(root).parts, _local(os.fspath(match))
+      if not match.is_dir():
+        why = "pipe or device" if identity is None else ""
+        yield _Found(_name_of(root), parts, file, identity, why)
+      elif "**" not in given:  # `**` matches folders on its way to the files in them
+        yield _Found(_name_of(root), parts, file, identity, "folder that a pattern matches")
   elif path.is_dir():
     name = _name_of(path)
-    for parts in _walk(path, suffixes):
+    for parts, why in _walk(path, suffixes):
       file, identity = _local(os.path.join(path, *parts))
-      if identity is not None:
-        yield _Found(name, parts, file, identity)
+      if identity is None and not why:
+        why = "pipe or device"
+      yield _Found(name, parts, file, identity, why)
   elif path.is_file():
     yield _Found((), (path.name,), *_local(given))
   else:
     raise UserError(
       f"path {given!r} is a pipe or device, but files are read more than once; save its content "
-      "to a file first"
+      "to a file first, or pipe it into `jaxgpt data -`"
     )
 
 
@@ -245,32 +329,44 @@ def _local(path: str) -> tuple[File, Any]:
     info = os.stat(path)
   except OSError:  # such as a broken link: opening it reports the error
     return File(path, "", 0), path
+  if stat.S_ISDIR(info.st_mode):  # one that can't be listed: opening it reports the error
+    return File(path, "", 0), path
   key = (info.st_dev, info.st_ino) if stat.S_ISREG(info.st_mode) else None
   return File(path, "", info.st_size, str(info.st_mtime_ns)), key
 
 
-def _walk(root: pathlib.Path, suffixes: Collection[str]) -> list[Parts]:
-  """The paths of all wanted files below a folder, sorted."""
+def _walk(root: pathlib.Path, suffixes: Collection[str]) -> list[tuple[Parts, str]]:
+  """(path, reason why it is not read or '') of all files below a folder, sorted by path.
+
+  A hidden folder stands for everything in it. So does one that can't be listed, which is read.
+  """
+  found: list[tuple[Parts, str]] = []
 
   def fail(error: OSError) -> None:
+    folder = pathlib.Path(error.filename)
+    if folder != root:
+      found.append((folder.relative_to(root).parts, ""))
+      return
     raise UserError(
       f"folder {error.filename!r} can't be listed ({error.strerror}); change its "
       "permissions, or name what to read"
     ) from error
 
-  found: list[Parts] = []
   # For each folder the identities of those above it: following links must not lead back to one.
   chains: dict[str, frozenset[tuple[int, int]]] = {os.fspath(root): frozenset()}
   for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
     info = os.stat(folder)
     key, chain = (info.st_dev, info.st_ino), chains.pop(folder)
+    above = pathlib.Path(folder).relative_to(root).parts
     if key in chain:
+      found.append((above, "found twice"))
       subfolders.clear()
       continue
-    subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in _IGNORED]
+    hidden = [s for s in subfolders if s.startswith(".") or s in _IGNORED]
+    found.extend(((*above, s), "hidden") for s in hidden)
+    subfolders[:] = [s for s in subfolders if s not in hidden]
     chains.update((os.path.join(folder, s), chain | {key}) for s in subfolders)
-    above = pathlib.Path(folder).relative_to(root).parts
-    found.extend((*above, name) for name in names if _wanted((name,), suffixes))
+    found.extend(((*above, name), _why_not((name,), suffixes)) for name in names)
   return sorted(found)
 
 
@@ -357,5 +453,5 @@ def _expand_remote(given: str, suffixes: Collection[str]) -> Iterator[_Found]:
     parts = tuple(name.split("/"))[len(root) :]
     if info["type"] != "file":
       continue
-    if glob.has_magic(path) or _wanted(parts, suffixes):
-      yield _Found(root[-1:], parts, file, file.address)
+    why = "" if glob.has_magic(path) else _why_not(parts, suffixes)
+    yield _Found(root[-1:], parts, file, file.address, why)

@@ -78,7 +78,10 @@ def open_random(file: files.File) -> io.BufferedReader:
 
 def _open(file: files.File, in_order: bool) -> io.BufferedReader:
   if not files.scheme_of(file.address):
-    return cast(io.BufferedReader, open(file.address, "rb", buffering=BUFFER))
+    try:
+      return cast(io.BufferedReader, open(file.address, "rb", buffering=BUFFER))
+    except IsADirectoryError as e:
+      raise OSError("the folder can't be listed") from e
   filesystem, path = files.filesystem_of(file.address)
   try:
     raw = _Remote(filesystem, path, in_order and file.address.startswith("http"))

@@ -8,6 +8,7 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
+from jaxgpt.storage.passed_over import PassedOver
 from jaxgpt.text.readers import documents
 
 TREE = {
@@ -249,3 +250,92 @@ def test_local_files_need_no_extra(tmp_path, monkeypatch):
   for name in ("fsspec", "aiohttp", "pyarrow", "zstandard", "warcio"):
     monkeypatch.setitem(sys.modules, name, None)
   assert len(list(documents.documents(documents.find(tmp_path)))) == 4
+
+
+def test_what_is_passed_over_is_counted_and_named(tmp_path):
+  write(tmp_path / "corpus", TREE | {f"pdf/{i}.PDF": "x" for i in range(9)} | {"LICENSE": "x"})
+  write(tmp_path / "corpus" / "done", dict.fromkeys(("manifest.json", "card.json", "x.bin"), "{}"))
+  write(tmp_path / "corpus" / "done", {"train.sources.txt": ""})
+  os.mkfifo(tmp_path / "corpus" / "pipe.txt")
+  account = PassedOver()
+  listed = documents.find([tmp_path / "corpus", tmp_path / "corpus" / "b.txt"], ["a"], account)
+  assert [file.source for file in listed] == LISTED[2:]
+  assert account.counts == {
+    "suffix .pdf": 9,
+    "suffix .png": 1,
+    "no suffix": 1,
+    "hidden": 2,
+    "excluded": 3,
+    "prepared data": 4,
+    "pipe or device": 1,
+    "found twice": 1,
+  }
+  assert account.examples["hidden"] == ["corpus/.git", "corpus/.hidden.txt"]
+  assert str(account).startswith("9 with suffix .pdf, such as corpus/pdf/0.PDF; 4 prepared data")
+  twice = PassedOver()
+  twice.merge(account)
+  twice.merge(account)
+  assert twice.counts["suffix .pdf"] == 18 and len(twice.examples["suffix .pdf"]) == twice.limit
+  with pytest.raises(UserError, match=r"passed over: 9 with suffix .pdf, such as pdf/0.PDF"):
+    documents.find(tmp_path / "corpus" / "pdf")
+
+
+def test_a_folder_that_a_pattern_matches_is_not_read_and_counted(tmp_path):
+  write(tmp_path, {"a.txt": "x", "sub/b.txt": "x"})
+  account = PassedOver()
+  assert len(documents.find(f"{tmp_path}/*", (), account)) == 1
+  assert account.counts == {"folder that a pattern matches": 1}
+  account = PassedOver()
+  assert len(documents.find(f"{tmp_path}/**", (), account)) == 2 and not account.counts
+
+
+def test_an_exclude_that_matches_nothing_is_an_error(tmp_path):
+  write(tmp_path, {"a.txt": "x", "tests/b.txt": "x"})
+  account = PassedOver()
+  documents.find(tmp_path, ["tests", "tset*"], account)
+  with pytest.raises(UserError, match=r"exclude='tset\*' matches no file"):
+    account.check_exclude()
+  documents.find(tmp_path, ["tset*", "a*"], account)
+  with pytest.raises(UserError, match=r"exclude='tset\*' matches no file"):
+    account.check_exclude()
+
+
+def test_two_inputs_of_one_name_have_different_names(tmp_path):
+  for place in ("x", "y", "z"):
+    write(tmp_path / place, {"corpus/a.txt": place, "corpus/b.txt": place, "one.jsonl.gz": place})
+  account = PassedOver()
+  paths = [tmp_path / place / name for place in "xyz" for name in ("corpus", "one.jsonl.gz")]
+  listed = documents.find(paths, (), account)
+  assert [file.source for file in listed] == [
+    *("corpus/a.txt", "corpus/b.txt", "one.jsonl.gz"),
+    *("corpus(2)/a.txt", "corpus(2)/b.txt", "one(2).jsonl.gz"),
+    *("corpus(3)/a.txt", "corpus(3)/b.txt", "one(3).jsonl.gz"),
+  ]
+  assert account.renamed[str(tmp_path / "y" / "corpus")] == "corpus(2)/a.txt"
+  assert str(tmp_path / "x" / "corpus") not in account.renamed
+
+
+def test_names_hold_nothing_that_a_terminal_obeys(tmp_path):
+  for name in (b"\x1b[2J.txt", b"a\nb.txt", "\u202egpj.txt".encode(), b"\\x1b[2J.txt"):
+    os.close(os.open(os.fsencode(tmp_path) + b"/" + name, os.O_CREAT))
+  names = [file.source.partition("/")[2] for file in documents.find(tmp_path)]
+  assert sorted(names) == sorted([r"\x1b[2J.txt", r"\x1b[2J.txt(2)", r"a\nb.txt", r"\u202egpj.txt"])
+
+
+def test_a_subfolder_that_cannot_be_listed_is_counted_like_a_file(tmp_path, monkeypatch):
+  write(tmp_path, {"corpus/a.txt": "x", "corpus/sub/b.txt": "x", "corpus/z.txt": "x"})
+  scandir = os.scandir
+
+  def guarded(path):
+    if os.fspath(path).endswith("sub"):
+      raise PermissionError(13, "Permission denied", os.fspath(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", guarded)
+  dropped = documents.Dropped()
+  found = list(documents.documents(documents.find(tmp_path / "corpus"), dropped=dropped))
+  assert [d.source for d in found] == ["corpus/a.txt", "corpus/z.txt"]
+  assert dropped.counts == {"unreadable": 1}
+  assert dropped.examples["unreadable"][0].startswith("corpus/sub: ")
+  with pytest.raises(UserError, match="sub' can't be listed"):
+    documents.find(tmp_path / "corpus" / "sub")

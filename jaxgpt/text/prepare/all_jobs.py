@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxgpt.text.filters import decontaminate, dedup
-from jaxgpt.text.prepare import assemble, data_card, run_job, shards, splits
+from jaxgpt.text.prepare import assemble, data_card, inputs, run_job, shards, splits
 from jaxgpt.text.prepare.jobs import Account, Report, Work
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.tasks import filtering, reading, tokenizing
@@ -58,19 +58,21 @@ class AllJobs:
     self._work, self._options, self._report = work, options, report
     self._executor = executor
 
-  def run(self, files: splits.Inputs, inputs: str, versions: dict[str, Any]) -> dict[str, Any]:
+  def run(self, found: inputs.Inputs, digest: str, versions: dict[str, Any]) -> dict[str, Any]:
     """Runs all jobs.
 
     Args:
-      files: The files to read, by split.
-      inputs: Digest of the files.
+      found: The files to read.
+      digest: Digest of their names, sizes and versions.
       versions: Versions that the outputs depend on.
 
     Returns:
       The manifest, which is in WORK/publish with everything that it names.
     """
     options, dropped = self._options, documents.Dropped(self._options.examples)
-    stores, cleaned = self._read(files, inputs, versions)
+    self._report_all(found.report())
+    stores, cleaned = self._read(found.by_split, digest, versions)
+    self._report_all(found.check_unchanged())
     for account in cleaned:
       dropped.merge(account["dropped"])
     dropped.check(options.max_errors)
@@ -99,7 +101,11 @@ class AllJobs:
       dropped.merge(account["dropped"])
     self._report_all(dropped.lines())
     assert dropped.kept == sum(account["encoded"] for account in accounts), dropped.to_json()
-    manifest = self._assemble(written, accounts, saved, label_names, dropped)
+    about = {
+      "passed_over": found.passed_over.to_json(),
+      "unknown_tokens": tokenizing.check_unknown(accounts, options, self._report),
+    }
+    manifest = self._assemble(written, accounts, saved, label_names, dropped, about)
     data_card.write(
       self._work.folder / RESULT,
       manifest,
@@ -149,15 +155,15 @@ class AllJobs:
     return [job.task_folder(rank) for rank in range(count)], accounts
 
   def _read(
-    self, files: splits.Inputs, inputs: str, versions: dict[str, Any]
+    self, files: splits.Inputs, digest: str, versions: dict[str, Any]
   ) -> tuple[_Folders, list[Account]]:
     """Folders of cleaned documents, and accounts."""
     options = self._options
     listed, accounts = self._job(
       "inputs",
       1,
-      functools.partial(reading.list_inputs, files, options.task_bytes),
-      [inputs, options.task_bytes, versions],
+      functools.partial(reading.list_inputs, files, options.task_bytes, encoding=options.encoding),
+      [digest, options.task_bytes, versions, *([options.encoding] if options.encoding else [])],
     )
     cut_chars = reading.cut_chars(files[splits.BY_HASH], options, self._report)
     task_splits = accounts[0]["splits"]
@@ -176,6 +182,9 @@ class AllJobs:
         options.examples,
         *([labels.RULE, bool(options.labels)] if options.kind == "classification" else []),
         options.split_by,
+        # Only if given, so that the jobs of an earlier version keep their keys.
+        *({"encoding": options.encoding} if options.encoding else {}).items(),
+        *({"delimiter": options.delimiter} if options.delimiter else {}).items(),
       ],
     )
 
@@ -229,38 +238,38 @@ class AllJobs:
     """The folders that say which training documents share runs of words with held-out ones."""
     options, config = self._options, decontaminate.make(self._options.decontaminate_options)
     paths = [path for path in options.decontaminate if path != filtering.HELD_OUT]
-    sources = [documents.find(path) for path in paths]
+    found = [inputs.find(path) for path in paths]
     own = stores if filtering.HELD_OUT in options.decontaminate else []
     collected, accounts = self._job(
       "held-out",
-      len(own) + len(sources),
-      functools.partial(filtering.collect_held_out, own, clusters, sources, options, config),
+      len(own) + len(found),
+      functools.partial(
+        filtering.collect_held_out, own, clusters, [x.files for x in found], options, config
+      ),
       [
         options.shares,
         options.decontaminate,
         options.decontaminate_field,
         dataclasses.asdict(config),
-        [[file.source, file.size, file.version] for listed in sources for file in listed],
+        [[file.source, file.size, file.version] for x in found for file in x.files],
       ],
     )
-    short = sum(
-      counts["too short"]
-      for account in accounts
-      for counts in (account.values() if "too short" not in account else [account])
-    )
-    if short:
-      self._report(
-        f"{short:,} held-out documents have fewer than {config.words} words, so they cannot be "
-        "found: --decontaminate-options=words=… sets the number"
-      )
+    for path, listed, account in zip(paths, found, accounts[len(own) :]):
+      lines = [*listed.report(), *listed.check_unchanged(), *filtering.report(account)]
+      self._report_all(f"{path}: {line}" for line in lines)
     texts = {
       split: [folder / split for folder in collected[: len(own)]]
       for split in shards.SPLITS[1:]
       if own
     }
-    texts.update((path, [folder]) for path, folder in zip(paths, collected[len(own) :]))
-    index, _ = self._job("index", 1, functools.partial(filtering.index_held_out, texts, config), [])
-    found, accounts = self._job(
+    for path, folder in zip(paths, collected[len(own) :]):
+      texts[f"./{path}" if path in texts else path] = [folder]
+    filtering.check_collected(accounts, len(own), config, self._report)
+    index, runs = self._job(
+      "index", 1, functools.partial(filtering.index_held_out, texts, config), []
+    )
+    filtering.check_index(runs[0], config)
+    contaminated, accounts = self._job(
       "contaminated",
       len(stores),
       functools.partial(filtering.find_contaminated, stores, clusters, index[0], options, config),
@@ -271,7 +280,7 @@ class AllJobs:
         f"{sum(account['found'][name] for account in accounts):,} training documents "
         f"share runs of words with {name}"
       )
-    return found
+    return contaminated
 
   def _tokenizer(self, corpus: filtering.Corpus) -> pathlib.Path:
     """The folder of the tokenizer."""
@@ -297,6 +306,7 @@ class AllJobs:
     saved: pathlib.Path,
     label_names: Sequence[str],
     dropped: documents.Dropped,
+    about: dict[str, Any],
   ) -> dict[str, Any]:
     """Joins the outputs of the tasks in the folder that becomes the result."""
     folder = self._work.folder / RESULT
@@ -321,6 +331,7 @@ class AllJobs:
       template,
       split_by=self._options.split_by,
       own_files=sorted(self._options.own_files),
+      about=about,
     )
     shards.write_manifest(folder, manifest)
     for split, entry in entries.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.errors import printable
 from jaxgpt.storage import strict_json
 from jaxgpt.text.prepare import best_fit
 from jaxgpt.text.readers.documents import Dropped
@@ -59,6 +60,11 @@ def write(
     },
     "bytes_per_token": round(bytes_per_token, 4),
     "dropped": _dropped(dropped, dropped_bytes, bytes_per_token),
+    "passed over": manifest.get("passed_over", {}),
+    "notes": {
+      what: {"files": count, "examples": names} for what, (count, names) in dropped.notes.items()
+    },
+    "unknown tokens": manifest.get("unknown_tokens", 0),
     "changed": {
       step: {"documents": documents, "characters": characters}
       for step, (documents, characters) in sorted(changed.items())
@@ -229,6 +235,7 @@ def markdown(card: Mapping[str, Any]) -> str:
   ]
   for rule, x in card["dropped"].items():
     lines += [f"{rule}, such as", "", *(f"    {_one_line(e)}" for e in x["examples"]), ""]
+  lines += _remark_lines(card)
   if card["changed"]:
     lines += [
       "## Changed by cleaning",
@@ -264,6 +271,25 @@ def _shared_lines(card: Mapping[str, Any]) -> list[str]:
   return [f"{shared:,} training documents have the text of a held-out document.", ""]
 
 
+def _remark_lines(card: Mapping[str, Any]) -> list[str]:
+  """Sections on files that were not read as documents, and on unknown tokens, if there are any."""
+  lines: list[str] = []
+  if card["passed over"]:
+    rows = [
+      (why, entry["count"], ", ".join(entry["examples"]))
+      for why, entry in card["passed over"].items()
+    ]
+    head = ("reason", "files or folders", "such as")
+    lines += ["## Passed over", "", *_table(head, rows)]
+  if card["notes"]:
+    rows = [(what, x["files"], ", ".join(x["examples"])) for what, x in card["notes"].items()]
+    lines += ["## Remarks", "", *_table(("about", "files", "such as"), rows)]
+  if unknown := card["unknown tokens"]:
+    total = sum(entry["tokens"] for entry in card["splits"].values())
+    lines += [f"{unknown:,} of {total:,} tokens ({unknown / max(total, 1):.1%}) are unknown.", ""]
+  return lines
+
+
 def _length_lines(card: Mapping[str, Any]) -> list[str]:
   """The section on lengths and packing, if there are training documents."""
   lengths = card["lengths"]
@@ -291,7 +317,7 @@ def _length_lines(card: Mapping[str, Any]) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-  return " ".join(text.split())
+  return printable(" ".join(text.split()))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

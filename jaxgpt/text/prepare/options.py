@@ -18,6 +18,10 @@ EXECUTORS = ("process", "local", "slurm", "ray")  # see `executors.make`
 _TEMPLATED = ("chat", "preference")  # kinds that a chat template turns into text
 
 
+def _character(text: str) -> str:
+  return {"tab": "\t", "\\t": "\t"}.get(text, text)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
   """The choices that decide the content of a prepared folder. Each has a default."""
@@ -51,6 +55,21 @@ class Options:
     group=READING,
     unset="by the suffix of each file",
     help="format of all files: text, jsonl, csv, parquet, …",
+  )
+  encoding: str | None = option(
+    None,
+    metavar="NAME",
+    group=READING,
+    unset="UTF-8, or as a byte order mark tells",
+    help="encoding of text, such as latin-1, cp1252, utf-16-le or shift_jis",
+  )
+  delimiter: str | None = option(
+    None,
+    metavar="CHARACTER",
+    parse=_character,
+    group=READING,
+    unset="a comma",
+    help="character between the fields of .csv files, such as ';', '|' or tab",
   )
   exclude: tuple[str, ...] = option(
     (), metavar="PATTERN", group=READING, help="shell pattern of files and folders to leave out"
@@ -160,6 +179,14 @@ class Options:
     metavar="TEXT",
     group=TOKENS,
     help="text that a trained tokenizer keeps as one token",
+  )
+  max_unknown: float | None = option(
+    None,
+    least=0,
+    most=1,
+    group=TOKENS,
+    unset="no limit, but a warning above 0.01",
+    help="give up if more than this share of the tokens is the unknown token",
   )
   shard_tokens: int = option(
     1 << 27, least=1, group=TOKENS, help="tokens after which a task starts another shard"

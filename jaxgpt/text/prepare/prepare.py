@@ -20,17 +20,17 @@ from typing import Any
 
 import jaxgpt
 from jaxgpt.config import installed
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, printable
 from jaxgpt.storage import buckets, strict_json
 from jaxgpt.storage import files as files_lib
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import clean, decontaminate, dedup
-from jaxgpt.text.prepare import all_jobs, shards, splits
+from jaxgpt.text.prepare import all_jobs, inputs, shards
 from jaxgpt.text.prepare.jobs import Report, Work
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.run_job import Executor
 from jaxgpt.text.prepare.tasks import filtering
-from jaxgpt.text.readers import documents
+from jaxgpt.text.readers import documents, formats
 from jaxgpt.text.tokenizers import chat_template, labels
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 
@@ -78,23 +78,16 @@ def prepare(
   """
   chosen = Options(**options)
   report = report or (lambda line: None)
-  address = os.fspath(out) if buckets.is_remote(out) else None
-  folder = pathlib.Path(os.path.abspath(out))
-  if address:
-    folder = buckets.cache_folder().joinpath(
-      "out", *address.rstrip("/").replace("://", "/").split("/")
-    )
-  files = documents.find(paths, chosen.exclude)
-  inputs, lines = splits.find(files, chosen.own_files, chosen.exclude)
-  _check_options(chosen, [file for group in inputs.values() for file in group])
-  for line in lines:
-    report(line)
+  output = _Output.of(out, overwrite)
   try:
-    return _prepare(inputs, _Output(folder, address, overwrite), chosen, report, executor)
+    with inputs.place_for_stdin(output.folder) as stdin:
+      found = inputs.find(paths, chosen.exclude, stdin, chosen.own_files)
+      _check_options(chosen, found.files)
+      return _prepare(found, output, chosen, report, executor)
   except OSError as e:
     raise UserError(
-      f"--out={folder} cannot be written ({e.strerror or e}); name another folder, make room or "
-      "change its permissions"
+      f"--out={output.folder} cannot be written ({e.strerror or e}); name another folder, make "
+      "room or change its permissions"
     ) from e
 
 
@@ -107,8 +100,11 @@ def _check_options(options: Options, files: Sequence[File]) -> None:
     form=options.format,
     max_bytes=options.max_record_bytes,
     group=options.split_by,
+    encoding=options.encoding,
+    delimiter=options.delimiter,
   )
   labels.parse(options.labels)
+  formats.check_used(files, options.format, options.encoding, options.delimiter)
   clean.make(options.clean)
   dedup.make(options.dedup)
   decontaminate.make(options.decontaminate_options)
@@ -134,6 +130,29 @@ class _Output:
   folder: pathlib.Path
   address: str | None
   overwrite: bool
+
+  @classmethod
+  def of(cls, out: str | os.PathLike, overwrite: bool) -> "_Output":
+    """The output for the value of --out.
+
+    Raises:
+      UserError: No folder can have this name.
+    """
+    name = os.fspath(out)
+    if buckets.is_remote(out):
+      parts = name.rstrip("/").replace("://", "/").split("/")
+      return cls(buckets.cache_folder().joinpath("out", *parts), name, overwrite)
+    try:
+      folder = pathlib.Path(os.path.abspath(name))
+      os.fspath(folder).encode()  # the libraries that write shards take UTF-8
+    except UnicodeEncodeError as e:
+      raise UserError(f"--out={printable(name)} is not UTF-8; name another folder") from e
+    except FileNotFoundError as e:
+      raise UserError("the working directory is gone; change to one that exists") from e
+    if not name or "\0" in name or not folder.name:
+      why = "is the root of the file system" if name and not folder.name else "is no name"
+      raise UserError(f"--out={printable(name)!r} {why}; name a folder to make")
+    return cls(folder, None, overwrite)
 
   def check_free(self) -> None:
     """Raises a UserError unless the local folder may be written.
@@ -184,7 +203,7 @@ class _Output:
 
 
 def _prepare(
-  files: splits.Inputs,
+  found: inputs.Inputs,
   output: _Output,
   options: Options,
   report: Report,
@@ -192,10 +211,10 @@ def _prepare(
 ) -> Manifest:
   """Does the work in `OUT.unfinished` and moves the result. `jobs` explains the order."""
   versions = _versions()
-  inputs = _digest(
-    {s: [[f.source, f.size, f.version] for f in group] for s, group in files.items()}
+  digest = _digest(
+    {s: [[f.source, f.size, f.version] for f in group] for s, group in found.by_split.items()}
   )
-  fingerprint = _digest([inputs, dataclasses.asdict(options), versions])
+  fingerprint = _digest([digest, dataclasses.asdict(options), versions])
   out = output.folder
   folder = out.with_name(f"{out.name}.unfinished")
   output.check_free_bucket()
@@ -212,7 +231,7 @@ def _prepare(
       work.publish(None)
       if work.found:
         report(f"continuing the unfinished run in {folder}")
-      manifest = all_jobs.AllJobs(work, options, report, executor).run(files, inputs, versions)
+      manifest = all_jobs.AllJobs(work, options, report, executor).run(found, digest, versions)
       work.publish([fingerprint, manifest["digest"]])
       output.check_free()
       if out.exists():

@@ -6,6 +6,7 @@ from typing import Self
 
 from rich import console, progress
 
+from jaxgpt.errors import printable
 from jaxgpt.text.prepare.monitor import Status
 
 
@@ -43,7 +44,7 @@ class Terminal:
       self._bar.stop()
 
   def __call__(self, line: str) -> None:
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
   def _show(self, status: Status | None) -> None:
     if status is None:

@@ -32,7 +32,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ FORMAT = 2
 RECORD_TOKENS = 65_536
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
+NOT_CONTENT = ("passed_over", "unknown_tokens")  # remarks in the manifest, not in its digest
 WITH_RANGES = ("seq2seq", "chat", "preference")  # kinds whose loss counts some tokens only
 
 # Groups of one record: a record is read without its neighbours. zstd:1 saves 40 % of disk and
@@ -74,6 +75,9 @@ class SplitWriter:
 
   `finish` names the shards, when their number is known. A document is never cut between two shards,
   so a shard may be longer than `shard_tokens` by one document.
+
+  Attributes:
+    unknown: Tokens written that are the tokenizer's unknown token.
   """
 
   def __init__(
@@ -96,6 +100,7 @@ class SplitWriter:
     self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
     self._kind = kind
     self._dtype = token_dtype(tokenizer.vocab_size)
+    self._unk_id, self.unknown = tokenizer.unk_id, 0
     self._labels, self._second = array.array("d"), array.array("I")
     self._trained, self._trained_ends = array.array("i"), array.array("Q", [0])
     self._tokens, self._bytes = array.array("I"), array.array("I")
@@ -132,6 +137,7 @@ class SplitWriter:
     self._make_room()
     tokens = records = 0
     for record in _records(pieces, self._dtype):
+      self._count_unknown(record)
       self._writer.write(record.tobytes())
       tokens, records = tokens + len(record), records + 1
     self._count(1, tokens, records)
@@ -165,6 +171,10 @@ class SplitWriter:
     if not len(lengths):
       return
     self._make_room()
+    if self._unk_id is not None:
+      at = np.flatnonzero(stored == self._unk_id)
+      number = np.searchsorted(starts, at, side="right") - 1
+      self.unknown += int(np.count_nonzero((number >= 0) & (at < ends[number])))
     data, width = stored.astype(self._dtype, copy=False).tobytes(), self._dtype.itemsize
     write = self._writer.write
     for start, end in zip((starts * width).tolist(), (ends * width).tolist()):
@@ -190,6 +200,10 @@ class SplitWriter:
     """Starts a shard if there is none, or the last one is full."""
     if self._writer is None or self._shards[-1]["tokens"] >= self._shard_tokens:
       self._next_shard()
+
+  def _count_unknown(self, stored: np.ndarray) -> None:
+    if self._unk_id is not None:
+      self.unknown += int(np.count_nonzero(stored == self._unk_id))
 
   def _next_shard(self) -> None:
     self.close()
@@ -276,6 +290,7 @@ def make_manifest(
   template: str | None = None,
   split_by: str = "",
   own_files: Sequence[str] = (),
+  about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Makes the manifest. Equal inputs give equal manifests, so its digest identifies the data.
 
@@ -288,6 +303,7 @@ def make_manifest(
     template: Name of the chat template, if one was applied.
     split_by: Column that decided the splits, if it was not the text.
     own_files: Held-out splits that have files of their own.
+    about: Values of `NOT_CONTENT`. Those that are 0 or empty are left out.
 
   Returns:
     A JSON-able dict without times and paths. 'digest' is the sha256 of the canonical JSON of the
@@ -320,12 +336,13 @@ def make_manifest(
   manifest |= {"split_by": split_by} if split_by else {}
   manifest |= {"own_files": list(own_files)} if own_files else {}
   manifest["digest"] = manifest_digest(manifest)
-  return manifest
+  return manifest | {key: value for key, value in (about or {}).items() if value}
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-  """The sha256, in hex, of the canonical JSON of a manifest without its 'digest'."""
-  content = {key: value for key, value in manifest.items() if key != "digest"}
+  """The sha256, in hex, of the canonical JSON of a manifest without 'digest' and `NOT_CONTENT`."""
+  rest = ("digest", *NOT_CONTENT)
+  content = {key: value for key, value in manifest.items() if key not in rest}
   text = strict_json.dumps(content, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage.files import File
+from jaxgpt.storage.passed_over import PassedOver
 from jaxgpt.text.readers import documents
 
 SHARE = 0.05  # of each held-out split, unless it is set
@@ -101,7 +102,10 @@ def own_paths(given: Given) -> list[str]:
 
 
 def find(
-  listed: Sequence[File], own: Mapping[str, Sequence[str]], exclude: Sequence[str]
+  listed: Sequence[File],
+  own: Mapping[str, Sequence[str]],
+  exclude: Sequence[str],
+  passed_over: PassedOver | None = None,
 ) -> tuple[dict[str, list[File]], list[str]]:
   """The files of each split, and lines to report.
 
@@ -109,6 +113,7 @@ def find(
     listed: The files of PATH. Those that a held-out split names are left out.
     own: {held-out split: the paths of its own files}.
     exclude: As for `documents.find`.
+    passed_over: The account to count the rest in.
 
   Raises:
     UserError: A path does not exist, two splits share a file, or no file is left to train on.
@@ -116,7 +121,7 @@ def find(
   inputs: dict[str, list[File]] = {}
   split_of: dict[str, str] = {}
   for split in ORDER[:-1]:
-    for file in documents.find(own[split], exclude) if own.get(split) else ():
+    for file in documents.find(own[split], exclude, passed_over) if own.get(split) else ():
       if (other := split_of.setdefault(_identity(file), split)) != split:
         raise UserError(
           f"--{split}: {file.address} is also a file of --{other}; name it in one of them"
@@ -128,6 +133,7 @@ def find(
       "no file is left to train on: --validation and --test name all files of PATH; name others"
     )
   inputs[BY_HASH] = rest
+  _name_apart(inputs)
   taken = len(listed) - len(rest)
   lines = [
     f"{split}: {len(files):,} file{'s' * (len(files) > 1)} of its own"
@@ -137,6 +143,18 @@ def find(
   if taken:
     lines.append(f"{taken:,} of the files in PATH are held out, so they are not trained on")
   return inputs, lines
+
+
+def _name_apart(inputs: dict[str, list[File]]) -> None:
+  """Gives files of held-out splits other names, where other files have theirs."""
+  taken = {file.source for file in inputs[BY_HASH]}
+  for split in ORDER[:-1]:
+    for number, file in enumerate(inputs.get(split, ())):
+      name = file.source
+      while name in taken:
+        name = f"{split}/{name}"
+      taken.add(name)
+      inputs[split][number] = file._replace(source=name)
 
 
 def _identity(file: File) -> str:

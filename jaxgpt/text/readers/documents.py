@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
-from jaxgpt.text.readers import formats, messages, records
+from jaxgpt.storage.passed_over import PassedOver
+from jaxgpt.text.readers import encodings, formats, messages, records
 from jaxgpt.text.readers.kinds import EXAMPLES, KINDS, MAX_BYTES
 
 # Rules that broken records are counted under. Other rules, such as those of cleaning, are choices.
@@ -22,6 +23,8 @@ ERRORS = (
   "wrong type",
   "too long",
 )
+
+NO_DOCUMENT = "files of records without a document"
 
 
 class Document(NamedTuple):
@@ -56,6 +59,7 @@ class Dropped:
     read: Documents that the readers met, readable or not.
     counts: {rule: documents}.
     examples: {rule: ['file:line: why', …]}, at most `limit` per rule.
+    notes: {remark: [files, the first few of them]}. They count no documents.
     limit: Examples to keep per rule.
   """
 
@@ -63,7 +67,13 @@ class Dropped:
     self.read = 0
     self.counts: dict[str, int] = {}
     self.examples: dict[str, list[str]] = {}
+    self.notes: dict[str, tuple[int, list[str]]] = {}
     self.limit = limit
+
+  def note(self, what: str, names: Sequence[str], count: int = 1) -> None:
+    """Notes a remark about `count` files. `names` has the first of them."""
+    before, kept = self.notes.get(what, (0, []))
+    self.notes[what] = before + count, [*kept, *names][: self.limit]
 
   def add(self, rule: str, where: str, why: str, count: int = 1) -> None:
     """Counts `count` dropped documents, the first of them at `where`."""
@@ -81,13 +91,16 @@ class Dropped:
 
   def to_json(self) -> dict[str, Any]:
     """The account as plain JSON, for `merge`."""
-    return {"read": self.read, "counts": self.counts, "examples": self.examples}
+    account = {"read": self.read, "counts": self.counts, "examples": self.examples}
+    return account | ({"notes": self.notes} if self.notes else {})
 
   def merge(self, account: Mapping[str, Any]) -> None:
     """Adds another account in the form of `to_json`. Examples keep the order of merging."""
     self.read += account["read"]
     for rule, count in account["counts"].items():
       self._extend(rule, count, account["examples"][rule])
+    for what, (count, names) in account.get("notes", {}).items():
+      self.note(what, names, count)
 
   def check(self, max_errors: int | None) -> None:
     """Ends the run if more records are broken than the user allows.
@@ -116,6 +129,8 @@ class Dropped:
     for rule, count in sorted(self.counts.items()):
       out.append(f"dropped {count} by rule {rule!r}" + (", such as" if self.examples[rule] else ""))
       out.extend(f"  {example}" for example in self.examples[rule])
+    for what, (count, names) in sorted(self.notes.items()):
+      out.append(f"{what}: {count:,}" + f", such as {', '.join(names)}" * bool(names))
     return out
 
 
@@ -134,12 +149,16 @@ def chunks(text: str, size: int) -> Iterator[str]:
   yield text[start:]
 
 
-def find(paths: files.Paths, exclude: Sequence[str] = ()) -> list[files.File]:
+def find(
+  paths: files.Paths,
+  exclude: Sequence[str] = (),
+  passed_over: PassedOver | None = None,
+) -> list[files.File]:
   """Lists the files to read. Folders are searched for the suffixes of all formats.
 
   Args and errors: See `files.find`.
   """
-  return files.find(paths, exclude, formats.suffixes())
+  return files.find(paths, exclude, formats.suffixes(), passed_over)
 
 
 def documents(
@@ -150,6 +169,8 @@ def documents(
   form: str | None = None,
   max_bytes: int = MAX_BYTES,
   max_errors: int | None = None,
+  encoding: str | None = None,
+  delimiter: str | None = None,
   dropped: Dropped | None = None,
   group: str = "",
 ) -> Iterator[Document]:
@@ -168,6 +189,8 @@ def documents(
     form: A key of `formats.FORMATS` for all files. None chooses by each file's suffix.
     max_bytes: Longer records are dropped. A longer text file becomes several documents.
     max_errors: See `Dropped.check`.
+    encoding: Encoding of files of text without a byte order mark. None: UTF-8.
+    delimiter: Character between the fields of .csv files. None: a comma.
     dropped: The account to count in.
     group: Column of `Document.group`, which each document needs, or ''.
 
@@ -186,7 +209,8 @@ def documents(
   formats.check_extras(listed, form)
   required = tuple(columns[name] for name in KINDS[kind] if name in columns)
   wanted = dict.fromkeys((*columns.values(), group) if group else columns.values())
-  want = records.Want(tuple(wanted), required, max_bytes)
+  encoding = encodings.check(encoding) if encoding else None
+  want = records.Want(tuple(wanted), required, max_bytes, encoding, delimiter)
   dropped = Dropped() if dropped is None else dropped
   return _documents(listed, form, want, kind, columns, max_errors, dropped, group)
 
@@ -215,16 +239,21 @@ def _documents(
   is_plain, text_column = kind == "text" and not group, columns.get("text", "")
   id_columns = frozenset((columns["id"], columns["id"].partition(".")[0]))
   for file in listed:
+    kept, broken = 0, False
     for read in formats.read(file, want, form):
       item: Document | records.Fault
       if isinstance(read, records.Record):
         if is_plain and (plain := _plain(read, text_column, id_columns, want.max_bytes)):
           dropped.read += 1
+          kept += 1
           yield plain
           continue
-        item = _document(read, kind, columns)
+        item = _document(read, kind, columns, want)
         if group and isinstance(item, Document):
           item = _in_group(item, read.values, group)
+      elif isinstance(read, records.Note):
+        dropped.note(read.what, [read.where])
+        continue
       else:
         item = read
       if isinstance(item, Document):
@@ -234,11 +263,15 @@ def _documents(
           item = records.Fault("empty", item.source, "no text but white space")
       if isinstance(item, Document):
         dropped.read += 1
+        kept += 1
         yield item
       else:
+        broken |= item.where == file.source  # the whole file: no need to say it twice
         dropped.read += item.count
         dropped.add(*item)
         dropped.check(max_errors)
+    if not (kept or broken or file.end is not None):
+      dropped.note(NO_DOCUMENT, [file.source])
 
 
 def _plain(
@@ -287,7 +320,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _document(
-  record: records.Record, kind: str, columns: Mapping[str, str]
+  record: records.Record, kind: str, columns: Mapping[str, str], want: records.Want
 ) -> Document | records.Fault:
   """A record's document, or a fault if its columns are missing or of the wrong type."""
   where, values = record.where, record.values
@@ -313,7 +346,13 @@ def _document(
     for string in (text, name, str(checked.get("label", ""))):
       string.encode()  # fails for a lone surrogate: "\ud800" is valid JSON but not a character
   except UnicodeEncodeError as e:
-    return records.Fault("invalid utf-8", where, e.reason)
+    half = e.object[e.start]
+    why = (
+      "a character is half of a surrogate pair"
+      if half < "\udc80"
+      else f"bytes that are not {want.encoding or 'UTF-8'}; --encoding names another encoding"
+    )
+    return records.Fault("invalid utf-8", where, why)
   except KeyError as e:
     has = ", ".join(map(repr, values))
     return records.Fault("missing field", where, f"no {e.args[0]!r} in {has[:100]}")

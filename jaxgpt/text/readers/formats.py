@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 from jaxgpt.config.registry import Registry
-from jaxgpt.errors import optional
+from jaxgpt.errors import UserError, optional
 from jaxgpt.storage import files, streams
-from jaxgpt.text.readers import json_files, records, tables, text_files, warc
+from jaxgpt.text.readers import encodings, json_files, records, tables, text_files, warc
 
 Reader: TypeAlias = Callable[[files.File, records.Want], Iterator[records.Item]]
 
@@ -27,6 +27,7 @@ class Format(NamedTuple):
     module: A module from the extra `data` that the reader needs, or None.
     cut_at_lines: A large file may be cut into byte ranges at any line end, since each line is a
       record.
+    has_encoding: The reader opens files with `encodings.open_text`.
   """
 
   read: Reader
@@ -34,6 +35,7 @@ class Format(NamedTuple):
   summary: str
   module: str | None = None
   cut_at_lines: bool = False
+  has_encoding: bool = True
 
 
 _TEXT_SUFFIXES = (
@@ -56,7 +58,12 @@ FORMATS.add(
   ),
 )
 FORMATS.add(
-  "json", Format(json_files.read, (".json",), "JSON Lines or an array of objects; otherwise a text")
+  "json",
+  Format(
+    json_files.read,
+    (".json",),
+    "JSON Lines, other JSON objects, or an array of them; otherwise a text",
+  ),
 )
 FORMATS.add(
   "csv", Format(tables.read_csv, (".csv",), "comma-separated; the first row names the columns")
@@ -66,7 +73,13 @@ FORMATS.add(
 )
 FORMATS.add(
   "parquet",
-  Format(tables.read_parquet, (".parquet",), "Parquet tables", module="pyarrow.parquet"),
+  Format(
+    tables.read_parquet,
+    (".parquet",),
+    "Parquet tables",
+    module="pyarrow.parquet",
+    has_encoding=False,
+  ),
 )
 FORMATS.add(
   "warc",
@@ -75,6 +88,7 @@ FORMATS.add(
     (".warc", ".wet"),
     "web archives: pages (WARC) or their text (WET)",
     module="warcio.archiveiterator",
+    has_encoding=False,
   ),
 )
 
@@ -122,16 +136,46 @@ def check_extras(listed: Sequence[files.File], name: str | None = None) -> None:
         optional(module, "data", f"reading {file.source}")
 
 
-def split(listed: Sequence[files.File], size: int) -> list[files.File]:
+def check_used(
+  listed: Sequence[files.File], name: str | None, encoding: str | None, delimiter: str | None
+) -> None:
+  """Checks that an encoding and a delimiter are of use for at least one file.
+
+  Args:
+    listed: The files.
+    name: As for `read`.
+    encoding, delimiter: The options, or None if they are not given.
+
+  Raises:
+    UserError: No file has a format that they apply to, or the delimiter is not one character.
+  """
+  forms = [FORMATS[name] if name else _by_suffix(file) or FORMATS["text"] for file in listed]
+  if encoding and not any(form.has_encoding for form in forms):
+    raise UserError(f"encoding={encoding!r} has no effect: the inputs tell theirs; leave it out")
+  if delimiter is None:
+    return
+  if len(delimiter) != 1 or delimiter in '"\r\n' or ord(delimiter) >= 0xD800:
+    raise UserError(
+      f"delimiter={delimiter!r} must be one character that is neither a quote nor a line end"
+    )
+  if FORMATS["csv"] not in forms:
+    raise UserError(
+      f"delimiter={delimiter!r} has no effect: no input is a .csv file; leave it out, or add "
+      "format=csv"
+    )
+
+
+def split(listed: Sequence[files.File], size: int, encoding: str | None = None) -> list[files.File]:
   """Cuts large files into byte ranges, so that several tasks can share one.
 
-  Only local, uncompressed files of a format with `cut_at_lines` are cut. A file that is cut is
-  read once to find the line number at the start of each range: a document is named after its
+  Only local, uncompressed files of a format with `cut_at_lines`, in UTF-8, are cut. A file that is
+  cut is read once to find the line number at the start of each range: a document is named after its
   line, whichever task reads it.
 
   Args:
     listed: The files.
     size: Size in bytes above which a file is cut, and the approximate size of a range.
+    encoding: Encoding of the files. They are only cut if it is None.
   """
   out: list[files.File] = []
   for file in listed:
@@ -139,10 +183,12 @@ def split(listed: Sequence[files.File], size: int) -> list[files.File]:
     try:
       cut = (
         file.size > size
+        and encoding is None
         and file.end is None
         and form is not None
         and form.cut_at_lines
         and streams.is_plain(file)
+        and encodings.is_utf8(file)
       )
       out.extend(_ranges(file, size) if cut else [file])
     except OSError:  # reading the file reports and counts it

@@ -38,7 +38,23 @@ class Fault(NamedTuple):
   count: int = 1  # type: ignore[assignment]  # hides tuple.count, which nobody needs
 
 
-Item: TypeAlias = Record | Fault
+class Note(NamedTuple):
+  """A remark about a file, for the report. It counts no document.
+
+  Attributes:
+    what: The remark, about any number of files: 'JSON files without a table, read as text'.
+    where: The file.
+  """
+
+  what: str
+  where: str
+
+
+Item: TypeAlias = Record | Fault | Note
+
+
+class TooLong(Exception):
+  """A record is longer than `Want.max_bytes`."""
 
 
 class Want(NamedTuple):
@@ -48,11 +64,15 @@ class Want(NamedTuple):
     columns: Names of the columns to read. A reader may return others too.
     required: The columns among them that every document needs.
     max_bytes: Longer records are faults.
+    encoding: Encoding of files of text without a byte order mark, if it is not UTF-8.
+    delimiter: Character between the fields of a row, if it is not a comma.
   """
 
   columns: tuple[str, ...]
   required: tuple[str, ...]
   max_bytes: int
+  encoding: str | None = None
+  delimiter: str | None = None
 
 
 def lines(file: files.File, stream: BinaryIO, want: Want) -> Iterator[tuple[int, bytes | None]]:
@@ -76,16 +96,25 @@ def too_long(where: str, want: Want) -> Fault:
   return Fault("too long", where, f"more than {want.max_bytes:,} bytes")
 
 
-def decoded(where: str, data: bytes, encoding: str = "utf-8", html: bool = False) -> Item:
-  """Decodes a text: a record, or a fault if the bytes are not text in this encoding."""
+def decoded(
+  where: str, data: bytes, encoding: str = "utf-8", html: bool = False, way_out: str = ""
+) -> Item:
+  """Decodes a text: a record, or a fault if the bytes are not text in this encoding.
+
+  Args:
+    where: Place of the text.
+    data: Its bytes.
+    encoding: 'utf-8', or 'utf-8-sig' to skip a byte order mark.
+    html: The text is an HTML page.
+    way_out: End of the fault's reason.
+  """
+  way_out = way_out and f"; {way_out}"
   if (zero := data.find(b"\0")) >= 0:
-    return Fault("binary", where, f"byte {zero} is 0, so this is not UTF-8 text")
+    return Fault("binary", where, f"byte {zero} is 0, so this is not UTF-8 text{way_out}")
   try:
     return Record(where, data.decode(encoding), html=html)
   except UnicodeDecodeError as e:
-    return Fault(
-      "invalid utf-8", where, f"{e.reason} at byte {e.start}; convert other encodings to UTF-8"
-    )
+    return Fault("invalid utf-8", where, f"{e.reason} at byte {e.start}{way_out}")
 
 
 def from_object(where: str, value: Any) -> Item:

@@ -1,43 +1,70 @@
 """Readers of tables: comma- and tab-separated values, Parquet."""
 
+import collections
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxgpt.errors import first_line, optional
 from jaxgpt.storage import files, streams
-from jaxgpt.text.readers import records
+from jaxgpt.text.readers import encodings, records
 
 _PARQUET_ROWS = 256  # rows decoded at a time
-
-
-class _LineTooLong(Exception):
-  pass
+_QUOTED_LINES = 20  # lines after the first of a quoted field, from which on it is suspected
+_CHECKED_LINES = 1000  # of a suspected field
 
 
 class _TextLines:
-  """The lines of a file as strings. It may be iterated further after raising `_LineTooLong`.
+  """The lines of a file as strings. It may be iterated further after raising `records.TooLong`.
 
   Bytes that are not UTF-8 become lone surrogates. The check of each document reports them.
+
+  Attributes:
+    number: Number of the last line handed out.
+    row: The lines handed out since `start_row`. None: a line that is too long.
   """
 
-  def __init__(self, lines: Iterator[tuple[int, bytes | None]]):
-    self.lines = lines
-    self.number = 0
+  def __init__(self, lines: Iterator[tuple[int, bytes | None]], max_chars: int):
+    self._lines, self._max_chars = lines, max_chars
+    self._again: collections.deque[str | None] = collections.deque()
+    self._chars = self.number = 0
+    self.row: list[str | None] = []
+
+  def start_row(self) -> None:
+    """Forgets the lines of the row before."""
+    self.row, self._chars = [], 0
+
+  def read_again(self) -> None:
+    """Hands out the lines of the row once more, except the first."""
+    self._again.extendleft(reversed(self.row[1:]))
+    self.number -= len(self.row) - 1
 
   def __iter__(self) -> Iterator[str]:
     return self
 
   def __next__(self) -> str:
-    self.number, line = next(self.lines)
-    if line is None:
-      raise _LineTooLong
-    return line.decode("utf-8-sig" if self.number == 1 else "utf-8", "surrogateescape")
+    text: str | None
+    if self._again:
+      text = self._again.popleft()
+      self.number += 1
+    else:
+      self.number, line = next(self._lines)
+      code = "utf-8-sig" if self.number == 1 else "utf-8"
+      text = None if line is None else line.decode(code, "surrogateescape")
+    self.row.append(text)
+    self._chars += len(text or "")
+    if text is None or (self._chars > self._max_chars and len(self.row) > 1):
+      raise records.TooLong
+    return text
 
 
 def read_csv(file: files.File, want: records.Want) -> Iterator[records.Item]:
-  """Reads comma-separated values. The first row names the columns. Quotes may enclose newlines."""
-  return _read_rows(file, want, strict=True)
+  """Reads comma-separated values. The first row names the columns. Quotes may enclose newlines.
+
+  A quote that is opened and not closed would take the rows after it for text. If these lines are
+  rows when each is read alone, only the row with the quote is dropped.
+  """
+  return _read_rows(file, want, strict=True, delimiter=want.delimiter or ",")
 
 
 def read_tsv(file: files.File, want: records.Want) -> Iterator[records.Item]:
@@ -47,33 +74,98 @@ def read_tsv(file: files.File, want: records.Want) -> Iterator[records.Item]:
 
 def _read_rows(file: files.File, want: records.Want, **dialect: Any) -> Iterator[records.Item]:
   csv.field_size_limit(want.max_bytes)
-  with streams.open_stream(file) as stream:
-    lines = _TextLines(records.lines(file, stream, want))
-    rows, header = csv.reader(lines, **dialect), None
+  with encodings.open_text(file, want) as stream:
+    lines = _TextLines(records.lines(file, stream, want), want.max_bytes)
+    rows, header = csv.reader(lines, **dialect), list[str]()
     while True:
       where = f"{file.source}:{lines.number + 1}"
-      try:
-        row = next(rows)
-      except StopIteration:
+      lines.start_row()
+      row, fault, least = _next_row(rows, where, header, want)
+      if row is None:
         return
-      except _LineTooLong:
-        yield records.too_long(where, want)
-        continue
-      except csv.Error as e:
-        yield records.Fault("too long" if "limit" in str(e) else "invalid csv", where, str(e))
-        continue
-      if header is None:
+      extent = f" (lines {where.rpartition(':')[2]} to {lines.number})" * (len(lines.row) > 1)
+      if not header:
         header = row
-        if fault := _check_columns(where, header, want):
-          yield fault
+        if fault := fault or _check_header(where, row, lines.row[0] or "", want):
+          yield fault._replace(why=fault.why + extent)
           return
+      elif len(lines.row) > 1 and _are_rows(lines.row[1:], len(header), least, dialect):
+        why = (
+          f"a quote is opened in this row and not closed; the {len(lines.row) - 1:,} lines after "
+          "it are read as rows"
+        )
+        yield records.Fault("invalid csv", where, why)
+        lines.read_again()
+      elif fault:
+        yield fault._replace(why=fault.why + extent)
       elif any("\0" in value for value in row):
         yield records.Fault("binary", where, "a field holds a byte 0")
-      elif row and len(row) != len(header):
-        why = f"{len(row)} fields, the first row has {len(header)}"
-        yield records.Fault("invalid csv", where, why)
       elif row:
         yield records.Record(where, dict(zip(header, row)))
+
+
+def _next_row(
+  rows: Iterator[list[str]], where: str, header: Sequence[str], want: records.Want
+) -> tuple[list[str] | None, records.Fault | None, int]:
+  """The next row.
+
+  Returns:
+    The fields, or None at the end of the file. The row's fault, or None. Lines that the row must
+    have after its first to be suspected of an open quote.
+  """
+  try:
+    row = next(rows)
+  except StopIteration:
+    return None, None, 0
+  except records.TooLong:
+    return [], records.too_long(where, want), _QUOTED_LINES
+  except csv.Error as e:
+    if "limit" in str(e):
+      return [], records.Fault("too long", where, str(e)), _QUOTED_LINES
+    return [], records.Fault("invalid csv", where, str(e)), 1
+  if header and row and len(row) != len(header):
+    why = f"{len(row)} fields, the first row has {len(header)}"
+    return row, records.Fault("invalid csv", where, why), 1
+  return row, None, _QUOTED_LINES
+
+
+def _are_rows(
+  lines: Sequence[str | None], columns: int, least: int, dialect: Mapping[str, Any]
+) -> bool:
+  """Whether lines that a quoted field has taken are rows of their own.
+
+  Args:
+    lines: The lines of the row after its first. The last may have a part of another field.
+    columns: Columns of the table. With a single one any line is a row, so only many lines that no
+      quote closes are taken for rows.
+    least: Lines that it takes.
+    dialect: Arguments of `csv.reader`.
+  """
+  if len(lines) < least:
+    return False
+  if columns == 1:
+    return least == 1 and len(lines) > _QUOTED_LINES
+  inner = [x for x in (lines[:-1] or lines)[:_CHECKED_LINES] if x and not x.isspace()]
+  return bool(inner) and sum(_columns_of(x, dialect) == columns for x in inner) > 0.9 * len(inner)
+
+
+def _columns_of(line: str, dialect: Mapping[str, Any]) -> int:
+  """Fields of a line that is read alone, or 0 if it is no row."""
+  try:
+    return len(next(csv.reader([line], **dialect)))
+  except (csv.Error, StopIteration):
+    return 0
+
+
+def _check_header(
+  where: str, names: Sequence[str], line: str, want: records.Want
+) -> records.Fault | None:
+  """The fault of the first row, or None."""
+  fault = _check_columns(where, names, want)
+  for other in (";", "\t", "|", ","):
+    if fault and not _check_columns(where, line.strip().split(other), want):
+      return fault._replace(why=f"{fault.why}; give --delimiter={other!r}")
+  return fault
 
 
 def _check_columns(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from jaxgpt.storage import files, streams
-from jaxgpt.text.readers import records
+from jaxgpt.text.readers import encodings, records
 
 _HTML = (".html", ".htm", ".xhtml")
 
@@ -16,7 +16,7 @@ def read(file: files.File, want: records.Want) -> Iterator[records.Item]:
   A long file is cut after lines. A byte order mark is not part of the text.
   """
   html = files.suffix(file.address) in _HTML
-  with streams.open_stream(file) as stream:
+  with encodings.open_text(file, want) as stream:
     # Read one byte more than a document may have: if it is there, the file goes on. The document
     # then ends after its last whole line, and the rest of the buffer begins the next one.
     line, left = 1, b""
@@ -30,7 +30,8 @@ def read(file: files.File, want: records.Want) -> Iterator[records.Item]:
       )
       data, left = data[:end], data[end:]
       where = f"{file.source}:{line}" if more or number else file.source
-      yield records.decoded(where, data, "utf-8" if number else "utf-8-sig", html)
+      form = "utf-8" if number else "utf-8-sig"
+      yield records.decoded(where, data, form, html, encodings.hint(data, want))
       line += data.count(b"\n")
       if not more:
         return

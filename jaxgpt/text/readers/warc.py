@@ -1,10 +1,11 @@
 """Reader of web archives: WARC (pages) and WET (their extracted text)."""
 
 import codecs
+import io
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxgpt.errors import optional
 from jaxgpt.storage import files, streams
@@ -17,22 +18,60 @@ def read(file: files.File, want: records.Want) -> Iterator[records.Item]:
   A page is HTML or plain text. Responses with an error status and other content types are faults.
   """
   warcio = optional("warcio.archiveiterator", "data", f"reading {file.source}")
-  with streams.open_stream(file) as stream:
+  with streams.open_stream(file) as opened:
+    # warcio reads ahead. An error would cost it the records that it has read and not handed out, so
+    # it sees an end instead.
+    stream, is_cut = _UpToError(opened), False
     archive = iter(warcio.ArchiveIterator(stream, no_record_parse=True))
     for number in itertools.count(1):
       where = f"{file.source}:{number}"
       try:
         record = next(archive, None)
         if record is None:
+          break
+        if record.rec_headers.get_header("Content-Length") is None:  # every record has one
+          rule = "unreadable" if stream.error else "invalid warc"
+          why = "the record is cut short in its header; the rest of the file is left out"
+          yield records.Fault(rule, where, why)
           return
         item = _TYPES.get(record.rec_type, _skip)(where, record, want)
       except OSError:
         raise
       except Exception as e:  # broken archives raise KeyError, ValueError and more in warcio
-        yield records.Fault("invalid warc", where, f"{e}; the rest of the file is left out")
+        why = f"{e}; the rest of the file is left out"
+        item = records.Fault("invalid warc", where, why)
+        if stream.error:
+          break
+        yield item
         return
       if item is not None:
+        is_cut = isinstance(item, records.Fault) and item.rule == "unreadable"
         yield item
+    if stream.error and not is_cut:
+      why = stream.error.strerror or str(stream.error)
+      yield records.Fault("unreadable", where, f"{why}; everything before was read")
+
+
+class _UpToError(io.RawIOBase):
+  """A stream that ends where another one has an error.
+
+  Attributes:
+    error: The error, or None.
+  """
+
+  def __init__(self, stream: BinaryIO):
+    self._stream = stream
+    self.error: OSError | None = None
+
+  def readable(self) -> bool:
+    return True
+
+  def read(self, size: int = -1) -> bytes:
+    try:
+      return b"" if self.error else self._stream.read1(size)  # type: ignore[attr-defined]
+    except OSError as e:
+      self.error = e
+      return b""
 
 
 def _skip(where: str, record: Any, want: records.Want) -> None:

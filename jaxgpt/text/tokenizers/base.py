@@ -1,6 +1,7 @@
 """The tokenizer interface, and the byte tokenizer, which needs no vocabulary."""
 
 import abc
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -14,7 +15,8 @@ import numpy as np
 from etils import epath
 from numpy.typing import ArrayLike
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
+from jaxgpt.storage import files
 
 Message: TypeAlias = Mapping[str, Any]  # {'role': str, 'content': str, …} of a conversation
 Range: TypeAlias = tuple[int, int]  # (start, end) in a text
@@ -50,12 +52,41 @@ _CUTS = (
   (re.compile(r"(?<=\S)(?=\S)"), 0),
 )
 
+
+class EncodingError(UserError):
+  """A text that a tokenizer's library fails on."""
+
+
+@contextlib.contextmanager
+def failures_told(what: str) -> Iterator[None]:
+  """Turns failures of a tokenizer's library into an `EncodingError`, also those of its Rust code.
+
+  A panic in Rust is an exception that does not derive from `Exception`.
+
+  Args:
+    what: The operation that failed, the start of the message.
+  """
+  try:
+    yield
+  except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+    raise
+  except BaseException as e:
+    raise EncodingError(f"{what} ({type(e).__name__}: {first_line(e, 200)})") from e
+
+
 THREADS = "JAXGPT_THREADS"  # environment variable: threads for `encode_batch`; default: all cores
 
 
 def threads() -> int:
-  """Number of threads that `encode_batch` may use."""
-  return int(os.environ.get(THREADS) or cores())
+  """Number of threads that `encode_batch` may use.
+
+  Raises:
+    UserError: The environment variable `THREADS` is not a number above 0.
+  """
+  given = os.environ.get(THREADS) or str(cores())
+  if not (given.isascii() and given.isdecimal() and int(given)):
+    raise UserError(f"{THREADS}={given} is not a number of threads; give 1 or more, or unset it")
+  return int(given)
 
 
 def cores() -> int:
@@ -218,7 +249,11 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Encodes texts to int32 arrays, without bos and eos, on `threads()` threads."""
+    """Encodes texts to int32 arrays, without bos and eos, on `threads()` threads.
+
+    Raises:
+      EncodingError: The library fails on one of the texts.
+    """
 
   def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Encodes texts as `encode_batch` does, to one array: (ids of all texts, ids of each text).
@@ -380,10 +415,21 @@ def by_bytes(text: str, ids: np.ndarray, lengths: np.ndarray) -> Tokens:
   return Tokens(ids, starts, np.where(lengths > 0, char_after[ends - 1] + 1, starts))
 
 
+def read_bytes(path: epath.PathLike) -> bytes:
+  """The content of a tokenizer's file, local or remote.
+
+  Raises:
+    UserError: It is a pipe or device.
+    OSError: It can't be read.
+  """
+  files.refuse_device(path, "tokenizer")
+  return epath.Path(path).read_bytes()
+
+
 def read_files(folder: epath.PathLike, names: Iterable[str]) -> dict[str, bytes]:
   """Reads those of the named files that exist in a folder: {name: content}."""
   folder = epath.Path(folder)
-  return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+  return {name: read_bytes(folder / name) for name in names if (folder / name).is_file()}
 
 
 def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

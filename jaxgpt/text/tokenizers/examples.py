@@ -8,7 +8,7 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.text.readers.documents import Document
 from jaxgpt.text.tokenizers import labels
-from jaxgpt.text.tokenizers.base import Message, Range, Tokenizer
+from jaxgpt.text.tokenizers.base import EncodingError, Message, Range, Tokenizer
 
 
 class Encoded(NamedTuple):
@@ -141,6 +141,28 @@ def _rendered(chats: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[En
     edges = np.flatnonzero(np.diff(np.concatenate(([0], is_trained, [0]))))
     out.append(Encoded(tokens.ids, trained=edges.astype(np.int32).reshape(-1, 2)))
   return out
+
+
+def or_errors(
+  documents: Sequence[Document],
+  encode: Callable[[Sequence[Document]], list[list[Encoded] | UserError]],
+) -> list[list[Encoded] | UserError]:
+  """Encodes documents in one call, or in smaller ones if the tokenizer fails on one of them.
+
+  Args:
+    documents: The documents.
+    encode: `encode_batch` with its other arguments.
+
+  Returns:
+    The results of `encode`. A document that the tokenizer fails on has its `EncodingError`.
+  """
+  try:
+    return encode(documents)
+  except EncodingError as e:
+    if len(documents) == 1:
+      return [e]
+    half = len(documents) // 2
+    return or_errors(documents[:half], encode) + or_errors(documents[half:], encode)
 
 
 def _split(

@@ -51,8 +51,9 @@ class HuggingFaceTokenizer(base.Tokenizer):
     except ImportError as e:
       raise UserError(f"{name} needs the tokenizers library: pip install 'jaxgpt[data]'") from e
     try:
-      inner = tokenizers.Tokenizer.from_str(files[MODEL].decode())
-    except Exception as e:  # the library raises no narrower one
+      with base.failures_told("the library refuses it"):
+        inner = tokenizers.Tokenizer.from_str(files[MODEL].decode())
+    except base.EncodingError as e:
       raise UserError(
         f"{name} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads "
         f"({e}); save it again with transformers, or update tokenizers"
@@ -143,7 +144,8 @@ class HuggingFaceTokenizer(base.Tokenizer):
 
   def _with_specials(self, texts: Sequence[str]) -> list[base.Tokens]:
     """Encodes texts in which names of special tokens are these tokens."""
-    encoded = self._with_names.encode_batch(list(texts), add_special_tokens=False)
+    with base.failures_told("the tokenizers library fails on a text"):
+      encoded = self._with_names.encode_batch(list(texts), add_special_tokens=False)
     return [_tokens(e) for e in encoded]
 
   def _around(self, text: str, plain: Sequence[base.Range]) -> base.Tokens:
@@ -184,7 +186,8 @@ class HuggingFaceTokenizer(base.Tokenizer):
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """See `Tokenizer`."""
-    encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+    with base.failures_told("the tokenizers library fails on a text"):
+      encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
     out = [np.array(e.ids, np.int32) for e in encoded]
     for i, ids in enumerate(out):
       if np.isin(ids, self._kept_from_text).any():
@@ -206,7 +209,8 @@ class HuggingFaceTokenizer(base.Tokenizer):
       for piece in re.split(f"({names})", text)
       for string in ((piece[:1], piece[1:]) if piece in self.special_ids else (piece,))
     ]
-    encoded = self._inner.encode_batch_fast(strings, add_special_tokens=False)
+    with base.failures_told("the tokenizers library fails on a text"):
+      encoded = self._inner.encode_batch_fast(strings, add_special_tokens=False)
     return np.array([i for e in encoded for i in e.ids], np.int32)
 
   def _decode(self, ids: np.ndarray) -> str:
@@ -264,7 +268,7 @@ def _pair_ends(processor: Mapping[str, Any] | None, eos: str) -> int:
 def read(folder: epath.Path) -> HuggingFaceTokenizer:
   """Reads the tokenizer of a folder, or a tokenizer.json alone."""
   if folder.is_file():
-    return HuggingFaceTokenizer({MODEL: folder.read_bytes()}, repr(os.fspath(folder)))
+    return HuggingFaceTokenizer({MODEL: base.read_bytes(folder)}, repr(os.fspath(folder)))
   return HuggingFaceTokenizer(
     base.read_files(folder, (MODEL, *base.HF_FILES)), os.fspath(folder / MODEL)
   )

@@ -2,8 +2,11 @@
 
 import base64
 import binascii
+import collections
+import importlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +19,9 @@ from jaxgpt.text.tokenizers import base
 MODEL = "vocabulary.tiktoken"
 SETTINGS = "tiktoken.json"
 _BOS = ("<|begin_of_text|>", "<|startoftext|>", "<s>")
+# A run of white space of which a pattern such as `\s+(?!\S)` might overflow tiktoken's stack.
+_LONG_RUN = 50_000
+_RUN = re.compile(rf"\s{{{_LONG_RUN}}}")
 _EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>")
 
 
@@ -46,15 +52,23 @@ class TiktokenTokenizer(base.Tokenizer):
     try:
       read = json.loads(settings)
       self.special_ids = {str(token): int(i) for token, i in read["special_tokens"].items()}
-      self._inner = tiktoken.Encoding(
-        name, pat_str=read["pattern"], mergeable_ranks=ranks, special_tokens=self.special_ids
-      )
+      self._pattern = str(read["pattern"])
+      with base.failures_told("tiktoken refuses it"):
+        self._inner = tiktoken.Encoding(
+          name, pat_str=self._pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
       raise UserError(
         f"the {SETTINGS} of {name} is not right ({type(e).__name__}: {e}); it holds "
         '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}'
       ) from e
-    ids = [*ranks.values(), *self.special_ids.values()]
+    ids = [*ranks.values(), *set(self.special_ids.values())]  # two special names may share an id
+    if len(set(ids)) < len(ids):
+      double = collections.Counter(ids).most_common(1)[0][0]
+      raise UserError(
+        f"two tokens of {name} have the id {double}; correct its special_tokens in {SETTINGS}, or "
+        "the ranks"
+      )
     self.vocab_size = max(ids) + 1
     self._is_token = np.zeros(self.vocab_size, bool)
     self._is_token[ids] = True
@@ -83,8 +97,31 @@ class TiktokenTokenizer(base.Tokenizer):
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """See `Tokenizer`."""
-    ids = self._inner.encode_ordinary_batch(list(texts), num_threads=base.threads())
-    return [np.array(i, np.int32) for i in ids]
+    long = [i for i, text in enumerate(texts) if _has_long_run(text)]
+    rest = [text for i, text in enumerate(texts) if i not in long] if long else list(texts)
+    try:
+      with base.failures_told("tiktoken fails on a text"):
+        ids = iter(self._inner.encode_ordinary_batch(rest, num_threads=base.threads()))
+    except base.EncodingError:  # panics of its regular expressions
+      long, ids = list(range(len(texts))), iter(())
+    return [
+      np.array(self._encode_in_words(text) if i in long else next(ids), np.int32)
+      for i, text in enumerate(texts)
+    ]
+
+  def _encode_in_words(self, text: str) -> list[int]:
+    """Encodes a text that tiktoken's own regular expressions have no stack for.
+
+    tiktoken cuts texts with the library `regex` in its tests, which does not recurse.
+    """
+    regex = importlib.import_module("regex")  # tiktoken depends on it
+    core = self._inner._core_bpe
+    with base.failures_told("tiktoken fails on the text"):
+      return [
+        i
+        for word in regex.findall(self._pattern, text)
+        for i in core.encode_single_piece(word.encode())
+      ]
 
   def _located(self, text: str) -> base.Tokens:
     ids = self.encode_batch([text])[0]
@@ -100,6 +137,10 @@ class TiktokenTokenizer(base.Tokenizer):
 
   def __reduce__(self) -> tuple[Any, ...]:
     return TiktokenTokenizer, (self._vocabulary, self._settings)
+
+
+def _has_long_run(text: str) -> bool:
+  return len(text) >= _LONG_RUN and _RUN.search(text) is not None
 
 
 def _ranks(vocabulary: bytes, name: str) -> dict[bytes, int]:
@@ -136,4 +177,4 @@ def read(path: epath.Path) -> TiktokenTokenizer:
       '{"pattern": REGEX, "special_tokens": {"<|endoftext|>": ID}}, as in the code '
       "that came with the vocabulary"
     )
-  return TiktokenTokenizer(path.read_bytes(), settings.read_bytes(), os.fspath(path))
+  return TiktokenTokenizer(base.read_bytes(path), base.read_bytes(settings), os.fspath(path))

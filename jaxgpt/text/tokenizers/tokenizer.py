@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from etils import epath
 
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
+from jaxgpt.storage import files
 from jaxgpt.text.tokenizers import base, huggingface, tiktoken
 from jaxgpt.text.tokenizers.base import ByteTokenizer, Tokenizer
 from jaxgpt.text.tokenizers.sentencepiece import (
@@ -55,14 +56,14 @@ def from_spec(
   if spec == "bytes":
     return ByteTokenizer()
   if not trains:
-    if not epath.Path(spec).exists():
+    if "\0" in spec or not epath.Path(spec).exists():
       raise UserError(
         f"tokenizer={spec!r} is neither bytes, sentencepiece:SIZE nor a tokenizer's "
         "file or folder that exists"
       )
     return load(spec)
   size, _, model_type = rest.partition(":")
-  if not size.isdecimal():
+  if not size.isdecimal() or not 0 < int(size) < 2**31:
     raise UserError(
       f"tokenizer={spec!r} names no vocabulary size; write it as "
       "sentencepiece:4096 or sentencepiece:4096:unigram"
@@ -100,6 +101,20 @@ def load(folder: epath.PathLike) -> Tokenizer:
       reads it is not installed.
   """
   path, name = epath.Path(folder), os.fspath(folder)
+  files.refuse_device(path, "tokenizer")
+  try:
+    return _load_any(path, name)
+  except OSError as e:
+    reason = e.strerror or first_line(e)
+    raise UserError(f"the tokenizer in {name!r} can't be read ({reason}); check the files") from e
+  except (KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError) as e:
+    raise UserError(
+      f"the tokenizer in {name!r} is damaged ({type(e).__name__}: {first_line(e)}); get its files "
+      "again"
+    ) from e
+
+
+def _load_any(path: epath.Path, name: str) -> Tokenizer:
   if path.is_file():
     return _load_file(path, name)
   if place := folder_of(path):
@@ -123,13 +138,13 @@ def _load_file(path: epath.Path, name: str) -> Tokenizer:
     return huggingface.read(path)
   if path.suffix == ".tiktoken":
     return tiktoken.read(path)
-  return SentencePieceTokenizer(path.read_bytes(), repr(name))
+  return SentencePieceTokenizer(base.read_bytes(path), repr(name))
 
 
 def _load_saved(folder: epath.Path) -> Tokenizer:
   damaged = f"the tokenizer in {os.fspath(folder)!r} is damaged: {{}}; run `jaxgpt data` again"
   try:
-    spec = json.loads((folder / base.SPEC).read_text())
+    spec = json.loads(base.read_bytes(folder / base.SPEC))
     kind, digest = spec["kind"], spec["digest"]
   except (ValueError, KeyError, TypeError) as e:
     raise UserError(damaged.format(f"{base.SPEC} can't be read ({e})")) from e
@@ -148,7 +163,7 @@ def _load_kind(kind: str, folder: epath.Path) -> Tokenizer:
     return ByteTokenizer()
   if kind == SentencePieceTokenizer.kind:
     return SentencePieceTokenizer(
-      (folder / MODEL).read_bytes(), os.fspath(folder / MODEL), base.read_files(folder, _EXTRAS)
+      base.read_bytes(folder / MODEL), os.fspath(folder / MODEL), base.read_files(folder, _EXTRAS)
     )
   if kind == huggingface.HuggingFaceTokenizer.kind:
     (folder / huggingface.MODEL).stat()

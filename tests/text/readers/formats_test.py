@@ -80,11 +80,12 @@ def test_json_files_may_be_arrays_or_lines(tmp_path, content):
 
 @pytest.mark.parametrize(
   "content",
-  ['{"name": "x"}', '[{"name": "x"}]', "[1, 2]", "{", "[", '{\n "text": "x"\n}', "not json at all"],
+  ['{"name": "x"}', "[1, 2]", "{", "[", '{"a": [1], "b": {"text": "x"}}', "not json at all"],
 )
 def test_other_json_files_are_texts(tmp_path, content):
-  found, _ = read_all(write(tmp_path / "a.json", content))
+  found, dropped = read_all(write(tmp_path / "a.json", content))
   assert [d.text for d in found] == [content]
+  assert dropped.lines() == ["JSON files without records, each read as one text: 1, such as a.json"]
 
 
 def test_arrays_are_read_in_parts_and_end_where_they_break(tmp_path):
@@ -278,6 +279,22 @@ def test_a_cut_warc_file_keeps_what_came_before(tmp_path):
   assert [d.text for d in found] == ["first"] and dropped.counts == {"unreadable": 1}
   found, dropped = read_all(write(tmp_path / "b.warc", data[:-20].replace(b"WARC/1.0", b"x", 1)))
   assert not found and dropped.counts == {"invalid warc": 1}
+
+
+@pytest.mark.parametrize("cut", [1, 9, 200, 3000])
+def test_a_compressed_warc_file_that_is_cut_keeps_all_records_before_the_cut(tmp_path, cut):
+  pytest.importorskip("warcio")
+  texts = [f"{i} {i * 7919} " * 20 for i in range(100)]
+  members = [gzip.compress(warc("conversion", text.encode())) for text in texts]
+  data = b"".join(members)[:-cut]
+  whole = sum(sum(map(len, members[: i + 1])) <= len(data) for i in range(100))
+  found, dropped = read_all(write(tmp_path / "a.warc.gz", data))
+  assert [d.text for d in found][:whole] == texts[:whole] and len(found) <= whole + 1
+  assert dropped.counts == {"unreadable": 1}
+  one = gzip.compress(b"".join(warc("conversion", text.encode()) for text in texts))
+  found, dropped = read_all(write(tmp_path / "b.warc.gz", one[:-cut]))
+  assert [d.text for d in found] == texts[: len(found)]
+  assert dropped.counts == {"unreadable": 1} and (len(found) > 90 or cut > 9)
 
 
 def test_html_files_are_marked(tmp_path):

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.errors import UserError
 from jaxgpt.storage import strict_json
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import decontaminate, dedup
 from jaxgpt.text.prepare import document_store, shards, splits
-from jaxgpt.text.prepare.jobs import Account, Counter
+from jaxgpt.text.prepare.jobs import Account, Counter, Report
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.readers import documents as documents_lib
 from jaxgpt.text.readers.documents import Document
@@ -104,10 +105,85 @@ def collect_held_out(
       chosen = documents.take(np.flatnonzero((split_of == number) & stay))
       accounts[split] = decontaminate.collect(_watched(chosen, progress), folder / split, config)
     return accounts
-  listed = documents_lib.documents(
-    sources[rank - len(stores)], fields={"text": options.decontaminate_field}
-  )
-  return decontaminate.collect(_watched(listed, progress), folder, config)
+  dropped = documents_lib.Dropped(options.examples)
+  listed = _texts_of(sources[rank - len(stores)], options, dropped)
+  account: Account = decontaminate.collect(_watched(listed, progress), folder, config)
+  return account | {"dropped": dropped.to_json()}
+
+
+def _texts_of(
+  listed: Sequence[File], options: Options, dropped: documents_lib.Dropped
+) -> Iterator[Document]:
+  """The documents of the files given to `decontaminate`. Each file must have at least one."""
+  for file in listed:
+    own = documents_lib.Dropped(1)
+    yield from documents_lib.documents(
+      [file], fields={"text": options.decontaminate_field}, dropped=own
+    )
+    if not own.kept:
+      reasons = [
+        f"{count:,} dropped: {own.examples[rule][0]}" for rule, count in own.counts.items()
+      ]
+      raise UserError(
+        f"decontaminate={file.source}: no text could be read from it "
+        f"({'; '.join(reasons) or 'it is empty'}); name the column of the text with "
+        "--decontaminate-field=COLUMN, or leave the file out"
+      )
+    dropped.merge(own.to_json())
+
+
+def report(account: Account) -> list[str]:
+  """Lines about what `collect_held_out` read from the files of one path."""
+  dropped = documents_lib.Dropped()
+  dropped.merge(account.get("dropped") or dropped.to_json())
+  return [f"{account['documents']:,} documents to look for", *dropped.lines()]
+
+
+def check_collected(
+  accounts: Sequence[Account], own: int, config: decontaminate.Config, tell: Report
+) -> None:
+  """Reports held-out documents that can't be found, from the accounts of `collect_held_out`.
+
+  Args:
+    accounts: The accounts. The first `own` are of this corpus's held-out splits.
+    own: Number of stores.
+    config: The options of `decontaminate`.
+    tell: Takes a line.
+
+  Raises:
+    UserError: The held-out splits have no document.
+  """
+  counts = [c for account in accounts[:own] for c in account.values()]
+  if own and not any(c["documents"] for c in counts):
+    raise UserError(
+      f"decontaminate={HELD_OUT}: no document is held out; raise --validation or --test, or leave "
+      "it out"
+    )
+  short = sum(c["too short"] for c in [*counts, *accounts[own:]])
+  if short:
+    tell(
+      f"{short:,} held-out documents have fewer than {config.words} words, so they cannot be "
+      "found: --decontaminate-options=words=… sets the number"
+    )
+
+
+def check_index(runs: Mapping[str, int], config: decontaminate.Config) -> None:
+  """Checks that there is something to look for from each path.
+
+  Args:
+    runs: {path or split: runs of words in the index}.
+    config: The options of `decontaminate`.
+
+  Raises:
+    UserError: A path has no run of words.
+  """
+  for name, count in runs.items():
+    if not count and name not in shards.SPLITS:
+      raise UserError(
+        f"decontaminate={name}: nothing to look for: its texts have fewer than {config.words} "
+        f"words, or share all of their runs with more than {config.common} others; set "
+        "--decontaminate-options=words=N,common=N (common=0: all runs count)"
+      )
 
 
 def index_held_out(

@@ -26,7 +26,12 @@ _MOST_TASKS = 512
 
 
 def list_inputs(
-  files: splits.Inputs, task_bytes: int, rank: int, folder: pathlib.Path, progress: Counter
+  files: splits.Inputs,
+  task_bytes: int,
+  rank: int,
+  folder: pathlib.Path,
+  progress: Counter,
+  encoding: str | None = None,
 ) -> Account:
   """Divides files into groups of about `task_bytes` in the order given, about 512 at most.
 
@@ -37,13 +42,13 @@ def list_inputs(
   task_bytes = max(task_bytes, total // _MOST_TASKS)
   task_splits: list[str] = []
   for split in splits.ORDER:
-    for group in _divided(files.get(split, ()), task_bytes):
+    for group in _divided(files.get(split, ()), task_bytes, encoding):
       (folder / f"{len(task_splits):05d}").write_bytes(pickle.dumps(group))
       task_splits.append(split)
   return {"splits": task_splits}
 
 
-def _divided(files: Sequence[File], task_bytes: int) -> list[list[File]]:
+def _divided(files: Sequence[File], task_bytes: int, encoding: str | None) -> list[list[File]]:
   total = sum(file.size or 0 for file in files)
   count = min(max(total // task_bytes, 1), _MOST_TASKS)
   groups: dict[int, list[File]] = {}
@@ -51,7 +56,7 @@ def _divided(files: Sequence[File], task_bytes: int) -> list[list[File]]:
   for file in files:
     # Large files are cut into quarters of a group, so that groups differ by a quarter at most.
     cut = count > 1 and file.size is not None
-    for piece in formats.split([file], -(-total // (4 * count))) if cut else [file]:
+    for piece in formats.split([file], -(-total // (4 * count)), encoding) if cut else [file]:
       groups.setdefault(min(start * count // max(total, 1), count - 1), []).append(piece)
       start += piece.size or 0
   return list(groups.values())
@@ -98,6 +103,8 @@ def read_and_clean(
     form=options.format,
     max_bytes=options.max_record_bytes,
     max_errors=options.max_errors,
+    encoding=options.encoding,
+    delimiter=options.delimiter,
     dropped=dropped,
     group=options.split_by if task_splits[rank] == splits.BY_HASH else "",
   )
@@ -159,7 +166,12 @@ def cut_chars(files: Sequence[File], options: Options, report: Report) -> int:
   if options.kind != "text" or options.split_by:
     return 0
   documents = documents_lib.documents(
-    files, fields=dict(options.fields), form=options.format, max_bytes=options.max_record_bytes
+    files,
+    fields=dict(options.fields),
+    form=options.format,
+    max_bytes=options.max_record_bytes,
+    encoding=options.encoding,
+    delimiter=options.delimiter,
   )
   lengths = [len(d.text) for d in itertools.islice(documents, _FEW_DOCUMENTS)]
   if len(lengths) == _FEW_DOCUMENTS:

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,16 +11,19 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.storage import malloc
 from jaxgpt.text.prepare import document_store, shards
-from jaxgpt.text.prepare.jobs import Account, Counter
+from jaxgpt.text.prepare.jobs import Account, Counter, Report
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.tasks.filtering import Corpus
 from jaxgpt.text.prepare.tasks.reading import SizedDropped
 from jaxgpt.text.readers import messages
 from jaxgpt.text.readers.documents import Document
-from jaxgpt.text.tokenizers import base, chat_template, examples
+from jaxgpt.text.tokenizers import chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
+from jaxgpt.text.tokenizers.base import EncodingError
 
 _BATCH_DOCUMENTS = 4_096  # tokenized in one call, from one block of the store
+_MUCH_UNKNOWN = 0.01  # share of unknown tokens that deserves a warning
+_NUMBERS = re.compile(r"(:[0-9]+)?(#[0-9]+)?\Z")  # of a document in its file, and of its piece
 
 _Writers = dict[str, shards.SplitWriter]
 
@@ -140,22 +144,28 @@ def tokenize(
     for split in shards.SPLITS
   }
   try:
+    encode = functools.partial(
+      examples.encode_batch,
+      kind=options.kind,
+      tokenizer=tokenizer,
+      template=template,
+      label_names=label_names,
+    )
     for batch in _kept(corpus, rank, options, dropped):
       progress(len(batch.documents), int(batch.sizes.sum()))
       if options.kind == "text":
-        _write_texts(batch, tokenizer, writers)
-        sources.count(batch)
-        encoded += len(batch.documents)
+        for written in _write_texts(batch, tokenizer, writers, dropped):
+          sources.count(written)
+          encoded += len(written.documents)
         continue
-      stored = examples.encode_batch(
-        batch.documents, options.kind, tokenizer, template, label_names
-      )
+      stored = examples.or_errors(batch.documents, encode)
       kept = []
       for number, (document, texts) in enumerate(zip(batch.documents, stored)):
         num_bytes = int(batch.sizes[number])
         if isinstance(texts, UserError):
           dropped.at_hand = num_bytes
-          dropped.add("chat template", document.source, str(texts))
+          rule = "tokenizer" if isinstance(texts, EncodingError) else "chat template"
+          dropped.add(rule, document.source, str(texts))
           continue
         if examples.is_chat(document, options.kind):
           templated = True
@@ -177,17 +187,81 @@ def tokenize(
     "dropped": dropped.to_json(),
     "dropped_bytes": dropped.bytes,
     "encoded": encoded,
+    "unknown": sum(writer.unknown for writer in writers.values()),
     "sources": sources.counts,
     "template": template.name if template and templated else None,
   }
 
 
-def _write_texts(batch: _Batch, tokenizer: tokenizers.Tokenizer, writers: _Writers) -> None:
-  """Writes documents of kind text, each as [bos, tokens…, eos]."""
-  if len(batch.documents) == 1 and len(batch.documents[0].text) > base.LONG:
-    document, split = batch.documents[0], shards.SPLITS[batch.splits[0]]
-    writers[split].add_long(_stored(document.text, tokenizer), int(batch.sizes[0]), document.source)
-    return
+def check_unknown(accounts: Sequence[Account], options: Options, tell: Report) -> int:
+  """Reports how many tokens are the unknown token.
+
+  Args:
+    accounts: The accounts of `tokenize`.
+    options: The options of the preparation.
+    tell: Takes a line.
+
+  Returns:
+    The number of unknown tokens.
+
+  Raises:
+    UserError: Their share of all tokens is above `max_unknown`.
+  """
+  unknown = sum(account.get("unknown", 0) for account in accounts)
+  total = sum(split["tokens"] for account in accounts for split in account["splits"].values())
+  share = unknown / max(total, 1)
+  if options.max_unknown is not None and share > options.max_unknown:
+    raise UserError(
+      f"max_unknown={options.max_unknown:g}: {unknown:,} of {total:,} tokens ({share:.1%}) are the "
+      f"unknown token: tokenizer={options.tokenizer} lacks characters of this text; name another "
+      "tokenizer, or allow more"
+    )
+  if share > _MUCH_UNKNOWN:
+    tell(
+      f"warning: {unknown:,} of {total:,} tokens ({share:.1%}) are the unknown token: the "
+      "tokenizer lacks characters of this text, which are lost; --tokenizer names another"
+    )
+  elif unknown:
+    tell(f"unknown tokens: {unknown:,} of {total:,} ({share:.2%})")
+  return unknown
+
+
+def _write_texts(
+  batch: _Batch, tokenizer: tokenizers.Tokenizer, writers: _Writers, dropped: SizedDropped
+) -> Iterator[_Batch]:
+  """Writes documents of kind text, each as [bos, tokens…, eos].
+
+  Yields:
+    The batch, or the parts of it that were written if the tokenizer fails on one of the documents.
+  """
+  try:
+    if len(batch.documents) == 1 and len(batch.documents[0].text) > base.LONG:
+      _write_long(batch, tokenizer, writers)
+    else:
+      _write_batch(batch, tokenizer, writers)
+    yield batch
+  except EncodingError as e:
+    if len(batch.documents) == 1:
+      dropped.at_hand = int(batch.sizes[0])
+      dropped.add("tokenizer", batch.documents[0].source, str(e))
+      return
+    half = len(batch.documents) // 2
+    for part in (slice(half), slice(half, None)):
+      yield from _write_texts(_Batch(*(x[part] for x in batch)), tokenizer, writers, dropped)
+
+
+def _write_long(batch: _Batch, tokenizer: tokenizers.Tokenizer, writers: _Writers) -> None:
+  """Writes a long document in pieces."""
+  document, split = batch.documents[0], shards.SPLITS[batch.splits[0]]
+  writer = writers[split]
+  try:
+    writer.add_long(_stored(document.text, tokenizer), int(batch.sizes[0]), document.source)
+  except EncodingError as e:  # some of it may be written
+    raise UserError(f"{document.source}: {e}; remove it, or name another tokenizer") from e
+
+
+def _write_batch(batch: _Batch, tokenizer: tokenizers.Tokenizer, writers: _Writers) -> None:
+  """Writes documents that are tokenized in one call."""
   ids, lengths = tokenizer.encode_joined([document.text for document in batch.documents])
   ends = np.cumsum(lengths + 2)
   starts = ends - lengths - 2
@@ -273,8 +347,7 @@ def source_of(stores: Sequence[pathlib.Path], rank: int, number: int) -> str:
 
 def _source_group(source: str) -> str:
   """The group that the data card sums up: 'corpus/….jsonl' for 'corpus/a/b.jsonl:7'."""
-  name, _, number = source.partition("#")[0].rpartition(":")
-  path = pathlib.PurePosixPath(name if number.isdecimal() else source.partition("#")[0])
+  path = pathlib.PurePosixPath(_NUMBERS.sub("", source))
   return f"{path.parts[0]}/…{path.suffix}" if len(path.parts) > 1 else str(path)
 
 
