@@ -11,6 +11,7 @@ from jaxgpt.commands import main
 
 OPTIONS = {"--out": "out", "--tokenizer": "bytes", "--executor": "process", "--validation": "0.2"}
 
+ALL = ("--validation=0", "--test=0")
 TRAINED = "--tokenizer=sentencepiece:290"
 
 # name: (arguments in place of or next to the usual ones, words of the message or None if it works)
@@ -108,14 +109,9 @@ ARGUMENTS = {
 ENVIRONMENTS = {
   "an empty standard input": ({}, b"", ["-"], "is empty"),
   "a closed standard input": ({}, None, ["-"], "is closed"),
-  "standard input": ({}, b'{"text": "from a pipe"}\n', ["-"], None),
-  "zeros in standard input": ({}, bytes(99), ["-"], None),
-  "threads without a number": (
-    {"JAXGPT_THREADS": "all"},
-    b"",
-    ["--tokenizer=tiny.model"],
-    "JAXGPT",
-  ),
+  "standard input": ({}, b'{"text": "from a pipe"}\n', ["-", *ALL], None),
+  "zeros in standard input": ({}, bytes(99), ["-"], "no document"),
+  "threads without a number": ({"JAXGPT_THREADS": "all"}, b"", [TRAINED], "JAXGPT_THREADS=all"),
   "no threads": ({"JAXGPT_THREADS": "0"}, b"", [], None),
   "no home": ({"HOME": "/nonexistent"}, b"", [], None),
   "no place for temporary files": ({"TMPDIR": "/nonexistent"}, b"", [], None),

@@ -1,6 +1,7 @@
 """Readers of JSON: a value per line, one array, or an object that holds an array."""
 
 import codecs
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator
@@ -82,8 +83,9 @@ def _form(stream: BinaryIO, want: records.Want) -> tuple[str, list[str]]:
     as they are known. 'long': an object that is longer than the first bytes, or broken.
   """
   head = b""
-  while len(head) < streams.BUFFER and (data := stream.read1(streams.BUFFER - len(head))):  # type: ignore[attr-defined]
-    head += data
+  with contextlib.suppress(OSError):  # the reader meets it again and reports it
+    while len(head) < streams.BUFFER and (data := stream.read1(streams.BUFFER - len(head))):  # type: ignore[attr-defined]
+      head += data
   text = head.decode("utf-8-sig", "replace").lstrip()
   if text.startswith("["):
     after = text[1:].lstrip()[:1]

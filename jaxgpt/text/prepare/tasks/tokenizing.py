@@ -17,7 +17,7 @@ from jaxgpt.text.prepare.tasks.filtering import Corpus
 from jaxgpt.text.prepare.tasks.reading import SizedDropped
 from jaxgpt.text.readers import messages
 from jaxgpt.text.readers.documents import Document
-from jaxgpt.text.tokenizers import chat_template, examples
+from jaxgpt.text.tokenizers import base, chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 from jaxgpt.text.tokenizers.base import EncodingError
 
