@@ -141,7 +141,7 @@ def _copy_stdin(path: pathlib.Path) -> tuple[pathlib.Path, str]:
   digest, size = hashlib.sha256(), 0
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("wb") as out:
-    while data := sys.stdin.buffer.read1(streams.BUFFER):  # type: ignore[attr-defined]
+    while data := sys.stdin.buffer.read(streams.BUFFER):
       digest.update(data)
       size += out.write(data)
   if not size:

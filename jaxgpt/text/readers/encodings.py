@@ -19,8 +19,8 @@ _MARKS = (
   (codecs.BOM_UTF16_LE, "utf-16"),
   (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_COMMON = ("utf-8", "utf-16", "utf-16-le", "utf-16-be", "latin-1", "cp1252", "cp1251", "koi8-r")
-_COMMON += ("gb18030", "big5", "shift_jis", "euc-jp", "euc-kr", "iso8859-2", "iso8859-15")
+_COMMON: tuple[str, ...] = ("utf-8", "utf-16", "utf-16-le", "utf-16-be", "latin-1", "cp1252")
+_COMMON += ("cp1251", "koi8-r", "gb18030", "big5", "shift_jis", "euc-jp", "euc-kr", "iso8859-2")
 _BAD = "jaxgpt_bad"  # name of the error handler
 
 

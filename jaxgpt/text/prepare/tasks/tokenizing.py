@@ -247,7 +247,8 @@ def _write_texts(
       return
     half = len(batch.documents) // 2
     for part in (slice(half), slice(half, None)):
-      yield from _write_texts(_Batch(*(x[part] for x in batch)), tokenizer, writers, dropped)
+      some = _Batch(batch.documents[part], batch.splits[part], batch.sizes[part])
+      yield from _write_texts(some, tokenizer, writers, dropped)
 
 
 def _write_long(batch: _Batch, tokenizer: tokenizers.Tokenizer, writers: _Writers) -> None:
