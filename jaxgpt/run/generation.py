@@ -17,7 +17,7 @@ from etils import epath
 
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
-from jaxgpt.storage import atomic
+from jaxgpt.storage import atomic, strict_json
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.tokenizers import chat_template
 from jaxgpt.text.tokenizers.base import Tokenizer
@@ -147,7 +147,7 @@ def write(folder: epath.PathLike, generation: Generation | None) -> None:
     if generation.template:
       name = f"{{#- jaxgpt: {generation.template_name} -#}}"
       atomic.write(folder / TEMPLATE, name + generation.template)
-    atomic.write(folder / FILE, json.dumps(generation.values, indent=2) + "\n")
+    atomic.write(folder / FILE, strict_json.dumps(generation.values, indent=2) + "\n")
 
 
 def published(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -19,6 +19,8 @@ WITHOUT_FLOATS = {
   "parallel.peer_watch": "messages between processes of one run, read by Python",
   "storage.strict_json": "it is the writer",
   "text.filters.exact_duplicates": "hashed, not written",
+  "text.readers.messages": "the words of a tool call, counted and compared, not written",
+  "text.tokenizers.chat_template": "strings in the source of a template",
   "text.tokenizers.base": "names and digests",
   "text.tokenizers.jinja_template": "a template's filter, which must be as transformers has it",
   "training.compiled_step": "digests and device numbers",
