@@ -373,6 +373,16 @@ def _qwen3_moe() -> Family:
 
 # --- DeepSeek: latent attention, shared experts.
 
+def _rotated_dim() -> Entry:
+  """`head_dim`, which transformers writes and reads as the size of the rotated part."""
+  def read(hf: HfConfig) -> Fields:
+    given, rotated = hf.get("head_dim"), get(hf, "qk_rope_head_dim")
+    if given not in (None, rotated):
+      refuse("head_dim", given, f"qk_rope_head_dim={rotated} differs")
+    return {}
+  return Entry(read, lambda model: {})
+
+
 def _deepseek(kind: str, cls: str, *config: Entry, **fields: Any) -> Family:
   a = _L + "self_attn."
   latent = sames(kv_lora_rank="latent.kv_rank", qk_rope_head_dim="latent.rope_dim",
@@ -382,7 +392,7 @@ def _deepseek(kind: str, cls: str, *config: Entry, **fields: Any) -> Family:
   head = Entry(lambda hf: {"head_dim": get(hf, "qk_nope_head_dim") + get(hf, "qk_rope_head_dim")},
                lambda model: {"qk_nope_head_dim": model["head_dim"] - model["latent.rope_dim"]})
   family = _llama_like(
-      kind, cls, latent, ranks, head, repeated("head_dim", "qk_head_dim"), latent_rope(),
+      kind, cls, latent, ranks, head, repeated("qk_head_dim"), _rotated_dim(), latent_rope(),
       must("attention_bias", False), must("moe_layer_freq", 1),
       moe("n_routed_experts", "num_experts_per_tok", n_shared_experts="shared",
           first_k_dense_replace="first_dense", routed_scaling_factor="scale"),
