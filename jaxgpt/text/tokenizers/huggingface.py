@@ -251,7 +251,7 @@ def _frame(processor: Mapping[str, Any] | None) -> dict[str, str]:
   )
 
 
-def _pair_ends(processor: Mapping[str, Any] | None, eos: str) -> int:
+def _pair_ends(processor: Mapping[str, Any] | None, eos: str | None) -> int:
   """The number of eos that a post-processor puts between two texts, at least 1."""
   processor = processor or {}
   if processor.get("type") == "Sequence":
