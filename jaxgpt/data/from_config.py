@@ -48,7 +48,7 @@ def split_batches(
   """Opens a split of the prepared folders of a config.
 
   Args:
-    c: The resolved config.
+    c: The config. Without `model.vocab_size`, tokens beyond the model's rows are not looked for.
     split: 'train', 'validation' or 'test'.
     layout: The row layout that the objective reads, a key of `layouts.LAYOUTS`.
     batch_size: Rows of a batch, `data.batch_size` by default.
@@ -70,9 +70,10 @@ def split_batches(
     masking=masked,
     label_names=c.model.label_names if entry.has_labels else (),
   )
+  rows = c.model.vocab_size
   for of_folder in data.sources:
-    if of_folder.split.manifest["tokenizer"]["vocab_size"] > c.model.vocab_size:
-      of_folder.split.rows = c.model.vocab_size
+    if rows and of_folder.split.manifest["tokenizer"]["vocab_size"] > rows:
+      of_folder.split.rows = rows
   if entry.has_labels:
     data.check_labels(c.model.num_labels)
   return data

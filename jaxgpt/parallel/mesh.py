@@ -141,8 +141,9 @@ def check_batch(
   """
   shards = num_batch_shards(sizes)
   if batch_size % (shards * accumulate):
-    found = {f"mesh.{axis}": sizes[axis] for axis in _ROW_AXES} | {"optim.accumulate": accumulate}
-    given = [f"{name}={size}" for name, size in found.items() if size > 1]
+    given = [f"mesh.{axis}={sizes[axis]}" for axis in _ROW_AXES if sizes[axis] > 1]
+    if accumulate > 1:
+      given.append(f"optim.accumulate={accumulate}")
     factors = " x ".join(given) + (f" = {shards * accumulate}" if len(given) > 1 else "")
     raise UserError(
       f"{key}={batch_size} is not a multiple of {factors}; choose a multiple, or a smaller mesh"

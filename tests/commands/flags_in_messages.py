@@ -7,7 +7,7 @@ from jaxgpt.config import options
 from jaxgpt.config.resolution import is_key, is_user_option
 
 _WORD = re.compile(
-  r"(?<![\w`-])`?jaxgpt ((?:data show|data inspect|[a-z]+))|(?<![\w-])(--[a-z][\w.-]*\w)|([;`])"
+  r"(?<![\w`-])`?jaxgpt ((?:data show|data inspect|[a-z]+))|(?<![\w-])(--[a-z][\w.-]*\w)|([;`\"])"
 )
 
 
@@ -34,5 +34,6 @@ def _takes(command, flag):
 
 
 def check(command, error):
-  found = refused(command.name, str(error))
+  text = re.sub(r"unknown config key \S+", "", str(error))  # the user's own word
+  found = refused(command.name, text)
   assert not found, f"jaxgpt {command.name} refuses {found}, but its error recommends it: {error}"

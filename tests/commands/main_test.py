@@ -292,7 +292,7 @@ def test_a_step_that_was_not_kept(site, capsys):
 
 
 def test_sampling_settings_out_of_range(site, capsys):
-  assert "top_p=1.5" in refused(capsys, "generate", f"--workdir={site}/run", "--top-p=1.5")
+  assert "--top-p=1.5" in refused(capsys, "generate", f"--workdir={site}/run", "--top-p=1.5")
   assert "--samples" in refused(capsys, "generate", f"--workdir={site}/run", "--samples=0")
   assert "--seed" in refused(capsys, "generate", f"--workdir={site}/run", f"--seed={10**20}")
 

@@ -368,7 +368,7 @@ def read_manifest(folder: epath.PathLike) -> dict[str, Any]:
   if not exists(folder):
     raise UserError(
       f"data.path={os.fspath(folder)!r} is not a prepared data folder: it has no "
-      f"{MANIFEST}; name a folder that `jaxgpt data` wrote"
+      f"{MANIFEST}; name a prepared folder, or run `jaxgpt data`"
     )
   try:
     manifest = json.loads(path.read_text())
