@@ -52,7 +52,9 @@ class TiktokenTokenizer(base.Tokenizer):
     try:
       read = json.loads(settings)
       self.special_ids = {str(token): int(i) for token, i in read["special_tokens"].items()}
-      self._pattern = str(read["pattern"])
+      self._pattern = read["pattern"]
+      if not isinstance(self._pattern, str):
+        raise TypeError(f"pattern is {self._pattern!r}, not text")
       with base.failures_told("tiktoken refuses it"):
         self._inner = tiktoken.Encoding(
           name, pat_str=self._pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
