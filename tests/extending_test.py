@@ -2,11 +2,13 @@
 
 A section is the text under a `## ` heading. Its fenced blocks are run in a folder of its own:
 
-- python with title="FILE": FILE in the user's folder, or, under jaxgpt/, a new file of a copy of
-  the package. With title="FILE (append)" the block is appended to FILE of the copy.
+- python with title="FILE": FILE in the user's folder, or, under jaxgpt/ and tests/, a new file of a
+  copy of the package and its tests. With title="FILE (append)" the block is appended to FILE of the
+  copy.
+- diff with title="FILE": lines of FILE of the copy, with "+" before those to add.
 - console: each line "$ COMMAND" is run, and the lines after it must be lines of its output in this
-  order. "…" matches any text within a line, and a line "..." any lines. `jaxgpt` runs the copy.
-  DATA stands for a prepared folder.
+  order. "…" matches any text within a line, and a line "..." any lines. `jaxgpt` and the tests run
+  the copy. DATA_DIR stands for a prepared folder.
 
 Files of the section "Your own files" are there for all sections.
 """
@@ -23,7 +25,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = "Your own files"  # its files are in the folders of all sections
-WITHOUT_CODE = {SHARED, "Add your object to the package", "Inside the package"}
+WITHOUT_CODE = {SHARED, "Inside the package"}
+COPIED = ("jaxgpt", "tests", "pyproject.toml")  # what a section changes or runs
 _FENCE = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.M | re.S)
 
 
@@ -50,18 +53,33 @@ SECTIONS = sections()
 
 def write(folder: pathlib.Path, blocks: list[Block]) -> None:
   """Writes the files of a section; copies the package first if a file belongs to it."""
-  for block in blocks:
-    if not block.title:
-      continue
+  titled = [block for block in blocks if block.title]
+  if any(block.title.startswith(COPIED) for block in titled):
+    ignore = shutil.ignore_patterns("__pycache__", "golden")
+    for name in COPIED:
+      copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+      copy(ROOT / name, folder / name, **({"ignore": ignore} if copy is shutil.copytree else {}))
+  for block in titled:
     name, _, append = block.title.partition(" ")
     path = folder / name
-    if name.startswith("jaxgpt/") and not (folder / "jaxgpt").exists():
-      ignore = shutil.ignore_patterns("__pycache__")
-      shutil.copytree(ROOT / "jaxgpt", folder / "jaxgpt", ignore=ignore)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if block.language == "diff":
+      path.write_text(patched(path.read_text(), block))
+      continue
     assert path.exists() == bool(append), f"{block.title}: only existing files can be appended to"
     with path.open("a") as f:
       f.write(("\n\n" if append else "") + block.text)
+
+
+def patched(text: str, block: Block) -> str:
+  """A file's text with the lines that a diff adds."""
+  lines = block.text.splitlines(keepends=True)
+  before = "".join(line[1:] for line in lines if line[0] == " ")
+  after = "".join(line[1:] for line in lines)
+  assert {line[0] for line in lines} == {" ", "+"} and text.count(before) == 1, (
+    f"{block.title} does not have these lines once:\n{before}"
+  )
+  return text.replace(before, after)
 
 
 def commands(blocks: list[Block]) -> list[tuple[str, list[str]]]:
@@ -79,8 +97,9 @@ def commands(blocks: list[Block]) -> list[tuple[str, list[str]]]:
 
 def run(command: str, folder: pathlib.Path, data: pathlib.Path) -> str:
   """The output of a command in a folder, whose `jaxgpt` comes first."""
-  words = re.sub(r"\bDATA\b", str(data), command)
-  words = re.sub(r"^jaxgpt\b", f"{sys.executable} -m jaxgpt", words)
+  words = command.replace("DATA_DIR", str(data))
+  words = re.sub(r"^jaxgpt\b", "python -m jaxgpt", words)
+  words = re.sub(r"^python\b", sys.executable, words)
   env = os.environ | {
     "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
     "JAX_PLATFORMS": "cpu",
@@ -112,3 +131,11 @@ def test_the_example_works(heading, tmp_path, corpus):
       pattern = re.escape(line).replace("…", ".*")
       found = any(re.fullmatch(pattern, one.strip()) for one in lines)
       assert found, f"{command}\nexpected: {line}\nin:\n{output}"
+
+
+def test_tests_that_the_page_names_exist():
+  page = (ROOT / "docs/extending.md").read_text()
+  named = re.findall(r"`(test_\w+)` in `(tests/[\w/]+\.py)`", page)
+  assert len(named) > 5
+  for test, file in named:
+    assert f"def {test}(" in (ROOT / file).read_text(), f"{file} has no {test}"

@@ -7,12 +7,14 @@ after the originals have gone. Each file must stand alone: it may import install
 its neighbours, which no run folder would hold.
 """
 
+import contextlib
 import hashlib
 import linecache
 import pathlib
 import sys
 import traceback
 import types
+from collections.abc import Iterator
 from typing import TypeVar
 
 import ml_collections
@@ -63,6 +65,32 @@ def find(registry: Registry[T], kind: type[T], name: str, folder: epath.PathLike
       f"{attribute} = {kind.__name__}(…), with {kind.__name__} from {kind.__module__}"
     )
   return found
+
+
+@contextlib.contextmanager
+def reading_options(setting: str, c_section: ml_collections.ConfigDict) -> Iterator[None]:
+  """Names an option that a user's function reads in this context but the config does not set.
+
+  As a decorator it makes each call of a function such a context.
+
+  Args:
+    setting: The config key that names the object, such as 'optim.name'.
+    c_section: Its section, with `name` and `options`.
+
+  Raises:
+    UserError: An option is not set.
+  """
+  try:
+    yield
+  except AttributeError as e:
+    frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+    reader = frames[-1].f_locals  # of ConfigDict.__getattr__
+    if reader.get("self") is not c_section.options or "attribute" not in reader:
+      raise
+    key = f"{setting.removesuffix('.name')}.options.{reader['attribute']}"
+    raise UserError(
+      f"{key} is not set, but {setting}={c_section.name!r} reads it; add --config.{key}=VALUE"
+    ) from e
 
 
 def files(c: ml_collections.ConfigDict) -> dict[str, str]:

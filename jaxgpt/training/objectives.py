@@ -171,7 +171,8 @@ def make(model: Transformer, c: ml_collections.ConfigDict) -> LossFn:
     model: A `Transformer`.
     c: A resolved config.
   """
-  loss_fn = find(c).loss_fn(model, c.objective)
+  named = user_code.reading_options(OBJECTIVES.setting, c.objective)
+  loss_fn = named(named(find(c).loss_fn)(model, c.objective))
   if not model.cfg.causal:
     return loss_fn
   # Causal attention over mesh.seq needs tokens in an order that gives all devices equal work.

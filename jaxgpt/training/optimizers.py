@@ -123,8 +123,9 @@ def make(
   """
   c_optim = c.optim
   decays = jax.tree.map(sharding.is_weight, axes, is_leaf=sharding.is_axes)
+  named = user_code.reading_options(OPTIMIZERS.setting, c_optim)
   chain = [
-    find(c).direction(c_optim, axes),
+    named(find(c).direction)(c_optim, axes),
     optax.add_decayed_weights(c_optim.weight_decay, mask=decays),
     optax.scale_by_learning_rate(lambda step: c_optim.lr * schedule(step)),
   ]

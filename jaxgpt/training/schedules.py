@@ -59,7 +59,8 @@ def make(c: ml_collections.ConfigDict) -> optax.Schedule:
     f(step) -> fraction of `optim.lr`, for traced and Python steps.
   """
   warmup = c.schedule.warmup_steps
-  after_warmup = find(c).factor(c.schedule, c.train.steps)
+  named = user_code.reading_options(SCHEDULES.setting, c.schedule)
+  after_warmup = named(named(find(c).factor)(c.schedule, c.train.steps))
   if not warmup:
     return after_warmup
   rise = optax.linear_schedule(1 / warmup, 1.0, max(warmup - 1, 1))

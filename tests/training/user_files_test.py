@@ -1,6 +1,7 @@
 """A run with a user file records it, refuses a changed one, and works without the original."""
 
 import json
+import types
 
 import pytest
 
@@ -8,7 +9,7 @@ from jaxgpt import config
 from jaxgpt.config import user_code
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
-from jaxgpt.training import loop
+from jaxgpt.training import loop, objectives, optimizers, schedules
 
 SCHEDULE = """from jaxgpt.training.schedules import Schedule
 
@@ -38,3 +39,25 @@ def test_a_run_records_its_user_file_and_works_without_the_original(tiny, tmp_pa
     loop.train(c, folder, {})
   path.unlink()
   assert load.evaluate_run(load.load(folder))["loss"] > 0
+
+
+def test_an_option_that_is_not_set_is_named(tmp_path):
+  (tmp_path / "mine.py").write_text(
+    "from jaxgpt.training import objectives, optimizers, schedules\n"
+    "O = objectives.Objective(lambda model, c_objective: lambda *_: c_objective.options.gamma)\n"
+    "P = optimizers.Optimizer(lambda c_optim, axes: c_optim.options.momentum)\n"
+    "S = schedules.Schedule(lambda c_schedule, steps: c_schedule.optoins.pieces)\n"
+  )
+  c = config.base()
+  c.code_folder = str(tmp_path)
+  c.objective.name, c.optim.name, c.schedule.name = "mine.py:O", "mine.py:P", "mine.py:S"
+  model = types.SimpleNamespace(cfg=types.SimpleNamespace(causal=False))
+  with pytest.raises(UserError, match="^objective.options.gamma is not set, but .*'mine.py:O'"):
+    objectives.make(model, c)(None, None, None, None)
+  with pytest.raises(UserError, match="^optim.options.momentum .* add --config.optim.options.mom"):
+    optimizers.make(c, None, {}, {})
+  with pytest.raises(AttributeError, match="optoins"):  # a bug of the file keeps its traceback
+    schedules.make(c)
+  (tmp_path / "mine.py").write_text(SCHEDULE.replace("Half", "S"))
+  with pytest.raises(UserError, match="^schedule.options.factor is not set"):
+    schedules.make(c)(3)
