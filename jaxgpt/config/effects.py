@@ -110,10 +110,13 @@ def _others(c: ml_collections.ConfigDict, resolved: ml_collections.ConfigDict) -
 
 def _empty_preset(c: ml_collections.ConfigDict) -> str | None:
   """A preset's name in a section that the preset did not fill."""
-  name = c.model.preset
-  if not name or name not in PRESETS:  # a run of an earlier version may have a preset of its own
-    return f"model.preset={name!r}: there is no such preset" if name else None
-  given = flatten(c)
+  name, given = c.model.preset, flatten(c)
+  if not name:
+    return None
+  if (
+    name not in PRESETS
+  ):  # an imported model, and runs of earlier versions, have names of their own
+    return None if _is_copied(given) else f"model.preset={name!r}: there is no such preset"
   wanted = {
     flat: value
     for flat, value in flatten({"model": PRESETS[name]}).items()

@@ -306,7 +306,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, t
     batch["tokens"], batches_lib.split_batches(resolved, "train").batch(step)["tokens"]
   )
   metrics = json.loads((where / "metrics.json").read_text())
-  assert not np.isfinite([metrics[k] for k in ("loss", "grad_norm", "param_norm")]).all()
+  assert None in [metrics[k] for k in ("loss", "grad_norm", "param_norm")], "JSON has no NaN"
   mesh = loop.mesh_lib.make(resolved.mesh)
   state, _ = checkpoints_lib.Checkpoints(where / "state").restore(
     build_lib.build(resolved, mesh).state
