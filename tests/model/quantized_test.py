@@ -12,6 +12,7 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import train_step
+from tests import quick
 
 pytest.importorskip("qwix")
 
@@ -69,7 +70,7 @@ def losses(c, steps=20):
   return np.array(out)
 
 
-@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("gradients", quick.first([True, False]))
 def test_training_in_int8_follows_bfloat16(tiny, gradients):
   make = lambda **fields: tiny(
     mesh__data=1, mesh__fsdp=2, model__dtype="bfloat16", model__remat="save_qkv", **fields
