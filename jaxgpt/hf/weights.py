@@ -120,7 +120,9 @@ def _array(leaf: jax.ShapeDtypeStruct, sources: Sequence[_Source]) -> jax.Array:
             for b in buffers
           ]
           jax.block_until_ready(buffers)  # else the blocks in flight would fill the host's memory
-    shards += [jax.device_put(host, device) for device in copies] if small else buffers
+    if small:  # copies of their own, because the caller may donate them
+      buffers = [jax.device_put(host, device, may_alias=False) for device in copies]
+    shards += buffers
   return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 

@@ -147,8 +147,9 @@ def evaluate_run(
     The metrics of `evaluation.evaluate`, and 'data_digest', the digest of the data's manifest.
 
   Raises:
-    UserError: The data does not exist, has no such split, or is in other tokens; it is not the
-      run's own, though `data` is None; or the model has no head.
+    UserError: The data does not exist, lacks the split, or was tokenized with another tokenizer.
+      Also raised if `data` is None and the run's data folder has changed, and if the model has no
+      head.
   """
   c = run.c.copy_and_resolve_references()
   uses.check(c, "evaluate")

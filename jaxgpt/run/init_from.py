@@ -244,7 +244,7 @@ def check_tokenizer(
   theirs = inspect(c.init_from, sources).tokenizer
   if theirs is None:
     return [
-      f"init_from={c.init_from!r} holds no tokenizer that can be read, so nobody checked that "
+      f"init_from={c.init_from!r} holds no tokenizer that can be read, so jaxgpt can't check that "
       f"data.path={c.data.path!r} has the tokens that its weights were trained with"
     ]
   if not same_tokens(theirs, tokenizer):

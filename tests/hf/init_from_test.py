@@ -64,7 +64,7 @@ def test_a_folder_without_a_tokenizer_says_that_nothing_was_checked(folder):
   for name in ("tokenizer.json", "tokenizer_config.json"):
     (folder / name).unlink()
   [note] = init_from.check_tokenizer(run_from(folder), ByteTokenizer(), WEIGHT_SOURCES)
-  assert "holds no tokenizer that can be read, so nobody checked" in note
+  assert "holds no tokenizer that can be read, so jaxgpt can't check" in note
 
 
 @pytest.mark.parametrize(

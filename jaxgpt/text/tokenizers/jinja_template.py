@@ -55,7 +55,7 @@ def render(
 ) -> Rendered:
   """Writes a conversation.
 
-  What is learned is what the template marks with {% generation %}. If it marks nothing, an
+  The ranges that the template marks with {% generation %} are learned. If it marks none, an
   assistant's message is learned from where the template would have it generated, which is verified,
   up to the last special token of its turn, or to the end of the turn if no special token ends it.
 
