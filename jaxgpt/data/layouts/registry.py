@@ -1,0 +1,122 @@
+"""The registry of layouts."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jaxgpt.config.registry import Registry
+from jaxgpt.data import source
+from jaxgpt.data.layouts.classification import Classification
+from jaxgpt.data.layouts.language_model import CausalLM, MaskedLM
+from jaxgpt.data.layouts.layout import Batch, Layout
+from jaxgpt.data.layouts.pairs import Preference
+from jaxgpt.data.masking import Masking
+from jaxgpt.errors import UserError
+
+
+class Inputs(NamedTuple):
+  """Values that layouts are made from."""
+
+  masking: Masking | None = None
+  has_classes: bool = True
+
+
+class LayoutEntry(NamedTuple):
+  """A kind of layout.
+
+  Attributes:
+    make: Makes the layout.
+    kinds: Kinds of data that it can lay out, keys of `documents.KINDS`. The first is the usual one.
+    summary: One line for the documentation.
+    needs_masking: `make` needs `Inputs.masking`.
+    has_labels: Rows have a label, whose classes the model must have outputs for.
+    predicts_text: Each token of a text is predicted once, so that bits per byte are defined.
+  """
+
+  make: Callable[[Inputs], Layout]
+  kinds: tuple[str, ...]
+  summary: str
+  needs_masking: bool = False
+  has_labels: bool = False
+  predicts_text: bool = False
+
+
+LAYOUTS: Registry[LayoutEntry] = Registry("layout")
+LAYOUTS.add(
+  "causal_lm",
+  LayoutEntry(
+    lambda _: CausalLM(),
+    ("text", "seq2seq", "chat"),
+    "packed next-token predictions",
+    predicts_text=True,
+  ),
+)
+LAYOUTS.add(
+  "masked_lm",
+  LayoutEntry(
+    lambda inputs: MaskedLM(inputs.masking),
+    ("text",),
+    "packed tokens with some of them masked",
+    needs_masking=True,
+  ),
+)
+LAYOUTS.add(
+  "classification",
+  LayoutEntry(
+    lambda inputs: Classification(inputs.has_classes),
+    ("classification",),
+    "one labelled example per row",
+    has_labels=True,
+  ),
+)
+LAYOUTS.add(
+  "preference",
+  LayoutEntry(lambda _: Preference(), ("preference",), "one pair of answers per row"),
+)
+
+
+def of_kind(kind: str) -> list[str]:
+  """Names of the layouts for data of a kind, the usual one first."""
+  return [name for name, entry in LAYOUTS.items() if kind in entry.kinds]
+
+
+def blank(name: str, num_rows: int, seq_len: int, has_classes: bool = True) -> Batch:
+  """A batch of padding, for its shapes and dtypes. It needs no data.
+
+  Args:
+    name: A key of `LAYOUTS`.
+    num_rows: Rows of the batch.
+    seq_len: T.
+    has_classes: Labels, if the layout has any, are classes and not numbers.
+  """
+  return LAYOUTS[name].make(Inputs(None, has_classes)).batch([], num_rows, seq_len)
+
+
+def make(
+  name: str, splits: Sequence[tuple[str, source.Split]], masking: Masking | None = None
+) -> Layout:
+  """Makes a layout for some splits.
+
+  Args:
+    name: A key of `LAYOUTS`.
+    splits: (name, split) of each source.
+    masking: From `masking.make`, if the layout needs it.
+
+  Raises:
+    UserError: The layout can't take a split's kind of data, or the splits have different classes.
+  """
+  entry = LAYOUTS[name]
+  first_name, first = splits[0]
+  for other, split in splits:
+    if split.kind not in entry.kinds:
+      raise UserError(
+        f"objective.name={name!r} takes data of kind {' or '.join(entry.kinds)}, but "
+        f"{other!r} is of kind {split.kind}: set objective.name to "
+        f"{' or '.join(of_kind(split.kind))}, or prepare it with --kind={entry.kinds[0]}"
+      )
+    if split.label_names != first.label_names:
+      raise UserError(
+        f"{other!r} and {first_name!r} have different classes: {', '.join(split.label_names)} "
+        f"and {', '.join(first.label_names)}; prepare them together, or name all classes in the "
+        "order of the model's outputs with model.label_names"
+      )
+  return entry.make(Inputs(masking, bool(first.label_names)))
