@@ -1,0 +1,92 @@
+"""Checks that an objective can train the config's model on its data."""
+
+from collections.abc import Collection
+
+import ml_collections
+
+from jaxgpt.errors import UserError
+from jaxgpt.model import lora
+from jaxgpt.training.objectives.objective import OBJECTIVES, Objective, find
+
+# The output of a model by `model.head`, for messages.
+HEADS = {
+  "lm": "logits over the vocabulary",
+  "classifier": "logits over classes",
+  "pooler": "one vector per row, not logits",
+  "none": "hidden states, not logits",
+}
+
+
+def head_problem(objective: Objective, c: ml_collections.ConfigDict) -> str:
+  """The reason why a model's head gives an objective nothing to compare with its targets, or ''.
+
+  Args:
+    objective: The objective, from `find`.
+    c: The config, resolved or not.
+  """
+  m, o = c.model, c.objective
+  if m.head == objective.head:
+    return ""
+  if m.head in ("none", "pooler"):
+    return (
+      f"model.head={m.head!r}: this model has no head, it gives {HEADS[m.head]}; start a model "
+      "with a head from it: jaxgpt train --config=configs/finetune.py:RUN "
+      f"--config.model.head={objective.head}"
+    )
+  fits = [name for name, entry in OBJECTIVES.items() if entry.head == m.head]
+  return (
+    f"objective.name={o.name!r} needs model.head={objective.head!r}, not {m.head!r}, which gives "
+    f"{HEADS[m.head]}; set model.head={objective.head!r}, or objective.name to {' or '.join(fits)}"
+  )
+
+
+def check(c: ml_collections.ConfigDict, for_training: bool = True) -> None:
+  """Checks that the objective can train the config's model on its data.
+
+  Args:
+    c: The config, resolved or not.
+    for_training: False: the model is only used, so it may lack a head for the objective.
+
+  Raises:
+    UserError: There is no such objective, or the model or the data does not suit it.
+  """
+  objective, o, m = find(c), c.objective, c.model
+  if objective.causal and not m.causal:
+    raise UserError(
+      f"objective.name={o.name!r} needs model.causal=True: otherwise each token attends to the one "
+      "it predicts"
+    )
+  if o.loss_chunk and not objective.loss_chunk:
+    names = " and ".join(name for name, entry in OBJECTIVES.items() if entry.loss_chunk)
+    raise UserError(
+      f"objective.loss_chunk={o.loss_chunk} is for {names}, not for objective.name={o.name!r}; set "
+      "it to 0"
+    )
+  if c.data.stream and objective.layout != "causal_lm":
+    raise UserError(
+      f"data.stream={c.data.stream!r} is for objective.name='causal_lm', not {o.name!r}; prepare "
+      "the files with `jaxgpt data`"
+    )
+  # An imported model may have no head. It can be exported, and a training run can start from it.
+  if (problem := head_problem(objective, c)) and (for_training or m.head in ("lm", "classifier")):
+    raise UserError(problem)
+  objective.check(c)
+
+
+def check_trained(c: ml_collections.ConfigDict, trained: Collection[str]) -> None:
+  """Checks that the objective can train the chosen parameters.
+
+  Args:
+    c: A config.
+    trained: Paths of the trained parameters, see `optimizers.trained`.
+
+  Raises:
+    UserError: The objective needs a fixed reference, but parameters of the reference are trained.
+  """
+  others = sorted(path for path in trained if not lora.is_adapter(path))
+  if find(c).adapters_only and others:
+    raise UserError(
+      f"objective.name={c.objective.name!r} compares the model with itself without adapters, which "
+      f"must stay fixed, but optim.trainable={c.optim.trainable} also trains {', '.join(others)}; "
+      "leave optim.trainable out"
+    )

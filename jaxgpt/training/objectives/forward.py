@@ -1,0 +1,92 @@
+"""The forward pass as the loss functions call it, and the making of a config's loss function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from jaxgpt.config import user_code
+from jaxgpt.model import moe
+from jaxgpt.model.attention import token_order
+from jaxgpt.model.transformer import Transformer
+from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, find
+from jaxgpt.tree import PyTree, merge
+
+
+def make(model: Transformer, c: ml_collections.ConfigDict) -> LossFn:
+  """The loss function of a config, of batches whose tokens are in the order of their rows.
+
+  Args:
+    model: A `Transformer`.
+    c: A resolved config.
+  """
+  named = user_code.reading_options(OBJECTIVES.setting, c.objective)
+  loss_fn = named(named(find(c).loss_fn)(model, c.objective))
+  if not model.cfg.causal:
+    return loss_fn
+  # Causal attention over mesh.seq needs tokens in an order that gives all devices equal work.
+  balanced = lambda x: token_order.balance(x) if x.ndim > 1 else x
+  return lambda params, frozen, batch, key: loss_fn(
+    params, frozen, jax.tree.map(balanced, batch), key
+  )
+
+
+def apply(
+  model: Transformer,
+  params: PyTree,
+  frozen: PyTree | None,
+  batch: Batch,
+  key: jax.Array | None,
+  project: Callable[..., Any] | None = None,
+) -> Any:
+  """Runs the model on a batch, for a loss function.
+
+  Args:
+    model: A `Transformer`.
+    params: The trained parameters.
+    frozen: The other parameters, or None.
+    batch: With `tokens`, `positions`, `segment_ids` and perhaps `token_types`, all [B, T].
+    key: PRNG key for dropout, or None.
+    project: Replaces the head's product: (hidden states, weight, bias) -> `logits` of the result.
+
+  Returns:
+    The model's output, with `logits` (float32) and `router` (statistics for `router_terms`).
+  """
+  return model.apply(
+    {"params": merge(params, frozen)},
+    batch["tokens"],
+    batch["positions"],
+    batch["segment_ids"],
+    token_types_BT=batch.get("token_types"),
+    dropout_key=key,
+    balanced=True,
+    project=project,
+  )
+
+
+def router_terms(
+  model: Transformer, stats: Any, weight: jax.Array
+) -> tuple[jax.Array | float, Aux]:
+  """The router's share of the loss in models with experts.
+
+  Args:
+    model: A `Transformer`.
+    stats: `router` of its output, or None without experts.
+    weight: The batch's weight sum.
+
+  Returns:
+    (term to add to the loss sum, aux sums), or (0.0, {}) without experts.
+  """
+  if stats is None:
+    return 0.0, {}
+  c_moe = model.cfg.moe
+  balance, z = moe.losses(stats)
+  dropped = stats["dropped"] / jnp.maximum(stats["tokens"] * c_moe.per_token, 1)
+  extra = c_moe.balance_loss * balance + c_moe.z_loss * z
+  return extra * weight, {
+    "router_balance": balance * weight,
+    "router_z": z * weight,
+    "dropped_share": dropped * weight,
+  }

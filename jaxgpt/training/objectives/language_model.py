@@ -1,0 +1,69 @@
+"""Causal and masked language modeling.
+
+B batch, T position, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import ml_collections
+
+from jaxgpt.model.transformer import Transformer
+from jaxgpt.training import chunked_loss, losses
+from jaxgpt.training.objectives.forward import apply, router_terms
+from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, Objective
+from jaxgpt.tree import PyTree
+
+
+def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) -> LossFn:
+  """Cross entropy of `targets`, weighted by `loss_weights`, with an optional z-loss.
+
+  loss = sum over tokens of loss_weights * (nll + z_loss * log(Z)^2), see `losses`. Targets that are
+  the tokens shifted by one make it next-token prediction. Targets that masks hide make it masked
+  language modeling (BERT, arXiv:1810.04805). Layers of experts add their router losses.
+
+  Returns:
+    A loss function. Its aux has 'nll', the loss without other terms, and sums of the router.
+  """
+
+  def sums(
+    params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, Any]:
+    """(loss, nll, the model's output)."""
+    targets_BT, weights_BT = batch["targets"], batch["loss_weights"]
+    if c_objective.loss_chunk:
+      options = chunked_loss.Options(
+        c_objective.loss_chunk,
+        model.cfg.logit_softcap,
+        c_objective.z_loss,
+        model.cfg.grad_dtype == "float32",
+        model.rules,
+      )
+      project = lambda x, w, bias: chunked_loss.loss_sums(
+        x, w, bias, targets_BT, weights_BT, options
+      )
+      out = apply(model, params, frozen, batch, key, project)
+      return *out.logits, out
+    out = apply(model, params, frozen, batch, key)
+    nll_BT, log_z_BT = losses.cross_entropy(out.logits, targets_BT)
+    return *losses.weighted_sums(nll_BT, log_z_BT, weights_BT, c_objective.z_loss), out
+
+  def loss_fn(
+    params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, Aux]:
+    weight = batch["loss_weights"].sum()
+    loss, nll, out = sums(params, frozen, batch, key)
+    extra, aux = router_terms(model, out.router, weight)
+    return loss + extra, weight, {"nll": nll} | aux
+
+  return loss_fn
+
+
+OBJECTIVES.add(
+  "causal_lm",
+  Objective(_language_model, causal=True, loss_chunk=True, summary="predict the next token"),
+)
+OBJECTIVES.add(
+  "masked_lm",
+  Objective(_language_model, layout="masked_lm", loss_chunk=True, summary="predict masked tokens"),
+)

@@ -1,0 +1,63 @@
+"""What an objective is, and the registry of those that are built in.
+
+The train step, the loop and the evaluation know an objective only as its loss function, see the
+package's docstring.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import ml_collections
+
+from jaxgpt.config import user_code
+from jaxgpt.config.registry import Registry
+from jaxgpt.model.transformer import Transformer
+from jaxgpt.tree import PyTree
+
+Batch: TypeAlias = dict[str, Any]  # name -> array, or a dict of arrays
+Aux: TypeAlias = dict[str, jax.Array]
+LossFn: TypeAlias = Callable[
+  [PyTree, PyTree | None, Batch, jax.Array | None], tuple[jax.Array, jax.Array, Aux]
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A training objective.
+
+  Attributes:
+    loss_fn: Makes the loss function from the model and the config's `objective` section. Batches
+      that it gets have their tokens in the order of `token_order.balance`.
+    layout: Name of the row layout it reads, a key of `data.layouts.LAYOUTS`.
+    head: The `model.head` that it needs: 'lm' or 'classifier'.
+    causal: Whether it needs `model.causal`.
+    loss_chunk: Whether it implements `objective.loss_chunk`.
+    adapters_only: Whether only LoRA adapters may be trained, since the loss compares the model with
+      itself without adapters.
+    check: Raises a UserError if the config does not suit it. It gets the whole config, whose
+      derived keys may still be None.
+    summary: A few words for docs/config.md.
+  """
+
+  loss_fn: Callable[[Transformer, ml_collections.ConfigDict], LossFn]
+  layout: str = "causal_lm"
+  head: str = "lm"
+  causal: bool = False
+  loss_chunk: bool = False
+  adapters_only: bool = False
+  check: Callable[[ml_collections.ConfigDict], None] = lambda c: None
+  summary: str = ""
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective.name")
+
+
+def find(c: ml_collections.ConfigDict) -> Objective:
+  """The objective of a config: an entry of `OBJECTIVES`, or an object of a user's file.
+
+  Raises:
+    UserError: There is none of that name.
+  """
+  return user_code.find(OBJECTIVES, Objective, c.objective.name, c.code_folder)
