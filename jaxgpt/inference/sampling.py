@@ -40,7 +40,7 @@ class Sampling(NamedTuple):
 
 # generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B), see `make`.
 Generate = Callable[
-  [PyTree, jax.typing.ArrayLike, int, int, jax.Array, tuple[float, ...]],
+  [PyTree, jax.typing.ArrayLike, int | jax.typing.ArrayLike, int, jax.Array, tuple[float, ...]],
   tuple[jax.Array, jax.Array],
 ]
 
@@ -130,9 +130,10 @@ def make(
 
   Returns:
     generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B). Each row
-    of `tokens_BS` starts with a prompt of `length` tokens. The rest is ignored. At most
-    min(max_new, S - length) tokens follow it, up to the first `eos_id`, which `lengths_B` does not
-    count. `settings` is a `Sampling`, or the arguments of `sample` after its key.
+    of `tokens_BS` starts with a prompt of `length` tokens, one number for all rows or [B]. The rest
+    is ignored. At most min(max_new, S - length) tokens follow it, up to the first `eos_id`, which
+    `lengths_B` does not count. `settings` is a `Sampling`, or the arguments of `sample` after its
+    key.
   """
   cfg = model.cfg
   end_ids = jnp.array([eos_id] if isinstance(eos_id, int) else list(eos_id))
@@ -143,6 +144,8 @@ def make(
     B = tokens_BS.shape[0]
     is_token_V = jnp.arange(cfg.vocab_size) < vocab_size
     rows_B = jnp.arange(B)
+    length_B = jnp.broadcast_to(length, (B,))
+    end_B = jnp.minimum(length_B + max_new, num_slots)
 
     def draw(logits_BV, seen_BV, i):
       key_i = jax.random.fold_in(key, i)
@@ -154,40 +157,39 @@ def make(
     # them is overwritten before a query can attend to it.
     positions = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
     seen_BV = jnp.zeros((B, cfg.vocab_size), bool)
-    seen_BV = seen_BV.at[rows_B[:, None], tokens_BS].max(positions < length)
+    seen_BV = seen_BV.at[rows_B[:, None], tokens_BS].max(positions < length_B[:, None])
     out = apply(
       {"params": params},
       tokens_BS,
       positions,
       cache=kv_cache.init(cfg, B, num_slots),
-      logits_at_B=jnp.full((B,), length - 1),
+      logits_at_B=length_B - 1,
     )
-    end = jnp.minimum(length + max_new, num_slots)
 
     def unfinished(carry):
-      i, _, _, _, _, done_B, _ = carry
-      return (i < end) & ~done_B.all()
+      _, _, _, _, _, done_B, _ = carry
+      return ~done_B.all()
 
-    # Decode: draw the token at position i, then compute the logits after it.
+    # Decode: draw each row's token at its position, then compute the logits after it.
     def step(carry):
-      i, tokens, seen_BV, cache, logits, done_B, lengths_B = carry
-      token_B = draw(logits, seen_BV, i)
+      t, tokens, seen_BV, cache, logits, done_B, lengths_B = carry
+      token_B = draw(logits, seen_BV, length_B.max() + t)
+      position_B = jnp.minimum(length_B + t, num_slots - 1)  # of rows that are not done
       done_B |= jnp.isin(token_B, end_ids)
-      lengths_B = jnp.where(done_B, lengths_B, i + 1)
-      tokens = tokens.at[:, i].set(token_B)
+      lengths_B = jnp.where(done_B, lengths_B, position_B + 1)
+      tokens = tokens.at[rows_B, length_B + t].set(token_B)  # none beyond the last slot
       seen_BV = seen_BV.at[rows_B, token_B].set(True)
+      done_B |= position_B + 1 >= end_B
       out = apply(
         {"params": params},
         token_B[:, None],
-        jnp.full((B, 1), i),
+        position_B[:, None],
         cache=cache,
         logits_at_B=jnp.zeros((B,), jnp.int32),
       )
-      return i + 1, tokens, seen_BV, out.cache, out.logits, done_B, lengths_B
+      return t + 1, tokens, seen_BV, out.cache, out.logits, done_B, lengths_B
 
-    lengths_B = jnp.full((B,), length)
-    done_B = jnp.zeros((B,), bool)
-    start = (length, tokens_BS, seen_BV, out.cache, out.logits, done_B, lengths_B)
+    start = (0, tokens_BS, seen_BV, out.cache, out.logits, length_B >= end_B, length_B)
     _, tokens, _, _, _, _, lengths_B = jax.lax.while_loop(unfinished, step, start)
     return tokens, lengths_B
 

@@ -78,6 +78,24 @@ def test_greedy_decoding_equals_the_argmax_of_full_forwards(sampler, prompt):
   assert got == want
 
 
+def test_prompts_of_several_lengths_in_a_batch_are_continued_as_each_alone(sampler):
+  prompts = [[1], [3, 4, 5, 6], list(range(15)), [2, 2]]
+  for max_new in (99, 4):
+    tokens = np.full((4, 16), 7, np.int32)  # what follows a prompt is ignored
+    for row, prompt in zip(tokens, prompts, strict=True):
+      row[: len(prompt)] = prompt
+    out, lengths = sampler[2](
+      sampler[1],
+      tokens,
+      np.array([len(prompt) for prompt in prompts]),
+      max_new,
+      jax.random.key(0),
+      (0.0, 0, 1.0, 0.0),
+    )
+    got = [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(lengths), strict=True)]
+    assert got == [run(sampler, prompt, max_new)[0] for prompt in prompts]
+
+
 def test_prompt_lengths_and_settings_share_one_compile(sampler):
   run(sampler, [1, 2], temperature=0.7)
   before = sampler[2]._cache_size()
