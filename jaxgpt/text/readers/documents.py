@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
@@ -201,7 +201,7 @@ def documents(
     UserError: A bad kind, field or format, or a missing extra. Raised by the call itself, before
       the first document. While iterating: too many errors.
   """
-  columns = _columns(kind, fields or {})
+  columns = columns_of(kind, fields or {})
   if form is not None:
     formats.FORMATS.find(form)
   if max_bytes < 1024:
@@ -215,8 +215,16 @@ def documents(
   return _documents(listed, form, want, kind, columns, max_errors, dropped, group)
 
 
-def _columns(kind: str, fields: Mapping[str, str]) -> dict[str, str]:
-  """{name: column} of a kind."""
+def columns_of(kind: str, fields: Mapping[str, str]) -> dict[str, str]:
+  """{name: column} of a kind.
+
+  Args:
+    kind: A key of `KINDS`.
+    fields: The columns that are not called like the name.
+
+  Raises:
+    UserError: There is no such kind, or it has no field of that name.
+  """
   if kind not in KINDS:
     raise UserError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
   names = [name.strip("[]") for name in KINDS[kind]] + ["id"]
@@ -248,7 +256,7 @@ def _documents(
           kept += 1
           yield plain
           continue
-        item = _document(read, kind, columns, want)
+        item = from_record(read, kind, columns, want)
         if group and isinstance(item, Document):
           item = _in_group(item, read.values, group)
       elif isinstance(read, records.Note):
@@ -319,10 +327,23 @@ def _listed(values: Mapping[str, Any]) -> str:
   return f"it has {', '.join(map(repr, values))}"[:100]
 
 
-def _document(
-  record: records.Record, kind: str, columns: Mapping[str, str], want: records.Want
+def from_record(
+  record: records.Record,
+  kind: str,
+  columns: Mapping[str, str],
+  want: records.Want,
+  optional: Collection[str] = (),
 ) -> Document | records.Fault:
-  """A record's document, or a fault if its columns are missing or of the wrong type."""
+  """A record's document, or a fault if its columns are missing or of the wrong type.
+
+  Args:
+    record: The record.
+    kind: A key of `KINDS`.
+    columns: {name: column} of the kind, from `columns_of`.
+    want: The request that the record was read for.
+    optional: Names that may be missing, besides those that the kind allows to be: the answers, in
+      rows to predict.
+  """
   where, values = record.where, record.values
   if isinstance(values, str):
     if kind != "text":
@@ -332,7 +353,7 @@ def _document(
     values, columns = {"text": values}, {"text": "text"}
   try:
     found = {
-      name: _value(values, column, f"[{name}]" in KINDS[kind] or name == "id")
+      name: _value(values, column, f"[{name}]" in KINDS[kind] or name in ("id", *optional))
       for name, column in columns.items()
     }
     if "prompt" in found:
