@@ -19,9 +19,10 @@ class BuildWithConfigs(build_py):
     if self.editable_mode:  # an editable installation reads the checkout
       return
     folder = pathlib.Path(self.build_lib, "jaxgpt", "configs")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(pathlib.Path("configs").glob("*.py")):
-      shutil.copyfile(path, folder / path.name)
+    for path in sorted(pathlib.Path("configs").rglob("*.py")):
+      to = folder / path.relative_to("configs")
+      to.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(path, to)
 
 
 setup(cmdclass={"build_py": BuildWithConfigs})

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from jaxgpt.config.keys import lora_targets
+from jaxgpt.config.keys import lora_targets, training
 from jaxgpt.config.keys.layer_kinds import attention_kinds, mlp_kinds
 from jaxgpt.errors import UserError
 
@@ -21,6 +21,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   pooler(c.model)
   classes(c.model)
   masking(c.objective)
+  windows(c)
   stream(c)
   lengths(c)
 
@@ -152,7 +153,11 @@ def pooler(m: ml_collections.ConfigDict) -> None:
 
 def classes(m: ml_collections.ConfigDict) -> None:
   """Checks that a classifier has an output for each class that has a name."""
-  if m.head == "classifier" and m.label_names and not 1 < m.num_labels >= len(m.label_names):
+  if (
+    m.head in ("classifier", "token_classifier")
+    and m.label_names
+    and not 1 < m.num_labels >= len(m.label_names)
+  ):
     raise UserError(
       f"model.num_labels={m.num_labels}, but model.label_names has {len(m.label_names)} classes; "
       f"set model.num_labels={max(len(m.label_names), 2)}, or name other classes"
@@ -165,6 +170,23 @@ def masking(o: ml_collections.ConfigDict) -> None:
     raise UserError(
       f"objective.mask_replace={o.mask_replace} and objective.mask_random={o.mask_random} are "
       "fractions of the same tokens; their sum must not exceed 1"
+    )
+
+
+def windows(c: ml_collections.ConfigDict) -> None:
+  """Checks that the windows of a passage go on."""
+  if c.objective.name != "question_answering":
+    return
+  d, most = c.data, training.most_overlap(c.data.seq_len)
+  if most < 0:
+    raise UserError(
+      f"data.seq_len={d.seq_len} is too short for a question and a window of its passage; choose "
+      "one of 4 or more"
+    )
+  if d.overlap > most:
+    raise UserError(
+      f"data.overlap={d.overlap} leaves windows of data.seq_len={d.seq_len} nothing new, as a "
+      f"question may have half of a row; choose at most {most}"
     )
 
 

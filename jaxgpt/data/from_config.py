@@ -69,6 +69,8 @@ def split_batches(
     layout=layout,
     masking=masked,
     label_names=c.model.label_names if entry.has_labels else (),
+    num_labels=c.model.num_labels if entry.has_labels else None,
+    overlap=c.data.overlap,
   )
   rows = c.model.vocab_size
   for of_folder in data.sources:

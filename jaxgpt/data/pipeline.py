@@ -101,6 +101,8 @@ def make(
   layout: str = "causal_lm",
   masking: Masking | None = None,
   label_names: Sequence[str] = (),
+  num_labels: int | None = None,
+  overlap: int | None = None,
 ) -> "Batches":
   """Opens a split of each source and packs it.
 
@@ -117,6 +119,8 @@ def make(
     masking: From `masking.make`, if the layout needs it.
     label_names: Names of the model's classes in the order of its outputs, which number the classes
       of each folder. (): as the folders number them.
+    num_labels: Outputs of the model, see `layouts.Inputs`.
+    overlap: Tokens that consecutive windows of a text share, see `layouts.Inputs`.
 
   Raises:
     UserError: See `check_sources`, `source.open_split`, `layouts.make` and `mixture.Mixture`.
@@ -130,7 +134,8 @@ def make(
   for name, opened in splits:
     if label_names:
       opened.number_classes(label_names, f"data.path={str(name)!r}")
-  made = layouts.make(layout, splits, masking)
+  inputs = layouts.Inputs(masking, num_labels=num_labels, overlap=overlap)
+  made = layouts.make(layout, splits, inputs)
   sources, num_cut = [], 0
   for number, (name, opened) in enumerate(splits):
     pack, cut = made.index(opened, batching.packing, batching.seq_len)

@@ -99,8 +99,8 @@ class Split:
     kind: Kind of the data, one of `examples.KINDS`.
     label_names: Names of the classes in order, or [] if labels are numbers.
     labels: For classification float64 [num_documents], a class index or a value. Else None.
-    second: For classification uint32 [num_documents], the stored token at which the second text
-      of a pair starts, or 0 without a second text. Else None.
+    second: For kinds with two texts uint32 [num_documents], the stored token at which the second
+      text starts, or 0 without a second text. Else None.
     num_documents: Number of documents.
     manifest: The folder's manifest.
     digest: Its SHA-256.
@@ -132,12 +132,15 @@ class Split:
       )
     self.labels: Any = None
     self.second: Any = None
-    self._trained: Any = None
+    self._entries: Any = None
     if self.kind == "classification":
-      self.labels, self.second = self._sidecar("labels"), self._sidecar("second")
-    elif self.kind in shards.WITH_RANGES:
-      self._trained = self._sidecar("trained")
-      self._trained_offsets = self._sidecar("trained_offsets").astype(np.int64)
+      self.labels = self._sidecar("labels")
+    if self.kind in shards.WITH_SECOND:
+      self.second = self._sidecar("second")
+    if self.kind in shards.ENTRIES:
+      name = shards.ENTRIES[self.kind]
+      self._entries = self._sidecar(name)
+      self._offsets = self._sidecar(shards.offsets_of(name)).astype(np.int64)
 
   def number_classes(self, names: Sequence[str], where: str) -> None:
     """Numbers the classes as a model does. Does nothing if the labels are numbers.
@@ -151,7 +154,13 @@ class Split:
     """
     if self.label_names:
       numbers = label_numbers.numbering(self.label_names, names, where)
-      self.labels = np.array(numbers, np.float64)[self.labels.astype(np.int64)]
+      if self.labels is not None:
+        self.labels = np.array(numbers, np.float64)[self.labels.astype(np.int64)]
+      elif self.kind == "multi_label":
+        self._entries = np.array(numbers, np.int32)[self._entries]
+      else:
+        classes = np.array(numbers, np.int32)[self._entries[:, 1]]
+        self._entries = np.stack((self._entries[:, 0], classes), axis=1)
       self.label_names = list(names)
 
   def trained(self, doc: int) -> np.ndarray | None:
@@ -160,9 +169,31 @@ class Split:
     Returns:
       int32 [ranges, 2], or None if all but the first token are.
     """
-    if self._trained is None:
-      return None
-    return self._trained[self._trained_offsets[doc] : self._trained_offsets[doc + 1]]
+    return self._of("trained", doc) if shards.ENTRIES.get(self.kind) == "trained" else None
+
+  def classes(self, doc: int) -> np.ndarray:
+    """The classes of a document of kind multi_label, int32 [L]."""
+    return self._of("labels", doc)
+
+  def tags(self, doc: int) -> np.ndarray:
+    """(stored token, class) of the first token of each word of a document of kind tagging.
+
+    Returns:
+      int32 [words, 2].
+    """
+    return self._of("tags", doc)
+
+  def answers(self, doc: int) -> np.ndarray:
+    """Ranges (start, end) of the stored tokens of the answers to a question.
+
+    Returns:
+      int32 [answers, 2]. Without a row if the passage does not answer it.
+    """
+    return self._of("answers", doc)
+
+  def _of(self, name: str, doc: int) -> np.ndarray:
+    assert shards.ENTRIES.get(self.kind) == name, f"data of kind {self.kind} has no {name}"
+    return self._entries[self._offsets[doc] : self._offsets[doc + 1]]
 
   def _sidecar(self, name: str) -> np.ndarray:
     path = self._sidecar_path(f"{name}.npy")

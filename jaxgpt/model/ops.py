@@ -206,6 +206,24 @@ def last_of(x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -
   return jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)[:, 0]
 
 
+def pooled(
+  x_BTD: jax.Array, pooling: str, positions_BT: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+  """One vector per row, [B, D], as `model.pooling` says.
+
+  Args:
+    x_BTD: Hidden states.
+    pooling: 'first', 'mean' or 'last'.
+    positions_BT: Positions within each document.
+    segments_BT: 1, 2, ... for the documents of a row, 0 for padding.
+  """
+  if pooling == "first":
+    return x_BTD[:, 0]
+  if pooling == "mean":
+    return mean_of(x_BTD, segments_BT != 0)
+  return last_of(x_BTD, positions_BT, segments_BT)
+
+
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
   """Computes cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118), or returns x if cap is None."""
   return x if cap is None else cap * jnp.tanh(x / cap)

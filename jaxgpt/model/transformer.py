@@ -263,8 +263,8 @@ class Transformer(layers.Module):
     cfg = self.cfg
     if cfg.head == "none":
       return x
-    if cfg.head != "lm":
-      x = self._pooled(x, inputs)
+    if cfg.head in ("classifier", "pooler"):
+      x = ops.pooled(x, cfg.pooling, inputs.positions, inputs.segments)
     x = self._transformed(x)
     if cfg.head == "pooler":
       return x.astype(jnp.float32)
@@ -280,14 +280,6 @@ class Transformer(layers.Module):
     if bias is not None:
       logits += bias
     return ops.softcap(logits, cfg.logit_softcap)
-
-  def _pooled(self, x_BTD: jax.Array, inputs: LayerInputs) -> jax.Array:
-    """One vector per row, [B, D], as `model.pooling` says."""
-    if self.cfg.pooling == "first":
-      return x_BTD[:, 0]
-    if self.cfg.pooling == "mean":
-      return ops.mean_of(x_BTD, inputs.real)
-    return ops.last_of(x_BTD, inputs.positions, inputs.segments)
 
   def _transformed(self, x: jax.Array) -> jax.Array:
     """Applies BERT's dense layer between hidden states and logits (`model.head_transform`)."""

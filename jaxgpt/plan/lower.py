@@ -107,7 +107,7 @@ def resolve(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def batch_shapes(c: ml_collections.ConfigDict) -> PyTree:
   """The global batch of a resolved config as a tree of `ShapeDtypeStruct`s."""
-  one = layouts.blank(objectives.find(c).layout, 1, c.data.seq_len, c.model.num_labels > 1)
+  one = layouts.blank(objectives.find(c).layout, 1, c.data.seq_len, c.model.num_labels)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype), one
   )

@@ -44,14 +44,14 @@ def settle(
       the classes of the weights in another order.
   """
   m = c.model
-  if m.head != "classifier" or m.num_labels == 1:
+  if m.head not in source_heads.WITH_CLASSES or m.num_labels == 1:
     return Settled(c, [])
   if run_folder.is_run(folder):  # perhaps of a version that did not record them
     return Settled(c if m.label_names else _named(c, _recorded(folder)), [])
   theirs: tuple[str, ...] | None = None  # (): there is a head, but its classes have no names
   if c.init_from:
     old = init_from.inspect(c.init_from, sources).c_model
-    if old.head == "classifier" and old.num_labels == m.num_labels:
+    if old.head == m.head and old.num_labels == m.num_labels:
       theirs = tuple(old.label_names)
   own = of_data(c)
   if m.label_names:
@@ -118,7 +118,7 @@ def of_run(c: ml_collections.ConfigDict, data_digest: str) -> tuple[str, ...]:
     c: The run's config.
     data_digest: Digest of the run's data.
   """
-  if c.model.label_names or c.model.head != "classifier" or not c.data.path:
+  if c.model.label_names or c.model.head not in source_heads.WITH_CLASSES or not c.data.path:
     return tuple(c.model.label_names)
   try:
     found = [shards.read_manifest(folder) for folder in pipeline.check_sources(c.data.path)]

@@ -9,6 +9,7 @@ import ml_collections
 from jaxgpt.data import label_numbers
 from jaxgpt.model import lora
 
+WITH_CLASSES = ("classifier", "token_classifier")  # heads whose outputs may have names
 _OUTPUT = ("head", "head_bias")
 _TRANSFORM = ("head_dense", "head_dense_bias", "head_norm")
 
@@ -22,7 +23,7 @@ def same_output(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
   """
   if old.head != new.head:
     return False
-  if old.head != "classifier":
+  if old.head not in WITH_CLASSES:
     return True
   if old.num_labels != new.num_labels:
     return False

@@ -17,7 +17,8 @@ EvalStep: TypeAlias = Callable[[PyTree, PyTree], dict[str, jax.Array]]
 Result: TypeAlias = dict[str, float]
 
 _MEANS = {"correct": "accuracy", "mse": "mse", "mae": "mae"}  # an objective's aux -> a metric
-_SUMS = ("nll", *_MEANS)
+_COUNTS = ("true_positives", "predicted", "labelled")  # of classes, where rows have several
+_SUMS = ("nll", *_MEANS, *_COUNTS)
 
 
 def make_step(loss_fn: LossFn) -> EvalStep:
@@ -56,8 +57,9 @@ def evaluate(
 
   Returns:
     'loss' in nats per token (or per example) and 'tokens', their number. Where they have a meaning
-    also 'perplexity', 'bits_per_byte', 'accuracy' and, of a regression, 'mse' and 'mae'. Batches
-    are summed in double precision.
+    also 'perplexity', 'bits_per_byte', 'accuracy' and, of a regression, 'mse' and 'mae', and where
+    rows have several classes 'micro_f1' and the counts it comes from. Batches are summed in double
+    precision.
   """
   totals = {"tokens": 0.0, "nll": 0.0}
 
@@ -79,10 +81,19 @@ def evaluate(
   means = {metric: totals[name] / count for name, metric in _MEANS.items() if name in totals}
   if per_token and not means:
     out["perplexity"] = metrics.perplexity(out["loss"])
-  out |= means
+  out |= means | _micro_f1(totals)
   if bytes_per_token is not None:
     out["bits_per_byte"] = metrics.bits_per_byte(out["loss"], bytes_per_token)
   return out | {"tokens": int(totals["tokens"])}
+
+
+def _micro_f1(sums: Mapping[str, float]) -> Result:
+  """Micro-F1 and its counts, if there are some: 2 true positives / (predicted + labelled)."""
+  if any(name not in sums for name in _COUNTS):
+    return {}
+  counts = {name: sums[name] for name in _COUNTS}
+  found = max(counts["predicted"] + counts["labelled"], 1)
+  return {"micro_f1": 2 * counts["true_positives"] / found} | counts
 
 
 def combined(by_source: Mapping[str, tuple[Result, float | None]]) -> Result:
@@ -107,6 +118,7 @@ def combined(by_source: Mapping[str, tuple[Result, float | None]]) -> Result:
     # A source's bits per byte are weighted by its bytes.
     num_bytes = [r["tokens"] * per_token for r, per_token in by_source.values() if per_token]
     out["bits_per_byte"] = mean("bits_per_byte", num_bytes)
+  out |= _micro_f1({name: sum(r[name] for r in results) for name in _COUNTS if name in results[0]})
   out["tokens"] = sum(counts)
   return out | {f"loss/{name}": result["loss"] for name, (result, _) in by_source.items()}
 
@@ -181,6 +193,7 @@ def describe(result: Result) -> str:
     ("loss", "loss {:.4f}"),
     ("perplexity", "perplexity {:.2f}"),
     ("accuracy", "accuracy {:.4f}"),
+    ("micro_f1", "micro-F1 {:.4f}"),
     ("mse", "mean squared error {:.4f}"),
     ("mae", "mean absolute error {:.4f}"),
     ("bits_per_byte", "{:.4f} bits per byte"),

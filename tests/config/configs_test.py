@@ -18,11 +18,17 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "finetune": (10_945_536, 264),  # without a run to start from: the base config
   "gpt2_124m": (124_475_904, None),
   "llama3_8b": (8_030_261_248, None),
+  "tasks/multi_label": (148_418, 264),
+  "tasks/question_answering": (148_418, 264),
+  "tasks/retrieval": (148_288, 264),
+  "tasks/tagging": (148_418, 264),
 }
+FILES = sorted(CONFIGS.rglob("*.py"))
 
 
 def test_every_config_is_listed():
-  assert {p.stem for p in CONFIGS.glob("*.py")} == SIZES.keys()
+  found = {p.relative_to(CONFIGS).with_suffix("").as_posix() for p in FILES}
+  assert found == SIZES.keys()
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -38,12 +44,18 @@ def test_a_config_builds_and_has_its_size(name):
   logits = jax.eval_shape(
     lambda p, t: parts.model.apply({"params": p}, t, t).logits, parts.state["params"], batch
   )
-  of_row = (c.data.seq_len, c.model.vocab_size) if c.model.head == "lm" else (c.model.num_labels,)
-  assert logits.shape == (8, *of_row)
+  m, length = c.model, c.data.seq_len
+  of_row = {
+    "lm": (length, m.vocab_size),
+    "classifier": (m.num_labels,),
+    "token_classifier": (length, m.num_labels),
+    "none": (length, m.width),
+  }
+  assert logits.shape == (8, *of_row[m.head])
   assert isinstance(parts.model.cfg, ml_collections.FrozenConfigDict)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_the_header_gives_the_command(path):
   head = path.read_text().split('"""')[1]
   assert "jaxgpt train --config=configs/" in head or "make demo" in head

@@ -163,8 +163,8 @@ class Accepted:
     self.mesh = mesh_lib.make(self.c.mesh, jax.devices()[:1])
     self.parts = build.build(self.c, self.mesh)
     self.layout = objectives.find(self.c).layout
-    rows, has_classes = self.c.data.batch_size, self.c.model.num_labels > 1
-    self.batch = layouts.blank(self.layout, rows, self.c.data.seq_len, has_classes)
+    rows, num_labels = self.c.data.batch_size, self.c.model.num_labels
+    self.batch = layouts.blank(self.layout, rows, self.c.data.seq_len, num_labels)
 
   @functools.cached_property
   def data(self):

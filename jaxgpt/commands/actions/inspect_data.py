@@ -163,8 +163,18 @@ def _rows(
     if "chosen" in arrays:
       for span, side in zip(spans, ("chosen", "rejected")):
         yield from _span(split, span, _cut(arrays[side], i, 0, span[2]), side, True, texts)
+    elif "query" in arrays:
+      for number, side in enumerate(("query", "positive")):
+        yield from _text(split, spans[0][0] + number, arrays[side], i, side, texts)
     elif "labels" in arrays:
       yield from _example(split, spans[0][0], _cut(arrays, i, 0, used), texts)
+    elif "starts" in arrays:
+      yield from _question(split, spans[0][0], _cut(arrays, i, 0, used), texts)
+    elif split.kind == "tagging":
+      at = 0
+      for number, span in enumerate(spans, 1):
+        yield from _tagged(split, span, _cut(arrays, i, at, at + span[2]), number, texts)
+        at += span[2]
     else:
       at = 0
       for number, span in enumerate(spans, 1):
@@ -206,9 +216,65 @@ def _example(
   split: source.Split, doc: int, arrays: dict[str, np.ndarray], texts: _Texts
 ) -> Iterator[str]:
   """Lines about a labelled document: its label and its one or two texts."""
-  assert split.labels is not None
-  label = split.labels[doc].item()
-  named = f"{split.label_names[int(label)]} (class {int(label)})" if split.label_names else label
-  yield f"  {split.source_name(doc)} (document {doc}), label {named}"
+  if split.kind == "multi_label":
+    named = ", ".join(_named(split, label) for label in split.classes(doc).tolist()) or "none"
+    yield f"  {split.source_name(doc)} (document {doc}), labels {named}"
+  else:
+    yield f"  {split.source_name(doc)} (document {doc}), label {_named(split, split.labels[doc])}"
   for side in range(arrays["token_types"].max(initial=0) + 1):
     yield from texts.lines(arrays["tokens"][arrays["token_types"] == side])
+
+
+def _named(split: source.Split, label: float) -> str:
+  """A class with its number, or a number."""
+  return (
+    f"{split.label_names[int(label)]} (class {int(label)})" if split.label_names else str(label)
+  )
+
+
+def _text(
+  split: source.Split,
+  doc: int,
+  arrays: dict[str, np.ndarray],
+  row: int,
+  side: str,
+  texts: _Texts,
+) -> Iterator[str]:
+  """Lines about one text of a pair."""
+  size, stored = int((arrays["segment_ids"][row] > 0).sum()), split.lengths[doc] + 1
+  yield f"  {side}: {split.source_name(doc)} (document {doc}), {size} of {stored} tokens"
+  yield from texts.lines(arrays["tokens"][row, :size])
+
+
+def _question(
+  split: source.Split, doc: int, arrays: dict[str, np.ndarray], texts: _Texts
+) -> Iterator[str]:
+  """Lines about a question, a window of its passage, and the answer that is learned there."""
+  tokens, (start, end) = arrays["tokens"], (arrays[key].argmax() for key in ("starts", "ends"))
+  found = texts.tokenizer.decode(tokens[start : end + 1])
+  answer = repr(found) if start else "none in this window"
+  yield f"  {split.source_name(doc)} (document {doc}), answer {answer}"
+  for side in (0, 1):
+    yield from texts.lines(tokens[arrays["token_types"] == side])
+
+
+def _tagged(
+  split: source.Split,
+  span: tuple[int, int, int],
+  arrays: dict[str, np.ndarray],
+  number: int,
+  texts: _Texts,
+) -> Iterator[str]:
+  """Lines about a text in words: each with its tag in brackets, as far as the row goes."""
+  doc, start, length = span
+  yield (
+    f"  segment {number}: {split.source_name(doc)} (document {doc}), tokens {start} to "
+    f"{start + length} of {split.lengths[doc] + 1}"
+  )
+  firsts = np.flatnonzero(arrays["loss_weights"] > 0)
+  words = []
+  for first, end in zip(firsts, [*firsts[1:], length]):
+    word = texts.tokenizer.decode(arrays["tokens"][first:end]).strip()
+    words.append(f"{word} [{split.label_names[arrays['targets'][first]]}]")
+  line = " ".join(words)
+  yield f"    | {line[: texts.chars] + '…' if texts.chars and len(line) > texts.chars else line}"

@@ -45,6 +45,28 @@ def _on(words: str, holds: Any, *keys: str) -> Needs:
   return Needs(words, holds, keys)
 
 
+HAS_CLASSES = one_of("model.head", "classifier", "token_classifier")
+HAS_LOGITS = one_of("model.head", "lm", "classifier", "token_classifier")
+ROUTED_LOSS = one_of(
+  "objective.name",
+  "causal_lm",
+  "masked_lm",
+  "classification",
+  "multi_label",
+  "token_classification",
+  "question_answering",
+  "contrastive",
+)
+POOLED = _on(
+  "model.head='classifier' or 'pooler', or objective.name='contrastive'",
+  lambda c: (
+    c.model.head in ("classifier", "pooler")
+    or c.objective.name == "contrastive"
+    or _OF_A_USER in c.objective.name
+  ),
+  "model.head",
+  "objective.name",
+)
 LOCAL_LAYERS = _on(
   "a 'local' layer in model.attention_pattern, within model.num_layers",
   lambda c: "local" in attention_kinds(c.model),

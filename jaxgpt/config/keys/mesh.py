@@ -4,7 +4,7 @@ import functools
 
 from jaxgpt.config import checks, mesh_rules
 from jaxgpt.config.keys import conditions
-from jaxgpt.config.keys.conditions import above_0, one_of, other_than
+from jaxgpt.config.keys.conditions import above_0, other_than
 from jaxgpt.config.schema import AT_LEAST_0, AT_LEAST_1, Key, Needs, Section
 
 # The mesh axes, in the order of the device mesh. A size of -1 takes the devices that are left.
@@ -46,9 +46,7 @@ RULES = Section(
     experts=_rule("expert", "Parameters and activations: experts.", conditions.EXPERTS),
     router=_rule("none", "Parameters: columns of a router.", conditions.EXPERTS),
     rank=_rule("none", "Parameters: ranks of LoRA and latent attention.", conditions.RANKS),
-    labels=_rule(
-      "none", "Parameters: classes of a classifier.", one_of("model.head", "classifier")
-    ),
+    labels=_rule("none", "Parameters: classes of a classifier.", conditions.HAS_CLASSES),
     residual_length=_rule(
       "seq,tensor", "Activations between blocks: tokens of a row (sequence parallelism)."
     ),

@@ -178,7 +178,7 @@ MODEL = Section(
       value_type=float,
       unset="no cap",
       interval=ABOVE_0,
-      needs=one_of("model.head", "lm", "classifier"),
+      needs=conditions.HAS_LOGITS,
     ),
     tie_embeddings=Key(
       True, "Use the transposed embedding as the output head.", needs=one_of("model.head", "lm")
@@ -189,11 +189,12 @@ MODEL = Section(
       choices={
         "lm": "logits over the vocabulary",
         "classifier": "logits over `num_labels` classes",
+        "token_classifier": "such logits for each token",
         "pooler": "one vector per row",
         "none": "hidden states",
       },
     ),
-    head_bias=Key(False, "A bias on the logits.", needs=one_of("model.head", "lm", "classifier")),
+    head_bias=Key(False, "A bias on the logits.", needs=conditions.HAS_LOGITS),
     head_transform=Key(
       "none",
       "Layer before the head.",
@@ -206,20 +207,20 @@ MODEL = Section(
     ),
     pooling=Key(
       "first",
-      "Input of a classifier or pooler.",
+      "Input of a classifier or pooler, or the vector that stands for a text.",
       choices={
         "first": "the first token",
         "mean": "the mean over the tokens",
         "last": "the last token",
       },
-      needs=one_of("model.head", "classifier", "pooler"),
+      needs=conditions.POOLED,
       values_need={"first": conditions.SEES_ITS_TEXT},
     ),
     num_labels=Key(
       2,
       "Classes of a classifier. 1: regression.",
       interval=AT_LEAST_1,
-      needs=one_of("model.head", "classifier"),
+      needs=conditions.HAS_CLASSES,
     ),
     label_names=Key(
       (),
@@ -227,7 +228,7 @@ MODEL = Section(
       "data. (): the names in the weights of `init_from`, or else in the data.",
       check=checks.label_names,
       architecture=False,
-      needs=one_of("model.head", "classifier"),
+      needs=conditions.HAS_CLASSES,
     ),
     causal=Key(True, "A token attends only to itself and to earlier tokens."),
     dropout=Key(

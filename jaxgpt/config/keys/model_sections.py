@@ -1,7 +1,7 @@
 """Config keys of the sections below `model`: rotary embedding, experts, latent attention, LoRA."""
 
 from jaxgpt.config.keys import conditions, lora_targets
-from jaxgpt.config.keys.conditions import above_0, one_of
+from jaxgpt.config.keys.conditions import ROUTED_LOSS, above_0, one_of
 from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
 
 ROPE = Section(
@@ -149,14 +149,14 @@ MOE = Section(
       0.01,
       "Weight of the loss that spreads tokens evenly over the experts.",
       interval=AT_LEAST_0,
-      needs=one_of("objective.name", "causal_lm", "masked_lm", "classification"),
+      needs=ROUTED_LOSS,
       architecture=False,
     ),
     z_loss=Key(
       0.001,
       "Weight of the loss that keeps the router's logits small.",
       interval=AT_LEAST_0,
-      needs=one_of("objective.name", "causal_lm", "masked_lm", "classification"),
+      needs=ROUTED_LOSS,
       architecture=False,
     ),
   ),

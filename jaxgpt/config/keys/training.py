@@ -14,6 +14,12 @@ from jaxgpt.config.schema import (
   Section,
 )
 
+
+def most_overlap(seq_len: int) -> int:
+  """The largest `data.overlap`: a question has at most half of a row, and each window goes on."""
+  return seq_len - seq_len // 2 - 2
+
+
 DATA = Section(
   "Training data: prepared folders or a stream, and how documents become batches.",
   dict(
@@ -64,7 +70,16 @@ DATA = Section(
         "concat": "one stream of tokens, cut into rows",
         "one_per_row": "one document per row",
       },
-      needs=one_of("objective.name", "causal_lm", "masked_lm"),
+      needs=one_of("objective.name", "causal_lm", "masked_lm", "token_classification"),
+    ),
+    overlap=Key(
+      None,
+      "question_answering: tokens that consecutive windows of a long passage share.",
+      value_type=int,
+      derive=lambda c: max(min(c.data.seq_len // 3, most_overlap(c.data.seq_len)), 0),
+      unset="a third of `data.seq_len`",
+      interval=AT_LEAST_0,
+      needs=one_of("objective.name", "question_answering"),
     ),
     shuffle=Key(True, "Permute the rows in each epoch, seeded by `seed`."),
     threads=Key(4, "Reader threads per host.", interval=AT_LEAST_1, free_on_resume=True),
@@ -117,6 +132,17 @@ OBJECTIVE = Section(
     ),
     mask_whole_words=Key(
       False, "masked_lm: choose whole words, with all of their tokens.", needs=_MASKED_LM
+    ),
+    similarity_temperature=Key(
+      0.05,
+      "contrastive: cosine similarities are divided by this.",
+      interval=ABOVE_0,
+      needs=one_of("objective.name", "contrastive"),
+    ),
+    symmetric=Key(
+      False,
+      "contrastive: also find the query of each positive.",
+      needs=one_of("objective.name", "contrastive"),
     ),
     loss_chunk=Key(
       0,

@@ -1,4 +1,4 @@
-"""Layouts with one labelled example per row.
+"""Layouts with one labelled text, or pair of texts, per row.
 
 B rows of a batch, T positions in a row.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgpt.data import packing as packings
 from jaxgpt.data import source
-from jaxgpt.data.layouts.layout import Batch, Item, read, zeros
+from jaxgpt.data.layouts.layout import Batch, Item, place, read, zeros
 
 
 class Classification:
@@ -62,16 +62,39 @@ class Classification:
   def batch(self, items: Sequence[Item], num_rows: int, seq_len: int) -> Batch:
     """See `Layout`."""
     out = zeros(num_rows, seq_len, "tokens", "segment_ids", "positions", "token_types")
-    out["labels"] = np.zeros(num_rows, np.int32 if self._has_classes else np.float32)
+    out["labels"] = self._no_labels(num_rows)
     out["loss_weights"] = np.zeros(num_rows, np.float32)
     for i, (split, (docs, starts, lengths), tokens) in enumerate(read(items, 0)):
-      at = int(lengths.sum())
       second = int(split.second[docs[0]])
-      out["tokens"][i, :at] = np.concatenate(tokens)
-      out["segment_ids"][i, :at] = 1
-      out["positions"][i, :at] = np.arange(at)
+      place(out, i, tokens, one=True)
       if second:
-        out["token_types"][i, :at] = np.repeat(starts >= second, lengths)
-      out["labels"][i] = split.labels[docs[0]]
+        out["token_types"][i, : lengths.sum()] = np.repeat(starts >= second, lengths)
+      self._label(out["labels"], i, split, docs[0])
       out["loss_weights"][i] = 1
     return out
+
+  def _no_labels(self, num_rows: int) -> np.ndarray:
+    """The labels of rows of padding."""
+    return np.zeros(num_rows, np.int32 if self._has_classes else np.float32)
+
+  def _label(self, labels: np.ndarray, row: int, split: source.Split, doc: int) -> None:
+    """Writes the labels of a row's document."""
+    labels[row] = split.labels[doc]
+
+
+class MultiLabel(Classification):
+  """As `Classification`, with any number of classes per example.
+
+  labels is float32 [B, C]: 1 for the classes that an example has. C is `model.num_labels`.
+  """
+
+  def __init__(self, num_labels: int):
+    """Args: num_labels: C."""
+    super().__init__(has_classes=True)
+    self._num_labels = num_labels
+
+  def _no_labels(self, num_rows: int) -> np.ndarray:
+    return np.zeros((num_rows, self._num_labels), np.float32)
+
+  def _label(self, labels: np.ndarray, row: int, split: source.Split, doc: int) -> None:
+    labels[row, split.classes(doc)] = 1

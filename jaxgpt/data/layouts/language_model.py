@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxgpt.data import packing as packings
 from jaxgpt.data import source
-from jaxgpt.data.layouts.layout import Batch, Item, ReadRow, Spans, each, read, zeros
+from jaxgpt.data.layouts.layout import Batch, Item, ReadRow, Spans, each, place, read, zeros
 from jaxgpt.data.masking import Masking
 
 
@@ -114,15 +114,8 @@ class MaskedLM:
     out = zeros(
       num_rows, seq_len, "tokens", "targets", "segment_ids", "positions", floats=("loss_weights",)
     )
-    counts_T = np.arange(seq_len, dtype=np.int32)
     for i, row in enumerate(read(items, 0)):
-      at = 0
-      for segment, ids in enumerate(row.tokens, 1):
-        here = slice(at, at + len(ids))
-        out["targets"][i, here] = ids
-        out["segment_ids"][i, here] = segment
-        out["positions"][i, here] = counts_T[: len(ids)]
-        at += len(ids)
+      place(out, i, row.tokens, "targets")
       assert self._masking is not None, "a layout without masking makes only blank batches"
       out["tokens"][i], out["loss_weights"][i] = self._masking(
         out["targets"][i], out["segment_ids"][i], items[i].position

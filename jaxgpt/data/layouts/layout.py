@@ -85,3 +85,24 @@ def read(items: Sequence[Item], more: int) -> list[ReadRow]:
     for i, of_row in zip(numbers, spans):
       out[i] = ReadRow(split, of_row, [next(stored) for _ in of_row[0]])
   return [out[i] for i in range(len(items))]
+
+
+def place(
+  out: Batch, row: int, spans: Sequence[np.ndarray], key: str = "tokens", one: bool = False
+) -> None:
+  """Writes the tokens of a row, with their segments and positions.
+
+  Args:
+    out: A batch with `key`, `segment_ids` and `positions`, all [B, T].
+    row: Index of the row.
+    spans: The tokens of each span.
+    key: Name of the array that takes the tokens.
+    one: All spans are one segment. False: each is one.
+  """
+  at = 0
+  for segment, ids in enumerate([np.concatenate(spans)] if one else spans, 1):
+    here = slice(at, at + len(ids))
+    out[key][row, here] = ids
+    out["segment_ids"][row, here] = segment
+    out["positions"][row, here] = np.arange(len(ids))
+    at += len(ids)

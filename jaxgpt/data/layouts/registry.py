@@ -5,19 +5,29 @@ from typing import NamedTuple
 
 from jaxgpt.config.registry import Registry
 from jaxgpt.data import source
-from jaxgpt.data.layouts.classification import Classification
+from jaxgpt.data.layouts.classification import Classification, MultiLabel
 from jaxgpt.data.layouts.language_model import CausalLM, MaskedLM
 from jaxgpt.data.layouts.layout import Batch, Layout
-from jaxgpt.data.layouts.pairs import Preference
+from jaxgpt.data.layouts.pairs import Preference, Retrieval
+from jaxgpt.data.layouts.token_labels import QuestionAnswering, TokenClassification
 from jaxgpt.data.masking import Masking
 from jaxgpt.errors import UserError
 
 
 class Inputs(NamedTuple):
-  """Values that layouts are made from."""
+  """Values that layouts are made from.
+
+  Attributes:
+    masking: From `masking.make`, for layouts with `needs_masking`.
+    has_classes: Labels are classes, not numbers.
+    num_labels: Outputs of the model. None: the classes of the data.
+    overlap: Tokens that consecutive windows of a text share. None: the usual number.
+  """
 
   masking: Masking | None = None
   has_classes: bool = True
+  num_labels: int | None = None
+  overlap: int | None = None
 
 
 class LayoutEntry(NamedTuple):
@@ -72,6 +82,36 @@ LAYOUTS.add(
   "preference",
   LayoutEntry(lambda _: Preference(), ("preference",), "one pair of answers per row"),
 )
+LAYOUTS.add(
+  "multi_label",
+  LayoutEntry(
+    lambda inputs: MultiLabel(inputs.num_labels or 1),
+    ("multi_label",),
+    "one example per row, with any number of classes",
+    has_labels=True,
+  ),
+)
+LAYOUTS.add(
+  "token_classification",
+  LayoutEntry(
+    lambda _: TokenClassification(),
+    ("tagging",),
+    "packed texts with a class for each word",
+    has_labels=True,
+  ),
+)
+LAYOUTS.add(
+  "question_answering",
+  LayoutEntry(
+    lambda inputs: QuestionAnswering(inputs.overlap),
+    ("question_answering",),
+    "a question and a window of its passage per row",
+  ),
+)
+LAYOUTS.add(
+  "retrieval",
+  LayoutEntry(lambda _: Retrieval(), ("retrieval",), "a query and its positive per row"),
+)
 
 
 def of_kind(kind: str) -> list[str]:
@@ -79,27 +119,28 @@ def of_kind(kind: str) -> list[str]:
   return [name for name, entry in LAYOUTS.items() if kind in entry.kinds]
 
 
-def blank(name: str, num_rows: int, seq_len: int, has_classes: bool = True) -> Batch:
+def blank(name: str, num_rows: int, seq_len: int, num_labels: int = 2) -> Batch:
   """A batch of padding, for its shapes and dtypes. It needs no data.
 
   Args:
     name: A key of `LAYOUTS`.
     num_rows: Rows of the batch.
     seq_len: T.
-    has_classes: Labels, if the layout has any, are classes and not numbers.
+    num_labels: Outputs of the model, if the layout has labels. 1: they are numbers, or one class.
   """
-  return LAYOUTS[name].make(Inputs(None, has_classes)).batch([], num_rows, seq_len)
+  inputs = Inputs(has_classes=num_labels > 1, num_labels=num_labels)
+  return LAYOUTS[name].make(inputs).batch([], num_rows, seq_len)
 
 
 def make(
-  name: str, splits: Sequence[tuple[str, source.Split]], masking: Masking | None = None
+  name: str, splits: Sequence[tuple[str, source.Split]], inputs: Inputs | None = None
 ) -> Layout:
   """Makes a layout for some splits.
 
   Args:
     name: A key of `LAYOUTS`.
     splits: (name, split) of each source.
-    masking: From `masking.make`, if the layout needs it.
+    inputs: Values that the layout needs. The classes of the splits replace `has_classes`.
 
   Raises:
     UserError: The layout can't take a split's kind of data, or the splits have different classes.
@@ -119,4 +160,7 @@ def make(
         f"and {', '.join(first.label_names)}; prepare them together, or name all classes in the "
         "order of the model's outputs with model.label_names"
       )
-  return entry.make(Inputs(masking, bool(first.label_names)))
+  inputs, classes = inputs or Inputs(), len(first.label_names)
+  return entry.make(
+    inputs._replace(has_classes=bool(classes), num_labels=inputs.num_labels or classes)
+  )

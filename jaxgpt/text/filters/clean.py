@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jaxgpt.text.filters import clean_steps, step_specs
 from jaxgpt.text.filters.datatrove_blocks import Run
 from jaxgpt.text.readers.documents import Document, Dropped
+from jaxgpt.text.readers.fields import LABELS
 
 
 def make(given: Iterable[str]) -> "Cleaner":
@@ -40,6 +41,11 @@ class Cleaner:
     self.specs = tuple(given)
     self._steps = [_build(spec) for spec in self.specs]
     self.changed: dict[str, list[int]] = {}
+
+  @property
+  def rewriting(self) -> list[str]:
+    """The names of the steps that rewrite the texts of labelled documents."""
+    return [step.name for step in self._steps if step.rewrites]
 
   def __reduce__(self) -> tuple[type["Cleaner"], tuple[tuple[str, ...]]]:
     return Cleaner, (self.specs,)
@@ -102,7 +108,7 @@ def _beginning(text: str) -> str:
 
 
 # Fields that are names or, as the JSON schemas of tools, code.
-_NAMES = ("label", "id", "role", "from", "type", "name", "tool_call_id", "tools")
+_NAMES = (*LABELS, "id", "role", "from", "type", "name", "tool_call_id", "tools")
 
 
 def _map_fields(run: Run, value: Any, key: str | None = None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.text.readers.documents import Document
+from jaxgpt.text.readers.fields import LABELS
 
 _SORTED = 1 << 24  # digests to sort at once
 
@@ -33,7 +34,7 @@ def digest(document: Document, options: Mapping[str, Any] | None, by_fields: boo
   if not by_fields:
     return bytes(16) if options is None else _hash(same(document.text), 16)
   fields = dict(document.fields)
-  label = _hash(str(fields.pop("label", "")), 8)
+  label = _hash("".join(str(fields.pop(name)) for name in LABELS if name in fields), 8)
   if options is None:
     return bytes(16) + label
   return _hash(json.dumps(_each_text(fields, same), sort_keys=True), 16) + label

@@ -24,7 +24,7 @@ from jaxgpt.text.prepare import assemble, data_card, inputs, run_job, shards, sp
 from jaxgpt.text.prepare.jobs import Account, Report, Work
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.tasks import filtering, reading, tokenizing
-from jaxgpt.text.readers import documents
+from jaxgpt.text.readers import documents, kinds
 from jaxgpt.text.tokenizers import labels
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 
@@ -180,7 +180,7 @@ class AllJobs:
         options.clean,
         options.salt,
         options.examples,
-        *([labels.RULE, bool(options.labels)] if options.kind == "classification" else []),
+        *([labels.RULE, bool(options.labels)] if options.kind in kinds.LABELLED else []),
         options.split_by,
         # Only if given, so that the jobs of an earlier version keep their keys.
         *({"encoding": options.encoding} if options.encoding else {}).items(),
@@ -189,13 +189,15 @@ class AllJobs:
     )
 
   def _label_names(self, cleaned: Sequence[Account]) -> tuple[str, ...]:
-    """The classes in order, or () for numbers and for data without labels. Reports them."""
-    if self._options.kind != "classification":
+    """The classes in order, or () for numbers and for data without classes. Reports them."""
+    kind = self._options.kind
+    if kind not in kinds.LABELLED:
       return ()
     seen = labels.Seen()
     for account in cleaned:
       seen.merge(account["labels"])
-    names = labels.choose(seen, labels.parse(self._options.labels))
+    choose = labels.choose if kind == "classification" else labels.choose_classes
+    names = choose(seen, labels.parse(self._options.labels))
     self._report(labels.describe(seen, names))
     return names
 

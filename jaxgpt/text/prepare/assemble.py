@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-# Sidecars [documents + 1] of offsets into another one. They start at 0 in each task.
-_OFFSETS = ("sources", "trained_offsets")
+
+def _are_offsets(name: str) -> bool:
+  """Whether a sidecar holds offsets [documents + 1] into another. They start at 0 in each task."""
+  return name == "sources" or name.endswith("_offsets")
 
 
 def assemble(
@@ -41,7 +43,7 @@ def assemble(
     name = sidecar["name"]
     paths = [task / name for task, _ in written]
     if name.endswith(".npy"):
-      _join_arrays(paths, folder / name, name.split(".")[-2] in _OFFSETS)
+      _join_arrays(paths, folder / name, _are_offsets(name.split(".")[-2]))
     else:
       _join_texts(paths, folder / name)
     sidecars.append(describe(folder / name))

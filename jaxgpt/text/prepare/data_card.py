@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxgpt.errors import printable
 from jaxgpt.storage import strict_json
-from jaxgpt.text.prepare import best_fit
+from jaxgpt.text.prepare import best_fit, shards
 from jaxgpt.text.readers.documents import Dropped
 
 _SEQ_LENS = (512, 2048, 8192)
@@ -152,12 +152,13 @@ def _chunks(stored: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _labels(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, int]:
-  """{class: documents in the training split}."""
+  """{class: documents in the training split, or words with this tag}."""
   names = manifest["label_names"]
   if not names:
     return {}
-  labels = np.load(folder / "train.labels.npy").astype(np.int64)
-  counts = np.bincount(labels, minlength=len(names)).tolist()
+  name = shards.ENTRIES.get(manifest["kind"], "labels")
+  labels = np.load(folder / f"train.{name}.npy").astype(np.int64)
+  counts = np.bincount(labels if labels.ndim == 1 else labels[:, -1], minlength=len(names)).tolist()
   return dict(zip(names, counts))
 
 
@@ -253,7 +254,8 @@ def markdown(card: Mapping[str, Any]) -> str:
     ]
   lines += _length_lines(card)
   if card["labels"]:
-    lines += ["## Classes", "", *_table(("class", "training documents"), card["labels"].items())]
+    what = "training words" if card["kind"] == "tagging" else "training documents"
+    lines += ["## Classes", "", *_table(("class", what), card["labels"].items())]
   lines += [
     "## Sources",
     "",

@@ -39,8 +39,8 @@ class Options:
     metavar="NAME=COLUMN",
     parse=key_value(),
     group=READING,
-    help="column of text, id, text_pair, label, input, target, messages, prompt, chosen or "
-    "rejected, if it has another name",
+    help="column of text, id, text_pair, label, labels, input, target, messages, prompt, chosen, "
+    "rejected, words, tags, question, context, answers, query or positive, if it has another name",
   )
   labels: str = option(
     "",
@@ -48,7 +48,8 @@ class Options:
     group=READING,
     unset="classes by their numbers, then by their letters; numbers with a fraction are a "
     "regression",
-    help="kind classification: the classes in order, or numbers for a regression",
+    help="the classes in order, for kinds classification, multi_label and tagging; or, for kind "
+    "classification, numbers for a regression",
   )
   format: str | None = option(
     None,
@@ -208,9 +209,15 @@ class Options:
         f"cut_chars={self.cut_chars} is for kind=text: an example of kind={self.kind} cannot be "
         "cut; leave it out"
       )
-    if self.labels and self.kind != "classification":
+    if self.labels and self.kind not in kinds.LABELLED:
       raise UserError(
-        f"labels={self.labels!r} is for kind=classification, not for kind={self.kind}; leave it out"
+        f"labels={self.labels!r} is for kind={' or '.join(kinds.LABELLED)}, not for "
+        f"kind={self.kind}; leave it out"
+      )
+    if self.labels == "numbers" and self.kind != "classification":
+      raise UserError(
+        f"labels=numbers, a regression, is for kind=classification, not for kind={self.kind}; name "
+        "the classes in order, or leave it out"
       )
     if self.template and self.kind not in _TEMPLATED:
       raise UserError(

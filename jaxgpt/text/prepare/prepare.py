@@ -30,7 +30,7 @@ from jaxgpt.text.prepare.jobs import Report, Work
 from jaxgpt.text.prepare.options import Options
 from jaxgpt.text.prepare.run_job import Executor
 from jaxgpt.text.prepare.tasks import filtering
-from jaxgpt.text.readers import documents, formats
+from jaxgpt.text.readers import documents, formats, kinds
 from jaxgpt.text.tokenizers import chat_template, labels
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 
@@ -105,7 +105,12 @@ def _check_options(options: Options, files: Sequence[File]) -> None:
   )
   labels.parse(options.labels)
   formats.check_used(files, options.format, options.encoding, options.delimiter)
-  clean.make(options.clean)
+  rewriting = clean.make(options.clean).rewriting
+  if rewriting and options.kind in kinds.MARKED:
+    raise UserError(
+      f"clean={rewriting[0]} rewrites texts, and labels of kind={options.kind} belong to places in "
+      "them; leave it out, or clean the texts before they are labelled"
+    )
   dedup.make(options.dedup)
   decontaminate.make(options.decontaminate_options)
   for path in options.decontaminate:

@@ -8,15 +8,21 @@
     DIR/train.sources.txt, .sources.npy        its source, one per line; uint64 line offsets
     DIR/card.md, card.json, lengths.svg        the data card (`data_card`), for people
 
-Some kinds of data have more sidecars (see `examples.Encoded`):
+Some kinds of data have more sidecars (see `Encoded`):
 
     DIR/train.labels.npy                       classification: float64 [documents]
-    DIR/train.second.npy                       classification: uint32 [documents], first token of
-                                               the second text; 0: there is one text
+    DIR/train.second.npy                       classification, multi_label, question_answering:
+                                               uint32 [documents], first token of the second text;
+                                               0: there is one text
     DIR/train.trained.npy                      seq2seq, chat, preference: int32 [ranges, 2], ranges
                                                of the tokens that the loss counts
-    DIR/train.trained_offsets.npy              uint64 [documents + 1]; document d has the ranges
-                                               [d] to [d + 1]
+    DIR/train.labels.npy                       multi_label: int32 [labels], classes
+    DIR/train.tags.npy                         tagging: int32 [words, 2], the first token of each
+                                               word, and its class
+    DIR/train.answers.npy                      question_answering: int32 [answers, 2], ranges of
+                                               tokens
+    DIR/train.NAME_offsets.npy                 uint64 [documents + 1], for each of the last four:
+                                               document d has the entries [d] to [d + 1]
 
 A document is stored as [bos, t1, …, tn, eos] in the manifest's dtype (little endian). A record is
 up to `RECORD_TOKENS` consecutive tokens of one document, and the records of a document are
@@ -46,14 +52,24 @@ from jaxgpt.storage import atomic, buckets, strict_json
 from jaxgpt.text.prepare.assemble import describe
 from jaxgpt.text.readers.documents import Dropped
 from jaxgpt.text.tokenizers.base import Tokenizer
-from jaxgpt.text.tokenizers.examples import Encoded
+from jaxgpt.text.tokenizers.encoded import Encoded
 
 FORMAT = 2
 RECORD_TOKENS = 65_536
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
 NOT_CONTENT = ("passed_over", "unknown_tokens")  # remarks in the manifest, not in its digest
-WITH_RANGES = ("seq2seq", "chat", "preference")  # kinds whose loss counts some tokens only
+# The sidecar with any number of entries per document, by kind, and the columns of an entry.
+ENTRIES = {
+  "seq2seq": "trained",
+  "chat": "trained",
+  "preference": "trained",
+  "multi_label": "labels",
+  "tagging": "tags",
+  "question_answering": "answers",
+}
+_SHAPES = {"trained": (-1, 2), "labels": (-1,), "tags": (-1, 2), "answers": (-1, 2)}
+WITH_SECOND = ("classification", "multi_label", "question_answering")  # kinds of two texts
 
 # Groups of one record: a record is read without its neighbours. zstd:1 saves 40 % of disk and
 # network for 3 us per record (15 us instead of 12 us, at 660 tokens per record).
@@ -68,6 +84,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def records_of(tokens: npt.ArrayLike) -> np.ndarray:
   """Number of records of documents with these numbers of stored tokens, elementwise."""
   return -(-np.asarray(tokens, np.int64) // RECORD_TOKENS)
+
+
+def offsets_of(name: str) -> str:
+  """The name of the sidecar that says which entries of another one a document has."""
+  return f"{name}_offsets"
 
 
 class SplitWriter:
@@ -102,7 +123,7 @@ class SplitWriter:
     self._dtype = token_dtype(tokenizer.vocab_size)
     self._unk_id, self.unknown = tokenizer.unk_id, 0
     self._labels, self._second = array.array("d"), array.array("I")
-    self._trained, self._trained_ends = array.array("i"), array.array("Q", [0])
+    self._entries, self._entry_ends = array.array("i"), array.array("Q", [0])
     self._tokens, self._bytes = array.array("I"), array.array("I")
     self._source_ends = array.array("Q", [0])
     self._sources = (folder / f"{split}.sources.txt").open("wb")
@@ -126,11 +147,13 @@ class SplitWriter:
     if self._kind == "classification":
       assert encoded.label is not None
       self._labels.append(encoded.label)
+    if self._kind in WITH_SECOND:
       self._second.append(encoded.second or 0)
-    elif self._kind in WITH_RANGES:
-      assert encoded.trained is not None
-      self._trained.extend(encoded.trained.reshape(-1).tolist())
-      self._trained_ends.append(len(self._trained) // 2)
+    if self._kind in ENTRIES:
+      entries = getattr(encoded, ENTRIES[self._kind])
+      assert entries is not None
+      self._entries.extend(entries.reshape(-1).tolist())
+      self._entry_ends.append(self._entry_ends[-1] + len(entries))
 
   def add_long(self, pieces: Iterable[np.ndarray], num_bytes: int, source: str) -> None:
     """Appends a document of kind text whose stored tokens come in pieces."""
@@ -254,12 +277,13 @@ class SplitWriter:
       "sources": np.array(self._source_ends, "<u8"),
     }
     if self._kind == "classification":
-      out |= {"labels": np.array(self._labels, "<f8"), "second": np.array(self._second, "<u4")}
-    elif self._kind in WITH_RANGES:
-      out |= {
-        "trained": np.array(self._trained, "<i4").reshape(-1, 2),
-        "trained_offsets": np.array(self._trained_ends, "<u8"),
-      }
+      out["labels"] = np.array(self._labels, "<f8")
+    if self._kind in WITH_SECOND:
+      out["second"] = np.array(self._second, "<u4")
+    if self._kind in ENTRIES:
+      name = ENTRIES[self._kind]
+      out[name] = np.array(self._entries, "<i4").reshape(_SHAPES[name])
+      out[offsets_of(name)] = np.array(self._entry_ends, "<u8")
     return out
 
 

@@ -1,14 +1,13 @@
 """Documents from files, folders, patterns and URLs, in the same order on every machine."""
 
-import json
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
 from jaxgpt.storage.passed_over import PassedOver
-from jaxgpt.text.readers import encodings, formats, messages, records
+from jaxgpt.text.readers import encodings, formats, questions, records
+from jaxgpt.text.readers import fields as fields_lib
 from jaxgpt.text.readers.kinds import EXAMPLES, KINDS, MAX_BYTES
 
 # Rules that broken records are counted under. Other rules, such as those of cleaning, are choices.
@@ -22,6 +21,8 @@ ERRORS = (
   "missing field",
   "wrong type",
   "too long",
+  fields_lib.UNALIGNED,
+  fields_lib.NO_ANSWER,
 )
 
 NO_DOCUMENT = "files of records without a document"
@@ -248,7 +249,8 @@ def _documents(
   id_columns = frozenset((columns["id"], columns["id"].partition(".")[0]))
   for file in listed:
     kept, broken = 0, False
-    for read in formats.read(file, want, form):
+    found = formats.read(file, want, form)
+    for read in questions.unfolded(found) if kind == "question_answering" else found:
       item: Document | records.Fault
       if isinstance(read, records.Record):
         if is_plain and (plain := _plain(read, text_column, id_columns, want.max_bytes)):
@@ -360,11 +362,9 @@ def from_record(
       found["prompt"] = found["prompt"] or ""
     found = {name: value for name, value in found.items() if value is not None}
     name = str(found.pop("id", record.id))
-    checked = {key: _CHECKS.get(key, _string)(key, value) for key, value in found.items()}
-    if kind == "preference" and type(checked["chosen"]) is not type(checked["rejected"]):
-      raise TypeError("chosen and rejected must both be texts or both be messages")
-    text = "\n".join(string for key in checked for string in _texts(key, checked[key]))
-    for string in (text, name, str(checked.get("label", ""))):
+    checked = fields_lib.check(kind, found)
+    text = "\n".join(string for key in checked for string in fields_lib.texts(key, checked[key]))
+    for string in (text, name, *fields_lib.names(checked)):
       string.encode()  # fails for a lone surrogate: "\ud800" is valid JSON but not a character
   except UnicodeEncodeError as e:
     half = e.object[e.start]
@@ -379,6 +379,8 @@ def from_record(
     return records.Fault("missing field", where, f"no {e.args[0]!r} in {has[:100]}")
   except TypeError as e:
     return records.Fault("wrong type", where, str(e))
+  except fields_lib.Unusable as e:
+    return records.Fault(e.rule, where, e.why)
   return Document(where, text, name, {} if kind == "text" else checked, record.html)
 
 
@@ -392,57 +394,3 @@ def _value(values: Mapping[str, Any], column: str, optional: bool) -> Any:
   if value is None and not optional:
     raise KeyError(column)
   return value
-
-
-def _texts(name: str, value: Any) -> list[str]:
-  """The strings of a field that belong to the document's text."""
-  if isinstance(value, list):
-    if name == "tools":
-      return []
-    return [string for message in value for string in messages.words(message)]
-  return [] if name == "label" else [value]
-
-
-def _string(name: str, value: Any) -> str:
-  if not isinstance(value, str):
-    raise TypeError(f"{name} is a {type(value).__name__}, not a string")
-  return value
-
-
-def _label(name: str, value: Any) -> str | int | float:
-  if not isinstance(value, str | int | float):
-    raise TypeError(f"{name} is {str(value)[:50]!r}, neither a string nor a number")
-  if isinstance(value, str) and not value.strip():
-    raise TypeError(f"{name} is empty")
-  if not isinstance(value, str) and not abs(value) <= sys.float_info.max:
-    raise TypeError(f"{name} is {str(value)[:50]}, which is not a finite number")
-  return int(value) if isinstance(value, bool) else value
-
-
-def _messages(name: str, value: Any) -> list[dict[str, Any]]:
-  """A list of {role, content}. Tables without lists may hold it as a JSON string."""
-  if isinstance(value, str):
-    try:
-      value = json.loads(value)
-    except (ValueError, RecursionError) as e:
-      raise TypeError(f"{name} is a string, but not JSON: {e}") from e
-  if not isinstance(value, list):
-    raise TypeError(f"{name} is a {type(value).__name__}, not a list of {{role, content}}")
-  for number, message in enumerate(value, 1):
-    if problem := messages.problem(message):
-      raise TypeError(f"{name}: message {number}: {problem}")
-  return value
-
-
-def _text_or_messages(name: str, value: Any) -> str | list[dict[str, Any]]:
-  return _messages(name, value) if isinstance(value, list) else _string(name, value)
-
-
-_CHECKS = {
-  "label": _label,
-  "messages": _messages,
-  "tools": lambda name, value: messages.tools(value),
-  "prompt": _text_or_messages,
-  "chosen": _text_or_messages,
-  "rejected": _text_or_messages,
-}

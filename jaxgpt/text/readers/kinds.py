@@ -7,7 +7,14 @@ KINDS = {
   "seq2seq": ("input", "target"),
   "chat": ("messages", "[tools]"),
   "preference": ("[prompt]", "chosen", "rejected", "[tools]"),  # no prompt: an empty one
+  "multi_label": ("text", "[text_pair]", "labels"),
+  "tagging": ("words", "tags"),
+  "question_answering": ("question", "context", "answers"),
+  "retrieval": ("query", "positive"),
 }
+
+LABELLED = ("classification", "multi_label", "tagging")  # kinds whose labels are classes
+MARKED = ("tagging", "question_answering")  # kinds whose labels belong to places in the text
 
 EXAMPLES = 5  # dropped documents that a report names, per rule
 MAX_BYTES = 64 << 20  # length of the longest record

@@ -7,25 +7,10 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.readers.documents import Document
-from jaxgpt.text.tokenizers import labels
+from jaxgpt.text.tokenizers import labels, passages, tagged_words
 from jaxgpt.text.tokenizers.base import EncodingError, Message, Range, Tokenizer
-
-
-class Encoded(NamedTuple):
-  """One stored document.
-
-  Attributes:
-    ids: int32 [S], all stored tokens, including bos and eos.
-    trained: int32 [R, 2], ranges (start, end) of the stored tokens that are trained on. None means
-      all but the first.
-    label: A class index, a float for a regression, or None without label.
-    second: Stored token at which the second text of a pair starts, or None if there is one text.
-  """
-
-  ids: np.ndarray
-  trained: np.ndarray | None = None
-  label: float | None = None
-  second: int | None = None
+from jaxgpt.text.tokenizers.encoded import Encoded
+from jaxgpt.text.tokenizers.labels import Numbering
 
 
 class Piece(NamedTuple):
@@ -53,6 +38,10 @@ def encode_batch(
   text            all of it is trained on
   classification  the text, or a pair as [bos, text…, eos, text_pair…, eos], with as many eos
                   between the texts as the tokenizer puts there
+  multi_label     as classification
+  retrieval       two stored documents, the query and its positive
+  tagging         see `tagged_words`
+  question_answering  see `passages`
   seq2seq         input, a newline and the target. Only the target is trained on
   chat            the messages in the template's form with its special tokens. The assistant's
                   turns are trained on
@@ -66,14 +55,20 @@ def encode_batch(
     tokenizer: The tokenizer.
     template: For chat and preference: a function (messages) -> pieces, such as
       `chat_template.Template`.
-    label_names: For classification: names of the classes in order, or () if labels are numbers.
+    label_names: Names of the classes in order, or () if labels are numbers or there are none.
 
   Returns:
-    For each document its encoded documents, or the UserError with which the template refused it.
+    For each document its encoded documents, or the UserError with which the template refused it, or
+    a `Refused` if its labels have no tokens.
 
   Raises:
     UserError: A label is not in label_names, or is not a number.
   """
+  numbering = Numbering(label_names)
+  if kind == "tagging":
+    return [*tagged_words.encode_documents(documents, tokenizer, numbering)]
+  if kind == "question_answering":
+    return [*passages.encode_documents(documents, tokenizer)]
   # One call tokenizes the pieces of all documents; `_join` takes the results in the same order.
   split = [_split(document, kind, template) for document in documents]
   whole = [
@@ -91,7 +86,7 @@ def encode_batch(
       out.append(stored)
       continue
     encoded = [
-      next(rendered) if w else _join(pieces, tokens, tokenizer, kind, document, label_names)
+      next(rendered) if w else _join(pieces, tokens, tokenizer, kind, document, numbering)
       for pieces in stored
     ]
     out.append(encoded)
@@ -175,8 +170,10 @@ def _split(
   f = document.fields if kind != "text" else {}
   if kind == "text":
     return [[Piece(document.text)]]
-  if kind == "classification":
+  if kind in _PAIRS:
     return [[Piece(f[name]) for name in ("text", "text_pair") if f.get(name) is not None]]
+  if kind == "retrieval":
+    return [[Piece(f[name])] for name in ("query", "positive")]
   if kind == "seq2seq":
     return [[Piece(f["input"] + "\n"), Piece(f["target"], trained=True)]]
   if is_chat(document, kind):
@@ -190,6 +187,7 @@ def _split(
   return [[*prompt, Piece(f[name], trained=True)] for name in ("chosen", "rejected")]
 
 
+_PAIRS = ("classification", "multi_label")  # kinds with one text or two
 _ANSWERS = ("prompt", "chosen", "rejected")
 
 
@@ -229,7 +227,7 @@ def _join(
   tokenizer: Tokenizer,
   kind: str,
   document: Document,
-  names: Sequence[str],
+  numbering: Numbering,
 ) -> Encoded:
   """Encodes pieces. `tokens` yields the tokens of each that is not special."""
   bos, eos = ([np.array([i], np.int32)] for i in (tokenizer.bos_id, tokenizer.eos_id))
@@ -241,7 +239,7 @@ def _join(
     int(framed),
   )
   for number, piece in enumerate(pieces):
-    if kind == "classification" and number:
+    if kind in _PAIRS and number:
       # One eos ends the first text. Others begin the second, so that a cut row keeps them all.
       arrays += eos * tokenizer.pair_ends
       second = at + 1
@@ -256,10 +254,13 @@ def _join(
   if framed and pieces and pieces[-1].trained:
     trained.append((at, at + 1))  # the model also learns where to stop
   stored = np.concatenate(arrays + eos if framed else arrays)
-  if kind == "text":
+  if kind in ("text", "retrieval"):
     return Encoded(stored)
   if kind == "classification":
-    return Encoded(stored, label=_label(document, names), second=second)
+    return Encoded(stored, label=_label(document, numbering), second=second)
+  if kind == "multi_label":
+    of = [numbering.of(x, document.source, "labels") for x in document.fields["labels"]]
+    return Encoded(stored, labels=np.array(sorted(of), np.int32), second=second)
   return Encoded(stored, trained=_merged(trained))
 
 
@@ -274,15 +275,10 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> np.ndarray:
   return np.array(out, np.int32).reshape(-1, 2)
 
 
-def _label(document: Document, names: Sequence[str]) -> float:
+def _label(document: Document, numbering: Numbering) -> float:
   label = document.fields["label"]
-  if names:
-    if str(label) not in names:
-      raise UserError(
-        f"{document.source}: label {label!r} is not one of {', '.join(names[:20])}; "
-        "name the column of the labels with --field label=COLUMN"
-      )
-    return names.index(str(label))
+  if numbering.names:
+    return numbering.of(label, document.source)
   if labels.kind_of(str(label)) == "text":
     raise UserError(f"{document.source}: label {label!r} is not a number, but others are")
   return float(label)

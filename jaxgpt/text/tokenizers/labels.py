@@ -6,6 +6,8 @@ a label is an integer, a number with a fraction, or any other text, whatever typ
     integers and other texts     classes: integers by value, then texts by their letters
     numbers with a fraction      a regression
     both                         an error that names one of each. `--labels` says what they are
+
+Names that the user lists may be given to integers: class k is the k-th name, counted from 0.
 """
 
 import dataclasses
@@ -53,6 +55,58 @@ def parse(text: str) -> tuple[str, ...]:
       f"{NUMBERS} for a regression"
     )
   return names
+
+
+def of(fields: Mapping[str, Any], kind: str) -> list[str | int | float]:
+  """The labels of a document that are classes or numbers.
+
+  Args:
+    fields: Its fields.
+    kind: A key of `kinds.KINDS`.
+  """
+  if kind == "classification":
+    return [fields["label"]]
+  return {"multi_label": fields.get("labels"), "tagging": fields.get("tags")}.get(kind) or []
+
+
+class Numbering:
+  """The numbers of labels.
+
+  Attributes:
+    names: Names of the classes in order.
+  """
+
+  def __init__(self, names: Sequence[str]):
+    self.names = tuple(names)
+    self._numbers = {name: number for number, name in enumerate(self.names)}
+    self._are_words = not any(kind_of(name) == "integer" for name in self.names)
+
+  def find(self, label: str | int | float) -> int | None:
+    """The number of a label: its place among the names, or itself if these are words. Or None."""
+    name = str(label)
+    number = self._numbers.get(name)
+    if number is None and self._are_words and kind_of(name) == "integer":
+      number = int(name) if 0 <= int(name) < len(self.names) else None
+    return number
+
+  def of(self, label: str | int | float, source: str, field: str = "label") -> int:
+    """As `find`, with an error instead of None.
+
+    Args:
+      label: The label.
+      source: Name of its document, for the message.
+      field: Name of the field it is in, for the message.
+
+    Raises:
+      UserError: The label is not among the names.
+    """
+    number = self.find(label)
+    if number is None:
+      raise UserError(
+        f"{source}: label {label!r} is not one of {', '.join(self.names[:20])}; "
+        f"name the column of the labels with --field {field}=COLUMN"
+      )
+    return number
 
 
 @dataclasses.dataclass
@@ -119,14 +173,7 @@ def choose(seen: Seen, given: Sequence[str] = ()) -> tuple[str, ...]:
       raise UserError(f"labels={NUMBERS}, but {_such(seen, 'text')}; correct or drop these rows")
     return ()
   if given:
-    others = [name for name in seen.classes if name not in given]
-    if others:
-      such = ", ".join(f"{name!r} ({seen.classes[name][1]})" for name in others[:3])
-      raise UserError(
-        f"labels={','.join(given)}: {len(others)} labels of the data are not among them, such as "
-        f"{such}; add them, or drop these rows"
-      )
-    return tuple(given)
+    return _all_among(seen, given)
   if "fraction" not in seen.kinds:
     return tuple(in_order(seen.classes))
   if len(seen.kinds) == 1:
@@ -138,6 +185,39 @@ def choose(seen: Seen, given: Sequence[str] = ()) -> tuple[str, ...]:
   raise UserError(
     f"labels are of two kinds: {_such(seen, 'fraction')}, and {_such(seen, other)}; {ways}"
   )
+
+
+def choose_classes(seen: Seen, given: Sequence[str] = ()) -> tuple[str, ...]:
+  """As `choose`, where labels are never numbers: several for a text, or one for each word.
+
+  Raises:
+    UserError: There is no label at all, or one that the user does not list.
+  """
+  if given:
+    return _all_among(seen, given)
+  if not seen.classes:
+    raise UserError(
+      "no document has a label; name the column that holds them with --field NAME=COLUMN, or the "
+      "classes with --labels=A,B,C"
+    )
+  return tuple(in_order(seen.classes))
+
+
+def _all_among(seen: Seen, given: Sequence[str]) -> tuple[str, ...]:
+  """The given names, if all labels are among them, or all are numbers of them."""
+  numbering, are_numbers = Numbering(given), set(seen.kinds) == {"integer"}
+  others = [
+    name
+    for name in seen.classes
+    if name not in numbering.names and (not are_numbers or numbering.find(name) is None)
+  ]
+  if others:
+    such = ", ".join(f"{name!r} ({seen.classes[name][1]})" for name in others[:3])
+    raise UserError(
+      f"labels={','.join(given)}: {len(others)} labels of the data are not among them, such as "
+      f"{such}; add them, or drop these rows"
+    )
+  return tuple(given)
 
 
 def _such(seen: Seen, kind: str) -> str:
@@ -165,6 +245,11 @@ def describe(seen: Seen, names: Sequence[str]) -> str:
       f"labels: numbers from {min(found):g} to {max(found):g}, so this is a regression "
       "(model.num_labels=1); --labels=A,B,C makes them classes"
     )
-  shown = [f"{name} ({seen.classes.get(name, [0])[0]:,})" for name in names[:_SHOWN]]
+  numbering, counts = Numbering(names), [0] * len(names)
+  for name, (count, _) in seen.classes.items():
+    number = numbering.find(name)
+    if number is not None:
+      counts[number] += count
+  shown = [f"{name} ({count:,})" for name, count in zip(names[:_SHOWN], counts)]
   more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
   return f"labels: {len(names)} classes in this order: {', '.join(shown)}{more}"

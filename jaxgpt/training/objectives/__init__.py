@@ -33,6 +33,10 @@ from jaxgpt.training.objectives.checks import HEADS, check, check_trained, head_
 from jaxgpt.training.objectives import language_model
 from jaxgpt.training.objectives import classification
 from jaxgpt.training.objectives import preference
+from jaxgpt.training.objectives import multi_label
+from jaxgpt.training.objectives import token_classification
+from jaxgpt.training.objectives import question_answering
+from jaxgpt.training.objectives import contrastive
 # isort: on
 
 __all__ = [
@@ -46,10 +50,14 @@ __all__ = [
   "check",
   "check_trained",
   "classification",
+  "contrastive",
   "find",
   "head_problem",
   "language_model",
   "make",
+  "multi_label",
   "preference",
+  "question_answering",
   "router_terms",
+  "token_classification",
 ]

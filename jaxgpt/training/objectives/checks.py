@@ -12,9 +12,11 @@ from jaxgpt.training.objectives.objective import OBJECTIVES, Objective, find
 HEADS = {
   "lm": "logits over the vocabulary",
   "classifier": "logits over classes",
+  "token_classifier": "logits over classes for each token",
   "pooler": "one vector per row, not logits",
   "none": "hidden states, not logits",
 }
+_LOGITS = ("lm", "classifier", "token_classifier")  # heads with one meaning for each output
 
 
 def head_problem(objective: Objective, c: ml_collections.ConfigDict) -> str:
@@ -25,18 +27,19 @@ def head_problem(objective: Objective, c: ml_collections.ConfigDict) -> str:
     c: The config, resolved or not.
   """
   m, o = c.model, c.objective
-  if m.head == objective.head:
+  if m.head in objective.heads:
     return ""
   if m.head in ("none", "pooler"):
     return (
       f"model.head={m.head!r}: this model has no head, it gives {HEADS[m.head]}; start a model "
       "with a head from it: jaxgpt train --config=configs/finetune.py:RUN "
-      f"--config.model.head={objective.head}"
+      f"--config.model.head={objective.heads[0]}"
     )
-  fits = [name for name, entry in OBJECTIVES.items() if entry.head == m.head]
+  fits = [name for name, entry in OBJECTIVES.items() if m.head in entry.heads]
+  wanted = " or ".join(map(repr, objective.heads))
   return (
-    f"objective.name={o.name!r} needs model.head={objective.head!r}, not {m.head!r}, which gives "
-    f"{HEADS[m.head]}; set model.head={objective.head!r}, or objective.name to {' or '.join(fits)}"
+    f"objective.name={o.name!r} needs model.head={wanted}, not {m.head!r}, which gives "
+    f"{HEADS[m.head]}; set model.head={wanted}, or objective.name to {' or '.join(fits)}"
   )
 
 
@@ -68,7 +71,7 @@ def check(c: ml_collections.ConfigDict, for_training: bool = True) -> None:
       "the files with `jaxgpt data`"
     )
   # An imported model may have no head. It can be exported, and a training run can start from it.
-  if (problem := head_problem(objective, c)) and (for_training or m.head in ("lm", "classifier")):
+  if (problem := head_problem(objective, c)) and (for_training or m.head in _LOGITS):
     raise UserError(problem)
   objective.check(c)
 

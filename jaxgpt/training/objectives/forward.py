@@ -12,7 +12,7 @@ from jaxgpt.model import moe
 from jaxgpt.model.attention import token_order
 from jaxgpt.model.transformer import Transformer
 from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, find
-from jaxgpt.tree import PyTree, merge
+from jaxgpt.tree import PyTree, map_named, merge
 
 
 def make(model: Transformer, c: ml_collections.ConfigDict) -> LossFn:
@@ -27,10 +27,14 @@ def make(model: Transformer, c: ml_collections.ConfigDict) -> LossFn:
   if not model.cfg.causal:
     return loss_fn
   # Causal attention over mesh.seq needs tokens in an order that gives all devices equal work.
-  balanced = lambda x: token_order.balance(x) if x.ndim > 1 else x
   return lambda params, frozen, batch, key: loss_fn(
-    params, frozen, jax.tree.map(balanced, batch), key
+    params, frozen, map_named(_balanced, batch), key
   )
+
+
+def _balanced(name: str, x: jax.Array) -> jax.Array:
+  """An array of a batch, with its tokens in the order of `token_order.balance` if it has tokens."""
+  return token_order.balance(x) if x.ndim > 1 and name != "labels" else x
 
 
 def apply(

@@ -31,7 +31,7 @@ class Objective:
     loss_fn: Makes the loss function from the model and the config's `objective` section. Batches
       that it gets have their tokens in the order of `token_order.balance`.
     layout: Name of the row layout it reads, a key of `data.layouts.LAYOUTS`.
-    head: The `model.head` that it needs: 'lm' or 'classifier'.
+    head: The `model.head` that it needs, such as 'lm', or several to choose from.
     causal: Whether it needs `model.causal`.
     loss_chunk: Whether it implements `objective.loss_chunk`.
     adapters_only: Whether only LoRA adapters may be trained, since the loss compares the model with
@@ -43,12 +43,17 @@ class Objective:
 
   loss_fn: Callable[[Transformer, ml_collections.ConfigDict], LossFn]
   layout: str = "causal_lm"
-  head: str = "lm"
+  head: str | tuple[str, ...] = "lm"
   causal: bool = False
   loss_chunk: bool = False
   adapters_only: bool = False
   check: Callable[[ml_collections.ConfigDict], None] = lambda c: None
   summary: str = ""
+
+  @property
+  def heads(self) -> tuple[str, ...]:
+    """The values of `model.head` that it takes, the usual one first."""
+    return (self.head,) if isinstance(self.head, str) else self.head
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective.name")

@@ -110,6 +110,8 @@ def read_and_clean(
   )
   cleaner = clean.make(options.clean)
   labels = labels_lib.Seen()
+  # A fraction is a class only where the user says so, or where there are no numbers.
+  listed = bool(options.labels) or options.kind != "classification"
   with document_store.Writer(folder, options.salt, task_splits[rank]) as writer:
     for document in cleaner(dropped.watch(documents), dropped):
       if not cut_chars or len(document.text) <= cut_chars:
@@ -118,8 +120,8 @@ def read_and_clean(
         for number, piece in enumerate(_cut(document, cut_chars)):
           dropped.read += number > 0
           progress(1, writer.add(piece))
-      if options.kind == "classification":
-        labels.add(document.fields["label"], document.source, bool(options.labels))
+      for label in labels_lib.of(document.fields, options.kind):
+        labels.add(label, document.source, listed)
   return {
     "dropped": dropped.to_json(),
     "dropped_bytes": dropped.bytes,

@@ -20,6 +20,7 @@ from jaxgpt.text.readers.documents import Document
 from jaxgpt.text.tokenizers import base, chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizers
 from jaxgpt.text.tokenizers.base import EncodingError
+from jaxgpt.text.tokenizers.encoded import Refused
 
 _BATCH_DOCUMENTS = 4_096  # tokenized in one call, from one block of the store
 _MUCH_UNKNOWN = 0.01  # share of unknown tokens that deserves a warning
@@ -164,8 +165,7 @@ def tokenize(
         num_bytes = int(batch.sizes[number])
         if isinstance(texts, UserError):
           dropped.at_hand = num_bytes
-          rule = "tokenizer" if isinstance(texts, EncodingError) else "chat template"
-          dropped.add(rule, document.source, str(texts))
+          dropped.add(_rule(texts), document.source, str(texts))
           continue
         if examples.is_chat(document, options.kind):
           templated = True
@@ -174,7 +174,7 @@ def tokenize(
             dropped.add("nothing learned", document.source, why)
             continue
         kept.append(number)
-        sizes = [num_bytes] if len(texts) == 1 else _answer_bytes(document)
+        sizes = [num_bytes] if len(texts) == 1 else _each_bytes(document, options.kind)
         for text, size in zip(texts, sizes):
           writers[shards.SPLITS[batch.splits[number]]].add(text, size, document.source)
       sources.count(batch, kept)
@@ -352,9 +352,21 @@ def _source_group(source: str) -> str:
   return f"{path.parts[0]}/…{path.suffix}" if len(path.parts) > 1 else str(path)
 
 
-def _answer_bytes(document: Document) -> list[int]:
-  """UTF-8 bytes of the two texts of a preference: the prompt with each of its answers."""
-  if examples.is_chat(document, "preference"):
+def _rule(error: UserError) -> str:
+  """The rule that a document which cannot be stored is counted under."""
+  if isinstance(error, Refused):
+    return error.rule
+  return "tokenizer" if isinstance(error, EncodingError) else "chat template"
+
+
+def _each_bytes(document: Document, kind: str) -> list[int]:
+  """UTF-8 bytes of the two texts that a document becomes.
+
+  Those of a preference are the prompt with each of its answers.
+  """
+  if kind == "retrieval":
+    return [len(document.fields[name].encode()) for name in ("query", "positive")]
+  if examples.is_chat(document, kind):
     return [
       sum(len(string.encode()) for m in conversation for string in messages.words(m))
       for conversation in examples.conversations(document.fields)
