@@ -42,7 +42,8 @@ def check(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
   Args:
     kind: A key of `kinds.KINDS`.
-    found: {name: value of its column}, of the columns that are there.
+    found: {name: value of its column}, of the columns that are there. Labels may be missing, as in
+      records to predict them for.
 
   Returns:
     {name: value in its one form}:
@@ -59,14 +60,15 @@ def check(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
   """
   out = {name: _CHECKS.get(name, _string)(name, value) for name, value in found.items()}
   for name in _TEXTS.get(kind, ()):
-    if not out[name].strip():
+    if name in out and not out[name].strip():
       raise Unusable(EMPTY, f"{name} has no text but white space")
-  if kind == "preference" and type(out["chosen"]) is not type(out["rejected"]):
+  answers = [type(out[name]) for name in ("chosen", "rejected") if name in out]
+  if len(set(answers)) > 1:
     raise TypeError("chosen and rejected must both be texts or both be messages")
   if kind == "tagging":
-    _check_tags(out["words"], out["tags"])
+    _check_tags(out["words"], out.get("tags"))
   if kind == "question_answering":
-    _check_answers(out["context"], out["answers"])
+    _check_answers(out["context"], out.get("answers", []))
   return out
 
 
@@ -89,8 +91,8 @@ def names(found: Mapping[str, Any]) -> list[str]:
   return out
 
 
-def _check_tags(words: list[str], tags: list[str | int]) -> None:
-  if len(words) != len(tags):
+def _check_tags(words: list[str], tags: list[str | int] | None) -> None:
+  if tags is not None and len(words) != len(tags):
     raise Unusable(UNALIGNED, f"{_count(words, 'word')}, but {_count(tags, 'tag')}")
   for number, word in enumerate(words, 1):
     if not word.strip():
