@@ -28,7 +28,7 @@ mesh.prepare_cpu()
 jax.config.update(
   "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="session")

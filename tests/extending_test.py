@@ -26,6 +26,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = "Your own files"  # its files are in the folders of all sections
 WITHOUT_CODE = {SHARED, "Inside the package"}
+SLOW = {"A model family", "Move your object into the package"}
 COPIED = ("jaxgpt", "tests", "pyproject.toml")  # what a section changes or runs
 _FENCE = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.M | re.S)
 
@@ -104,9 +105,10 @@ def run(command: str, folder: pathlib.Path, data: pathlib.Path) -> str:
     "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0",
     "COLUMNS": "200",
   }
-  env.pop("XLA_FLAGS", None)
   done = subprocess.run(
     words, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=600
   )
@@ -121,7 +123,15 @@ def test_sections_have_commands():
     assert commands(blocks) or heading in WITHOUT_CODE, f"{heading}: no command shows that it works"
 
 
-@pytest.mark.parametrize("heading", [h for h in SECTIONS if h not in WITHOUT_CODE])
+# Those that take longest are run by .ci/run.
+@pytest.mark.parametrize(
+  "heading",
+  [
+    pytest.param(h, marks=pytest.mark.slow if h in SLOW else ())
+    for h in SECTIONS
+    if h not in WITHOUT_CODE
+  ],
+)
 def test_the_example_works(heading, tmp_path, corpus):
   write(tmp_path, [*SECTIONS[SHARED], *SECTIONS[heading]])
   for command, expected in commands(SECTIONS[heading]):

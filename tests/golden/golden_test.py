@@ -18,6 +18,7 @@ from jaxgpt import config
 from jaxgpt.commands import main
 from jaxgpt.run import run_folder
 from jaxgpt.training import batches
+from tests import quick
 from tests.golden import cases
 
 GOLDEN = json.loads((cases.HERE / "golden.json").read_text())
@@ -98,13 +99,13 @@ def test_an_old_run_goes_on_with_the_same_numbers(place, name):
   check(cases.numbers(run), GOLDEN["runs"][name])
 
 
-@pytest.mark.parametrize("name", cases.RUNS)
+@pytest.mark.parametrize("name", quick.first(cases.RUNS, 2))
 def test_a_run_from_the_start_gives_the_old_numbers(place, name):
   assert main.main(cases.run_command(name)) == 0
   check(cases.numbers(place / "runs" / name), GOLDEN["runs"][name])
 
 
-@pytest.mark.parametrize("name", cases.CONFIGS)
+@pytest.mark.parametrize("name", quick.first(cases.CONFIGS, 1))
 def test_a_default_config_gives_the_old_numbers(place, name):
   unpack("run_adamw", place)
   assert main.main(cases.config_command(name)) == 0

@@ -82,7 +82,7 @@ def start(site, name, count, devices=1, env=(), args=lambda i: (), port=None, wh
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
       "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
       "--xla_backend_optimization_level=0",
     }

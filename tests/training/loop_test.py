@@ -164,6 +164,7 @@ def test_a_start_that_was_killed_before_its_config_was_written_is_made_good(fini
   assert lines(tmp_path / "run") == lines(folder)
 
 
+@pytest.mark.slow  # `tests/parallel/distributed_test.py` moves a run too
 def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   """Restored from fsdp=4 x stage=2 onto 2 devices, losses differ only by the order of sums."""
   c = tiny(mesh__data=1, mesh__fsdp=4, mesh__stage=2)

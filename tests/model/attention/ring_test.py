@@ -39,7 +39,7 @@ MODELS = {
   ),
   "recomputed": dict(model__remat="save_attention", optim__accumulate=2),
 }
-QUICK = {("dense", 2), ("windows", 4), ("masked", 2)}
+QUICK = {("windows", 4)}
 
 
 @functools.cache
