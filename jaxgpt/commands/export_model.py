@@ -4,14 +4,14 @@ import dataclasses
 from typing import Any
 
 from jaxgpt.commands import Command
-from jaxgpt.config.options import integer, option
+from jaxgpt.config.options import checkpoint_step, option
 from jaxgpt.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
   workdir: str = option(help="run folder")
-  step: int | None = integer(None, unset="the newest", help="step of the checkpoint")
+  step: int | str | None = checkpoint_step()
   to: str = option(metavar="DIR", help="folder to make")
   dtype: str = option(
     "float32", choices=("float32", "bfloat16", "float16"), help="dtype of the weights in the files"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxgpt.commands import Command
-from jaxgpt.config.options import integer, option
+from jaxgpt.config.options import checkpoint_step, integer, option
 from jaxgpt.errors import UserError
 
 _MOST_BYTES = 64 << 20  # of a file with a prompt
@@ -15,7 +15,7 @@ _MOST_BYTES = 64 << 20  # of a file with a prompt
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
   workdir: str = option(help="run folder")
-  step: int | None = integer(None, unset="the newest", help="step of the checkpoint")
+  step: int | str | None = checkpoint_step()
   prompt: str = option(
     "", help="text to continue; @FILE reads a file, @@TEXT is a text that begins with @"
   )

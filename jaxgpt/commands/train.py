@@ -54,23 +54,33 @@ def run(args: TrainOptions) -> int:
   from jaxgpt.commands.actions import backend
   from jaxgpt.hf.weight_source import WEIGHT_SOURCES
   from jaxgpt.parallel import distributed
+  from jaxgpt.tasks.in_training import EVALUATORS
   from jaxgpt.training import evaluation, loop
 
   backend.start(several=settings is not None)
   with distributed.joined(settings, args.join_timeout):
     c, origin = loaded or config.load(args.config, args.overrides)
-    step, result, stopped = loop.train(c, args.workdir, origin, WEIGHT_SOURCES)
+    outcome = loop.train(c, args.workdir, origin, WEIGHT_SOURCES, EVALUATORS)
     is_first = distributed.is_first()
+  stopped, result = outcome.stopped, outcome.result
   if stopped:
     if is_first:
       print(
-        f"stopped by {stopped.name} after step {step} of {c.train.steps}; everything is saved, "
-        "the same command goes on"
+        f"stopped by {stopped.name} after step {outcome.step} of {c.train.steps}; everything is "
+        "saved, the same command goes on"
       )
     return 128 + stopped
   if is_first:
     text = f"; validation {evaluation.describe(result)}" if result else "; no validation split"
-    print(f"done: {args.workdir} holds {step} steps{text}")
+    print(f"done: {args.workdir} holds {outcome.step} steps{text}")
+    if outcome.early:
+      print(
+        f"ended before step {c.train.steps}: {c.checkpoint.best} has not improved for "
+        f"{c.eval.patience} evaluations"
+      )
+    if outcome.best:
+      step, value = outcome.best
+      print(f"best: {c.checkpoint.best} {value:.4f} at step {step}; --step=best uses it")
   return 0
 
 

@@ -153,6 +153,26 @@ def integer(default: Any = dataclasses.MISSING, *, least: int = 0, **declaration
   return option(default, least=least, below=_2_31, **declaration)
 
 
+BEST = "best"
+
+
+def checkpoint_step() -> Any:
+  """The option of a command that uses a checkpoint: its step, or 'best' (`checkpoint.best`)."""
+
+  def parse(text: str) -> int | str:
+    if text == BEST or (text.isascii() and text.isdecimal() and int(text) < _2_31):
+      return text if text == BEST else int(text)
+    raise ValueError(f"{text!r} is neither the step of a checkpoint nor {BEST}")
+
+  return option(
+    None,
+    parse=parse,
+    metavar="N",
+    unset="the newest",
+    help=f"step of the checkpoint; {BEST}: the one that checkpoint.best kept",
+  )
+
+
 def overrides() -> Any:
   """The field of a command that takes config overrides. It holds them as the user typed them."""
   return option((), help="config overrides", overrides=True)

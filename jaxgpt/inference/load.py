@@ -15,9 +15,9 @@ from jaxgpt.inference import sampling as sampling_lib
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.run import best, init_from, run_folder
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import generation as generation_lib
-from jaxgpt.run import init_from, run_folder
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.tokenizers import chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
@@ -52,13 +52,20 @@ class Run(NamedTuple):
   generation: generation_lib.Generation
 
 
-def load(folder: epath.PathLike, step: int | None = None, use: str = "export") -> Run:
-  """Loads a run on the local devices, sharded over all of them.
+def load(
+  folder: epath.PathLike,
+  step: int | str | None = None,
+  use: str = "export",
+  devices: Sequence[jax.Device] | None = None,
+) -> Run:
+  """Loads a run on the devices, sharded over all of them.
 
   Args:
     folder: The run folder.
-    step: Step of the checkpoint. None: the newest.
+    step: Step of the checkpoint, or 'best' for the one that `checkpoint.best` kept. None: the
+      newest.
     use: What the caller wants to do with the model, one of `uses.USES`.
+    devices: The devices. None: all.
 
   Returns:
     The run. Its weights are the moving average if the run keeps one.
@@ -70,9 +77,12 @@ def load(folder: epath.PathLike, step: int | None = None, use: str = "export") -
   c = run_folder.read_config(folder)
   uses.check(c, use)  # before the weights are read
   tokenizer = tokenizer_lib.load(run_folder.tokenizer_folder(folder))
-  mesh, parts = place(c)
+  mesh, parts = place(c, devices)
   name = "ema" if c.optim.ema else "params"
-  checkpoints = checkpoints_lib.Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
+  where = folder / run_folder.CHECKPOINTS
+  if isinstance(step, str):
+    where, step = best.check(folder, step), None
+  checkpoints = checkpoints_lib.Checkpoints(where, read_only=True)
   wanted = {name: parts.state[name], "step": parts.state["step"]}
   state, _ = checkpoints.restore(wanted, step)
   checkpoints.close()
@@ -89,14 +99,17 @@ def load(folder: epath.PathLike, step: int | None = None, use: str = "export") -
   )
 
 
-def place(c: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, build_lib.Parts]:
-  """Builds a model on the local devices: sharded if they divide it, replicated otherwise.
+def place(
+  c: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> tuple[jax.sharding.Mesh, build_lib.Parts]:
+  """Builds a model on the devices: sharded if they divide it, replicated otherwise.
 
   Tries the run's own mesh, then the default mesh, then copies. A mesh with stages is skipped, since
   decoding, one token after the other, would leave most stages idle.
 
   Args:
     c: The resolved config of a run.
+    devices: The devices. None: all.
 
   Returns:
     (mesh, parts of `build.build`).
@@ -109,17 +122,19 @@ def place(c: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, build_lib.Pa
   own = [c.mesh] if c.mesh.stage == 1 else []
   for section in (*own, config.base().mesh):
     try:
-      return _place_on(c, section)
+      return _place_on(c, section, devices)
     except UserError:
       continue
-  return _place_on(c, copies)
+  return _place_on(c, copies, devices)
 
 
 def _place_on(
-  c: ml_collections.ConfigDict, section: ml_collections.ConfigDict
+  c: ml_collections.ConfigDict,
+  section: ml_collections.ConfigDict,
+  devices: Sequence[jax.Device] | None,
 ) -> tuple[jax.sharding.Mesh, build_lib.Parts]:
   """Builds a model on the mesh of one `mesh` section."""
-  mesh = mesh_lib.make(section)
+  mesh = mesh_lib.make(section, devices)
   here = c.copy_and_resolve_references()
   here.mesh.update(section)
   if here.model.attention in choose.KERNELS:  # these devices may not run the run's kernel

@@ -40,7 +40,14 @@ class Sampling(NamedTuple):
 
 # generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B), see `make`.
 Generate = Callable[
-  [PyTree, jax.typing.ArrayLike, int | jax.typing.ArrayLike, int, jax.Array, tuple[float, ...]],
+  [
+    PyTree,
+    jax.typing.ArrayLike,
+    jax.typing.ArrayLike,
+    jax.typing.ArrayLike,
+    jax.Array,
+    tuple[float, ...],
+  ],
   tuple[jax.Array, jax.Array],
 ]
 
@@ -130,10 +137,10 @@ def make(
 
   Returns:
     generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B). Each row
-    of `tokens_BS` starts with a prompt of `length` tokens, one number for all rows or [B]. The rest
-    is ignored. At most min(max_new, S - length) tokens follow it, up to the first `eos_id`, which
-    `lengths_B` does not count. `settings` is a `Sampling`, or the arguments of `sample` after its
-    key.
+    of `tokens_BS` starts with a prompt of `length` tokens. The rest is ignored. At most
+    min(max_new, S - length) tokens follow it, up to the first `eos_id`, which `lengths_B` does not
+    count. `length` and `max_new` are one number for all rows, or [B]. `settings` is a `Sampling`,
+    or the arguments of `sample` after its key.
   """
   cfg = model.cfg
   end_ids = jnp.array([eos_id] if isinstance(eos_id, int) else list(eos_id))

@@ -210,6 +210,7 @@ class Terminal(MetricWriter):
 
 WRITERS.add("terminal", Entry(Terminal))
 
+_EVALUATORS = ("task/",)  # prefixes of the metrics of `training.evaluators`
 _SHOWN = (  # metrics on the terminal: key, label, format
   ("loss", "loss", "{:.4f}"),
   ("bits_per_byte", "bits/byte", "{:.4f}"),
@@ -225,9 +226,11 @@ _SHOWN = (  # metrics on the terminal: key, label, format
 
 
 def _line(metrics: Metrics) -> str:
+  """The metrics that are shown on the terminal. Those of evaluators have a / in their names."""
+  of_evaluators = [(key, key, "{:.4f}") for key in metrics if key.startswith(_EVALUATORS)]
   return "  ".join(
     f"{label} {form.format(metrics[key])}"
-    for key, label, form in _SHOWN
+    for key, label, form in (*_SHOWN, *of_evaluators)
     if metrics.get(key) is not None
   )
 

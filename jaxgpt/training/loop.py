@@ -24,6 +24,7 @@ from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.run import best as best_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import generation as generation_lib
 from jaxgpt.run import init_from, label_names, run_lock, stop_signal, throughput
@@ -35,6 +36,7 @@ from jaxgpt.text.tokenizers.tokenizer import Tokenizer
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, evaluation, train_step
+from jaxgpt.training import evaluators as evaluators_lib
 from jaxgpt.training import metrics as metrics_lib
 
 
@@ -44,13 +46,17 @@ class Outcome(NamedTuple):
   Attributes:
     step: Steps done so far.
     result: Metrics on the whole validation split, or None if the run is not complete or the data
-      has no validation split.
+      has no validation split. Of a run that stopped early, those of its last evaluation.
     stopped: The signal that stopped the run, or None.
+    best: The best step and its value of `checkpoint.best`, or None.
+    early: The run ended before its last step, see `eval.patience`.
   """
 
   step: int
   result: evaluation.Result | None
   stopped: signal.Signals | None
+  best: tuple[int, float] | None = None
+  early: bool = False
 
 
 class _Setup(NamedTuple):
@@ -62,6 +68,7 @@ class _Setup(NamedTuple):
   parts: build_lib.Parts
   data: BatchSource
   held_out: pipeline.Batches | None
+  evaluators: Sequence[evaluators_lib.Evaluator]
 
 
 def train(
@@ -69,6 +76,7 @@ def train(
   folder: epath.PathLike,
   origin: Mapping[str, str],
   weight_sources: Sequence[init_from.WeightSource] = (),
+  evaluator_makers: Sequence[evaluators_lib.EvaluatorMaker] = (),
 ) -> Outcome:
   """Trains from the first step, or from the newest checkpoint, until the last step or a signal.
 
@@ -77,6 +85,7 @@ def train(
     folder: The run folder.
     origin: {flat key: where its value came from}, from `config.load`.
     weight_sources: Kinds of models besides run folders that `init_from` may name.
+    evaluator_makers: Make further metrics of each evaluation.
 
   Raises:
     UserError: Bad input, or a loss that is not finite.
@@ -107,20 +116,43 @@ def train(
         *data.describe(sharding.host_slice(mesh)[1]),
       ]
     )
+    context = evaluators_lib.Context(c, folder, mesh, parts, tokenizer, data.digest)
+    evaluators = [found for make in evaluator_makers if (found := make(context)) is not None]
     if held_out is None:
-      _tell([f"data.path={c.data.path!r} has no validation split: this run is not evaluated"])
-    setup = _Setup(c, folder, mesh, parts, data, held_out)
+      _tell(_not_evaluated(c, evaluators))
+    setup = _Setup(c, folder, mesh, parts, data, held_out, evaluators)
     _enter(setup, origin, tokenizer, lock)
     checkpoints = checkpoints_lib.Checkpoints(
       folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
     )
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
       state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
-      run = _Run(setup, state, means, checkpoints, stop)
-      with contextlib.closing(run):
+      with contextlib.ExitStack() as stack:
+        best = None
+        if c.checkpoint.best:
+          step = int(state["step"])
+          kept = stack.enter_context(best_lib.keeper(folder, step))
+          best = _BestCheckpoint(best_lib.of_run(folder, c.checkpoint.best, step), kept)
+        run = _Run(setup, state, means, checkpoints, stop, best)
+        stack.enter_context(contextlib.closing(run))
         outcome = run.run()
     run.note_saved()
     return outcome
+
+
+def _not_evaluated(
+  c: ml_collections.ConfigDict, evaluators: Sequence[evaluators_lib.Evaluator]
+) -> list[str]:
+  """The note on a run without a validation split.
+
+  Raises:
+    UserError: The run needs one: for the best checkpoint, or for an evaluator.
+  """
+  why = f"data.path={c.data.path!r} has no validation split"
+  if c.checkpoint.best or evaluators:
+    needs = f"checkpoint.best={c.checkpoint.best!r}" if c.checkpoint.best else "task.name"
+    raise UserError(f"{needs} needs evaluations, but {why}; prepare the data with one")
+  return [f"{why}: this run is not evaluated"]
 
 
 def _tell(lines: Sequence[str]) -> None:
@@ -210,6 +242,13 @@ def _initial_weights(
   return given.params
 
 
+class _BestCheckpoint(NamedTuple):
+  """The best evaluation, and where its weights are kept."""
+
+  best: best_lib.Best
+  kept: checkpoints_lib.Checkpoints
+
+
 class _Run:
   """One start of a run: the state, the step in flight, and the metrics."""
 
@@ -220,8 +259,10 @@ class _Run:
     means: metrics_lib.Means,
     checkpoints: checkpoints_lib.Checkpoints,
     stop: stop_signal.StopSignal,
+    best: _BestCheckpoint | None,
   ):
-    self._c, self._folder, self._mesh, self._parts, self._data, self._held_out = setup
+    self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, _ = setup
+    self._evaluators, self._best = setup.evaluators, best
     self._state, self._means, self._checkpoints, self._stop = state, means, checkpoints, stop
     self._agreement = distributed.Agreement(setup.mesh)
     self._stopped: signal.Signals | None = None
@@ -239,14 +280,22 @@ class _Run:
 
   def run(self) -> Outcome:
     """Steps until the end or a signal, saves, and evaluates a complete run."""
-    if self._step < self._c.train.steps and not self._stop_now():
+    if self._step < self._c.train.steps and not self._ends_early() and not self._stop_now():
       self._train()
     self._save()
-    if self._step < self._c.train.steps:
+    early = self._step < self._c.train.steps and self._ends_early()
+    if self._step < self._c.train.steps and not early:
       return Outcome(self._step, None, self._stopped)
     last = self._evaluate(limit=0)
     is_complete = last is not None or self._held_out is None
-    return Outcome(self._step, last, None if is_complete else self._stopped)
+    best = None if self._best is None else self._best.best
+    found = None if best is None or best.step is None else (best.step, best.value or 0.0)
+    return Outcome(self._step, last, None if is_complete else self._stopped, found, early)
+
+  def _ends_early(self) -> bool:
+    """Whether the metric has not improved for `eval.patience` evaluations."""
+    patience = self._c.eval.patience
+    return self._best is not None and 0 < patience <= self._best.best.since
 
   def _stop_soon(self) -> signal.Signals | None:
     """The signal that any process got, or None.
@@ -283,7 +332,7 @@ class _Run:
     self._timer.start()
     # A transfer that is not explicit would make the host wait for the device: it is a bug.
     with contextlib.closing(batches), jax.transfer_guard("disallow"):
-      while self._step < c.train.steps and not self._stop_soon():
+      while self._step < c.train.steps and not self._ends_early() and not self._stop_soon():
         with self._timer.waiting():
           batch = next(batches)
         self._state, metrics = compiled(self._state, batches_lib.to_devices(batch, self._mesh))
@@ -367,12 +416,29 @@ class _Run:
         )
         if self._stop_now():
           return None
+        weights = train_step.weights(self._state)
+        for evaluator in self._evaluators:
+          result |= evaluator(weights)
+        result = distributed.share(result)
         self._writers.write(self._step, "validation", result)
         note = train_step.ema_note(self._c.optim, self._step)
         if note and not self._told_ema:
           _tell([note])
           self._told_ema = True
+    self._keep_best(result)
     return result
+
+  def _keep_best(self, result: evaluation.Result) -> None:
+    """Saves the weights if the metrics of this step are the best so far."""
+    if self._best is None:
+      return
+    best, kept = self._best
+    best.add(self._step, result)
+    if best.step == self._step:
+      with self._timer.paused(), jax.transfer_guard("allow"):
+        self._writers.flush()
+        name = "ema" if self._c.optim.ema else "params"
+        kept.save({key: self._state[key] for key in (name, "step", "nonfinite_step")})
 
   def _save(self) -> None:
     """Saves a checkpoint after the metrics of its step are on disk.

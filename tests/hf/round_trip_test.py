@@ -245,7 +245,7 @@ def train_config(run, corpus, folder):
 
 def trained(run, corpus, folder, out):
   """A run of three steps from the weights of another."""
-  step, _, _ = loop.train(train_config(run, corpus, folder), out, {}, WEIGHT_SOURCES)
+  step = loop.train(train_config(run, corpus, folder), out, {}, WEIGHT_SOURCES).step
   assert step == 3
   report = json.loads((out / init_from.REPORT).read_text())
   assert not report["initialized"] and not report["left"] and not report["changed"]

@@ -100,10 +100,10 @@ def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkey
   monkeypatch.setattr(batches_lib, "to_devices", counting)
   c = config.from_dict(c.to_dict())
   c.eval.every = 0  # so that only training batches are counted
-  steps, _, stopped = train(c, tmp_path / "run")
+  steps, _, stopped, *_ = train(c, tmp_path / "run")
   assert stopped in (signal.SIGTERM, signal.SIGINT) and steps == stop_after
   monkeypatch.setattr(batches_lib, "to_devices", original)
-  steps, _, stopped = train(c, tmp_path / "run")
+  steps, _, stopped, *_ = train(c, tmp_path / "run")
   assert (steps, stopped) == (8, None)
   want = [r for r in lines(folder) if r["kind"] == "train"]
   assert [r for r in lines(tmp_path / "run") if r["kind"] == "train"] == want
@@ -168,7 +168,7 @@ def test_a_start_that_was_killed_before_its_config_was_written_is_made_good(fini
 def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   """Restored from fsdp=4 x stage=2 onto 2 devices, losses differ only by the order of sums."""
   c = tiny(mesh__data=1, mesh__fsdp=4, mesh__stage=2)
-  _, result, _ = train(c, tmp_path / "whole")
+  _, result, *_ = train(c, tmp_path / "whole")
   half = config.from_dict(c.to_dict())
   cut(half, tmp_path / "moved", at=4)
   devices = jax.devices()[:2]
@@ -257,7 +257,7 @@ def cut(c, folder, at):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(batches_lib, "to_devices", counting)
-    steps, _, _ = train(c, folder)
+    steps, *_ = train(c, folder)
   assert steps == at
 
 

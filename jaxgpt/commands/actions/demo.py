@@ -55,7 +55,7 @@ def main(folder: epath.PathLike, out: console.Console | None = None) -> int:
   overrides, path = [f"--config.data.path={data}"], config_path()
   _heading(out, "training", f"jaxgpt train --config={path} {overrides[0]} --workdir={run_folder}")
   c, origin = config.load(path, overrides)
-  _, _, stopped = loop.train(c, run_folder, origin)
+  stopped = loop.train(c, run_folder, origin).stopped
   if stopped:
     out.print(f"stopped by {stopped.name}; the same command goes on")
     return 128 + stopped

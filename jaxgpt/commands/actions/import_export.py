@@ -220,7 +220,7 @@ def export_run(
   folder: epath.PathLike,
   out: epath.PathLike,
   *,
-  step: int | None = None,
+  step: int | str | None = None,
   dtype: str = "float32",
   shard_bytes: int = 5 << 30,
   family: str | None = None,
@@ -233,7 +233,7 @@ def export_run(
   Args:
     folder: The run folder.
     out: The folder to make.
-    step: Step of the checkpoint. None: the newest.
+    step: Step of the checkpoint, or 'best'. None: the newest.
     dtype: Dtype of the tensors, a key of `weights.DTYPES`.
     shard_bytes: Largest size of a file.
     family: Name of the family. None: the first that has the model's fields.
@@ -301,7 +301,7 @@ def export_adapter(
   folder: epath.PathLike,
   out: epath.PathLike,
   *,
-  step: int | None = None,
+  step: int | str | None = None,
   base: str | None = None,
   family: str | None = None,
 ) -> list[str]:
@@ -312,7 +312,7 @@ def export_adapter(
   Args:
     folder: The folder of a run with model.lora.rank > 0.
     out: The folder to make.
-    step: Step of the checkpoint. None: the newest.
+    step: Step of the checkpoint, or 'best'. None: the newest.
     base: Address of the base model in Hugging Face's format, which the adapter refers to. None: the
       run's init_from.
     family: As in `export_run`.

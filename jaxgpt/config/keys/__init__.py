@@ -13,6 +13,7 @@ from jaxgpt.config.keys.training import (
   OBJECTIVE,
   OPTIM,
   SCHEDULE,
+  TASK,
   TRAIN,
 )
 from jaxgpt.config.schema import Interval, Key, Section
@@ -44,6 +45,7 @@ DECLARATIONS = Section(
     schedule=SCHEDULE,
     train=TRAIN,
     eval=EVAL,
+    task=TASK,
     checkpoint=CHECKPOINT,
     log=LOG,
     mesh=MESH,

@@ -135,11 +135,12 @@ BEYOND_THE_ORIGINAL = _on(
 )
 SEVERAL_FOLDERS = _on("several folders in data.path", lambda c: "," in c.data.path, "data.path")
 USER_FILES = _on(
-  "a value FILE.py:NAME of optim.name, objective.name or schedule.name",
-  lambda c: any(_OF_A_USER in x.name for x in (c.optim, c.objective, c.schedule)),
+  "a value FILE.py:NAME of optim.name, objective.name, schedule.name or task.name",
+  lambda c: any(_OF_A_USER in x.name for x in (c.optim, c.objective, c.schedule, c.task)),
   "optim.name",
   "objective.name",
   "schedule.name",
+  "task.name",
 )
 SEES_ITS_TEXT = _on(
   "model.causal=False, since the first token of a causal model sees no other (the last sees all)",

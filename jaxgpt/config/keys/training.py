@@ -314,6 +314,49 @@ EVAL = Section(
       unset="`data.batch_size`",
       interval=AT_LEAST_1,
     ),
+    patience=Key(
+      0,
+      "End the run after this many evaluations in a row without a better `checkpoint.best`. 0: "
+      "never.",
+      interval=AT_LEAST_0,
+      needs=set_to_something("checkpoint.best"),
+    ),
+  ),
+  free_on_resume=True,
+)
+
+TASK = Section(
+  "A task whose metrics each evaluation also computes, on rows of a file.",
+  dict(
+    name=Key(
+      "",
+      "Task, such as summarization, or FILE.py:NAME for your own. Its metrics are called task/… "
+      "in the log. Empty: none.",
+    ),
+    data=Key(
+      "",
+      "Files of rows with answers, as for `jaxgpt data`, separated by commas. Not those that the "
+      "run is trained on.",
+      needs=set_to_something("task.name"),
+    ),
+    rows=Key(
+      500,
+      "Rows per evaluation, the first of the files. 0: all.",
+      interval=AT_LEAST_0,
+      needs=set_to_something("task.name"),
+    ),
+    batch_size=Key(
+      32,
+      "Rows of a batch on each device.",
+      interval=AT_LEAST_1,
+      needs=set_to_something("task.name"),
+    ),
+    max_new=Key(
+      200,
+      "Most tokens of a generated text.",
+      interval=AT_LEAST_1,
+      needs=set_to_something("task.name"),
+    ),
   ),
   free_on_resume=True,
 )
@@ -329,6 +372,11 @@ CHECKPOINT = Section(
       0,
       "Also keep every checkpoint whose step is a multiple of this. 0: none.",
       interval=AT_LEAST_0,
+    ),
+    best=Key(
+      "",
+      "Also keep the weights of the evaluation with the best value of this metric, such as loss, "
+      "accuracy or task/rougeL. `--step=best` uses them. Empty: none.",
     ),
   ),
   free_on_resume=True,

@@ -103,6 +103,11 @@ def _by_suffix(file: files.File) -> Format | None:
   return next((form for form in FORMATS.values() if suffix in form.suffixes), None)
 
 
+def is_text(file: files.File) -> bool:
+  """Whether a file's suffix is that of a text, or unknown, so that the file is one document."""
+  return (_by_suffix(file) or FORMATS["text"]) is FORMATS["text"]
+
+
 def read(file: files.File, want: records.Want, name: str | None = None) -> Iterator[records.Item]:
   """Reads the records of a file.
 

@@ -1,0 +1,79 @@
+"""What `jaxgpt predict` does."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxgpt.commands.actions import backend
+from jaxgpt.config import user_code
+from jaxgpt.errors import UserError
+from jaxgpt.inference import load, sampling
+from jaxgpt.parallel import cluster, distributed
+from jaxgpt.storage import files, strict_json
+from jaxgpt.tasks import scoring, task
+from jaxgpt.tasks.predict import job, protocol, registry, rows
+from jaxgpt.text.readers import documents
+from jaxgpt.training import train_step
+
+_STREAM = "-"
+
+
+def run(args: Any) -> None:
+  """Runs the command. `args` are its options."""
+  settings = cluster.find(args.coordinator, args.num_processes, args.process_id)
+  if settings is not None and _STREAM in (args.input, args.output):
+    raise UserError("several processes need files: give --input and --output other than -")
+  if args.task and args.output == _STREAM:
+    raise UserError(f"--task={args.task} scores a file: give --output another value than -")
+  found = task.find(args.task) if args.task else None  # a wrong name ends the command at once
+  if args.json and not found:
+    raise UserError("--json prints the scores of --task: add it, or leave --json out")
+  backend.start(several=settings is not None)
+  with distributed.joined(settings), _listed(args) as (listed, form):
+    _predict(args, listed, form, found)
+
+
+@contextlib.contextmanager
+def _listed(args: Any) -> Iterator[tuple[list[files.File], str | None]]:
+  """The files of --input and their format."""
+  if args.input == _STREAM:
+    with rows.standard_input() as (spool, form):
+      yield [spool], args.format or form
+  else:
+    yield documents.find(args.input), args.format
+
+
+def _predict(
+  args: Any, listed: list[files.File], form: str | None, scored: task.Task | None
+) -> None:
+  loaded = load.load(args.workdir, args.step, devices=jax.local_devices())
+  draws = sampling.Sampling(temperature=args.temperature, top_p=args.top_p)
+  settings = protocol.Settings(args.batch_size, args.max_new, draws, args.seed)
+  made = registry.make(loaded, args.kind, settings)
+  if scored:
+    scored.check_kind(made.kind)
+  if note := train_step.ema_note(loaded.c.optim, loaded.step):
+    job.say(note)
+  reading = dict(fields=dict(args.field), form=form, encoding=args.encoding)
+  read = lambda: rows.read(listed, made.kind, **reading)
+  predict = lambda chunk, number: job.predict_rows(made, loaded.params, chunk, number)
+  if args.output == _STREAM:
+    account = job.stream(predict, read(), sys.stdout)
+  else:
+    identity = {
+      "config": user_code.digest(loaded.c.to_json()),
+      "step": loaded.step,
+      "kind": made.kind,
+      "settings": [*settings[:2], list(draws), settings.seed],
+    }
+    account = job.run(predict, read(), args.output, identity, job.say)
+  if not distributed.is_first():
+    return
+  for text in account.lines():
+    job.say(text)
+  if scored:
+    report = scoring.of_file(scored, read(), args.output)
+    print(strict_json.dumps(report.to_json(), indent=1) if args.json else "\n".join(report.lines()))

@@ -1,0 +1,49 @@
+"""The protocol of predictors: rows in, predictions out, with the weights given at each call."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from jaxgpt.errors import UserError
+from jaxgpt.inference.sampling import Sampling
+from jaxgpt.tasks.predict.rows import Row
+from jaxgpt.tree import PyTree
+
+Prediction: TypeAlias = dict[str, Any]
+
+
+class Settings(NamedTuple):
+  """How a predictor works.
+
+  Attributes:
+    rows: Rows of a batch, on each device.
+    max_new: Most tokens of a generated text.
+    sampling: How its tokens are drawn.
+    seed: Seed of the draws.
+  """
+
+  rows: int = 32
+  max_new: int = 200
+  sampling: Sampling = Sampling(temperature=0.0)
+  seed: int = 0
+
+
+class Predictor(Protocol):
+  """Predicts for the rows of one chunk.
+
+  Attributes:
+    kind: The kind of the rows, a key of `KINDS`.
+  """
+
+  kind: str
+
+  def __call__(
+    self, params: PyTree, rows: Sequence[Row], chunk: int = 0
+  ) -> list[Prediction | UserError]:
+    """The prediction for each row, or the reason why there is none.
+
+    Args:
+      params: All weights, on the mesh.
+      rows: Rows without a problem.
+      chunk: Number of the chunk, which seeds random draws.
+    """
+    ...
