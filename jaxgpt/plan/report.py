@@ -192,7 +192,7 @@ def table(f: Figures) -> Iterator[str]:
     f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} {kind}-hours"
     + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}")
   )
-  yield f"figure of merit {f['merit'] * 1e6:.2f} µs per token and device, without kernels"
+  yield f"figure of merit {f['merit'] * 1e6:.2f} device-µs per token, without kernels"
   options = " ".join(f"{name}={value}" for name, value in f["options"].items())
   yield f"XLA's options   {options or 'defaults'}"
 

@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
     c: The resolved config with the changes.
     changes: {config key: value}.
     bytes: Estimated memory per device.
-    merit: Estimated seconds per token and device.
+    merit: Estimated device-seconds per token.
   """
 
   c: ml_collections.ConfigDict
@@ -323,7 +323,7 @@ def describe(changes: Mapping[str, Any]) -> str:
   rows //= mesh_lib.num_batch_shards(sizes)
   again = f" x {changes['optim.accumulate']}" if changes["optim.accumulate"] > 1 else ""
   return f"{axes or 'one device'}, {rows}{again} rows, {changes['model.remat']}" + (
-    f", {changes['model.materialize']} written" if "model.materialize" in changes else ""
+    f", materialize {changes['model.materialize']}" if "model.materialize" in changes else ""
   )
 
 
@@ -366,8 +366,9 @@ def why(result: Result, best: Result) -> str:
 def table(results: Sequence[Result]) -> Iterator[str]:
   """Lines with the results of `search`, and the flags for the best one."""
   best = results[0]
+  width = max(len(describe(r.candidate.changes)) for r in results)
   yield ""
-  yield f"{'plan':<62} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'est.':>6}  "
+  yield f"{'plan':<{width}} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'est.':>6}"
   for r in results:
     f = r.figures
     found = (
@@ -375,7 +376,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     )
     note = "best" if r is best and r.fits else why(r, best)
     yield (
-      f"{describe(r.candidate.changes):<62} {found} {r.gib:>6} "
+      f"{describe(r.candidate.changes):<{width}} {found} {r.gib:>6} "
       f"{r.candidate.bytes / GIB:>6.2f}  {note}"
     )
   yield ""

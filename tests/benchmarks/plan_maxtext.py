@@ -1,4 +1,4 @@
-"""Microseconds per token and chip, by the TPU compiler's schedule: our plans and MaxText's recipes.
+"""Chip-microseconds per token, by the TPU compiler's schedule: our plans and MaxText's recipes.
 
   python tests/benchmarks/plan_maxtext.py [WORKLOAD...]
 
@@ -116,14 +116,14 @@ train_compile.main(["", base, *arguments])
 
 
 def merit(text, where, tokens):
-  """Returns µs per token and chip, from the text of a compiled program."""
+  """Returns chip-µs per token, from the text of a compiled program."""
   found = cost.of_program(hlo.parse(text))
   seconds = sum(found.cycles.values()) / where.chip.clock
   return (seconds + found.bytes("exposed") / where.chip.ici_bandwidth) / tokens * 1e6
 
 
 def ours(work, rows, remat, tensor=1):
-  """Compiles our step: (µs per token and chip, GiB)."""
+  """Compiles our step: (chip-µs per token, GiB)."""
   where = topology.parse(work.where)
   overrides = {
     "data.seq_len": work.length,
@@ -145,7 +145,7 @@ def ours(work, rows, remat, tensor=1):
 
 
 def maxtext(work):
-  """Compiles MaxText's step: µs per token and chip. None if MaxText is not installed."""
+  """Compiles MaxText's step: chip-µs per token. None if MaxText is not installed."""
   if not importlib.util.find_spec("maxtext"):
     return None
   rows, remat = work.theirs
