@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jaxgpt.text.filters import clean_steps, step_specs
-from jaxgpt.text.filters.datatrove_blocks import Run
+from jaxgpt.text.filters.datatrove_blocks import CleanText
 from jaxgpt.text.readers.documents import Document, Dropped
 from jaxgpt.text.readers.fields import LABELS
 
@@ -111,7 +111,7 @@ def _beginning(text: str) -> str:
 _NAMES = (*LABELS, "id", "role", "from", "type", "name", "tool_call_id", "tools")
 
 
-def _map_fields(run: Run, value: Any, key: str | None = None) -> Any:
+def _map_fields(run: CleanText, value: Any, key: str | None = None) -> Any:
   """Cleans all strings of a field, except those of `_NAMES`."""
   if key in _NAMES:
     return value
@@ -124,7 +124,7 @@ def _map_fields(run: Run, value: Any, key: str | None = None) -> Any:
 
 class _Step(NamedTuple):
   name: str
-  run: Run
+  run: CleanText
   rewrites: bool  # see `CleaningStep`
   pages: bool  # skip documents that are not HTML pages
 

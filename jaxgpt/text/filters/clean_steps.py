@@ -17,7 +17,7 @@ from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, optional
 from jaxgpt.text.filters import datatrove_blocks
 from jaxgpt.text.filters import words as words_of
-from jaxgpt.text.filters.datatrove_blocks import Run
+from jaxgpt.text.filters.datatrove_blocks import CleanText
 from jaxgpt.text.filters.step_specs import Option
 
 
@@ -32,7 +32,7 @@ class CleaningStep(NamedTuple):
       documents.
   """
 
-  build: Callable[..., Run]
+  build: Callable[..., CleanText]
   options: Mapping[str, Option]
   summary: str
   rewrites: bool = False
@@ -41,14 +41,16 @@ class CleaningStep(NamedTuple):
 STEPS: Registry[CleaningStep] = Registry("--clean")
 
 
-def _unicode(spec: str, *, form: str) -> Run:
+def _unicode(spec: str, *, form: str) -> CleanText:
   if form not in ("NFC", "NFD", "NFKC", "NFKD"):
     raise UserError(f"--clean={spec}: form={form!r}; choose one of NFC, NFD, NFKC, NFKD")
   normalize: Any = unicodedata.normalize  # its type wants a literal; `form` was checked above
   return lambda text: (normalize(form, text), None)
 
 
-def _length(spec: str, *, min_chars: int, max_chars: int, min_words: int, max_words: int) -> Run:
+def _length(
+  spec: str, *, min_chars: int, max_chars: int, min_words: int, max_words: int
+) -> CleanText:
   del spec
 
   def run(text: str) -> tuple[str, str | None]:
@@ -64,7 +66,7 @@ def _length(spec: str, *, min_chars: int, max_chars: int, min_words: int, max_wo
   return run
 
 
-def _repeated_lines(spec: str, *, min_chars: int) -> Run:
+def _repeated_lines(spec: str, *, min_chars: int) -> CleanText:
   del spec
 
   def run(text: str) -> tuple[str, str | None]:
@@ -79,13 +81,13 @@ def _repeated_lines(spec: str, *, min_chars: int) -> Run:
   return run
 
 
-def _ftfy(spec: str, **options: Any) -> Run:
+def _ftfy(spec: str, **options: Any) -> CleanText:
   optional("ftfy", datatrove_blocks.EXTRA, f"--clean={spec}")
   block = datatrove_blocks.module("pipeline.formatters.ftfy").FTFYFormatter(**options)
   return lambda text: (block.format(text), None)
 
 
-def _pii(spec: str, **options: Any) -> Run:
+def _pii(spec: str, **options: Any) -> CleanText:
   del spec
   block = datatrove_blocks.module("pipeline.formatters.pii").PIIFormatter(**options)
 
@@ -97,7 +99,7 @@ def _pii(spec: str, **options: Any) -> Run:
   return run
 
 
-def _html(spec: str, *, timeout: float, favour_precision: bool) -> Run:
+def _html(spec: str, *, timeout: float, favour_precision: bool) -> CleanText:
   optional("trafilatura", datatrove_blocks.EXTRA, f"--clean={spec}")
   # `deduplicate` would remember paragraphs of other documents.
   block = datatrove_blocks.module("pipeline.extractors.trafilatura").Trafilatura(
@@ -147,7 +149,7 @@ def _deadline(seconds: float) -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def _language(spec: str, *, model: str, keep: tuple[str, ...], threshold: float) -> Run:
+def _language(spec: str, *, model: str, keep: tuple[str, ...], threshold: float) -> CleanText:
   if not os.path.isfile(model):
     raise UserError(
       f"--clean={spec}: model={model!r} is no file; name a fastText model such as "

@@ -11,7 +11,7 @@ from jaxgpt.text.filters import words as words_of
 EXTRA = "data"  # the extra that installs datatrove
 
 # text -> (cleaned text, None), or (text, reason to drop it)
-Run: TypeAlias = Callable[[str], tuple[str, str | None]]
+CleanText: TypeAlias = Callable[[str], tuple[str, str | None]]
 
 
 def module(name: str) -> types.ModuleType:
@@ -45,7 +45,7 @@ def word_tokenizer() -> Any:
   return Words()
 
 
-def quality_filter(module_name: str, class_name: str, **fixed: Any) -> Callable[..., Run]:
+def quality_filter(module_name: str, class_name: str, **fixed: Any) -> Callable[..., CleanText]:
   """Makes the `build` function of a cleaning step from one of datatrove's filters.
 
   Args:
@@ -54,7 +54,7 @@ def quality_filter(module_name: str, class_name: str, **fixed: Any) -> Callable[
     **fixed: Arguments of the class that users don't set.
   """
 
-  def build(spec: str, **options: Any) -> Run:
+  def build(spec: str, **options: Any) -> CleanText:
     del spec
     Document = module("data").Document
     block = getattr(module(f"pipeline.filters.{module_name}"), class_name)(
