@@ -53,7 +53,7 @@ NOT_RUN = {
 # A digest, or a number.
 _NUMBER = re.compile(r"\b(?=\w*\d)[0-9a-f]{12}\b|\d[\d,.]*(?:e[-+]?\d+)?")
 # Printed only after a Ctrl-C, which the pages show in blocks of their own that are not run.
-_AFTER_AN_INTERRUPT = "goes on from step"
+_AFTER_AN_INTERRUPT = "resumes at step"
 
 
 class Done(NamedTuple):

@@ -67,7 +67,7 @@ def run(args: TrainOptions) -> int:
     if is_first:
       print(
         f"stopped by {stopped.name} after step {outcome.step} of {c.train.steps}; everything is "
-        "saved, the same command goes on"
+        "saved: run the same command to resume"
       )
     return 128 + stopped
   if is_first:

@@ -43,7 +43,7 @@ class Resume(NamedTuple):
       return f"starts at step 0 of {steps}{repeats}"
     if self.step >= steps:
       return f"all {steps} steps are done"
-    return f"goes on from step {self.step} of {steps}{repeats}"
+    return f"resumes at step {self.step} of {steps}{repeats}"
 
 
 def find(folder: epath.PathLike) -> Resume:

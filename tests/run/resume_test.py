@@ -37,8 +37,8 @@ def run(tmp_path):
   "steps, metrics, starts, line",
   [
     ((), (), (), "starts at step 0 of 40"),
-    ((0,), (), ({"step": 0, "saved": 0},), "goes on from step 0 of 40"),
-    ((10, 20, "30.orbax-checkpoint-tmp"), (10, 20), ({},), "goes on from step 20 of 40"),
+    ((0,), (), ({"step": 0, "saved": 0},), "resumes at step 0 of 40"),
+    ((10, 20, "30.orbax-checkpoint-tmp"), (10, 20), ({},), "resumes at step 20 of 40"),
     # Killed before the first checkpoint was complete: the save of step 20 would wait for it.
     (
       (),
@@ -46,7 +46,7 @@ def run(tmp_path):
       ({"step": 0},),
       "starts at step 0 of 40; metrics.jsonl ends at step 20: 20 steps",
     ),
-    ((10,), (12,), ({},), "goes on from step 10 of 40; metrics.jsonl ends at step 12: 2 steps"),
+    ((10,), (12,), ({},), "resumes at step 10 of 40; metrics.jsonl ends at step 12: 2 steps"),
     ((40,), (40,), ({"saved": 40},), "all 40 steps are done"),
   ],
 )

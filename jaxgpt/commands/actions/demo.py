@@ -57,7 +57,7 @@ def main(folder: epath.PathLike, out: console.Console | None = None) -> int:
   c, origin = config.load(path, overrides)
   stopped = loop.train(c, run_folder, origin).stopped
   if stopped:
-    out.print(f"stopped by {stopped.name}; the same command goes on")
+    out.print(f"stopped by {stopped.name}; run the same command to resume")
     return 128 + stopped
 
   _heading(out, "evaluation", f"jaxgpt evaluate --workdir={run_folder} --split=test")

@@ -90,7 +90,7 @@ def cluster() -> Iterator[Finding]:
   if finding:
     yield finding
   elif settings is None:
-    yield Finding(OK, "processes", "1: neither settings nor a cluster name others")
+    yield Finding(OK, "processes", "1: there are no launcher settings and no cluster")
   elif settings.coordinator:
     yield Finding(
       OK,

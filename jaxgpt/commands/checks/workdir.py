@@ -125,7 +125,7 @@ def room(free: int, known: Known) -> Finding:
   need = one * (keep + 1)  # the new one is complete before the oldest is deleted
   text = (
     f"{size_text(free)} free; a checkpoint takes {size_text(one)}, and checkpoint.keep="
-    f"{keep} needs {size_text(need)} while one is saved"
+    f"{keep} needs {size_text(need)}: {keep} and the one being written"
   )
   if free < 2 * one:
     return Finding(PROBLEM, "room", f"{text}: make room, or choose another --workdir")
