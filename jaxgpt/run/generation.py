@@ -114,15 +114,17 @@ def of_training(
     return None, []
   before = read(c.init_from, tokenizer) if c.init_from else Generation({_EOS: []})
   manifests = [shards.read_manifest(folder) for folder in pipeline.folders(c.data.path)]
-  names = dict.fromkeys(manifest.get("chat_template") for manifest in manifests)
+  used = dict.fromkeys(
+    (m.get("chat_template"), strict_json.dumps(m.get("template_variables", {}))) for m in manifests
+  )
   ends, notices = list(before.end_ids), list[str]()
   templates = list[chat_template.Template]()
-  for name in names:
+  for name, variables in used:
     if name is None:
       ends.append(tokenizer.eos_id)
       continue
     try:
-      templates.append(chat_template.load(name, tokenizer))
+      templates.append(chat_template.load(name, tokenizer, variables=json.loads(variables)))
     except UserError as e:  # jinja2 is not installed here
       notices.append(f"the end tokens of the chat template {name!r} are not known: {e}")
       continue

@@ -106,6 +106,9 @@ def show(
   return itertools.chain([head], _rows(batches, 0, range(rows), _Texts(tokenizer, chars)))
 
 
+MARKS = "«»"  # around the tokens that a labelled example trains on
+
+
 @dataclasses.dataclass(frozen=True)
 class _Texts:
   """Lines that show tokens as text.
@@ -118,9 +121,19 @@ class _Texts:
   tokenizer: tokenizer_lib.Tokenizer
   chars: int
 
-  def lines(self, ids: ArrayLike) -> Iterator[str]:
-    """The text of the tokens, cut to `chars`."""
-    text = self.tokenizer.decode(ids, specials=True)
+  def lines(self, ids: ArrayLike, learned: np.ndarray | None = None) -> Iterator[str]:
+    """The text of the tokens, cut to `chars`, with each run of learned ones in `MARKS`."""
+    ids = np.asarray(ids)
+    if learned is None:
+      text = self.tokenizer.decode(ids, specials=True)
+    else:
+      cuts = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+      runs = [
+        (self.tokenizer.decode(ids[a:b], specials=True), learned[a])
+        for a, b in itertools.pairwise(cuts)
+        if a < b
+      ]
+      text = "".join(f"{MARKS[0]}{t}{MARKS[1]}" if is_learned else t for t, is_learned in runs)
     if self.chars and len(text) > self.chars:
       text = f"{text[: self.chars]}… ({len(text) - self.chars:,} more characters)"
     for line in text.split("\n"):
@@ -204,8 +217,10 @@ def _span(
   )
   has_weight = arrays["loss_weights"] > 0
   if is_shifted:
-    yield from texts.lines([*arrays["tokens"], arrays["targets"][-1]])
-    if not has_weight.all():
+    ids = [*arrays["tokens"], arrays["targets"][-1]]
+    labelled = split.trained(doc) is not None
+    yield from texts.lines(ids, np.concatenate(([False], has_weight)) if labelled else None)
+    if labelled or not has_weight.all():
       yield texts.learned("learned", arrays["targets"], has_weight)
   else:
     yield from texts.lines(arrays["tokens"])

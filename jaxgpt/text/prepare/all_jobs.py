@@ -331,6 +331,7 @@ class AllJobs:
       self._options.kind,
       label_names,
       template,
+      template_variables=dict(self._options.template_variables),
       split_by=self._options.split_by,
       own_files=sorted(self._options.own_files),
       about=about,

@@ -1,6 +1,8 @@
 """The options of a preparation: arguments of `prepare.prepare` and of `jaxgpt data`."""
 
 import dataclasses
+import json
+from typing import Any
 
 from jaxgpt.config import options
 from jaxgpt.config.options import Group, key_value, option
@@ -171,6 +173,21 @@ class Options:
     help="chat template for kinds chat and preference: simple, chatml, llama3, gemma, …, or "
     "tokenizer for the template that came with the tokenizer",
   )
+  template_variables: tuple[tuple[str, Any], ...] = option(
+    (),
+    flag="template-variable",
+    metavar="NAME=VALUE",
+    parse=key_value(json.loads),
+    group=TOKENS,
+    help="variable of the template that came with the tokenizer, such as enable_thinking=false; a "
+    "conversation's own column chat_template_kwargs comes first",
+  )
+  train_on: str = option(
+    "all",
+    choices=("all", "last"),
+    group=TOKENS,
+    help="assistant's messages of a chat to train on: all, or those after the last user's message",
+  )
   sample_bytes: int = option(
     4_000_000, least=1, group=TOKENS, help="bytes of training text to train a tokenizer on"
   )
@@ -223,6 +240,16 @@ class Options:
       raise UserError(
         f"template={self.template!r} is for kind=chat and preference, not for kind={self.kind}; "
         "leave it out"
+      )
+    if self.template_variables and self.kind not in _TEMPLATED:
+      name, value = self.template_variables[0]
+      raise UserError(
+        f"template_variables={name}={value} are for kind=chat and preference, not for "
+        f"kind={self.kind}; leave them out"
+      )
+    if self.train_on != "all" and self.kind != "chat":
+      raise UserError(
+        f"train_on={self.train_on!r} is for kind=chat, not for kind={self.kind}; leave it out"
       )
     if self.decontaminate_options and not self.decontaminate:
       raise UserError(

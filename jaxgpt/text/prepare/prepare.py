@@ -117,9 +117,12 @@ def _check_options(options: Options, files: Sequence[File]) -> None:
     if path != filtering.HELD_OUT:
       documents.find(path)
   tokenizer = all_jobs.given_tokenizer(options)
-  if options.kind == "chat" or options.template:
+  if options.kind == "chat" or options.template or options.template_variables:
     # A tokenizer that is still to be trained will have the special tokens of the byte tokenizer.
-    chat_template.load(options.template, tokenizer or tokenizers.ByteTokenizer())
+    variables = dict(options.template_variables)
+    chat_template.load(
+      options.template, tokenizer or tokenizers.ByteTokenizer(), variables=variables
+    )
 
 
 @dataclasses.dataclass(frozen=True)

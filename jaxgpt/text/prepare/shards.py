@@ -312,6 +312,7 @@ def make_manifest(
   kind: str = "text",
   label_names: Sequence[str] = (),
   template: str | None = None,
+  template_variables: Mapping[str, Any] | None = None,
   split_by: str = "",
   own_files: Sequence[str] = (),
   about: Mapping[str, Any] | None = None,
@@ -325,6 +326,7 @@ def make_manifest(
     kind: Kind of the data, a key of `kinds.KINDS`.
     label_names: Names of the classes, in order.
     template: Name of the chat template, if one was applied.
+    template_variables: Its variables, where a conversation did not set them.
     split_by: Column that decided the splits, if it was not the text.
     own_files: Held-out splits that have files of their own.
     about: Values of `NOT_CONTENT`. Those that are 0 or empty are left out.
@@ -357,6 +359,8 @@ def make_manifest(
       key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes")
     },
   }
+  if template and template_variables:
+    manifest["template_variables"] = dict(template_variables)
   manifest |= {"split_by": split_by} if split_by else {}
   manifest |= {"own_files": list(own_files)} if own_files else {}
   manifest["digest"] = manifest_digest(manifest)

@@ -13,6 +13,7 @@ from jaxgpt.text.readers import messages
 
 UNALIGNED = "unaligned tags"
 NO_ANSWER = "answer not in context"
+ROLE_ORDER = "role order"
 EMPTY = "empty"
 
 # Fields that are labels: no part of a document's text, and never cleaned.
@@ -51,7 +52,8 @@ def check(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
       label              a string or a number
       labels             a list of different strings and numbers
       answers            a list of {'text': str, 'answer_start': int}, [] without an answer
-      messages, tools    see `messages`
+      messages, tools, chat_template_kwargs
+                         see `messages`
       others             strings
 
   Raises:
@@ -69,12 +71,14 @@ def check(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
     _check_tags(out["words"], out.get("tags"))
   if kind == "question_answering":
     _check_answers(out["context"], out.get("answers", []))
+  if kind == "chat":
+    _check_turns(out["messages"])
   return out
 
 
 def texts(name: str, value: Any) -> list[str]:
   """The strings of a checked field that belong to the document's text."""
-  if name in LABELS or name == "tools":
+  if name in LABELS or name in ("tools", "chat_template_kwargs"):
     return []
   if name == "words":
     return [" ".join(value)]
@@ -115,6 +119,14 @@ def _check_answers(context: str, answers: list[dict[str, Any]]) -> None:
       raise Unusable(
         NO_ANSWER, f"answer {_short(text)} is not at answer_start={start} of the context{there}"
       )
+
+
+def _check_turns(turns: list[dict[str, Any]]) -> None:
+  if problem := messages.order_problem(turns):
+    raise Unusable(ROLE_ORDER, problem)
+  answers = [m for m in turns if m["role"] == "assistant" and m.get("weight") != 0]
+  if answers and not any(word.strip() for m in answers for word in messages.words(m)):
+    raise Unusable(EMPTY, "no answer of the assistant has text but white space")
 
 
 def _short(text: str) -> str:
@@ -227,6 +239,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
   "answers": _answers,
   "messages": _messages,
   "tools": lambda name, value: messages.tools(value),
+  "chat_template_kwargs": lambda name, value: messages.variables(name, value),
   "prompt": _text_or_messages,
   "chosen": _text_or_messages,
   "rejected": _text_or_messages,

@@ -5,8 +5,9 @@ KINDS = {
   "text": ("text",),
   "classification": ("text", "[text_pair]", "label"),
   "seq2seq": ("input", "target"),
-  "chat": ("messages", "[tools]"),
-  "preference": ("[prompt]", "chosen", "rejected", "[tools]"),  # no prompt: an empty one
+  "chat": ("messages", "[tools]", "[chat_template_kwargs]"),
+  # No prompt: an empty one.
+  "preference": ("[prompt]", "chosen", "rejected", "[tools]", "[chat_template_kwargs]"),
   "multi_label": ("text", "[text_pair]", "labels"),
   "tagging": ("words", "tags"),
   "question_answering": ("question", "context", "answers"),

@@ -1,12 +1,15 @@
 """The messages of a conversation: the forms that are read, and the words in them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # one thing under three names
 # Fields of an assistant's message that it says besides its content.
-SAID = (*REASONING, "tool_calls", "function_call")
+_CALLS = ("tool_calls", "function_call")
+SAID = (*REASONING, *_CALLS)
+_FIRST = ("system", "developer")
+_RESULTS = ("tool", "function")
 
 
 def problem(message: Any) -> str:
@@ -31,6 +34,27 @@ def problem(message: Any) -> str:
   weight = message.get("weight")
   if weight is not None and (isinstance(weight, str) or weight not in (0, 1)):
     return f"its weight is {weight!r}, not one of the numbers 0 and 1"
+  return ""
+
+
+def order_problem(messages: Sequence[Mapping[str, Any]]) -> str:
+  """The reason why the roles of a conversation stand in a wrong order, or ''.
+
+  System messages come first. The assistant does not begin, and a tool's result follows a call, or
+  another result. Two messages of one role in a row are allowed.
+  """
+  before, called = "", False
+  for number, message in enumerate(messages, 1):
+    role = message["role"]
+    where = f"message {number} has role {role!r}"
+    if role in _FIRST and before and before not in _FIRST:
+      return f"{where}, but stands after one of role {before!r}; system messages come first"
+    if role == "assistant" and (not before or before in _FIRST):
+      return f"{where}, but no user's message comes before it"
+    if role in _RESULTS and not called:
+      return f"{where}, but no assistant's message with tool_calls comes right before it"
+    called = role in _RESULTS or (role == "assistant" and any(message.get(k) for k in _CALLS))
+    before = role
   return ""
 
 
@@ -67,3 +91,23 @@ def tools(value: Any) -> list[dict[str, Any]]:
   if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
     raise TypeError(f"tools is {value!r:.60}, not a list of JSON schemas")
   return value
+
+
+def variables(name: str, value: Any) -> dict[str, Any]:
+  """Variables of a chat template: an object, or the JSON text of one.
+
+  Args:
+    name: Name of the field, for messages.
+    value: Its value.
+
+  Raises:
+    TypeError: It is neither.
+  """
+  if isinstance(value, str):
+    try:
+      value = json.loads(value)
+    except (ValueError, RecursionError) as e:
+      raise TypeError(f"{name} is a string, but not JSON: {e}") from e
+  if not isinstance(value, Mapping):
+    raise TypeError(f"{name} is {value!r:.60}, not an object such as {{'enable_thinking': false}}")
+  return dict(value)

@@ -7,7 +7,7 @@ always encoded as plain text: no message can inject the mark that ends its turn.
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
@@ -109,11 +109,20 @@ class Template:
     in_one_go: A conversation is tokenized as a whole, as transformers does, not piece by piece.
   """
 
-  def __init__(self, name: str, tokenizer: Tokenizer, source: str | None = None):
+  def __init__(
+    self,
+    name: str,
+    tokenizer: Tokenizer,
+    source: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+    last_turn: bool = False,
+  ):
     """Use `load`."""
-    self.name, self._tokenizer = name, tokenizer
-    self._source = source or tokenizer.chat_template or ""
-    self._tool_source = None if source else tokenizer.tool_template
+    self.name, self._tokenizer, self._last_turn = name, tokenizer, last_turn
+    given = jinja_template.assignments(variables or {})
+    self._source = given + (source or tokenizer.chat_template or "")
+    tool_source = None if source else tokenizer.tool_template
+    self._tool_source = tool_source and given + tool_source
     ids = {i: token for token, i in tokenizer.special_ids.items()}
     # Where a tokenizer has no bos, eos stands between documents, but does not begin a conversation.
     bos = tokenizer.role_names.get("bos_token", "")
@@ -147,6 +156,7 @@ class Template:
     messages: Iterable[Message],
     generate: bool = False,
     tools: jinja_template.Tools | None = None,
+    variables: Mapping[str, Any] | None = None,
   ) -> list[Piece]:
     """Writes a conversation as pieces, including all special tokens.
 
@@ -158,20 +168,29 @@ class Template:
       generate: End with the text that precedes an assistant's answer.
       tools: JSON schemas of the tools that the assistant may call. Only for the tokenizer's own
         template.
+      variables: Variables of the template, such as {'enable_thinking': False}. Only for the
+        tokenizer's own template.
 
     Returns:
       The pieces. Neighbours that could be one piece are joined.
 
     Raises:
-      UserError: A message has another form, or a role or fields that the template doesn't have.
+      UserError: A message has another form, or a role or fields that the template doesn't have, or
+        the template does not read a variable.
     """
     messages = [_checked(message) for message in messages]
+    if self._last_turn:
+      messages = last_turn(messages)
     if not self._format:
       source = (tools and self._tool_source) or self._source
-      return joined(_cut(jinja_template.render(source, self._tokenizer, messages, generate, tools)))
+      rendered = jinja_template.render(
+        source, self._tokenizer, messages, generate, tools, variables
+      )
+      return joined(_cut(rendered))
     messages = [_plain(message, self.name) for message in messages]
-    if tools:
-      raise _no_place(self.name, "tools")
+    for what, value in (("tools", tools), ("template variables", variables)):
+      if value:
+        raise _no_place(self.name, what)
     form, pieces = self._format, list[Piece]()
     pieces += self._parse(form.begin)
     for message in self._folded(messages):
@@ -276,6 +295,16 @@ _PROBES: tuple[Message, ...] = (
 )
 
 
+def last_turn(messages: Sequence[Message]) -> list[Message]:
+  """Gives weight 0 to all answers but the last turn's: those after the last message of a user."""
+  users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+  last = users[-1] if users else -1
+  return [
+    {**message, "weight": 0} if message["role"] == "assistant" and i < last else message
+    for i, message in enumerate(messages)
+  ]
+
+
 def _checked(message: Any) -> Message:
   """A message in the form that `Template` takes. Fields without a value are left out."""
   if problem := messages_lib.problem(message):
@@ -325,7 +354,13 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
   return out
 
 
-def load(name: str, tokenizer: Tokenizer, source: str | None = None) -> Template:
+def load(
+  name: str,
+  tokenizer: Tokenizer,
+  source: str | None = None,
+  variables: Mapping[str, Any] | None = None,
+  last_turn: bool = False,
+) -> Template:
   """Finds a template for a tokenizer.
 
   Args:
@@ -334,9 +369,12 @@ def load(name: str, tokenizer: Tokenizer, source: str | None = None) -> Template
       tokenizer has, else raw.
     tokenizer: The tokenizer.
     source: Jinja source to take for 'tokenizer' instead of the tokenizer's own.
+    variables: Variables of the template 'tokenizer' for all conversations that do not set them.
+    last_turn: Only the assistant's messages after the last one of a user are learned.
 
   Raises:
-    UserError: The template doesn't exist, the tokenizer lacks its marks, or jinja2 is missing.
+    UserError: The template doesn't exist or does not read a variable, the tokenizer lacks its
+      marks, or jinja2 is missing.
   """
   specials = tokenizer.special_ids
   if not name:
@@ -347,7 +385,7 @@ def load(name: str, tokenizer: Tokenizer, source: str | None = None) -> Template
   if name == OWN:
     if not (source or tokenizer.chat_template):
       raise UserError("the tokenizer came with no chat template; choose another one")
-    jinja_template.check(source or tokenizer.chat_template or "")
+    jinja_template.check(source or tokenizer.chat_template or "", variables)
     if tokenizer.tool_template and not source:
       jinja_template.check(tokenizer.tool_template)
   elif name not in FORMATS:
@@ -359,4 +397,6 @@ def load(name: str, tokenizer: Tokenizer, source: str | None = None) -> Template
       f"the chat template {name!r} needs {', '.join(missing)}, which this tokenizer "
       "does not have as special tokens; choose another template, such as raw"
     )
-  return Template(name, tokenizer, source if name == OWN else None)
+  if variables and name != OWN:
+    raise _no_place(name, f"the variable {min(variables)!r}")
+  return Template(name, tokenizer, source if name == OWN else None, variables, last_turn)

@@ -21,7 +21,8 @@ class Piece(NamedTuple):
   special: bool = False  # the text is the name of a special token
 
 
-# (messages) -> pieces. It is called with the keyword `tools` if a conversation has some. With an
+# (messages) -> pieces. It is called with the keywords `tools` and `variables` if a conversation has
+# some. With an
 # attribute `in_one_go` that is true, a conversation is tokenized as a whole.
 Template: TypeAlias = Callable[..., list[Piece]]
 
@@ -180,7 +181,9 @@ def _split(
     assert template is not None, "chats need a template"
     try:
       chats = [f["messages"]] if kind == "chat" else conversations(f)
-      return [template(m, tools=f["tools"]) if f.get("tools") else template(m) for m in chats]
+      more = {"tools": f.get("tools"), "variables": f.get("chat_template_kwargs")}
+      given = {name: value for name, value in more.items() if value}
+      return [template(messages, **given) for messages in chats]
     except UserError as e:
       return e
   prompt = [Piece(f["prompt"])] if f.get("prompt") is not None else []

@@ -24,6 +24,11 @@ _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 _EVENT = re.compile(f"{_OPEN}(?:([TE])([0-9]+):([0-9]*)|([GP])([+-]))?{_CLOSE}")
 _SENTINEL = "\U000f0002"  # stands for an assistant's words, equal to nothing in a template
 
+# Variables that `render` sets itself.
+_OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "_turn"}) | {
+  f"{role}_token" for role in ("bos", "eos", "pad", "mask", "unk", "sep", "cls")
+}
+
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
 
 
@@ -41,9 +46,38 @@ class Rendered(NamedTuple):
   learned: list[Range]
 
 
-def check(source: str) -> None:
-  """Raises a UserError if a template can't be used."""
-  _compiled(source)
+def check(source: str, variables: Iterable[str] | None = None) -> None:
+  """Raises a UserError if a template can't be used, or does not read one of the variables."""
+  reads = _compiled(source).reads
+  for name in variables or ():
+    if name in _OURS:
+      raise UserError(f"the template variable {name!r} is set by jaxgpt; leave it out")
+    if name not in reads:
+      there = ", ".join(sorted(reads - _OURS)) or "none"
+      raise UserError(
+        f"the tokenizer's chat template does not read the variable {name!r}; it reads: {there}"
+      )
+
+
+def assignments(variables: Mapping[str, Any]) -> str:
+  """Jinja source that sets variables unless a conversation does, to put in front of a template."""
+  if not variables:
+    return ""
+  sets = (
+    f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+    for name, value in variables.items()
+  )
+  # The newline ends a block tag, so it is not written, and the template begins a line as before.
+  return "".join(sets) + "\n"
+
+
+def _literal(value: Any) -> str:
+  """A JSON value in Jinja's syntax, whose names of constants may be those of JSON but for null."""
+  if isinstance(value, list):
+    return f"[{', '.join(map(_literal, value))}]"
+  if isinstance(value, dict):
+    return "{" + ", ".join(f"{json.dumps(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+  return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def render(
@@ -52,6 +86,7 @@ def render(
   messages: Sequence[Message],
   generate: bool,
   tools: Tools | None = None,
+  variables: Mapping[str, Any] | None = None,
 ) -> Rendered:
   """Writes a conversation.
 
@@ -65,13 +100,17 @@ def render(
     messages: See `chat_template.Template`.
     generate: See `chat_template.Template`.
     tools: JSON schemas of tools, or None.
+    variables: Further variables of the template.
 
   Raises:
     UserError: jinja2 is not installed, the template refuses the messages or rewrites names of
       special tokens in them, or it does not say where an answer begins.
   """
   names = base.names_pattern(tuple(tokenizer.special_ids))
-  program = _Program(_compiled(source), dict(tokenizer.role_names), tools, names)
+  if variables:
+    check(source, variables)
+  values = {**tokenizer.role_names, **(variables or {})}
+  program = _Program(_compiled(source), values, tools, names)
   messages = [_normalized(message) for message in messages]
   whole = program.plain(messages, generate)
   if any(isinstance(m.get("content"), list) for m in messages):
@@ -92,11 +131,18 @@ def render(
 
 
 class _Template(NamedTuple):
-  """A compiled template: as it is, and with the private characters."""
+  """A compiled template: as it is, and with the private characters.
+
+  Attributes:
+    plain, marked: The two.
+    features: 'generation', if it has that tag.
+    reads: Names of the variables that it reads.
+  """
 
   plain: Any
   marked: Any
   features: frozenset[str]
+  reads: frozenset[str]
 
 
 @functools.lru_cache(maxsize=8)
@@ -104,6 +150,7 @@ def _compiled(source: str) -> _Template:
   try:
     import jinja2
     import jinja2.ext
+    import jinja2.meta
     import jinja2.nodes as nodes
     import jinja2.sandbox
   except ImportError as e:
@@ -128,6 +175,8 @@ def _compiled(source: str) -> _Template:
     def _wrap(self, before: str, after: str, caller: Callable[[], str]) -> str:
       return before + caller() + after
 
+  reads = set[str]()
+
   def compile_(marked: bool) -> Any:
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -139,10 +188,11 @@ def _compiled(source: str) -> _Template:
       _marked=marked,
     )
     tree = env.parse(source)
+    reads.update(jinja2.meta.find_undeclared_variables(tree) - env.globals.keys())
     return env.from_string(_with_turns(tree, nodes) if marked else tree)
 
   try:
-    return _Template(compile_(False), compile_(True), frozenset(features))
+    return _Template(compile_(False), compile_(True), frozenset(features), frozenset(reads))
   except jinja2.exceptions.TemplateError as e:
     raise UserError(f"the tokenizer's chat template can't be used ({e}); choose another one") from e
 
@@ -273,7 +323,7 @@ class _Program:
         return _event(f"E{loop}:")
       return _event(f"T{loop}:{numbers[id(item)]}") if id(item) in numbers else ""
 
-    values = {"messages": messages, "tools": tools, "documents": None, **self.values}
+    values = {"tools": tools, "documents": None, **self.values, "messages": messages}
     try:
       return template.render(add_generation_prompt=generate, _turn=turn, **values)
     except Exception as e:  # a template is a program: it may fail in any way

@@ -105,11 +105,11 @@ def test_rows_of_labelled_data(tmp_path, capsys):
     assert code == 0
     said[kind] = out.out
     assert out.out.count("\nrow ") == 2
-  assert "| <s><|user|>abc<|end|><|assistant|>de<|end|>" in said["chat"]
+  assert "| <s><|user|>abc<|end|><|assistant|>«de<|end|>»" in said["chat"]
   assert "learned: 'de<|end|>'" in said["chat"]
   assert "label good (class 0)\n    | <s>abc</s>\n    | de</s>" in said["classification"]
-  assert "| <s>abcde</s>\n    learned: 'de</s>'" in said["preference"]
-  assert "rejected: " in said["preference"] and "| <s>abcfg</s>" in said["preference"]
+  assert "| <s>abc«de</s>»\n    learned: 'de</s>'" in said["preference"]
+  assert "rejected: " in said["preference"] and "| <s>abc«fg</s>»" in said["preference"]
 
 
 def test_a_file_of_the_name_of_a_command(tmp_path, monkeypatch, capsys):

@@ -134,7 +134,12 @@ def tokenize(
   """
   tokenizer = _load_tokenizer(saved)
   template = (
-    chat_template.load(options.template, tokenizer)
+    chat_template.load(
+      options.template,
+      tokenizer,
+      variables=dict(options.template_variables),
+      last_turn=options.train_on == "last",
+    )
     if options.kind in ("chat", "preference")
     else None
   )
