@@ -23,7 +23,10 @@ def architecture(c_model: ml_collections.ConfigDict) -> dict[str, Any]:
   Returns:
     {flat key below `model`: value}. Patterns have one entry per layer.
   """
-  flat, only_model = flatten(c_model), types.SimpleNamespace(model=c_model)
+  flat = flatten(c_model)
+  # Conditions that also read the objective: none trains this model here.
+  no_objective = types.SimpleNamespace(name="")
+  only_model = types.SimpleNamespace(model=c_model, objective=no_objective)
   found = {
     name: flat[name]
     for name, key in MODEL.flat_keys()
