@@ -34,7 +34,16 @@ MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 500, 80, 11
 TABLES = ("hf.families", "config.presets")  # tables, which may be longer
 SPECIAL = ("__init__", "__call__", "__enter__", "__exit__", "__iter__", "__getitem__", "__len__")
 # Imported inside the function that needs them, with an error that names the extra to install.
-OPTIONAL = {"qwix", "tensorboardX", "tokenizers", "tiktoken", "jinja2", "torch", "transformers"}
+OPTIONAL = {
+  "qwix",
+  "tensorboardX",
+  "tokenizers",
+  "tiktoken",
+  "jinja2",
+  "torch",
+  "transformers",
+  "lm_eval",
+}
 
 
 def modules() -> dict[str, pathlib.Path]:

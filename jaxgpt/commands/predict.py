@@ -3,12 +3,12 @@
 import dataclasses
 
 from jaxgpt.commands import Command
-from jaxgpt.commands.train import PROCESSES
+from jaxgpt.commands.actions.processes import ProcessOptions
 from jaxgpt.config.options import checkpoint_step, integer, key_value, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictOptions:
+class PredictOptions(ProcessOptions):
   workdir: str = option(help="run folder")
   step: int | str | None = checkpoint_step()
   input: str = option(
@@ -47,23 +47,6 @@ class PredictOptions:
   )
   seed: int = integer(0, help="seed of the draws")
   json: bool = option(False, help="print the scores of --task as one JSON object")
-  coordinator: str | None = option(
-    None,
-    metavar="HOST:PORT",
-    group=PROCESSES,
-    unset="JAX_COORDINATOR_ADDRESS",
-    help="address of process 0",
-  )
-  num_processes: str | None = option(
-    None, metavar="N", group=PROCESSES, unset="JAX_NUM_PROCESSES", help="number of processes"
-  )
-  process_id: str | None = option(
-    None,
-    metavar="I",
-    group=PROCESSES,
-    unset="JAX_PROCESS_ID",
-    help="number of this process, from 0",
-  )
 
 
 def run(args: PredictOptions) -> None:

@@ -3,41 +3,16 @@
 import dataclasses
 
 from jaxgpt.commands import Command
-from jaxgpt.config.options import Group, integer, option, overrides
-
-PROCESSES = Group(
-  "several processes",
-  "SLURM, Open MPI and Cloud TPU (also on GKE) need none of these. Elsewhere, start the same "
-  "command once per process. All processes must see the run folder and the data.",
-)
+from jaxgpt.commands.actions.processes import ProcessOptions
+from jaxgpt.config.options import option, overrides
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(ProcessOptions):
   config: str = option(
     metavar="FILE.py[:ARG]", help="the experiment; overrides follow as --config.KEY=VALUE"
   )
   workdir: str = option(help="run folder for checkpoints, metrics and the config")
-  coordinator: str | None = option(
-    None,
-    metavar="HOST:PORT",
-    group=PROCESSES,
-    unset="JAX_COORDINATOR_ADDRESS",
-    help="address of process 0",
-  )
-  num_processes: str | None = option(
-    None, metavar="N", group=PROCESSES, unset="JAX_NUM_PROCESSES", help="number of processes"
-  )
-  process_id: str | None = option(
-    None,
-    metavar="I",
-    group=PROCESSES,
-    unset="JAX_PROCESS_ID",
-    help="number of this process, from 0",
-  )
-  join_timeout: int = integer(
-    300, least=1, metavar="SECONDS", group=PROCESSES, help="time to wait for the other processes"
-  )
   overrides: tuple[str, ...] = overrides()
 
 

@@ -386,15 +386,30 @@ class Batches:
     low, high = self._host_rows(host_index, host_count)
 
     def batch(step):
-      first = step * self.batch_size
-      numbers = np.arange(min(first + low, self.len_rows), min(first + high, self.len_rows))
-      chosen = np.searchsorted(self._ends, numbers, side="right")
-      begins = np.concatenate(([0], self._ends))
-      rows = zip(chosen.tolist(), (numbers - begins[chosen]).tolist(), numbers.tolist())
-      return self._assemble(list(rows), high - low)
+      return self._assemble(self._epoch_rows(step, low, high), high - low)
 
     batches = grain.MapDataset.range(self.steps_per_epoch).map(batch)
     return self._prefetched(batches, threads, prefetch)
+
+  def epoch_rows(self, step: int) -> list[tuple[int, int]]:
+    """(index of the source, row in its pack index) of the rows of a batch of `epoch_batches`."""
+    return [(source, row) for source, row, _ in self._epoch_rows(step, 0, self.batch_size)]
+
+  def _epoch_rows(self, step: int, low: int, high: int) -> list[tuple[int, int, int]]:
+    first = step * self.batch_size
+    numbers = np.arange(min(first + low, self.len_rows), min(first + high, self.len_rows))
+    chosen = np.searchsorted(self._ends, numbers, side="right")
+    begins = np.concatenate(([0], self._ends))
+    return list(zip(chosen.tolist(), (numbers - begins[chosen]).tolist(), numbers.tolist()))
+
+  def laid_out(self, layout: layouts.Layout) -> "Batches":
+    """The same documents in the rows of another layout, for evaluation."""
+    sources = []
+    for number, s in enumerate(self.sources):
+      pack, _ = layout.index(s.split, "best_fit", self.seq_len)
+      sources.append(s._replace(pack=pack, order=_order(pack.num_rows, 0, number)))
+    mix = mixture.Mixture(len(sources), [s.pack.num_rows for s in sources])
+    return Batches(sources, mix, self.batch_size, layout, self._predicts_all, 0, self.digest)
 
   def _assemble(self, rows: Sequence[tuple[int, int, int]], num_rows: int) -> Batch:
     """The batch of some rows (source, row, position), filled up to `num_rows`."""

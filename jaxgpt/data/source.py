@@ -212,6 +212,17 @@ class Split:
       f.seek(int(start))
       return os.fsdecode(f.read(int(end - start) - 1))
 
+  def source_names(self, docs: Sequence[int]) -> list[str]:
+    """The origins of documents, see `source_name`. Reads the offsets once."""
+    ends = np.load(self._sidecar_path("sources.npy"), mmap_mode="r")
+    out = []
+    with self._sidecar_path("sources.txt").open("rb") as f:
+      for doc in docs:
+        start, end = int(ends[doc]), int(ends[doc + 1])
+        f.seek(start)
+        out.append(os.fsdecode(f.read(end - start - 1)))
+    return out
+
   def read(self, doc: int, start: int, length: int) -> np.ndarray:
     """Reads the stored tokens [start, start + length) of a document, in the stored dtype.
 

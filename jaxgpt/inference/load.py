@@ -57,6 +57,7 @@ def load(
   step: int | str | None = None,
   use: str = "export",
   devices: Sequence[jax.Device] | None = None,
+  weights: str | None = None,
 ) -> Run:
   """Loads a run on the devices, sharded over all of them.
 
@@ -66,19 +67,32 @@ def load(
       newest.
     use: What the caller wants to do with the model, one of `uses.USES`.
     devices: The devices. None: all.
+    weights: 'ema', the moving average of the weights, or 'raw', the weights of the step. None: the
+      moving average if the run keeps one.
 
   Returns:
-    The run. Its weights are the moving average if the run keeps one.
+    The run.
 
   Raises:
-    UserError: There is no run, no checkpoint of that step, or the model lacks the use.
+    UserError: There is no run, no checkpoint of that step, the run keeps no moving average, or the
+      model lacks the use.
   """
   folder = epath.Path(folder)
   c = run_folder.read_config(folder)
   uses.check(c, use)  # before the weights are read
   tokenizer = tokenizer_lib.load(run_folder.tokenizer_folder(folder))
   mesh, parts = place(c, devices)
-  name = "ema" if c.optim.ema else "params"
+  if weights == "ema" and not c.optim.ema:
+    raise UserError(
+      "--weights=ema: this run keeps no moving average of its weights (optim.ema=0); leave "
+      "--weights out"
+    )
+  if weights == "raw" and c.optim.ema and isinstance(step, str):
+    raise UserError(
+      f"--weights=raw: --step={step} holds the moving average alone, with which the run was "
+      "evaluated; leave --weights out"
+    )
+  name = "ema" if c.optim.ema and weights != "raw" else "params"
   where = folder / run_folder.CHECKPOINTS
   if isinstance(step, str):
     where, step = best.check(folder, step), None
@@ -153,13 +167,37 @@ def evaluate_run(
 
   Args:
     run: From `load`.
-    split: 'validation', 'test' or 'train'.
+    split: See `open_split`.
     limit: Number of batches, 0: the whole split.
+    batch_size: See `open_split`.
+    data: See `open_split`.
+
+  Returns:
+    The metrics of `evaluation.evaluate`, and 'data_digest', the digest of the data's manifest.
+
+  Raises:
+    UserError: See `open_split`.
+  """
+  c, batches = open_split(run, split, batch_size, data)
+  step = evaluation.make_step(run.parts.objective)
+  with jax.set_mesh(run.mesh):
+    result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.params, limit)
+  return {**result, "data_digest": batches.digest}
+
+
+def open_split(
+  run: Run, split: str = "validation", batch_size: int | None = None, data: str | None = None
+) -> tuple[ml_collections.ConfigDict, pipeline.Batches]:
+  """Opens a split of a run's own data, or of other data in the same tokens.
+
+  Args:
+    run: From `load`.
+    split: 'validation', 'test' or 'train'.
     batch_size: Rows of a batch. None: that of the config, rounded up to a multiple of the devices.
     data: Folder of prepared data. None: the one that the run was trained on.
 
   Returns:
-    The metrics of `evaluation.evaluate`, and 'data_digest', the digest of the data's manifest.
+    (the run's config with this data, its batches).
 
   Raises:
     UserError: The data does not exist, lacks the split, or was tokenized with another tokenizer.
@@ -197,10 +235,7 @@ def evaluate_run(
         f"--data={data} is in the tokens of another tokenizer ({tokenizer.digest[:12]}) than the "
         f"run ({run.tokenizer.digest[:12]}); prepare it with jaxgpt data --tokenizer=RUN/tokenizer"
       )
-  step = evaluation.make_step(run.parts.objective)
-  with jax.set_mesh(run.mesh):
-    result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.params, limit)
-  return {**result, "data_digest": batches.digest}
+  return c, batches
 
 
 def _check_split(path: str, split: str) -> None:

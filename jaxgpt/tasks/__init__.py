@@ -1,0 +1,1 @@
+"""Applications: benchmarks, predictions and metrics of trained models."""

@@ -1,4 +1,4 @@
-"""A task's metrics in the evaluations of a training run (the config's `task` section)."""
+"""Metrics of tasks in the evaluations of a training run: the config's `task` and `eval.tasks`."""
 
 from collections.abc import Mapping
 
@@ -6,10 +6,10 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
 from jaxgpt.parallel import distributed
 from jaxgpt.run import generation
-from jaxgpt.tasks import scoring, task
+from jaxgpt.tasks import harness, scoring, task
 from jaxgpt.tasks.predict import job, protocol, registry, rows
 from jaxgpt.text.readers import documents
-from jaxgpt.training import evaluators
+from jaxgpt.training import evaluators, uses
 from jaxgpt.tree import PyTree
 
 PREFIX = "task/"  # of the metrics' names
@@ -27,17 +27,7 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
   if not c.task.data:
     raise UserError(f"task.name={c.task.name!r} needs task.data: a file of rows with answers")
   found = task.find(c.task.name, c.code_folder)
-  written, _ = generation.of_training(c, context.tokenizer, context.folder)
-  run = load.Run(
-    c=c,
-    parts=context.parts,
-    mesh=context.mesh,
-    params=None,
-    step=0,
-    tokenizer=context.tokenizer,
-    data_digest=context.data_digest,
-    generation=written or generation.read(context.folder, context.tokenizer),
-  )
+  run = _run(context)
   settings = protocol.Settings(
     c.task.batch_size, c.task.max_new, sampling.Sampling(temperature=0.0), c.seed
   )
@@ -68,6 +58,37 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
   return evaluate
 
 
+def _run(context: evaluators.Context) -> load.Run:
+  """The run that is being trained as one to use, without weights."""
+  c = context.c
+  written, _ = generation.of_training(c, context.tokenizer, context.folder)
+  return load.Run(
+    c=c,
+    parts=context.parts,
+    mesh=context.mesh,
+    params=None,
+    step=0,
+    tokenizer=context.tokenizer,
+    data_digest=context.data_digest,
+    generation=written or generation.read(context.folder, context.tokenizer),
+  )
+
+
+def make_harness(context: evaluators.Context) -> evaluators.Evaluator | None:
+  """The evaluator of `eval.tasks`, tasks of EleutherAI's harness, or None without them.
+
+  Raises:
+    UserError: lm-eval is not installed, a task does not exist, or the model writes no text.
+  """
+  c = context.c
+  tasks = [name.strip() for name in c.eval.tasks.split(",") if name.strip()]
+  if not tasks:
+    return None
+  uses.check(c, "generate")
+  limit = c.eval.tasks_limit or None
+  return harness.in_training(_run(context), tasks, c.eval.tasks_path or None, limit)
+
+
 def _check(found: task.Task, given: list[rows.Row], data: str) -> None:
   """Refuses rows of which none can be scored, before the first step."""
   try:
@@ -76,4 +97,4 @@ def _check(found: task.Task, given: list[rows.Row], data: str) -> None:
     raise UserError(f"task.data={data!r}: {e}") from e
 
 
-EVALUATORS: tuple[evaluators.EvaluatorMaker, ...] = (make,)
+EVALUATORS: tuple[evaluators.EvaluatorMaker, ...] = (make, make_harness)

@@ -196,6 +196,7 @@ def describe(result: Result) -> str:
     ("micro_f1", "micro-F1 {:.4f}"),
     ("mse", "mean squared error {:.4f}"),
     ("mae", "mean absolute error {:.4f}"),
+    ("calibration_error", "calibration error {:.4f}"),
     ("bits_per_byte", "{:.4f} bits per byte"),
     ("tokens", "{:,} predictions"),
   )

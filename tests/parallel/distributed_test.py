@@ -64,8 +64,13 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start(site, name, count, devices=1, env=(), args=lambda i: (), port=None, which=None):
-  """`count` processes of one run (or `which` of them), on `devices` fake devices each."""
+def start(
+  site, name, count, devices=1, env=(), args=lambda i: (), port=None, which=None, command=None
+):
+  """`count` processes of one run (or `which` of them), on `devices` fake devices each.
+
+  `command` are the words of another command than `train`.
+  """
   port = port or free_port()
   out = []
   for i in which or range(count):
@@ -92,10 +97,15 @@ def start(site, name, count, devices=1, env=(), args=lambda i: (), port=None, wh
           sys.executable,
           "-m",
           "jaxgpt",
-          "train",
-          f"--config={site}/c.py",
-          f"--config.data.path={site}/data",
-          f"--workdir={site}/{name}",
+          *(
+            command
+            or (
+              "train",
+              f"--config={site}/c.py",
+              f"--config.data.path={site}/data",
+              f"--workdir={site}/{name}",
+            )
+          ),
           *args(i),
         ],
         env=base | several | dict(env),

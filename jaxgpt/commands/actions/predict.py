@@ -32,7 +32,7 @@ def run(args: Any) -> None:
   if args.json and not found:
     raise UserError("--json prints the scores of --task: add it, or leave --json out")
   backend.start(several=settings is not None)
-  with distributed.joined(settings), _listed(args) as (listed, form):
+  with distributed.joined(settings, args.join_timeout), _listed(args) as (listed, form):
     _predict(args, listed, form, found)
 
 

@@ -314,6 +314,22 @@ EVAL = Section(
       unset="`data.batch_size`",
       interval=AT_LEAST_1,
     ),
+    tasks=Key(
+      "",
+      "Tasks of EleutherAI's harness, separated by commas, that each evaluation also runs. Empty: "
+      "none.",
+    ),
+    tasks_path=Key(
+      "",
+      "Folder with more tasks, as YAML files.",
+      needs=set_to_something("eval.tasks"),
+    ),
+    tasks_limit=Key(
+      100,
+      "Examples of each task per evaluation, the first ones. 0: all.",
+      interval=AT_LEAST_0,
+      needs=set_to_something("eval.tasks"),
+    ),
     patience=Key(
       0,
       "End the run after this many evaluations in a row without a better `checkpoint.best`. 0: "

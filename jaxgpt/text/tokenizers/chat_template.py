@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.readers import messages as messages_lib
-from jaxgpt.text.tokenizers import huggingface, jinja_template
+from jaxgpt.text.tokenizers import huggingface, jinja_compile, jinja_template
 from jaxgpt.text.tokenizers.base import Message, Tokenizer
 from jaxgpt.text.tokenizers.examples import Piece
 
@@ -119,7 +119,7 @@ class Template:
   ):
     """Use `load`."""
     self.name, self._tokenizer, self._last_turn = name, tokenizer, last_turn
-    given = jinja_template.assignments(variables or {})
+    given = jinja_compile.assignments(variables or {})
     self._source = given + (source or tokenizer.chat_template or "")
     tool_source = None if source else tokenizer.tool_template
     self._tool_source = tool_source and given + tool_source
@@ -385,9 +385,9 @@ def load(
   if name == OWN:
     if not (source or tokenizer.chat_template):
       raise UserError("the tokenizer came with no chat template; choose another one")
-    jinja_template.check(source or tokenizer.chat_template or "", variables)
+    jinja_compile.check(source or tokenizer.chat_template or "", variables)
     if tokenizer.tool_template and not source:
-      jinja_template.check(tokenizer.tool_template)
+      jinja_compile.check(tokenizer.tool_template)
   elif name not in FORMATS:
     raise UserError(
       f"there is no chat template {name!r}; choose one of {OWN}, {', '.join(FORMATS)}"

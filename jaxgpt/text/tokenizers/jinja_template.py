@@ -8,8 +8,6 @@ names of special tokens in the users' strings, so that these stay text. Without 
 both copies must write the same.
 """
 
-import datetime
-import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,17 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.text.readers import messages as messages_lib
-from jaxgpt.text.tokenizers import base
+from jaxgpt.text.tokenizers import base, jinja_compile
 from jaxgpt.text.tokenizers.base import Message, Range, Tokenizer
 
-_OPEN, _CLOSE = "\U000f0000", "\U000f0001"
-_EVENT = re.compile(f"{_OPEN}(?:([TE])([0-9]+):([0-9]*)|([GP])([+-]))?{_CLOSE}")
 _SENTINEL = "\U000f0002"  # stands for an assistant's words, equal to nothing in a template
-
-# Variables that `render` sets itself.
-_OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "_turn"}) | {
-  f"{role}_token" for role in ("bos", "eos", "pad", "mask", "unk", "sep", "cls")
-}
 
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -44,40 +35,6 @@ class Rendered(NamedTuple):
   text: str
   marks: list[Range]
   learned: list[Range]
-
-
-def check(source: str, variables: Iterable[str] | None = None) -> None:
-  """Raises a UserError if a template can't be used, or does not read one of the variables."""
-  reads = _compiled(source).reads
-  for name in variables or ():
-    if name in _OURS:
-      raise UserError(f"the template variable {name!r} is set by jaxgpt; leave it out")
-    if name not in reads:
-      there = ", ".join(sorted(reads - _OURS)) or "none"
-      raise UserError(
-        f"the tokenizer's chat template does not read the variable {name!r}; it reads: {there}"
-      )
-
-
-def assignments(variables: Mapping[str, Any]) -> str:
-  """Jinja source that sets variables unless a conversation does, to put in front of a template."""
-  if not variables:
-    return ""
-  sets = (
-    f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
-    for name, value in variables.items()
-  )
-  # The newline ends a block tag, so it is not written, and the template begins a line as before.
-  return "".join(sets) + "\n"
-
-
-def _literal(value: Any) -> str:
-  """A JSON value in Jinja's syntax, whose names of constants may be those of JSON but for null."""
-  if isinstance(value, list):
-    return f"[{', '.join(map(_literal, value))}]"
-  if isinstance(value, dict):
-    return "{" + ", ".join(f"{json.dumps(k)}: {_literal(v)}" for k, v in value.items()) + "}"
-  return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def render(
@@ -108,9 +65,9 @@ def render(
   """
   names = base.names_pattern(tuple(tokenizer.special_ids))
   if variables:
-    check(source, variables)
+    jinja_compile.check(source, variables)
   values = {**tokenizer.role_names, **(variables or {})}
-  program = _Program(_compiled(source), values, tools, names)
+  program = _Program(jinja_compile.compiled(source), values, tools, names)
   messages = [_normalized(message) for message in messages]
   whole = program.plain(messages, generate)
   if any(isinstance(m.get("content"), list) for m in messages):
@@ -128,124 +85,6 @@ def render(
     return Rendered(whole, marks, _generated(marked, messages, learns))
   learned = [_Answer(program, messages, i, whole, marked, marks).range() for i in learns]
   return Rendered(whole, marks, [(a, b) for a, b in learned if a < b])
-
-
-class _Template(NamedTuple):
-  """A compiled template: as it is, and with the private characters.
-
-  Attributes:
-    plain, marked: The two.
-    features: 'generation', if it has that tag.
-    reads: Names of the variables that it reads.
-  """
-
-  plain: Any
-  marked: Any
-  features: frozenset[str]
-  reads: frozenset[str]
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> _Template:
-  try:
-    import jinja2
-    import jinja2.ext
-    import jinja2.meta
-    import jinja2.nodes as nodes
-    import jinja2.sandbox
-  except ImportError as e:
-    raise UserError(
-      "the tokenizer's own chat template needs jinja2: pip install 'jaxgpt[data]'"
-    ) from e
-  features = set()
-
-  class Generation(jinja2.ext.Extension):
-    """The tag {% generation %} … {% endgeneration %} of transformers."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-    def parse(self, parser: Any) -> Any:
-      line = next(parser.stream).lineno
-      features.add("generation")
-      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-      events = (_event("G+"), _event("G-")) if self.environment.globals["_marked"] else ("", "")
-      call = self.call_method("_wrap", [nodes.Const(event) for event in events])
-      return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _wrap(self, before: str, after: str, caller: Callable[[], str]) -> str:
-      return before + caller() + after
-
-  reads = set[str]()
-
-  def compile_(marked: bool) -> Any:
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    env.filters["tojson"] = _to_json
-    env.globals.update(
-      raise_exception=functools.partial(_fail, jinja2.exceptions.TemplateError),
-      strftime_now=_strftime_now,
-      _marked=marked,
-    )
-    tree = env.parse(source)
-    reads.update(jinja2.meta.find_undeclared_variables(tree) - env.globals.keys())
-    return env.from_string(_with_turns(tree, nodes) if marked else tree)
-
-  try:
-    return _Template(compile_(False), compile_(True), frozenset(features), frozenset(reads))
-  except jinja2.exceptions.TemplateError as e:
-    raise UserError(f"the tokenizer's chat template can't be used ({e}); choose another one") from e
-
-
-def _to_json(
-  x: Any,
-  ensure_ascii: bool = False,
-  indent: int | str | None = None,
-  separators: tuple[str, str] | None = None,
-  sort_keys: bool = False,
-) -> str:
-  """The filter `tojson` as transformers has it: jinja2's own escapes HTML."""
-  return json.dumps(
-    x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-  )
-
-
-def _strftime_now(form: str) -> str:
-  return datetime.datetime.now().strftime(form)
-
-
-def _fail(error: type[Exception], message: str) -> None:
-  raise error(message)
-
-
-def _event(text: str) -> str:
-  return f"{_OPEN}{text}{_CLOSE}"
-
-
-def _with_turns(tree: Any, nodes: Any) -> Any:
-  """Makes each loop over messages write where an iteration begins and where the loop ends.
-
-  `_turn(loop, item)` writes nothing for an item that is not a message.
-  """
-  loops: dict[int, Any] = {}
-
-  def output(line: int, *args: Any) -> Any:
-    call = nodes.Call(nodes.Name("_turn", "load"), list(args), [], None, None)
-    return nodes.Output([call]).set_lineno(line)
-
-  for node in [tree, *tree.find_all(nodes.Node)]:
-    for _, value in list(node.iter_fields()):
-      if not isinstance(value, list):
-        continue
-      for i in reversed(range(len(value))):
-        loop = value[i]
-        if isinstance(loop, nodes.For) and isinstance(loop.target, nodes.Name):
-          number = loops.setdefault(id(loop), len(loops))
-          item = nodes.Name(loop.target.name, "load")
-          loop.body.insert(0, output(loop.lineno, nodes.Const(number), item))
-          end = output(loop.lineno, nodes.Const(number), nodes.Const(None))
-          value.insert(i + 1, end)
-  return tree
 
 
 class _Marked(NamedTuple):
@@ -268,7 +107,11 @@ class _Program:
   """A template with all its variables but the messages."""
 
   def __init__(
-    self, template: _Template, values: dict[str, Any], tools: Tools | None, names: re.Pattern[str]
+    self,
+    template: jinja_compile.Template,
+    values: dict[str, Any],
+    tools: Tools | None,
+    names: re.Pattern[str],
   ):
     self.template, self.values, self._tools, self.names = template, values, tools, names
 
@@ -311,7 +154,9 @@ class _Program:
     return (whole, ranges[0]) if len(ranges) == 1 else None
 
   def _guard(self, text: str) -> str:
-    return self.names.sub(lambda m: f"{_event('P+')}{m[0]}{_event('P-')}", text)
+    return self.names.sub(
+      lambda m: f"{jinja_compile.event('P+')}{m[0]}{jinja_compile.event('P-')}", text
+    )
 
   def _run(
     self, template: Any, messages: Sequence[Message], tools: Any, generate: bool
@@ -320,8 +165,8 @@ class _Program:
 
     def turn(loop: int, item: Any) -> str:
       if item is None:
-        return _event(f"E{loop}:")
-      return _event(f"T{loop}:{numbers[id(item)]}") if id(item) in numbers else ""
+        return jinja_compile.event(f"E{loop}:")
+      return jinja_compile.event(f"T{loop}:{numbers[id(item)]}") if id(item) in numbers else ""
 
     values = {"tools": tools, "documents": None, **self.values, "messages": messages}
     try:
@@ -352,7 +197,7 @@ def _positions(text: str) -> tuple[str, _Marked] | None:
       if "".join(strings)[start:].strip():
         found.turns.setdefault(message, []).append((start, at))
 
-  for event in _EVENT.finditer(text):
+  for event in jinja_compile.EVENT.finditer(text):
     strings.append(text[end : event.start()])
     at, end = at + len(strings[-1]), event.end()
     kind, loop, message, pair, side = event.groups()

@@ -133,16 +133,7 @@ def tokenize(
     rank, folder, progress: As in `jobs.RunTask`.
   """
   tokenizer = _load_tokenizer(saved)
-  template = (
-    chat_template.load(
-      options.template,
-      tokenizer,
-      variables=dict(options.template_variables),
-      last_turn=options.train_on == "last",
-    )
-    if options.kind in ("chat", "preference")
-    else None
-  )
+  template = _template(options, tokenizer)
   dropped, sources = SizedDropped(options.examples), _Sources()
   templated, encoded = False, 0
   writers = {
@@ -196,6 +187,18 @@ def tokenize(
     "sources": sources.counts,
     "template": template.name if template and templated else None,
   }
+
+
+def _template(options: Options, tokenizer: tokenizers.Tokenizer) -> chat_template.Template | None:
+  """The template that writes the conversations, or None for a kind without them."""
+  if options.kind not in ("chat", "preference"):
+    return None
+  return chat_template.load(
+    options.template,
+    tokenizer,
+    variables=dict(options.template_variables),
+    last_turn=options.train_on == "last",
+  )
 
 
 def check_unknown(accounts: Sequence[Account], options: Options, tell: Report) -> int:

@@ -1,0 +1,129 @@
+"""Scores of single predictions: log likelihood, and whether the likeliest choice is the right one.
+
+`evaluation` sums a loss over batches on the devices. Tables by position or by length, strided
+windows, comparisons of two runs and benchmarks need each prediction by itself, on the host.
+
+B row of a batch, T position, C position of a chunk, V vocabulary or class.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.model import ops
+from jaxgpt.model.attention import token_order
+from jaxgpt.model.transformer import Transformer
+from jaxgpt.training import losses, objectives
+from jaxgpt.tree import PyTree
+
+# Layouts whose rows have one label, and those with a target at each position.
+_ROWS, _TOKENS = ("classification",), ("causal_lm", "masked_lm")
+
+
+class Scores(NamedTuple):
+  """The predictions of a batch, [B, T], or [B] where a row has one label.
+
+  Attributes:
+    weight: 1 where there is a prediction to score, else 0.
+    nll: Negative log likelihood of the target, in nats.
+    correct: Whether the target is the likeliest choice.
+    confidence: Probability of the likeliest choice.
+  """
+
+  weight: Any
+  nll: Any
+  correct: Any
+  confidence: Any
+
+
+Step: TypeAlias = Callable[[PyTree, PyTree], Scores]
+
+
+def has_scores(c: ml_collections.ConfigDict) -> bool:
+  """Whether the predictions of a config's objective are choices that can be scored one by one."""
+  layout = objectives.find(c).layout
+  if layout in _ROWS:
+    return c.model.head == "classifier" and c.model.num_labels > 1
+  return layout in _TOKENS and c.model.head == "lm"
+
+
+def make_step(model: Transformer, mesh: jax.sharding.Mesh, chunk: int = 0) -> Step:
+  """Makes the jitted function (params, batch) -> `Scores`, of all rows in each process.
+
+  Args:
+    model: A model with logits over a vocabulary or over classes.
+    mesh: The device mesh.
+    chunk: Tokens per row whose logits exist at once. 0: all.
+  """
+
+  def step(params: PyTree, batch: PyTree) -> Scores:
+    causal, of_rows = model.cfg.causal, "labels" in batch
+    order = lambda x: token_order.balance(x) if causal and x.ndim > 1 else x
+    batch = jax.tree.map(order, batch)
+    targets = batch["labels"] if of_rows else batch["targets"]
+    if chunk and not of_rows:
+
+      def project(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> Any:
+        return _by_chunk(model.cfg, x, w, bias, targets, chunk)
+
+      nll, correct, confidence = objectives.apply(model, params, None, batch, None, project).logits
+    else:
+      logits = objectives.apply(model, params, None, batch, None).logits
+      nll, correct, confidence = _scores(logits, targets)
+    back = lambda x: token_order.restore(x) if causal and x.ndim > 1 else x
+    return Scores(*map(back, (batch["loss_weights"], nll, correct, confidence)))
+
+  return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+
+
+def _scores(logits_XV: jax.Array, targets_X: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  nll_X, log_z_X = losses.cross_entropy(logits_XV, targets_X)
+  top_X = logits_XV.max(-1)
+  return nll_X, logits_XV.argmax(-1) == targets_X, jnp.exp(top_X - log_z_X)
+
+
+def _by_chunk(
+  cfg: ml_collections.FrozenConfigDict,
+  x_BTD: jax.Array,
+  w_DV: jax.Array,
+  bias_V: jax.Array | None,
+  targets_BT: jax.Array,
+  chunk: int,
+) -> tuple[jax.Array, ...]:
+  """`_scores` of hidden states, for `chunk` positions at a time."""
+  T = targets_BT.shape[1]
+
+  def cut(x: jax.Array) -> jax.Array:
+    """[B, T, …] -> [chunks, B, C, …], padded."""
+    x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+  def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    x_BCD, targets_BC = inputs
+    w = w_DV.astype(x_BCD.dtype)
+    logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, w, preferred_element_type=jnp.float32)
+    logits_BCV = logits_BCV if bias_V is None else logits_BCV + bias_V
+    return _scores(ops.softcap(logits_BCV, cfg.logit_softcap), targets_BC)
+
+  out = jax.lax.map(one, (cut(x_BTD), cut(targets_BT)))
+  return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :T] for x in out)
+
+
+def run(step: Step, params: PyTree, batches: Iterable[PyTree]) -> Iterator[Scores]:
+  """Scores batches on the devices: NumPy arrays, in order.
+
+  The scores of a batch are read after the next batch is dispatched, so the device is never idle.
+  """
+  waiting: Scores | None = None
+  for batch in itertools.chain(batches, (None,)):
+    scores = None if batch is None else step(params, batch)
+    if waiting is not None:
+      yield Scores(*(np.asarray(x) for x in jax.device_get(waiting)))
+    waiting = scores

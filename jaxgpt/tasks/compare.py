@@ -1,0 +1,162 @@
+"""Significance of the difference of two runs on the same examples: the paired bootstrap."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from jaxgpt.errors import UserError
+from jaxgpt.inference import evaluate, load, scoring
+from jaxgpt.tasks import bootstrap
+
+
+class Comparison(NamedTuple):
+  """A metric of two runs.
+
+  Attributes:
+    metric: Its name.
+    first, second: Its value for each run.
+    difference: Second minus first, with its interval and p-value.
+  """
+
+  metric: str
+  first: float
+  second: float
+  difference: bootstrap.Difference
+
+
+class Examples(NamedTuple):
+  """The examples of an evaluation, with what a run made of them.
+
+  Attributes:
+    sources: The origin of each example.
+    contents: A digest of each example's content. It depends on `form`.
+    form: What the digests are of, such as the tokens of a tokenizer.
+    measures: {metric: (sums, weights)} of each example, [N] each. The metric is the ratio of the
+      sums over examples.
+  """
+
+  sources: Sequence[str]
+  contents: Sequence[str]
+  form: str
+  measures: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def examples_of(
+  folder: epath.PathLike,
+  source: evaluate.Source,
+  step: int | str | None = None,
+  batch_size: int | None = None,
+) -> Examples:
+  """Scores a run's predictions on a split or on files, by document.
+
+  Args:
+    folder: The run folder.
+    source: The data.
+    step: As for `load.load`.
+    batch_size: As for `load.open_split`.
+
+  Raises:
+    UserError: The data can't be opened, or its predictions can't be scored one by one.
+  """
+  run = load.load(folder, step, "evaluate")
+  if not scoring.has_scores(run.c):
+    raise UserError(
+      f"{folder}: the predictions of objective.name={run.c.objective.name!r} are not choices that "
+      "can be scored one by one; compare language models or classifiers"
+    )
+  with evaluate.opened(run, folder, source, batch_size) as data:
+    _, found = evaluate.evaluate(run, data)
+    assert found is not None
+    scored = found.examples()
+    names, contents = [""] * len(scored.doc), [""] * len(scored.doc)
+    num_bytes = np.zeros(len(scored.doc))
+    for number, s in enumerate(data.batches.sources):
+      here = np.flatnonzero(scored.source == number)
+      docs = scored.doc[here]
+      stored = s.split.read_many(docs, 0 * docs, s.split.lengths[docs] + 1)
+      for i, name, ids in zip(here, s.split.source_names(docs.tolist()), stored):
+        names[i], contents[i] = name, hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest()
+        num_bytes[i] = len(run.tokenizer.decode(ids).encode())
+      # A tokenizer may not restore each byte. The sum is known.
+      num_bytes[here] *= s.split.bytes / max(num_bytes[here].sum(), 1)
+  measures = {"loss": (scored.nll, scored.weight), "accuracy": (scored.correct, scored.weight)}
+  if data.batches.predicts_all:
+    measures["bits_per_byte"] = (scored.nll / math.log(2), num_bytes)
+  return Examples(names, contents, run.tokenizer.digest, measures)
+
+
+def compare(
+  first: Examples, second: Examples, *, resamples: int = bootstrap.RESAMPLES, seed: int = 0
+) -> list[Comparison]:
+  """Compares the metrics that two runs share.
+
+  Args:
+    first, second: The runs' examples.
+    resamples: Number of resamples.
+    seed: Seed of the draws.
+
+  Raises:
+    UserError: The examples differ, or there are fewer than two.
+  """
+  check_same(first, second)
+  size, out = len(first.sources), []
+  for metric, (sums, weights) in first.measures.items():
+    others = second.measures.get(metric)
+    # Nats per token of two tokenizers are not comparable; bits per byte are.
+    if others is None or (first.form != second.form and metric != "bits_per_byte"):
+      continue
+    a, b = _ratio(sums, weights), _ratio(*others)
+    found = bootstrap.difference(a, b, size, resamples, seed)
+    ones = np.ones(size)
+    out.append(Comparison(metric, a(ones), b(ones), found))
+  if not out:
+    raise UserError(
+      "the runs share no metric that is comparable: they have "
+      f"{', '.join(first.measures)} and {', '.join(second.measures)}, and other tokenizers"
+    )
+  return out
+
+
+def check_same(first: Examples, second: Examples) -> None:
+  """Raises a UserError unless two runs were evaluated on the same examples."""
+  way_out = "name data that both read in full with --data"
+  if len(first.sources) != len(second.sources):
+    raise UserError(
+      f"the runs were evaluated on {len(first.sources):,} and {len(second.sources):,} examples; "
+      f"{way_out}"
+    )
+  same_form = first.form == second.form
+  for i, (a, b) in enumerate(zip(first.sources, second.sources)):
+    if a != b:
+      raise UserError(
+        f"the runs were evaluated on different examples: number {i + 1} is {a} and {b}; {way_out}"
+      )
+    if same_form and first.contents[i] != second.contents[i]:
+      raise UserError(
+        f"the runs were evaluated on different examples: {a} has another content; {way_out}"
+      )
+  if len(first.sources) < 2:
+    raise UserError(f"{len(first.sources)} example cannot be resampled; compare on more")
+
+
+def _ratio(sums: np.ndarray, weights: np.ndarray) -> bootstrap.Measure:
+  """The ratio of the weighted sums, such as nats per token."""
+  return lambda times: float(times @ sums / max(float(times @ weights), 1e-9))
+
+
+def table(found: Sequence[Comparison], names: Sequence[str]) -> list[str]:
+  """Lines that show comparisons of two runs of these names."""
+  rows = [("metric", *names, "difference", "95 % interval", "p")]
+  for metric, first, second, d in found:
+    interval = f"[{d.low:+.4f}, {d.high:+.4f}]"
+    cells = f"{first:.4f}", f"{second:.4f}", f"{d.value:+.4f}", interval, f"{d.p_value:.3f}"
+    rows.append((metric, *cells))
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return [
+    "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
+    for row in rows
+  ]
