@@ -7,7 +7,7 @@ Start from a run, which may be imported, by naming its folder: configs/tasks/sen
 must then have its tokenizer: jaxgpt data --tokenizer=RUN/tokenizer ...
 
 Size:      from scratch 131 thousand parameters and the vocabulary,
-           600 steps of 32 rows of 64 tokens.
+           800 steps of 64 rows of 64 tokens.
 """
 
 from jaxgpt import config
@@ -37,15 +37,15 @@ def get_config(arg=""):
         causal=False,
       )
     )
-    c.optim.lr = 3e-3
-    c.train.steps = 600
+    c.optim.lr = 2e-3
+    c.train.steps = 800
     c.schedule.warmup_steps = 20
   c.model.update(dict(head="classifier", head_transform="none", num_labels=2))
   c.model.pooling = "last" if c.model.causal else "mean"
   c.model.label_names = ()
   c.objective.name = "classification"
   c.data.seq_len = 128 if arg else 64
-  c.data.batch_size = 32
+  c.data.batch_size = 32 if arg else 64
   c.eval.every = 100
   c.mesh.data, c.mesh.fsdp = -1, 1
   return c

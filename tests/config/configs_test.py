@@ -18,10 +18,15 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "finetune": (10_945_536, 264),  # without a run to start from: the base config
   "gpt2_124m": (124_475_904, None),
   "llama3_8b": (8_030_261_248, None),
+  "tasks/chat": (558_720, 264),
+  "tasks/generated_answers": (558_720, 264),
   "tasks/multi_label": (148_418, 264),
   "tasks/question_answering": (148_418, 264),
   "tasks/retrieval": (148_288, 264),
+  "tasks/sentiment": (148_416, 264),
+  "tasks/summarization": (1_821_504, 264),
   "tasks/tagging": (148_418, 264),
+  "tasks/translation": (558_720, 264),
 }
 FILES = sorted(CONFIGS.rglob("*.py"))
 

@@ -44,11 +44,11 @@ def make(rng: random.Random, split: str, count: int) -> list[Row]:
   # A package is one module: its files share words.
   modules = sorted({path.relative_to(root).parts[0] for path in paths})
   random.Random("modules").shuffle(modules)
-  tenth = len(modules) // 10
+  test, validation = len(modules) // 9, len(modules) // 30
   chosen = {
-    "test": modules[:tenth],
-    "validation": modules[tenth : 2 * tenth],
-    "train": modules[2 * tenth :],
+    "test": modules[:test],
+    "validation": modules[test : test + validation],
+    "train": modules[test + validation :],
   }[split]
   found: dict[str, Row] = {}
   for path in paths:

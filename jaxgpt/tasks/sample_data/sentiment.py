@@ -45,6 +45,7 @@ _CLAUSES = [
 # {1} is a clause of the label's side. {2} is one of the same side, {3} of the other.
 _PATTERNS = [
   "{1}.",
+  "{1}!",
   "{1}, and {2}.",
   "although {3}, {1}.",
   "{3}, but {1}.",
@@ -73,7 +74,9 @@ def templates(split: str) -> list[tuple[str, str, str]]:
 
 def make(rng: random.Random, split: str, count: int) -> list[Row]:
   """Rows of kind classification, half of them good."""
-  chosen = templates(split)
+  chosen: dict[str, list[tuple[str, str]]] = {}
+  for pattern, *clauses in templates(split):
+    chosen.setdefault(pattern, []).append((clauses[0], clauses[1]))
 
   def row() -> Row:
     label = rng.choice(["good", "bad"])
@@ -82,7 +85,8 @@ def make(rng: random.Random, split: str, count: int) -> list[Row]:
     def clause(text: str, own: list[str], other: list[str]) -> str:
       return grammar.fill(text, {"x": own, "y": other, "n": _NOUNS, "a": _ADVERBS}, rng)
 
-    pattern, first, second = rng.choice(chosen)
+    pattern = rng.choice(list(chosen))
+    first, second = rng.choice(chosen[pattern])
     slots = {
       "1": clause(first, *good),
       "2": clause(second, *good),

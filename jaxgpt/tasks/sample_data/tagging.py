@@ -1,5 +1,6 @@
 """Sentences with people, places, companies and dates. Test templates and names are new."""
 
+import itertools
 import random
 
 from jaxgpt.tasks.sample_data import grammar
@@ -18,44 +19,48 @@ _MONTHS = (
 _ROLES = "doctor teacher engineer painter judge lawyer pilot farmer minister".split()
 _VERBS = "praised visited criticized supported left joined mentioned".split()
 
-_TRAIN = [
-  "{P} works for {O} in {L} .",
-  "{P} was born in {L} on {D} .",
-  "{O} opened an office in {L} .",
-  "The {r} {P} {v} {O} .",
-  "On {D} , {P} moved from {L} to {L} .",
-  "{P} and {P} met in {L} .",
-  "{O} hired {P} on {D} .",
-  "Shares of {O} fell on {D} .",
-  "According to {P} , {O} will close its factory in {L} .",
-  "{L} is the home of {O} .",
-  "Trains from {L} were late on {D} .",
-  "{P} , a {r} from {L} , {v} {P} .",
-  "The talks between {O} and {O} ended on {D} .",
-  "In {L} , the {r} was replaced by {P} .",
-  "The weather was fine and nobody complained .",
-  "A {r} of {O} told {P} the news .",
-  "{P} {v} {P} .",
-  "{P} {v} the {r} and {v} {O} .",
+# A template is an opening, a subject, what it did, and where or when.
+_OPENINGS = ["", "On {D} ,", "In {L} ,", "According to {P} ,", "According to {O} ,"]
+_SUBJECTS = [
+  "{P}",
+  "The {r} {P}",
+  "{P} , a {r} from {L} ,",
+  "{O}",
+  "A {r} of {O}",
+  "Nobody",
+  "The {r}",
 ]
-_VALIDATION = [
-  "{P} left {L} on {D} .",
-  "The {r} of {O} was born in {L} .",
-  "{O} and {P} met on {D} .",
+_DEEDS = [
+  "{v} {P}",
+  "{v} {O}",
+  "works for {O}",
+  "was born in {L}",
+  "moved from {L} to {L}",
+  "hired {P}",
+  "opened an office in {L}",
+  "told {P} the news",
+  "met {P} and {P}",
+  "will close the factory of {O}",
+  "talked to the {r}",
+  "{v} {L}",
 ]
-_TEST = [
-  "{P} , who was born in {L} , works for {O} .",
-  "On {D} , {O} hired the {r} {P} .",
-  "{P} told {P} that {O} will move to {L} .",
-  "Nobody from {L} {v} {P} on {D} .",
-  "The factory of {O} in {L} was {v} by {P} .",
-  "A {r} from {O} {v} {L} .",
-]
+_ENDS = ["", "on {D}", "in {L}", "with {P}", "near {L}"]
+
+
+def templates(split: str) -> list[str]:
+  """The templates of a split."""
+  found = [" ".join(parts) for parts in itertools.product(_OPENINGS, _SUBJECTS, _DEEDS, _ENDS)]
+  random.Random("templates").shuffle(found)
+  tenth = len(found) // 10
+  first, last = {"test": (0, tenth), "validation": (tenth, 2 * tenth)}.get(
+    split, (2 * tenth, len(found))
+  )
+  return found[first:last]
 
 
 def make(rng: random.Random, split: str, count: int) -> list[Row]:
   """Rows of kind tagging, with tags PER, LOC, ORG and DATE in BIO."""
-  templates = {"train": _TRAIN, "validation": _VALIDATION, "test": _TEST}[split]
+  chosen = templates(split)
   names = random.Random(f"names of {split}")  # the splits have names of their own
 
   def entity(slot: str) -> tuple[str, list[str]]:
@@ -72,7 +77,7 @@ def make(rng: random.Random, split: str, count: int) -> list[Row]:
 
   def row() -> Row:
     words, tags = list[str](), list[str]()
-    for word in rng.choice(templates).split():
+    for word in [*rng.choice(chosen).split(), "."]:
       if word in ("{P}", "{L}", "{O}", "{D}"):
         type_, found = entity(word)
         words += found
