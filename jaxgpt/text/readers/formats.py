@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, optional
 from jaxgpt.storage import files, streams
-from jaxgpt.text.readers import encodings, json_files, records, tables, text_files, warc
+from jaxgpt.text.readers import conll, encodings, json_files, records, tables, text_files, warc
 
 Reader: TypeAlias = Callable[[files.File, records.Want], Iterator[records.Item]]
 
@@ -70,6 +70,10 @@ FORMATS.add(
 )
 FORMATS.add(
   "tsv", Format(tables.read_tsv, (".tsv",), "tab-separated; the first row names the columns")
+)
+FORMATS.add(
+  "conll",
+  Format(conll.read, (".conll",), "tagged words: a word and its tag per line, as of CoNLL-2003"),
 )
 FORMATS.add(
   "parquet",
