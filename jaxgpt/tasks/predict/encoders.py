@@ -273,8 +273,11 @@ class Answers(Encoder):
     if not np.isfinite(score) or none > score:
       return {"answer": "", "start": None, "end": None, "score": rounded(none_share(none, score))}
     low, high = passage.characters(start, end + 1)
+    answer = row.fields["context"][low:high]
+    # A token may hold the space before its word.
+    low, high = low + len(answer) - len(answer.lstrip()), high - len(answer) + len(answer.rstrip())
     return {
-      "answer": row.fields["context"][low:high],
+      "answer": answer.strip(),
       "start": low,
       "end": high,
       "score": rounded(probability),
