@@ -56,7 +56,7 @@ def test_uses(head, causal, objective, able):
   [
     (head, name)
     for head, (name, entry) in itertools.product(objectives.HEADS, objectives.OBJECTIVES.items())
-    if head != entry.head
+    if head not in entry.heads
   ],
 )
 def test_training_needs_the_head_of_the_objective(head, objective):

@@ -57,13 +57,17 @@ ROUTED_LOSS = one_of(
   "question_answering",
   "contrastive",
 )
+
+
+def _is_pooled(c: Any) -> bool:
+  # A model that is compared by itself has no objective, see `architecture`.
+  is_contrastive = hasattr(c, "objective") and c.objective.name == "contrastive"
+  return c.model.head in ("classifier", "pooler") or is_contrastive
+
+
 POOLED = _on(
   "model.head='classifier' or 'pooler', or objective.name='contrastive'",
-  lambda c: (
-    c.model.head in ("classifier", "pooler")
-    or c.objective.name == "contrastive"
-    or _OF_A_USER in c.objective.name
-  ),
+  _is_pooled,
   "model.head",
   "objective.name",
 )
