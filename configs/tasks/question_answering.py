@@ -8,7 +8,7 @@ configs/tasks/question_answering.py:RUN. DATA must then have its tokenizer:
 jaxgpt data --tokenizer=RUN/tokenizer ...
 
 Size:      from scratch 131 thousand parameters and the vocabulary,
-           1,500 steps of 32 rows of 128 tokens.
+           1,000 steps of 32 rows of 112 tokens.
 """
 
 from jaxgpt import config
@@ -39,12 +39,12 @@ def get_config(arg=""):
       )
     )
     c.optim.lr = 3e-3
-    c.train.steps = 1500
+    c.train.steps = 1000
     c.schedule.warmup_steps = 20
   c.model.update(dict(head="token_classifier", head_transform="none", head_bias=True, num_labels=2))
   c.model.label_names = ()
   c.objective.name = "question_answering"
-  c.data.seq_len = 384 if arg else 128
+  c.data.seq_len = 384 if arg else 112
   c.data.batch_size = 16 if arg else 32
   c.eval.every = 250
   c.mesh.data, c.mesh.fsdp = -1, 1

@@ -43,6 +43,15 @@ def label_names(key: str, value: Any) -> None:
     )
 
 
+def fields(key: str, value: Any) -> None:
+  """Raises a UserError unless the value is a tuple of strings 'NAME=COLUMN'."""
+  for field in value:
+    if not isinstance(field, str) or not all(field.partition("=")):
+      raise UserError(
+        f'{key}: {field!r} must be "NAME=COLUMN"; write --config.{key}=\'("input=article",)\''
+      )
+
+
 def mesh_compiler_options(key: str, value: Any) -> None:
   """Raises a UserError unless the value is a tuple of strings 'name=value'."""
   for option in value:

@@ -35,7 +35,8 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
   found.check_kind(predictor.kind)
   listed = documents.find(c.task.data.split(","))
   given: list[rows.Row] = []
-  for row in rows.read(listed, predictor.kind):
+  fields = dict(field.split("=", 1) for field in c.task.fields)
+  for row in rows.read(listed, predictor.kind, fields, c.task.format or None):
     given.append(row)
     if len(given) == c.task.rows:
       break

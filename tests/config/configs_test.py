@@ -24,7 +24,7 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "tasks/question_answering": (148_418, 264),
   "tasks/retrieval": (148_288, 264),
   "tasks/sentiment": (148_416, 264),
-  "tasks/summarization": (1_821_504, 264),
+  "tasks/summarization": (558_720, 264),
   "tasks/tagging": (148_418, 264),
   "tasks/translation": (558_720, 264),
 }

@@ -63,8 +63,10 @@ def _predict(
   if args.output == _STREAM:
     account = job.stream(predict, read(), sys.stdout)
   else:
+    c = loaded.c.copy_and_resolve_references()
+    c.code_folder = ""  # depends on how the run folder is named
     identity = {
-      "config": user_code.digest(loaded.c.to_json()),
+      "config": user_code.digest(c.to_json()),
       "step": loaded.step,
       "kind": made.kind,
       "settings": [*settings[:2], list(draws), settings.seed],

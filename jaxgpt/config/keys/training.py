@@ -355,6 +355,18 @@ TASK = Section(
       "run is trained on.",
       needs=set_to_something("task.name"),
     ),
+    fields=Key(
+      (),
+      "NAME=COLUMN for columns of `data` that are not called like the field, as `--field` of "
+      "`jaxgpt data`.",
+      check=checks.fields,
+      needs=set_to_something("task.name"),
+    ),
+    format=Key(
+      "",
+      "Format of `data`, as `--format` of `jaxgpt data`. Empty: by the suffix.",
+      needs=set_to_something("task.name"),
+    ),
     rows=Key(
       500,
       "Rows per evaluation, the first of the files. 0: all.",

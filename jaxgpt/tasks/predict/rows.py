@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
-from jaxgpt.text.readers import documents, encodings, formats, records
+from jaxgpt.text.readers import documents, encodings, formats, questions, records
 from jaxgpt.text.readers.kinds import KINDS, MAX_BYTES
 
 # kind -> the columns that a model predicts, which rows need not have.
@@ -131,6 +131,8 @@ def _read(
 ) -> Iterator[Row]:
   for file in listed:
     items = _lines(file, want) if _is_lines(file, form) else formats.read(file, want, form)
+    if kind == "question_answering":
+      items = questions.unfolded(items)
     for item in items:
       if isinstance(item, records.Fault):
         for _ in range(item.count):

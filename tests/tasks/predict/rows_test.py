@@ -71,6 +71,23 @@ def test_a_passage_may_be_called_text(tmp_path):
   assert [row.fields for row in found] == [{"query": "p"}, {"query": "q", "positive": "r"}]
 
 
+def test_published_files_of_squad_and_conll(tmp_path):
+  questions = [{"id": "q1", "question": "Who?", "answers": [{"text": "Ann", "answer_start": 0}]}]
+  questions.append({"id": "q2", "question": "When?"})
+  paragraphs = [{"context": "Ann came.", "qas": questions}]
+  (tmp_path / "squad.json").write_text(
+    json.dumps({"version": "1.1", "data": [{"title": "T", "paragraphs": paragraphs}]})
+  )
+  found = read(tmp_path / "squad.json", "question_answering")
+  assert [(row.id, row.fields["context"], "answers" in row.fields) for row in found] == [
+    ("q1", "Ann came.", True),
+    ("q2", "Ann came.", False),
+  ]
+  (tmp_path / "eng.testa").write_text("EU NNP I-ORG\n. . O\n")
+  (row,) = read(tmp_path / "eng.testa", "tagging", form="conll")
+  assert row.fields == {"words": ["EU", "."], "tags": ["I-ORG", "O"]}
+
+
 @pytest.mark.parametrize(
   "text, form", [('\n {"text": "x"}', "jsonl"), ("x\ny", "lines"), ("", "lines")]
 )
