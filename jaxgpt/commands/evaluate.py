@@ -57,6 +57,17 @@ class EvaluateOptions(ProcessOptions):
   tables: bool = option(
     False, help="print tables by source, by position in the context and by length of the document"
   )
+  gap: bool = option(
+    False, help="also evaluate as many batches of the training split, and print the difference"
+  )
+  contamination: int | None = integer(
+    None,
+    least=1,
+    metavar="WORDS",
+    unset="not looked for",
+    help="also print a table of the documents that share a run of WORDS words with the run's "
+    "training data (13 is usual), and of the others",
+  )
   json: bool = option(
     False, help="print one JSON object with all metrics, the tables and the data's digest"
   )
@@ -107,6 +118,8 @@ def _check(args: EvaluateOptions) -> None:
     "field": args.fields,
     "stride": args.stride,
     "tables": args.tables,
+    "gap": args.gap,
+    "contamination": args.contamination,
     "batches": args.batches,
   }
   for flag, value in (of_data if args.tasks else of_tasks).items():
@@ -141,6 +154,11 @@ def _lines(args: EvaluateOptions) -> list[str]:
   with evaluate.opened(found, args.workdir, source, args.batch_size) as data:
     result, scores = evaluate.evaluate(found, data, args.batches, args.stride)
     tables = scores.tables() if scores and (args.tables or args.json) else {}
+    if args.contamination and scores:
+      tables["contamination"] = evaluate.by_contamination(found, data, scores, args.contamination)
+    if args.gap:
+      limit = args.batches or data.batches.steps_per_epoch
+      result |= evaluate.gap(found, data.c, result["loss"], limit)
   if args.json:
     head: dict[str, Any] = {"split": data.where, "step": found.step}
     return [strict_json.dumps({**head, **result, **({"by": tables} if tables else {})}, indent=1)]
@@ -151,7 +169,9 @@ def _lines(args: EvaluateOptions) -> list[str]:
   if found.data_digest and result["data_digest"] != found.data_digest and where != args.data:
     where += f" of {args.data} (other data than the run's, digest {result['data_digest'][:12]})"
   lines.append(f"{where} at step {found.step}: {evaluation.describe(result)}")
-  if args.tables and not tables:
+  if args.gap:
+    lines.append(f"train loss {result['train_loss']:.4f}, gap {result['gap']:+.4f}")
+  if (args.tables or args.contamination) and not tables:
     lines.append(
       f"no tables: the predictions of objective.name={found.c.objective.name!r} are not choices "
       "that can be scored one by one"

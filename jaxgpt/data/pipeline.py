@@ -232,14 +232,30 @@ class Batches:
     return []
 
   def describe(self, host_count: int = 1) -> list[str]:
-    """See `BatchSource`: the number of documents that were cut off."""
+    """See `BatchSource`: documents that were cut off, and targets that fill more than a row."""
     del host_count
-    if not self.num_cut:
-      return []
-    return [
-      f"{self.num_cut:,} of {self.num_documents:,} documents are longer than data.seq_len="
-      f"{self.seq_len} and lose an end"
-    ]
+    lines = []
+    if self.num_cut:
+      lines.append(
+        f"{self.num_cut:,} of {self.num_documents:,} documents are longer than data.seq_len="
+        f"{self.seq_len} and lose an end"
+      )
+    if self.layout.predicts_tokens and (count := self._num_long_targets()):
+      lines.append(
+        f"{count:,} of {self.num_documents:,} documents have a target longer than data.seq_len="
+        f"{self.seq_len}; it continues in rows that do not see its beginning"
+      )
+    return lines
+
+  def _num_long_targets(self) -> int:
+    """Documents with a run of trained tokens that is longer than a row, of kinds with such runs."""
+    count = 0
+    for s in self.sources:
+      if s.split.kind in ("chat", "seq2seq"):
+        for doc in np.flatnonzero(s.split.lengths > self.seq_len).tolist():
+          runs = s.split.trained(doc)
+          count += runs is not None and bool((runs[:, 1] - runs[:, 0] > self.seq_len).any())
+    return count
 
   def summary(self) -> str:
     """See `BatchSource`: the steps of an epoch."""

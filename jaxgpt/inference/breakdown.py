@@ -135,6 +135,15 @@ class Breakdown:
     out["length"] = list(self._table(where, found, _FIRST_LENGTH))
     return out
 
+  def by_group(self, where: np.ndarray, names: Sequence[str]) -> list[Row]:
+    """A table by groups of the documents.
+
+    Args:
+      where: The group of each document of `examples`.
+      names: Names of the groups.
+    """
+    return list(self._named(where, self.examples(), names))
+
   def _by_folder(self, found: Examples) -> list[Row]:
     names = [s.name for s in self._data.sources]
     return list(self._named(found.source, found, names))

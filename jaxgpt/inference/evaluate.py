@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 
 from jaxgpt.data import layouts, pipeline, strided
 from jaxgpt.errors import UserError
-from jaxgpt.inference import load, scoring
-from jaxgpt.inference.breakdown import Breakdown
+from jaxgpt.inference import contamination, load, scoring
+from jaxgpt.inference.breakdown import Breakdown, Row
 from jaxgpt.parallel import distributed
 from jaxgpt.run import run_folder
+from jaxgpt.text.filters import decontaminate
 from jaxgpt.text.prepare import prepare, shards
 from jaxgpt.training import evaluation, objectives
 
@@ -187,6 +189,44 @@ def score(
         yield [(row.source, row.row) for row in batches.rows(number)], scores
       else:
         yield batches.epoch_rows(number), scores
+
+
+def by_contamination(run: load.Run, data: Opened, found: Breakdown, words: int) -> list[Row]:
+  """A table of the evaluated documents: those that share words with the training data, and others.
+
+  Args:
+    run: From `load.load`.
+    data: The data that was evaluated.
+    found: From `evaluate`.
+    words: Length of the runs of words that are compared.
+
+  Raises:
+    UserError: The run's training data is not known.
+  """
+  trained = contamination.of_training(run)
+  examples, evaluated = found.examples(), list[str]()
+  for number, s in enumerate(data.batches.sources):
+    docs = examples.doc[examples.source == number]
+    evaluated += contamination.texts(s.split, run.tokenizer, docs)
+  config = decontaminate.Config(words=words)
+  hit = contamination.shared(evaluated, trained, config)
+  return found.by_group(hit.astype(np.int64), ("clean", f"shares {words} words"))
+
+
+def gap(run: load.Run, c: ml_collections.ConfigDict, loss: float, limit: int) -> dict[str, float]:
+  """The generalization gap of a run.
+
+  Args:
+    run: From `load.load`.
+    c: The run's config with the data that was evaluated.
+    loss: Its loss.
+    limit: Batches of the training split to compare with.
+
+  Returns:
+    {'train_loss', 'gap': loss minus train_loss}.
+  """
+  result = load.evaluate_run(run, "train", limit, c.eval.batch_size)
+  return {"train_loss": result["loss"], "gap": loss - result["loss"]}
 
 
 def _strided(

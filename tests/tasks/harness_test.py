@@ -14,7 +14,8 @@ from jaxgpt.commands import main
 from jaxgpt.commands.actions import import_export
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
-from jaxgpt.tasks import harness, harness_model
+from jaxgpt.tasks import harness, harness_model, in_training
+from jaxgpt.training import evaluators
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "green", "tree"]
 CHAT = (
@@ -219,3 +220,30 @@ def test_without_the_extra_a_message_names_it(monkeypatch):
   monkeypatch.setattr(harness_model.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'jaxgpt\[harness\]'"):
     harness.check()
+
+
+@needs_harness
+def test_tasks_in_training_give_the_scores_of_the_command(exported, tasks):
+  loaded = load.load(exported[0])
+  c = loaded.c.copy_and_resolve_references()
+  c.eval.update(dict(tasks="mini_choice, mini_rolling", tasks_path=str(tasks), tasks_limit=2))
+  context = evaluators.Context(
+    c, exported[0], loaded.mesh, loaded.parts, loaded.tokenizer, loaded.data_digest
+  )
+  evaluate = in_training.make_harness(context)
+  want = harness.evaluate(loaded, ["mini_choice", "mini_rolling"], str(tasks), limit=2)
+  for _ in range(2):  # a second evaluation starts anew
+    got = evaluate(loaded.params)
+    assert got == pytest.approx(
+      {
+        f"{task}/{name}": value
+        for task, values in want.items()
+        for name, value in values.items()
+        if not name.endswith("_stderr")
+      }
+    )
+  c.eval.tasks = ""
+  assert in_training.make_harness(context) is None
+  c.eval.tasks = "mini_choise"
+  with pytest.raises(UserError, match="eval.tasks=mini_choise: .* did you mean"):
+    in_training.make_harness(context)

@@ -10,6 +10,8 @@ import json
 import pytest
 
 from jaxgpt.commands.actions import inspect_data
+from jaxgpt.data import pipeline
+from jaxgpt.data.batch_source import Batching
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import prepare
 from tests.text.tokenizers import huggingface_test as hf_test
@@ -292,3 +294,14 @@ def test_each_conversation_that_is_left_out_is_counted(tmp_path):
   assert manifest["dropped"] == {"empty": 2, "nothing learned": 1, "role order": 3}
   assert (manifest["read"], manifest["kept"]) == (8, 2)
   assert manifest["read"] == manifest["kept"] + sum(manifest["dropped"].values())
+
+
+def test_a_target_longer_than_a_row_is_counted(tmp_path):
+  turns = [[user("a"), said("b" * n)] for n in (3, 20, 40)]
+  prepared([dict(messages=m) for m in turns], tmp_path, "bytes")
+  for seq_len, count in ((64, 0), (32, 1), (21, 1), (20, 2)):  # with the mark of its end
+    lines = pipeline.make(
+      str(tmp_path / "data"), "train", Batching(seq_len=seq_len, batch_size=1)
+    ).describe()
+    assert [line.split(" documents")[0] for line in lines] == [f"{count} of 3"] * bool(count)
+    assert all(f"a target longer than data.seq_len={seq_len}" in line for line in lines)
