@@ -34,6 +34,7 @@ SEQUENCES = {
   "models": ("docs/finetune.md", "docs/models.md"),
   "data": ("docs/data.md", "docs/cleaning.md", "docs/mixtures.md", "docs/streams.md"),
   "objectives": ("docs/objectives.md",),
+  "evaluation": ("docs/evaluation.md",),
   "memory": ("docs/memory.md",),
   "buckets": ("docs/buckets.md",),
   "plan": ("docs/plan.md", "docs/plan-budgets.md", "docs/compile-ahead.md"),

@@ -5,6 +5,7 @@ proportional to the documents that were scored, and its tables are bounded.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxgpt.training import metrics
 MOST_SOURCES = 20  # rows of the table by source
 _FIRST_POSITION, _FIRST_LENGTH = 16, 64  # upper ends of the first rows; further ones double
 _CONFIDENCES = 15  # equal bins of `calibration`
+_NUMBERS = re.compile(r"(:[0-9]+)?(#[0-9]+)?\Z")  # of a document in its file, and of its piece
 _MERGED = 64  # batches whose documents are merged at a time
 
 Row = dict[str, Any]
@@ -241,9 +243,8 @@ def _means(weight: float, nll: float, correct: float, per_token: bool) -> Row:
 
 
 def _file(source: str) -> str:
-  """The file of a document's origin: 'a/b.jsonl' of 'a/b.jsonl:12'."""
-  name, colon, number = source.rpartition(":")
-  return name if colon and number.isdigit() else source
+  """The file of a document's origin: 'a/b.jsonl' of 'a/b.jsonl:12' and of its piece '…:12#3'."""
+  return _NUMBERS.sub("", source)
 
 
 def text(tables: dict[str, list[Row]]) -> list[str]:

@@ -195,6 +195,9 @@ def _model_class() -> type:
     ) -> list[int]:
       return self._encoder.encode(string, add_special_tokens)
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+      return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
       found = self.requests.log_likelihoods([(ids, more) for _, ids, more in requests])
       for (text, _, _), answer in zip(requests, found):
