@@ -1,6 +1,7 @@
 """`jaxgpt compare`: whether two runs differ on the same examples by more than chance."""
 
 import dataclasses
+from typing import Any
 
 from jaxgpt.commands import Command
 from jaxgpt.config.options import integer, key_value, option
@@ -35,6 +36,11 @@ class CompareOptions:
     parse=key_value(),
     help="column of files that are not prepared",
   )
+  task: str = option(
+    "",
+    metavar="NAME",
+    help="compare the metrics of a task, such as sentiment, on the rows of --data",
+  )
   tasks: str = option("", metavar="A,B", help="compare on tasks of lm-eval instead")
   include_path: str | None = option(
     None, metavar="DIR", help="folder with more tasks, as YAML files; with --tasks"
@@ -52,30 +58,25 @@ def run(args: CompareOptions) -> None:
     raise UserError(f"compare takes two run folders, not {len(args.runs)}: {', '.join(args.runs)}")
   _check(args)
   from jaxgpt.commands.actions import backend
-  from jaxgpt.inference import evaluate
   from jaxgpt.storage import strict_json
-  from jaxgpt.tasks import compare, harness
+  from jaxgpt.tasks import compare
 
   backend.start()
-  if args.tasks:
-    names = tuple(args.tasks.split(","))
-    both = [
-      harness.examples(folder, names, args.include_path, args.limit, args.batch_size)
-      for folder in args.runs
-    ]
-  else:
-    source = evaluate.Source(args.data, args.split, args.kind, args.fields)
-    both = [
-      {"": compare.examples_of(folder, source, batch_size=args.batch_size)} for folder in args.runs
-    ]
-  found = [
-    one._replace(metric=f"{task}/{one.metric}" if task else one.metric)
-    for task in both[0]
-    for one in compare.compare(
-      both[0][task], both[1][task], resamples=args.resamples, seed=args.seed
+  count, found = 0, list[compare.Comparison]()
+  if args.task:
+    found, count = compare.on_task(
+      args.runs,
+      args.task,
+      str(args.data),
+      batch_size=args.batch_size or 32,
+      resamples=args.resamples,
+      seed=args.seed,
     )
-  ]
-  count = sum(len(examples.sources) for examples in both[0].values())
+  else:
+    for task, first, second in _both(args):
+      some = compare.compare(first, second, resamples=args.resamples, seed=args.seed)
+      found += [one._replace(metric=f"{task}/{one.metric}" if task else one.metric) for one in some]
+      count += len(first.sources)
   if args.json:
     rows = {one.metric: one._asdict() | {"difference": one.difference._asdict()} for one in found}
     print(strict_json.dumps({"examples": count, "runs": args.runs, "metrics": rows}, indent=1))
@@ -84,10 +85,40 @@ def run(args: CompareOptions) -> None:
   print("\n".join(compare.table(found, ("first", "second"))))
 
 
+def _both(args: CompareOptions) -> list[tuple[str, Any, Any]]:
+  """(task or '', examples of the first run, of the second run) of each data set."""
+  from jaxgpt.inference import evaluate
+  from jaxgpt.tasks import compare, harness
+
+  if not args.tasks:
+    source = evaluate.Source(args.data, args.split, args.kind, args.fields)
+    one, other = (compare.examples_of(run, source, batch_size=args.batch_size) for run in args.runs)
+    return [("", one, other)]
+  names = tuple(args.tasks.split(","))
+  first, second = (
+    harness.examples(run, names, args.include_path, args.limit, args.batch_size)
+    for run in args.runs
+  )
+  return [(task, first[task], second[task]) for task in first]
+
+
 def _check(args: CompareOptions) -> None:
   """Refuses options that belong to the other way of comparing."""
-  of_tasks = {"include-path": args.include_path, "limit": args.limit}
-  of_data = {"split": args.split, "data": args.data, "kind": args.kind, "field": args.fields}
+  of_tasks: dict[str, Any] = {"include-path": args.include_path, "limit": args.limit}
+  of_data: dict[str, Any] = {
+    "split": args.split,
+    "data": args.data,
+    "kind": args.kind,
+    "field": args.fields,
+  }
+  if args.task:
+    if not args.data:
+      raise UserError(f"--task={args.task} needs --data=FILE, rows with answers")
+    of_tasks |= {"tasks": args.tasks, "split": args.split, "kind": args.kind, "field": args.fields}
+    for flag, value in of_tasks.items():
+      if value:
+        raise UserError(f"--{flag} is not for --task; leave it out")
+    return
   for flag, value in (of_data if args.tasks else of_tasks).items():
     if value:
       needs = "is not for --tasks" if args.tasks else "needs --tasks"

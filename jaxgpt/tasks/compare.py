@@ -5,12 +5,16 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import evaluate, load, scoring
-from jaxgpt.tasks import bootstrap
+from jaxgpt.tasks import bootstrap, task
+from jaxgpt.tasks import scoring as task_scoring
+from jaxgpt.tasks.predict import job, protocol, registry, rows
+from jaxgpt.text.readers import documents
 
 
 class Comparison(NamedTuple):
@@ -121,6 +125,63 @@ def compare(
   return out
 
 
+def on_task(
+  folders: Sequence[epath.PathLike],
+  name: str,
+  data: str,
+  *,
+  batch_size: int = 32,
+  resamples: int = bootstrap.RESAMPLES,
+  seed: int = 0,
+) -> tuple[list[Comparison], int]:
+  """Compares the metrics of a task that two runs reach on the rows of files.
+
+  Args:
+    folders: The two run folders.
+    name: The task, see `task.find`.
+    data: Files of rows with answers, separated by commas.
+    batch_size: Rows of a batch on each device.
+    resamples: Number of resamples.
+    seed: Seed of the draws.
+
+  Returns:
+    (the comparisons, number of rows).
+
+  Raises:
+    UserError: The task or the files do not fit the runs, or the runs score other rows.
+  """
+  scored, listed = task.find(name), documents.find(data.split(","))
+  measures, rows_of = [], []
+  for folder in folders:
+    run = load.load(folder, devices=jax.local_devices())
+    settings = protocol.Settings(batch_size, 200, load.Sampling(temperature=0.0), 0)
+    predictor = registry.make(run, None, settings)
+    scored.check_kind(predictor.kind)
+    given = list(rows.read(listed, predictor.kind))
+    found = [
+      prediction
+      for number, chunk in enumerate(job.chunks(given))
+      for prediction in job.predict_rows(predictor, run.params, chunk, number)
+    ]
+    numbers, _ = task_scoring.scorable(scored, given)
+    measures.append(task_scoring.measures_of(scored, given, found, numbers))
+    rows_of.append(numbers)
+  if rows_of[0] != rows_of[1]:
+    raise UserError(
+      f"--task={name}: the runs score {len(rows_of[0]):,} and {len(rows_of[1]):,} rows of {data}, "
+      "which are not the same; name rows that both can read"
+    )
+  size = len(rows_of[0])
+  if size < 2:
+    raise UserError(f"{size} example cannot be resampled; compare on more")
+  out = []
+  for metric, a in measures[0].items():
+    b, ones = measures[1][metric], np.ones(size)
+    difference = bootstrap.difference(a, b, size, resamples, seed)
+    out.append(Comparison(metric, a(ones), b(ones), difference))
+  return out, size
+
+
 def check_same(first: Examples, second: Examples) -> None:
   """Raises a UserError unless two runs were evaluated on the same examples."""
   way_out = "name data that both read in full with --data"
@@ -150,13 +211,13 @@ def _ratio(sums: np.ndarray, weights: np.ndarray) -> bootstrap.Measure:
 
 def table(found: Sequence[Comparison], names: Sequence[str]) -> list[str]:
   """Lines that show comparisons of two runs of these names."""
-  rows = [("metric", *names, "difference", "95 % interval", "p")]
+  lines = [("metric", *names, "difference", "95 % interval", "p")]
   for metric, first, second, d in found:
     interval = f"[{d.low:+.4f}, {d.high:+.4f}]"
     cells = f"{first:.4f}", f"{second:.4f}", f"{d.value:+.4f}", interval, f"{d.p_value:.3f}"
-    rows.append((metric, *cells))
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines.append((metric, *cells))
+  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   return [
     "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
-    for row in rows
+    for row in lines
   ]

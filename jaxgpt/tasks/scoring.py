@@ -134,8 +134,20 @@ def report(
 def values(scored: task.Task, rows: Sequence[Row], found: Sequence[Prediction]) -> dict[str, float]:
   """{metric: value} of predictions, without intervals. Arguments and errors as of `report`."""
   numbers, _ = scorable(scored, rows)
-  measures = scored.measures(*_kept(rows, found, numbers))
+  measures = measures_of(scored, rows, found, numbers)
   return {name: measure(np.ones(len(numbers))) for name, measure in measures.items()}
+
+
+def measures_of(
+  scored: task.Task, rows: Sequence[Row], found: Sequence[Prediction], numbers: Sequence[int]
+) -> task.Measures:
+  """The task's metrics of the predictions for some rows, as functions of how often each counts.
+
+  Args:
+    scored, rows, found: As in `report`.
+    numbers: The rows that count, see `scorable`.
+  """
+  return scored.measures(*_kept(rows, found, numbers))
 
 
 def _kept(

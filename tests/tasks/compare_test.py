@@ -9,6 +9,7 @@ from jaxgpt import config
 from jaxgpt.commands import main
 from jaxgpt.errors import UserError
 from jaxgpt.tasks import compare
+from jaxgpt.text.prepare import prepare
 from jaxgpt.training import loop
 
 
@@ -65,6 +66,45 @@ def test_bits_per_byte_compare_runs_of_other_tokenizers():
   assert (found.first, found.second) == (6, 4)
 
 
+def test_a_task_on_the_rows_of_a_file(tiny, tmp_path, capsys):
+  rows = [{"text": f"row {i}", "label": "good" if i % 4 else "bad"} for i in range(24)]
+  (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  prepare.prepare(
+    tmp_path / "rows.jsonl",
+    tmp_path / "data",
+    tokenizer="bytes",
+    kind="classification",
+    validation=0,
+    test=0,
+  )
+  runs = []
+  for seed in (0, 1):
+    c = tiny(
+      train__steps=2,
+      objective__name="classification",
+      model__head="classifier",
+      model__num_labels=2,
+      data__path=str(tmp_path / "data"),
+    )
+    c.seed = seed
+    loop.train(c, tmp_path / f"run{seed}", config.flatten(c))
+    runs.append(str(tmp_path / f"run{seed}"))
+  capsys.readouterr()
+  words = ["compare", *runs, "--task=sentiment", f"--data={tmp_path}/rows.jsonl", "--json"]
+  assert main.main([*words, "--resamples=100"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["examples"] == 24
+  for run, side in zip(runs, ("first", "second")):
+    out = str(tmp_path / f"{side}.jsonl")
+    words = ["predict", f"--workdir={run}", f"--input={tmp_path}/rows.jsonl", f"--output={out}"]
+    assert main.main([*words, "--task=sentiment", "--json"]) == 0
+    said = capsys.readouterr().out
+    scores = json.loads(said[said.index("{") :])["scores"]
+    for name, values in found["metrics"].items():
+      assert values[side] == pytest.approx(scores[name][0])
+      assert values["difference"]["value"] == pytest.approx(values["second"] - values["first"])
+
+
 def test_the_command(tiny, tmp_path, capsys):
   c = tiny(train__steps=2)
   loop.train(c, tmp_path / "run", config.flatten(c))
@@ -86,6 +126,8 @@ def test_the_command(tiny, tmp_path, capsys):
     ([run], "two run folders, not 1"),
     ([run, run, "--limit=3"], "--limit needs --tasks"),
     ([run, run, "--tasks=a", "--split=test"], "--split is not for --tasks"),
+    ([run, run, "--task=translation"], "--task=translation needs --data=FILE"),
+    ([run, run, "--task=translation", "--data=x", "--limit=2"], "--limit is not for --task"),
   ):
     assert main.main(["compare", *words]) == 2
     assert said in capsys.readouterr().err
