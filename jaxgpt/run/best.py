@@ -1,8 +1,8 @@
 """The best checkpoint of a run by a metric, and the end of a run that stops improving.
 
-RUN/best/STEP has the weights that evaluation used. Which step is the best follows from the values
-in RUN/metrics.jsonl up to the step at which a start begins, so a resumed run decides as one that
-never stopped.
+RUN/best/STEP has the weights of one evaluation, and their moving average if the run keeps one.
+Which step is the best follows from the values in RUN/metrics.jsonl up to the step at which a start
+begins, so a resumed run decides as one that never stopped.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from jaxgpt.parallel import distributed
 from jaxgpt.run import checkpoints, metric_writers
 
 FOLDER = "best"
+ITEMS = ("params", "ema", "step", "nonfinite_step")  # of the state that a best checkpoint has
 KIND = "validation"  # of the records in metrics.jsonl
 _LOWER = ("loss", "perplexity", "bits_per_byte", "mse", "mae")  # metrics of which less is better
 _NOT_METRICS = ("step", "kind", "tokens")

@@ -437,8 +437,7 @@ class _Run:
     if best.step == self._step:
       with self._timer.paused(), jax.transfer_guard("allow"):
         self._writers.flush()
-        name = "ema" if self._c.optim.ema else "params"
-        kept.save({key: self._state[key] for key in (name, "step", "nonfinite_step")})
+        kept.save({key: value for key, value in self._state.items() if key in best_lib.ITEMS})
 
   def _save(self) -> None:
     """Saves a checkpoint after the metrics of its step are on disk.
