@@ -35,6 +35,7 @@ SEQUENCES = {
   "data": ("docs/data.md", "docs/cleaning.md", "docs/mixtures.md", "docs/streams.md"),
   "objectives": ("docs/objectives.md",),
   "evaluation": ("docs/evaluation.md",),
+  "tasks": ("docs/tasks.md",),
   "memory": ("docs/memory.md",),
   "buckets": ("docs/buckets.md",),
   "plan": ("docs/plan.md", "docs/plan-budgets.md", "docs/compile-ahead.md"),
