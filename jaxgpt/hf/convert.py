@@ -170,6 +170,11 @@ def family_of(c_model: ml_collections.ConfigDict, name: str | None = None) -> Fa
     raise UserError(
       f"family={name!r} is unknown; {_meant(name)}known are: {', '.join(families.FAMILIES)}"
     )
+  if c_model.head == "token_classifier":
+    raise UserError(
+      "model.head='token_classifier': models with logits over classes for each token cannot be "
+      "exported; use the run itself, with jaxgpt predict"
+    )
   against = {}
   likely = lambda family: (
     c_model.preset == family.model_type,

@@ -6,6 +6,7 @@ from jaxgpt.data import label_numbers
 from jaxgpt.errors import UserError
 
 HfConfig = dict[str, Any]  # config.json
+SEVERAL = "multi_label_classification"  # `problem_type` of any number of classes per text
 
 
 def read(hf: HfConfig, num_labels: int) -> tuple[str, ...]:
@@ -23,12 +24,12 @@ def read(hf: HfConfig, num_labels: int) -> tuple[str, ...]:
   """
   problem = hf.get("problem_type")
   kind = "regression" if num_labels == 1 else "single_label_classification"
-  if problem not in (None, kind):
+  if problem not in (None, kind, SEVERAL):
     raise UserError(
       f"config.json: problem_type={problem!r} with {num_labels} labels is not supported: the "
       f"objective 'classification' is {kind} there; remove problem_type if the model was trained so"
     )
-  if num_labels == 1:
+  if num_labels == 1 and problem != SEVERAL:
     return ()
   default = {i: f"LABEL_{i}" for i in range(num_labels)}
   try:
@@ -59,6 +60,16 @@ def read(hf: HfConfig, num_labels: int) -> tuple[str, ...]:
       f"config.json: id2label names two outputs alike ({label_numbers.listed(first)}); correct it"
     )
   return first
+
+
+def objective(hf: HfConfig) -> str:
+  """The `objective.name` of a classifier, by `problem_type`."""
+  return "multi_label" if hf.get("problem_type") == SEVERAL else "classification"
+
+
+def problem_type(objective: str) -> HfConfig:
+  """The key of config.json that an objective decides, for a classifier. {} if `write` decides."""
+  return {"problem_type": SEVERAL} if objective == "multi_label" else {}
 
 
 def write(names: tuple[str, ...], num_labels: int) -> HfConfig:

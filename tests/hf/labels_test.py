@@ -14,6 +14,7 @@ GENERIC = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0":
   [
     (NAMED, ("good", "bad")),
     (NAMED | {"problem_type": "single_label_classification"}, ("good", "bad")),
+    (NAMED | {"problem_type": "multi_label_classification"}, ("good", "bad")),
     ({"id2label": {"1": "bad", "0": "good"}}, ("good", "bad")),
     ({"id2label": {0: 7, 1: 9}}, ("7", "9")),
     ({"id2label": NAMED["id2label"], "label2id": GENERIC["label2id"]}, ("good", "bad")),
@@ -34,7 +35,6 @@ def test_names_in_the_order_of_the_outputs(hf, names):
     ({"id2label": {"1": "a", "2": "b"}}, 2, r"id2label numbers \[1, 2\], .* outputs 0 to 1"),
     ({"id2label": {"0": "a", "1": "a"}}, 2, "names two outputs alike"),
     ({"id2label": ["a", "b"]}, 2, "map numbers and names"),
-    (NAMED | {"problem_type": "multi_label_classification"}, 2, "'multi_label_classification'"),
     (NAMED | {"problem_type": "regression"}, 2, "'regression' with 2 labels"),
     ({"problem_type": "single_label_classification"}, 1, "with 1 labels"),
   ],
@@ -51,6 +51,12 @@ def test_a_regression_has_no_classes():
     "label2id": {"LABEL_0": 0},
     "problem_type": "regression",
   }
+
+
+@pytest.mark.parametrize("name", ["classification", "multi_label"])
+def test_the_objective_of_a_classifier_comes_back(name):
+  hf = labels.write(("a", "b"), 2) | labels.problem_type(name)
+  assert labels.objective(hf) == name and labels.read(hf, 2) == ("a", "b")
 
 
 @pytest.mark.parametrize("names", [("b", "a"), ("x", "y", "z")])

@@ -15,12 +15,13 @@ from etils import epath
 from jaxgpt import config, tree
 from jaxgpt.errors import UserError
 from jaxgpt.hf import adapters, convert, model_folder, parity, safetensors, weights
+from jaxgpt.hf import labels as labels_lib
 from jaxgpt.hf import tokenizer as hf_tokenizer
 from jaxgpt.hf.families import Family
 from jaxgpt.inference import load
 from jaxgpt.model import lora
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import generation, label_names, run_folder
+from jaxgpt.run import generation, init_from, label_names, run_folder
 from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import build
@@ -89,8 +90,12 @@ def read_model(
     if source.fields["head"] != "classifier":
       raise UserError(f"labels={','.join(labels)}: the model is no classifier; leave labels out")
     source.fields["label_names"] = tuple(labels)
+  several = {}
+  if labels_lib.objective(init_from.read_config_json(source.folder)) == "multi_label":
+    several["objective__name"] = "multi_label"
   c = convert.configured(
     source.fields,
+    **several,
     model__preset=source.family.model_type,
     model__dtype=dtype,
     init_from=str(folder),
@@ -256,6 +261,7 @@ def export_run(
     )
     ids = {k: v for k, v in ids.items() if v is not None}
     hf = convert.write(found, c.model) | {"torch_dtype": dtype}
+    hf |= labels_lib.problem_type(c.objective.name)
     hf = ids | hf if "pad_token_id" in hf else hf | ids
     _write_json(part / "config.json", hf)
     _write_json(part / generation.FILE, generation.published(run.generation, run.tokenizer))
