@@ -5,9 +5,11 @@ from typing import Any
 
 from jaxgpt.commands import Command
 from jaxgpt.commands.actions.processes import ProcessOptions
+from jaxgpt.config import options
 from jaxgpt.config.options import Group, checkpoint_step, integer, key_value, option
 from jaxgpt.errors import UserError
 
+DATA = Group("text to evaluate on, and how")
 HARNESS = Group("tasks of EleutherAI's harness")
 
 
@@ -25,12 +27,14 @@ class EvaluateOptions(ProcessOptions):
     None,
     choices=("train", "validation", "test"),
     unset="validation",
+    group=DATA,
     help="split to evaluate on",
   )
   data: str | None = option(
     None,
     metavar="DIR|FILE",
     unset="the run's own",
+    group=DATA,
     help="data to evaluate on: a prepared folder, the run's own, if it was moved, or any other in "
     "the run's tokens; or text files, folders, JSONL, CSV, …, which the run's tokenizer encodes",
   )
@@ -38,6 +42,7 @@ class EvaluateOptions(ProcessOptions):
     None,
     metavar="KIND",
     unset="text, or the labelled kind that the run was trained on",
+    group=DATA,
     help="kind of the documents in files that are not prepared, see jaxgpt data",
   )
   fields: tuple[tuple[str, str], ...] = option(
@@ -45,33 +50,40 @@ class EvaluateOptions(ProcessOptions):
     flag="field",
     metavar="NAME=COLUMN",
     parse=key_value(),
+    group=DATA,
     help="column of files that are not prepared, see jaxgpt data",
   )
   stride: int | None = integer(
     None,
     least=1,
     unset="rows as in training",
+    group=DATA,
     help="score each token once in overlapping windows, which give all but a document's first "
     "tokens data.seq_len - N tokens of context or more",
   )
   tables: bool = option(
-    False, help="print tables by source, by position in the context and by length of the document"
+    False,
+    group=DATA,
+    help="print tables by source, by position in the context and by length of the document",
   )
   gap: bool = option(
-    False, help="also evaluate as many batches of the training split, and print the difference"
+    False,
+    group=DATA,
+    help="also evaluate as many batches of the training split, and print the difference",
   )
   contamination: int | None = integer(
     None,
     least=1,
     metavar="WORDS",
     unset="not looked for",
+    group=DATA,
     help="also print a table of the documents that share a run of WORDS words with the run's "
     "training data (13 is usual), and of the others",
   )
   json: bool = option(
     False, help="print one JSON object with all metrics, the tables and the data's digest"
   )
-  batches: int = integer(0, help="batches to evaluate; 0: the whole split")
+  batches: int = integer(0, group=DATA, help="batches to evaluate; 0: the whole split")
   batch_size: int | None = integer(None, least=1, unset="the run's", help="rows per batch")
   tasks: str = option(
     "",
@@ -105,27 +117,13 @@ def run(args: EvaluateOptions) -> None:
 
 def _check(args: EvaluateOptions) -> None:
   """Refuses options that belong to the other way of evaluating."""
-  of_tasks = {
-    "include-path": args.include_path,
-    "limit": args.limit,
-    "num-fewshot": args.num_fewshot,
-    "chat": args.chat,
-  }
-  of_data = {
-    "split": args.split,
-    "data": args.data,
-    "kind": args.kind,
-    "field": args.fields,
-    "stride": args.stride,
-    "tables": args.tables,
-    "gap": args.gap,
-    "contamination": args.contamination,
-    "batches": args.batches,
-  }
-  for flag, value in (of_data if args.tasks else of_tasks).items():
-    if value not in (None, False, "", (), 0) or (flag == "num-fewshot" and value == 0):
-      needs = "is not for --tasks" if args.tasks else "needs --tasks"
-      raise UserError(f"--{flag} {needs}; leave it out")
+  for o in options.declared(EvaluateOptions):
+    if getattr(args, o.name) == o.default:
+      continue
+    if o.group == DATA and args.tasks:
+      raise UserError(f"{o.label} is not for --tasks={args.tasks}; leave it out")
+    if o.group == HARNESS and not args.tasks:
+      raise UserError(f"{o.label} needs --tasks; leave it out")
 
 
 def _lines_of_tasks(args: EvaluateOptions) -> list[str]:

@@ -84,6 +84,7 @@ def test_a_task_on_the_rows_of_a_file(tiny, tmp_path, capsys):
       objective__name="classification",
       model__head="classifier",
       model__num_labels=2,
+      model__pooling="last",
       data__path=str(tmp_path / "data"),
     )
     c.seed = seed
