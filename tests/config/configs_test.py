@@ -21,7 +21,7 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "tasks/chat": (558_720, 264),
   "tasks/generated_answers": (558_720, 264),
   "tasks/multi_label": (148_418, 264),
-  "tasks/question_answering": (148_418, 264),
+  "tasks/question_answering": (214_082, 264),
   "tasks/retrieval": (148_288, 264),
   "tasks/sentiment": (148_416, 264),
   "tasks/summarization": (558_720, 264),

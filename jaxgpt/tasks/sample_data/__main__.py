@@ -24,10 +24,10 @@ SPLITS = ("train", "validation", "test")
 DATA: dict[str, tuple[Callable[[random.Random, str, int], list[Row]], tuple[int, int, int]]] = {
   "sentiment": (sentiment.make, (6000, 400, 1000)),
   "tagging": (tagging.make, (6000, 400, 1000)),
-  "questions": (questions.make, (12000, 400, 1000)),
+  "questions": (questions.make, (9000, 400, 1000)),
   "generated_answers": (
     lambda rng, split, count: questions.generated(questions.make(rng, split, count)),
-    (12000, 400, 1000),
+    (9000, 400, 1000),
   ),
   "retrieval": (retrieval.make, (6500, 500, 1000)),
   "translation": (numbers.make, (20000, 400, 1000)),

@@ -1,5 +1,6 @@
 """Numbers in digits and in English words. A number is in one split only."""
 
+import functools
 import random
 
 from jaxgpt.tasks.sample_data.grammar import Row
@@ -30,10 +31,16 @@ def words(number: int) -> str:
   return _ONES[number]
 
 
-def of_split(split: str, limit: int = LIMIT) -> list[int]:
-  """The numbers below a limit that belong to a split, shuffled."""
+@functools.lru_cache(maxsize=2)
+def _shuffled(limit: int) -> list[int]:
   found = list(range(limit))
   random.Random("numbers").shuffle(found)
+  return found
+
+
+def of_split(split: str, limit: int = LIMIT) -> list[int]:
+  """The numbers below a limit that belong to a split, shuffled."""
+  found = _shuffled(limit)
   held_out = limit // 10
   first, last = {"test": (0, held_out), "validation": (held_out, 2 * held_out)}.get(
     split, (2 * held_out, limit)
