@@ -22,7 +22,8 @@ WITHOUT_FLOATS = {
   "text.readers.messages": "the words of a tool call, counted and compared, not written",
   "text.tokenizers.chat_template": "strings in the source of a template",
   "text.tokenizers.base": "names and digests",
-  "text.tokenizers.jinja_template": "a template's filter, which must be as transformers has it",
+  "text.tokenizers.jinja_compile": "a template's filter, which must be as transformers has it",
+  "text.tokenizers.jinja_template": "searched for the names of special tokens, not written",
   "training.compiled_step": "digests and device numbers",
   "data.stream": "names and sizes of files",
 }

@@ -78,7 +78,7 @@ def test_a_run_reports_what_it_did(finished):
 def test_running_a_finished_run_again_trains_no_step(finished):
   c, folder = finished
   before = lines(folder)
-  steps, result, stopped = train(c, folder)
+  steps, result, stopped, *_ = train(c, folder)
   assert (steps, stopped) == (8, None) and result["loss"] == before[-1]["loss"]
   assert lines(folder) == before
 
@@ -136,10 +136,10 @@ def test_a_signal_at_any_stage_changes_no_number(finished, tmp_path, stage):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(where, name, interrupted)
-    steps, result, stopped = train(c, tmp_path / "run")
+    steps, result, stopped, *_ = train(c, tmp_path / "run")
   assert stopped == signal.SIGTERM and result is None
   assert steps < 8 or stage == "last evaluation"
-  steps, result, stopped = train(c, tmp_path / "run")
+  steps, result, stopped, *_ = train(c, tmp_path / "run")
   assert (steps, stopped) == (8, None) and result
   assert lines(tmp_path / "run") == lines(folder)
 
@@ -235,7 +235,7 @@ def test_a_run_on_a_stream_goes_on_exactly_where_it_stopped(tiny, tmp_path, caps
   out = capsys.readouterr().out
   assert "it has no random access" in out and "'invalid json'" in out
   c.data.prefetch = 1
-  steps, result, _ = train(c, tmp_path / "cut")
+  steps, result, *_ = train(c, tmp_path / "cut")
   assert steps == 14 and "bits_per_byte" in result
   assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
   with pytest.raises(UserError, match="no random access.*jaxgpt data"):

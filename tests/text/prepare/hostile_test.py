@@ -293,7 +293,10 @@ SURVIVED = {
     "a.jsonl",
     messages(
       *(
-        [{"role": "assistant", "content": GOOD, "weight": weight}]
+        [
+          {"role": "user", "content": GOOD},
+          {"role": "assistant", "content": GOOD, "weight": weight},
+        ]
         for weight in ("0", "1", 0.5, -1, [0], 0, 1, True, None)
       )
     ),
