@@ -150,7 +150,7 @@ def _not_evaluated(
   """
   why = f"data.path={c.data.path!r} has no validation split"
   if c.checkpoint.best or evaluators:
-    needs = f"checkpoint.best={c.checkpoint.best!r}" if c.checkpoint.best else "task.name"
+    needs = f"checkpoint.best={c.checkpoint.best!r}" if c.checkpoint.best else "a task of the run"
     raise UserError(f"{needs} needs evaluations, but {why}; prepare the data with one")
   return [f"{why}: this run is not evaluated"]
 
@@ -261,7 +261,7 @@ class _Run:
     stop: stop_signal.StopSignal,
     best: _BestCheckpoint | None,
   ):
-    self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, _ = setup
+    self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, *_ = setup
     self._evaluators, self._best = setup.evaluators, best
     self._state, self._means, self._checkpoints, self._stop = state, means, checkpoints, stop
     self._agreement = distributed.Agreement(setup.mesh)
