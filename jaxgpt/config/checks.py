@@ -33,6 +33,17 @@ def data_weight_changes(key: str, value: Any) -> None:
     last = change[0]
 
 
+def data_stages(key: str, value: Any) -> None:
+  """Raises a UserError unless the value is a tuple of (steps, batch_size, seq_len), all above 0."""
+  is_count = lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0
+  for stage in value:
+    if not (isinstance(stage, tuple) and len(stage) == 3 and all(map(is_count, stage))):
+      raise UserError(
+        f"{key}: {stage!r} must be (steps, batch_size, seq_len), whole numbers above 0; write "
+        "((1000, 32, 256),), with the comma at the end, for 1,000 steps of 32 rows of 256 tokens"
+      )
+
+
 def label_names(key: str, value: Any) -> None:
   """Raises a UserError unless the value is a tuple of different strings."""
   strings = all(isinstance(name, str) and name for name in value)

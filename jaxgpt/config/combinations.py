@@ -23,6 +23,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   masking(c.objective)
   windows(c)
   stream(c)
+  stored(c)
   lengths(c)
 
 
@@ -201,6 +202,53 @@ def stream(c: ml_collections.ConfigDict) -> None:
     )
 
 
+def stored(c: ml_collections.ConfigDict) -> None:
+  """Checks the numbers that are stored of each row."""
+  o, rows = c.objective, c.model.vocab_size
+  if not o.stored:
+    return
+  if c.data.stream:
+    raise UserError(
+      f"objective.stored={o.stored!r} needs rows that come again, but data.stream="
+      f"{c.data.stream!r} has none; prepare the files with `jaxgpt data`"
+    )
+  if o.name == "distillation" and rows and o.top_k >= rows:
+    raise UserError(
+      f"objective.top_k={o.top_k} must be below the vocabulary, model.vocab_size={rows}; lower it"
+    )
+
+
+def stages(c: ml_collections.ConfigDict) -> None:
+  """Checks the stages with another batch size or length of rows."""
+  d = c.data
+  if not d.stages:
+    return
+  for key in ("stream", "stored"):
+    value = d.stream if key == "stream" else c.objective.stored
+    if value:
+      name = f"data.{key}" if key == "stream" else f"objective.{key}"
+      raise UserError(
+        f"data.stages needs prepared rows of one kind each, but {name}={value!r}; leave one out"
+      )
+  if sum(steps for steps, _, _ in d.stages) >= c.train.steps:
+    raise UserError(
+      f"data.stages has {sum(steps for steps, _, _ in d.stages)} steps, which leaves none of "
+      f"train.steps={c.train.steps} to data.batch_size and data.seq_len; shorten the stages"
+    )
+  for stage in d.stages:
+    _, batch_size, seq_len = stage
+    if seq_len > c.model.max_len:
+      raise UserError(
+        f"data.stages: {stage} has longer rows than the model's context, model.max_len="
+        f"{c.model.max_len}; raise it, or shorten the rows"
+      )
+    if batch_size % c.optim.accumulate:
+      raise UserError(
+        f"data.stages: optim.accumulate={c.optim.accumulate} does not divide the batch size of "
+        f"{stage}"
+      )
+
+
 def lengths(c: ml_collections.ConfigDict) -> None:
   """Checks numbers of tokens, rows and steps that must fit each other."""
   if c.data.seq_len > c.model.max_len:
@@ -212,6 +260,7 @@ def lengths(c: ml_collections.ConfigDict) -> None:
     raise UserError(
       f"optim.accumulate={c.optim.accumulate} does not divide data.batch_size={c.data.batch_size}"
     )
+  stages(c)
   if c.schedule.warmup_steps > c.train.steps:
     raise UserError(
       f"schedule.warmup_steps={c.schedule.warmup_steps} is more than train.steps={c.train.steps}"

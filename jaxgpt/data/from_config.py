@@ -4,13 +4,14 @@ To add a batch source, implement `batch_source.BatchSource`, declare the config 
 on, and add an entry to `BATCH_SOURCES`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_collections
 
 from jaxgpt.config.registry import Registry
-from jaxgpt.data import layouts, masking, pipeline, stream
+from jaxgpt.data import layouts, masking, pipeline, stages, stream
 from jaxgpt.data.batch_source import Batching, BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
@@ -43,7 +44,11 @@ def batching(c: ml_collections.ConfigDict, batch_size: int | None = None) -> Bat
 
 
 def split_batches(
-  c: ml_collections.ConfigDict, split: str, layout: str, batch_size: int | None = None
+  c: ml_collections.ConfigDict,
+  split: str,
+  layout: str,
+  batch_size: int | None = None,
+  rows_before: Callable[[int], int] | None = None,
 ) -> pipeline.Batches:
   """Opens a split of the prepared folders of a config.
 
@@ -52,6 +57,7 @@ def split_batches(
     split: 'train', 'validation' or 'test'.
     layout: The row layout that the objective reads, a key of `layouts.LAYOUTS`.
     batch_size: Rows of a batch, `data.batch_size` by default.
+    rows_before: See `pipeline.make`.
 
   Raises:
     UserError: The folder is damaged, or its data does not fit the objective or the model.
@@ -71,6 +77,7 @@ def split_batches(
     label_names=c.model.label_names if entry.has_labels else (),
     num_labels=c.model.num_labels if entry.has_labels else None,
     overlap=c.data.overlap,
+    rows_before=rows_before,
   )
   rows = c.model.vocab_size
   for of_folder in data.sources:
@@ -82,7 +89,15 @@ def split_batches(
 
 
 def _prepared(c: ml_collections.ConfigDict, layout: str) -> BatchSource:
-  return split_batches(c, "train", layout)
+  if not c.data.stages:
+    return split_batches(c, "train", layout)
+  plan = stages.of(c.data)
+  by_length = {}
+  for stage, own in stages.configs(c):
+    if stage.seq_len not in by_length:
+      before = functools.partial(stages.rows_before, plan, stage.seq_len)
+      by_length[stage.seq_len] = split_batches(own, "train", layout, rows_before=before)
+  return stages.StagedBatches(plan, by_length)
 
 
 def _stream(c: ml_collections.ConfigDict, layout: str) -> BatchSource:

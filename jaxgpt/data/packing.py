@@ -31,6 +31,7 @@ class PackIndex:
     doc: [S] integers, the document of each span.
     start: [S] integers, its first prediction.
     length: [S] integers, its number of predictions.
+    left_out: Documents that are in no row, since nothing that is learned of them fits into one.
   """
 
   seq_len: int
@@ -38,6 +39,7 @@ class PackIndex:
   doc: np.ndarray
   start: np.ndarray
   length: np.ndarray
+  left_out: int = 0
 
   def __len__(self) -> int:
     return self.num_rows

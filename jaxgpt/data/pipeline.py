@@ -3,7 +3,7 @@
 From a step to its tokens:
 
   step N, row i of the batch
-    -> position N * B + i in the endless sequence of rows
+    -> position N * B + i in the endless sequence of rows     (other sizes before: `stages`)
     -> (source, n): the row is the n-th of its source        (`mixture`)
     -> epoch n // R and row of the pack index, R rows long    (a Grain shuffle per epoch)
     -> spans (document, start, length) of that row            (`packing`)
@@ -15,11 +15,12 @@ Every arrow is computed, so any host finds any row without having seen the other
 Suffixes of array names: B rows of a global batch, T positions in a row.
 """
 
+import copy
 import hashlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -103,6 +104,7 @@ def make(
   label_names: Sequence[str] = (),
   num_labels: int | None = None,
   overlap: int | None = None,
+  rows_before: Callable[[int], int] | None = None,
 ) -> "Batches":
   """Opens a split of each source and packs it.
 
@@ -121,6 +123,8 @@ def make(
       of each folder. (): as the folders number them.
     num_labels: Outputs of the model, see `layouts.Inputs`.
     overlap: Tokens that consecutive windows of a text share, see `layouts.Inputs`.
+    rows_before: The rows in all steps before a step, if that is not `batching.batch_size` times the
+      step (see `stages`). It places the `weight_changes`.
 
   Raises:
     UserError: See `check_sources`, `source.open_split`, `layouts.make` and `mixture.Mixture`.
@@ -139,13 +143,18 @@ def make(
   sources, num_cut = [], 0
   for number, (name, opened) in enumerate(splits):
     pack, cut = made.index(opened, batching.packing, batching.seq_len)
+    if pack.left_out and not pack.num_rows:
+      raise UserError(
+        f"data.seq_len={batching.seq_len} is too short for the {split} split of {str(name)!r}: "
+        "nothing that is learned of its documents fits; raise data.seq_len"
+      )
     order = _order(pack.num_rows, batching.seed if batching.shuffle else None, number)
     sources.append(Source(name, opened, pack, order))
     num_cut += cut
   mix = mixture.Mixture(
     len(sources),
     weights or [s.pack.num_rows for s in sources],
-    [(step * batching.batch_size, w) for step, w in weight_changes],
+    [((rows_before or batching.batch_size.__mul__)(step), w) for step, w in weight_changes],
     batching.seed,
   )
   predicts_all = layouts.LAYOUTS[layout].predicts_text
@@ -206,6 +215,8 @@ class Batches:
   ):
     """Use `make`."""
     self._predicts_all = predicts_all
+    self._first_step = self._first_row = 0
+    self._annotations: dict[str, Sequence[np.ndarray]] = {}
     self.sources, self._mixture, self.batch_size = sources, mix, batch_size
     self.layout, self.num_cut, self.digest = layout, num_cut, digest
     self.seq_len = sources[0].pack.seq_len
@@ -223,9 +234,32 @@ class Batches:
     return {
       s.name: Batches(
         [s], alone, self.batch_size, self.layout, self._predicts_all, 0, s.split.digest
-      )
-      for s in self.sources
+      ).annotated({name: [arrays[i]] for name, arrays in self._annotations.items()})
+      for i, s in enumerate(self.sources)
     }
+
+  def annotated(self, arrays: Mapping[str, Sequence[np.ndarray]]) -> "Batches":
+    """The same batches with further arrays, whose rows belong to the rows of the sources.
+
+    Args:
+      arrays: {name: for each source an array [rows of its pack index, …]}.
+    """
+    out = copy.copy(self)
+    out._annotations = {**self._annotations, **arrays}
+    return out
+
+  def starting(self, step: int, row: int, batch_size: int) -> "Batches":
+    """The same rows in batches of another size, of which the one at `step` begins with row `row`.
+
+    Args:
+      step: A step.
+      row: A global index of a row.
+      batch_size: Rows of a global batch.
+    """
+    out = copy.copy(self)
+    out._first_step, out._first_row, out.batch_size = step, row, batch_size
+    out.steps_per_epoch = -(-out.len_rows // batch_size)
+    return out
 
   def host_checks(self) -> list[HostCheck]:
     """See `BatchSource`. `digest` covers all of the data."""
@@ -244,6 +278,11 @@ class Batches:
       lines.append(
         f"{count:,} of {self.num_documents:,} documents have a target longer than data.seq_len="
         f"{self.seq_len}; it continues in rows that do not see its beginning"
+      )
+    if left_out := sum(s.pack.left_out for s in self.sources):
+      lines.append(
+        f"{left_out:,} of {self.num_documents:,} documents are left out: what is learned of them, "
+        f"or of the other answer, begins after data.seq_len={self.seq_len} tokens"
       )
     return lines
 
@@ -308,13 +347,25 @@ class Batches:
     low, high = self._host_rows(host_index, host_count)
     if step < 0:
       raise IndexError(f"step {step} is negative")
-    first = step * self.batch_size + low
+    first = self._position(step) + low
     chosen, numbers = self._mixture.locate(first, high - low)
     out = []
     for i, (number, n) in enumerate(zip(chosen.tolist(), numbers.tolist())):
       s = self.sources[number]
       out.append(Row(first + i, number, n // s.pack.num_rows, s.order[n]))
     return out
+
+  def _position(self, step: int) -> int:
+    """The global index of a step's first row."""
+    return self._first_row + (step - self._first_step) * self.batch_size
+
+  def check_hosts(self, host_index: int, host_count: int) -> None:
+    """Checks that a batch splits evenly over the hosts.
+
+    Raises:
+      UserError, IndexError: See `rows`.
+    """
+    self._host_rows(host_index, host_count)
 
   def _host_rows(self, host_index: int, host_count: int) -> tuple[int, int]:
     """The range of a host's rows in each batch."""
@@ -330,7 +381,7 @@ class Batches:
 
   def epochs(self, step: int) -> dict[str, float]:
     """Passes over each source before a step: {name: epochs}, with fractions."""
-    counts = self._mixture.counts(step * self.batch_size)
+    counts = self._mixture.counts(self._position(step))
     return {s.name: n / s.pack.num_rows for s, n in zip(self.sources, counts)}
 
   def batch(self, step: int, host_index: int = 0, host_count: int = 1) -> Batch:
@@ -344,7 +395,7 @@ class Batches:
 
   def blank(self, num_rows: int) -> Batch:
     """See `BatchSource`."""
-    return self.layout.batch([], num_rows, self.seq_len)
+    return self._assemble([], num_rows)
 
   def iterate(
     self,
@@ -433,7 +484,12 @@ class Batches:
       layouts.Item(self.sources[s].split, self.sources[s].pack, row, position)
       for s, row, position in rows
     ]
-    return self.layout.batch(items, num_rows, self.seq_len)
+    out = self.layout.batch(items, num_rows, self.seq_len)
+    for name, arrays in self._annotations.items():
+      out[name] = np.zeros((num_rows, *arrays[0].shape[1:]), arrays[0].dtype)
+      for i, (s, row, _) in enumerate(rows):
+        out[name][i] = arrays[s][row]
+    return out
 
 
 def digest_of(digests: Sequence[str]) -> str:

@@ -195,6 +195,18 @@ class Split:
     assert shards.ENTRIES.get(self.kind) == name, f"data of kind {self.kind} has no {name}"
     return self._entries[self._offsets[doc] : self._offsets[doc + 1]]
 
+  def first_trained(self) -> np.ndarray:
+    """The first stored token of each document that is trained on: int64 [num_documents].
+
+    It is beyond the end of a document of which nothing is.
+    """
+    if shards.ENTRIES.get(self.kind) != "trained":
+      return np.ones(self.num_documents, np.int64)
+    out = self.lengths + 1
+    some = np.flatnonzero(np.diff(self._offsets))
+    out[some] = self._entries[self._offsets[some], 0]
+    return out
+
   def _sidecar(self, name: str) -> np.ndarray:
     path = self._sidecar_path(f"{name}.npy")
     try:

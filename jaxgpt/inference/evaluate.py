@@ -160,7 +160,7 @@ def evaluate(
   if not scoring.has_scores(c):
     step = evaluation.make_step(run.parts.objective)
     with jax.set_mesh(run.mesh):
-      result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.params, limit)
+      result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.weights, limit)
     return {**result, "data_digest": batches.digest}, None
   found = Breakdown(batches)
   for rows, scores in score(run, c, batches, limit):

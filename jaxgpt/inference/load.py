@@ -13,6 +13,7 @@ from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.inference import sampling as sampling_lib
 from jaxgpt.inference.sampling import Sampling
+from jaxgpt.model import fixed_models
 from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import best, init_from, run_folder
@@ -24,7 +25,7 @@ from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.text.tokenizers.base import Message
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import evaluation, uses
+from jaxgpt.training import evaluation, stored, uses
 from jaxgpt.tree import PyTree
 
 
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     tokenizer: The run's tokenizer.
     data_digest: Digest of the data that it was trained on, or '' for an imported model.
     generation: How its texts end and are drawn.
+    fixed: Weights of the fixed models that its objective compares it with, by name.
   """
 
   c: ml_collections.ConfigDict
@@ -50,6 +52,12 @@ class Run(NamedTuple):
   tokenizer: tokenizer_lib.Tokenizer
   data_digest: str
   generation: generation_lib.Generation
+  fixed: PyTree | None = None
+
+  @property
+  def weights(self) -> PyTree:
+    """All weights that the loss function reads: the model's and those of fixed models."""
+    return tree.merge(self.params, self.fixed)
 
 
 def load(
@@ -100,7 +108,11 @@ def load(
   wanted = {name: parts.state[name], "step": parts.state["step"]}
   state, _ = checkpoints.restore(wanted, step)
   checkpoints.close()
-  frozen = checkpoints_lib.load_frozen(folder, parts.state).get("frozen")
+  frozen, fixed = fixed_models.split(parts.state.get("frozen"))
+  if use != "generate":
+    frozen |= fixed
+  unchanging = checkpoints_lib.load_frozen(folder, {"frozen": frozen}).get("frozen")
+  frozen, fixed = fixed_models.split(unchanging)
   return Run(
     c=c,
     parts=parts,
@@ -110,6 +122,7 @@ def load(
     tokenizer=tokenizer,
     data_digest=run_folder.read_starts(folder)[0]["data_digest"],
     generation=generation_lib.of_run(folder, c, tokenizer),
+    fixed=fixed,
   )
 
 
@@ -181,7 +194,7 @@ def evaluate_run(
   c, batches = open_split(run, split, batch_size, data)
   step = evaluation.make_step(run.parts.objective)
   with jax.set_mesh(run.mesh):
-    result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.params, limit)
+    result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.weights, limit)
   return {**result, "data_digest": batches.digest}
 
 
@@ -235,6 +248,13 @@ def open_split(
         f"--data={data} is in the tokens of another tokenizer ({tokenizer.digest[:12]}) than the "
         f"run ({run.tokenizer.digest[:12]}); prepare it with jaxgpt data --tokenizer=RUN/tokenizer"
       )
+  if c.objective.stored and stored.needed_to_evaluate(c):
+    if batches.digest != run.data_digest:
+      raise UserError(
+        f"--data={data}: objective.stored={c.objective.stored!r} has no numbers of the reference "
+        "for other data than the run's; evaluate a split of the run's own"
+      )
+    batches = stored.annotated(c, batches, split)
   return c, batches
 
 

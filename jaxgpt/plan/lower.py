@@ -21,7 +21,7 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import topology as topology_lib
 from jaxgpt.plan.topology import Topology
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import objectives, train_step, xla_options
+from jaxgpt.training import objectives, stored, train_step, xla_options
 from jaxgpt.tree import PyTree
 
 
@@ -29,7 +29,7 @@ class Memory(NamedTuple):
   """Bytes on one device while a step runs.
 
   Attributes:
-    parameters: The parameters, trained or frozen.
+    parameters: The parameters, trained or frozen, and those of fixed models.
     optimizer: The optimizer state.
     average: The moving average of the parameters.
     batch: The batch.
@@ -108,6 +108,8 @@ def resolve(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def batch_shapes(c: ml_collections.ConfigDict) -> PyTree:
   """The global batch of a resolved config as a tree of `ShapeDtypeStruct`s."""
   one = layouts.blank(objectives.find(c).layout, 1, c.data.seq_len, c.model.num_labels)
+  for name, (shape, dtype) in stored.shapes(c).items():
+    one[name] = np.zeros((1, *shape), dtype)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((c.data.batch_size, *x.shape[1:]), x.dtype), one
   )

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import ml_collections
 
-from jaxgpt.model import stacks
+from jaxgpt.model import fixed_models, stacks
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
-from jaxgpt.training import optimizers
+from jaxgpt.run import teacher
+from jaxgpt.training import objectives, optimizers
 
 
 class Buffer(NamedTuple):
@@ -69,6 +70,7 @@ def _state_buffers(
     4 * counts.held(sizes),
     _MORE_SHARDS,
   )
+  yield from _fixed_models(c, sizes, counts)
   trained = 4 * counts.held(sizes, trained=True)
   per_parameter = optimizers.find(c).bytes_per_parameter(c.optim)
   yield Buffer(
@@ -92,6 +94,22 @@ def _state_buffers(
       itemsize * counts.held_of_layers(sizes),
       _MORE_SHARDS,
     )
+
+
+def _fixed_models(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts
+) -> Iterator[Buffer]:
+  """The weights that the loss compares the model with, see `model.fixed_models`."""
+  names = objectives.find(c).fixed(c)
+  keys = f"objective.stored; {_MORE_SHARDS}"
+  # The reference of adapters is the model without them.
+  if fixed_models.REFERENCE in names and not c.model.lora.rank:
+    held = 4 * counts.held(sizes, trained=True)
+    yield Buffer("reference", "parameters", "1 per trained parameter", held, keys)
+  if fixed_models.TEACHER in names:
+    theirs = per_device.count(teacher.config_of(c))
+    held = 4 * theirs.held(sizes)
+    yield Buffer("teacher", "parameters", f"{theirs.all:,} in float32", held, keys)
 
 
 def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Iterator[Buffer]:

@@ -9,6 +9,8 @@ A checkpoint has one item per part of the state, so that the weights can be read
                        ema      the moving average of the parameters, with optim.ema
                        meta     JSON: the step, and what the training loop needs to continue
   RUN/frozen/0/params           parameters that are not trained, saved once as they never change
+  RUN/reference/0/params        copies of the trained parameters from before the first step
+  RUN/teacher/0/params          the teacher's parameters
 """
 
 import contextlib
@@ -22,6 +24,7 @@ from etils import epath
 
 from jaxgpt import tree
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.model import fixed_models
 from jaxgpt.parallel import distributed
 from jaxgpt.run import bucket_checkpoints
 from jaxgpt.storage import buckets, strict_json
@@ -252,17 +255,16 @@ def complete_steps(folder: epath.PathLike) -> list[int]:
 
 
 def save_frozen(run_folder: epath.PathLike, state: Mapping[str, Any]) -> None:
-  """Saves the parameters of a new run that are not trained, if there are any. Once per run."""
-  if _FROZEN not in state:
-    return
-  checkpoints = Checkpoints(epath.Path(run_folder) / _FROZEN)
-  if checkpoints.latest() is None:
-    checkpoints.save({"step": 0, "nonfinite_step": -1, "params": state[_FROZEN]})
-  checkpoints.close()
+  """Saves the parameters of a new run that never change, if there are any. Once per run."""
+  for name, params in _unchanging(state).items():
+    checkpoints = Checkpoints(epath.Path(run_folder) / name)
+    if checkpoints.latest() is None:
+      checkpoints.save({"step": 0, "nonfinite_step": -1, "params": params})
+    checkpoints.close()
 
 
 def load_frozen(run_folder: epath.PathLike, abstract: Mapping[str, Any]) -> dict[str, tree.PyTree]:
-  """Reads the parameters that a run does not train.
+  """Reads the parameters that a run does not train, and those of its fixed models.
 
   Args:
     run_folder: The run folder.
@@ -274,12 +276,19 @@ def load_frozen(run_folder: epath.PathLike, abstract: Mapping[str, Any]) -> dict
   Raises:
     UserError: They cannot be read.
   """
-  if _FROZEN not in abstract:
-    return {}
-  checkpoints = Checkpoints(epath.Path(run_folder) / _FROZEN, read_only=True)
-  state, _ = checkpoints.restore({"params": abstract[_FROZEN]})
-  checkpoints.close()
-  return {_FROZEN: state["params"]}
+  found: dict[str, tree.PyTree] = {}
+  for name, params in _unchanging(abstract).items():
+    checkpoints = Checkpoints(epath.Path(run_folder) / name, read_only=True)
+    state, _ = checkpoints.restore({"params": params})
+    checkpoints.close()
+    found |= {name: state["params"]} if name in fixed_models.NAMES else state["params"]
+  return {_FROZEN: found} if found else {}
+
+
+def _unchanging(state: Mapping[str, Any]) -> dict[str, tree.PyTree]:
+  """{folder in the run folder: parameters}: the model's own frozen ones, and each fixed model's."""
+  own, fixed = fixed_models.split(state.get(_FROZEN))
+  return ({_FROZEN: own} if own else {}) | fixed
 
 
 def frozen_shapes(run_folder: epath.PathLike) -> dict[str, tuple[int, ...]]:

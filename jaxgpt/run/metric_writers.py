@@ -216,6 +216,8 @@ _SHOWN = (  # metrics on the terminal: key, label, format
   ("bits_per_byte", "bits/byte", "{:.4f}"),
   ("perplexity", "perplexity", "{:.2f}"),
   ("accuracy", "accuracy", "{:.4f}"),
+  ("margin", "margin", "{:.4f}"),
+  ("kl", "KL", "{:.4f}"),
   ("mse", "MSE", "{:.4f}"),
   ("mae", "MAE", "{:.4f}"),
   ("lr", "lr", "{:.2e}"),

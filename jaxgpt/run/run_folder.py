@@ -8,6 +8,8 @@ RUN/code/          copies of the user files FILE.py:NAME that the config names, 
 RUN/metrics.jsonl  see `metric_writers`
 RUN/checkpoints/   see `checkpoints`
 RUN/frozen/        parameters that are not trained, see `checkpoints`
+RUN/reference/     the weights that a preference run started from
+RUN/teacher/       the weights of a distillation's teacher
 """
 
 import json

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 class Timer:
   """Measures steps. Evaluation and saving do not count.
 
+  Attributes:
+    flops_per_token: Model FLOPs, which may change from stage to stage.
+
   Example:
     >>> timer = Timer(flops_per_token=6e9, peak_flops=1e15)
     >>> with timer.waiting():
@@ -23,7 +26,7 @@ class Timer:
       flops_per_token: Model FLOPs, see `metrics.flops_per_token`.
       peak_flops: FLOP/s of all devices together, or None if unknown.
     """
-    self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    self.flops_per_token, self._peak_flops = flops_per_token, peak_flops
     self.start()
 
   def start(self) -> None:
@@ -64,6 +67,6 @@ class Timer:
       "input_wait": self._waited / seconds,
     }
     if self._peak_flops:
-      out["mfu"] = out["tokens_per_second"] * self._flops_per_token / self._peak_flops
+      out["mfu"] = out["tokens_per_second"] * self.flops_per_token / self._peak_flops
     self.start()
     return out

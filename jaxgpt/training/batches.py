@@ -11,7 +11,7 @@ import ml_collections
 from etils import epath
 
 from jaxgpt import config
-from jaxgpt.data import from_config, pipeline
+from jaxgpt.data import from_config, pipeline, stages
 from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import sharding
@@ -85,6 +85,15 @@ def to_devices(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   """Transfers this process's rows of a batch, explicitly, as its shards of global arrays."""
   rows, count = sharding.batch_sharding(mesh), sharding.host_slice(mesh)[1]
   return jax.tree.map(lambda x: sharding.global_array(rows, x, count), batch)
+
+
+def shapes(data: BatchSource, stage: stages.Stage) -> PyTree:
+  """The global batch of a stage as a tree of `ShapeDtypeStruct`s."""
+  if isinstance(data, stages.StagedBatches):
+    data = data.at(stage.start)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((stage.batch_size, *x.shape[1:]), x.dtype), data.blank(1)
+  )
 
 
 class HostShare(TypedDict):

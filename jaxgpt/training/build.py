@@ -1,6 +1,6 @@
 """From a config and a mesh to everything that trains it, before any number is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,11 +12,12 @@ from jaxgpt.config import effects, user_code
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
-from jaxgpt.model import remat, stacks, transformer
+from jaxgpt.model import fixed_models, lora, remat, stacks, transformer
 from jaxgpt.model.attention import choose
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from jaxgpt.run import metric_writers
+from jaxgpt.run import teacher as teacher_lib
 from jaxgpt.training import objectives, optimizers, schedules, train_step
 from jaxgpt.tree import PyTree
 
@@ -113,18 +114,7 @@ def build(
   if for_training:
     mesh_lib.check_batch(mesh.shape, c.data.batch_size, c.optim.accumulate)
     mesh_lib.check_batch(mesh.shape, c.eval.batch_size, key="eval.batch_size")
-  fields = c.model.copy_and_resolve_references()
-  heads = (fields.head_dim, fields.latent.v_dim)
-  work = choose.Workload(c.data.seq_len, fields.dtype, fields.attn_softcap, heads)
-  fields.attention = choose.choose(fields.attention, mesh.devices.flat[0].platform, work)
-  mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
-  if activations(fields.remat).offloaded:
-    mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
-  model = transformer.Transformer(
-    ml_collections.FrozenConfigDict(fields),
-    stacks.pipeline_of(c, mesh.shape),
-    sharding.rules(c.mesh),
-  )
+  model = _transformer(c, mesh)
   schedule = schedules.make(c)
   shapes, axes = transformer.abstract(model)
   strict = for_training and not resumed
@@ -132,28 +122,77 @@ def build(
   select = lambda named, is_leaf=None: tree.split(named, trained, is_leaf)[0]
   depths = select(transformer.depths(c.model, shapes))
   if strict:
-    objectives.check_trained(c, trained)
     optimizers.check_rates(c.optim, depths)
     optimizers.find(c).check_trained(c.optim, select(axes, sharding.is_axes))
   tx = optimizers.make(c, schedule, select(axes, sharding.is_axes), depths)
-  state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh)
-  check_heads(model, mesh)
-  return Parts(model, objectives.make(model, c), tx, schedule, state)
+  fixed = _fixed_models(c, mesh, trained)
+  state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh, fixed)
+  for one in filter(None, (model, fixed.teacher)):
+    check_heads(one, mesh)
+  return Parts(model, objectives.make(model, c, fixed.teacher), tx, schedule, state)
+
+
+def teacher(c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> train_step.Placed:
+  """The teacher of a distillation, and the shapes and shardings of its weights.
+
+  Args:
+    c: The student's config, from `run.teacher.settle`.
+    mesh: The device mesh.
+  """
+  model = _transformer(teacher_lib.config_of(c), mesh)
+  return train_step.Placed(model, train_step.abstract_params(model, mesh))
+
+
+def _transformer(c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> transformer.Transformer:
+  """The model of a config on a mesh, with the attention that suits its devices."""
+  fields = c.model.copy_and_resolve_references()
+  heads = (fields.head_dim, fields.latent.v_dim)
+  work = choose.Workload(c.data.seq_len, fields.dtype, fields.attn_softcap, heads)
+  fields.attention = choose.choose(fields.attention, mesh.devices.flat[0].platform, work)
+  mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
+  if activations(fields.remat).offloaded:
+    mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
+  return transformer.Transformer(
+    ml_collections.FrozenConfigDict(fields),
+    stacks.pipeline_of(c, mesh.shape),
+    sharding.rules(c.mesh),
+  )
+
+
+def _fixed_models(
+  c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, trained: Collection[str]
+) -> train_step.Fixed:
+  """The fixed models that the objective compares the trained one with.
+
+  The reference is the model before the first step with its adapters turned off. So copies of the
+  trained parameters are enough, adapters excepted.
+  """
+  names = objectives.find(c).fixed(c)
+  copied = [path for path in trained if not lora.is_adapter(path)]
+  reference = copied if fixed_models.REFERENCE in names else ()
+  if fixed_models.TEACHER not in names:
+    return train_step.Fixed(reference)
+  return train_step.Fixed(reference, teacher(c, mesh).model)
 
 
 def describe_trained(parts: Parts) -> list[str]:
-  """A line on the trained parameters, if there are others, with the weights that adapters skip."""
+  """Lines on the trained parameters, if there are others, and on fixed models."""
   state, cfg = parts.state, parts.model.cfg
-  if "frozen" not in state:
-    return []
+  frozen, fixed = fixed_models.split(state.get("frozen"))
+  lines = [
+    f"{name}: {tree.count(params):,} parameters that stay as they are"
+    for name, params in fixed.items()
+  ]
+  if not frozen:
+    return lines
   names = sorted(tree.flatten(state["params"]))
   shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
   skipped = ""
   if cfg.lora.rank and "moe" in mlp_kinds(cfg):
     skipped = "; the routed experts have no adapters"
   count = tree.count(state["params"])
-  total = count + tree.count(state["frozen"])
-  return [f"training {count:,} of {total:,} parameters: {shown}{skipped}"]
+  total = count + tree.count(frozen)
+  return [f"training {count:,} of {total:,} parameters: {shown}{skipped}", *lines]
 
 
 def check_heads(model: transformer.Transformer, mesh: sharding.AnyMesh) -> None:

@@ -45,6 +45,7 @@ class Options(NamedTuple):
     z_loss: Weight of log(Z)^2.
     float32_gradient: Sum the weight's gradient over devices in float32 rather than in x's dtype.
     rules: Logical axis rules, which say how the mesh shards tokens and the weight.
+    smoothing: Label smoothing, see `losses`.
   """
 
   chunk: int
@@ -52,6 +53,7 @@ class Options(NamedTuple):
   z_loss: float
   float32_gradient: bool
   rules: Rules
+  smoothing: float = 0.0
 
 
 class _Axes(NamedTuple):
@@ -82,7 +84,7 @@ def loss_sums(
     options: An `Options`.
 
   Returns:
-    (loss, nll): Sums over all tokens, in nats. The loss includes z-loss.
+    (loss, nll): Sums over all tokens, in nats. The loss includes label smoothing and z-loss.
   """
   return _on_mesh(x_BTD, w_DV, bias_V, targets_BT, weights_BT, options, False)[0]
 
@@ -228,9 +230,16 @@ def _sums_and_gradient(
     tanh = jnp.tanh(logits_CV / options.softcap)
     logits_CV, slope = options.softcap * tanh, 1 - tanh * tanh
   nll_C, log_z_C, probs_CV = losses.softmax_terms(logits_CV, targets_C, vocab_axes)
-  sums = losses.weighted_sums(nll_C, log_z_C, weights_C, options.z_loss)
+  smoothing, mean_C, d_target_C = options.smoothing, None, weights_C
+  num_columns = logits_CV.shape[-1] * (jax.lax.axis_size(vocab_axes) if vocab_axes else 1)
+  if smoothing:
+    mean_C = losses.psum(logits_CV.sum(-1), vocab_axes) / num_columns
+    d_target_C = weights_C * (1 - smoothing)
+  sums = losses.weighted_sums(nll_C, log_z_C, weights_C, options.z_loss, smoothing, mean_C)
   d_log_z_C = weights_C * (1 + 2 * options.z_loss * log_z_C)
-  d_logits_CV = losses.logits_gradient(probs_CV, targets_C, d_log_z_C[:, None], weights_C[:, None])
+  d_logits_CV = losses.logits_gradient(probs_CV, targets_C, d_log_z_C[:, None], d_target_C[:, None])
+  if smoothing:
+    d_logits_CV -= (smoothing / num_columns) * weights_C[:, None]
   return sums, d_logits_CV * slope
 
 

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import ml_collections
 from etils import epath
 from jax.experimental import serialize_executable
 
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.parallel import distributed
 from jaxgpt.storage import atomic
 from jaxgpt.training import xla_options
 
@@ -173,3 +175,35 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     for fact in {**new, **old}
     if old.get(fact, "") != new.get(fact, "")
   ]
+
+
+def of_config(
+  c: ml_collections.ConfigDict, lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh
+) -> Any:
+  """The step in the file `mesh.compiled_step`, or None if it is another program or not set.
+
+  Prints in the first process whether it is used. All processes must call this.
+
+  Args:
+    c: A resolved config.
+    lowered: From `train_step.lower`.
+    mesh: The device mesh.
+
+  Raises:
+    UserError: The file is not a compiled step, or the processes disagree.
+  """
+  path = c.mesh.compiled_step
+  if not path:
+    return None
+  compiled, why = load(path, lowered, mesh, c.mesh.compiler_options)
+  distributed.check_same(
+    f"the use of mesh.compiled_step={path!r}",
+    why or "it is used",
+    "give all hosts the same file, versions and flags",
+  )
+  if distributed.is_first():
+    used = "matches this step: nothing is compiled"
+    if why:
+      used = f"does not match this step; compiling it instead: {why}"
+    print(f"mesh.compiled_step={path!r} {used}", flush=True)
+  return compiled

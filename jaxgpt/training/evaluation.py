@@ -16,7 +16,8 @@ from jaxgpt.tree import PyTree
 EvalStep: TypeAlias = Callable[[PyTree, PyTree], dict[str, jax.Array]]
 Result: TypeAlias = dict[str, float]
 
-_MEANS = {"correct": "accuracy", "mse": "mse", "mae": "mae"}  # an objective's aux -> a metric
+# An objective's aux -> a metric
+_MEANS = {"correct": "accuracy", "margin": "margin", "kl": "kl", "mse": "mse", "mae": "mae"}
 _COUNTS = ("true_positives", "predicted", "labelled")  # of classes, where rows have several
 _SUMS = ("nll", *_MEANS, *_COUNTS)
 
@@ -57,9 +58,9 @@ def evaluate(
 
   Returns:
     'loss' in nats per token (or per example) and 'tokens', their number. Where they have a meaning
-    also 'perplexity', 'bits_per_byte', 'accuracy' and, of a regression, 'mse' and 'mae', and where
-    rows have several classes 'micro_f1' and the counts it comes from. Batches are summed in double
-    precision.
+    also 'perplexity', 'bits_per_byte', 'accuracy', 'margin' and 'kl' of preferences and, of a
+    regression, 'mse' and 'mae', and where rows have several classes 'micro_f1' and the counts it
+    comes from. Batches are summed in double precision.
   """
   totals = {"tokens": 0.0, "nll": 0.0}
 
@@ -79,7 +80,7 @@ def evaluate(
   count = max(totals["tokens"], 1)
   out = {"loss": totals["nll"] / count}
   means = {metric: totals[name] / count for name, metric in _MEANS.items() if name in totals}
-  if per_token and not means:
+  if per_token and not means.keys() & {"accuracy", "mse"}:
     out["perplexity"] = metrics.perplexity(out["loss"])
   out |= means | _micro_f1(totals)
   if bytes_per_token is not None:
@@ -194,6 +195,8 @@ def describe(result: Result) -> str:
     ("perplexity", "perplexity {:.2f}"),
     ("accuracy", "accuracy {:.4f}"),
     ("micro_f1", "micro-F1 {:.4f}"),
+    ("margin", "margin {:.4f}"),
+    ("kl", "KL {:.4f}"),
     ("mse", "mean squared error {:.4f}"),
     ("mae", "mean absolute error {:.4f}"),
     ("calibration_error", "calibration error {:.4f}"),

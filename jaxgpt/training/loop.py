@@ -19,9 +19,10 @@ import ml_collections
 from etils import epath
 
 from jaxgpt.config import user_code
-from jaxgpt.data import pipeline
+from jaxgpt.data import pipeline, stages
 from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
+from jaxgpt.model import fixed_models
 from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import best as best_lib
@@ -31,11 +32,12 @@ from jaxgpt.run import init_from, label_names, run_lock, stop_signal, throughput
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
+from jaxgpt.run import teacher as teacher_lib
 from jaxgpt.storage import atomic, strict_json
 from jaxgpt.text.tokenizers.tokenizer import Tokenizer
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import compiled_step, evaluation, train_step
+from jaxgpt.training import compiled_step, evaluation, stored, train_step
 from jaxgpt.training import evaluators as evaluators_lib
 from jaxgpt.training import metrics as metrics_lib
 
@@ -101,10 +103,13 @@ def train(
     _tell(build_lib.check_settings(c, origin, resumed=resumed))
     tokenizer, c = batches_lib.load_tokenizer_and_config(c)
     c, notes = label_names.settle(c, folder, weight_sources)
+    c = teacher_lib.settle(c, weight_sources, tokenizer=tokenizer, folder=folder)
     if c.init_from and not resumed:
       notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
     mesh = mesh_lib.make(c.mesh)
     parts = build_lib.build(c, mesh, resumed=resumed)
+    for _, own in stages.configs(c)[:-1]:
+      build_lib.build(own, mesh, resumed=True)  # the mesh may not divide another batch size
     data = batches_lib.training_data(c)
     held_out = batches_lib.validation(c)
     for check in data.host_checks():
@@ -127,6 +132,11 @@ def train(
     )
     with jax.set_mesh(mesh), contextlib.closing(checkpoints):
       state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
+      if c.objective.stored:
+        first = state if checkpoints.latest() is None else None
+        stored.before_training(c, folder, mesh, parts, first, weight_sources, _tell)
+        data, held_out = stored.annotated_splits(c, data, held_out)
+        setup = setup._replace(data=data, held_out=held_out)
       with contextlib.ExitStack() as stack:
         best = None
         if c.checkpoint.best:
@@ -222,7 +232,9 @@ def _first_state(
     means = metrics_lib.Means(**extra["means"])
     return state | checkpoints_lib.load_frozen(folder, parts.state), means
   given = _initial_weights(setup, tokenizer, weight_sources) if c.init_from else None
-  state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state, given)
+  wanted = fixed_models.split(parts.state.get("frozen"))[1].get(fixed_models.TEACHER)
+  teacher = None if wanted is None else teacher_lib.load(c, wanted, weight_sources)
+  state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state, given, teacher)
   checkpoints_lib.save_frozen(folder, state)
   return state, metrics_lib.Means()
 
@@ -233,7 +245,7 @@ def _initial_weights(
   """The weights of `init_from`. Prints a report of those used, and writes it to the run folder."""
   c = setup.c
   given = init_from.load(
-    c.init_from, c.model, train_step.weights(setup.parts.state), weight_sources
+    c.init_from, c.model, train_step.own_weights(setup.parts.state), weight_sources
   )
   init_from.check_tokenizer(c, tokenizer, weight_sources)  # a start may have been killed before
   if distributed.is_first():
@@ -313,18 +325,15 @@ class _Run:
     return self._stopped
 
   def _train(self) -> None:
-    """Compiles the step and runs it until the last step or a signal."""
+    """Runs steps until the last one or a signal, and compiles the step at the start of a stage."""
     c = self._c
-    step_fn = train_step.make(self._parts.objective, self._parts.tx, self._parts.schedule, c)
-    host, rows = batches_lib.host_share(self._mesh), c.data.batch_size
-    shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self._data.blank(1)
-    )
-    compiled = train_step.compile(
-      step_fn, self._parts.state, shapes, self._mesh, c.mesh.compiler_options, self._saved_step
-    )
+    remaining = [(s, own) for s, own in stages.configs(c) if self._step < s.end]
+    compiled = self._compile(*remaining[0])
     batches = self._data.iterate(
-      self._step, threads=c.data.threads, prefetch=c.data.prefetch, **host
+      self._step,
+      threads=c.data.threads,
+      prefetch=c.data.prefetch,
+      **batches_lib.host_share(self._mesh),
     )
     # The run may have been stopped after this step's checkpoint and before its evaluation.
     if self._is_due(c.eval.every):
@@ -333,6 +342,11 @@ class _Run:
     # A transfer that is not explicit would make the host wait for the device: it is a bug.
     with contextlib.closing(batches), jax.transfer_guard("disallow"):
       while self._step < c.train.steps and not self._ends_early() and not self._stop_soon():
+        if self._step == remaining[0][0].end:
+          remaining.pop(0)
+          self._read_metrics()
+          with self._timer.paused(), jax.transfer_guard("allow"):
+            compiled = self._compile(*remaining[0])
         with self._timer.waiting():
           batch = next(batches)
         self._state, metrics = compiled(self._state, batches_lib.to_devices(batch, self._mesh))
@@ -347,28 +361,23 @@ class _Run:
     self._read_metrics()
     _tell(self._data.account())
 
-  def _saved_step(self, lowered: jax.stages.Lowered) -> train_step.TrainStep | None:
-    """The step in the file `mesh.compiled_step`, or None if it is another program or not set."""
-    path = self._c.mesh.compiled_step
-    if not path:
-      return None
-    compiled, why = compiled_step.load(path, lowered, self._mesh, self._c.mesh.compiler_options)
-    distributed.check_same(
-      f"the use of mesh.compiled_step={path!r}",
-      why or "it is used",
-      "give all hosts the same file, versions and flags",
-    )
-    if distributed.is_first():
-      print(
-        f"mesh.compiled_step={path!r} "
-        + (
-          f"does not match this step; compiling it instead: {why}"
-          if why
-          else "matches this step: nothing is compiled"
-        ),
-        flush=True,
-      )
-    return compiled
+  def _compile(self, stage: stages.Stage, c: ml_collections.ConfigDict) -> train_step.TrainStep:
+    """The compiled step of a stage.
+
+    Args:
+      stage: The stage.
+      c: The config with its batch size and length of rows.
+    """
+    parts, mesh = self._parts, self._mesh
+    if self._c.data.stages:
+      _tell([f"step {self._step}: compiling for {stage.batch_size} x {stage.seq_len} tokens"])
+      parts = build_lib.build(c, mesh, resumed=True)
+      self._timer.flops_per_token = metrics_lib.flops_per_token(c.model, stage.seq_len)
+    step_fn = train_step.make(parts.objective, parts.tx, parts.schedule, c)
+    shapes = batches_lib.shapes(self._data, stage)
+    instead = lambda lowered: compiled_step.of_config(c, lowered, mesh)
+    options = c.mesh.compiler_options
+    return train_step.compile(step_fn, parts.state, shapes, mesh, options, instead)
 
   def _is_due(self, every: int) -> bool:
     return bool(every and self._step and self._step % every == 0)
@@ -416,7 +425,7 @@ class _Run:
         )
         if self._stop_now():
           return None
-        weights = train_step.weights(self._state)
+        weights = train_step.own_weights(self._state)
         for evaluator in self._evaluators:
           result |= evaluator(weights)
         result = distributed.share(result)

@@ -1,10 +1,14 @@
-"""Cross entropy and z-loss, defined once for whole logits and for chunks of them.
+"""Cross entropy, label smoothing and z-loss, defined once for whole logits and for chunks of them.
 
-With z = sum over v of exp(logits_v) and log Z = log(z):
+With z = sum over v of exp(logits_v), log Z = log(z), and the mean over all V logits:
 
-  nll  = log Z - logits_target                 cross entropy, in nats
-  loss = nll + z_loss * (log Z)^2              z-loss keeps Z near 1 (PaLM, arXiv:2204.02311, 5)
+  nll     = log Z - logits_target     cross entropy, in nats
+  uniform = log Z - mean(logits)      cross entropy with the uniform distribution
+  loss    = (1 - e) nll + e uniform + z_loss (log Z)^2
   d nll / d logits = softmax(logits) - onehot(target)
+
+e is the label smoothing of arXiv:1512.00567, section 7. z-loss keeps Z near 1 (PaLM,
+arXiv:2204.02311, section 5).
 
 `cross_entropy` computes them for logits that exist at once. `chunked_loss` computes them for a
 chunk of tokens at a time, where each device may hold only some columns of the logits.
@@ -69,12 +73,29 @@ def logits_gradient(
 
 
 def weighted_sums(
-  nll_X: jax.Array, log_z_X: jax.Array, weights_X: jax.Array, z_loss: float
+  nll_X: jax.Array,
+  log_z_X: jax.Array,
+  weights_X: jax.Array,
+  z_loss: float,
+  smoothing: float = 0.0,
+  mean_X: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """The weighted sums (loss, nll) over tokens. The first includes z-loss."""
+  """The weighted sums (loss, nll) over tokens. The first includes label smoothing and z-loss.
+
+  Args:
+    nll_X, log_z_X: From `softmax_terms` or `cross_entropy`.
+    weights_X: Loss weight of each token.
+    z_loss: Weight of log(Z)^2.
+    smoothing: Label smoothing, in [0, 1).
+    mean_X: Mean of each token's logits, if `smoothing` is not 0.
+  """
   nll = loss = (nll_X * weights_X).sum()
+  if smoothing:
+    assert mean_X is not None
+    uniform = ((log_z_X - mean_X) * weights_X).sum()
+    loss = (1 - smoothing) * nll + smoothing * uniform
   if z_loss:
-    loss = nll + z_loss * (jnp.square(log_z_X) * weights_X).sum()
+    loss = loss + z_loss * (jnp.square(log_z_X) * weights_X).sum()
   return loss, nll
 
 
@@ -106,6 +127,17 @@ def _cross_entropy_bwd(saved, grads):
 
 
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def kl(logits_XV: jax.Array, others_XV: jax.Array) -> jax.Array:
+  """KL(p || q) = sum over v of p_v (log p_v - log q_v), in nats, of two softmaxes.
+
+  Args:
+    logits_XV: Float32 logits of p.
+    others_XV: Float32 logits of q.
+  """
+  log_p_XV, log_q_XV = jax.nn.log_softmax(logits_XV), jax.nn.log_softmax(others_XV)
+  return (jnp.exp(log_p_XV) * (log_p_XV - log_q_XV)).sum(-1)
 
 
 def psum(x: jax.Array, axes: MeshAxes) -> jax.Array:

@@ -4,7 +4,7 @@ The state is a dict of arrays:
 
   step            int32, updates so far
   params          the trained parameters
-  frozen          the other parameters, if there are any
+  frozen          the other parameters, if there are any, and those of fixed models
   opt             the optimizer's state
   ema             moving average of the trained parameters, with optim.ema > 0
   nonfinite_step  int32, -1 or the first step that was not finite
@@ -18,7 +18,7 @@ new state would have to be in memory together, up to 12 bytes per parameter.
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import tree
-from jaxgpt.model import transformer
+from jaxgpt.model import fixed_models, transformer
 from jaxgpt.parallel import sharding
 from jaxgpt.training import xla_options
 from jaxgpt.training.objectives import Aux, Batch, LossFn
@@ -38,10 +38,48 @@ State: TypeAlias = dict[str, Any]
 Metrics: TypeAlias = dict[str, jax.Array]
 TrainStep: TypeAlias = Callable[[State, Batch], tuple[State, Metrics]]
 Given: TypeAlias = dict[str, jax.Array]  # {path: array} of weights that initialization must keep
+
+
+class Fixed(NamedTuple):
+  """The fixed models of a run, see `model.fixed_models`.
+
+  Attributes:
+    reference: Paths of the parameters of which the state keeps a copy from before the first step.
+    teacher: The teacher's `Transformer`, or None.
+  """
+
+  reference: Collection[str] = ()
+  teacher: transformer.Transformer | None = None
+
+
 # f(params, frozen, batch, key) -> ((loss sum, weight sum, aux sums), gradient of the loss sum)
 GradientFn: TypeAlias = Callable[
   [PyTree, PyTree | None, Batch, jax.Array], tuple[tuple[jax.Array, jax.Array, Aux], PyTree]
 ]
+
+
+class Placed(NamedTuple):
+  """A model on a mesh.
+
+  Attributes:
+    model: The `Transformer`.
+    params: Its weights, as ShapeDtypeStructs with shardings.
+  """
+
+  model: transformer.Transformer
+  params: PyTree
+
+
+def abstract_params(model: transformer.Transformer, mesh: Mesh) -> PyTree:
+  """Shapes and shardings of a model's weights: a tree of ShapeDtypeStructs.
+
+  Raises:
+    UserError: The mesh does not divide one, or shards two of its dimensions by one axis.
+  """
+  params, axes = transformer.abstract(model)
+  shardings = sharding.params_shardings(axes, params, mesh, model.rules)
+  placed = lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh)
+  return jax.tree.map(placed, params, shardings)
 
 
 def init_state(
@@ -51,8 +89,9 @@ def init_state(
   ema: bool,
   trained: Collection[str],
   given: Given | None = None,
+  reference: Collection[str] = (),
 ) -> State:
-  """The state before the first update.
+  """The state before the first update, without the weights of a teacher.
 
   Args:
     model: A `Transformer`.
@@ -61,18 +100,26 @@ def init_state(
     ema: Whether to keep a moving average of the weights.
     trained: Paths of the trained parameters.
     given: {path: array} of weights that replace the random ones.
+    reference: Paths of the parameters to keep a copy of.
   """
   params = transformer.init(model, key)
   if given:
     params = tree.map_named(lambda path, x: given.get(path, x), params)
-  return _state_of(params, tx, ema, trained)
+  return _state_of(params, tx, ema, trained, reference)
 
 
 def _state_of(
-  params: PyTree, tx: optax.GradientTransformation, ema: bool, trained: Collection[str]
+  params: PyTree,
+  tx: optax.GradientTransformation,
+  ema: bool,
+  trained: Collection[str],
+  reference: Collection[str],
 ) -> State:
   """The state before the first update, of given weights."""
+  copied = jax.tree.map(jnp.copy, tree.split(params, reference)[0])
   params, frozen = tree.split(params, trained)
+  if copied:
+    frozen[fixed_models.REFERENCE] = copied
   state = {
     "step": jnp.zeros((), jnp.int32),
     "params": params,
@@ -87,8 +134,16 @@ def _state_of(
 
 
 def weights(state: State) -> PyTree:
-  """All weights for evaluation: the moving average if there is one, and the frozen parameters."""
+  """All weights for evaluation: the moving average if there is one, and the frozen parameters.
+
+  Those of fixed models are among them, see `model.fixed_models`.
+  """
   return tree.merge(state.get("ema", state["params"]), state.get("frozen"))
+
+
+def own_weights(state: State) -> PyTree:
+  """`weights` without those of fixed models: all that the model itself needs."""
+  return fixed_models.split(weights(state))[0]
 
 
 def first_state(
@@ -97,6 +152,7 @@ def first_state(
   seed: int,
   abstract: State,
   given: Given | None = None,
+  teacher: PyTree | None = None,
 ) -> State:
   """The state before the first update, computed on the devices in its shards.
 
@@ -106,13 +162,25 @@ def first_state(
     seed: Seed of the initial weights.
     abstract: From `abstract_state`.
     given: {path: array} of weights that replace the random ones. Their buffers are donated.
+    teacher: The teacher's weights, if `abstract` has one. None: zeros.
   """
   trained = set(tree.flatten(abstract["params"]))
+  frozen, fixed = fixed_models.split(abstract.get("frozen"))
+  wanted = fixed.pop(fixed_models.TEACHER, None)
+  reference = set(tree.flatten(fixed.get(fixed_models.REFERENCE, {})))
   init = lambda given: init_state(
-    model, tx, jax.random.key(seed), "ema" in abstract, trained, given
+    model, tx, jax.random.key(seed), "ema" in abstract, trained, given, reference
   )
-  shardings = jax.tree.map(lambda s: s.sharding, abstract)
-  return jax.jit(init, out_shardings=shardings, donate_argnums=0)(given or {})
+  made = {**abstract, "frozen": frozen | fixed}
+  if not made["frozen"]:
+    del made["frozen"]
+  shardings = jax.tree.map(lambda s: s.sharding, made)
+  state = jax.jit(init, out_shardings=shardings, donate_argnums=0)(given or {})
+  if wanted is not None:
+    if teacher is None:
+      teacher = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), wanted)
+    state["frozen"] = {**state.get("frozen", {}), fixed_models.TEACHER: teacher}
+  return state
 
 
 def abstract_state(
@@ -121,6 +189,7 @@ def abstract_state(
   ema: bool,
   trained: Collection[str],
   mesh: Mesh,
+  fixed: Fixed | None = None,
 ) -> State:
   """Shapes and shardings of the state, without computing any of it.
 
@@ -130,6 +199,7 @@ def abstract_state(
     ema: Whether to keep a moving average of the weights.
     trained: Paths of the trained parameters.
     mesh: The device mesh.
+    fixed: The fixed models, or None.
 
   Returns:
     A tree of `ShapeDtypeStruct`s with NamedShardings on `mesh`, to restore checkpoints into.
@@ -137,13 +207,19 @@ def abstract_state(
   Raises:
     UserError: The mesh does not divide a parameter, or shards two of its dimensions by one axis.
   """
+  fixed = fixed or Fixed()
   params, axes = transformer.abstract(model)
-  shapes = jax.eval_shape(lambda params: _state_of(params, tx, ema, trained), params)
+  shapes = jax.eval_shape(
+    lambda params: _state_of(params, tx, ema, trained, fixed.reference), params
+  )
   of_params = sharding.params_shardings(axes, params, mesh, model.rules)
   of_state = sharding.like_params(shapes, params, of_params, mesh)
-  return jax.tree.map(
-    lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, of_state
-  )
+  placed = lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh)
+  state = jax.tree.map(placed, shapes, of_state)
+  if fixed.teacher is not None:
+    teacher = abstract_params(fixed.teacher, mesh)
+    state["frozen"] = {**state.get("frozen", {}), fixed_models.TEACHER: teacher}
+  return state
 
 
 def make(

@@ -7,6 +7,7 @@ import ml_collections
 import pytest
 
 from jaxgpt import config, tree
+from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh
 from jaxgpt.training import build as build_lib
 
@@ -15,9 +16,11 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "char_level": (10_723_200, 264),
   "classifier": (129_474, 264),
   "demo": (4_196_608, 4096),
+  "distillation": (0, 264),  # without a teacher it does not build
   "finetune": (10_945_536, 264),  # without a run to start from: the base config
   "gpt2_124m": (124_475_904, None),
   "llama3_8b": (8_030_261_248, None),
+  "preference": (10_945_536, 264),  # without a run to start from: the base config
   "tasks/chat": (558_720, 264),
   "tasks/generated_answers": (558_720, 264),
   "tasks/multi_label": (148_418, 264),
@@ -43,6 +46,10 @@ def test_a_config_builds_and_has_its_size(name):
   c = config.resolve(c, vocab_size)
   sizes = mesh.axis_sizes(c.mesh, 8)
   mesh.check_batch(sizes, c.data.batch_size, c.optim.accumulate)
+  if name == "distillation":
+    with pytest.raises(UserError, match="needs objective.teacher"):
+      build_lib.build(c, mesh.make(c.mesh))
+    return
   parts = build_lib.build(c, mesh.make(c.mesh))
   assert tree.count(parts.state["params"]) == count
   batch = jax.ShapeDtypeStruct((8, c.data.seq_len), "int32")

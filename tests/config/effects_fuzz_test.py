@@ -34,6 +34,11 @@ ELSEWHERE = {
   "data.stream": "the training data, in tests/data/stream_test.py",
   "data.stream_field": "the column that a stream reads, in tests/data/stream_test.py",
   "data.stream_window": "the shuffling of a stream, in tests/data/stream_test.py",
+  "data.stages": "the shapes of the batches, in tests/data/stages_test.py",
+  "objective.teacher": "the teacher's weights, which are read from a folder",
+  "objective.teacher_config": "the teacher, which training fills in from its folder",
+  "objective.stored": "arrays of the batches, in tests/training/objectives/fixed_models_test.py",
+  "objective.top_k": "arrays of the batches, in tests/training/objectives/distillation_test.py",
   "train.steps": "the number of steps, and the schedules that fall towards the last one",
 }
 # Keys that act only for some values of others, in a way that no condition can say.
@@ -84,6 +89,15 @@ PROFILES = {
   "decoder": LLAMA | CLASSIFIER | {"model.pooling": "last"},
   "adapters": LLAMA | {"model.lora.rank": 2, "model.lora.targets": ("q", "up")},
   "preference": {"objective.name": "preference", "model.lora.rank": 2},
+  "all preferred": {"objective.name": "preference", "optim.ema": 0.5},
+  "simpo": {"objective.name": "preference", "objective.loss": "simpo"},
+  "distillation": {
+    "objective.name": "distillation",
+    "objective.teacher": "RUN",
+    "objective.teacher_config": json.dumps(
+      {"vocab_size": 259, "max_len": 8, "num_layers": 1, "width": 8, "num_heads": 2}
+    ),
+  },
   "bfloat16": {"model.dtype": "bfloat16", "optim.name": "lion"},
   "int8": {"model.quantize": "int8"},
   "muon": {"optim.name": "muon", "schedule.name": "wsd", "optim.ema": 0.5},

@@ -165,6 +165,23 @@ def test_the_answers_of_a_pair_are_in_one_row(tmp_path):
   assert padded["rejected"]["tokens"].shape == (1, 8)
 
 
+def test_pairs_whose_prompt_fills_the_row_are_left_out_and_counted(tmp_path):
+  prompts = ("q", "abcdefg", "abcdefgh", "abcdefghi", "r")  # a row of 8 has room for <abcdefg and a
+  fields = [{"prompt": p, "chosen": "yes", "rejected": "no"} for p in prompts]
+  b = make(write(tmp_path / "a", "preference", fields), "preference", batch_size=3)
+  found = [text(row) for row in b.batch(0)["chosen"]["tokens"]]
+  assert sorted(found) == ["<abcdefg", "<qyes...", "<ryes..."]
+  assert (b.batch(0)["chosen"]["loss_weights"].sum(1) > 0).all()
+  assert b.describe() == [
+    "2 of 10 documents are longer than data.seq_len=8 and lose an end",
+    "4 of 10 documents are left out: what is learned of them, or of the other answer, begins after "
+    "data.seq_len=8 tokens",
+  ]
+  long = write(tmp_path / "b", "preference", [{**f, "prompt": "abcdefghi"} for f in fields])
+  with pytest.raises(UserError, match="data.seq_len=8 is too short for the train split"):
+    make(long, "preference")
+
+
 @pytest.mark.parametrize(
   "kind, objective, message",
   [

@@ -109,3 +109,24 @@ def test_arithmetic_knows_of_narrow_moments_and_of_chunks_of_the_loss():
     "head/logits", "--config.data.batch_size=512", "--config.objective.loss_chunk=1024"
   )
   assert in_chunks == pytest.approx(rows / 4)
+
+
+def test_a_reference_and_a_teacher_take_memory():
+  def parameters(**objective):
+    c = config.base()
+    c.model.update(dict(vocab_size=256, num_layers=2, width=64, num_heads=2))
+    c.objective.update(objective)
+    c = config.resolve(c)
+    found = memory_estimate.buffers(c, mesh.axis_sizes(c.mesh, 1), per_device.count(c))
+    return {b.name: b.bytes for b in found if b.kind == "parameters"}
+
+  own = parameters()["parameters"]
+  found = parameters(name="preference")
+  assert found == {"parameters": own, "reference": own}
+  assert parameters(name="preference", loss="simpo") == {"parameters": own}
+  assert parameters(name="preference", stored="DIR") == {"parameters": own}
+  theirs = json.dumps(
+    {"vocab_size": 256, "max_len": 256, "num_layers": 4, "width": 64, "num_heads": 2}
+  )
+  found = parameters(name="distillation", teacher="RUN", teacher_config=theirs)
+  assert own < found["teacher"] < 2 * own

@@ -27,18 +27,20 @@ def arrays():
   )
 
 
-def by_definition(x, w, bias, targets, weights, softcap, z_loss):
+def by_definition(x, w, bias, targets, weights, softcap, z_loss, smoothing):
   logits = x @ w
   logits = logits if bias is None else logits + bias
   logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+  wanted = (1 - smoothing) * jax.nn.one_hot(targets, V) + smoothing / V
   nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+  smooth = -(wanted * jax.nn.log_softmax(logits)).sum(-1)
   z = jax.nn.logsumexp(logits, -1)
-  return ((nll + z_loss * z**2) * weights).sum(), (nll * weights).sum()
+  return ((smooth + z_loss * z**2) * weights).sum(), (nll * weights).sum()
 
 
 @pytest.mark.parametrize(
-  "softcap, z_loss, has_bias, chunk",
-  [(None, 0.0, False, 5), (5.0, 0.1, True, 3), (None, 0.1, False, 10**6)],
+  "softcap, z_loss, smoothing, has_bias, chunk",
+  [(None, 0.0, 0.0, False, 5), (5.0, 0.1, 0.2, True, 3), (None, 0.1, 0.0, False, 10**6)],
 )
 @pytest.mark.parametrize(
   "axes, rules",
@@ -52,16 +54,16 @@ def by_definition(x, w, bias, targets, weights, softcap, z_loss):
   ],
 )
 def test_value_and_gradients_are_those_of_the_definition(
-  arrays, axes, rules, softcap, z_loss, has_bias, chunk
+  arrays, axes, rules, softcap, z_loss, smoothing, has_bias, chunk
 ):
   x, w, bias, targets, weights = arrays
   bias = bias if has_bias else None
   what = (0, 1, 2) if has_bias else (0, 1)
   chunked = lambda x, w, bias: chunked_loss.loss_sums(x, w, bias, targets, weights, terms)
-  plain = lambda x, w, bias: by_definition(x, w, bias, targets, weights, softcap, z_loss)
+  plain = lambda x, w, bias: by_definition(x, w, bias, targets, weights, softcap, z_loss, smoothing)
   c = config.base().mesh
   c.update(dict(fsdp=1, rules=rules) | axes)
-  terms = chunked_loss.Options(chunk, softcap, z_loss, False, sharding.rules(c))
+  terms = chunked_loss.Options(chunk, softcap, z_loss, False, sharding.rules(c), smoothing)
   mesh = mesh_lib.make(c, jax.devices()[: 8 if axes else 1])
   with jax.set_mesh(mesh):
     tripled = lambda f: jax.jit(jax.grad(lambda *args: 3 * f(*args)[0], what))

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from numpy.typing import ArrayLike
 
-from jaxgpt.data import layouts, pipeline, source
+from jaxgpt.data import layouts, pipeline, source, stages
 from jaxgpt.data.batch_source import Batching
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
@@ -52,17 +52,19 @@ def inspect(
       "the documents of a step are not known. Prepare the files with `jaxgpt data` and train on "
       "that folder to know them"
     )
-  if row is not None and row >= c.data.batch_size:
-    raise UserError(f"--row={row}: the rows of a step are 0 to {c.data.batch_size - 1}")
-  batches = batches_lib.split_batches(c, "train")
+  trained = batches_lib.training_data(c)
+  batches = trained.at(step) if isinstance(trained, stages.StagedBatches) else trained
+  assert isinstance(batches, pipeline.Batches)
+  if row is not None and row >= batches.batch_size:
+    raise UserError(f"--row={row}: the rows of this step are 0 to {batches.batch_size - 1}")
   load.check_data(batches, digest, c.data.path)
   tokenizer = tokenizer_lib.load(run_folder.tokenizer_folder(folder))
-  seen = ", ".join(f"{name} {n:.2f}" for name, n in batches.epochs(step).items())
+  seen = ", ".join(f"{name} {n:.2f}" for name, n in trained.epochs(step).items())
   head = (
-    f"step {step} of {folder}: {c.data.batch_size} rows of {c.data.seq_len} places for "
+    f"step {step} of {folder}: {batches.batch_size} rows of {batches.seq_len} places for "
     f"{c.objective.name}; epochs before it: {seen}"
   )
-  wanted = range(c.data.batch_size) if row is None else [row]
+  wanted = range(batches.batch_size) if row is None else [row]
   return itertools.chain([head], _rows(batches, step, wanted, _Texts(tokenizer, chars)))
 
 

@@ -10,11 +10,13 @@ from etils import epath
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
+from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.parallel import chips
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import communication_budget, cost, explain, hlo, lower, report, shardings
 from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
+from jaxgpt.run import teacher
 from jaxgpt.storage import strict_json
 from jaxgpt.training import build, compiled_step
 
@@ -102,7 +104,7 @@ def plan(
 def _load(path: epath.PathLike, overrides: Sequence[str]) -> ml_collections.ConfigDict:
   """The resolved config, as a new run of it would have it."""
   loaded, origin = config.load(path, overrides)
-  c = lower.resolve(loaded)
+  c = teacher.settle(lower.resolve(loaded), WEIGHT_SOURCES)
   build.check_settings(loaded, origin)
   return c
 

@@ -23,7 +23,7 @@ from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.parallel import mesh as mesh_lib
-from jaxgpt.run import init_from
+from jaxgpt.run import init_from, teacher
 from jaxgpt.text.prepare import shards
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
@@ -54,7 +54,14 @@ def data(c: ml_collections.ConfigDict, known: Known) -> Iterator[Finding]:
   if both is None:
     yield from filter(None, [finding])
     return
-  _, known.c = both
+  tokenizer, known.c = both
+  settled, finding = tried(
+    "data", lambda: teacher.settle(known.c, WEIGHT_SOURCES, tokenizer=tokenizer)
+  )
+  if settled is None:
+    yield from filter(None, [finding])
+    return
+  known.c = settled
   for split in ("validation", "train"):
     if split == "train" or split in pipeline.splits_with_documents(known.c.data.path):
       yield _first_batch(known.c, split, known)
@@ -121,7 +128,7 @@ def model(known: Known, step: bool) -> Iterator[Finding]:
   known.mesh, known.parts = both
   state = known.parts.state
   axes = " x ".join(f"{axis}={size}" for axis, size in known.mesh.shape.items() if size > 1)
-  num = sum(x.size for x in jax.tree.leaves(train_step.weights(state)))
+  num = sum(x.size for x in jax.tree.leaves(train_step.own_weights(state)))
   yield Finding(
     OK,
     "mesh",

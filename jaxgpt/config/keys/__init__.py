@@ -5,12 +5,12 @@ import ml_collections
 from jaxgpt.config.keys import conditions
 from jaxgpt.config.keys.mesh import MESH, MESH_AXES
 from jaxgpt.config.keys.model import MODEL
+from jaxgpt.config.keys.objective import OBJECTIVE
 from jaxgpt.config.keys.training import (
   CHECKPOINT,
   DATA,
   EVAL,
   LOG,
-  OBJECTIVE,
   OPTIM,
   SCHEDULE,
   TASK,

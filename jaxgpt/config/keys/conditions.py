@@ -56,6 +56,8 @@ ROUTED_LOSS = one_of(
   "token_classification",
   "question_answering",
   "contrastive",
+  "preference",
+  "distillation",
 )
 
 
@@ -136,6 +138,26 @@ BEYOND_THE_ORIGINAL = _on(
   lambda c: c.model.rope.original_len < c.model.max_len,
   "model.rope.original_len",
   "model.max_len",
+)
+SMOOTHED = _on(
+  "objective.name='causal_lm' or 'masked_lm', or 'classification' with model.num_labels above 1",
+  lambda c: (
+    c.objective.name in ("causal_lm", "masked_lm")
+    or (c.objective.name == "classification" and c.model.num_labels > 1)
+    or _OF_A_USER in c.objective.name
+  ),
+  "objective.name",
+  "model.num_labels",
+)
+FIXED_MODEL = _on(
+  "objective.name='distillation', or 'preference' with objective.loss='dpo', 'dpo_norm' or 'ipo'",
+  lambda c: (
+    c.objective.name == "distillation"
+    or (c.objective.name == "preference" and c.objective.loss not in ("orpo", "simpo"))
+    or _OF_A_USER in c.objective.name
+  ),
+  "objective.name",
+  "objective.loss",
 )
 SEVERAL_FOLDERS = _on("several folders in data.path", lambda c: "," in c.data.path, "data.path")
 USER_FILES = _on(

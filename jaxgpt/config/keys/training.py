@@ -9,7 +9,6 @@ from jaxgpt.config.schema import (
   AT_LEAST_1,
   BELOW_1,
   FRACTION,
-  Interval,
   Key,
   Section,
 )
@@ -62,6 +61,12 @@ DATA = Section(
       "Rows per step, over all hosts and accumulation steps (global B).",
       interval=AT_LEAST_1,
     ),
+    stages=Key(
+      (),
+      "((steps, batch_size, seq_len), ...): first steps with another batch size or length of rows, "
+      "before those with `batch_size` and `seq_len`.",
+      check=checks.data_stages,
+    ),
     packing=Key(
       "best_fit",
       "How documents fill the rows.",
@@ -70,7 +75,9 @@ DATA = Section(
         "concat": "one stream of tokens, cut into rows",
         "one_per_row": "one document per row",
       },
-      needs=one_of("objective.name", "causal_lm", "masked_lm", "token_classification"),
+      needs=one_of(
+        "objective.name", "causal_lm", "masked_lm", "token_classification", "distillation"
+      ),
     ),
     overlap=Key(
       None,
@@ -88,78 +95,11 @@ DATA = Section(
 )
 
 
-def _options(kind: str) -> Section:
+def user_options(kind: str) -> Section:
   return Section(
     f"Options of {kind}s that you define: any keys with plain values.", {}, user_keys=True
   )
 
-
-_MASKED_LM = one_of("objective.name", "masked_lm")
-
-OBJECTIVE = Section(
-  "The training objective and the loss.",
-  dict(
-    name=Key(
-      "causal_lm",
-      "Objective, or FILE.py:NAME for your own.",
-      registered=True,
-      values_need={"masked_lm": one_of("model.causal", False)},
-    ),
-    beta=Key(
-      0.1,
-      "preference: weight of staying close to the model without adapters. Smaller values let the "
-      "model move further away.",
-      interval=ABOVE_0,
-      needs=one_of("objective.name", "preference"),
-    ),
-    mask_rate=Key(
-      0.15,
-      "masked_lm: fraction of tokens to predict.",
-      interval=Interval(0, 1, open_low=True),
-      needs=_MASKED_LM,
-    ),
-    mask_replace=Key(
-      0.8,
-      "masked_lm: fraction of these that the mask token replaces.",
-      interval=FRACTION,
-      needs=_MASKED_LM,
-    ),
-    mask_random=Key(
-      0.1,
-      "masked_lm: fraction of these that a random token replaces. The others stay.",
-      interval=FRACTION,
-      needs=_MASKED_LM,
-    ),
-    mask_whole_words=Key(
-      False, "masked_lm: choose whole words, with all of their tokens.", needs=_MASKED_LM
-    ),
-    similarity_temperature=Key(
-      0.05,
-      "contrastive: cosine similarities are divided by this.",
-      interval=ABOVE_0,
-      needs=one_of("objective.name", "contrastive"),
-    ),
-    symmetric=Key(
-      False,
-      "contrastive: also find the query of each positive.",
-      needs=one_of("objective.name", "contrastive"),
-    ),
-    loss_chunk=Key(
-      0,
-      "causal_lm, masked_lm: tokens per device whose logits are in memory at once, such as 2048. "
-      "0: all.",
-      interval=AT_LEAST_0,
-      free_on_resume=True,
-    ),
-    z_loss=Key(
-      0.0,
-      "Weight of log(Z)^2, which keeps the normalizer Z of the softmax near 1 (PaLM: 1e-4).",
-      interval=AT_LEAST_0,
-      needs=one_of("objective.name", "causal_lm", "masked_lm"),
-    ),
-    options=_options("objective"),
-  ),
-)
 
 _MOMENT_DTYPES = {"float32": "", "bfloat16": ""}
 
@@ -260,7 +200,7 @@ OPTIM = Section(
       "steps they are `ema`^N of it.",
       needs=above_0("optim.ema"),
     ),
-    options=_options("optimizer"),
+    options=user_options("optimizer"),
   ),
 )
 
@@ -287,7 +227,7 @@ SCHEDULE = Section(
       interval=FRACTION,
       needs=one_of("schedule.name", "cosine", "linear", "wsd"),
     ),
-    options=_options("schedule"),
+    options=user_options("schedule"),
   ),
 )
 
@@ -417,7 +357,7 @@ LOG = Section(
       10, "Steps between log lines. Metrics are means over these steps.", interval=AT_LEAST_1
     ),
     tensorboard=Key(False, "Also write TensorBoard event files. Needs the extra [track]."),
-    options=_options("metric writer"),
+    options=user_options("metric writer"),
   ),
   free_on_resume=True,
 )

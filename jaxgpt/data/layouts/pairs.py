@@ -16,7 +16,8 @@ from jaxgpt.data.layouts.layout import Batch, Item, ReadRow, place, read, zeros
 class Preference:
   """A preference pair per row: {'chosen': …, 'rejected': …}, each with the arrays of `CausalLM`.
 
-  Row i of both holds the two answers to one prompt. An answer that is too long loses its end.
+  Row i of both holds the two answers to one prompt. An answer that is too long loses its end. A
+  pair is left out if its prompt leaves no room for one of the answers.
   """
 
   predicts_next = True
@@ -27,15 +28,19 @@ class Preference:
   ) -> tuple[packings.PackIndex, int]:
     """See `Layout`. Two consecutive documents fill one row, whatever `packing` says."""
     del packing
-    docs = len(split.lengths)
+    # The target of prediction i is stored token i + 1.
+    fits = np.all((split.first_trained() <= seq_len).reshape(-1, 2), axis=1)
+    docs = np.flatnonzero(np.repeat(fits, 2))
+    lengths = split.lengths[docs]
     pack = packings.PackIndex(
       seq_len,
-      np.arange(0, docs + 1, 2),
-      np.arange(docs),
-      np.zeros(docs, np.int64),
-      np.minimum(split.lengths, seq_len),
+      np.arange(0, len(docs) + 1, 2),
+      docs,
+      np.zeros(len(docs), np.int64),
+      np.minimum(lengths, seq_len),
+      left_out=len(split.lengths) - len(docs),
     )
-    return pack, int((split.lengths > seq_len).sum())
+    return pack, int((lengths > seq_len).sum())
 
   def batch(self, items: Sequence[Item], num_rows: int, seq_len: int) -> Batch:
     """See `Layout`."""

@@ -104,6 +104,11 @@ def nothing_learned(encoded: Sequence[Encoded]) -> str:
   )
 
 
+def equal(a: Encoded, b: Encoded) -> bool:
+  """Whether two encoded documents have the same tokens."""
+  return np.array_equal(a.ids, b.ids)
+
+
 def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer, in_one_go: bool) -> list[int]:
   """The ids of a conversation, such as a prompt.
 
@@ -208,7 +213,7 @@ def conversations(fields: Mapping[str, Any]) -> list[list[Message]]:
   with an assistant's message contains the prompt.
 
   Raises:
-    UserError: An answer does not end with a message of the assistant.
+    UserError: An answer does not end with a message of the assistant, or follows one.
   """
   out = []
   for name in ("chosen", "rejected"):
@@ -219,6 +224,10 @@ def conversations(fields: Mapping[str, Any]) -> list[list[Message]]:
       answer = [{"role": "assistant", "content": answer}]
     if not answer or answer[-1]["role"] != "assistant":
       raise UserError(f"{name} does not end with a message of role 'assistant'")
+    if answer[0]["role"] == "assistant" and prompt and prompt[-1]["role"] == "assistant":
+      raise UserError(
+        f"the prompt ends with a message of role 'assistant', which {name} follows with another"
+      )
     messages = answer if answer[0]["role"] != "assistant" else [*prompt, *answer]
     out.append([*({**message, "weight": 0} for message in messages[:-1]), messages[-1]])
   return out

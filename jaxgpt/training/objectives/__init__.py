@@ -26,10 +26,11 @@ from jaxgpt.training.objectives.objective import (
   Batch,
   LossFn,
   Objective,
+  Stored,
   find,
 )
-from jaxgpt.training.objectives.forward import apply, make, router_terms
-from jaxgpt.training.objectives.checks import HEADS, check, check_trained, head_problem
+from jaxgpt.training.objectives.forward import apply, make, make_stored, router_terms
+from jaxgpt.training.objectives.checks import HEADS, check, head_problem
 from jaxgpt.training.objectives import language_model
 from jaxgpt.training.objectives import classification
 from jaxgpt.training.objectives import preference
@@ -37,6 +38,7 @@ from jaxgpt.training.objectives import multi_label
 from jaxgpt.training.objectives import token_classification
 from jaxgpt.training.objectives import question_answering
 from jaxgpt.training.objectives import contrastive
+from jaxgpt.training.objectives import distillation
 # isort: on
 
 __all__ = [
@@ -46,15 +48,17 @@ __all__ = [
   "Batch",
   "LossFn",
   "Objective",
+  "Stored",
   "apply",
   "check",
-  "check_trained",
   "classification",
   "contrastive",
+  "distillation",
   "find",
   "head_problem",
   "language_model",
   "make",
+  "make_stored",
   "multi_label",
   "preference",
   "question_answering",

@@ -1,11 +1,8 @@
 """Checks that an objective can train the config's model on its data."""
 
-from collections.abc import Collection
-
 import ml_collections
 
 from jaxgpt.errors import UserError
-from jaxgpt.model import lora
 from jaxgpt.training.objectives.objective import OBJECTIVES, Objective, find
 
 # The output of a model by `model.head`, for messages.
@@ -74,22 +71,3 @@ def check(c: ml_collections.ConfigDict, for_training: bool = True) -> None:
   if (problem := head_problem(objective, c)) and (for_training or m.head in _LOGITS):
     raise UserError(problem)
   objective.check(c)
-
-
-def check_trained(c: ml_collections.ConfigDict, trained: Collection[str]) -> None:
-  """Checks that the objective can train the chosen parameters.
-
-  Args:
-    c: A config.
-    trained: Paths of the trained parameters, see `optimizers.trained`.
-
-  Raises:
-    UserError: The objective needs a fixed reference, but parameters of the reference are trained.
-  """
-  others = sorted(path for path in trained if not lora.is_adapter(path))
-  if find(c).adapters_only and others:
-    raise UserError(
-      f"objective.name={c.objective.name!r} compares the model with itself without adapters, which "
-      f"must stay fixed, but optim.trainable={c.optim.trainable} also trains {', '.join(others)}; "
-      "leave optim.trainable out"
-    )

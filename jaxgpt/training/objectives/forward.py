@@ -8,22 +8,26 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxgpt.config import user_code
-from jaxgpt.model import moe
+from jaxgpt.model import fixed_models, moe
 from jaxgpt.model.attention import token_order
 from jaxgpt.model.transformer import Transformer
 from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, find
 from jaxgpt.tree import PyTree, map_named, merge
 
 
-def make(model: Transformer, c: ml_collections.ConfigDict) -> LossFn:
+def make(
+  model: Transformer, c: ml_collections.ConfigDict, teacher: Transformer | None = None
+) -> LossFn:
   """The loss function of a config, of batches whose tokens are in the order of their rows.
 
   Args:
     model: A `Transformer`.
     c: A resolved config.
+    teacher: The teacher's `Transformer`, for objectives that have one.
   """
   named = user_code.reading_options(OBJECTIVES.setting, c.objective)
-  loss_fn = named(named(find(c).loss_fn)(model, c.objective))
+  more = () if teacher is None else (teacher,)
+  loss_fn = named(named(find(c).loss_fn)(model, c.objective, *more))
   if not model.cfg.causal:
     return loss_fn
   # Causal attention over mesh.seq needs tokens in an order that gives all devices equal work.
@@ -35,6 +39,24 @@ def make(model: Transformer, c: ml_collections.ConfigDict) -> LossFn:
 def _balanced(name: str, x: jax.Array) -> jax.Array:
   """An array of a batch, with its tokens in the order of `token_order.balance` if it has tokens."""
   return token_order.balance(x) if x.ndim > 1 and name != "labels" else x
+
+
+def make_stored(
+  model: Transformer, c: ml_collections.ConfigDict
+) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
+  """The function that computes what `objective.stored` keeps, see `Objective.stored`.
+
+  Args:
+    model: The fixed model.
+    c: A resolved config whose objective has a `stored`.
+  """
+  stored = find(c).stored
+  assert stored is not None
+  compute = stored.compute(model, c.objective)
+  if not model.cfg.causal:
+    return compute
+  restored = lambda x: token_order.restore(x) if x.ndim > 1 else x
+  return lambda params, batch: jax.tree.map(restored, compute(params, map_named(_balanced, batch)))
 
 
 def apply(
@@ -50,7 +72,7 @@ def apply(
   Args:
     model: A `Transformer`.
     params: The trained parameters.
-    frozen: The other parameters, or None.
+    frozen: The other parameters, or None. Those of fixed models are left out.
     batch: With `tokens`, `positions`, `segment_ids` and perhaps `token_types`, all [B, T].
     key: PRNG key for dropout, or None.
     project: Replaces the head's product: (hidden states, weight, bias) -> `logits` of the result.
@@ -59,7 +81,7 @@ def apply(
     The model's output, with `logits` (float32) and `router` (statistics for `router_terms`).
   """
   return model.apply(
-    {"params": merge(params, frozen)},
+    {"params": fixed_models.split(merge(params, frozen))[0]},
     batch["tokens"],
     batch["positions"],
     batch["segment_ids"],

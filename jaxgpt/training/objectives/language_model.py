@@ -16,11 +16,13 @@ from jaxgpt.tree import PyTree
 
 
 def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) -> LossFn:
-  """Cross entropy of `targets`, weighted by `loss_weights`, with an optional z-loss.
+  """Cross entropy of `targets`, weighted by `loss_weights`.
 
-  loss = sum over tokens of loss_weights * (nll + z_loss * log(Z)^2), see `losses`. Targets that are
-  the tokens shifted by one make it next-token prediction. Targets that masks hide make it masked
-  language modeling (BERT, arXiv:1810.04805). Layers of experts add their router losses.
+    loss = sum over tokens of loss_weights * ((1 - e) nll + e uniform + z_loss * log(Z)^2)
+
+  with label smoothing e and z-loss, see `losses`. Targets that are the tokens shifted by one make
+  it next-token prediction. Targets that masks hide make it masked language modeling (BERT,
+  arXiv:1810.04805). Layers of experts add their router losses.
 
   Returns:
     A loss function. Its aux has 'nll', the loss without other terms, and sums of the router.
@@ -31,13 +33,15 @@ def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) 
   ) -> tuple[jax.Array, jax.Array, Any]:
     """(loss, nll, the model's output)."""
     targets_BT, weights_BT = batch["targets"], batch["loss_weights"]
+    z_loss, smoothing = c_objective.z_loss, c_objective.label_smoothing
     if c_objective.loss_chunk:
       options = chunked_loss.Options(
         c_objective.loss_chunk,
         model.cfg.logit_softcap,
-        c_objective.z_loss,
+        z_loss,
         model.cfg.grad_dtype == "float32",
         model.rules,
+        smoothing,
       )
       project = lambda x, w, bias: chunked_loss.loss_sums(
         x, w, bias, targets_BT, weights_BT, options
@@ -46,7 +50,8 @@ def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) 
       return *out.logits, out
     out = apply(model, params, frozen, batch, key)
     nll_BT, log_z_BT = losses.cross_entropy(out.logits, targets_BT)
-    return *losses.weighted_sums(nll_BT, log_z_BT, weights_BT, c_objective.z_loss), out
+    mean_BT = out.logits.mean(-1) if smoothing else None
+    return *losses.weighted_sums(nll_BT, log_z_BT, weights_BT, z_loss, smoothing, mean_BT), out
 
   def loss_fn(
     params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array | None

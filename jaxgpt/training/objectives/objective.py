@@ -6,7 +6,7 @@ package's docstring.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import ml_collections
@@ -23,30 +23,51 @@ LossFn: TypeAlias = Callable[
 ]
 
 
+class Stored(NamedTuple):
+  """How an objective computes ahead what its fixed model says of each row, see `training.stored`.
+
+  Attributes:
+    compute: From the fixed model and the config's `objective` section, the function (its weights,
+      batch) -> {name: array [B, …]}, or [B, T, …] in the order of the batch's tokens. Batches of
+      training then have these arrays.
+    shapes: From the config, {name: (shape of the array without B, dtype)}.
+    evaluates: Evaluation needs the arrays too. Otherwise the loss function does without them.
+  """
+
+  compute: Callable[
+    [Transformer, ml_collections.ConfigDict], Callable[[PyTree, Batch], dict[str, jax.Array]]
+  ]
+  shapes: Callable[[ml_collections.ConfigDict], dict[str, tuple[tuple[int, ...], Any]]]
+  evaluates: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """A training objective.
 
   Attributes:
-    loss_fn: Makes the loss function from the model and the config's `objective` section. Batches
-      that it gets have their tokens in the order of `token_order.balance`.
+    loss_fn: Makes the loss function from the model and the config's `objective` section, and from
+      the teacher's model if `fixed` has one. Batches that it gets have their tokens in the order of
+      `token_order.balance`.
     layout: Name of the row layout it reads, a key of `data.layouts.LAYOUTS`.
     head: The `model.head` that it needs, such as 'lm', or several to choose from.
     causal: Whether it needs `model.causal`.
     loss_chunk: Whether it implements `objective.loss_chunk`.
-    adapters_only: Whether only LoRA adapters may be trained, since the loss compares the model with
-      itself without adapters.
+    fixed: From the config, the fixed models that the loss compares the trained one with: names of
+      `model.fixed_models`, whose weights the loss function then finds in `frozen`.
+    stored: How to compute ahead what the fixed model says, for `objective.stored`, or None.
     check: Raises a UserError if the config does not suit it. It gets the whole config, whose
       derived keys may still be None.
     summary: A few words for docs/config.md.
   """
 
-  loss_fn: Callable[[Transformer, ml_collections.ConfigDict], LossFn]
+  loss_fn: Callable[..., LossFn]
   layout: str = "causal_lm"
   head: str | tuple[str, ...] = "lm"
   causal: bool = False
   loss_chunk: bool = False
-  adapters_only: bool = False
+  fixed: Callable[[ml_collections.ConfigDict], tuple[str, ...]] = lambda c: ()
+  stored: Stored | None = None
   check: Callable[[ml_collections.ConfigDict], None] = lambda c: None
   summary: str = ""
 

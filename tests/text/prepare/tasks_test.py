@@ -202,6 +202,24 @@ def test_conversations_in_which_nothing_is_learned_are_counted_and_left_out(tmp_
   assert ".jsonl:2: no token is trained on" in examples["examples"][0]
 
 
+def test_pairs_without_a_better_answer_or_out_of_order_are_counted_and_left_out(tmp_path):
+  ask, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+  better = {"role": "assistant", "content": "a better answer"}
+  rows = [
+    {"prompt": "q", "chosen": "yes", "rejected": "no"},
+    {"prompt": "q", "chosen": "yes", "rejected": "yes"},
+    {"prompt": [ask], "chosen": [better], "rejected": [answer]},
+    {"prompt": [ask], "chosen": [answer], "rejected": [answer]},
+    {"prompt": [ask, answer], "chosen": [better], "rejected": [answer]},
+  ]
+  manifest = run(tmp_path, rows * 6, "--kind=preference", "--validation=0", "--test=0")
+  assert manifest["dropped"] == {"equal answers": 12, "chat template": 6}
+  assert (manifest["read"], manifest["kept"]) == (30, 12)
+  data_card = json.loads((tmp_path / "out" / "card.json").read_text())
+  [example, *_] = data_card["dropped"]["chat template"]["examples"]
+  assert "ends with a message of role 'assistant', which chosen follows with another" in example
+
+
 def test_preferences_are_pairs(tmp_path):
   rows = [
     {"prompt": f"{sentence(i, 4)}\n", "chosen": f"yes {i}", "rejected": "no"} for i in range(60)

@@ -8,53 +8,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.errors import UserError
 from jaxgpt.inference import load
-from jaxgpt.text.prepare import prepare
-from jaxgpt.training import build, loop, objectives
-
-WORDS = ("red", "blue", "cold", "warm", "old", "new")
-
-
-def records(kind):
-  """120 records of a pattern that a small model learns in some steps."""
-  for i in range(120):
-    word = WORDS[i % 6]
-    text = f"{i % 20} {word} things"
-    yield {
-      "classification": {"text": f"{i} " + f"{word} " * (2 + i % 4), "label": word},
-      "seq2seq": {"input": text, "target": word.upper()},
-      "chat": {
-        "messages": [
-          {"role": "user", "content": text},
-          {"role": "assistant", "content": word.upper()},
-        ]
-      },
-      "preference": {"prompt": text + ": ", "chosen": word.upper(), "rejected": word},
-      "text": {"text": f"{text}, {word} as ever {word}"},
-    }[kind]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  """A function from a kind of data to its prepared folder."""
-  root = tmp_path_factory.mktemp("objectives")
-
-  def make(kind):
-    if not (root / kind).exists():
-      (root / f"{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(kind)))
-      prepare.prepare(
-        root / f"{kind}.jsonl",
-        root / kind,
-        tokenizer="bytes",
-        kind=kind,
-        validation=0.2,
-        test=0.0,
-        cut_chars=0,
-      )
-    return str(root / kind)
-
-  return make
+from jaxgpt.training import loop, objectives
 
 
 def train(tiny, folder, path, objective, **fields):
@@ -101,13 +56,6 @@ def test_preferences_are_learned_by_adapters(tiny, data, tmp_path):
   first = next(line for line in lines if line.get("kind", "train") == "train")
   assert first["loss"] == pytest.approx(np.log(2), abs=1e-3), "adapters start as nothing"
   assert load.evaluate_run(load.load(tmp_path / "run"))["accuracy"] > 0.9
-
-
-def test_preferences_need_adapters():
-  c = config.base()
-  c.objective.name = "preference"
-  with pytest.raises(UserError, match="set model.lora.rank"):
-    build.check(c)
 
 
 def test_a_regression_is_a_squared_error():

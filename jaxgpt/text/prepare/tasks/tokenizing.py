@@ -169,6 +169,10 @@ def tokenize(
             dropped.at_hand = num_bytes
             dropped.add("nothing learned", document.source, why)
             continue
+        if options.kind == "preference" and examples.equal(*texts):
+          dropped.at_hand = num_bytes
+          dropped.add("equal answers", document.source, "chosen and rejected have the same tokens")
+          continue
         kept.append(number)
         sizes = [num_bytes] if len(texts) == 1 else _each_bytes(document, options.kind)
         for text, size in zip(texts, sizes):
