@@ -47,17 +47,20 @@ def _top_k(
   def compute(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
     logits_BTV = apply(teacher, params, None, batch, None).logits
     log_p_BTV = jax.nn.log_softmax(logits_BTV / c_objective.temperature)
-    log_p_BTK, ids_BTK = jax.lax.top_k(log_p_BTV, c_objective.top_k)
-    rest_BT = _rest(log_p_BTV, ids_BTK)
-    return {"teacher_ids": ids_BTK, "teacher_log_p": log_p_BTK, "teacher_rest": rest_BT}
+    _, ids_BTK = jax.lax.top_k(log_p_BTV, c_objective.top_k)
+    return {"teacher_ids": ids_BTK, "teacher_log_p": _outcomes(log_p_BTV, ids_BTK)}
 
   return compute
 
 
-def _rest(log_p_BTV: jax.Array, ids_BTK: jax.Array) -> jax.Array:
-  """Log of the probability of all tokens but these, [B, T]."""
-  hidden = jnp.put_along_axis(log_p_BTV, ids_BTK, -jnp.inf, axis=-1, inplace=False)
-  return jax.nn.logsumexp(hidden, -1)
+@jax.checkpoint  # the comparisons are cheaper to repeat than to keep
+def _outcomes(log_p_BTV: jax.Array, ids_BTK: jax.Array) -> jax.Array:
+  """Log-probabilities of K tokens, and of all others together: [B, T, K + 1]."""
+  # Comparisons fuse and stay local where V is sharded. Gathers and scatters do neither.
+  chosen_BTVK = jnp.arange(log_p_BTV.shape[-1])[:, None] == ids_BTK[:, :, None]
+  of_ids_BTK = jnp.where(chosen_BTVK, log_p_BTV[..., None], 0).sum(-2)
+  rest_BT = jax.nn.logsumexp(jnp.where(chosen_BTVK.any(-1), -jnp.inf, log_p_BTV), -1)
+  return jnp.concatenate([of_ids_BTK, rest_BT[..., None]], -1)
 
 
 def stored_divergence(
@@ -70,14 +73,11 @@ def stored_divergence(
 
   Args:
     student_BTV: Float32 logits.
-    batch: With `teacher_ids` and `teacher_log_p` [B, T, K] and `teacher_rest` [B, T], see `_top_k`.
+    batch: With `teacher_ids` [B, T, K] and `teacher_log_p` [B, T, K + 1], see `_top_k`.
     c_objective: The config's `objective` section.
   """
-  ids_BTK = batch["teacher_ids"]
   log_q_BTV = jax.nn.log_softmax(student_BTV / c_objective.temperature)
-  of_ids = jnp.take_along_axis(log_q_BTV, ids_BTK, axis=-1)
-  log_q = jnp.concatenate([of_ids, _rest(log_q_BTV, ids_BTK)[..., None]], -1)
-  log_p = jnp.concatenate([batch["teacher_log_p"], batch["teacher_rest"][..., None]], -1)
+  log_q, log_p = _outcomes(log_q_BTV, batch["teacher_ids"]), batch["teacher_log_p"]
   if c_objective.divergence == "reverse":
     return (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
   return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
@@ -135,8 +135,7 @@ def _stored_shapes(c: ml_collections.ConfigDict) -> dict[str, tuple[tuple[int, .
   length, best = c.data.seq_len, c.objective.top_k
   return {
     "teacher_ids": ((length, best), np.int32),
-    "teacher_log_p": ((length, best), np.float32),
-    "teacher_rest": ((length,), np.float32),
+    "teacher_log_p": ((length, best + 1), np.float32),
   }
 
 
