@@ -75,7 +75,7 @@ def main() -> None:
   for seed in seeds:
     found = {}
     for name in ("alone", "distilled"):
-      c = configured(data, 1, 48, 300, seed)
+      c = configured(data, 1, 48, 1000, seed)
       if name == "distilled":
         c.objective.update(dict(name="distillation", teacher=str(teacher), teacher_share=0.9))
       result = loop.train(c, root / f"{name}{seed}", {}).result

@@ -56,7 +56,7 @@ def inspect(
   batches = trained.at(step) if isinstance(trained, stages.StagedBatches) else trained
   assert isinstance(batches, pipeline.Batches)
   if row is not None and row >= batches.batch_size:
-    raise UserError(f"--row={row}: the rows of this step are 0 to {batches.batch_size - 1}")
+    raise UserError(f"--row={row}: the rows of a step are 0 to {batches.batch_size - 1}")
   load.check_data(batches, digest, c.data.path)
   tokenizer = tokenizer_lib.load(run_folder.tokenizer_folder(folder))
   seen = ", ".join(f"{name} {n:.2f}" for name, n in trained.epochs(step).items())
