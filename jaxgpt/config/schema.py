@@ -86,6 +86,7 @@ class Key:
     free_on_resume: A run may continue with another value. This never changes the result.
     architecture: In the `model` section: the key determines the model's function. False for keys of
       training, memory and speed.
+    stored: The numbers in `objective.stored` depend on it.
     needs: The condition under which the key has an effect. A new run with another value than the
       default is refused without it. None: it always has one.
     values_need: {value, or item of a tuple: the condition under which it does what it says}. Unlike
@@ -104,6 +105,7 @@ class Key:
   check: Callable[[str, Any], None] | None = None
   free_on_resume: bool = False
   architecture: bool = True
+  stored: bool = False
   needs: Needs | None = None
   values_need: Mapping[Any, Needs] = dataclasses.field(default_factory=dict)
 

@@ -19,8 +19,7 @@ from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.text.tokenizers.base import Tokenizer
 
-_LORA = ("lora.rank", "lora.alpha", "lora.targets")  # of a teacher with adapters
-_SPEED = ("dtype", "materialize", "scan_unroll")  # keys of the `model` section that it shares
+_LORA = "lora."  # keys of the `model` section that a teacher with adapters needs besides
 
 
 def settle(
@@ -77,8 +76,7 @@ def settle(
     )
   keys = architecture(m)
   if m.lora.rank:
-    flat = config.flatten(m)
-    keys |= {key: flat[key] for key in _LORA}
+    keys |= {key: value for key, value in config.flatten(m).items() if key.startswith(_LORA)}
   c.objective.teacher_config = strict_json.dumps(keys)
   return c
 
@@ -90,7 +88,8 @@ def config_of(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     c: The student's config, from `settle`.
   """
   t = config.from_dict({"model": json.loads(c.objective.teacher_config)})
-  t.model.update({key: c.model[key] for key in _SPEED})
+  t.model.dtype = c.model.dtype
+  t.model.materialize, t.model.scan_unroll = c.model.materialize, c.model.scan_unroll
   t.data.update(dict(seq_len=c.data.seq_len, batch_size=c.data.batch_size))
   t.optim.accumulate = c.optim.accumulate
   t.mesh.update(c.mesh)

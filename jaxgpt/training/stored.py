@@ -22,8 +22,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from jaxgpt import tree
+from jaxgpt import config, tree
 from jaxgpt.config.architecture import architecture
+from jaxgpt.config.keys import KEYS
 from jaxgpt.data import pipeline
 from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
@@ -38,13 +39,6 @@ from jaxgpt.training import objectives
 from jaxgpt.tree import PyTree
 
 _FILE = "stored.json"
-_KEYS = (  # config keys that the rows or the numbers depend on
-  "data.seq_len",
-  "data.packing",
-  "objective.name",
-  "objective.temperature",
-  "objective.top_k",
-)
 Compute = Callable[[PyTree, PyTree], Mapping[str, jax.Array]]  # (weights, batch) -> {name: array}
 
 
@@ -244,10 +238,8 @@ def _identity(
   c: ml_collections.ConfigDict, batches: pipeline.Batches, model: str
 ) -> dict[str, Any]:
   """The content of stored.json."""
-  values = {}
-  for key in _KEYS:
-    section, name = key.split(".")
-    values[key] = c[section][name]
+  flat = config.flatten(c)
+  values = {name: flat[name] for name, key in KEYS.items() if key.stored}
   return {"format": 1, "data": batches.digest, "model": model, **values}
 
 

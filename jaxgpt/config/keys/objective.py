@@ -25,6 +25,7 @@ OBJECTIVE = Section(
       "Objective, or FILE.py:NAME for your own.",
       registered=True,
       values_need={"masked_lm": one_of("model.causal", False)},
+      stored=True,
     ),
     loss=Key(
       "dpo",
@@ -74,6 +75,7 @@ OBJECTIVE = Section(
       "distillation: divides the logits of both models. Above 1, unlikely tokens count more.",
       interval=ABOVE_0,
       needs=_DISTILLATION,
+      stored=True,
     ),
     stored=Key(
       "",
@@ -88,6 +90,7 @@ OBJECTIVE = Section(
       "are one outcome.",
       interval=AT_LEAST_1,
       needs=set_to_something("objective.stored"),
+      stored=True,
     ),
     divergence=Key(
       "forward",

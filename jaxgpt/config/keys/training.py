@@ -55,7 +55,12 @@ DATA = Section(
       interval=AT_LEAST_1,
       needs=set_to_something("data.stream"),
     ),
-    seq_len=Key(256, "Tokens per row (T).", interval=AT_LEAST_1),
+    seq_len=Key(
+      256,
+      "Tokens per row (T).",
+      interval=AT_LEAST_1,
+      stored=True,
+    ),
     batch_size=Key(
       8,
       "Rows per step, over all hosts and accumulation steps (global B).",
@@ -78,6 +83,7 @@ DATA = Section(
       needs=one_of(
         "objective.name", "causal_lm", "masked_lm", "token_classification", "distillation"
       ),
+      stored=True,
     ),
     overlap=Key(
       None,
