@@ -26,7 +26,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = "Your own files"  # its files are in the folders of all sections
 WITHOUT_CODE = {SHARED, "Inside the package"}
-SLOW = {"A model family", "Move your object into the package"}
+SLOW = {"A model family", "Move your object into the package", "An optimizer", "A schedule"}
 COPIED = ("jaxgpt", "tests", "pyproject.toml")  # what a section changes or runs
 _FENCE = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.M | re.S)
 

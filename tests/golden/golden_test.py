@@ -87,7 +87,7 @@ def test_a_stopped_data_job_goes_on(place, capsys):
   assert not (place / "data" / f"{cases.JOB}.unfinished").exists()
 
 
-@pytest.mark.parametrize("name", cases.RUNS)
+@pytest.mark.parametrize("name", quick.first(cases.RUNS, 4))
 def test_an_old_run_goes_on_with_the_same_numbers(place, name):
   unpack(f"run_{name}", place)
   run = place / "runs" / name
@@ -99,7 +99,7 @@ def test_an_old_run_goes_on_with_the_same_numbers(place, name):
   check(cases.numbers(run), GOLDEN["runs"][name])
 
 
-@pytest.mark.parametrize("name", quick.first(cases.RUNS, 2))
+@pytest.mark.parametrize("name", quick.first(cases.RUNS, 1))
 def test_a_run_from_the_start_gives_the_old_numbers(place, name):
   assert main.main(cases.run_command(name)) == 0
   check(cases.numbers(place / "runs" / name), GOLDEN["runs"][name])

@@ -29,6 +29,7 @@ def logits(model):
     return model.eval()(torch.from_numpy(TOKENS)).logits.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, targets",
   quick.first(

@@ -108,6 +108,7 @@ def test_an_adapted_run_can_be_initialized_from(adapted, tiny):
   np.testing.assert_array_equal(third["embed"], second["embed"])
 
 
+@pytest.mark.slow
 def test_dropout_of_adapters_follows_the_key():
   c = config.base()
   c.model.update(
@@ -123,6 +124,7 @@ def test_dropout_of_adapters_follows_the_key():
   np.testing.assert_array_equal(run(None), run(None))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_without_adapters(tiny, tmp_path):
   loop.train(tiny(train__steps=2, optim__frozen=("embed", "layers/mlp/*")), tmp_path / "r", {})
   run = load.load(tmp_path / "r")

@@ -70,6 +70,7 @@ def losses(c, steps=20):
   return np.array(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", quick.first([True, False]))
 def test_training_in_int8_follows_bfloat16(tiny, gradients):
   make = lambda **fields: tiny(

@@ -117,7 +117,7 @@ def assert_equal_to_serial(model, mesh=None, **axes):
       ("moe", "fsdp expert stage", dict(stage_microbatches=2)),
       ("moe with capacity", "seq tensor expert", {}),
     ],
-    2,
+    1,
   ),
 )
 def test_three_axes_together_compute_what_one_device_does(model, axes, more):
@@ -182,7 +182,7 @@ def over_two_slices(c):
 @pytest.mark.parametrize(
   "model, axes",
   [
-    ("dense", dict(stage=2, fsdp=4)),
+    pytest.param("dense", dict(stage=2, fsdp=4), marks=pytest.mark.slow),
     pytest.param("moe with capacity", dict(data=2, expert=4), marks=pytest.mark.slow),
     pytest.param("moe", dict(data=2, fsdp=2, stage=2), marks=pytest.mark.slow),
     pytest.param("dense", dict(fsdp=4, tensor=2), marks=pytest.mark.slow),

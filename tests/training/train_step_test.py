@@ -111,7 +111,7 @@ def test_golden_metrics_of_one_step(tiny):
   assert got == pytest.approx(GOLDEN, rel=1e-4), got
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+@pytest.mark.parametrize("name", quick.first(["adamw", "muon", "lion", "adafactor"], 2))
 def test_every_optimizer_learns(tiny, name):
   lr = {"adamw": 1e-2, "lion": 3e-3, "adafactor": 1e-1, "muon": 1e-2}[name]
   losses, _ = trajectory(tiny(mesh__data=1, optim__name=name, optim__lr=lr, train__steps=STEPS))
@@ -187,6 +187,7 @@ def test_z_loss_adds_the_squared_log_normaliser(tiny):
   assert with_z[0, 0] - plain[0, 0] == pytest.approx(0.1 * np.log(264) ** 2, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "fields, axes",
   quick.first(
@@ -208,6 +209,7 @@ def test_a_loss_in_chunks_is_the_same_loss(tiny, fields, axes):
   np.testing.assert_allclose(got, losses(mesh__data=1), rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_follow_those_in_float32(tiny):
   both = dict(optim__first_dtype="bfloat16", optim__second_dtype="bfloat16")
   got, state = trajectory(tiny(mesh__data=1, mesh__fsdp=2, **both))

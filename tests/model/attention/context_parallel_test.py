@@ -23,6 +23,7 @@ from jaxgpt.model.attention import (
 from jaxgpt.model.attention.spec import BlockOutput, Spec
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
+from tests import quick
 
 
 def mesh_of(seq, **axes):
@@ -70,15 +71,18 @@ def agree(mesh, T, form, atol=1e-5, **fields):
 
 @pytest.mark.parametrize(
   "seq, fields",
-  [
-    (2, dict(causal=True, window=None)),
-    (4, dict(causal=True, window=None, softcap=2.0)),
-    (8, dict(causal=True, window=None)),
-    (4, dict(causal=True, window=5)),  # less than a chunk
-    (4, dict(causal=True, window=21)),  # three chunks
-    (4, dict(causal=False, window=None)),
-    (2, dict(causal=False, window=20)),
-  ],
+  quick.first(
+    [
+      (4, dict(causal=True, window=None, softcap=2.0)),
+      (4, dict(causal=True, window=21)),  # three chunks
+      (2, dict(causal=False, window=20)),
+      (2, dict(causal=True, window=None)),
+      (8, dict(causal=True, window=None)),
+      (4, dict(causal=True, window=5)),  # less than a chunk
+      (4, dict(causal=False, window=None)),
+    ],
+    3,
+  ),
 )
 def test_sharded_rows_attend_as_whole_ones(seq, fields):
   agree(mesh_of(seq), 64, "batched", **fields)

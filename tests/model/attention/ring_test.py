@@ -39,7 +39,6 @@ MODELS = {
   ),
   "recomputed": dict(model__remat="save_attention", optim__accumulate=2),
 }
-QUICK = {("windows", 4)}
 
 
 @functools.cache
@@ -47,19 +46,16 @@ def _whole(tiny, name):
   return trajectory(tiny(mesh__data=1, **MODELS[name]), 5)[0]
 
 
-@pytest.mark.parametrize(
-  "name, seq",
-  [
-    pytest.param(name, seq, marks=() if (name, seq) in QUICK else pytest.mark.slow)
-    for name in MODELS
-    for seq in (2, 4, 8)
-  ],
-)
+# In the fast suite `tests/parallel/mesh_pairs_test.py` shards rows.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("seq", [2, 4, 8])
 def test_sharded_rows_train_as_whole_ones(tiny, name, seq):
   got, _ = trajectory(tiny(mesh__data=1, mesh__seq=seq, **MODELS[name]), 5)
   np.testing.assert_allclose(got, _whole(tiny, name), rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_evaluation_and_model_calls_restore_the_order(tiny):
   """Evaluation calls the objective. A direct model call balances and restores rows itself."""
   found = []

@@ -83,6 +83,7 @@ def test_loss_and_gradient_are_those_of_the_equation(bigrams, divergence):
   check_equation(bigrams, divergence, lambda f: f)
 
 
+@pytest.mark.slow
 def test_packing_and_padding_change_no_tokens_loss():
   """Transformers of another width and depth give each span the loss that it has alone."""
   c, _, teacher, state = models.make(model__num_layers=2, model__width=24, model__num_heads=3)

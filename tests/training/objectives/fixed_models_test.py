@@ -59,6 +59,7 @@ def test_all_parameters_learn_to_prefer(preferred):
   assert not run.fixed and "reference" not in run.params
 
 
+@pytest.mark.slow
 def test_stored_likelihoods_train_the_same_run_and_it_goes_on(
   preferred, tiny, tmp_path, monkeypatch
 ):
@@ -86,6 +87,7 @@ def test_stored_likelihoods_train_the_same_run_and_it_goes_on(
     loop.train(c, tmp_path / "run", {})
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_teacher_in_memory_or_stored(
   tiny, teacher_run, tmp_path, monkeypatch
 ):
@@ -113,6 +115,7 @@ def test_a_student_learns_from_a_teacher_in_memory_or_stored(
   np.testing.assert_allclose(losses(tmp_path / "ahead"), losses(tmp_path / "live"), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [dict(data=2, fsdp=2, tensor=2)])
 def test_eight_devices_train_as_one(preferred, tiny, data, tmp_path, axes):
   """The session's runs are on eight devices as data shards; one device and other axes agree."""

@@ -81,7 +81,7 @@ def trajectory(kind, folder, model, **mesh):
       ("question_answering", {}, dict(data=2, seq=4)),
       ("retrieval", DECODER, dict(data=2, fsdp=2, seq=2)),
     ],
-    4,
+    1,
   ),
 )
 def test_eight_devices_equal_one(tmp_path, kind, model, mesh):

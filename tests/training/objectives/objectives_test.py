@@ -46,6 +46,7 @@ def test_answers_are_learned(tiny, data, tmp_path, kind):
   assert result["loss"] < 2.5 and "bits_per_byte" not in result
 
 
+@pytest.mark.slow
 def test_preferences_are_learned_by_adapters(tiny, data, tmp_path):
   c = tiny(
     data__path=data("preference"), objective__name="preference", train__steps=30, log__every=1
