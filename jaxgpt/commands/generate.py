@@ -49,6 +49,16 @@ class GenerateOptions:
     unset="the model's own, else 1.0",
     help="make tokens that the text already holds less likely; 1: do not",
   )
+  presence_penalty: float | None = option(
+    None,
+    unset="the model's own, else 0.0",
+    help="subtract this from the logits of tokens that the new text already holds",
+  )
+  frequency_penalty: float | None = option(
+    None,
+    unset="the model's own, else 0.0",
+    help="subtract this from a token's logit each time that the new text holds it",
+  )
   seed: int = integer(0, help="seed of the draws")
 
 
@@ -56,6 +66,7 @@ def run(args: GenerateOptions) -> None:
   """Prints the prompt with each continuation, or the answers alone with --chat."""
   from jaxgpt.commands.actions import backend
   from jaxgpt.inference import load
+  from jaxgpt.inference import sampler as sampler_lib
 
   prompt = read_prompt(args.prompt)
   given = {
@@ -67,7 +78,7 @@ def run(args: GenerateOptions) -> None:
   own, ignored = load.sampling_defaults(loaded)
   for line in _notices(given, own, load.Sampling(), ignored):
     print(line, file=sys.stderr)
-  sampler = load.Sampler(loaded, args.samples)
+  sampler = sampler_lib.Sampler(loaded, args.samples)
   texts = sampler(prompt, args.max_new, own._replace(**given), args.seed, args.chat)
   for i, text in enumerate(texts):
     if args.samples > 1:

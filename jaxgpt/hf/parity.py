@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -281,7 +280,8 @@ def continuation(
     len(ids),
     new,
     jax.random.key(0),
-    (jnp.float32(0), 0, jnp.float32(1), jnp.float32(0)),
+    sampling.Sampling(temperature=0.0),
+    len(ids),
   )
   return np.asarray(out)[0, len(ids) : int(length[0])].tolist()
 

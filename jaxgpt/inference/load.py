@@ -1,17 +1,15 @@
-"""A trained model in use: loads a run folder, evaluates its weights and samples text from it."""
+"""A trained model in use: loads a run folder and evaluates its weights."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 
 from jaxgpt import config, tree
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
-from jaxgpt.inference import sampling as sampling_lib
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model import fixed_models
 from jaxgpt.model.attention import choose
@@ -20,9 +18,7 @@ from jaxgpt.run import best, init_from, run_folder
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import generation as generation_lib
 from jaxgpt.text.prepare import shards
-from jaxgpt.text.tokenizers import chat_template, examples
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
-from jaxgpt.text.tokenizers.base import Message
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import evaluation, stored, uses
@@ -303,126 +299,6 @@ def sampling_defaults(run: Run) -> tuple[Sampling, list[str]]:
   found, ignored = generation_lib.sampling_defaults(run.generation.values, Sampling._fields)
   if "top_k" in found:
     found["top_k"] = int(found["top_k"])
-  settings = Sampling()._replace(**found)  # type: ignore[arg-type]  # floats by name
+  settings = Sampling()._replace(**found)
   settings.check()
   return settings, ignored
-
-
-class Sampler:
-  """Samples text from a run, compiled once for all prompts and settings."""
-
-  def __init__(self, run: Run, num_samples: int = 1):
-    """Prepares a sampler.
-
-    Args:
-      run: From `load`.
-      num_samples: Number of texts per call.
-
-    Raises:
-      UserError: The model cannot continue a text, see `uses`.
-    """
-    uses.check(run.c, "generate")
-    self._run, self._num_samples = run, num_samples
-    self._context = run.c.data.seq_len
-    self._template: chat_template.Template | None = None
-    self._generate = sampling_lib.make(
-      run.parts.model, self._context, run.generation.end_ids, run.tokenizer.vocab_size
-    )
-
-  def prompt_ids(self, prompt: str) -> list[int]:
-    """The ids of a text to continue.
-
-    They begin as the run's documents do: with bos after training on texts, as the chat template
-    begins after training on conversations, and as the tokenizer encodes a text for a model that was
-    imported.
-    """
-    run, tokenizer = self._run, self._run.tokenizer
-    ids = tokenizer.encode(prompt)
-    if run.generation.template:
-      begins = self.template().begins_with_bos()
-    else:
-      begins = bool(run.data_digest) or tokenizer.adds_bos
-    return [tokenizer.bos_id, *ids] if begins or not ids else ids
-
-  def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-    """The ids of a conversation up to where the assistant's answer begins.
-
-    Args:
-      messages: See `chat_template.Template`.
-
-    Raises:
-      UserError: The run has no chat template, or the template refuses the messages.
-    """
-    template = self.template()
-    pieces = template(messages, generate=True)
-    return examples.encode_pieces(pieces, self._run.tokenizer, template.in_one_go)
-
-  def template(self) -> chat_template.Template:
-    """The chat template that the run was trained in, or else the tokenizer's own.
-
-    Raises:
-      UserError: There is none.
-    """
-    run = self._run
-    if self._template is None:
-      if not run.generation.template and not run.tokenizer.chat_template:
-        raise UserError(
-          "this run has no chat template: it was not trained on conversations, and its tokenizer "
-          "came without one; give a text to continue, without --chat"
-        )
-      self._template = chat_template.load(
-        run.generation.template_name or chat_template.OWN, run.tokenizer, run.generation.template
-      )
-    return self._template
-
-  def __call__(
-    self,
-    prompt: str,
-    max_new: int = 200,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    chat: bool = False,
-  ) -> list[str]:
-    """Continues a prompt.
-
-    Args:
-      prompt: Text. May be empty.
-      max_new: Largest number of new tokens. The context is the other limit.
-      sampling: How tokens are drawn. None: as in `sampling_defaults`.
-      seed: Seed of the draws.
-      chat: The prompt is a user's message in the run's chat template, and the texts are answers.
-
-    Returns:
-      `num_samples` texts, without the prompt.
-
-    Raises:
-      UserError: The prompt leaves no room for a new token, or a setting is out of range.
-    """
-    sampling = sampling_defaults(self._run)[0] if sampling is None else sampling
-    sampling.check()
-    run, tokenizer = self._run, self._run.tokenizer
-    message = {"role": "user", "content": prompt}
-    ids = self.chat_ids([message]) if chat else self.prompt_ids(prompt)
-    tokenizer.check_rows(ids, run.c.model.vocab_size)
-    if len(ids) >= self._context:
-      raise UserError(
-        f"the prompt has {len(ids)} tokens, the model's context {self._context} "
-        f"(data.seq_len): shorten it by at least {len(ids) - self._context + 1}"
-      )
-    tokens = np.zeros((self._num_samples, self._context), np.int32)
-    tokens[:, : len(ids)] = ids
-    settings = sampling._replace(top_k=min(sampling.top_k, tokenizer.vocab_size))
-    with jax.set_mesh(run.mesh):
-      out, lengths = jax.device_get(
-        self._generate(
-          run.params,
-          tokens,
-          len(ids),
-          min(max_new, self._context - len(ids)),
-          jax.random.key(seed),
-          settings,
-        )
-      )
-    return [
-      tokenizer.continuation(ids, row[len(ids) : n]) for row, n in zip(out, lengths, strict=True)
-    ]

@@ -1,6 +1,6 @@
-"""Sampling tokens from a model with a KV cache.
+"""Drawing tokens from logits, and from a model with a KV cache of a fixed number of slots.
 
-B sample, S cache slot, V vocabulary.
+B sample, S cache slot, V vocabulary, C candidate.
 """
 
 import math
@@ -14,15 +14,30 @@ from jaxgpt.errors import UserError
 from jaxgpt.model import kv_cache, transformer
 from jaxgpt.tree import PyTree
 
+_CANDIDATES = 128  # most likely tokens that are sorted first; all are where these do not suffice
+_GROUP = 128  # neighbours in the vocabulary whose probabilities are summed first
+
 
 class Sampling(NamedTuple):
-  """How tokens are drawn, see `penalized`, `filter_logits` and `sample`."""
+  """How tokens are drawn. In compiled code each is an array [B], with a value for each row.
 
-  temperature: float = 0.8
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
-  repetition_penalty: float = 1.0
+  Attributes:
+    temperature: Divides the logits. 0: always the most likely token.
+    top_k: See `filter_logits`.
+    top_p: See `filter_logits`.
+    min_p: See `filter_logits`.
+    repetition_penalty: See `penalized`.
+    presence_penalty: See `penalized`.
+    frequency_penalty: See `penalized`.
+  """
+
+  temperature: Any = 0.8
+  top_k: Any = 0
+  top_p: Any = 1.0
+  min_p: Any = 0.0
+  repetition_penalty: Any = 1.0
+  presence_penalty: Any = 0.0
+  frequency_penalty: Any = 0.0
 
   def check(self) -> None:
     """Raises a UserError that names the first value out of range."""
@@ -32,13 +47,163 @@ class Sampling(NamedTuple):
       ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
       ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
       ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+      ("presence_penalty", abs(self.presence_penalty) <= 100, "in [-100, 100]"),
+      ("frequency_penalty", abs(self.frequency_penalty) <= 100, "in [-100, 100]"),
     ):
       if not ok or not math.isfinite(getattr(self, name)):
         flag = name.replace("_", "-")
         raise UserError(f"--{flag}={getattr(self, name)} must be {valid} and finite")
 
+  def rows(self, num_rows: int) -> "Sampling":
+    """These settings for each of a number of rows, as arrays."""
+    kinds = {"top_k": jnp.int32}
+    return Sampling(
+      *(
+        jnp.broadcast_to(jnp.asarray(value, kinds.get(name, jnp.float32)), num_rows)
+        for name, value in self._asdict().items()
+      )
+    )
 
-# generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B), see `make`.
+
+def penalized(
+  logits_BV: jax.Array, prompt_BV: jax.Array, counts_BV: jax.Array, s: Sampling
+) -> jax.Array:
+  """Makes tokens that the text already holds less likely.
+
+  The repetition penalty divides positive logits of tokens of the prompt and of the text, and
+  multiplies negative ones (arXiv:1909.05858, section 4.1, transformers'
+  RepetitionPenaltyLogitsProcessor). The other two are subtracted, as OpenAI's API has it: the
+  presence penalty once from each token of the text, the frequency penalty each time.
+
+  Args:
+    logits_BV: Logits before the temperature.
+    prompt_BV: bool, the tokens of the prompt.
+    counts_BV: int32, how often the text after the prompt holds each token.
+    s: Settings [B].
+  """
+  penalty = s.repetition_penalty[:, None]
+  less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+  written_BV = counts_BV > 0
+  logits_BV = jnp.where(prompt_BV | written_BV, less_BV, logits_BV)
+  return (
+    logits_BV - s.presence_penalty[:, None] * written_BV - s.frequency_penalty[:, None] * counts_BV
+  )
+
+
+def is_penalized(s: Sampling) -> jax.Array:
+  """Whether each row has a penalty, [B] bool."""
+  return (s.repetition_penalty != 1) | (s.presence_penalty != 0) | (s.frequency_penalty != 0)
+
+
+def filter_logits(
+  logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+) -> jax.Array:
+  """Masks the tokens that a sampling rule excludes. The rules apply one after the other.
+
+  A row's result does not depend on the others. The vocabulary is sorted only where the
+  `_CANDIDATES` most likely tokens do not decide.
+
+  Args:
+    logits_BV: Logits, already divided by the temperature.
+    top_k: [B]. Keep the k most likely tokens and those as likely as the last of them, 0: all.
+    top_p: [B]. Keep the fewest most likely tokens whose probabilities add up to p
+      (arXiv:1904.09751); 1: all.
+    min_p: [B]. Keep tokens at least min_p times as likely as the likeliest (arXiv:2407.01082); 0:
+      all.
+
+  Returns:
+    [B, V], with -inf for excluded tokens. The likeliest token always stays.
+  """
+  V = logits_BV.shape[-1]
+  few = min(_CANDIDATES, V)
+  everything = jnp.full(logits_BV.shape[:1], -jnp.inf)
+
+  def least():
+    some, decided = _least(logits_BV, few, top_k, top_p)
+    if few == V:
+      return some
+    all_of_them = lambda: _least(logits_BV, V, top_k, top_p)[0]
+    return jnp.where(decided, some, jax.lax.cond(decided.all(), lambda: some, all_of_them))
+
+  sorts = ((top_k > 0) & (top_k < V)) | (top_p < 1)
+  least_B = jax.lax.cond(sorts.any(), least, lambda: everything)
+  least_B = jnp.where(sorts, least_B, -jnp.inf)
+  floor_B = logits_BV.max(-1) + jnp.log(min_p)
+  keep = (logits_BV >= least_B[:, None]) & (logits_BV >= floor_B[:, None])
+  return jnp.where(keep, logits_BV, -jnp.inf)
+
+
+def _least(
+  logits_BV: jax.Array, C: int, top_k: jax.Array, top_p: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The least logit that top-k and top-p keep, by the C most likely tokens.
+
+  Returns:
+    (logits [B], bool [B]: whether C tokens sufficed to tell).
+  """
+  V = logits_BV.shape[-1]
+  sorted_BC = jax.lax.top_k(logits_BV, C)[0]
+  k_B = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
+  at = lambda i_B: jnp.take_along_axis(sorted_BC, jnp.minimum(i_B, C - 1)[:, None], axis=1)
+  kth_B1 = jnp.where((k_B < V)[:, None], at(k_B - 1), -jnp.inf)
+  exp = lambda x: jnp.where(x >= kth_B1, jnp.exp(x - sorted_BC[:, :1]), 0)
+  wanted_B1 = top_p[:, None] * exp(logits_BV).sum(-1, keepdims=True)
+  reached_BC = jnp.cumsum(exp(sorted_BC), axis=-1)
+  # The first token stays, and each whose more likely ones do not reach p.
+  count_B = 1 + (reached_BC[:, :-1] < wanted_B1).sum(-1)
+  by_p = top_p < 1
+  least_B = jnp.where(by_p, at(count_B - 1)[:, 0], kth_B1[:, 0])
+  # Rounding may keep the sum of all tokens below p of it.
+  decided = ((k_B <= C) | (k_B == V)) & (~by_p | (reached_BC[:, -1] >= wanted_B1[:, 0]) | (C == V))
+  return least_B, decided
+
+
+def sample(logits_BV: jax.Array, uniform_B2: jax.Array, s: Sampling) -> jax.Array:
+  """Draws one token for each row. Temperature 0 takes the most likely one.
+
+  Args:
+    logits_BV: float32 logits, after penalties, -inf for tokens that must not be drawn.
+    uniform_B2: Uniform draws from [0, 1).
+    s: Settings [B]. The penalties are not read.
+
+  Returns:
+    Token ids, [B] int32.
+  """
+  best_B = logits_BV.argmax(-1).astype(jnp.int32)
+
+  def draw():
+    scaled = logits_BV / jnp.maximum(s.temperature, 1e-6)[:, None]
+    kept = filter_logits(scaled, s.top_k, s.top_p, s.min_p)
+    return _drawn(jnp.exp(kept - kept.max(-1, keepdims=True)), uniform_B2)
+
+  drawn_B = jax.lax.cond((s.temperature > 0).any(), draw, lambda: best_B)
+  return jnp.where(s.temperature > 0, drawn_B, best_B)
+
+
+def _drawn(weights_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:
+  """Draws an index with probabilities proportional to weights: a group of neighbours, then one.
+
+  Two draws of 24 bits tell more tokens apart than one, and sums of groups are cheaper than a
+  cumulative sum over the vocabulary.
+  """
+  B, V = weights_BV.shape
+  padded = jnp.pad(weights_BV, ((0, 0), (0, -V % _GROUP))).reshape(B, -1, _GROUP)
+  group_B = _inverse_cdf(padded.sum(-1), uniform_B2[:, 0])
+  inside = jnp.take_along_axis(padded, group_B[:, None, None], axis=1)[:, 0]
+  return (group_B * _GROUP + _inverse_cdf(inside, uniform_B2[:, 1])).astype(jnp.int32)
+
+
+def _inverse_cdf(weights_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
+  """The first index whose cumulative weight exceeds a share of the whole, [B]."""
+  reached_BN = jnp.cumsum(weights_BN, axis=-1)
+  index_B = (reached_BN <= uniform_B[:, None] * reached_BN[:, -1:]).sum(-1)
+  # Rounding must not lead past the last index with a weight.
+  last_B = weights_BN.shape[-1] - 1 - jnp.argmax(weights_BN[:, ::-1] > 0, axis=-1)
+  return jnp.minimum(index_B, last_B)
+
+
+# generate(params, tokens_BS, length, max_new, key, settings, prompt_length) -> (tokens_BS,
+# lengths_B), see `make`.
 Generate = Callable[
   [
     PyTree,
@@ -46,82 +211,23 @@ Generate = Callable[
     jax.typing.ArrayLike,
     jax.typing.ArrayLike,
     jax.Array,
-    tuple[float, ...],
+    Sampling,
+    jax.typing.ArrayLike,
   ],
   tuple[jax.Array, jax.Array],
 ]
 
 
-def penalized(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float | jax.Array) -> jax.Array:
-  """Makes tokens that the text already holds less likely (arXiv:1909.05858, section 4.1).
-
-  Args:
-    logits_BV: Logits before the temperature.
-    seen_BV: bool, the tokens of the prompt and of the text so far.
-    penalty: Divides positive logits of these tokens and multiplies negative ones; 1: no penalty.
-
-  Returns:
-    [B, V] logits, as transformers' RepetitionPenaltyLogitsProcessor gives them.
-  """
-  less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-  return jnp.where(seen_BV, less_BV, logits_BV)
-
-
-def filter_logits(
-  logits_BV: jax.Array,
-  top_k: int | jax.Array,
-  top_p: float | jax.Array,
-  min_p: float | jax.Array,
-) -> jax.Array:
-  """Masks the tokens that a sampling rule excludes. The rules apply one after the other.
-
-  Args:
-    logits_BV: Logits, already divided by the temperature.
-    top_k: Keep the k most likely tokens, 0: all.
-    top_p: Keep the fewest most likely tokens whose probabilities add up to p (arXiv:1904.09751);
-      1: all.
-    min_p: Keep tokens at least min_p times as likely as the likeliest (arXiv:2407.01082), 0: all.
-
-  Returns:
-    [B, V], with -inf for excluded tokens. The likeliest token always stays.
-  """
-  V = logits_BV.shape[-1]
-  sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-  kth = sorted_BV[:, jnp.clip(jnp.where(top_k > 0, top_k, V), 1, V) - 1]
-  logits_BV = jnp.where(logits_BV < kth[:, None], -jnp.inf, logits_BV)
-  sorted_BV = jnp.where(sorted_BV < kth[:, None], -jnp.inf, sorted_BV)
-  probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-  before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # total probability of more likely tokens
-  last = jnp.maximum((before_BV < top_p).sum(-1), 1) - 1
-  threshold = jnp.take_along_axis(sorted_BV, last[:, None], axis=-1)
-  floor = sorted_BV[:, :1] + jnp.log(min_p)
-  return jnp.where((logits_BV < threshold) | (logits_BV < floor), -jnp.inf, logits_BV)
-
-
-def sample(
-  logits_BV: jax.Array,
-  key: jax.Array,
-  temperature: float | jax.Array,
-  top_k: int | jax.Array,
-  top_p: float | jax.Array,
-  min_p: float | jax.Array,
-) -> jax.Array:
-  """Draws one token per row. Temperature 0 takes the most likely one.
-
-  Args:
-    logits_BV: float32 logits.
-    key: PRNG key.
-    temperature: Divides the logits.
-    top_k: See `filter_logits`.
-    top_p: See `filter_logits`.
-    min_p: See `filter_logits`.
-
-  Returns:
-    Token ids, [B] int32.
-  """
-  scaled = logits_BV / jnp.maximum(temperature, 1e-6)
-  drawn = jax.random.categorical(key, filter_logits(scaled, top_k, top_p, min_p), axis=-1)
-  return jnp.where(temperature > 0, drawn, logits_BV.argmax(-1)).astype(jnp.int32)
+def _counted(
+  tokens_BS: jax.Array, length_B: jax.Array, prompt_length: jax.typing.ArrayLike, V: int
+) -> tuple[jax.Array, jax.Array]:
+  """(bool [B, V], int32 [B, V]): tokens of the prompts, counts of those after them."""
+  B, S = tokens_BS.shape
+  slot_S, rows_B = jnp.arange(S), jnp.arange(B)
+  in_prompt = slot_S < jnp.broadcast_to(prompt_length, (B,))[:, None]
+  none = jnp.zeros((B, V), jnp.int32)
+  count = lambda which: none.at[rows_B[:, None], tokens_BS].add(which.astype(jnp.int32))
+  return count(in_prompt) > 0, count((slot_S < length_B[:, None]) & ~in_prompt)
 
 
 def make(
@@ -136,35 +242,36 @@ def make(
     vocab_size: Token ids from here on only pad the embedding. They are never drawn.
 
   Returns:
-    generate(params, tokens_BS, length, max_new, key, settings) -> (tokens_BS, lengths_B). Each row
-    of `tokens_BS` starts with a prompt of `length` tokens. The rest is ignored. At most
-    min(max_new, S - length) tokens follow it, up to the first `eos_id`, which `lengths_B` does not
-    count. `length` and `max_new` are one number for all rows, or [B]. `settings` is a `Sampling`,
-    or the arguments of `sample` after its key.
+    generate(params, tokens_BS, length, max_new, key, settings, prompt_length) -> (tokens_BS,
+    lengths_B). Each row of `tokens_BS` starts with `length` tokens to continue. The rest is
+    ignored. At most min(max_new, S - length) tokens follow, up to the first `eos_id`, which
+    `lengths_B` does not count. `settings` is a `Sampling` for all rows. Of the tokens to continue,
+    those from `prompt_length` on were drawn by an earlier call, which is how penalties count them.
+    `length`, `max_new` and `prompt_length` are one number for all rows, or [B].
   """
   cfg = model.cfg
   end_ids = jnp.array([eos_id] if isinstance(eos_id, int) else list(eos_id))
   apply: Any = model.apply  # the type of Flax's `apply` does not know the model's results
 
   @jax.jit
-  def generate(params, tokens_BS, length, max_new, key, settings):
+  def generate(params, tokens_BS, length, max_new, key, settings, prompt_length):
     B = tokens_BS.shape[0]
     is_token_V = jnp.arange(cfg.vocab_size) < vocab_size
     rows_B = jnp.arange(B)
     length_B = jnp.broadcast_to(length, (B,))
     end_B = jnp.minimum(length_B + max_new, num_slots)
+    s = settings.rows(B)
 
-    def draw(logits_BV, seen_BV, i):
-      key_i = jax.random.fold_in(key, i)
-      if len(settings) > 4:
-        logits_BV = penalized(logits_BV, seen_BV, settings[4])
-      return sample(jnp.where(is_token_V, logits_BV, -jnp.inf), key_i, *settings[:4])
+    def draw(logits_BV, prompt_BV, counts_BV, i):
+      less = lambda: penalized(logits_BV, prompt_BV, counts_BV, s)
+      logits_BV = jax.lax.cond(is_penalized(s).any(), less, lambda: logits_BV)
+      uniform_B2 = jax.random.uniform(jax.random.fold_in(key, i), (B, 2))
+      return sample(jnp.where(is_token_V, logits_BV, -jnp.inf), uniform_B2, s)
 
     # Prefill: one call fills the cache. Slots after the prompt get keys of ignored tokens. Each of
     # them is overwritten before a query can attend to it.
     positions = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
-    seen_BV = jnp.zeros((B, cfg.vocab_size), bool)
-    seen_BV = seen_BV.at[rows_B[:, None], tokens_BS].max(positions < length_B[:, None])
+    prompt_BV, counts_BV = _counted(tokens_BS, length_B, prompt_length, cfg.vocab_size)
     out = apply(
       {"params": params},
       tokens_BS,
@@ -179,13 +286,13 @@ def make(
 
     # Decode: draw each row's token at its position, then compute the logits after it.
     def step(carry):
-      t, tokens, seen_BV, cache, logits, done_B, lengths_B = carry
-      token_B = draw(logits, seen_BV, length_B.max() + t)
+      t, tokens, counts_BV, cache, logits, done_B, lengths_B = carry
+      token_B = draw(logits, prompt_BV, counts_BV, length_B.max() + t)
       position_B = jnp.minimum(length_B + t, num_slots - 1)  # of rows that are not done
       done_B |= jnp.isin(token_B, end_ids)
       lengths_B = jnp.where(done_B, lengths_B, position_B + 1)
       tokens = tokens.at[rows_B, length_B + t].set(token_B)  # none beyond the last slot
-      seen_BV = seen_BV.at[rows_B, token_B].set(True)
+      counts_BV = counts_BV.at[rows_B, token_B].add(1)
       done_B |= position_B + 1 >= end_B
       out = apply(
         {"params": params},
@@ -194,9 +301,9 @@ def make(
         cache=cache,
         logits_at_B=jnp.zeros((B,), jnp.int32),
       )
-      return t + 1, tokens, seen_BV, out.cache, out.logits, done_B, lengths_B
+      return t + 1, tokens, counts_BV, out.cache, out.logits, done_B, lengths_B
 
-    start = (0, tokens_BS, seen_BV, out.cache, out.logits, length_B >= end_B, length_B)
+    start = (0, tokens_BS, counts_BV, out.cache, out.logits, length_B >= end_B, length_B)
     _, tokens, _, _, _, _, lengths_B = jax.lax.while_loop(unfinished, step, start)
     return tokens, lengths_B
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
+from jaxgpt.inference.prompts import Prompts
 from jaxgpt.tasks.token_requests import Requests
 from jaxgpt.text.tokenizers import chat_template
 
@@ -168,7 +169,7 @@ def _model_class() -> type:
       super().__init__()
       self._run, self._encoder = run, Encoder(run)
       self.requests = Requests(run, batch_size)
-      self._sampler = load.Sampler(run)  # for its chat template
+      self._prompts = Prompts(run)
 
     @property
     def eot_token_id(self) -> int:
@@ -223,12 +224,12 @@ def _model_class() -> type:
       return out
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-      return self._sampler.template().to_jinja() if chat_template else None
+      return self._prompts.template.to_jinja() if chat_template else None
 
     def apply_chat_template(
       self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-      return chat_text(self._sampler.template(), chat_history, add_generation_prompt)
+      return chat_text(self._prompts.template, chat_history, add_generation_prompt)
 
   return JaxgptLM
 

@@ -171,7 +171,7 @@ class Requests:
     starts, running = lengths_B.copy(), np.arange(self._rows) < len(prompts)
     for made in range(0, max_new, _SEGMENT):
       more = min(_SEGMENT, max_new - made)
-      new_BS, ends_B = self._drawn(generate, tokens_BS, lengths_B, more, settings, seed)
+      new_BS, ends_B = self._drawn(generate, tokens_BS, lengths_B, more, settings, seed, starts)
       ends_B = np.where(running, ends_B, lengths_B)
       for row in np.flatnonzero(running).tolist():
         tokens_BS[row, : ends_B[row]] = new_BS[row, : ends_B[row]]
@@ -190,11 +190,19 @@ class Requests:
     more: int,
     settings: load.Sampling,
     seed: int,
+    starts_B: np.ndarray,
   ) -> tuple[np.ndarray, np.ndarray]:
-    on_devices = self._on_devices({"tokens": tokens_BS, "lengths": lengths_B})
+    batch = {"tokens": tokens_BS, "lengths": lengths_B, "starts": starts_B}
+    on_devices = self._on_devices(batch)
     key = jax.random.key(seed)
     tokens, lengths = generate(
-      self.params, on_devices["tokens"], on_devices["lengths"], more, key, settings
+      self.params,
+      on_devices["tokens"],
+      on_devices["lengths"],
+      more,
+      key,
+      settings,
+      on_devices["starts"],
     )
     return np.array(tokens), np.array(lengths)
 

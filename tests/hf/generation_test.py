@@ -7,6 +7,7 @@ import pytest
 from jaxgpt.commands.actions import import_export
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
+from jaxgpt.inference.prompts import Prompts
 from jaxgpt.run import generation
 from jaxgpt.text.tokenizers import chat_template
 from tests.hf import round_trip_test
@@ -73,17 +74,17 @@ def test_prompts_begin_as_the_documents_of_the_run_do(imported, tmp_path):
   )
   qwen = load.tokenizer_lib.load(qwen)
   text = qwen.encode("def f")
-  like = lambda **more: load.Sampler(run._replace(tokenizer=qwen, **more))
-  assert like().prompt_ids("def f") == text, "imported: as transformers encodes a text"
-  assert like().prompt_ids("") == [qwen.eos_id], "a model needs a token to begin with"
-  assert like(data_digest="x").prompt_ids("def f") == [qwen.eos_id, *text], "trained on texts"
+  like = lambda **more: Prompts(run._replace(tokenizer=qwen, **more))
+  assert like().text("def f") == text, "imported: as transformers encodes a text"
+  assert like().text("") == [qwen.eos_id], "a model needs a token to begin with"
+  assert like(data_digest="x").text("def f") == [qwen.eos_id, *text], "trained on texts"
   chats = chat_template.load("chatml", qwen)
   trained = generation.Generation({"eos_token_id": [0]}, chats.to_jinja(), "chatml")
-  sampler = like(data_digest="x", generation=trained)
-  assert sampler.prompt_ids("def f") == text, "trained on conversations, which have no bos"
-  ids = sampler.chat_ids([{"role": "user", "content": "def f"}])
+  prompts = like(data_digest="x", generation=trained)
+  assert prompts.text("def f") == text, "trained on conversations, which have no bos"
+  ids = prompts.chat([{"role": "user", "content": "def f"}])
   want = "<|im_start|>user\ndef f<|im_end|>\n<|im_start|>assistant\n"
   assert qwen.decode(ids, specials=True) == want
-  assert load.Sampler(run).prompt_ids("a")[0] == run.tokenizer.bos_id
+  assert Prompts(run).text("a")[0] == run.tokenizer.bos_id
   with pytest.raises(UserError, match="has no chat template"):
-    load.Sampler(run).chat_ids([{"role": "user", "content": "x"}])
+    Prompts(run).chat([{"role": "user", "content": "x"}])

@@ -15,6 +15,7 @@ from jaxgpt import config
 from jaxgpt.commands.actions import import_export, inspect_data
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
+from jaxgpt.inference.sampler import Sampler
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import metric_writers, run_folder, run_lock, stop_signal
 from jaxgpt.training import batches as batches_lib
@@ -185,7 +186,7 @@ def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   run = load.load(tmp_path / "whole")  # put to use, it has no stages
   assert run.mesh.shape["stage"] == 1
   assert load.evaluate_run(run)["loss"] == pytest.approx(result["loss"], rel=1e-5)
-  assert len(load.Sampler(run)("the cat", max_new=4, seed=1)) == 1
+  assert len(Sampler(run)("the cat", max_new=4, seed=1)) == 1
   family, _, _ = import_export.export_run(tmp_path / "whole", tmp_path / "out", certify=False)
   assert family == "llama"
 
@@ -218,7 +219,7 @@ def test_a_run_goes_on_and_is_used_under_other_rules(tiny, tmp_path):
   assert specs == [P("stage", "fsdp", "tensor"), P("stage", None, ("tensor", "fsdp"))]
   losses = [load.evaluate_run(run)["loss"] for run in used]
   assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-  texts = [load.Sampler(run)("the cat", max_new=4, seed=1) for run in used]
+  texts = [Sampler(run)("the cat", max_new=4, seed=1) for run in used]
   assert texts[0] == texts[1]
 
 

@@ -17,6 +17,7 @@ from jaxgpt import config
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
+from jaxgpt.inference.sampler import Sampler
 from jaxgpt.text.prepare import prepare, shards
 from jaxgpt.training import evaluation, loop
 
@@ -64,7 +65,7 @@ def main(folder: epath.PathLike, out: console.Console | None = None) -> int:
   run = load.load(run_folder)
   result = load.evaluate_run(run, "test")
   _heading(out, "samples", f"jaxgpt generate --workdir={run_folder} --prompt={_PROMPTS[0]!r}")
-  sampler = load.Sampler(run)
+  sampler = Sampler(run)
   for prompt in _PROMPTS:
     (text,) = sampler(prompt, max_new=80, sampling=load.Sampling(temperature=0.7, top_p=0.95))
     out.print(f"[bold]{prompt}[/]", end="")

@@ -8,10 +8,12 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
+from jaxgpt.inference.prompts import Prompts
 from jaxgpt.tasks.predict import batching
 from jaxgpt.tasks.predict.devices import Devices
 from jaxgpt.tasks.predict.protocol import Prediction, Settings
 from jaxgpt.tasks.predict.rows import Row
+from jaxgpt.training import uses
 from jaxgpt.tree import PyTree
 
 
@@ -21,7 +23,8 @@ class Texts:
   def __init__(self, run: load.Run, kind: str, settings: Settings):
     self.kind, self._run, self._settings = kind, run, settings
     self._devices = Devices(run.mesh)
-    self._sampler = load.Sampler(run)  # encodes prompts
+    uses.check(run.c, "generate")
+    self._prompts = Prompts(run)
     self._compiled: dict[int, Callable[..., Any]] = {}
 
   def prompt_ids(self, fields: Any) -> list[int]:
@@ -37,8 +40,8 @@ class Texts:
       messages = list(fields["messages"])
       if messages and messages[-1].get("role") == "assistant":  # the answer to compare with
         messages.pop()
-      return self._sampler.chat_ids(messages)
-    return self._sampler.prompt_ids(fields["text"])
+      return self._prompts.chat(messages)
+    return self._prompts.text(fields["text"])
 
   def __call__(
     self, params: PyTree, rows: Sequence[Row], chunk: int = 0
@@ -98,6 +101,7 @@ class Texts:
           batch["room"],
           jax.random.fold_in(key, number),
           settings,
+          batch["lengths"],
         )
         tokens_BS, ends_B = d.get(result)
         for at, i in places.items():

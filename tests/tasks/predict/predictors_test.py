@@ -14,6 +14,7 @@ from jaxgpt import config
 from jaxgpt.commands.main import main
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
+from jaxgpt.inference.sampler import Sampler
 from jaxgpt.model import transformer
 from jaxgpt.run import generation
 from jaxgpt.tasks.in_training import EVALUATORS
@@ -169,7 +170,7 @@ def test_texts_of_prompts_in_a_batch_are_those_of_each_alone():
   c = encoder(causal=True, head="lm")
   run = run_of(c)
   found = predict(run, [*TEXTS[:9], "x" * 60], max_new=6)
-  sampler = load.Sampler(run)
+  sampler = Sampler(run)
   greedy = load.Sampling(temperature=0.0)
   for text, got in list(zip(TEXTS, found[:9], strict=False))[::3]:
     assert [got["text"]] == sampler(text, 6, greedy)

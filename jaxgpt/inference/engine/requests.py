@@ -1,0 +1,105 @@
+"""What goes into the decoding engine and what comes out: requests, and pieces of their texts."""
+
+import dataclasses
+from typing import NamedTuple
+
+from jaxgpt.inference.sampling import Sampling
+
+_USUAL = Sampling()
+
+# Values of `Piece.finish`. A request that fails ends with 'error: ' and the reason.
+STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error: "
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+  """A rule that a whole text must obey.
+
+  Attributes:
+    kind: 'json_schema' or 'regex'.
+    source: The JSON schema or the regular expression, as text.
+  """
+
+  kind: str
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A prompt to continue.
+
+  Attributes:
+    prompt: Token ids, at least one.
+    max_new: Most new tokens. The context is the other limit.
+    sampling: How tokens are drawn.
+    seed: Seed of the draws. Two requests that are equal in everything have equal texts.
+    stop: Strings that end the text. It ends before the first of them.
+    logprobs: None, or the number of alternatives whose log-probabilities are wanted for each
+      token, next to the token's own.
+    constraint: A rule that the text must obey, or None.
+  """
+
+  prompt: tuple[int, ...]
+  max_new: int
+  sampling: Sampling = _USUAL
+  seed: int = 0
+  stop: tuple[str, ...] = ()
+  logprobs: int | None = None
+  constraint: Constraint | None = None
+
+
+class Token(NamedTuple):
+  """A token of a text.
+
+  Attributes:
+    id: The token.
+    text: What it adds to the text. A character that several tokens write is the last one's.
+    logprob: log p(token | what is before it) by the model, before temperature, penalties and
+      filters, or None if it was not asked for.
+    alternatives: (token id, its log-probability) of the most likely tokens, best first.
+  """
+
+  id: int
+  text: str
+  logprob: float | None = None
+  alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class Piece(NamedTuple):
+  """A piece of a request's text. The texts of all its pieces in a row are the whole.
+
+  Attributes:
+    request: The number that `Engine.add` returned.
+    text: Text that no later token changes: half a character and what may become a stop string are
+      held back.
+    tokens: The tokens that wrote it. The token that ended the text is not among them.
+    finish: None if the request goes on, else why it ended: 'stop' (an end token, a stop string or
+      the end of a constraint), 'length' (`max_new` or the context), 'cancelled', or 'error: …'.
+  """
+
+  request: int
+  text: str
+  tokens: tuple[Token, ...]
+  finish: str | None
+
+
+class Stats(NamedTuple):
+  """The engine's state, and totals since its start.
+
+  Attributes:
+    running: Requests with a row.
+    waiting: Requests in the queue.
+    blocks: Blocks of the cache.
+    blocks_used: Those that running requests hold.
+    prefilled: Tokens of prompts that were computed.
+    reused: Tokens of prompts that were found in the cache.
+    decoded: Tokens drawn.
+  """
+
+  running: int
+  waiting: int
+  blocks: int
+  blocks_used: int
+  prefilled: int
+  reused: int
+  decoded: int
