@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jaxgpt import config
+from jaxgpt import config, tree
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import build
@@ -17,12 +17,18 @@ def built(**changes):
   return build.build(config.resolve(c), mesh_lib.make(c.mesh, jax.devices()[:1]))
 
 
-def test_preferences_train_nothing_but_adapters():
-  changes = dict(objective__name="preference", model__lora__rank=2)
-  assert "frozen" in built(**changes).state
-  assert "frozen" in built(**changes, optim__trainable=("*_lora_?",)).state
-  with pytest.raises(UserError, match="must stay fixed, but .* also trains embed, final_norm"):
-    built(**changes, optim__trainable=("*",))
+def test_the_reference_is_a_copy_of_what_is_trained_and_not_of_adapters():
+  def copied(**changes):
+    frozen = built(objective__name="preference", **changes).state["frozen"]
+    return set(tree.flatten(frozen.get("reference", {})))
+
+  everything = set(tree.flatten(built().state["params"]))
+  assert copied() == everything
+  adapters = dict(model__lora__rank=2)
+  assert copied(**adapters) == set()
+  assert copied(**adapters, optim__trainable=("*",)) == everything
+  norm = copied(**adapters, optim__trainable=("*_lora_?", "final_norm/*"))
+  assert norm == {"final_norm/scale", "final_norm/bias"}
 
 
 def test_the_trained_parameters_are_counted_and_named():
