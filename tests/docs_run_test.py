@@ -53,8 +53,8 @@ NOT_RUN = {
   "python -m pytest": "a test of its own",
   "jaxgpt plan --config=configs/llama3_8b.py --topology=h100": "needs NVIDIA's libraries, 4.4 GB",
 }
-# A digest, or a number.
-_NUMBER = re.compile(r"\b(?=\w*\d)[0-9a-f]{12}\b|\d[\d,.]*(?:e[-+]?\d+)?")
+# A digest, or a number with its sign.
+_NUMBER = re.compile(r"\b(?=\w*\d)[0-9a-f]{12}\b|(?:(?<!\w)[-+])?\d[\d,.]*(?:e[-+]?\d+)?")
 # Printed only after a Ctrl-C, which the pages show in blocks of their own that are not run.
 _AFTER_AN_INTERRUPT = "resumes at step"
 
