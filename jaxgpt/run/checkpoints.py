@@ -7,7 +7,9 @@ A checkpoint has one item per part of the state, so that the weights can be read
   RUN/checkpoints/STEP/params   the trained parameters
                        opt      the optimizer's state
                        ema      the moving average of the parameters, with optim.ema
-                       meta     JSON: the step, and what the training loop needs to continue
+                       meta     JSON: the step, digests of all arrays, and what the training loop
+                                needs to continue
+  RUN/damaged/STEP              a checkpoint that could not be read as it was saved
   RUN/frozen/0/params           parameters that are not trained, saved once as they never change
   RUN/reference/0/params        copies of the trained parameters from before the first step
   RUN/teacher/0/params          the teacher's parameters
@@ -26,13 +28,25 @@ from jaxgpt import tree
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.model import fixed_models
 from jaxgpt.parallel import distributed
-from jaxgpt.run import bucket_checkpoints
+from jaxgpt.run import bucket_checkpoints, digests
 from jaxgpt.storage import buckets, strict_json
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 _CHUNK = 16 << 20  # bytes of an array that are written at a time if memory is short
 _FROZEN = "frozen"  # part of the state, and its folder in the run folder
+_DAMAGED = "damaged"  # folder in the run folder
+
+
+class DamagedError(UserError):
+  """A checkpoint cannot be read, or its arrays are not those that were saved."""
+
+
+class ChangedError(DamagedError):
+  """Arrays of a checkpoint differ from their digests. All processes find the same."""
+
+
+_WAY_OUT = "; name another one with --step, or delete that folder to continue from the one before"
 
 
 class Checkpoints:
@@ -126,7 +140,8 @@ class Checkpoints:
       if name in _ITEMS
     }
     # Scalars go to `meta`, so that a reader of the weights needs no array of the optimizer.
-    meta = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
+    meta: dict[str, Any] = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
+    meta["digests"] = {name: digests.of(state[name]) for name in items}
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
     # Orbax saves in the background. The mirror waits for it in a thread of its own.
     if self._mirror:
@@ -188,16 +203,58 @@ class Checkpoints:
     except UserError:
       raise
     except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
-      raise UserError(
-        f"checkpoint {where} can't be read ({_summary(e)}); delete that folder to continue from "
-        "the checkpoint before it"
-      ) from e
+      raise DamagedError(f"checkpoint {where} can't be read ({_summary(e)}){_WAY_OUT}") from e
+    _check_digests(where, {name: out[name] for name in items}, out["meta"].get("digests", {}))
     state = {name: out[name] for name in items}
     for name in _SCALARS:
       if name in abstract:
         value = np.full((), out["meta"][name], np.int32)
         state[name] = jax.device_put(value, abstract[name].sharding)
     return state, out["meta"]["extra"]
+
+  def restore_newest(
+    self, abstract: Mapping[str, Any]
+  ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Reads the newest checkpoint that is whole, and sets damaged ones aside in RUN/damaged.
+
+    All processes must call it. Checkpoints in a bucket stay where they are, and one that only some
+    processes can read ends all.
+
+    Args:
+      abstract: See `restore`.
+
+    Returns:
+      (state, extra, lines on the checkpoints that were set aside).
+
+    Raises:
+      UserError: See `restore`. None is whole: it is about the newest.
+    """
+    damaged: list[tuple[int, DamagedError]] = []
+    for step in sorted(distributed.share(list(self._steps())), reverse=True):
+      try:
+        state, extra = self.restore(abstract, step)
+      except DamagedError as e:
+        alone = jax.process_count() == 1 or isinstance(e, ChangedError)
+        if not alone or self._mirror or buckets.is_remote(self.folder):
+          raise
+        damaged.append((step, e))
+      else:
+        return state, extra, [self._set_aside(step, e) for step, e in damaged]
+    if damaged:
+      raise damaged[0][1]
+    raise UserError(f"no checkpoint in {self.folder}; train first, or point --workdir elsewhere")
+
+  def _set_aside(self, step: int, why: DamagedError) -> str:
+    """Moves a checkpoint to RUN/damaged. Returns a line on it."""
+    target = self.folder.parent / _DAMAGED / str(step)
+    if distributed.is_first():
+      target.parent.mkdir(parents=True, exist_ok=True)
+      if target.exists():
+        target.rmtree()
+      (self.folder / str(step)).rename(target)
+    distributed.barrier("damaged checkpoint")
+    self._manager.reload()
+    return f"{str(why).removesuffix(_WAY_OUT)}: it is in {target} now"
 
   def _fetch(self, step: int) -> None:
     """Copies the checkpoint from the bucket, if it is in one."""
@@ -300,6 +357,19 @@ def frozen_shapes(run_folder: epath.PathLike) -> dict[str, tuple[int, ...]]:
   shapes = checkpoints.shapes("params")
   checkpoints.close()
   return shapes
+
+
+def _check_digests(
+  where: epath.Path, state: Mapping[str, Any], saved: Mapping[str, Mapping[str, str]]
+) -> None:
+  """Raises a ChangedError that names the first array that is not as it was saved."""
+  for name, item in state.items():
+    if changed := digests.changed(item, saved.get(name, {})):
+      more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+      raise ChangedError(
+        f"checkpoint {where} is damaged: {name}/{changed[0]}{more} differs from what was saved"
+        f"{_WAY_OUT}"
+      )
 
 
 def _summary(e: BaseException) -> str:

@@ -224,9 +224,10 @@ def _first_state(
   the same numbers as one that never stopped. Frozen parameters are saved once, apart.
   """
   c, parts, folder = setup.c, setup.parts, setup.folder
-  latest = distributed.share(checkpoints.latest())
-  if latest is not None:
-    state, extra = checkpoints.restore(parts.state, latest)
+  if distributed.share(checkpoints.latest()) is not None:
+    state, extra, damaged = checkpoints.restore_newest(parts.state)
+    if damaged:
+      _tell([*damaged, f"goes on from the checkpoint before: step {int(state['step'])}"])
     if setup.data.state_key is not None:
       setup.data.set_state(extra[setup.data.state_key], **batches_lib.host_share(setup.mesh))
     means = metrics_lib.Means(**extra["means"])

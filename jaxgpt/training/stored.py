@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -30,7 +29,7 @@ from jaxgpt.data.batch_source import BatchSource
 from jaxgpt.errors import UserError
 from jaxgpt.model import lora
 from jaxgpt.parallel import distributed
-from jaxgpt.run import init_from
+from jaxgpt.run import digests, init_from
 from jaxgpt.run import teacher as teacher_lib
 from jaxgpt.storage import atomic, buckets, strict_json
 from jaxgpt.training import batches as batches_lib
@@ -58,24 +57,11 @@ def needed_to_evaluate(c: ml_collections.ConfigDict) -> bool:
 def digest(params: PyTree, architecture: str) -> str:
   """A SHA-256 that identifies a model, however its weights are sharded.
 
-  Each array contributes two sums over its bits, modulo 2^32, with weights by position. Sums of
-  integers do not depend on their order.
-
   Args:
     params: The model's weights.
     architecture: Its architecture as text.
   """
-
-  def sums(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-      place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    mixed = (bits ^ (bits >> 15)) * np.uint32(0x85EBCA6B)
-    return jnp.stack([(bits * (2 * place + 1)).sum(), (mixed * (place ^ (place >> 7))).sum()])
-
-  found = jax.device_get(jax.jit(lambda p: jax.tree.map(sums, p))(params))
-  lines = [f"{path} {value.tolist()}" for path, value in tree.flatten(found).items()]
+  lines = [f"{path} {value}" for path, value in digests.of(params).items()]
   return hashlib.sha256("\n".join([architecture, *lines]).encode()).hexdigest()
 
 

@@ -405,15 +405,22 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(tiny, tmp_path):
     train(tiny(data__batch_size=12), tmp_path / "run")
 
 
-def test_a_broken_checkpoint_is_named(tiny, tmp_path):
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(
+  tiny, tmp_path, capsys
+):
   c = tiny(checkpoint__every=4)
   train(c, tmp_path / "run")
+  want = lines(tmp_path / "run")
   newest = tmp_path / "run" / "checkpoints" / "8"
   for path in newest.rglob("*"):
     if path.is_file() and path.stat().st_size > 1000:
       path.write_bytes(path.read_bytes()[:100])
-  with pytest.raises(UserError, match="checkpoints/8 can't be read.*delete that folder"):
-    train(c, tmp_path / "run")
+  capsys.readouterr()
+  train(c, tmp_path / "run")
+  out = capsys.readouterr().out
+  assert "checkpoints/8 can't be read" in out and "it is in " in out
+  assert "goes on from the checkpoint before: step 4" in out
+  assert lines(tmp_path / "run") == want
 
 
 def test_other_data_under_the_same_name_is_refused(finished, monkeypatch):

@@ -1,0 +1,134 @@
+"""Checkpoints that check themselves: damage of any kind is named, and never restored."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.errors import UserError
+from jaxgpt.run import checkpoints as checkpoints_lib
+
+STEPS = (1, 2, 3)
+
+
+def state_of(step):
+  rng = np.random.default_rng(step)
+  layers = {"q": rng.normal(size=(2, 16, 8)), "scale": rng.normal(size=(2, 8))}
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {"layers": layers})
+  opt = {"mu": jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), "count": jnp.int32(step)}
+  scalars = {name: jnp.int32(value) for name, value in (("step", step), ("nonfinite_step", -1))}
+  return {**scalars, "params": params, "opt": opt}
+
+
+def abstract():
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+  return jax.tree.map(place, state_of(0))
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A run folder with three checkpoints."""
+  folder = tmp_path_factory.mktemp("saved") / "run"
+  checkpoints = checkpoints_lib.Checkpoints(folder / "checkpoints")
+  for step in STEPS:
+    checkpoints.save(state_of(step), {"note": step})
+  checkpoints.close()
+  return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+  return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def restore(run, step=None):
+  checkpoints = checkpoints_lib.Checkpoints(run / "checkpoints")
+  try:
+    if step is None:
+      return checkpoints.restore_newest(abstract())
+    return checkpoints.restore(abstract(), step)
+  finally:
+    checkpoints.close()
+
+
+def change_value(run, step, name="params"):
+  """Saves a checkpoint of other values that claims the digests of the first ones."""
+  other = state_of(step)
+  other[name] = jax.tree.map(lambda x: x + 1, other[name])
+  moved = run.parent / "other"
+  checkpoints = checkpoints_lib.Checkpoints(moved)
+  checkpoints.save(other)
+  checkpoints.close()
+  shutil.rmtree(run / "checkpoints" / str(step) / name)
+  shutil.copytree(moved / str(step) / name, run / "checkpoints" / str(step) / name)
+
+
+def test_a_whole_checkpoint_is_restored(run):
+  state, extra, damaged = restore(run)
+  same(state, state_of(3))
+  assert extra == {"note": 3} and damaged == []
+
+
+@pytest.mark.parametrize("name", ["params", "opt"])
+def test_a_changed_value_is_named_and_the_checkpoint_before_is_restored(run, name):
+  change_value(run, 3, name)
+  with pytest.raises(UserError, match=f"3 is damaged: {name}/.* differs from what was saved"):
+    restore(run, 3)
+  state, extra, damaged = restore(run)
+  same(state, state_of(2))
+  assert extra == {"note": 2}
+  assert len(damaged) == 1 and f"is damaged: {name}/" in damaged[0]
+  assert (run / "damaged" / "3").is_dir() and not (run / "checkpoints" / "3").exists()
+  assert restore(run)[2] == []
+
+
+def test_if_all_are_damaged_none_is_moved(run):
+  for step in STEPS:
+    shutil.rmtree(run / "checkpoints" / str(step) / "params")
+    (run / "checkpoints" / str(step) / "params").mkdir()
+  with pytest.raises(UserError, match="checkpoints/3 "):
+    restore(run)
+  assert not (run / "damaged").exists()
+
+
+def test_a_checkpoint_without_digests_is_restored(run, monkeypatch):
+  monkeypatch.setattr(checkpoints_lib.digests, "of", lambda arrays: {})
+  checkpoints = checkpoints_lib.Checkpoints(run / "checkpoints")
+  checkpoints.save(state_of(4))
+  checkpoints.close()
+  monkeypatch.undo()
+  same(restore(run)[0], state_of(4))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_damage_of_a_file_is_never_silent(run, seed):
+  rng = np.random.default_rng(seed)
+  newest = run / "checkpoints" / "3"
+  files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size)
+  path = files[rng.integers(len(files))]
+  data = bytearray(path.read_bytes())
+  kind = ("flip", "cut", "delete", "stale")[seed % 4]
+  if kind == "flip":
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+  elif kind == "cut":
+    path.write_bytes(data[: rng.integers(len(data))])
+  elif kind == "delete":
+    path.unlink()
+  else:
+    older = run / "checkpoints" / "2" / path.relative_to(newest)
+    path.write_bytes(older.read_bytes() if older.exists() else bytes(len(data)))
+  try:
+    state, _, damaged = restore(run)
+  except UserError:
+    return
+  # Some bytes carry no value, such as those of a timestamp.
+  same(state, state_of(2 if damaged else 3))
