@@ -69,7 +69,8 @@ class EvaluateOptions(ProcessOptions):
   gap: bool = option(
     False,
     group=DATA,
-    help="also evaluate as many batches of the training split, and print the difference",
+    help="also evaluate as many batches of the run's training split in the same way, and print the "
+    "difference",
   )
   contamination: int | None = integer(
     None,
@@ -124,6 +125,8 @@ def _check(args: EvaluateOptions) -> None:
       raise UserError(f"{o.label} is not for --tasks={args.tasks}; leave it out")
     if o.group == HARNESS and not args.tasks:
       raise UserError(f"{o.label} needs --tasks; leave it out")
+  if args.gap and args.split == "train":
+    raise UserError("--gap compares with the training split: choose another --split")
 
 
 def _lines_of_tasks(args: EvaluateOptions) -> list[str]:
@@ -143,12 +146,17 @@ def _lines_of_tasks(args: EvaluateOptions) -> list[str]:
 
 
 def _lines(args: EvaluateOptions) -> list[str]:
-  from jaxgpt.inference import breakdown, evaluate, load
+  from jaxgpt.inference import breakdown, evaluate, load, scoring
   from jaxgpt.storage import strict_json
   from jaxgpt.training import evaluation, train_step
 
   found = load.load(args.workdir, args.step, "evaluate", args.weights)
   source = evaluate.Source(args.data, args.split, args.kind, args.fields)
+  if (args.tables or args.contamination) and not scoring.has_scores(found.c):
+    raise UserError(
+      f"--{'tables' if args.tables else 'contamination'}: the predictions of objective.name="
+      f"{found.c.objective.name!r} are not choices that can be scored one by one; leave it out"
+    )
   with evaluate.opened(found, args.workdir, source, args.batch_size) as data:
     result, scores = evaluate.evaluate(found, data, args.batches, args.stride)
     tables = scores.tables() if scores and (args.tables or args.json) else {}
@@ -156,7 +164,9 @@ def _lines(args: EvaluateOptions) -> list[str]:
       tables["contamination"] = evaluate.by_contamination(found, data, scores, args.contamination)
     if args.gap:
       limit = args.batches or data.batches.steps_per_epoch
-      result |= evaluate.gap(found, data.c, result["loss"], limit)
+      result |= evaluate.gap(
+        found, args.workdir, result["loss"], limit, args.stride, args.batch_size
+      )
   if args.json:
     head: dict[str, Any] = {"split": data.where, "step": found.step}
     return [strict_json.dumps({**head, **result, **({"by": tables} if tables else {})}, indent=1)]
@@ -169,11 +179,6 @@ def _lines(args: EvaluateOptions) -> list[str]:
   lines.append(f"{where} at step {found.step}: {evaluation.describe(result)}")
   if args.gap:
     lines.append(f"train loss {result['train_loss']:.4f}, gap {result['gap']:+.4f}")
-  if (args.tables or args.contamination) and not tables:
-    lines.append(
-      f"no tables: the predictions of objective.name={found.c.objective.name!r} are not choices "
-      "that can be scored one by one"
-    )
   return lines + (["", *breakdown.text(tables)] if tables else [])
 
 

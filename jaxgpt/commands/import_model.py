@@ -81,7 +81,8 @@ def next_commands(c: Any, workdir: str) -> list[str]:
     c: The run's config.
     workdir: The run folder.
   """
-  from jaxgpt.training import uses
+  from jaxgpt.data import layouts
+  from jaxgpt.training import objectives, uses
 
   able = uses.of(c)
   train = (
@@ -90,6 +91,8 @@ def next_commands(c: Any, workdir: str) -> list[str]:
   lines = []
   if "generate" in able:
     lines.append(f"jaxgpt generate --workdir={workdir} --prompt=TEXT")
+  if c.model.head in ("classifier", "token_classifier"):
+    lines.append(f"jaxgpt predict --workdir={workdir} --input=FILE --output=FILE")
   if "evaluate" in able:
     lines.append(f"jaxgpt evaluate --workdir={workdir} --data=DATA")
   if "train" in able:
@@ -101,11 +104,11 @@ def next_commands(c: Any, workdir: str) -> list[str]:
       f"{train} --config.model.head=classifier --config.objective.name=classification  "
       "(it has no head: this one is new)"
     )
-  kind = (
-    " --kind=classification" if "classifier" in lines[-1] or c.model.head == "classifier" else ""
-  )
+  new_head = "objective.name=classification" in lines[-1]
+  kind = "classification" if new_head else layouts.LAYOUTS[objectives.find(c).layout].kinds[0]
+  option = "" if kind == "text" else f" --kind={kind}"
   lines.append(
-    f"where DATA is made by jaxgpt data --out=DATA --tokenizer={workdir}/tokenizer{kind} FILES"
+    f"where DATA is made by jaxgpt data --out=DATA --tokenizer={workdir}/tokenizer{option} FILES"
   )
   return lines
 

@@ -277,11 +277,25 @@ def head_dim(hf: HfConfig) -> int:
   return get(hf, "hidden_size") // get(hf, "num_attention_heads")
 
 
+class _Names(NamedTuple):
+  """How the names of a head's classes are read and written, see `labels`."""
+
+  read: Callable[[HfConfig, int], tuple[str, ...]]
+  write: Callable[[tuple[str, ...], int], HfConfig]
+
+
+_NAMED = {
+  "classifier": _Names(labels.read, labels.write),
+  "token_classifier": _Names(labels.read_tags, labels.write_tags),
+}
+
+
 def classes(**fields: Mapping[str, Any]) -> Entry:
   """The head of a model, given by the name of its class in `architectures`.
 
   Args:
-    **fields: {class name: fields of `model`}. The first class is the default.
+    **fields: {class name: fields of `model`}. The first class is the default. A model is written as
+      the first one whose fields it has. Classes have names unless the fields say otherwise.
   """
 
   def read(hf: HfConfig) -> Fields:
@@ -289,9 +303,9 @@ def classes(**fields: Mapping[str, Any]) -> Entry:
     if name not in fields:
       refuse("architectures", name, f"of {hf['model_type']} are {', '.join(fields)}")
     found = dict(fields[name])
-    if found["head"] == "classifier":
+    if found["head"] in _NAMED and "label_names" not in found:
       found["num_labels"] = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
-      found["label_names"] = labels.read(hf, found["num_labels"])
+      found["label_names"] = _NAMED[found["head"]].read(hf, found["num_labels"])
     return found
 
   def write(model: Fields) -> HfConfig:
@@ -299,8 +313,9 @@ def classes(**fields: Mapping[str, Any]) -> Entry:
     bare = [name for name, f in fields.items() if model["head"] == "none" and f["head"] == "pooler"]
     name = next(iter([*fits, *bare, *fields]))
     out: HfConfig = {"architectures": [name]}
-    if fields[name]["head"] == "classifier":
-      out |= labels.write(model["label_names"], model["num_labels"])
+    found = fields[name]
+    if found["head"] in _NAMED and "label_names" not in found:
+      out |= _NAMED[found["head"]].write(model["label_names"], model["num_labels"])
     return out
 
   return Entry(read, write)

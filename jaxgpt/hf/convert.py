@@ -10,7 +10,7 @@ import numpy as np
 from jaxgpt import config, tree
 from jaxgpt.config.architecture import architecture, same_value
 from jaxgpt.errors import UserError, first_line, nearest
-from jaxgpt.hf import config_map, families
+from jaxgpt.hf import config_map, families, labels
 from jaxgpt.hf.config_map import Fields, HfConfig
 from jaxgpt.hf.families import Family
 from jaxgpt.hf.layout import Layout
@@ -126,9 +126,12 @@ def configured(found: Fields, **more: Any) -> ml_collections.ConfigDict:
     raise UserError(f"config.json: a value has the wrong type ({first_line(e)})") from e
   if c.model.head == "classifier":
     c.objective.name = "classification"
+  elif c.model.head == "token_classifier":
+    answers = labels.finds_answers(c.model)
+    c.objective.name = "question_answering" if answers else "token_classification"
   elif not c.model.causal:
     c.objective.name = "masked_lm"
-  c.data.seq_len = 1
+  c.data.seq_len = 4 if c.objective.name == "question_answering" else 1  # the least that it takes
   c.update_from_flattened_dict({key.replace("__", "."): value for key, value in more.items()})
   return config.resolve(c)
 
@@ -170,11 +173,6 @@ def family_of(c_model: ml_collections.ConfigDict, name: str | None = None) -> Fa
     raise UserError(
       f"family={name!r} is unknown; {_meant(name)}known are: {', '.join(families.FAMILIES)}"
     )
-  if c_model.head == "token_classifier":
-    raise UserError(
-      "model.head='token_classifier': models with logits over classes for each token cannot be "
-      "exported; use the run itself, with jaxgpt predict"
-    )
   against = {}
   likely = lambda family: (
     c_model.preset == family.model_type,
@@ -205,6 +203,8 @@ def _layers(c_model: ml_collections.ConfigDict) -> tuple[list[_Layer], _Layer]:
   facts = {c_model.head, "q_rank" if c_model.latent.q_rank else "no q_rank"}
   if c_model.head == "lm":
     facts.add("tied lm" if c_model.tie_embeddings else "untied lm")
+  elif c_model.head == "token_classifier":
+    facts.add("answers" if labels.finds_answers(c_model) else "tags")
   layers: list[_Layer] = []
   for stack in stacks.of(c_model):
     for repeat in range(stack.repeats):
@@ -377,7 +377,7 @@ def full_names(family: Family, names: set[str], tensors: Iterable[str]) -> dict[
   """
   there: dict[str, str] = {}
   for name in tensors:
-    full = _full_name(name, family.prefix, names)
+    full = _full_name(name, family, names)
     if full in there:
       raise UserError(
         f"the files hold both {there[full]} and {name}, which are the same tensor; remove one"
@@ -411,11 +411,34 @@ def check(found: Found, tensors: Mapping[str, HasShape], folder: Any) -> None:
     )
 
 
-def _full_name(name: str, prefix: str, names: set[str]) -> str:
-  """Returns a tensor's name in today's spelling, with the prefix that bare models omit."""
+def _full_name(name: str, family: Family, names: set[str]) -> str:
+  """Returns a tensor's name in today's spelling, with the family's prefix."""
   name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
   name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-  return prefix + name if name not in names and prefix + name in names else name
+  full = family.prefix + name.removeprefix(family.answers_prefix)
+  return full if name not in names and full in names else name
+
+
+def named(
+  family: Family, c_model: ml_collections.ConfigDict, published: Sequence[Published]
+) -> list[Published]:
+  """Tensors under the names that the class of a model gives them.
+
+  Args:
+    family: The family.
+    c_model: The resolved `model` section.
+    published: From `publish`.
+  """
+  if c_model.head in ("pooler", "none"):
+    prefix = ""
+  elif family.answers_prefix and labels.finds_answers(c_model):
+    prefix = family.answers_prefix
+  else:
+    return [*published]
+  own = lambda name: (
+    prefix + name.removeprefix(family.prefix) if name.startswith(family.prefix) else name
+  )
+  return [p._replace(name=own(p.name)) for p in published]
 
 
 def _ours(p: Published) -> str:

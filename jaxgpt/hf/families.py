@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.config.architecture import each_layer
+from jaxgpt.hf import labels
 from jaxgpt.hf.config_map import (
   Entry,
   Fields,
@@ -77,6 +78,7 @@ class Family(NamedTuple):
   config: tuple[Entry, ...]
   tensors: Templates
   prefix: str = "model."  # of tensor names; files of a model without a head omit it
+  answers_prefix: str = ""  # in place of it in *ForQuestionAnswering, if that has another
   ignored: tuple[str, ...] = ()  # patterns of tensors that are not read
 
 
@@ -89,6 +91,10 @@ _BARE: dict[str, Any] = dict(head="none")
 # *ForSequenceClassification of decoders: a linear layer on the last token that is not padding.
 _SCORE: dict[str, Any] = dict(head="classifier", head_bias=False, head_transform="none",
                               pooling="last")
+# *ForQuestionAnswering and *ForTokenClassification: the same output for each token.
+_ANSWERS: dict[str, Any] = dict(head="token_classifier", head_bias=True, head_transform="none",
+                                **labels.ANSWERS)
+_TAGS: dict[str, Any] = dict(head="token_classifier", head_bias=True, head_transform="none")
 _SIZES = sames(vocab_size="vocab_size", hidden_size="width", intermediate_size="mlp_width",
                num_hidden_layers="num_layers", num_attention_heads="num_heads",
                max_position_embeddings="max_len")
@@ -106,7 +112,9 @@ _HEAD_DIM = same("head_dim", "head_dim", head_dim)
 _OWN_HEAD_DIM = unless("head_dim", "head_dim", head_dim)
 _EMBED = one("model.embed_tokens.weight", "embed", "V D -> V D")
 _HEAD = (one("lm_head.weight", "head", "V D -> D V", ("lm",)),
-         one("score.weight", "head", "V D -> D V", ("classifier",)))
+         one("score.weight", "head", "V D -> D V", ("classifier", "tags")),
+         vector("score.bias", "head_bias", ("tags",)),
+         *dense("qa_outputs", "head", ("answers",)))
 _QKV = tuple(heads(f"{_L}self_attn.{x}_proj", x) for x in "qkv")
 _O = output(_L + "self_attn.o_proj")
 _QK_NORM = (vector(_L + "self_attn.q_norm.weight", "layers/attn/q_norm/scale"),
@@ -116,27 +124,47 @@ _MLP = tuple(dense(f"{_L}mlp.{x}_proj", f"layers/mlp/{x}", ("dense",))
 _NORMS = (norm(_L + "input_layernorm", "layers/attn_norm"),
           norm(_L + "post_attention_layernorm", "layers/mlp_norm"))
 _FINAL = norm("model.norm", "final_norm")
+_TRANSFORMER: dict[str, Any] = dict(per_token="answers tags", answers_prefix="transformer.")
 _FREQUENCIES = r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)"
 
 
+def _decoder(cls: str, per_token: str = "tags", bare: str = "") -> Entry:
+  """The classes of a decoder.
+
+  Args:
+    cls: How their names begin.
+    per_token: 'tags' if there is a *ForTokenClassification, 'answers' if there is a
+      *ForQuestionAnswering, or both words.
+    bare: Name of the bare model, if it is not `cls` and Model.
+  """
+  known = {"answers": {f"{cls}ForQuestionAnswering": _ANSWERS},
+           "tags": {f"{cls}ForTokenClassification": _TAGS}}
+  more = {name: f for head in per_token.split() for name, f in known[head].items()}
+  return classes(**{f"{cls}ForCausalLM": _LM, bare or f"{cls}Model": _BARE,
+                    f"{(bare or cls).removesuffix('Model')}ForSequenceClassification": _SCORE},
+                 **more)
+
+
 def _llama_like(kind: str, cls: str, *config: Entry, eps: float = 1e-6, act: str = "silu",
-                tied: bool = False, kv_heads: int | None = None, **fields: Any) -> Family:
+                tied: bool = False, kv_heads: int | None = None, per_token: str = "tags",
+                answers_prefix: str = "", **fields: Any) -> Family:
   """A decoder with Llama's tensors, entries of its own (`config`) and constants (`fields`)."""
   fixed = dict(norm="rmsnorm", position="rotary", gated=True, causal=True) | fields
   return Family(
-      kind, (classes(**{f"{cls}ForCausalLM": _LM, f"{cls}Model": _BARE,
-                         f"{cls}ForSequenceClassification": _SCORE}), ours(**fixed), _SIZES,
+      kind, (_decoder(cls, per_token), ours(**fixed), _SIZES,
              _kv_heads(kv_heads), same("rms_norm_eps", "norm_eps", eps),
              activation("hidden_act", act), same("tie_word_embeddings", "tie_embeddings", tied),
              *config),
-      flat(_EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _FINAL, _HEAD), ignored=(_FREQUENCIES,))
+      flat(_EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _FINAL, _HEAD), ignored=(_FREQUENCIES,),
+      answers_prefix=answers_prefix)
 
 
 def _gpt2() -> Family:
   h = "transformer.h.{i}."
   return Family(
       "gpt2", (
-          classes(GPT2LMHeadModel=_LM, GPT2Model=_BARE, GPT2ForSequenceClassification=_SCORE),
+          classes(GPT2LMHeadModel=_LM, GPT2Model=_BARE, GPT2ForSequenceClassification=_SCORE,
+                  GPT2ForQuestionAnswering=_ANSWERS, GPT2ForTokenClassification=_TAGS),
           ours(norm="layernorm", position="learned", gated=False, bias=True, causal=True),
           sames(vocab_size="vocab_size", n_positions="max_len", n_embd="width",
                 n_layer="num_layers", n_head="num_heads"),
@@ -152,7 +180,9 @@ def _gpt2() -> Family:
            output(h + "attn.c_proj", "(N H) D -> N H D"),
            norm(h + "ln_2", "layers/mlp_norm"),
            conv1d(h + "mlp.c_fc", "layers/mlp/up"), conv1d(h + "mlp.c_proj", "layers/mlp/down"),
-           norm("transformer.ln_f", "final_norm"), _HEAD),
+           norm("transformer.ln_f", "final_norm"), _HEAD[0],
+           one("score.weight", "head", "V D -> D V", ("classifier",)),
+           dense("classifier", "head", ("tags",)), dense("qa_outputs", "head", ("answers",))),
       prefix="transformer.", ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",))
 
 
@@ -224,7 +254,7 @@ def _phi3() -> Family:
 
 def _olmo2() -> Family:
   family = _llama_like("olmo2", "Olmo2", _OWN_HEAD_DIM, rope(), must("attention_bias", False),
-                       eps=1e-5, bias=False, norm_placement="branch", qk_norm="all")
+                       eps=1e-5, bias=False, norm_placement="branch", qk_norm="all", per_token="")
   return family._replace(tensors=flat(
       _EMBED, _QKV, _QK_NORM, _O, norm(_L + "post_attention_layernorm", "layers/attn_post_norm"),
       _MLP, norm(_L + "post_feedforward_layernorm", "layers/mlp_post_norm"), _FINAL, _HEAD))
@@ -233,8 +263,7 @@ def _olmo2() -> Family:
 def _starcoder2() -> Family:
   return Family(
       "starcoder2", (
-          classes(Starcoder2ForCausalLM=_LM, Starcoder2Model=_BARE,
-                  Starcoder2ForSequenceClassification=_SCORE),
+          _decoder("Starcoder2"),
           ours(norm="layernorm", position="rotary", gated=False, bias=True, causal=True), _SIZES,
           _kv_heads(2), _OWN_HEAD_DIM, same("norm_epsilon", "norm_eps", 1e-5),
           activation("hidden_act", "gelu_pytorch_tanh"), must("use_bias", True), rope(),
@@ -245,13 +274,11 @@ def _starcoder2() -> Family:
 
 # --- Gemma: norms store scale - 1 (plus=1.0), embeddings are multiplied by sqrt(width).
 
-def _gemma(kind: str, causal: str, bare: str, norms: Sequence, *config: Entry,
-           **fields: Any) -> Family:
+def _gemma(kind: str, cls: str, norms: Sequence, *config: Entry, per_token: str = "tags",
+           bare: str = "", **fields: Any) -> Family:
   fixed = dict(norm="rmsnorm", position="rotary", gated=True, bias=False, causal=True) | fields
   return Family(
-      kind, (classes(**{causal: _LM, bare: _BARE,
-                         bare.replace("Model", "ForSequenceClassification"): _SCORE}),
-             ours(**fixed), _SIZES,
+      kind, (_decoder(cls, per_token, bare), ours(**fixed), _SIZES,
              same("num_key_value_heads", "num_kv_heads"),
              same("head_dim", "head_dim", 256), same("rms_norm_eps", "norm_eps", 1e-6),
              derived("embed_scale", lambda hf: float(get(hf, "hidden_size")) ** 0.5),
@@ -286,7 +313,7 @@ def _optional(theirs: str, ours: str, default: float | None) -> Entry:
 def _final_cap(default: float | None) -> Entry:
   """The cap on the logits over the vocabulary. Scores of classes have none."""
   cap = _optional("final_logit_softcapping", "logit_softcap", default)
-  scores = lambda hf: str((hf.get("architectures") or [""])[0]).endswith("SequenceClassification")
+  scores = lambda hf: str((hf.get("architectures") or [""])[0]).endswith("Classification")
   return cap._replace(read=lambda hf: {"logit_softcap": None} if scores(hf) else cap.read(hf))
 
 
@@ -306,20 +333,20 @@ def _gemmas() -> tuple[Family, ...]:
     return _every(hf, each)
 
   return (
-      _gemma("gemma", "GemmaForCausalLM", "GemmaModel", _GEMMA_NORMS,
+      _gemma("gemma", "Gemma", _GEMMA_NORMS,
              old_gemma_activation(), rope()),
-      _gemma("gemma2", "Gemma2ForCausalLM", "Gemma2Model", _GEMMA2_NORMS,
+      _gemma("gemma2", "Gemma2", _GEMMA2_NORMS,
              activation("hidden_activation", "gelu_pytorch_tanh"), rope(),
              _ATTN_SCALE, _final_cap(30.0),
              _optional("attn_logit_softcapping", "attn_softcap", 50.0),
              layer_types(lambda hf: _every(hf, 2), window),
              norm_placement="both"),
-      _gemma("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextModel",
-             (_GEMMA2_NORMS, _GEMMA3_QK_NORM),
+      _gemma("gemma3_text", "Gemma3", (_GEMMA2_NORMS, _GEMMA3_QK_NORM),
              activation("hidden_activation", "gelu_pytorch_tanh"),
              rope(1e6, local=("rope_local_base_freq", 10_000.0)), _ATTN_SCALE, _final_cap(None),
              must("attn_logit_softcapping", None),  # transformers does not apply it
-             layer_types(three, window), norm_placement="both", qk_norm="head"))
+             layer_types(three, window), per_token="", bare="Gemma3TextModel",
+             norm_placement="both", qk_norm="head"))
 
 
 # --- Mixtures of experts.
@@ -337,7 +364,7 @@ def _mixtral() -> Family:
       "mixtral", "Mixtral", _HEAD_DIM, rope(1e6), _one_window(),
       moe("num_local_experts", "num_experts_per_tok", "intermediate_size"),
       eps=1e-5, kv_heads=8, bias=False, mlp_pattern=("moe",), moe__router="softmax",
-      moe__normalize=True)
+      moe__normalize=True, per_token="answers tags")
   return family._replace(tensors=flat(
       _EMBED, _NORMS, _QKV, _O, _experts(_L + "block_sparse_moe", "w1", "w3", "w2"), _FINAL, _HEAD))
 
@@ -366,7 +393,8 @@ def _qwen3_moe() -> Family:
       must("use_sliding_window", False), experts, _sparse_layers(),
       sames(num_experts_per_tok="moe.per_token", moe_intermediate_size="moe.width"),
       same("norm_topk_prob", "moe.normalize", False),
-      kv_heads=4, bias=False, qk_norm="head", moe__router="softmax")
+      kv_heads=4, bias=False, qk_norm="head", moe__router="softmax",
+      **_TRANSFORMER)
   return family._replace(tensors=flat(
       _EMBED, _NORMS, _QKV, _QK_NORM, _O, _MLP, _experts(_L + "mlp"), _FINAL, _HEAD))
 
@@ -482,7 +510,8 @@ def _bert() -> Family:
   return Family(
       "bert", _bert_config(
           classes(BertForMaskedLM=_BERT_LM, BertForPreTraining=_BERT_LM,
-                  BertForSequenceClassification=_BERT_CLASSIFIER, BertModel=_BERT_POOLER),
+                  BertForSequenceClassification=_BERT_CLASSIFIER, BertModel=_BERT_POOLER,
+                  BertForQuestionAnswering=_ANSWERS, BertForTokenClassification=_TAGS),
           same("max_position_embeddings", "max_len"), activation("hidden_act", "gelu")),
       flat(_bert_tensors("bert"),
            dense("cls.predictions.transform.dense", "head_dense", ("lm",)),
@@ -490,7 +519,8 @@ def _bert() -> Family:
            one("cls.predictions.decoder.weight", "head", "V D -> D V", ("lm",)),
            _head_bias("cls.predictions.bias", "cls.predictions.decoder.bias"),
            dense("bert.pooler.dense", "head_dense", _POOLED),
-           dense("classifier", "head", ("classifier",))),
+           dense("classifier", "head", ("classifier", "tags")),
+           dense("qa_outputs", "head", ("answers",))),
       prefix="bert.",
       ignored=(r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*",
                r"cls\.seq_relationship\..*"))
@@ -514,7 +544,9 @@ def _roberta(kind: str, cls: str) -> Family:
       kind, _bert_config(
           classes(**{f"{cls}ForMaskedLM": _BERT_LM,
                      f"{cls}ForSequenceClassification": _BERT_CLASSIFIER,
-                     f"{cls}Model": _BERT_POOLER}),
+                     f"{cls}Model": _BERT_POOLER,
+                     f"{cls}ForQuestionAnswering": _ANSWERS,
+                     f"{cls}ForTokenClassification": _TAGS}),
           length, must("pad_token_id", 1),
           mapped("hidden_act", "activation", {"gelu": "gelu_exact"}, "gelu")),
       flat(_bert_tensors("roberta", skip=2),
@@ -524,7 +556,8 @@ def _roberta(kind: str, cls: str) -> Family:
            _head_bias("lm_head.bias", "lm_head.decoder.bias"),
            dense("roberta.pooler.dense", "head_dense", ("pooler",)),
            dense("classifier.dense", "head_dense", ("classifier",)),
-           dense("classifier.out_proj", "head", ("classifier",))),
+           dense("classifier.out_proj", "head", ("classifier",)),
+           dense("classifier", "head", ("tags",)), dense("qa_outputs", "head", ("answers",))),
       prefix="roberta.",
       ignored=(r"(roberta\.)?embeddings\.position_ids", r"(roberta\.)?pooler\..*"))
 
@@ -551,12 +584,15 @@ def _modernbert() -> Family:
   window = WindowKey(128, "local_attention", lambda n: n // 2 + 1, lambda n: 2 * (n - 1),
                      nullable=False)
   head = dict(head_bias=True, head_transform="norm")
+  with_logits = ("lm", "classifier", "answers", "tags")
   m = "model.layers.{i}."
   return Family(
       "modernbert", (
           classes(ModernBertForMaskedLM=head | {"head": "lm"},
                   ModernBertForSequenceClassification=head | {"head": "classifier"},
-                  ModernBertModel=_BARE),
+                  ModernBertModel=_BARE,
+                  ModernBertForQuestionAnswering=_ANSWERS | head,
+                  ModernBertForTokenClassification=_TAGS | head),
           ours(norm="layernorm", position="rotary", gated=True, bias=False, causal=False,
                embed_norm=True, first_norm=False),
           _SIZES, same("norm_eps", "norm_eps", 1e-5), _modernbert_activation(),
@@ -573,11 +609,11 @@ def _modernbert() -> Family:
            output(m + "attn.Wo"), norm(m + "mlp_norm", "layers/mlp_norm"),
            fused(m + "mlp.Wi.weight", "F D -> D F", "layers/mlp/gate", "layers/mlp/up"),
            dense(m + "mlp.Wo", "layers/mlp/down"), norm("model.final_norm", "final_norm"),
-           dense("head.dense", "head_dense", ("lm", "classifier")),
-           norm("head.norm", "head_norm", ("lm", "classifier")),
+           dense("head.dense", "head_dense", with_logits),
+           norm("head.norm", "head_norm", with_logits),
            one("decoder.weight", "head", "V D -> D V", ("lm",)),
            vector("decoder.bias", "head_bias", ("lm",)),
-           dense("classifier", "head", ("classifier",))))
+           dense("classifier", "head", with_logits[1:])))
 
 
 # Tensors that are computed from config.json, and are in files for no reason.
@@ -592,18 +628,21 @@ OTHERS = (
 # `export` without --family takes the first family in this order that has the model's fields.
 FAMILIES = {f.model_type: f for f in (
     _gpt2(),
-    _llama_like("llama", "Llama", _HEAD_DIM, rope(), biases()),
+    _llama_like("llama", "Llama", _HEAD_DIM, rope(), biases(), **_TRANSFORMER),
     _llama_like("mistral", "Mistral", _HEAD_DIM, rope(), _one_window(4096), kv_heads=8,
-                bias=False),
+                per_token="answers tags", bias=False),
     _llama_like("qwen2", "Qwen2", _OWN_HEAD_DIM, rope(), _qwen_window(), kv_heads=32,
-                bias=False, qkv_bias=True),
+                bias=False, qkv_bias=True, **_TRANSFORMER),
     _llama_like("qwen3", "Qwen3", same("head_dim", "head_dim", 128), rope(), _qwen_window(),
-                must("attention_bias", False), kv_heads=32, bias=False, qk_norm="head"),
+                must("attention_bias", False), kv_heads=32, bias=False, qk_norm="head",
+                **_TRANSFORMER),
     _llama_like("smollm3", "SmolLM3", _OWN_HEAD_DIM, rope(2e6), _smollm3_positions(),
-                must("use_sliding_window", False), biases(), kv_heads=4, tied=True),
+                must("use_sliding_window", False), biases(), kv_heads=4, tied=True,
+                **_TRANSFORMER),
     _starcoder2(), *_gemmas(), _phi3(), _olmo2(), _mixtral(), _qwen3_moe(),
     _deepseek("deepseek_v2", "DeepseekV2", _groups("topk_method"), must("mlp_bias", False),
-              must("norm_topk_prob", False), moe__router="softmax", moe__normalize=False),
+              must("norm_topk_prob", False), per_token="", moe__router="softmax",
+              moe__normalize=False),
     _deepseek("deepseek_v3", "DeepseekV3", _groups(None, 8, 4), must("rope_interleave", True),
               same("norm_topk_prob", "moe.normalize", True), kv_heads=128,
               moe__router="sigmoid"),

@@ -1,5 +1,6 @@
 """The names of a classifier's classes in config.json: `id2label`, `label2id` and `problem_type`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxgpt.data import label_numbers
@@ -7,6 +8,21 @@ from jaxgpt.errors import UserError
 
 HfConfig = dict[str, Any]  # config.json
 SEVERAL = "multi_label_classification"  # `problem_type` of any number of classes per text
+
+# Fields of a model for question answering. Its two outputs per token are a start and an end, and no
+# classes, so they have no names. A model that tags words has the same head, with names.
+ANSWERS: HfConfig = {"num_labels": 2, "label_names": ()}
+
+
+def finds_answers(c_model: Mapping[str, Any]) -> bool:
+  """Whether a model scores starts and ends of answers.
+
+  Args:
+    c_model: The `model` section.
+  """
+  return c_model["head"] == "token_classifier" and all(
+    c_model[key] == value for key, value in ANSWERS.items()
+  )
 
 
 def read(hf: HfConfig, num_labels: int) -> tuple[str, ...]:
@@ -62,8 +78,18 @@ def read(hf: HfConfig, num_labels: int) -> tuple[str, ...]:
   return first
 
 
+def read_tags(hf: HfConfig, num_labels: int) -> tuple[str, ...]:
+  """As `read`, for a model that has classes for each token. It has no `problem_type`."""
+  if num_labels < 2:
+    raise UserError(
+      f"config.json: {num_labels} label for each token is not supported: a model that tags words "
+      "needs 2 or more"
+    )
+  return read({**hf, "problem_type": None}, num_labels)
+
+
 def objective(hf: HfConfig) -> str:
-  """The `objective.name` of a classifier, by `problem_type`."""
+  """The `objective.name` of a classifier of whole texts, by `problem_type`."""
   return "multi_label" if hf.get("problem_type") == SEVERAL else "classification"
 
 
@@ -79,10 +105,14 @@ def write(names: tuple[str, ...], num_labels: int) -> HfConfig:
     names: `model.label_names`. Outputs without a name get LABEL_i.
     num_labels: Number of the model's outputs.
   """
-  labels = [*names, *(f"LABEL_{i}" for i in range(len(names), num_labels))]
   kind = "regression" if num_labels == 1 else "single_label_classification"
+  return write_tags(names, num_labels) | {"problem_type": kind}
+
+
+def write_tags(names: tuple[str, ...], num_labels: int) -> HfConfig:
+  """As `write`, for a model that has classes for each token."""
+  labels = [*names, *(f"LABEL_{i}" for i in range(len(names), num_labels))]
   return {
     "id2label": {str(i): name for i, name in enumerate(labels)},
     "label2id": {name: i for i, name in enumerate(labels)},
-    "problem_type": kind,
   }

@@ -20,6 +20,7 @@ from etils import epath
 from jaxgpt import __version__
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.hf import labels
 from jaxgpt.inference import sampling
 from jaxgpt.model import transformer
 from jaxgpt.storage import strict_json
@@ -215,6 +216,8 @@ AUTO = {
   "causal": "AutoModelForCausalLM",
   "masked": "AutoModelForMaskedLM",
   "classifier": "AutoModelForSequenceClassification",
+  "tags": "AutoModelForTokenClassification",
+  "answers": "AutoModelForQuestionAnswering",
   "bare": "AutoModel",
 }
 POOLED = ("classifier", "pooler")  # heads with one output per prompt instead of one per token
@@ -224,6 +227,8 @@ def auto_class(c_model: ml_collections.ConfigDict) -> str:
   """Returns the key in `AUTO` of the class of transformers that loads the model."""
   if c_model.head == "lm":
     return "causal" if c_model.causal else "masked"
+  if c_model.head == "token_classifier":
+    return "answers" if labels.finds_answers(c_model) else "tags"
   return "classifier" if c_model.head == "classifier" else "bare"
 
 
@@ -231,6 +236,10 @@ def answer(out: Any, head: str) -> Any:
   """Returns the field of transformers' output that corresponds to our logits."""
   if head == "pooler":
     return out.pooler_output
+  if hasattr(out, "start_logits"):
+    import torch
+
+    return torch.stack((out.start_logits, out.end_logits), -1)
   return out.last_hidden_state if head == "none" else out.logits
 
 

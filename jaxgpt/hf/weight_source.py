@@ -30,7 +30,7 @@ class HuggingFaceSource:
     old = convert.configured(model.fields).model
     other = lambda p: any(source_heads.passed_over(x.path, old, c_model) for x in p.pieces)
     published = convert.publish(model.family, c_model, abstract, partly=True)
-    published = [p for p in published if not (old.head == c_model.head and other(p))]
+    published = [p for p in published if not other(p)]
     found = convert.find(model.family, c_model, published, model.tensors, model.says_tied)
     # A parameter that is stacked over layers is initialized if the files have none of its layers.
     # It is an error if they have some of them.

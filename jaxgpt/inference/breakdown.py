@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxgpt.data import pipeline
 from jaxgpt.inference.scoring import Scores
-from jaxgpt.training import metrics
+from jaxgpt.training import evaluation, metrics
 
 MOST_SOURCES = 20  # rows of the table by source
 _FIRST_POSITION, _FIRST_LENGTH = 16, 64  # upper ends of the first rows; further ones double
@@ -56,7 +57,9 @@ class Breakdown:
     positions = _bin(np.array([max(data.seq_len - 1, 0)]), _FIRST_POSITION)[0] + 1
     self._positions = np.zeros((3, positions))
     self._confidences = np.zeros((3, _CONFIDENCES))
+    self._counts: np.ndarray | None = None  # of `evaluation.COUNTS`, where rows have several labels
     self._has_rows = False  # one prediction per row
+    self._of_tokens = data.layout.predicts_tokens  # so that there is a perplexity
 
   def add(self, rows: Sequence[tuple[int, int]], scores: Scores) -> None:
     """Adds a batch.
@@ -70,26 +73,37 @@ class Breakdown:
     if self._has_rows:
       counts = [1] * len(rows)
       docs = [part[0][:1] for part in parts]
-      flat = Scores(*(np.asarray(x[: len(rows)], np.float64) for x in scores))
+      flat = jax.tree.map(lambda x: np.asarray(x[: len(rows)], np.float64), scores)
     else:
       counts = [int(part[2].sum()) for part in parts]
       docs = [np.repeat(part[0], part[2]) for part in parts]
       flat = Scores(
-        *(np.concatenate([[], *(x[i, :n] for i, n in enumerate(counts))]) for x in scores)
+        *(np.concatenate([[], *(x[i, :n] for i, n in enumerate(counts))]) for x in scores[:4])
       )
       at = [np.arange(n) - np.repeat(np.cumsum(p[2]) - p[2], p[2]) for n, p in zip(counts, parts)]
       where = _bin(np.concatenate([[], *at]).astype(np.int64), _FIRST_POSITION)
       self._positions += _sums(where, flat, self._positions.shape[1])
     source = np.repeat(np.array([s for s, _ in rows], np.int64), counts)
     doc = np.concatenate([np.empty(0, np.int64), *docs]).astype(np.int64)
-    confidence = np.minimum((flat.confidence * _CONFIDENCES).astype(np.int64), _CONFIDENCES - 1)
-    for row, x in zip(self._confidences, (1, flat.confidence, flat.correct)):
-      row += np.bincount(confidence, flat.weight * x, _CONFIDENCES)
+    self._add_confidences(flat)
     self._pending.append(
       Examples(source, doc, flat.weight, flat.nll * flat.weight, flat.correct * flat.weight)
     )
     if len(self._pending) >= _MERGED:
       self._pending = [_merged(self._pending)]
+
+  def _add_confidences(self, flat: Scores) -> None:
+    """Adds to the bins of `calibration_error` and to the counts of classes."""
+    weight, right, sure = flat.weight, flat.correct, flat.confidence
+    if flat.labels is not None:
+      has, predicted = flat.labels
+      counts = np.array([x.sum(-1) @ weight for x in (has * predicted, predicted, has)])
+      self._counts = counts + (0 if self._counts is None else self._counts)
+      weight, right = np.repeat(weight, sure.shape[1]), (has == predicted).reshape(-1)
+      sure = sure.reshape(-1)
+    where = np.minimum((sure * _CONFIDENCES).astype(np.int64), _CONFIDENCES - 1)
+    for row, x in zip(self._confidences, (1, sure, right)):
+      row += np.bincount(where, weight * x, _CONFIDENCES)
 
   def examples(self) -> Examples:
     """The documents with at least one prediction that was scored."""
@@ -105,11 +119,13 @@ class Breakdown:
       bytes_per_token: As there.
 
     Returns:
-      Also 'accuracy', and of a classifier 'calibration_error' (see `calibration_error`).
+      Also 'accuracy', and of classes 'calibration_error' (see `calibration_error`).
     """
     found = self.examples()
-    out = _means(found.weight.sum(), found.nll.sum(), found.correct.sum(), not self._has_rows)
-    if self._has_rows:
+    out = _means(found.weight.sum(), found.nll.sum(), found.correct.sum(), self._of_tokens)
+    if self._counts is not None:
+      out |= evaluation.micro_f1(dict(zip(evaluation.COUNTS, self._counts.tolist(), strict=True)))
+    if not self._of_tokens:
       out["calibration_error"] = calibration_error(self._confidences)
     if bytes_per_token is not None:
       out["bits_per_byte"] = metrics.bits_per_byte(out["loss"], bytes_per_token)
@@ -176,7 +192,7 @@ class Breakdown:
     documents = np.bincount(where, minlength=len(names))
     for name, count, (weight, nll, correct) in zip(names, documents.tolist(), sums.T.tolist()):
       if count:
-        means = _means(weight, nll, correct, not self._has_rows)
+        means = _means(weight, nll, correct, self._of_tokens)
         yield {"name": name, "documents": count} | means
 
   def _table(self, where: np.ndarray, found: Examples, first: int) -> Iterator[Row]:
@@ -187,13 +203,15 @@ class Breakdown:
   def _rows(self, sums: np.ndarray, first: int) -> Iterator[Row]:
     for i, (weight, nll, correct) in enumerate(sums.T.tolist()):
       if weight:
-        yield {"name": _range(i, first)} | _means(weight, nll, correct, not self._has_rows)
+        yield {"name": _range(i, first)} | _means(weight, nll, correct, self._of_tokens)
 
 
 def calibration_error(bins: np.ndarray) -> float:
   """The expected calibration error, in [0, 1] (arXiv:1706.04599, equation 3).
 
     ECE = sum over bins of n_b / n * |accuracy of the bin - mean confidence of the bin|
+
+  Where rows have several labels, each class of a row is a prediction: yes or no.
 
   Args:
     bins: [3, bins]: predictions, the sum of their confidences, and the number of correct ones.

@@ -213,19 +213,36 @@ def by_contamination(run: load.Run, data: Opened, found: Breakdown, words: int) 
   return found.by_group(hit.astype(np.int64), ("clean", f"shares {words} words"))
 
 
-def gap(run: load.Run, c: ml_collections.ConfigDict, loss: float, limit: int) -> dict[str, float]:
+def gap(
+  run: load.Run,
+  workdir: epath.PathLike,
+  loss: float,
+  limit: int,
+  stride: int | None = None,
+  batch_size: int | None = None,
+) -> dict[str, float]:
   """The generalization gap of a run.
 
   Args:
     run: From `load.load`.
-    c: The run's config with the data that was evaluated.
-    loss: Its loss.
+    workdir: Its folder.
+    loss: Its loss on the data that was evaluated.
     limit: Batches of the training split to compare with.
+    stride, batch_size: Those with which the data was evaluated.
 
   Returns:
     {'train_loss', 'gap': loss minus train_loss}.
+
+  Raises:
+    UserError: The run's training data is not known.
   """
-  result = load.evaluate_run(run, "train", limit, c.eval.batch_size)
+  if not run.c.data.path:
+    raise UserError(
+      "--gap: the run has no prepared training data, so there is nothing to compare with; leave it "
+      "out"
+    )
+  with opened(run, workdir, Source(split="train"), batch_size) as data:
+    result, _ = evaluate(run, data, limit, stride)
   return {"train_loss": result["loss"], "gap": loss - result["loss"]}
 
 

@@ -84,6 +84,8 @@ def load(
   folder = epath.Path(folder)
   c = run_folder.read_config(folder)
   uses.check(c, use)  # before the weights are read
+  if use == "evaluate" and c.objective.stored and stored.needed_to_evaluate(c):
+    stored.check_of_run(c, folder)
   tokenizer = tokenizer_lib.load(run_folder.tokenizer_folder(folder))
   mesh, parts = place(c, devices)
   if weights == "ema" and not c.optim.ema:

@@ -3,7 +3,7 @@
 `evaluation` sums a loss over batches on the devices. Tables by position or by length, strided
 windows, comparisons of two runs and benchmarks need each prediction by itself, on the host.
 
-B row of a batch, T position, C position of a chunk, V vocabulary or class.
+B row of a batch, T position, C position of a chunk, V vocabulary or class, K class of several.
 """
 
 import itertools
@@ -23,24 +23,35 @@ from jaxgpt.model.transformer import Transformer
 from jaxgpt.training import losses, objectives
 from jaxgpt.tree import PyTree
 
-# Layouts whose rows have one label, and those with a target at each position.
-_ROWS, _TOKENS = ("classification",), ("causal_lm", "masked_lm")
+# Layouts whose predictions are choices, and the head of the model that makes them.
+_HEADS = {
+  "causal_lm": "lm",
+  "masked_lm": "lm",
+  "classification": "classifier",
+  "multi_label": "classifier",
+  "token_classification": "token_classifier",
+}
 
 
 class Scores(NamedTuple):
-  """The predictions of a batch, [B, T], or [B] where a row has one label.
+  """The predictions of a batch, [B, T], or [B] where a row has one label or several.
 
   Attributes:
     weight: 1 where there is a prediction to score, else 0.
-    nll: Negative log likelihood of the target, in nats.
-    correct: Whether the target is the likeliest choice.
-    confidence: Probability of the likeliest choice.
+    nll: Negative log likelihood of the target, in nats. With several labels, the mean over classes.
+    correct: Whether the target is the likeliest choice. With several labels, whether all classes
+      are right.
+    confidence: Probability of the likeliest choice. With several labels [B, K], since each class is
+      a choice between yes and no.
+    labels: With several labels, whether a row has each class, and whether it is predicted: [B, K]
+      each.
   """
 
   weight: Any
   nll: Any
   correct: Any
   confidence: Any
+  labels: tuple[Any, Any] | None = None
 
 
 Step: TypeAlias = Callable[[PyTree, PyTree], Scores]
@@ -49,9 +60,9 @@ Step: TypeAlias = Callable[[PyTree, PyTree], Scores]
 def has_scores(c: ml_collections.ConfigDict) -> bool:
   """Whether the predictions of a config's objective are choices that can be scored one by one."""
   layout = objectives.find(c).layout
-  if layout in _ROWS:
-    return c.model.head == "classifier" and c.model.num_labels > 1
-  return layout in _TOKENS and c.model.head == "lm"
+  if layout == "classification" and c.model.num_labels == 1:  # a regression
+    return False
+  return c.model.head == _HEADS.get(layout)
 
 
 def make_step(model: Transformer, mesh: jax.sharding.Mesh, chunk: int = 0) -> Step:
@@ -65,8 +76,7 @@ def make_step(model: Transformer, mesh: jax.sharding.Mesh, chunk: int = 0) -> St
 
   def step(params: PyTree, batch: PyTree) -> Scores:
     causal, of_rows = model.cfg.causal, "labels" in batch
-    order = lambda x: token_order.balance(x) if causal and x.ndim > 1 else x
-    batch = jax.tree.map(order, batch)
+    batch = objectives.balanced(batch) if causal else batch
     targets = batch["labels"] if of_rows else batch["targets"]
     if chunk and not of_rows:
 
@@ -76,6 +86,8 @@ def make_step(model: Transformer, mesh: jax.sharding.Mesh, chunk: int = 0) -> St
       nll, correct, confidence = objectives.apply(model, params, None, batch, None, project).logits
     else:
       logits = objectives.apply(model, params, None, batch, None).logits
+      if of_rows and targets.ndim > 1:
+        return _of_sets(logits, targets, batch["loss_weights"])
       nll, correct, confidence = _scores(logits, targets)
     back = lambda x: token_order.restore(x) if causal and x.ndim > 1 else x
     return Scores(*map(back, (batch["loss_weights"], nll, correct, confidence)))
@@ -87,6 +99,15 @@ def _scores(logits_XV: jax.Array, targets_X: jax.Array) -> tuple[jax.Array, jax.
   nll_X, log_z_X = losses.cross_entropy(logits_XV, targets_X)
   top_X = logits_XV.max(-1)
   return nll_X, logits_XV.argmax(-1) == targets_X, jnp.exp(top_X - log_z_X)
+
+
+def _of_sets(x_BK: jax.Array, labels_BK: jax.Array, weights_B: jax.Array) -> Scores:
+  """Scores of rows with any number of classes, see `objectives.multi_label`."""
+  nll_B = (jax.nn.softplus(x_BK) - labels_BK * x_BK).mean(-1)
+  has_BK, predicted_BK = labels_BK > 0, x_BK > 0
+  correct_B = (has_BK == predicted_BK).all(-1)
+  confidence_BK = jax.nn.sigmoid(jnp.abs(x_BK))
+  return Scores(weights_B, nll_B, correct_B, confidence_BK, (has_BK, predicted_BK))
 
 
 def _by_chunk(
@@ -125,5 +146,5 @@ def run(step: Step, params: PyTree, batches: Iterable[PyTree]) -> Iterator[Score
   for batch in itertools.chain(batches, (None,)):
     scores = None if batch is None else step(params, batch)
     if waiting is not None:
-      yield Scores(*(np.asarray(x) for x in jax.device_get(waiting)))
+      yield jax.tree.map(np.asarray, jax.device_get(waiting))
     waiting = scores

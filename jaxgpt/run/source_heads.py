@@ -27,6 +27,8 @@ def same_output(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
     return True
   if old.num_labels != new.num_labels:
     return False
+  if old.head == "token_classifier" and bool(old.label_names) != bool(new.label_names):
+    return False  # tags have names, starts and ends of answers have none
   named = old.label_names and new.label_names and not label_numbers.generic(old.label_names)
   return not named or same_order(old.label_names, new.label_names)
 

@@ -7,12 +7,14 @@ in RUN/teacher, so that it goes on and is evaluated without the folder.
 
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import ml_collections
 from etils import epath
 
 from jaxgpt import config, tree
 from jaxgpt.config.architecture import architecture
+from jaxgpt.data import stages
 from jaxgpt.errors import UserError
 from jaxgpt.run import init_from, run_folder
 from jaxgpt.storage import strict_json
@@ -22,13 +24,25 @@ from jaxgpt.text.tokenizers.base import Tokenizer
 _LORA = "lora."  # keys of the `model` section that a teacher with adapters needs besides
 
 
+class Settled(NamedTuple):
+  """A config whose `objective.teacher_config` is settled.
+
+  Attributes:
+    c: The config.
+    notes: Sentences for the user on what could not be checked.
+  """
+
+  c: ml_collections.ConfigDict
+  notes: list[str]
+
+
 def settle(
   c: ml_collections.ConfigDict,
   sources: Sequence[init_from.WeightSource] = (),
   *,
   tokenizer: Tokenizer | None = None,
   folder: epath.PathLike | None = None,
-) -> ml_collections.ConfigDict:
+) -> Settled:
   """Fills in `objective.teacher_config`, if the config names a teacher.
 
   Args:
@@ -43,11 +57,11 @@ def settle(
   """
   name = c.objective.teacher
   if not name:
-    return c
+    return Settled(c, [])
   c = c.copy_and_resolve_references()
   if folder is not None and run_folder.is_run(epath.Path(folder)):
     c.objective.teacher_config = run_folder.read_config(folder).objective.teacher_config
-    return c
+    return Settled(c, [])
   try:
     found = init_from.inspect(name, sources)
   except UserError as e:
@@ -64,12 +78,21 @@ def settle(
       f"{c.model.vocab_size}; set model.vocab_size={m.vocab_size}, with data in the teacher's "
       "tokens"
     )
-  if m.max_len < c.data.seq_len:
+  longest = max(stage.seq_len for stage in stages.of(c.data))
+  if m.max_len < longest:
+    own = f"data.seq_len={longest}"
+    rows = own if longest == c.data.seq_len else f"data.stages has rows of {longest}"
     raise UserError(
-      f"{where} has a context of {m.max_len} tokens, but data.seq_len={c.data.seq_len}; set "
-      f"data.seq_len={m.max_len}, or choose another teacher"
+      f"{where} has a context of {m.max_len} tokens, but {rows}; shorten the rows to {m.max_len}, "
+      "or choose another teacher"
     )
-  if tokenizer and found.tokenizer and not init_from.same_tokens(found.tokenizer, tokenizer):
+  notes = []
+  if tokenizer and found.tokenizer is None:
+    notes.append(
+      f"{where} holds no tokenizer that can be read, so jaxgpt can't check that data.path="
+      f"{c.data.path!r} has the tokens that it was trained with"
+    )
+  elif tokenizer and not init_from.same_tokens(found.tokenizer, tokenizer):
     raise UserError(
       f"data.path={c.data.path!r} was tokenized with another tokenizer than the one of {where}; "
       f"prepare it with jaxgpt data --tokenizer={tokenizer_lib.folder_of(name)}"
@@ -78,7 +101,7 @@ def settle(
   if m.lora.rank:
     keys |= {key: value for key, value in config.flatten(m).items() if key.startswith(_LORA)}
   c.objective.teacher_config = strict_json.dumps(keys)
-  return c
+  return Settled(c, notes)
 
 
 def config_of(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

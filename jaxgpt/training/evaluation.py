@@ -18,8 +18,8 @@ Result: TypeAlias = dict[str, float]
 
 # An objective's aux -> a metric
 _MEANS = {"correct": "accuracy", "margin": "margin", "kl": "kl", "mse": "mse", "mae": "mae"}
-_COUNTS = ("true_positives", "predicted", "labelled")  # of classes, where rows have several
-_SUMS = ("nll", *_MEANS, *_COUNTS)
+COUNTS = ("true_positives", "predicted", "labelled")  # of classes, where rows have several
+_SUMS = ("nll", *_MEANS, *COUNTS)
 
 
 def make_step(loss_fn: LossFn) -> EvalStep:
@@ -82,17 +82,17 @@ def evaluate(
   means = {metric: totals[name] / count for name, metric in _MEANS.items() if name in totals}
   if per_token and not means.keys() & {"accuracy", "mse"}:
     out["perplexity"] = metrics.perplexity(out["loss"])
-  out |= means | _micro_f1(totals)
+  out |= means | micro_f1(totals)
   if bytes_per_token is not None:
     out["bits_per_byte"] = metrics.bits_per_byte(out["loss"], bytes_per_token)
   return out | {"tokens": int(totals["tokens"])}
 
 
-def _micro_f1(sums: Mapping[str, float]) -> Result:
+def micro_f1(sums: Mapping[str, float]) -> Result:
   """Micro-F1 and its counts, if there are some: 2 true positives / (predicted + labelled)."""
-  if any(name not in sums for name in _COUNTS):
+  if any(name not in sums for name in COUNTS):
     return {}
-  counts = {name: sums[name] for name in _COUNTS}
+  counts = {name: sums[name] for name in COUNTS}
   found = max(counts["predicted"] + counts["labelled"], 1)
   return {"micro_f1": 2 * counts["true_positives"] / found} | counts
 
@@ -119,7 +119,7 @@ def combined(by_source: Mapping[str, tuple[Result, float | None]]) -> Result:
     # A source's bits per byte are weighted by its bytes.
     num_bytes = [r["tokens"] * per_token for r, per_token in by_source.values() if per_token]
     out["bits_per_byte"] = mean("bits_per_byte", num_bytes)
-  out |= _micro_f1({name: sum(r[name] for r in results) for name in _COUNTS if name in results[0]})
+  out |= micro_f1({name: sum(r[name] for r in results) for name in COUNTS if name in results[0]})
   out["tokens"] = sum(counts)
   return out | {f"loss/{name}": result["loss"] for name, (result, _) in by_source.items()}
 

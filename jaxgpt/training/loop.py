@@ -103,7 +103,8 @@ def train(
     _tell(build_lib.check_settings(c, origin, resumed=resumed))
     tokenizer, c = batches_lib.load_tokenizer_and_config(c)
     c, notes = label_names.settle(c, folder, weight_sources)
-    c = teacher_lib.settle(c, weight_sources, tokenizer=tokenizer, folder=folder)
+    c, more = teacher_lib.settle(c, weight_sources, tokenizer=tokenizer, folder=folder)
+    notes += more
     if c.init_from and not resumed:
       notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
     mesh = mesh_lib.make(c.mesh)

@@ -92,7 +92,7 @@ def before_training(
   if not c.objective.stored or entry is None:
     return
   if distributed.share(record.exists()):
-    check(c, json.loads(record.read_text()), f"the run in {run}")
+    check_of_run(c, run)
     return
   if state is None:
     raise UserError(f"{record} is missing, so jaxgpt cannot check objective.stored; train anew")
@@ -135,6 +135,19 @@ def _prepare(
       atomic.write(epath.Path(folder) / _FILE, strict_json.dumps(wanted, indent=1))
     distributed.barrier("stored numbers")
   return wanted
+
+
+def check_of_run(c: ml_collections.ConfigDict, run: epath.PathLike) -> None:
+  """Checks that the folder still holds the numbers that a run was trained with.
+
+  Args:
+    c: The run's resolved config.
+    run: The run folder.
+
+  Raises:
+    UserError: It does not.
+  """
+  check(c, json.loads((epath.Path(run) / _FILE).read_text()), f"the run in {run}")
 
 
 def check(c: ml_collections.ConfigDict, wanted: Mapping[str, Any], whose: str) -> None:

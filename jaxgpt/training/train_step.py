@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import tree
 from jaxgpt.model import fixed_models, transformer
 from jaxgpt.parallel import sharding
-from jaxgpt.training import xla_options
+from jaxgpt.training import microbatches, objectives, xla_options
 from jaxgpt.training.objectives import Aux, Batch, LossFn
 from jaxgpt.tree import PyTree
 
@@ -234,14 +234,15 @@ def make(
     objective: A loss function, see `objectives`.
     tx: An optimizer from `optimizers.make`.
     schedule: Step -> fraction of the peak learning rate.
-    c: A resolved config, of which `seed` and `optim` are read.
+    c: A resolved config, of which `seed`, `optim` and the name of the objective are read.
 
   Returns:
     train_step(state, batch) -> (state, metrics). The loss and the gradient are sums over the global
     batch, divided once by its weight. They depend neither on the mesh nor on the number of
     microbatches, except for the balance loss of experts, which is computed per microbatch.
   """
-  gradients = accumulated(objective, c.optim.accumulate)
+  whole = objectives.find(c).whole_batch
+  gradients = accumulated(objective, 1 if whole else c.optim.accumulate)
 
   # lax.cond of two branches rather than a select of two states: XLA then writes the new state over
   # the old one on every backend.
@@ -376,16 +377,11 @@ def accumulated(objective: LossFn, num_microbatches: int) -> GradientFn:
   def f(
     params: PyTree, frozen: PyTree | None, batch: Batch, key: jax.Array
   ) -> tuple[tuple[jax.Array, jax.Array, Aux], PyTree]:
-    # Row r goes to microbatch r % A, so that every data shard holds rows of every microbatch and
-    # none has to move.
-    split = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
-    micro = jax.tree.map(split, batch)
+    micro = microbatches.split(batch, num_microbatches)
 
     def body(total, xs):
       i, rows = xs
-      # Without this, XLA may shard the scanned dimension's slices in other ways.
-      pin = lambda x: sharding.FIXED.constrain(x, "rows", *[None] * (x.ndim - 1))
-      rows = jax.tree.map(pin, rows)
+      rows = microbatches.pinned(rows)
       more = value_and_grad(params, frozen, rows, jax.random.fold_in(key, i))
       return jax.tree.map(jnp.add, total, more), None
 

@@ -127,16 +127,30 @@ def test_raw_and_averaged_weights(run, tiny, tmp_path):
   np.testing.assert_array_equal(leaf(load.load(folder, weights="ema")), leaf(averaged))
 
 
+def test_the_gap_is_that_to_the_training_split_in_the_same_way(run, capsys):
+  folder, _ = run
+  words = ["evaluate", f"--workdir={folder}", "--gap", "--batches=1", "--json"]
+  for more, options in (([], {}), (["--stride=20"], dict(stride=20))):
+    assert main.main([*words, *more]) == 0
+    got = json.loads(capsys.readouterr().out)
+    train, _, _ = of(run, limit=1, split="train", **options)
+    assert got["train_loss"] == pytest.approx(train["loss"])
+    assert got["gap"] == pytest.approx(got["loss"] - train["loss"])
+  assert main.main([*words, "--split=train"]) == 2
+  assert "--gap compares with the training split" in capsys.readouterr().err
+
+
 def test_two_processes_report_what_one_does(run, capsys):
   folder, _ = run
-  assert main.main(["evaluate", f"--workdir={folder}", "--stride=20", "--json"]) == 0
+  words = ["evaluate", f"--workdir={folder}", "--stride=20", "--json", "--gap"]
+  assert main.main(words) == 0
   want = json.loads(capsys.readouterr().out)
-  words = ["evaluate", f"--workdir={folder}", "--stride=20", "--json"]
   done = distributed_test.finish(distributed_test.start(None, "", 2, devices=2, command=words))
   assert [code for code, _, _ in done] == [0, 0]
   outs = [text[text.find("{") :] if "{" in text else "" for _, text, _ in done]
   got = json.loads(outs[0])
   assert outs[1] == ""
   assert got["tokens"] == want["tokens"] and got["by"].keys() == want["by"].keys()
-  for name in ("loss", "accuracy", "bits_per_byte"):
+  for name in ("loss", "accuracy", "bits_per_byte", "train_loss"):
     assert got[name] == pytest.approx(want[name], rel=1e-5)
+  assert got["gap"] == pytest.approx(want["gap"], abs=1e-4) and want["gap"]

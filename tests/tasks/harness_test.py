@@ -16,6 +16,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.tasks import harness, harness_model, in_training
 from jaxgpt.training import evaluators
+from tests.parallel import distributed_test
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "green", "tree"]
 CHAT = (
@@ -214,6 +215,24 @@ def test_the_command_prints_a_table_and_names_tasks(exported, tasks, capsys):
   ]
   assert main.main([*words, "--split=test"]) == 2
   assert "--split" in capsys.readouterr().err
+
+
+@needs_harness
+def test_two_processes_give_the_scores_of_one(exported, tasks, capsys):
+  words = ["evaluate", f"--workdir={exported[0]}", f"--tasks={','.join(TASKS)}", "--json"]
+  words += [f"--include-path={tasks}", "--batch-size=2"]
+  assert main.main(words) == 0
+  want = json.loads(capsys.readouterr().out)["tasks"]
+  done = distributed_test.finish(
+    distributed_test.start(None, "", 2, devices=2, command=words), seconds=300
+  )
+  assert [code for code, _, _ in done] == [0, 0], done
+  outs = [text[text.find("{") :] if "{" in text else "" for _, text, _ in done]
+  assert outs[1] == ""
+  got = json.loads(outs[0])["tasks"]
+  assert got.keys() == want.keys() == TASKS.keys()
+  for task, values in want.items():
+    assert got[task] == pytest.approx(values, rel=1e-4, nan_ok=True)
 
 
 def test_without_the_extra_a_message_names_it(monkeypatch):

@@ -102,6 +102,7 @@ def test_a_command_refuses_before_it_reads_weights(tmp_path, capsys, use, head, 
     ("lm", True, "causal_lm"),
     ("lm", False, "masked_lm"),
     ("classifier", False, "classification"),
+    ("token_classifier", False, "token_classification"),
     ("pooler", False, "masked_lm"),
     ("none", True, "causal_lm"),
     ("none", False, "masked_lm"),
@@ -126,4 +127,5 @@ def test_import_recommends_commands_that_work(tmp_path, head, causal, objective)
     build.check(config.resolve(trained))
     assert trained.data.seq_len <= c.model.max_len
     json.loads(trained.to_json())
-  assert named == {"train", "data"} | ({*uses.of(c)} & {"generate", "evaluate"})
+  predicts = {"predict"} if "classifier" in head else set()
+  assert named == {"train", "data"} | predicts | ({*uses.of(c)} & {"generate", "evaluate"})

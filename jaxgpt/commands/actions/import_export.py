@@ -26,6 +26,14 @@ from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import build
 
+# `task_type` of an adapter, by the class of transformers. Others are for features.
+_PEFT_TASKS = {
+  "causal": "CAUSAL_LM",
+  "masked": "CAUSAL_LM",
+  "classifier": "SEQ_CLS",
+  "tags": "TOKEN_CLS",
+  "answers": "QUESTION_ANS",
+}
 CONTEXT = 2048  # default limit of the rows that an imported run evaluates and samples
 
 
@@ -87,8 +95,8 @@ def read_model(
   """
   source = model_folder.read(epath.Path(folder))
   if labels:
-    if source.fields["head"] != "classifier":
-      raise UserError(f"labels={','.join(labels)}: the model is no classifier; leave labels out")
+    if not source.fields.get("label_names"):
+      raise UserError(f"labels={','.join(labels)}: the model has no classes; leave labels out")
     source.fields["label_names"] = tuple(labels)
   several = {}
   if labels_lib.objective(init_from.read_config_json(source.folder)) == "multi_label":
@@ -297,9 +305,7 @@ def write_weights(
     dtype: Dtype of the tensors, a key of `weights.DTYPES`.
     shard_bytes: Largest size of a file.
   """
-  published = convert.publish(family, c_model, params)
-  if c_model.head in ("pooler", "none"):  # the bare model's names have no prefix
-    published = [p._replace(name=p.name.removeprefix(family.prefix)) for p in published]
+  published = convert.named(family, c_model, convert.publish(family, c_model, params))
   return weights.save(folder, published, params, dtype, shard_bytes)
 
 
@@ -346,8 +352,9 @@ def export_adapter(
       "the merged model, without --adapter"
     )
   published = convert.publish(found, plain.model, lora.merge(run.params, c.model.lora))
+  published = convert.named(found, plain.model, published)
   tensors, fields = adapters.publish(published, run.params, c.model)
-  task = {"lm": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(c.model.head, "FEATURE_EXTRACTION")
+  task = _PEFT_TASKS.get(parity.auto_class(c.model), "FEATURE_EXTRACTION")
   with _whole(out) as part:
     entries = [safetensors.Entry(name, x.shape, x.dtype) for name, x in tensors.items()]
     safetensors.write_file(part / adapters.WEIGHTS, entries, lambda entry: tensors[entry.name])

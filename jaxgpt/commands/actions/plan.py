@@ -104,7 +104,7 @@ def plan(
 def _load(path: epath.PathLike, overrides: Sequence[str]) -> ml_collections.ConfigDict:
   """The resolved config, as a new run of it would have it."""
   loaded, origin = config.load(path, overrides)
-  c = teacher.settle(lower.resolve(loaded), WEIGHT_SOURCES)
+  c = teacher.settle(lower.resolve(loaded), WEIGHT_SOURCES).c
   build.check_settings(loaded, origin)
   return c
 

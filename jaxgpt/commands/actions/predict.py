@@ -2,23 +2,25 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from jaxgpt.commands.actions import backend
-from jaxgpt.config import user_code
+from jaxgpt.config import options, user_code
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
 from jaxgpt.parallel import cluster, distributed
 from jaxgpt.storage import files, strict_json
 from jaxgpt.tasks import scoring, task
-from jaxgpt.tasks.predict import job, protocol, registry, rows
+from jaxgpt.tasks.predict import job, protocol, registry, rows, texts
 from jaxgpt.text.readers import documents
 from jaxgpt.training import train_step
 
 _STREAM = "-"
+_OF_DRAWS = ("top_p", "seed")
+_OF_TEXTS = ("max_new", "temperature", *_OF_DRAWS)
 
 
 def run(args: Any) -> None:
@@ -46,6 +48,13 @@ def _listed(args: Any) -> Iterator[tuple[list[files.File], str | None]]:
     yield documents.find(args.input), args.format
 
 
+def _refuse(args: Any, names: Sequence[str], why: str) -> None:
+  """Refuses options that are not at their defaults."""
+  for o in options.declared(type(args)):
+    if o.name in names and (value := getattr(args, o.name)) != o.default:
+      raise UserError(f"{o.label}={value} {why}; leave it out")
+
+
 def _predict(
   args: Any, listed: list[files.File], form: str | None, scored: task.Task | None
 ) -> None:
@@ -53,6 +62,10 @@ def _predict(
   draws = sampling.Sampling(temperature=args.temperature, top_p=args.top_p)
   settings = protocol.Settings(args.batch_size, args.max_new, draws, args.seed)
   made = registry.make(loaded, args.kind, settings)
+  if not isinstance(made, texts.Texts):
+    _refuse(args, _OF_TEXTS, "is for models that write text, and this one does not")
+  elif not args.temperature:
+    _refuse(args, _OF_DRAWS, "needs --temperature above 0: otherwise nothing is drawn")
   if scored:
     scored.check_kind(made.kind)
   if note := train_step.ema_note(loaded.c.optim, loaded.step):
@@ -74,8 +87,8 @@ def _predict(
     account = job.run(predict, read(), args.output, identity, job.say)
   if not distributed.is_first():
     return
-  for text in account.lines():
-    job.say(text)
+  for line in account.lines():
+    job.say(line)
   if scored:
     report = scoring.of_file(scored, read(), args.output)
     print(strict_json.dumps(report.to_json(), indent=1) if args.json else "\n".join(report.lines()))

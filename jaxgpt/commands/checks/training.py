@@ -61,7 +61,7 @@ def data(c: ml_collections.ConfigDict, known: Known) -> Iterator[Finding]:
   if settled is None:
     yield from filter(None, [finding])
     return
-  known.c = settled
+  known.c = settled.c
   for split in ("validation", "train"):
     if split == "train" or split in pipeline.splits_with_documents(known.c.data.path):
       yield _first_batch(known.c, split, known)

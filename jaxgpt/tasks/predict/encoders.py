@@ -6,6 +6,7 @@ The outputs of these rows are put together again.
 B rows, T tokens, C classes, D width.
 """
 
+import abc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class Part(NamedTuple):
   outputs: Any
 
 
-class Encoder:
+class Encoder(abc.ABC):
   """The base of these predictors. Subclasses say what an example is and what its outputs mean."""
 
   def __init__(self, run: load.Run, kind: str, settings: Settings):
@@ -90,17 +91,17 @@ class Encoder:
       token_types_BT=types,
     )
 
+  @abc.abstractmethod
   def _encode(self, rows: Sequence[Row]) -> list[Example]:
     """Encodes rows as training data is, with stand-ins for their answers.
 
     Raises:
       UserError: One of them cannot be encoded.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _prediction(self, row: Row, example: Example, parts: Sequence[Part]) -> Prediction:
     """What the outputs of a row's parts say."""
-    raise NotImplementedError
 
   def _documents(self, rows: Sequence[Row], **answer: Any) -> list[Example]:
     """Encodes rows of a kind whose tokens need no way back."""

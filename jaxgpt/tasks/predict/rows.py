@@ -98,13 +98,22 @@ def read(
     encoding: Encoding of files of text without a byte order mark. None: UTF-8.
 
   Raises:
-    UserError: There is no such kind, field or format, or an extra is missing.
+    UserError: There is no such kind, field or format, a field or the encoding has no effect, or an
+      extra is missing.
   """
   columns = documents.columns_of(kind, fields or {})
   if form not in (None, LINES):
     formats.FORMATS.find(str(form))
   by_suffix = [f for f in listed if not _is_lines(f, form)]
   formats.check_extras(by_suffix, None if form == LINES else form)
+  if fields and not by_suffix:
+    given = ",".join(f"{name}={column}" for name, column in fields.items())
+    raise UserError(
+      f"field={given} has no effect: the rows are lines of text, without columns; leave it out, or "
+      "say the format of the file"
+    )
+  if encoding and len(by_suffix) == len(listed):
+    formats.check_used(by_suffix, form, encoding, None)
   want = _want(kind, columns, encodings.check(encoding) if encoding else None)
   return _read(listed, kind, columns, form, want)
 

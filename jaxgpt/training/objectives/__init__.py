@@ -29,7 +29,7 @@ from jaxgpt.training.objectives.objective import (
   Stored,
   find,
 )
-from jaxgpt.training.objectives.forward import apply, make, make_stored, router_terms
+from jaxgpt.training.objectives.forward import apply, balanced, make, make_stored, router_terms
 from jaxgpt.training.objectives.checks import HEADS, check, head_problem
 from jaxgpt.training.objectives import language_model
 from jaxgpt.training.objectives import classification
@@ -50,6 +50,7 @@ __all__ = [
   "Objective",
   "Stored",
   "apply",
+  "balanced",
   "check",
   "classification",
   "contrastive",

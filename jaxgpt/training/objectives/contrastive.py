@@ -11,6 +11,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.model import ops
 from jaxgpt.model.transformer import Transformer
 from jaxgpt.training import losses
+from jaxgpt.training.microbatches import mapped
 from jaxgpt.training.objectives.forward import apply, router_terms
 from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, Objective
 from jaxgpt.tree import PyTree
@@ -34,7 +35,9 @@ def embeddings(model: Transformer, out: jax.Array, batch: Batch) -> jax.Array:
   return x_BD * jax.lax.rsqrt(jnp.maximum(square_B1, _LEAST_NORM**2))
 
 
-def _contrastive(model: Transformer, c_objective: ml_collections.ConfigDict) -> LossFn:
+def _contrastive(
+  model: Transformer, c_objective: ml_collections.ConfigDict, microbatches: int = 1
+) -> LossFn:
   """Cross entropy of each query's positive among the positives of the global batch (InfoNCE).
 
   With s_ij = cos(query i, positive j) / similarity_temperature,
@@ -44,7 +47,7 @@ def _contrastive(model: Transformer, c_objective: ml_collections.ConfigDict) -> 
   (arXiv:1807.03748, eq. 4; with in-batch negatives arXiv:1705.00652, section 4.4, and
   `MultipleNegativesRankingLoss` of sentence-transformers, whose scale is 1 / temperature). With
   `symmetric` it is the mean of this and of the same with queries and positives exchanged. j goes
-  over the rows of all devices and processes. Rows of padding are nobody's negatives.
+  over the rows of all devices, processes and microbatches. Rows of padding are nobody's negatives.
 
   Returns:
     A loss function. Its aux has 'nll' (the loss), 'correct' (queries whose positive is the nearest
@@ -59,10 +62,18 @@ def _contrastive(model: Transformer, c_objective: ml_collections.ConfigDict) -> 
     sides: list[jax.Array] = []
     extra: jax.Array | float = 0.0
     aux: Aux = {}
+
+    def embedded(
+      rows: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array | float, Aux]]:
+      out = apply(model, params, frozen, rows, key)
+      terms = router_terms(model, out.router, rows["loss_weights"].sum() / 2)
+      return embeddings(model, out.logits, rows), terms
+
+    number = 1 if key is None else microbatches  # an evaluation has no gradients to make room for
     for side, own_key in zip(("query", "positive"), keys):
-      out = apply(model, params, frozen, batch[side], own_key)
-      sides.append(embeddings(model, out.logits, batch[side]))
-      more, of_router = router_terms(model, out.router, weights_B.sum() / 2)
+      x_BD, (more, of_router) = mapped(embedded, batch[side], own_key, number)
+      sides.append(x_BD)
       extra += more
       aux = {name: aux.get(name, 0.0) + x for name, x in of_router.items()}
     # `highest`: a product in bfloat16, the usual one on TPUs, is too coarse for a temperature.
@@ -89,12 +100,6 @@ def _nll(s_BB: jax.Array, rows_B: jax.Array, weights_B: jax.Array) -> jax.Array:
 
 
 def _check(c: ml_collections.ConfigDict) -> None:
-  if c.optim.accumulate > 1:
-    raise UserError(
-      f"optim.accumulate={c.optim.accumulate}: objective.name={c.objective.name!r} compares each "
-      "query with the whole batch, which microbatches would cut; set it to 1, and lower "
-      "data.batch_size or use more devices if memory runs out"
-    )
   if c.data.batch_size < 2:
     raise UserError(
       f"data.batch_size={c.data.batch_size}: objective.name={c.objective.name!r} needs other rows "
@@ -108,6 +113,7 @@ OBJECTIVES.add(
     _contrastive,
     layout="retrieval",
     head=("pooler", "none"),
+    whole_batch=True,
     check=_check,
     summary="embed texts so that pairs are near",
   ),

@@ -26,19 +26,20 @@ def make(
     teacher: The teacher's `Transformer`, for objectives that have one.
   """
   named = user_code.reading_options(OBJECTIVES.setting, c.objective)
+  entry = find(c)
   more = () if teacher is None else (teacher,)
-  loss_fn = named(named(find(c).loss_fn)(model, c.objective, *more))
+  number = {"microbatches": c.optim.accumulate} if entry.whole_batch else {}
+  loss_fn = named(named(entry.loss_fn)(model, c.objective, *more, **number))
   if not model.cfg.causal:
     return loss_fn
   # Causal attention over mesh.seq needs tokens in an order that gives all devices equal work.
-  return lambda params, frozen, batch, key: loss_fn(
-    params, frozen, map_named(_balanced, batch), key
-  )
+  return lambda params, frozen, batch, key: loss_fn(params, frozen, balanced(batch), key)
 
 
-def _balanced(name: str, x: jax.Array) -> jax.Array:
-  """An array of a batch, with its tokens in the order of `token_order.balance` if it has tokens."""
-  return token_order.balance(x) if x.ndim > 1 and name != "labels" else x
+def balanced(batch: Batch) -> Batch:
+  """A batch with its tokens in the order of `token_order.balance`, as `apply` wants them."""
+  has_tokens = lambda name, x: x.ndim > 1 and name != "labels"
+  return map_named(lambda name, x: token_order.balance(x) if has_tokens(name, x) else x, batch)
 
 
 def make_stored(
@@ -56,7 +57,7 @@ def make_stored(
   if not model.cfg.causal:
     return compute
   restored = lambda x: token_order.restore(x) if x.ndim > 1 else x
-  return lambda params, batch: jax.tree.map(restored, compute(params, map_named(_balanced, batch)))
+  return lambda params, batch: jax.tree.map(restored, compute(params, balanced(batch)))
 
 
 def apply(

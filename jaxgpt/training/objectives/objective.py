@@ -53,6 +53,9 @@ class Objective:
     head: The `model.head` that it needs, such as 'lm', or several to choose from.
     causal: Whether it needs `model.causal`.
     loss_chunk: Whether it implements `objective.loss_chunk`.
+    whole_batch: Whether its loss compares the rows of a batch. It then gets all rows of a step at
+      once, and `loss_fn` the number of microbatches, as the keyword `microbatches`. See
+      `training.microbatches.mapped`.
     fixed: From the config, the fixed models that the loss compares the trained one with: names of
       `model.fixed_models`, whose weights the loss function then finds in `frozen`.
     stored: How to compute ahead what the fixed model says, for `objective.stored`, or None.
@@ -66,6 +69,7 @@ class Objective:
   head: str | tuple[str, ...] = "lm"
   causal: bool = False
   loss_chunk: bool = False
+  whole_batch: bool = False
   fixed: Callable[[ml_collections.ConfigDict], tuple[str, ...]] = lambda c: ()
   stored: Stored | None = None
   check: Callable[[ml_collections.ConfigDict], None] = lambda c: None

@@ -64,6 +64,44 @@ def test_answers_are_compared_as_squad_does(predicted, wanted, exact, f1):
   assert value(answers.mean_f1([predicted], [wanted]), 1) == pytest.approx(f1)
 
 
+# Articles, punctuation, other scripts, white space and characters whose case is special.
+BITS = ["the", "The", "THE", "a", "An", "theatre", "a-the", "'a'", "U.S.A.", "usa", "_a_", "it's"]
+BITS += ["it’s", "“the”", "—", ".", ",", "?!", "$5", "12.5", "12,5", "İ", "ß", "STRASSE", "straße"]
+BITS += [
+  "一的",
+  "a一",
+  "e\u0301",
+  "the\u0301",
+  "a\u200bb",
+  "\ufeff",
+  "\u00a0",
+  "\u3000",
+  "\t",
+  "\n",
+]
+
+
+def test_answers_of_any_characters_are_compared_as_by_torchmetrics():
+  squad = pytest.importorskip("torchmetrics.functional.text").squad
+  rng = random.Random(0)
+  text = lambda: "".join(rng.choice(BITS) + rng.choice(("", " ")) for _ in range(rng.randint(0, 5)))
+  wanted = [[text() for _ in range(rng.randint(1, 3))] for _ in range(600)]
+  predicted = [rng.choice(w).upper() + "." if i % 3 else text() for i, w in enumerate(wanted)]
+  # Of several answers of which one is empty, the script of SQuAD 2.0 leaves it out.
+  wanted = [[a for a in w if answers.normalized(a)] or w[:1] for w in wanted]
+  ids = [str(i) for i in range(len(wanted))]
+  want = squad(
+    [{"id": i, "prediction_text": p} for i, p in zip(ids, predicted, strict=True)],
+    [
+      {"id": i, "answers": {"text": w, "answer_start": [0] * len(w)}}
+      for i, w in zip(ids, wanted, strict=True)
+    ],
+  )
+  for measure, name in ((answers.exact_match, "exact_match"), (answers.mean_f1, "f1")):
+    got = value(measure(predicted, wanted), len(wanted))
+    assert 100 * got == pytest.approx(want[name].item(), abs=1e-3) and 0.3 < got < 0.9
+
+
 WORDS = [
   "the",
   "a",

@@ -264,6 +264,9 @@ def test_the_command_writes_what_the_interface_gives_and_scores_it(trained, tmp_
       "--kind=chat: this run predicts for rows of kind classification",
     ),
     (["--output=x", "--task=translation"], "scores rows of kind seq2seq"),
+    (["--output=x", "--max-new=9"], "--max-new=9 is for models that write text, and this one does"),
+    (["--output=x", "--temperature=0.5"], "--temperature=0.5 is for models that write text"),
+    (["--output=x", "--format=lines", "--field=text=a"], "field=text=a has no effect"),
     (["--output=x", "--step=worst"], "neither the step of a checkpoint nor best"),
   ],
 )

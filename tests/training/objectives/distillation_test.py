@@ -132,6 +132,10 @@ def test_stored_tokens_see_at_most_the_divergence_and_with_all_tokens_all_of_it(
   [
     (dict(model__vocab_size=99), "has 264 tokens in its vocabulary, .*; set model.vocab_size=264"),
     (dict(data__seq_len=64, model__max_len=64), "a context of 32 tokens, but data.seq_len=64"),
+    (
+      dict(data__stages=((2, 8, 64),), model__max_len=64),
+      "a context of 32 tokens, but data.stages has rows of 64",
+    ),
     (dict(objective__teacher="none"), "objective.teacher='none' holds no config.json"),
   ],
 )
