@@ -77,9 +77,8 @@ class Breakdown:
     else:
       counts = [int(part[2].sum()) for part in parts]
       docs = [np.repeat(part[0], part[2]) for part in parts]
-      flat = Scores(
-        *(np.concatenate([[], *(x[i, :n] for i, n in enumerate(counts))]) for x in scores[:4])
-      )
+      joined = lambda x: np.concatenate([[], *(x[i, :n] for i, n in enumerate(counts))])
+      flat = jax.tree.map(joined, scores)
       at = [np.arange(n) - np.repeat(np.cumsum(p[2]) - p[2], p[2]) for n, p in zip(counts, parts)]
       where = _bin(np.concatenate([[], *at]).astype(np.int64), _FIRST_POSITION)
       self._positions += _sums(where, flat, self._positions.shape[1])

@@ -92,7 +92,7 @@ def settle(
       f"{where} holds no tokenizer that can be read, so jaxgpt can't check that data.path="
       f"{c.data.path!r} has the tokens that it was trained with"
     )
-  elif tokenizer and not init_from.same_tokens(found.tokenizer, tokenizer):
+  if tokenizer and found.tokenizer and not init_from.same_tokens(found.tokenizer, tokenizer):
     raise UserError(
       f"data.path={c.data.path!r} was tokenized with another tokenizer than the one of {where}; "
       f"prepare it with jaxgpt data --tokenizer={tokenizer_lib.folder_of(name)}"

@@ -13,6 +13,7 @@ from jaxgpt.inference import load
 from jaxgpt.run import init_from
 from jaxgpt.text.prepare import prepare
 from jaxgpt.training import loop
+from tests import quick
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs" / "tasks"
 WORDS = ("red", "blue", "cold", "warm")
@@ -59,12 +60,15 @@ def masked(tiny, data, tmp_path_factory):
 
 @pytest.mark.parametrize(
   "recipe, kind, fresh",
-  [
-    ("sentiment", "classification", ["head", "head_bias"]),
-    ("tagging", "tagging", ["head", "head_bias"]),
-    ("question_answering", "question_answering", ["head", "head_bias"]),
-    ("retrieval", "retrieval", []),
-  ],
+  quick.first(
+    [
+      ("tagging", "tagging", ["head", "head_bias"]),
+      ("retrieval", "retrieval", []),
+      ("sentiment", "classification", ["head", "head_bias"]),
+      ("question_answering", "question_answering", ["head", "head_bias"]),
+    ],
+    2,
+  ),
 )
 def test_the_layers_are_taken_and_the_head_is_new(
   masked, data, tmp_path, capsys, recipe, kind, fresh
