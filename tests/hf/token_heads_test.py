@@ -38,16 +38,11 @@ def classes():
 
 
 # The first of these store tensors under names of their own.
-FIRST = [
-  "BertForQuestionAnswering",
-  "RobertaForTokenClassification",
-  "ModernBertForQuestionAnswering",
-  "LlamaForQuestionAnswering",
-]
+FIRST = ["LlamaForQuestionAnswering", "RobertaForTokenClassification"]
 CASES = sorted(classes(), key=lambda case: FIRST.index(case[1]) if case[1] in FIRST else len(FIRST))
 
 
-@pytest.mark.parametrize("family, cls, values", quick.first(CASES, len(FIRST)))
+@pytest.mark.parametrize("family, cls, values", quick.first(CASES, 2))
 def test_logits_and_classes_come_in_and_go_out(family, cls, values, tmp_path):
   variant = variants.Variant(cls, cls, variants.FAMILIES[family][1] | values, {})
   kind, message = variants.outcome(variant, tmp_path)

@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     top_k=BEST,
   ),
 } | {name: dict(name="preference", loss=name, beta=BETA, gamma=GAMMA) for name in preference.LOSSES}
-FIRST_KINDS = ("causal_lm", "classification", "stored", "dpo")
+FIRST_KINDS = ("causal_lm", "stored")
 KINDS = quick.first(sorted(OPTIONS, key=lambda kind: kind not in FIRST_KINDS), len(FIRST_KINDS))
 
 

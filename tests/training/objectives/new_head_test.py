@@ -46,14 +46,13 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def masked(tiny, data, tmp_path_factory):
+def masked(data, tmp_path_factory):
   """The folder of a masked language model with BERT's head."""
   folder = tmp_path_factory.mktemp("masked") / "run"
-  c = tiny(
-    data__path=data("text"), objective__name="masked_lm", model__causal=False, train__steps=2
-  )
-  c.model.update(dict(num_layers=1, width=16, head_transform="norm", head_bias=True))
-  c.data.update(dict(seq_len=16, batch_size=8))
+  c, _ = loading.load(CONFIGS.parent / "masked_lm.py")
+  c.model.update(dict(num_layers=1, width=16, num_heads=2, mlp_width=32))
+  c.data.update(dict(path=data("text"), seq_len=16, batch_size=8))
+  c.train.steps, c.schedule.warmup_steps, c.eval.every = 2, 1, 0
   loop.train(c, folder, {})
   return folder
 
@@ -67,7 +66,7 @@ def masked(tiny, data, tmp_path_factory):
       ("sentiment", "classification", ["head", "head_bias"]),
       ("question_answering", "question_answering", ["head", "head_bias"]),
     ],
-    2,
+    1,
   ),
 )
 def test_the_layers_are_taken_and_the_head_is_new(
