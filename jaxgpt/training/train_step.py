@@ -30,8 +30,8 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import tree
 from jaxgpt.model import fixed_models, transformer
 from jaxgpt.parallel import sharding
-from jaxgpt.training import microbatches, objectives, xla_options
-from jaxgpt.training.objectives import Aux, Batch, LossFn
+from jaxgpt.training import objectives, xla_options
+from jaxgpt.training.objectives import Aux, Batch, LossFn, microbatches
 from jaxgpt.tree import PyTree
 
 State: TypeAlias = dict[str, Any]

@@ -11,8 +11,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.model import ops
 from jaxgpt.model.transformer import Transformer
 from jaxgpt.training import losses
-from jaxgpt.training.microbatches import mapped
 from jaxgpt.training.objectives.forward import apply, router_terms
+from jaxgpt.training.objectives.microbatches import mapped
 from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, Objective
 from jaxgpt.tree import PyTree
 

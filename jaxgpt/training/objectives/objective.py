@@ -55,7 +55,7 @@ class Objective:
     loss_chunk: Whether it implements `objective.loss_chunk`.
     whole_batch: Whether its loss compares the rows of a batch. It then gets all rows of a step at
       once, and `loss_fn` the number of microbatches, as the keyword `microbatches`. See
-      `training.microbatches.mapped`.
+      `objectives.microbatches.mapped`.
     fixed: From the config, the fixed models that the loss compares the trained one with: names of
       `model.fixed_models`, whose weights the loss function then finds in `frozen`.
     stored: How to compute ahead what the fixed model says, for `objective.stored`, or None.
