@@ -1,4 +1,4 @@
-"""The commands of `jaxgpt`: one file each, found by listing this folder.
+"""The commands of `jaxgpt`: one file each, found by listing this folder and its subfolders.
 
 A command's file defines `COMMAND`. It imports little at the top, and the rest inside `run`, so that
 `jaxgpt --help` answers at once. Work that needs heavy imports is in `actions` and `checks`.
@@ -7,10 +7,10 @@ A command's file defines `COMMAND`. It imports little at the top, and the rest i
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-_OTHERS = ("main", "reference")  # modules of this folder that hold no command
+_OTHERS = ("main", "reference", "actions", "checks")  # files and folders that hold no command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,17 @@ class Command:
 
 def discover() -> dict[str, Command]:
   """All commands by name, in alphabetical order."""
-  found = [
-    importlib.import_module(f"{__name__}.{module.name}").COMMAND
-    for module in pkgutil.iter_modules(__path__)
-    if not module.ispkg and module.name not in _OTHERS
-  ]
+  found = _commands(__name__, __path__)
   return {command.name: command for command in sorted(found, key=lambda command: command.name)}
+
+
+def _commands(package: str, paths: Iterable[str]) -> Iterator[Command]:
+  """The commands in a package and in the packages below it."""
+  for module in pkgutil.iter_modules(paths):
+    if module.name in _OTHERS:
+      continue
+    found = importlib.import_module(f"{package}.{module.name}")
+    if module.ispkg:
+      yield from _commands(found.__name__, found.__path__)
+    else:
+      yield found.COMMAND

@@ -18,9 +18,11 @@ def test_the_page_is_up_to_date():
   assert (ROOT / "docs" / "cli.md").read_text() == reference.cli_page(), "run `make docs`"
 
 
-def test_each_file_of_the_folder_is_a_command():
-  files = {path.stem for path in (ROOT / "jaxgpt" / "commands").glob("*.py")}
-  assert len(COMMANDS) == len(files - {"__init__", "main", "reference"})
+def test_each_file_of_the_folders_is_a_command():
+  folder = ROOT / "jaxgpt" / "commands"
+  files = [path.relative_to(folder) for path in folder.rglob("*.py")]
+  others = {"__init__", "main", "reference", "actions", "checks"}
+  assert len(COMMANDS) == sum(not others & set(path.with_suffix("").parts) for path in files)
   assert list(COMMANDS) == sorted(COMMANDS)
 
 

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from jaxgpt import config
-from jaxgpt.commands import discover, import_model, main
+from jaxgpt.commands import discover, main
+from jaxgpt.commands.models import import_model
 from jaxgpt.config import options
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load

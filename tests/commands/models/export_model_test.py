@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxgpt.commands import export_model
 from jaxgpt.commands.actions import backend, import_export
+from jaxgpt.commands.models import export_model
 from jaxgpt.errors import UserError
 
 FIGURE = {"max_abs": 0.39, "mean_abs": 0.1, "scale": 4.0}

@@ -1,0 +1,1 @@
+"""`jaxgpt data` and its second words."""

@@ -1,0 +1,1 @@
+"""`jaxgpt import` and `jaxgpt export`."""
