@@ -1,10 +1,15 @@
 """The KV cache of decoding: keys and values of earlier tokens, so that each is computed once.
 
 A cache is a plain tree of arrays. It is an argument and a result of the model, and is never stored
-in it. Slot s of a row holds the token at position s.
+in it. There are two forms:
 
-B batch, S cache slot, K key/value heads, H head size.
+  slots   of a fixed number of rows. Slot s of a row holds the token at position s
+  pages   blocks in a pool, which rows of any length share (`attention.paged`)
+
+B batch, S cache slot, M block of a pool, K key/value heads, H head size.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,7 @@ from jaxgpt.model import stacks
 
 LayerCache = dict[str, jax.Array]  # 'k' and 'v', or 'latent' and 'shared_key', each [B, S, ...]
 Cache = dict[str, tuple[LayerCache, ...]]  # {stack: a cache for each block of the pattern}
+Pools = tuple[LayerCache, ...]  # a paged cache: for each layer 'k' and 'v', or 'latent'
 
 
 def init(cfg: ml_collections.FrozenConfigDict, batch_size: int, num_slots: int) -> Cache:
@@ -49,6 +55,29 @@ def layer_cache(
     name: jnp.zeros((batch_size, num_slots, *shape), jnp.dtype(cfg.dtype))
     for name, shape in shapes.items()
   }
+
+
+def pools(
+  cfg: ml_collections.FrozenConfigDict, num_blocks: int, block_size: int, dtype: Any
+) -> Pools:
+  """An empty paged cache: for each layer pools [M, K, S, H].
+
+  With latent attention a pool holds the compressed vector and the rotated key of all heads in one
+  vector, which is the key of one head, followed by 1 where keys have a bias.
+
+  Args:
+    cfg: The config's `model` section.
+    num_blocks: M.
+    block_size: S, tokens of a block.
+    dtype: dtype of the pools.
+  """
+  heads = {"k": (cfg.num_kv_heads, cfg.head_dim), "v": (cfg.num_kv_heads, cfg.head_dim)}
+  if cfg.latent.kv_rank:
+    heads = {"latent": (1, cfg.latent.kv_rank + cfg.latent.rope_dim + int(cfg.qkv_bias))}
+  return tuple(
+    {name: jnp.zeros((num_blocks, K, block_size, H), dtype) for name, (K, H) in heads.items()}
+    for _ in range(cfg.num_layers)
+  )
 
 
 def write(cache: LayerCache, new: LayerCache, positions_BT: jax.Array) -> LayerCache:

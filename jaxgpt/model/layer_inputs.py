@@ -10,8 +10,8 @@ import jax
 import ml_collections
 
 from jaxgpt.model import rope
-from jaxgpt.model.attention import attention, masks, token_order
-from jaxgpt.model.kv_cache import Cache
+from jaxgpt.model.attention import attention, masks, paged, token_order
+from jaxgpt.model.kv_cache import Cache, Pools
 
 
 class KindInputs(NamedTuple):
@@ -34,12 +34,14 @@ class LayerInputs(NamedTuple):
     positions: [B, T], positions within each document.
     real: [B, T], False for padding.
     segments: [B, T], 1, 2, ... for the documents of a row, 0 for padding.
+    call: Where the tokens are in a paged cache, or None.
   """
 
   kinds: dict[str, KindInputs]
   positions: jax.Array
   real: jax.Array
   segments: jax.Array
+  call: paged.Call | None = None
 
 
 def make(
@@ -47,7 +49,8 @@ def make(
   form: str,
   positions_BT: jax.Array,
   segments_BT: jax.Array,
-  cache: Cache | None = None,
+  cache: Cache | Pools | None = None,
+  call: paged.Call | None = None,
 ) -> LayerInputs:
   """Computes the inputs of all layers.
 
@@ -57,9 +60,12 @@ def make(
     positions_BT: Positions within each document.
     segments_BT: Segments, not used for the mask if there is a cache.
     cache: KV cache of the model, or None.
+    call: Where the tokens are in a paged cache, or None.
   """
   mask: Callable[[int | None], jax.Array | None]
-  if cache is not None:
+  if call is not None:
+    length, mask = call.context, lambda window: None
+  elif cache is not None:
     length = jax.tree.leaves(cache)[0].shape[2]
     mask = lambda window: masks.visible_slots(positions_BT, length, window=window)
   else:
@@ -81,7 +87,7 @@ def make(
       scaling = "none" if own else cfg.rope.scaling
       rotary = rope.angles(positions_BT, rotated_size(cfg), cfg.rope, theta, scaling, length)
     kinds[kind] = KindInputs(mask(cfg.window if local else None), rotary)
-  return LayerInputs(kinds, positions_BT, real, segments_BT)
+  return LayerInputs(kinds, positions_BT, real, segments_BT, call)
 
 
 def restored(inputs: LayerInputs) -> LayerInputs:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config.remat import QKV, O
-from jaxgpt.model import kv_cache, rope
-from jaxgpt.model.attention import attention
+from jaxgpt.model import kv_cache, lora, rope
+from jaxgpt.model.attention import attention, paged
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.model.kv_cache import LayerCache
 from jaxgpt.model.layer_inputs import KindInputs, LayerInputs
@@ -55,10 +55,6 @@ class Attention(Module):
     """
     cfg = self.cfg
     here = inputs.kinds[self.kind]
-    make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
-    (q, k, v), cache = make(x_BTD, here, inputs.positions, cache, lora_key)
-    # With a cache the mask covers cache slots, which the kernels do not support.
-    form = "reference" if cache is not None else self.form
     spec = Spec(
       scale=cfg.attn_scale,
       softcap=cfg.attn_softcap,
@@ -66,7 +62,16 @@ class Attention(Module):
       window=cfg.window if self.kind == "local" else None,
       rules=self.rules,
     )
-    out = attention.attend(form, q, k, v, here.mask, inputs.segments, spec)
+    if inputs.call is not None:
+      assert cache is not None
+      attend = self._paged_latent if cfg.latent.kv_rank else self._paged
+      out, cache = attend(x_BTD, inputs, cache, spec)
+    else:
+      make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
+      (q, k, v), cache = make(x_BTD, here, inputs.positions, cache, lora_key)
+      # With a cache the mask covers cache slots, which the kernels do not support.
+      form = "reference" if cache is not None else self.form
+      out = attention.attend(form, q, k, v, here.mask, inputs.segments, spec)
     _, _, N, H = out.shape
     shape, axes = (N, H, cfg.width), ("heads", "head_dim", "embed")
     y = self.linear("o", out, shape, axes, self.residual_std, num_in=2, key=lora_key)
@@ -119,6 +124,21 @@ class Attention(Module):
       k, v = cache["k"], cache["v"]
     return (q, k, v), cache
 
+  def _paged(
+    self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache, spec: Spec
+  ) -> tuple[jax.Array, LayerCache]:
+    """Attention over a paged cache: (out [B, T, N, H], the cache)."""
+    assert inputs.call is not None
+    (q, k, v), _ = self._qkv(x_BTD, inputs.kinds[self.kind], inputs.positions, None, None)
+    cache = {name: paged.write(cache[name], x, inputs.call) for name, x in (("k", k), ("v", v))}
+    cache = {name: self._pinned(pool) for name, pool in cache.items()}
+    out = paged.attend(q, cache["k"], cache["v"], inputs.call, self.kind, inputs.positions, spec)
+    return out, cache
+
+  def _pinned(self, pool_MKSH: jax.Array) -> jax.Array:
+    """A pool, sharded by heads as keys and values are."""
+    return self.rules.constrain(pool_MKSH, None, "act_heads", None, None)
+
   def _normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
     """RMSNorm over each head, or over all heads together (OLMo 2)."""
     norm = functools.partial(Norm, self.cfg, "rmsnorm", name=name)
@@ -145,6 +165,22 @@ class Attention(Module):
                  k, v <- norm      rotate        key of a head = [ k | shared key ]
                                                  query of a head = [ plain | rotated R ]
     """
+    q, latent_BTC, shared_key = self._compressed(x_BTD, here, key)
+    cfg, lat, N = self.cfg, self.cfg.latent, self.cfg.num_heads
+    R, plain = lat.rope_dim, cfg.head_dim - lat.rope_dim
+    if cache is not None:
+      new = {"latent": latent_BTC, "shared_key": shared_key}
+      cache = kv_cache.write(cache, new, positions_BT)
+      latent_BTC, shared_key = cache["latent"], cache["shared_key"]
+    k = self._heads("k", latent_BTC, ("heads", N, plain), key, "rank")
+    v = self._heads("v", latent_BTC, ("heads", N, lat.v_dim), key, "rank")
+    k = jnp.concatenate([k, jnp.broadcast_to(shared_key, (*k.shape[:3], R))], -1)
+    return mark((q, k, v), self.rules), cache
+
+  def _compressed(
+    self, x_BTD: jax.Array, here: KindInputs, key: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Latent attention's (queries [B, T, N, H], latents [B, T, C], shared keys [B, T, 1, R])."""
     cfg = self.cfg
     assert here.rotary is not None
     lat, N, D = cfg.latent, cfg.num_heads, cfg.width
@@ -161,14 +197,43 @@ class Attention(Module):
     latent_BTC = norm(compressed[..., : lat.kv_rank])
     shared_key = rope.rotate(compressed[..., None, lat.kv_rank :], *here.rotary)
     q = jnp.concatenate([q[..., :plain], rope.rotate(q[..., plain:], *here.rotary)], -1)
-    if cache is not None:
-      new = {"latent": latent_BTC, "shared_key": shared_key}
-      cache = kv_cache.write(cache, new, positions_BT)
-      latent_BTC, shared_key = cache["latent"], cache["shared_key"]
-    k = self._heads("k", latent_BTC, ("heads", N, plain), key, "rank")
-    v = self._heads("v", latent_BTC, ("heads", N, lat.v_dim), key, "rank")
-    k = jnp.concatenate([k, jnp.broadcast_to(shared_key, (*k.shape[:3], R))], -1)
-    return mark((q, k, v), self.rules), cache
+    return q, latent_BTC, shared_key
+
+  def _paged_latent(
+    self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache, spec: Spec
+  ) -> tuple[jax.Array, LayerCache]:
+    """Latent attention over a paged cache, without keys and values of earlier tokens.
+
+    The projections of keys and values move to the other side of their products (DeepSeek-V2,
+    section 2.1.2), so that all heads attend to the latents themselves:
+
+      q · (W_k c + b_k) = (W_k' q) · c + q · b_k
+      sum of w (W_v c + b_v) = W_v (sum of w c) + b_v
+
+    Adapters must have been merged into the weights. `model.quantize` does not apply to the two
+    moved products.
+    """
+    cfg, lat, N = self.cfg, self.cfg.latent, self.cfg.num_heads
+    assert inputs.call is not None and not lora.adapts(cfg.lora, "k")
+    C, plain = lat.kv_rank, cfg.head_dim - lat.rope_dim
+    q, latent_BTC, shared_key = self._compressed(x_BTD, inputs.kinds[self.kind], None)
+    axes = ("rank", "heads", "head_dim")
+    w_k = self.weight("k", (C, N, plain), axes, cfg.init_std).astype(self.dtype)
+    w_v = self.weight("v", (C, N, lat.v_dim), axes, cfg.init_std).astype(self.dtype)
+    queries = [jnp.einsum("BTNH,CNH->BTNC", q[..., :plain], w_k), q[..., plain:]]
+    keys = [latent_BTC[:, :, None], shared_key]
+    if cfg.qkv_bias:
+      b_k = self.vector("k_bias", (N, plain), axes[1:]).astype(self.dtype)
+      queries.append(jnp.einsum("BTNH,NH->BTN", q[..., :plain], b_k)[..., None])
+      keys.append(jnp.ones_like(shared_key[..., :1]))
+    pool = paged.write(cache["latent"], jnp.concatenate(keys, -1), inputs.call)
+    q = jnp.concatenate(queries, -1)
+    at = (inputs.call, self.kind, inputs.positions, spec)
+    mean_BTNC = paged.attend(q, pool, None, *at, v_size=C)
+    out = jnp.einsum("BTNC,CNH->BTNH", mean_BTNC, w_v)
+    if cfg.qkv_bias:
+      out += self.vector("v_bias", (N, lat.v_dim), axes[1:]).astype(self.dtype)
+    return out, {"latent": pool}
 
 
 def mark(qkv: Heads, rules: Rules) -> Heads:

@@ -19,10 +19,12 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import ml_collections
 
 from jaxgpt.config.keys.layer_kinds import attention_kinds, mlp_kinds
 from jaxgpt.model import pipeline
+from jaxgpt.tree import PyTree
 
 PIPELINED = "layers"  # the stack that pipeline stages share, the others are short
 
@@ -73,6 +75,25 @@ def of(cfg: ml_collections.FrozenConfigDict) -> list[Stack]:
       period = len(some)
     out.append(Stack(name, tuple(some[:period]), len(some) // period))
   return out
+
+
+def apart(cfg: ml_collections.FrozenConfigDict, params: PyTree) -> PyTree:
+  """Takes stacked parameters apart, so that a layer's are arrays of their own.
+
+  Args:
+    cfg: The config's `model` section.
+    params: All parameters.
+
+  Returns:
+    The same tree, with a tuple of trees, one for each period, in the place of each stack.
+  """
+  split = {s.name: tuple(repeat_of(params[s.name], i) for i in range(s.repeats)) for s in of(cfg)}
+  return {**params, **split}
+
+
+def repeat_of(stack: PyTree, i: int) -> PyTree:
+  """Parameters of the i-th period of a stack, stacked or `apart`."""
+  return stack[i] if isinstance(stack, tuple) else jax.tree.map(lambda x: x[i], stack)
 
 
 def pipeline_of(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> pipeline.Pipeline | None:

@@ -18,9 +18,9 @@ import numpy as np
 from jaxgpt import tree
 from jaxgpt.model import layer_inputs, layers, moe, ops, remat, stacks
 from jaxgpt.model import pipeline as pipeline_lib
-from jaxgpt.model.attention import token_order
+from jaxgpt.model.attention import paged, token_order
 from jaxgpt.model.block import BlockInputs, Period
-from jaxgpt.model.kv_cache import Cache
+from jaxgpt.model.kv_cache import Cache, LayerCache, Pools
 from jaxgpt.model.layer_inputs import LayerInputs
 from jaxgpt.parallel.sharding import DEFAULT, Rules
 from jaxgpt.tree import PyTree
@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
   logits: Any
   hidden: jax.Array
-  cache: Cache | None
+  cache: Cache | Pools | None
   router: moe.Statistics | None
   layers: jax.Array | None
 
@@ -67,7 +67,8 @@ class Transformer(layers.Module):
     segment_ids_BT: jax.Array | None = None,
     *,
     token_types_BT: jax.Array | None = None,
-    cache: Cache | None = None,
+    cache: Any = None,
+    call: paged.Call | None = None,
     dropout_key: jax.Array | None = None,
     logits_at_B: jax.Array | None = None,
     layer_outputs: bool = False,
@@ -83,7 +84,10 @@ class Transformer(layers.Module):
       segment_ids_BT: 1, 2, ... for the documents of a packed row, 0 for padding. None: each row is
         one document. Not used with a cache.
       token_types_BT: 0 and 1 for the two texts of a pair, below `token_types`. None: all 0.
-      cache: KV cache from `kv_cache.init` or an earlier call, or None.
+      cache: KV cache from `kv_cache.init` or an earlier call, or None. With `call`, one from
+        `kv_cache.pools`.
+      call: Where the tokens are in a paged cache, or None. The parameters of the layers may then be
+        apart, see `stacks.apart`.
       dropout_key: PRNG key during training, None otherwise.
       logits_at_B: For each row, the one index into T to compute logits at. None: all.
       layer_outputs: Whether to return the output of every block.
@@ -122,8 +126,12 @@ class Transformer(layers.Module):
     x = self.rules.constrain(x, "rows", "residual_length", "act_embed")
     if segment_ids_BT is None or cache is not None:
       segment_ids_BT = jnp.ones_like(tokens_BT)
-    inputs = layer_inputs.make(cfg, self.form, positions_BT, segment_ids_BT, cache)
-    x, cache, router, outputs = self._layers(x, inputs, cache, layers_key, layer_outputs)
+    inputs = layer_inputs.make(cfg, self.form, positions_BT, segment_ids_BT, cache, call)
+    router = outputs = None
+    if call is not None:
+      x, cache = self._one_by_one(x, inputs, cache)
+    else:
+      x, cache, router, outputs = self._layers(x, inputs, cache, layers_key, layer_outputs)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
     x = self.rules.constrain(x, "rows", "length", "act_embed")
@@ -203,6 +211,29 @@ class Transformer(layers.Module):
     total = jax.tree.map(lambda *xs: sum(v.sum(0) for v in xs), *routers) if routers else None
     all_outputs = jnp.concatenate(outputs) if layer_outputs else None
     return x, None if cache is None else caches, total, all_outputs
+
+  def _one_by_one(self, x: jax.Array, inputs: LayerInputs, pools: Any) -> tuple[jax.Array, Pools]:
+    """Applies the layers to a paged cache, without a scan: (x, the cache).
+
+    A scan would copy each layer's part of the cache, and on CPUs of the parameters, in each step.
+    """
+    pools, out = list(pools), list[LayerCache]()
+    for stack in stacks.of(self.cfg):
+      params = self.variables["params"][stack.name]
+      period: Any = Period(self.cfg, self.rules, stack.kinds, False, parent=None)
+      for i in range(stack.repeats):
+        layer = stacks.repeat_of(params, i)
+        own = tuple(
+          BlockInputs(
+            cache=pools.pop(0),
+            is_first=None if self.cfg.first_norm else jnp.asarray(len(out) + j == 0),
+            key=None,
+          )
+          for j in range(len(stack.kinds))
+        )
+        x, made = period.apply({"params": layer}, x, inputs, own)
+        out += made.caches
+    return x, tuple(out)
 
   def _pipelined(
     self, stack: stacks.Stack, own: tuple[BlockInputs, ...], x: jax.Array, inputs: LayerInputs

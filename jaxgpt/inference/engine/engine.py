@@ -1,0 +1,303 @@
+"""The decoding engine: continuous batching of requests over a paged cache.
+
+In each step requests enter free rows, a chunk of a prompt is computed, and each row that has its
+prompt in the cache draws a token:
+
+    step         1    2    3    4    5    6
+    request 0    P    D    D    D    .             P chunk of a prompt, D token drawn
+    request 1         P    P    D    D    D
+    request 2                   wait P    D        enters the row that request 0 left
+
+A request gets blocks for all tokens that it may have when it enters. So it waits when there are not
+enough, and is never interrupted.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.errors import UserError
+from jaxgpt.inference import load
+from jaxgpt.inference.engine import blocks as blocks_lib
+from jaxgpt.inference.engine import programs, requests, weights
+from jaxgpt.inference.engine.requests import Piece, Request, Stats, Token
+from jaxgpt.inference.engine.rows import Batch, Row
+from jaxgpt.inference.engine.text import Text
+from jaxgpt.training import uses
+
+BLOCK = 64  # tokens of a block, and on CPUs of a chunk
+CACHE_TOKENS = 8192  # that the cache holds unless the caller says otherwise, or one context
+
+
+class Engine:
+  """Continues prompts. Synchronous: use it from one thread."""
+
+  def __init__(
+    self,
+    run: load.Run,
+    *,
+    max_rows: int = 8,
+    cache_tokens: int | None = None,
+    cache_dtype: str | None = None,
+    block_size: int = BLOCK,
+    chunk_blocks: int | None = None,
+  ):
+    """Prepares weights and cache. The two programs are compiled at the first step.
+
+    A request's text depends neither on the other requests nor on the order of their arrival. It may
+    depend, through the last bits of a matmul, on the arguments here.
+
+    Args:
+      run: From `load.load`. Its parameters are copied in the form that decoding reads.
+      max_rows: Requests that are decoded together.
+      cache_tokens: Tokens of the cache. None: one context of each row, but not above `CACHE_TOKENS`
+        or one context.
+      cache_dtype: dtype of the cache. None: the model's compute dtype.
+      block_size: Tokens of a block.
+      chunk_blocks: Blocks of a prompt that are computed together. None: 1 on CPUs, 8 on others.
+
+    Raises:
+      UserError: The model cannot continue a text.
+    """
+    uses.check(run.c, "generate")
+    self._run, self._context = run, run.c.data.seq_len
+    size, rows = block_size, max_rows
+    tokens = cache_tokens or max(self._context, min(rows * self._context, CACHE_TOKENS))
+    self._blocks = blocks_lib.Blocks(-(-tokens // size), size)
+    if chunk_blocks is None:
+      chunk_blocks = 1 if jax.default_backend() == "cpu" else 8
+    self._chunk = chunk_blocks * size
+    with jax.set_mesh(run.mesh):
+      model, self._weights = weights.prepare(run.parts.model, run.params)
+      self._programs = programs.Programs(model, run.tokenizer.vocab_size)
+      dtype = cache_dtype or model.cfg.dtype
+      self._carried = self._programs.carried(rows, self._blocks.num + 1, size, dtype)
+    cfg = model.cfg
+    windows = {kind: cfg.window if kind == "local" else None for kind in cfg.attention_pattern}
+    self._batch = Batch(rows, size, self._context, windows)
+    self._rows: list[Row | None] = [None] * rows
+    self._queue = deque[tuple[int, Request]]()
+    self._cancelled = set[int]()
+    self._ends = frozenset(run.generation.end_ids)
+    self._next = self._prefilled = self._reused = self._decoded = 0
+
+  def check(self, request: Request) -> None:
+    """Raises a UserError that names the first fault of a request."""
+    request.sampling.check()
+    if not request.prompt:
+      raise UserError("the prompt has no token: give at least one, such as the tokenizer's bos")
+    if request.max_new < 1:
+      raise UserError(f"max_new={request.max_new} must be at least 1")
+    self._run.tokenizer.check_rows(request.prompt, self._run.c.model.vocab_size)
+    if min(request.prompt) < 0:
+      raise UserError(
+        f"the prompt has the token id {min(request.prompt)}, which must be at least 0"
+      )
+    if len(request.prompt) >= self._context:
+      raise UserError(
+        f"the prompt has {len(request.prompt)} tokens, the model's context {self._context} "
+        f"(data.seq_len): shorten it by at least {len(request.prompt) - self._context + 1}"
+      )
+    if self._needed(request) > self._blocks.num:
+      raise UserError(
+        f"the prompt and max_new={request.max_new} need {self._most_tokens(request)} tokens of the "
+        f"cache, which has {self._blocks.num * self._blocks.size}: ask for fewer"
+      )
+    most = programs.MOST_ALTERNATIVES
+    if request.logprobs is not None and not 0 <= request.logprobs <= most:
+      raise UserError(f"logprobs={request.logprobs} must be from 0 to {most}")
+    if not all(request.stop):
+      raise UserError("a stop string is empty; leave it out")
+    if request.constraint is not None:
+      raise UserError("constrained choice is not available; leave the constraint out")
+
+  def add(self, request: Request) -> int:
+    """Queues a request.
+
+    Returns:
+      Its number.
+
+    Raises:
+      UserError: See `check`.
+    """
+    self.check(request)
+    number, self._next = self._next, self._next + 1
+    self._queue.append((number, request))
+    return number
+
+  def cancel(self, number: int) -> None:
+    """Ends a request. Its row and blocks are free after the next step. Ended ones stay as is."""
+    self._cancelled.add(number)
+
+  @property
+  def busy(self) -> bool:
+    """Whether a request is queued or running."""
+    return bool(self._queue) or any(self._rows)
+
+  def stats(self) -> Stats:
+    """The present state, and totals since the start."""
+    return Stats(
+      running=sum(row is not None for row in self._rows),
+      waiting=len(self._queue),
+      blocks=self._blocks.num,
+      blocks_used=self._blocks.num - self._blocks.free,
+      prefilled=self._prefilled,
+      reused=self._reused,
+      decoded=self._decoded,
+    )
+
+  def step(self) -> list[Piece]:
+    """Cancels, admits, computes a chunk of a prompt and draws a token for each row."""
+    pieces = self._cancel()
+    with jax.set_mesh(self._run.mesh):
+      # The more rows idle, the more chunks before the others go on.
+      for _ in range(1 + sum(row is None or not row.is_prefilled for row in self._rows)):
+        if not self._prefill(self._admit()):
+          break
+      if any(row and row.is_prefilled for row in self._rows):
+        pieces += self._decode()
+    return pieces
+
+  def run(self, requests: Iterable[Request]) -> Iterator[Piece]:
+    """Continues all of some requests, which are read as rows become free.
+
+    Yields:
+      Pieces, with the requests numbered as `add` does.
+
+    Raises:
+      UserError: See `check`.
+    """
+    left = iter(requests)
+    more = True
+    while more or self.busy:
+      while more and len(self._queue) < len(self._rows):
+        request = next(left, None)
+        if request is None:
+          more = False
+        else:
+          self.add(request)
+      yield from self.step()
+
+  def _most_tokens(self, request: Request) -> int:
+    """Tokens of a request in the cache at its end. The last one drawn does not enter it."""
+    return min(len(request.prompt) + request.max_new, self._context) - 1
+
+  def _needed(self, request: Request) -> int:
+    """Blocks for all tokens of a request."""
+    return self._blocks.needed(self._most_tokens(request))
+
+  def _cancel(self) -> list[Piece]:
+    pieces = list[Piece]()
+    if self._cancelled:
+      gone = [number for number, _ in self._queue if number in self._cancelled]
+      self._queue = deque(entry for entry in self._queue if entry[0] not in self._cancelled)
+      for b, row in enumerate(self._rows):
+        if row is not None and row.number in self._cancelled:
+          gone.append(row.number)
+          self._leave(b, row)
+      pieces = [Piece(number, "", (), requests.CANCELLED) for number in sorted(gone)]
+      self._cancelled.clear()
+    return pieces
+
+  def _admit(self) -> Row | None:
+    """The row whose prompt is computed next: the one that has begun, else the next request's."""
+    for row in self._rows:
+      if row is not None and not row.is_prefilled:
+        return row
+    if not self._queue or None not in self._rows:
+      return None
+    number, request = self._queue[0]
+    before = request.prompt[:-1]  # the last token is decoded
+    found = self._blocks.find(before)
+    extra = len(found) % (self._chunk // self._blocks.size)
+    if extra:  # a chunk begins at a multiple of its length, wherever a prompt is found to begin
+      self._blocks.release(found[-extra:])
+      del found[-extra:]
+    fresh = self._blocks.take(self._needed(request) - len(found))
+    if fresh is None:
+      self._blocks.release(found)
+      return None
+    self._queue.popleft()
+    row = Row(
+      number,
+      request,
+      found + fresh,
+      cached=len(found) * self._blocks.size,
+      last=request.prompt[-1],
+      text=Text(self._run.tokenizer, request.prompt, request.stop),
+    )
+    b = self._rows.index(None)
+    self._rows[b] = row
+    self._reused += row.cached
+    self._enter(b, request)
+    return row
+
+  def _enter(self, b: int, request: Request) -> None:
+    s = request.sampling
+    if (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1, 0, 0):
+      prompt_V = np.zeros(self._carried.prompts.shape[1], bool)
+      prompt_V[list(request.prompt)] = True
+      self._carried = self._programs.enter(self._carried, b, prompt_V)
+
+  def _prefill(self, row: Row | None) -> bool:
+    """Computes the next chunk of a row's prompt. Whether there was something to do."""
+    if row is None:
+      return False
+    if not row.is_prefilled:
+      chunk = self._batch.chunk(row, self._chunk)
+      self._carried = self._programs.prefill(self._weights, self._carried, *chunk)
+      before = len(row.request.prompt) - 1
+      self._prefilled += min(self._chunk, before - row.cached)
+      row.cached = min(row.cached + self._chunk, before)
+      if row.is_prefilled:
+        self._blocks.publish(row.request.prompt[:before], row.blocks)
+    return True
+
+  def _decode(self) -> list[Piece]:
+    """Draws a token for each row that is prefilled."""
+    self._carried, drawn = self._programs.decode(
+      self._weights, self._carried, self._batch.step(self._rows)
+    )
+    found = jax.device_get(drawn)
+    pieces = list[Piece]()
+    for b, row in enumerate(self._rows):
+      if row is not None and row.is_prefilled:
+        row.cached += 1
+        row.drawn += 1
+        self._decoded += 1
+        pieces += self._advance(b, row, found)
+    return pieces
+
+  def _advance(self, b: int, row: Row, found: Any) -> list[Piece]:
+    """What a row's new token adds to its text."""
+    row.last, finish = int(found.tokens[b]), None
+    released = list[Token]()
+    if row.last in self._ends:
+      finish = requests.STOP
+    else:
+      released, stopped = row.text.add(_token(b, row.request.logprobs, found))
+      if stopped:
+        finish = requests.STOP
+      elif row.drawn == row.request.max_new or row.cached + 1 >= self._context:
+        finish = requests.LENGTH
+    if finish:
+      released += row.text.end()
+      self._leave(b, row)
+    if not released and not finish:
+      return []
+    return [Piece(row.number, "".join(t.text for t in released), tuple(released), finish)]
+
+  def _leave(self, b: int, row: Row) -> None:
+    self._blocks.release(row.blocks)
+    self._rows[b] = None
+
+
+def _token(b: int, logprobs: int | None, found: Any) -> Token:
+  """Row b's new token, without its text."""
+  if logprobs is None:
+    return Token(int(found.tokens[b]), "")
+  best = zip(found.best[b, :logprobs].tolist(), found.best_logprobs[b, :logprobs].tolist())
+  return Token(int(found.tokens[b]), "", float(found.logprobs[b]), tuple(best))

@@ -1,0 +1,121 @@
+"""The rows of a batch as arrays: the blocks that a step reads and writes, and how it draws tokens.
+
+B row, J block of a row, P pair of a row and a block, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxgpt.inference.engine.blocks import SPARE
+from jaxgpt.inference.engine.programs import StepInputs
+from jaxgpt.inference.engine.requests import Request
+from jaxgpt.inference.engine.text import Text
+from jaxgpt.inference.sampling import Sampling
+from jaxgpt.model.attention import paged
+
+
+@dataclasses.dataclass
+class Row:
+  """A request that has a row of the batch.
+
+  Attributes:
+    number: The request's number.
+    request: The request.
+    blocks: Its blocks of the cache, for all tokens that it may have.
+    cached: Tokens in the cache.
+    last: The token that is decoded next.
+    drawn: Tokens drawn.
+    text: Its text.
+  """
+
+  number: int
+  request: Request
+  blocks: list[int]
+  cached: int
+  last: int
+  text: Text
+  drawn: int = 0
+
+  @property
+  def is_prefilled(self) -> bool:
+    """Whether the prompt is in the cache, apart from its last token."""
+    return self.cached >= len(self.request.prompt) - 1
+
+
+_GREEDY = Sampling(temperature=0.0)
+
+
+class Batch:
+  """The rows of a batch as the arrays of a step."""
+
+  def __init__(
+    self, num_rows: int, block_size: int, context: int, windows: Mapping[str, int | None]
+  ):
+    """Prepares for a model.
+
+    Args:
+      num_rows: B.
+      block_size: Tokens of a block.
+      context: Longest context in tokens.
+      windows: {kind of attention that the model has: its window, or None}.
+    """
+    self._num_rows, self._size, self._context = num_rows, block_size, context
+    self._windows = windows
+    self._per_row = -(-context // block_size)
+    turn = paged.pairs_per_turn(num_rows)
+    self._most_pairs = -(-num_rows * self._per_row // turn) * turn
+
+  def chunk(self, row: Row, length: int) -> tuple[np.ndarray, np.ndarray, paged.Chunk]:
+    """The next `length` tokens of a row's prompt: the arguments of `Programs.prefill`."""
+    tokens_T = np.zeros(length, np.int32)
+    part = row.request.prompt[row.cached : min(row.cached + length, len(row.request.prompt) - 1)]
+    tokens_T[: len(part)] = part
+    table_J = np.full(self._per_row + length // self._size, SPARE, np.int32)
+    table_J[: len(row.blocks)] = row.blocks
+    start, first = np.array([row.cached, row.cached // self._size], np.int32)
+    return tokens_T, start, paged.Chunk(table_J, first, self._context)
+
+  def step(self, rows: Sequence[Row | None]) -> StepInputs:
+    """One token of each row that is prefilled. The others are not read."""
+    B, S = self._num_rows, self._size
+    there = [(b, row) for b, row in enumerate(rows) if row is not None and row.is_prefilled]
+    tokens, positions, blocks, offsets = np.zeros((4, B), np.int32)
+    seeds = np.zeros((B, 2), np.uint32)
+    with_logprobs = np.zeros(B, bool)
+    settings = [_GREEDY] * B
+    for b, row in there:
+      request = row.request
+      tokens[b], positions[b] = row.last, row.cached
+      blocks[b], offsets[b] = row.blocks[row.cached // S], row.cached % S
+      seeds[b] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
+      with_logprobs[b] = request.logprobs is not None
+      settings[b] = request.sampling
+    pairs = {kind: self._pairs(there, window) for kind, window in self._windows.items()}
+    columns = zip(*settings, strict=True)
+    draws = Sampling(
+      *(
+        np.array(column, np.int32 if name == "top_k" else np.float32)
+        for name, column in zip(Sampling._fields, columns, strict=True)
+      )
+    )
+    call = paged.Step(blocks, offsets, pairs, self._context)
+    return StepInputs(tokens, positions, call, draws, seeds, with_logprobs)
+
+  def _pairs(self, there: Sequence[tuple[int, Row]], window: int | None) -> paged.Pairs:
+    """The blocks that hold what each row's token sees."""
+    S, P = self._size, self._most_pairs
+    numbers, blocks, starts = np.zeros((3, P), np.int32)
+    table = np.full((self._num_rows, self._per_row), P, np.int32)
+    at = 0
+    for b, row in there:
+      first = 0 if window is None else max(row.cached - window + 1, 0) // S
+      count = row.cached // S + 1 - first
+      here = slice(at, at + count)
+      numbers[here] = b
+      blocks[here] = row.blocks[first : first + count]
+      starts[here] = np.arange(first, first + count) * S
+      table[b, :count] = np.arange(at, at + count)
+      at += count
+    return paged.Pairs(numbers, blocks, starts, table, np.array(at, np.int32))

@@ -1,0 +1,252 @@
+"""Attention over a paged cache: keys and values in blocks, which rows hold in any order.
+
+A block holds S consecutive tokens of one row. Blocks lie in a pool, and a row's table names its
+blocks, so that rows of different lengths share the pool and rows with the same beginning share
+blocks. A call is one of two kinds:
+
+  Chunk   the next tokens of one prompt. They fill whole blocks
+  Step    one token of each row of a batch
+
+The cost follows the number of blocks that the rows of a call hold. Neither the pool's size nor the
+longest context enters. A loop runs over blocks, and its number of turns is not known to the
+compiler, so one program serves all lengths:
+
+  blocks of the rows    row 0: a b c    row 1: d    row 2: e f
+  pairs                 a b c d | e f . .           4 in a turn
+  in a turn             logits, softmax and sum of values of each pair's block
+  after the loop        each row merges the results of its pairs, in their order
+
+A row's result does not depend on the other rows, to the last bit: a pair is computed in a shape
+that does not change, and what a row merges for the pairs it lacks is zero.
+
+M block of the pool, S slot of a block, B row, T query, N heads, K key/value heads, G = N / K, H
+head size, J block of a row, P pair of a row and a block, W pair of a turn.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.model import ops
+from jaxgpt.model.attention.masks import MASKED
+from jaxgpt.model.attention.spec import Spec
+
+Array = jax.Array | np.ndarray
+
+
+class Pairs(NamedTuple):
+  """The blocks that the rows of a step read.
+
+  Attributes:
+    rows: int32 [P], the row of each pair.
+    blocks: int32 [P], its block of the pool.
+    starts: int32 [P], position of the block's first token.
+    table: int32 [B, J], the pairs of each row in the order of their positions, P where there is
+      none.
+    num: int32 scalar, number of pairs. What follows them is not read.
+  """
+
+  rows: Array
+  blocks: Array
+  starts: Array
+  table: Array
+  num: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A call for one token of each row.
+
+  Attributes:
+    blocks: int32 [B], the block of each row's token.
+    offsets: int32 [B], its slot in the block.
+    pairs: {kind of attention: the blocks that it reads}, the token's own among them.
+    context: Longest context of a row, in tokens.
+  """
+
+  blocks: Array
+  offsets: Array
+  pairs: dict[str, Pairs]
+  context: int = dataclasses.field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """A call for T consecutive tokens of one row, which fill whole blocks.
+
+  Attributes:
+    blocks: int32 [J], the row's table.
+    first: int32 scalar, index into the table of the first block that the tokens fill.
+    context: Longest context of a row, in tokens.
+  """
+
+  blocks: Array
+  first: Array
+  context: int = dataclasses.field(metadata=dict(static=True))
+
+
+Call = Step | Chunk
+
+
+def write(pool_MKSH: jax.Array, new_BTKH: jax.Array, call: Call) -> jax.Array:
+  """Writes a call's tokens into the pool.
+
+  Args:
+    pool_MKSH: The pool of a layer.
+    new_BTKH: Keys, values or latents of the tokens. T = 1 in a step, B = 1 in a chunk.
+    call: Where they go.
+  """
+  new_BTKH = new_BTKH.astype(pool_MKSH.dtype)
+  if isinstance(call, Step):
+    return pool_MKSH.at[call.blocks, :, call.offsets].set(new_BTKH[:, 0])
+  _, K, S, H = pool_MKSH.shape
+  filled = new_BTKH.reshape(-1, S, K, H).swapaxes(1, 2)
+  blocks = jax.lax.dynamic_slice_in_dim(call.blocks, call.first, len(filled))
+  return pool_MKSH.at[blocks].set(filled)
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_MKSH: jax.Array,
+  v_MKSH: jax.Array | None,
+  call: Call,
+  kind: str,
+  positions_BT: jax.Array,
+  spec: Spec,
+  *,
+  v_size: int | None = None,
+) -> jax.Array:
+  """Attends to the tokens of each query's own row up to the query's position.
+
+  Args:
+    q_BTNH: Queries. Query head n reads key head n // (N // K).
+    k_MKSH: The pool of keys, with the call's own.
+    v_MKSH: The pool of values. None: the first `v_size` entries of the keys.
+    call: The blocks of the rows.
+    kind: The kind of attention, a key of `Step.pairs`.
+    positions_BT: Positions of the queries.
+    spec: Options. `causal` is not read.
+    v_size: See `v_MKSH`.
+
+  Returns:
+    [B, T, N, size of the values] in q's dtype. The softmax is computed in float32.
+  """
+  pools = _Pools(k_MKSH, v_MKSH, v_size)
+  if isinstance(call, Step):
+    return _step(q_BTNH, pools, call.pairs[kind], positions_BT[:, 0], spec)
+  return _chunk(q_BTNH, pools, call, positions_BT[0], spec)
+
+
+class _Pools(NamedTuple):
+  """Keys and values of a layer."""
+
+  k_MKSH: jax.Array
+  v_MKSH: jax.Array | None
+  v_size: int | None
+
+  def read(self, blocks: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of some blocks."""
+    k = self.k_MKSH[blocks].astype(dtype)
+    if self.v_MKSH is None:
+      return k, k[..., : self.v_size]
+    return k, self.v_MKSH[blocks].astype(dtype)
+
+  @property
+  def size(self) -> int:
+    """Size of a value."""
+    return self.v_MKSH.shape[-1] if self.v_MKSH is not None else self.v_size or 0
+
+
+def _visible(q_at: jax.Array, k_at: jax.Array, window: int | None) -> jax.Array:
+  """Whether queries at some positions see keys at others."""
+  distance = q_at - k_at
+  return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _step(
+  q_BTNH: jax.Array, pools: _Pools, pairs: Pairs, position_B: jax.Array, spec: Spec
+) -> jax.Array:
+  """Attention of one token of each row. See the drawing above."""
+  B, _, N, H = q_BTNH.shape
+  _, K, S, _ = pools.k_MKSH.shape
+  P, W = len(pairs.rows), pairs_per_turn(B)
+  q_BKGH = q_BTNH.reshape(B, K, N // K, H)
+
+  def turn(i, carry):
+    at = i * W
+    rows, blocks, starts = (
+      jax.lax.dynamic_slice_in_dim(x, at, W) for x in (pairs.rows, pairs.blocks, pairs.starts)
+    )
+    k, v = pools.read(blocks, q_BTNH.dtype)
+    logits = jnp.einsum("WKGH,WKSH->WKGS", q_BKGH[rows], k, preferred_element_type=jnp.float32)
+    logits = ops.softcap(logits * spec.scale, spec.softcap)
+    seen = _visible(position_B[rows][:, None], starts[:, None] + jnp.arange(S), spec.window)
+    logits = jnp.where(seen[:, None, None], logits, MASKED)
+    most = logits.max(-1)
+    weights = jnp.where(seen[:, None, None], jnp.exp(logits - most[..., None]), 0)
+    out = jnp.einsum(
+      "WKGS,WKSH->WKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
+    return tuple(map(put, carry, (most, weights.sum(-1), out)))
+
+  # One entry more stays as it is, for rows that have fewer pairs than others.
+  G = N // K
+  start = (
+    jnp.full((P + 1, K, G), MASKED, jnp.float32),
+    jnp.zeros((P + 1, K, G), jnp.float32),
+    jnp.zeros((P + 1, K, G, pools.size), jnp.float32),
+  )
+  turns = (pairs.num + W - 1) // W
+  most_BJ, sums_BJ, out_BJ = (x[pairs.table] for x in jax.lax.fori_loop(0, turns, turn, start))
+  share_BJ = jnp.exp(most_BJ - most_BJ.max(1, keepdims=True))
+  total = (share_BJ * sums_BJ).sum(1)
+  out = (share_BJ[..., None] * out_BJ).sum(1) / jnp.maximum(total, 1e-30)[..., None]
+  return out.astype(q_BTNH.dtype).reshape(B, 1, N, -1)
+
+
+def pairs_per_turn(num_rows: int) -> int:
+  """W, the pairs that one turn of a step's loop computes. The size of `Pairs` is a multiple."""
+  return max(num_rows, 2)
+
+
+def _chunk(
+  q_BTNH: jax.Array, pools: _Pools, call: Chunk, positions_T: jax.Array, spec: Spec
+) -> jax.Array:
+  """Attention of consecutive tokens of one row, a block of keys in each turn of the loop."""
+  _, T, N, H = q_BTNH.shape
+  _, K, S, _ = pools.k_MKSH.shape
+  G = N // K
+  q_KGTH = q_BTNH[0].reshape(T, K, G, H).transpose(1, 2, 0, 3)
+
+  def turn(j, carry):
+    most, total, out = carry
+    k, v = pools.read(call.blocks[j], q_BTNH.dtype)
+    logits = jnp.einsum("KGTH,KSH->KGTS", q_KGTH, k, preferred_element_type=jnp.float32)
+    logits = ops.softcap(logits * spec.scale, spec.softcap)
+    seen = _visible(positions_T[:, None], j * S + jnp.arange(S), spec.window)
+    logits = jnp.where(seen, logits, MASKED)
+    now = jnp.maximum(most, logits.max(-1))
+    weights = jnp.where(seen, jnp.exp(logits - now[..., None]), 0)
+    fade = jnp.exp(most - now)
+    part = jnp.einsum(
+      "KGTS,KSH->KGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return now, fade * total + weights.sum(-1), fade[..., None] * out + part
+
+  first = jnp.int32(0)
+  if spec.window is not None:
+    first = jnp.maximum(positions_T[0] - spec.window + 1, 0) // S
+  start = (
+    jnp.full((K, G, T), MASKED, jnp.float32),
+    jnp.zeros((K, G, T), jnp.float32),
+    jnp.zeros((K, G, T, pools.size), jnp.float32),
+  )
+  _, total, out = jax.lax.fori_loop(first, call.first + T // S, turn, start)
+  out = out / jnp.maximum(total, 1e-30)[..., None]
+  return out.transpose(2, 0, 1, 3).reshape(1, T, N, -1).astype(q_BTNH.dtype)

@@ -1,0 +1,243 @@
+"""The engine against the sampler of fixed slots, and what a request relies on in any company.
+
+One small engine per kind of model is compiled and shared by the tests. Its blocks are small, so that
+prompts of a few tokens have several chunks, and its cache is small, so that requests wait.
+"""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import config
+from jaxgpt.errors import UserError
+from jaxgpt.inference import load, sampling
+from jaxgpt.inference.engine import engine as engine_lib
+from jaxgpt.inference.engine.requests import Request
+from jaxgpt.inference.sampling import Sampling
+from jaxgpt.model import transformer
+from jaxgpt.run import generation
+from jaxgpt.text.tokenizers.base import ByteTokenizer
+from tests.model.transformer_test import STYLES
+
+CONTEXT, END = 48, 2
+KINDS = {
+  "gpt2": STYLES["gpt2"],
+  "local": STYLES["gemma"] | dict(num_kv_heads=2, num_layers=3),
+  "latent": STYLES["latent"]
+  | dict(bias=True, attn_softcap=5.0, mlp_pattern=("moe",), moe=dict(experts=4, width=16)),
+}
+GREEDY = Sampling(temperature=0.0)
+
+
+@functools.cache
+def made(kind):
+  """(run, its engine)."""
+  c = config.base()
+  c.model.update(
+    dict(vocab_size=300, max_len=CONTEXT, num_layers=2, width=32, num_heads=4, init_std=0.3)
+    | KINDS[kind]
+  )
+  c.data.update(dict(seq_len=CONTEXT, path=""))
+  c = config.resolve(c)
+  mesh, parts = load.place(c, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    params = transformer.init(parts.model, jax.random.key(0))
+    # Biases are 0 at first, and would not be tested.
+    params = jax.tree.map(
+      lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
+  ends = generation.Generation({"eos_token_id": [END]})
+  run = load.Run(c, parts, mesh, params, 0, ByteTokenizer(), "", ends)
+  return run, engine_lib.Engine(run, max_rows=3, block_size=8, cache_tokens=96)
+
+
+@pytest.fixture
+def engine():
+  return made("gpt2")[1]
+
+
+def prompt(length, seed=0):
+  return tuple(np.random.default_rng(seed).integers(3, 250, length).tolist())
+
+
+def answers(engine, requests):
+  """(tokens, text, finish) of each request."""
+  first, found = None, {}
+  for piece in engine.run(requests):
+    found.setdefault(piece.request, []).append(piece)
+  first = min(found)
+  out = []
+  for number in range(first, first + len(found)):
+    pieces = found[number]
+    assert [p.finish for p in pieces[:-1]] == [None] * (len(pieces) - 1) and pieces[-1].finish
+    assert all(p.text == "".join(t.text for t in p.tokens) for p in pieces)
+    tokens = [t for p in pieces for t in p.tokens]
+    out.append((tokens, "".join(p.text for p in pieces), pieces[-1].finish))
+  assert engine.stats().blocks_used == 0 and not engine.busy
+  return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_texts_are_those_of_the_sampler_of_fixed_slots(kind):
+  run, engine = made(kind)
+  prompts = [prompt(n, n) for n in (1, 5, 9, 17, 40, 33, 8)]
+  prompts[5:5] = [prompts[4][:20] + (7, 8, 9), prompts[4]]  # begin as the one before
+  tokens, lengths = np.zeros((len(prompts), CONTEXT), np.int32), [len(p) for p in prompts]
+  for row, ids in zip(tokens, prompts, strict=True):
+    row[: len(ids)] = ids
+  generate = sampling.make(run.parts.model, CONTEXT, END, run.tokenizer.vocab_size)
+  with jax.set_mesh(run.mesh):
+    out, ends = jax.device_get(
+      generate(run.params, tokens, np.array(lengths), 14, jax.random.key(0), GREEDY, 0)
+    )
+  want = [row[start:end].tolist() for row, start, end in zip(out, lengths, ends, strict=True)]
+  before = engine.stats()
+  got = answers(engine, [Request(ids, 14, GREEDY) for ids in prompts])
+  assert [[t.id for t in tokens] for tokens, _, _ in got] == want
+  assert len(set(map(tuple, want))) > 6, "the models write different texts"
+  after = engine.stats()
+  assert after.reused - before.reused >= 16 + 32, "blocks of equal beginnings were computed once"
+  assert after.prefilled - before.prefilled + after.reused - before.reused == sum(lengths) - 9
+  ended = [f for tokens, _, f in got]
+  assert ended == [
+    "stop" if len(w) < min(14, CONTEXT - n) else "length" for w, n in zip(want, lengths)
+  ]
+
+
+SETTINGS = [
+  GREEDY,
+  Sampling(1.0),
+  Sampling(1.3, top_k=20, top_p=0.9),
+  Sampling(0.7, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2),
+]
+
+
+def bits(answer):
+  tokens, text, finish = answer
+  return [(t.id, t.text, t.logprob, t.alternatives) for t in tokens], text, finish
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "local"])
+def test_a_text_does_not_depend_on_who_shares_the_batch(kind):
+  _, engine = made(kind)
+  mine = [
+    Request(prompt(11 + 5 * i, i), 10, s, seed=i - 1, logprobs=3) for i, s in enumerate(SETTINGS)
+  ]
+  alone = [bits(answers(engine, [request])[0]) for request in mine]
+  others = [Request(prompt(n, 90 + n), 12, Sampling(1.0), seed=n) for n in (30, 2, 19, 25, 7)]
+  mixed = [
+    others[0],
+    mine[3],
+    others[1],
+    mine[1],
+    mine[0],
+    others[2],
+    others[3],
+    mine[2],
+    others[4],
+  ]
+  found = [bits(answer) for answer in answers(engine, mixed)]
+  assert [found[mixed.index(request)] for request in mine] == alone
+  assert bits(answers(engine, [mine[0]])[0]) == alone[0], "with its prompt found in the cache"
+
+
+def test_seeds_draw_different_texts_and_equal_seeds_equal_ones(engine):
+  ask = lambda seed: Request(prompt(9), 12, Sampling(1.0), seed=seed)
+  texts = [text for _, text, _ in answers(engine, [ask(s) for s in (1, 2, 1 + (1 << 32), 1)])]
+  assert texts[0] == texts[3] and len(set(texts)) == 3
+
+
+def test_log_probabilities_are_the_model_s(engine):
+  run, _ = made("gpt2")
+  ids = prompt(10)
+  hot = Sampling(2.0, repetition_penalty=1.5)  # neither changes the log-probabilities
+  ((tokens, _, _),) = answers(engine, [Request(ids, 6, hot, seed=3, logprobs=4)])
+  whole = np.array([[*ids, *(t.id for t in tokens)]])
+  logits = run.parts.model.apply(
+    {"params": run.params}, whole, np.arange(whole.shape[1])[None]
+  ).logits[0, :, : run.tokenizer.vocab_size]
+  want = jax.nn.log_softmax(logits)[len(ids) - 1 : -1]
+  for row, token in zip(np.asarray(want), tokens, strict=True):
+    assert token.logprob == pytest.approx(row[token.id], abs=1e-4)
+    best = np.argsort(-row)[:4].tolist()
+    assert [i for i, _ in token.alternatives] == best
+    assert [p for _, p in token.alternatives] == pytest.approx(row[best].tolist(), abs=1e-4)
+  ((tokens, _, _),) = answers(engine, [Request(ids, 2, hot)])
+  assert tokens[0].logprob is None and not tokens[0].alternatives
+
+
+def test_a_stop_string_ends_a_text_and_its_row(engine):
+  ask = lambda **more: Request(prompt(9), 30, Sampling(1.0, top_k=90), seed=5, **more)
+  ((tokens, text, _),) = answers(engine, [ask()])
+  stop = re.search("[ -~]{2}", text[2:])[0]
+  before = engine.stats().decoded
+  ((_, got, finish),) = answers(engine, [ask(stop=("not in it", stop))])
+  assert (got, finish) == (text[: text.index(stop)], "stop")
+  assert engine.stats().decoded - before < len(tokens), "no token is drawn after it"
+
+
+def test_requests_wait_for_blocks_and_a_cancelled_one_gives_its_own_back(engine):
+  long = [engine.add(Request(prompt(40, i), 8, GREEDY)) for i in (1, 2, 3)]  # 6 blocks of 12 each
+  engine.step()
+  for _ in range(6):
+    engine.step()
+  stats = engine.stats()
+  assert (stats.running, stats.waiting, stats.blocks_used) == (2, 1, 12)
+  engine.cancel(long[0])
+  engine.cancel(12345)
+  pieces = engine.step()
+  assert [(p.request, p.finish) for p in pieces if p.finish == "cancelled"] == [
+    (long[0], "cancelled")
+  ]
+  assert engine.stats().waiting == 0, "the third has the blocks of the first"
+  engine.cancel(long[1])
+  last = []
+  while engine.busy:
+    last += [p for p in engine.step() if p.finish]
+  assert {p.request: p.finish for p in last} == {long[1]: "cancelled", long[2]: "length"}
+  assert engine.stats().blocks_used == 0
+
+
+def test_a_request_in_the_queue_can_be_cancelled(engine):
+  numbers = [engine.add(Request(prompt(4, i), 3, GREEDY)) for i in range(5)]
+  engine.cancel(numbers[4])
+  ended = {}
+  while engine.busy:
+    ended |= {p.request: p.finish for p in engine.step() if p.finish}
+  assert ended[numbers[4]] == "cancelled" and ended[numbers[0]] in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+  "fault, message",
+  [
+    (dict(prompt=()), "the prompt has no token"),
+    (dict(prompt=(5,) * 48), "the prompt has 48 tokens, the model's context 48 .* at least 1"),
+    (dict(prompt=(5, 300)), "no row of its embedding"),
+    (dict(prompt=(-1,)), "token id -1"),
+    (dict(max_new=0), "max_new=0 must be at least 1"),
+    (dict(sampling=Sampling(top_p=2)), "top-p=2 must be"),
+    (dict(logprobs=21), "logprobs=21 must be from 0 to 20"),
+    (dict(stop=("a", "")), "a stop string is empty"),
+  ],
+)
+def test_a_faulty_request_is_refused(engine, fault, message):
+  with pytest.raises(UserError, match=message):
+    engine.add(Request(**(dict(prompt=(5,), max_new=3) | fault)))
+  assert not engine.busy
+
+
+def test_the_cache_is_not_copied(engine):
+  """The two programs update it in place: no copy of a pool in the compiled text."""
+  run, _ = made("gpt2")
+  shape = engine._carried.pools[0]["k"].shape
+  pool = f"f32[{','.join(map(str, shape))}]"
+  with jax.set_mesh(run.mesh):
+    step = engine._batch.step(engine._rows)
+    lowered = engine._programs.decode.lower(engine._weights, engine._carried, step)
+  text = lowered.compile().as_text()
+  assert pool in text
+  copies = [line for line in text.splitlines() if f"= {pool}" in line and " copy(" in line]
+  assert not copies
