@@ -1,7 +1,7 @@
 """The engine against the sampler of fixed slots, and what a request relies on in any company.
 
-One small engine per kind of model is compiled and shared by the tests. Its blocks are small, so that
-prompts of a few tokens have several chunks, and its cache is small, so that requests wait.
+One small engine per kind of model is compiled and shared by the tests. Its blocks are small, so
+that prompts of a few tokens have several chunks, and its cache is small, so that requests wait.
 """
 
 import functools
