@@ -84,10 +84,8 @@ class Transformer(layers.Module):
       segment_ids_BT: 1, 2, ... for the documents of a packed row, 0 for padding. None: each row is
         one document. Not used with a cache.
       token_types_BT: 0 and 1 for the two texts of a pair, below `token_types`. None: all 0.
-      cache: KV cache from `kv_cache.init` or an earlier call, or None. With `call`, one from
-        `kv_cache.pools`.
-      call: Where the tokens are in a paged cache, or None. The parameters of the layers may then be
-        apart, see `stacks.apart`.
+      cache: KV cache from `kv_cache.init`, `kv_cache.pools` or an earlier call, or None.
+      call: Where the tokens are in a paged cache. Layers may then be apart, see `stacks.apart`.
       dropout_key: PRNG key during training, None otherwise.
       logits_at_B: For each row, the one index into T to compute logits at. None: all.
       layer_outputs: Whether to return the output of every block.
@@ -127,11 +125,7 @@ class Transformer(layers.Module):
     if segment_ids_BT is None or cache is not None:
       segment_ids_BT = jnp.ones_like(tokens_BT)
     inputs = layer_inputs.make(cfg, self.form, positions_BT, segment_ids_BT, cache, call)
-    router = outputs = None
-    if call is not None:
-      x, cache = self._one_by_one(x, inputs, cache)
-    else:
-      x, cache, router, outputs = self._layers(x, inputs, cache, layers_key, layer_outputs)
+    x, cache, router, outputs = self._layers(x, inputs, cache, layers_key, layer_outputs)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
     x = self.rules.constrain(x, "rows", "length", "act_embed")
@@ -172,12 +166,14 @@ class Transformer(layers.Module):
     self,
     x: jax.Array,
     inputs: LayerInputs,
-    cache: Cache | None,
+    cache: Any,
     key: jax.Array | None,
     layer_outputs: bool,
-  ) -> tuple[jax.Array, Cache | None, moe.Statistics | None, jax.Array | None]:
+  ) -> tuple[jax.Array, Any, moe.Statistics | None, jax.Array | None]:
     """Applies all stacks in order: (x, cache, router statistics, outputs of the blocks)."""
     cfg = self.cfg
+    if inputs.call is not None:
+      return *self._one_by_one(x, inputs, cache), None, None
     keys = None if key is None else jax.random.split(key, cfg.num_layers)
     caches: dict[str, Any] = {}
     routers, outputs, start = [], [], 0
