@@ -147,16 +147,19 @@ def _lines_of_tasks(args: EvaluateOptions) -> list[str]:
 
 def _lines(args: EvaluateOptions) -> list[str]:
   from jaxgpt.inference import breakdown, evaluate, load, scoring
+  from jaxgpt.run import run_folder
   from jaxgpt.storage import strict_json
   from jaxgpt.training import evaluation, train_step
 
+  if args.tables or args.contamination:
+    c = run_folder.read_config(args.workdir)
+    if not scoring.has_scores(c):
+      raise UserError(
+        f"--{'tables' if args.tables else 'contamination'}: the predictions of objective.name="
+        f"{c.objective.name!r} are not choices that can be scored one by one; leave it out"
+      )
   found = load.load(args.workdir, args.step, "evaluate", args.weights)
   source = evaluate.Source(args.data, args.split, args.kind, args.fields)
-  if (args.tables or args.contamination) and not scoring.has_scores(found.c):
-    raise UserError(
-      f"--{'tables' if args.tables else 'contamination'}: the predictions of objective.name="
-      f"{found.c.objective.name!r} are not choices that can be scored one by one; leave it out"
-    )
   with evaluate.opened(found, args.workdir, source, args.batch_size) as data:
     result, scores = evaluate.evaluate(found, data, args.batches, args.stride)
     tables = scores.tables() if scores and (args.tables or args.json) else {}

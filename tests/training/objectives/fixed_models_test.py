@@ -35,6 +35,20 @@ def stopping_after(monkeypatch, steps):
   return lambda: monkeypatch.setattr(batches_lib, "to_devices", original)
 
 
+def interrupted_at(batch):
+  """A `to_devices` that raises an error at the given batch."""
+  original, count = batches_lib.to_devices, 0
+
+  def to_devices(*args):
+    nonlocal count
+    count += 1
+    if count == batch:
+      raise InterruptedError
+    return original(*args)
+
+  return to_devices
+
+
 @pytest.fixture(scope="module")
 def preferred(tiny, data, tmp_path_factory):
   """(config, run folder) of DPO of all parameters, with the reference in memory."""
@@ -66,6 +80,10 @@ def test_stored_likelihoods_train_the_same_run_and_it_goes_on(
   c, folder = preferred
   c = c.copy_and_resolve_references()
   c.objective.stored = str(tmp_path / "stored")
+  with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    patch.setattr(batches_lib, "to_devices", interrupted_at(3))
+    loop.train(c, tmp_path / "run", {})
+  assert not (tmp_path / "stored" / "stored.json").exists(), "computed in part"
   undo = stopping_after(monkeypatch, 19)  # 16 batches are read before the first step
   assert loop.train(c, tmp_path / "run", {}).stopped
   undo()
@@ -78,6 +96,12 @@ def test_stored_likelihoods_train_the_same_run_and_it_goes_on(
   result = load.evaluate_run(load.load(tmp_path / "run"))
   assert result["margin"] == pytest.approx(outcome.result["margin"], rel=1e-5)
 
+  about = tmp_path / "stored" / "stored.json"
+  whole = about.read_text()
+  about.write_text(json.dumps(json.loads(whole) | {"model": "another"}))
+  with pytest.raises(UserError, match="has numbers of model 'another', but the run in .* has"):
+    load.load(tmp_path / "run", use="evaluate")
+  about.write_text(whole)
   c.seed = 1  # other weights
   with pytest.raises(UserError, match=r"has numbers of model .*; name an empty folder"):
     loop.train(c, tmp_path / "other", {})
