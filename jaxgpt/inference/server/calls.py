@@ -337,10 +337,13 @@ def _call(
         constraint=found.get("response_format"),
       )
       requests.append(request)
+    blamed = name
     try:
+      served.check(dataclasses.replace(requests[-1], constraint=None))
+      blamed = "response_format"
       served.check(requests[-1])
     except UserError as e:
-      raise RequestError(f"{name}: {e}", param=name) from None
+      raise RequestError(f"{blamed}: {e}", param=blamed) from None
   return Call(
     chat=chat,
     requests=tuple(requests),

@@ -108,7 +108,7 @@ def bind(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=_MOST_CONNECTIONS)
   except OSError as e:
     raise UserError(
-      f"host={host} port={port}: {e.strerror or e}; choose another port (0: any that is free), "
+      f"--host={host} --port={port}: {e.strerror or e}; choose another port (0: any that is free), "
       "or an address of this machine"
     ) from e
 

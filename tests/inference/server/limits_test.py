@@ -357,7 +357,7 @@ def test_a_second_signal_ends_it_at_once(process):
 def test_an_address_that_is_taken():
   with serving.bind("127.0.0.1", 0) as listener:
     port = listener.getsockname()[1]
-    with pytest.raises(UserError, match=f"port={port}.*choose another port"):
+    with pytest.raises(UserError, match=f"--port={port}.*choose another port"):
       serving.bind("127.0.0.1", port)
-  with pytest.raises(UserError, match="host=203.0.113.7"):
+  with pytest.raises(UserError, match="--host=203.0.113.7"):
     serving.bind("203.0.113.7", 0)

@@ -1,0 +1,85 @@
+"""The terminal chat: loads a run, and reads from and writes to the terminal or a pipe."""
+
+import contextlib
+import importlib
+import sys
+from typing import Any
+
+from jaxgpt.commands.actions import backend
+from jaxgpt.inference import chat, load
+from jaxgpt.inference.engine.engine import Engine
+from jaxgpt.inference.engine.requests import Request
+from jaxgpt.inference.prompts import Prompts
+from jaxgpt.inference.sampling import Sampling
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class Terminal:
+  """Standard input and output. Notes go to standard error, so a pipe gets answers alone."""
+
+  def __init__(self) -> None:
+    self._is_typed = sys.stdin.isatty()
+    self._colored = sys.stderr.isatty()
+    self._readline: Any = None
+    if self._is_typed:
+      with contextlib.suppress(ImportError):  # not on every system
+        self._readline = importlib.import_module("readline")
+
+  def read(self, prefill: str = "") -> str:
+    """See `chat.Terminal`. A line that ends with a backslash goes on in the next."""
+    lines = [self._line("> ", prefill)]
+    while lines[-1].endswith("\\"):
+      lines[-1] = lines[-1][:-1]
+      lines.append(self._line("… ", ""))
+    return "\n".join(lines)
+
+  def _line(self, prompt: str, prefill: str) -> str:
+    if not self._is_typed:
+      line = sys.stdin.readline()
+      if not line:
+        raise EOFError
+      return line.rstrip("\r\n")
+    try:
+      if self._readline and prefill:
+        self._readline.set_startup_hook(lambda: self._readline.insert_text(prefill))
+      return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+      print(file=sys.stderr)
+      raise
+    finally:
+      if self._readline:
+        self._readline.set_startup_hook(None)
+
+  def write(self, text: str) -> None:
+    """See `chat.Terminal`."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+  def note(self, text: str) -> None:
+    """See `chat.Terminal`."""
+    before, after = (_DIM, _PLAIN) if self._colored else ("", "")
+    print(f"{before}{text}{after}", file=sys.stderr, flush=True)
+
+
+def run(args: Any) -> None:
+  """Talks until the user leaves. `args` are the options of `jaxgpt chat`."""
+  terminal = Terminal()
+  given = {name: x for name in Sampling._fields if (x := getattr(args, name, None)) is not None}
+  Sampling()._replace(**given).check()
+  backend.start()
+  loaded = load.load(args.workdir, args.step, "generate")
+  prompts = Prompts(loaded)
+  _ = prompts.template  # its absence is an error before anything is compiled
+  own, ignored = load.sampling_defaults(loaded)
+  if ignored:
+    terminal.note(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
+  engine = Engine(loaded, max_rows=1)
+  for _piece in engine.run([Request(prompt=(loaded.tokenizer.bos_id,), max_new=2, sampling=own)]):
+    pass
+  terminal.note(f"{args.workdir}, step {loaded.step}; /help lists commands, Ctrl-D leaves")
+  settings = chat.Settings(own._replace(**given), args.max_new, args.seed)
+  talk = chat.Chat(
+    engine, prompts.chat, loaded.c.data.seq_len, terminal, settings, system=args.system
+  )
+  talk.run()
