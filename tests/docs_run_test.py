@@ -36,11 +36,14 @@ SEQUENCES = {
   "objectives": ("docs/objectives.md",),
   "evaluation": ("docs/evaluation.md",),
   "tasks": ("docs/tasks.md",),
+  "inference": ("docs/inference.md",),
   "memory": ("docs/memory.md",),
   "buckets": ("docs/buckets.md",),
   "plan": ("docs/plan.md", "docs/plan-budgets.md", "docs/compile-ahead.md"),
 }
-NEEDS = {"plan": "libtpu", "buckets": "moto", "models": "transformers"}
+NEEDS = {"plan": "libtpu", "buckets": "moto", "models": "transformers", "inference": "openai"}
+# Commands without which a page's own have nothing to start from.
+BEFORE = {"inference": "jaxgpt demo"}
 # Beginnings of commands that are not run, and why.
 NOT_RUN = {
   "make demo": "trains for five minutes",
@@ -154,6 +157,11 @@ def test_commands_run_as_printed(name, tmp_path):
     pytest.importorskip(NEEDS[name])
   copy, env = environment(tmp_path)
   wrong = []
+  if name in BEFORE:
+    shell = Shell(copy, env)
+    done = shell.run(BEFORE[name])
+    assert done.exit_code == 0, done.output[-2000:]
+    shell.close()
   for page in SEQUENCES[name]:
     shell = Shell(copy, env)
     for command in commands(page):

@@ -35,6 +35,16 @@ class ChatOptions:
     unset="the model's own, else 1.0",
     help="make tokens that the conversation already holds less likely; 1: do not",
   )
+  presence_penalty: float | None = option(
+    None,
+    unset="the model's own, else 0.0",
+    help="subtract this from the logits of tokens that the answer already holds",
+  )
+  frequency_penalty: float | None = option(
+    None,
+    unset="the model's own, else 0.0",
+    help="subtract this from a token's logit each time that the answer holds it",
+  )
   seed: int | None = integer(None, unset="a new one each time", help="seed of each answer")
 
 

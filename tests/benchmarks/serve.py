@@ -192,7 +192,9 @@ async def main(server: Server, seconds: float, clients: int) -> int:
 
 
 if __name__ == "__main__":
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("--seconds", type=float, default=300.0)
   parser.add_argument("--clients", type=int, default=64)
   parser.add_argument("--rows", type=int, default=16)

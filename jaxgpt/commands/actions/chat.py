@@ -65,7 +65,7 @@ class Terminal:
 def run(args: Any) -> None:
   """Talks until the user leaves. `args` are the options of `jaxgpt chat`."""
   terminal = Terminal()
-  given = {name: x for name in Sampling._fields if (x := getattr(args, name, None)) is not None}
+  given = {name: x for name in Sampling._fields if (x := getattr(args, name)) is not None}
   Sampling()._replace(**given).check()
   backend.start()
   loaded = load.load(args.workdir, args.step, "generate")
@@ -75,7 +75,8 @@ def run(args: Any) -> None:
   if ignored:
     terminal.note(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
   engine = Engine(loaded, max_rows=1)
-  for _piece in engine.run([Request(prompt=(loaded.tokenizer.bos_id,), max_new=2, sampling=own)]):
+  warm_up = Request(prompt=(loaded.tokenizer.bos_id,) * 2, max_new=2, sampling=own)
+  for _piece in engine.run([warm_up]):
     pass
   terminal.note(f"{args.workdir}, step {loaded.step}; /help lists commands, Ctrl-D leaves")
   settings = chat.Settings(own._replace(**given), args.max_new, args.seed)

@@ -56,7 +56,8 @@ def _model(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
   defaults, ignored = load.sampling_defaults(loaded)
   if ignored:
     _report(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
-  warm_up = Request(prompt=(loaded.tokenizer.bos_id,), max_new=_WARM_UP, sampling=defaults)
+  prompt = (loaded.tokenizer.bos_id,) * 2  # the first is prefilled, the second decoded
+  warm_up = Request(prompt=prompt, max_new=_WARM_UP, sampling=defaults)
   for _ in engine.run([warm_up]):
     pass
   _report(f"loaded step {loaded.step} and compiled in {time.monotonic() - begin:.1f} s")

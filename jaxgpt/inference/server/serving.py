@@ -152,7 +152,8 @@ async def _run(
 
   def begin_to_finish() -> None:
     waiting = worker.jobs if worker else 0
-    report(f"stopping: {waiting} texts are finished first; a second signal stops at once")
+    first = f": first {waiting} texts are finished; a second signal stops at once"
+    report(f"stopping{first if waiting else ''}")
     tasks.add(loop.create_task(finish()))
 
   config = uvicorn.Config(

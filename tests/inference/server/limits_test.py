@@ -341,14 +341,14 @@ def test_a_signal_loses_no_accepted_request(process):
     for i, future in enumerate(found):
       assert future.result()[1]["choices"][0]["text"] == want(f"tokens=50 {i}")
   assert process.wait(10) == 0
-  assert "8 texts are finished first" in process.stdout.read()
+  assert "first 8 texts are finished" in process.stdout.read()
 
 
 def test_a_second_signal_ends_it_at_once(process):
   held = opened(process, {"prompt": "tokens=4000", "max_tokens": 4000, "stream": True})
   held.recv(1)
   process.send_signal(signal.SIGINT)
-  assert "1 texts" in process.stdout.readline()
+  assert "first 1 texts" in process.stdout.readline()
   process.send_signal(signal.SIGTERM)
   assert process.wait(10) == 1
   held.close()
