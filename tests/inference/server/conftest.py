@@ -20,9 +20,9 @@ class Running:
     stop: Begins to stop it, as a signal does.
   """
 
-  def __init__(self, engine, capacity=72, settings=None, **served):
+  def __init__(self, engine, capacity=72, settings=None, model=None, **served):
     self.engine, self.lines = engine, []
-    model = fake.served(engine, capacity, **served)
+    model = model or fake.served(engine, capacity, **served)
     self.worker = worker.Worker(engine, capacity) if model.prompts else None
     listener = serving.bind("127.0.0.1", 0)
     self.port = listener.getsockname()[1]
@@ -66,7 +66,8 @@ def serve():
 
   yield start
   for each in running:
-    each.engine.paused.clear()
+    if isinstance(each.engine, fake.FakeEngine):
+      each.engine.paused.clear()
     each.end()
 
 
