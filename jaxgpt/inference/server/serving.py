@@ -88,6 +88,7 @@ class _Server(uvicorn.Server):
     del sig, frame
     self._signals += 1
     if self._signals > 1:
+      logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # each request breaks off
       self.force_exit = self.should_exit = True
     else:
       self._on_signal()
