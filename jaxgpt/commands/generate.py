@@ -1,9 +1,6 @@
-"""`jaxgpt generate`: continues a prompt with a run's model."""
+"""`jaxgpt generate`: continues a prompt, or those of a file, with a run's model."""
 
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jaxgpt.commands import Command
 from jaxgpt.config.options import checkpoint_step, integer, option
@@ -22,8 +19,23 @@ class GenerateOptions:
   chat: bool = option(
     False, help="the prompt is a user's message: write it in the run's chat template and answer it"
   )
+  input: str | None = option(
+    None,
+    metavar="FILE",
+    unset="--prompt",
+    help="file, folder, pattern or URL of prompts, in any format that `jaxgpt data` reads: the "
+    "column text, or with --chat messages; a file of text has a prompt per line; -: standard input",
+  )
+  output: str | None = option(
+    None,
+    metavar="FILE",
+    unset="standard output",
+    help="JSON Lines file to write, in the order of --input; the same command again continues it",
+  )
+  batch_size: int = integer(8, least=1, help="texts that are drawn together")
   samples: int = integer(1, least=1, help="number of texts to draw")
   max_new: int = integer(200, least=1, help="maximum of new tokens")
+  stop: tuple[str, ...] = option((), metavar="TEXT", help="string that ends a text")
   temperature: float | None = option(
     None,
     unset="the model's own, else 0.8",
@@ -64,39 +76,17 @@ class GenerateOptions:
 
 def run(args: GenerateOptions) -> None:
   """Prints the prompt with each continuation, or the answers alone with --chat."""
-  from jaxgpt.commands.actions import backend
-  from jaxgpt.inference import load
-  from jaxgpt.inference import sampler as sampler_lib
+  from jaxgpt.commands.actions import generate
 
-  prompt = read_prompt(args.prompt)
-  given = {
-    name: value for name in load.Sampling._fields if (value := getattr(args, name)) is not None
-  }
-  load.Sampling()._replace(**given).check()
-  backend.start()
-  loaded = load.load(args.workdir, args.step, "generate")
-  own, ignored = load.sampling_defaults(loaded)
-  for line in _notices(given, own, load.Sampling(), ignored):
-    print(line, file=sys.stderr)
-  sampler = sampler_lib.Sampler(loaded, args.samples)
-  texts = sampler(prompt, args.max_new, own._replace(**given), args.seed, args.chat)
-  for i, text in enumerate(texts):
-    if args.samples > 1:
-      print(f"--- sample {i + 1} of {args.samples}")
-    print(text if args.chat else prompt + text, flush=True)
-
-
-def _notices(given: Mapping[str, float], own: Any, usual: Any, ignored: Sequence[str]) -> list[str]:
-  """Lines on the settings that come from the model's generation_config.json."""
-  taken = [
-    f"{name}={value}"
-    for name, value in own._asdict().items()
-    if name not in given and value != getattr(usual, name)
-  ]
-  lines = [f"from the model's generation_config.json: {', '.join(taken)}"] if taken else []
-  if ignored:
-    lines.append(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
-  return lines
+  if args.input:
+    if args.prompt:
+      raise UserError("--prompt and --input both give prompts: leave one of them out")
+  elif args.output:
+    raise UserError(f"--output={args.output} needs --input: add it, or leave --output out")
+  if not args.input:
+    generate.prompt(args, read_prompt(args.prompt))
+  else:
+    generate.file(args)
 
 
 def read_prompt(prompt: str) -> str:

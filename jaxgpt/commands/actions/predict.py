@@ -34,18 +34,21 @@ def run(args: Any) -> None:
   if args.json and not found:
     raise UserError("--json prints the scores of --task: add it, or leave --json out")
   backend.start(several=settings is not None)
-  with distributed.joined(settings, args.join_timeout), _listed(args) as (listed, form):
+  with (
+    distributed.joined(settings, args.join_timeout),
+    inputs(args.input, args.format) as (listed, form),
+  ):
     _predict(args, listed, form, found)
 
 
 @contextlib.contextmanager
-def _listed(args: Any) -> Iterator[tuple[list[files.File], str | None]]:
-  """The files of --input and their format."""
-  if args.input == _STREAM:
-    with rows.standard_input() as (spool, form):
-      yield [spool], args.format or form
+def inputs(where: str, form: str | None = None) -> Iterator[tuple[list[files.File], str | None]]:
+  """The files of --input, or standard input for -, and their format. `form` is that of --format."""
+  if where == _STREAM:
+    with rows.standard_input() as (spool, found):
+      yield [spool], form or found
   else:
-    yield documents.find(args.input), args.format
+    yield documents.find(where), form
 
 
 def _refuse(args: Any, names: Sequence[str], why: str) -> None:

@@ -13,7 +13,7 @@ enough, and is never interrupted.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -180,6 +180,30 @@ class Engine:
         else:
           self.add(request)
       yield from self.step()
+
+  def texts(
+    self,
+    requests: Sequence[Request],
+    watched: Callable[[Iterable[Piece]], Iterable[Piece]] = iter,
+  ) -> list[tuple[str, str]]:
+    """Continues all of some requests.
+
+    Args:
+      requests: The requests.
+      watched: Passes the pieces on as they come.
+
+    Returns:
+      (text, why it ended) of each, in their order.
+
+    Raises:
+      UserError: See `check`.
+    """
+    first, found = self._next, [("", "")] * len(requests)
+    for piece in watched(self.run(requests)):
+      if piece.request >= first:
+        before = found[piece.request - first][0]
+        found[piece.request - first] = before + piece.text, piece.finish or ""
+    return found
 
   def _most_tokens(self, request: Request) -> int:
     """Tokens of a request in the cache at its end. The last one drawn does not enter it."""

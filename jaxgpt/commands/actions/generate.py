@@ -1,0 +1,166 @@
+"""What `jaxgpt generate` does."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxgpt.commands.actions import backend
+from jaxgpt.commands.actions.predict import inputs
+from jaxgpt.config import user_code
+from jaxgpt.errors import UserError
+from jaxgpt.inference import load
+from jaxgpt.inference.engine.engine import Engine
+from jaxgpt.inference.engine.requests import Piece, Request
+from jaxgpt.inference.prompts import Prompts
+from jaxgpt.inference.sampling import Sampling
+from jaxgpt.tasks.predict import job, rows
+from jaxgpt.tasks.predict.protocol import Prediction
+from jaxgpt.tasks.predict.rows import Row
+
+
+def prompt(args: Any, text: str) -> None:
+  """Continues one prompt on the terminal, as it is written if there is one sample."""
+  run, draws = _loaded(args)
+  prompts = Prompts(run)
+  ids = prompts.chat([{"role": "user", "content": text}]) if args.chat else prompts.text(text)
+  engine = Engine(run, max_rows=min(args.samples, args.batch_size))
+  wanted = _requests(args, draws, ids, args.seed)
+  clock = _Clock()
+  if args.samples == 1:
+    engine.check(wanted[0])
+    print("" if args.chat else text, end="", flush=True)
+    for piece in clock.timed(engine.run(wanted)):
+      print(piece.text, end="", flush=True)
+    print(flush=True)
+  else:
+    texts = [""] * args.samples
+    for piece in clock.timed(engine.run(wanted)):
+      texts[piece.request] += piece.text
+    for i, one in enumerate(texts):
+      print(f"--- sample {i + 1} of {args.samples}")
+      print(one if args.chat else text + one, flush=True)
+  clock.report()
+
+
+def file(args: Any) -> None:
+  """Continues the prompts of --input, in order, to --output or standard output."""
+  run, draws = _loaded(args)
+  engine, prompts, clock = Engine(run, max_rows=args.batch_size), Prompts(run), _Clock()
+
+  def continued(some: Sequence[Row], chunk: int) -> list[Prediction]:
+    found: list[Prediction] = [{"error": row.problem} for row in some]
+    wanted, owners = list[Request](), list[int]()
+    for i, row in enumerate(some):
+      if row.problem:
+        continue
+      try:
+        seed = args.seed + (chunk * job.CHUNK + i) * args.samples
+        asked = _requests(args, draws, _ids(prompts, row, args.chat), seed)
+        engine.check(asked[0])
+      except UserError as e:
+        found[i] = {"error": str(e)}
+        continue
+      wanted += asked
+      owners.append(i)
+    texts = engine.texts(wanted, clock.timed)
+    for n, i in enumerate(owners):
+      found[i] = _prediction(texts[n * args.samples : (n + 1) * args.samples])
+    return found
+
+  with inputs(args.input) as (listed, form):
+    read = rows.read(listed, "chat" if args.chat else "text", form=form)
+    if not args.output:
+      account = job.stream(continued, read, sys.stdout)
+    else:
+      account = job.run(continued, read, args.output, _identity(args, run, draws), job.say)
+  for line in account.lines():
+    job.say(line)
+  clock.report()
+
+
+def _loaded(args: Any) -> tuple[load.Run, Sampling]:
+  """The run and the settings: those given, over those of the model."""
+  given = {name: value for name in Sampling._fields if (value := getattr(args, name)) is not None}
+  Sampling()._replace(**given).check()
+  backend.start()
+  run = load.load(args.workdir, args.step, "generate")
+  own, ignored = load.sampling_defaults(run)
+  for line in _notices(given, own, ignored):
+    print(line, file=sys.stderr)
+  return run, own._replace(**given)
+
+
+def _notices(given: Mapping[str, float], own: Sampling, ignored: Sequence[str]) -> list[str]:
+  """Lines on the settings that come from the model's generation_config.json."""
+  taken = [
+    f"{name}={value}"
+    for name, value in own._asdict().items()
+    if name not in given and value != getattr(Sampling(), name)
+  ]
+  lines = [f"from the model's generation_config.json: {', '.join(taken)}"] if taken else []
+  if ignored:
+    lines.append(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
+  return lines
+
+
+def _requests(args: Any, draws: Sampling, ids: Sequence[int], seed: int) -> list[Request]:
+  """A request for each sample of a prompt."""
+  first = Request(tuple(ids), args.max_new, draws, seed, tuple(args.stop))
+  return [dataclasses.replace(first, seed=seed + i) for i in range(args.samples)]
+
+
+def _ids(prompts: Prompts, row: Row, chat: bool) -> list[int]:
+  if not chat:
+    return prompts.text(row.fields["text"])
+  messages = list(row.fields["messages"])
+  if messages and messages[-1].get("role") == "assistant":  # the answer to compare with
+    messages.pop()
+  return prompts.chat(messages)
+
+
+def _prediction(texts: Sequence[tuple[str, str]]) -> Prediction:
+  """A line of the output: {'text', 'finish'}, or {'texts', 'finishes'} of several samples."""
+  if len(texts) == 1:
+    return {"text": texts[0][0], "finish": texts[0][1]}
+  return {"texts": [text for text, _ in texts], "finishes": [why for _, why in texts]}
+
+
+def _identity(args: Any, run: load.Run, draws: Sampling) -> dict[str, Any]:
+  """Everything besides the rows that the texts depend on."""
+  c = run.c.copy_and_resolve_references()
+  c.code_folder = ""  # depends on how the run folder is named
+  names = ("chat", "samples", "max_new", "stop", "seed", "batch_size")
+  return {
+    "config": user_code.digest(c.to_json()),
+    "step": run.step,
+    "sampling": draws._asdict(),
+    **{name: getattr(args, name) for name in names},
+  }
+
+
+class _Clock:
+  """Counts tokens and the time between the first pieces and the last ones."""
+
+  def __init__(self) -> None:
+    self._tokens, self._seconds = 0, 0.0
+
+  def timed(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+    """Passes pieces on. The time to the first, with the compilation, does not count."""
+    start = None
+    for piece in pieces:
+      now = time.perf_counter()
+      if start is None:
+        start = last = now
+      else:
+        self._tokens += len(piece.tokens)
+        self._seconds += now - last
+        last = now
+      yield piece
+
+  def report(self) -> None:
+    """Prints the rate to standard error."""
+    if self._seconds > 0:
+      rate = self._tokens / self._seconds
+      print(f"{self._tokens:,} tokens after the first, {rate:,.1f} tokens/s", file=sys.stderr)

@@ -1,0 +1,74 @@
+"""`jaxgpt generate`: streams one text, and continues the prompts of a file in order."""
+
+import json
+
+import pytest
+
+from jaxgpt import config
+from jaxgpt.errors import UserError
+from jaxgpt.tasks.predict import job
+from jaxgpt.training import loop
+from tests.commands.main_test import refused, run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+  """A run folder."""
+  folder = tmp_path_factory.mktemp("generate") / "run"
+  c = tiny(train__steps=2, schedule__warmup_steps=1)
+  loop.train(c, folder, config.flatten(c))
+  return folder
+
+
+def test_one_text_is_written_as_it_is_drawn_and_its_rate_reported(trained, capsys):
+  args = ["generate", f"--workdir={trained}", "--prompt=the cat", "--max-new=9"]
+  code, out, err = run(capsys, *args)
+  assert code == 0 and out.startswith("the cat") and out.endswith("\n")
+  assert "tokens/s" in err
+  assert run(capsys, *args)[1] == out, "the same seed draws the same text"
+  text = out[len("the cat") : -1]
+  stop = text[3:5]
+  _, stopped, _ = run(capsys, *args, f"--stop={stop}")
+  assert stopped == "the cat" + text[: text.index(stop)] + "\n"
+
+
+def test_prompts_of_a_file_are_continued_in_order_and_a_second_start_goes_on(
+  trained, tmp_path, capsys, monkeypatch
+):
+  source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+  lines = [{"text": "the cat"}, {"text": " " * 3}, {"text": "two dogs " * 9}, {"text": "a"}]
+  source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  args = ["generate", f"--workdir={trained}", f"--input={source}", "--max-new=6", "--samples=2"]
+  code, out, err = run(capsys, *args, f"--output={output}")
+  assert code == 0 and not out and "4 rows, 2 predictions" in err
+  rows = [json.loads(line) for line in output.read_text().splitlines()]
+  assert [row["row"].rsplit(":")[-1] for row in rows] == ["1", "2", "3", "4"]
+  assert "empty" in rows[1]["error"] and "context" in rows[2]["error"]
+  assert len(rows[0]["texts"]) == 2 and rows[0]["texts"][0] != rows[0]["texts"][1]
+  assert set(rows[3]["finishes"]) <= {"length", "stop"}
+  code, out, _ = run(capsys, *args)
+  assert out == output.read_text(), "standard output has the same lines"
+
+  def cut_off(*args):
+    raise UserError("cut off")
+
+  monkeypatch.setattr(job, "_assemble", cut_off)
+  again = tmp_path / "again.jsonl"
+  assert "cut off" in refused(capsys, *args, f"--output={again}")
+  monkeypatch.undo()
+  other = refused(capsys, *args[:3], "--max-new=7", "--samples=2", f"--output={again}")
+  assert "max_new was 6, is 7" in other
+  code, _, err = run(capsys, *args, f"--output={again}")
+  assert code == 0 and "goes on" in err and again.read_text() == output.read_text()
+  assert "tokens/s" not in err, "nothing was drawn again"
+
+
+@pytest.mark.parametrize(
+  "more, message",
+  [
+    (["--prompt=x", "--input=y"], "--prompt and --input"),
+    (["--prompt=x", "--output=y"], "--output=y needs --input"),
+  ],
+)
+def test_options_that_do_not_go_together(capsys, more, message):
+  assert message in refused(capsys, "generate", "--workdir=r", *more)
