@@ -43,6 +43,7 @@ def get_config(arg=""):
     c.schedule.warmup_steps = 20
   c.model.update(dict(head="classifier", head_transform="none", head_bias=True, num_labels=2))
   c.model.pooling = "last" if c.model.causal else "mean"
+  c.model.label_names = ()
   c.objective.name = "multi_label"
   c.data.seq_len = 128
   c.data.batch_size = 32

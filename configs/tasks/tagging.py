@@ -42,6 +42,7 @@ def get_config(arg=""):
     c.train.steps = 300
     c.schedule.warmup_steps = 20
   c.model.update(dict(head="token_classifier", head_transform="none", head_bias=True, num_labels=2))
+  c.model.label_names = ()
   c.objective.name = "token_classification"
   c.data.seq_len = 128
   c.data.batch_size = 32

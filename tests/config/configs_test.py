@@ -10,6 +10,7 @@ from jaxgpt import config, tree
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh
 from jaxgpt.training import build as build_lib
+from tests.training import uses_test
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer)
@@ -72,3 +73,13 @@ def test_a_config_builds_and_has_its_size(name):
 def test_the_header_gives_the_command(path):
   head = path.read_text().split('"""')[1]
   assert "jaxgpt train --config=configs/" in head or "make demo" in head
+
+
+@pytest.mark.parametrize("name", ["sentiment", "multi_label", "tagging", "question_answering"])
+def test_a_recipe_does_not_take_the_classes_of_a_run_of_another_kind(name, tmp_path):
+  """Those of a run of its own kind come with the weights, see `run.label_names`."""
+  classes = ("some", "other", "names")
+  given = uses_test.model("classifier", False, "classification", num_labels=3, label_names=classes)
+  folder = uses_test.run_of(tmp_path / "run", given)
+  c, _ = config.load(f"{CONFIGS}/tasks/{name}.py:{folder}")
+  assert c.init_from == str(folder) and c.model.label_names == ()
