@@ -217,10 +217,12 @@ class App:
     counted: Callable[[int], None],
     done: Callable[[int], None],
   ) -> Response:
-    call = await self._encoded(lambda: read(fields.parse(body), self._served))
-    assert self._worker is not None  # the model writes text
-    counted(call.prompt_tokens)
     try:
+      if self._worker:
+        self._worker.check_room()  # before work is done for a request that has to wait
+      call = await self._encoded(lambda: read(fields.parse(body), self._served))
+      assert self._worker is not None  # the model writes text
+      counted(call.prompt_tokens)
       inbox = Inbox(call, self._worker, self._metrics, self._settings.seconds)
     except worker.Full as e:
       raise too_many(e.seconds) from None

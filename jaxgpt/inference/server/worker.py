@@ -121,18 +121,19 @@ class Worker:
     Raises:
       Full: The queue has no room for all.
     """
-    if self.jobs + len(jobs) > self.capacity:
-      raise Full(self._seconds_until_free(len(jobs)))
+    self.check_room(len(jobs))
     if not self.jobs:
       self._finished, self._busy_since = 0, time.monotonic()
     self.jobs += len(jobs)
     for job in jobs:
       self._asked.put(("add", job))
 
-  def _seconds_until_free(self, places: int) -> int:
-    """About the time until so many jobs have ended, by the rate since the queue was empty."""
-    seconds = (time.monotonic() - self._busy_since) / max(self._finished, 1)
-    return max(1, min(60, round(places * seconds)))
+  def check_room(self, places: int = 1) -> None:
+    """Raises `Full` if the queue has no room for so many jobs."""
+    if self.jobs + places > self.capacity:
+      # By the rate at which jobs have ended since the queue was empty.
+      seconds = (time.monotonic() - self._busy_since) / max(self._finished, 1)
+      raise Full(max(1, min(60, round(places * seconds))))
 
   def cancel(self, job: Job) -> None:
     """Ends a job. Its place is free at once, its row in the engine after the next step."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import os
@@ -214,6 +215,38 @@ def test_a_long_body_is_refused(serve):
   connection.request("POST", "/v1/completions", parts, JSON, encode_chunked=True)
   assert connection.getresponse().status == 413
   assert ask(server, {"prompt": "x" * 1000})[0] == 200
+
+
+def test_a_stream_that_waits_says_so(serve, monkeypatch):
+  monkeypatch.setattr(client, "KEEP_ALIVE", 0.05)
+  server = serve()
+  server.engine.paused.set()
+  found = opened(server, {"prompt": "p", "stream": True})
+  data = b""
+  while data.count(b": waiting\n\n") < 3:
+    data += found.recv(1 << 16)
+  server.engine.paused.clear()
+  while b"[DONE]" not in data:
+    data += found.recv(1 << 16)
+  found.close()
+
+
+def test_clients_that_do_not_send_are_cut_off(serve, monkeypatch):
+  monkeypatch.setattr(serving, "HEADER_SECONDS", 0.2)
+  monkeypatch.setattr(app, "_BODY_SECONDS", 0.2)
+  server = serve()
+  for start in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: "):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as found:
+      found.sendall(start)
+      with contextlib.suppress(ConnectionResetError):
+        assert found.recv(1) == b""
+  with socket.create_connection(("127.0.0.1", server.port), timeout=20) as found:
+    found.sendall(
+      b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+      b"Content-Length: 100\r\n\r\n{"
+    )
+    answer = found.makefile("rb").read()
+  assert answer.startswith(b"HTTP/1.1 408") and b"send it faster" in answer
 
 
 def test_the_key(serve):
