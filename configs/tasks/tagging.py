@@ -11,41 +11,17 @@ Size:      from scratch 131 thousand parameters and the vocabulary,
            300 steps of 32 rows of 128 tokens.
 """
 
-from jaxgpt import config
-from jaxgpt.run import run_folder
+from jaxgpt.tasks import recipes
 
 
 def get_config(arg=""):
-  c = config.base()
-  if arg:
-    c.model.update(run_folder.read_config(arg).model)
-    c.init_from = arg
-    c.optim.lr = 3e-5
-    c.optim.weight_decay = 0.01
-    c.train.steps = 1000
-    c.schedule.warmup_steps = 100
-  else:
-    c.model.update(
-      dict(
-        num_layers=2,
-        width=64,
-        num_heads=4,
-        norm="rmsnorm",
-        position="rotary",
-        activation="silu",
-        gated=True,
-        bias=False,
-        causal=False,
-      )
-    )
-    c.optim.lr = 3e-3
+  c = recipes.encoder(arg)
+  if not arg:
     c.train.steps = 300
-    c.schedule.warmup_steps = 20
   c.model.update(dict(head="token_classifier", head_transform="none", head_bias=True, num_labels=2))
   c.model.label_names = ()
   c.objective.name = "token_classification"
   c.data.seq_len = 128
   c.data.batch_size = 32
   c.eval.every = 100
-  c.mesh.data, c.mesh.fsdp = -1, 1
   return c
