@@ -81,19 +81,62 @@ def test_number_words_and_their_splits():
   assert sorted(n for split in splits for n in split) == list(range(1000))
 
 
+def _function(name, summary):
+  return f'@decorated\ndef {name}(x):\n  """{summary}\n\n  More.\n  """\n  return x\n'
+
+
 def test_functions_lose_their_docstrings_and_modules_are_in_one_split(monkeypatch, tmp_path):
+  library, site = tmp_path / "library", tmp_path / "site"
+  for folder in (library / "test", site / "packaged_functions" / "tests"):
+    folder.mkdir(parents=True)
   for i in range(40):
-    (tmp_path / f"module{i}.py").write_text(
-      f'@decorated\ndef name{i}(x):\n  """Return the number of things {i}.\n\n  More.\n  """\n'
-      "  return x\n"
-    )
-  monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-  found = [docstrings.make(random.Random(0), split, 100) for split in SPLITS]
-  assert [len(rows) for rows in found] == [35, 1, 4]
-  assert len({row["target"] for rows in found for row in rows}) == 40
-  for row in found[2]:
-    assert "things" not in row["input"] and row["input"].startswith("def name")
-    assert row["target"] == f"Return the number of things {row['input'].split('(')[0][8:]}."
+    text = _function(f"getName{i}_of", f"Return the number of things {i}.")
+    (library / f"module{i}.py").write_text(text)
+  monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+  monkeypatch.setattr(docstrings, "PACKAGES", ("packaged_functions", "not_installed"))
+  monkeypatch.syspath_prepend(site)
+
+  def make(split):
+    """Rows that ask for a summary, and those that ask for the name."""
+    rows = docstrings.make(random.Random(0), split, 200)
+    names = [row for row in rows if row["input"].startswith(docstrings.NAME_OF)]
+    return [row for row in rows if row not in names], names
+
+  made = {split: make(split) for split in SPLITS}
+  found = {split: rows for split, (rows, _) in made.items()}
+  assert {split: (len(rows), len(names)) for split, (rows, names) in made.items()} == {
+    "train": (35, 35),
+    "validation": (1, 0),
+    "test": (4, 0),
+  }
+  assert len({row["target"] for rows in found.values() for row in rows}) == 40
+  for row in found["test"]:
+    number = row["target"].split()[-1].strip(".")
+    assert row["input"] == f"def get name {number} of ( x ):\nreturn x"
+    assert row["target"] == f"Return the number of things {number}."
+  for row in made["train"][1]:
+    assert row["input"] == f"name of def {row['target']} ( x ):"
+  # Packages add to the training rows what is neither a held-out function nor its docstring.
+  target = found["test"][0]["target"]
+  code = _function("copied", target) + _function("new_one", "Something that is new.")
+  (site / "packaged_functions" / "__init__.py").write_text(code)
+  number = target.split()[-1].strip(".")
+  code = _function(f"get_name_{number}_of", "The function again, with another docstring.")
+  (site / "packaged_functions" / "again.py").write_text(code)
+  (site / "packaged_functions" / "tests" / "a.py").write_text(_function("f", "A test of a thing."))
+  (library / "test" / "a.py").write_text(_function("f", "A test of another thing."))
+  summaries, names = ({row["target"] for row in rows} for rows in make("train"))
+  assert summaries - {row["target"] for row in found["train"]} == {"Something that is new."}
+  more = names - {row["target"] for row in made["train"][1]}
+  assert more == {"new one", f"get name {number} of"}
+  assert make("test") == made["test"]
+
+
+def test_source_code_in_words():
+  source = "def __getSize(self, *, HTTPError_2=3.5):\n    if not x:\n        return 'théâtre'"
+  assert docstrings.words(source) == (
+    "def get size ( self , *, http error 2 = 3.5 ):\nif not x :\nreturn ' théâtre '"
+  )
 
 
 def test_the_command_writes_three_files(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ slots. The test rows are new in the way that matters for the task:
     questions       passages on things, people and numbers that no other split has
     retrieval       combinations of topics, and templates, that no other split has
     translation     numbers that no other split has
-    summarization   functions of modules of the standard library that no other split has
+    summarization   functions of modules of the standard library that no other split has, none of
+                    which, nor its summary, is in a training row
     chat            questions on numbers that no other split has
 """

@@ -31,7 +31,7 @@ DATA: dict[str, tuple[Callable[[random.Random, str, int], list[Row]], tuple[int,
   ),
   "retrieval": (retrieval.make, (6500, 500, 1000)),
   "translation": (numbers.make, (20000, 400, 1000)),
-  "summarization": (docstrings.make, (20000, 400, 1000)),
+  "summarization": (docstrings.make, (40000, 400, 1000)),
   "chat": (numbers.chats, (8000, 400, 1000)),
 }
 
