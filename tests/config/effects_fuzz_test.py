@@ -34,6 +34,7 @@ ELSEWHERE = {
   "data.stream": "the training data, in tests/data/stream_test.py",
   "data.stream_field": "the column that a stream reads, in tests/data/stream_test.py",
   "data.stream_window": "the shuffling of a stream, in tests/data/stream_test.py",
+  "data.overlap": "the windows of long passages, in tests/text/tokenizers/passages_test.py",
   "data.stages": "the shapes of the batches, in tests/data/stages_test.py",
   "objective.teacher": "the teacher's weights, which are read from a folder",
   "objective.teacher_config": "the teacher, which training fills in from its folder",
@@ -86,6 +87,20 @@ PROFILES = {
   "latent": LLAMA | {"model.head_dim": 8, "model.latent.kv_rank": 4, "model.latent.rope_dim": 2},
   "masked": ENCODER | {"objective.name": "masked_lm", "model.token_types": 2},
   "encoder": ENCODER | CLASSIFIER | {"model.norm_placement": "post", "model.embed_norm": True},
+  "labels": ENCODER | CLASSIFIER | {"objective.name": "multi_label", "model.num_labels": 3},
+  "tags": ENCODER
+  | {
+    "objective.name": "token_classification",
+    "model.head": "token_classifier",
+    "model.num_labels": 3,
+  },
+  "passages": ENCODER
+  | {
+    "objective.name": "question_answering",
+    "model.head": "token_classifier",
+    "model.num_labels": 2,
+  },
+  "vectors": {"objective.name": "contrastive", "model.head": "none", "model.causal": False},
   "decoder": LLAMA | CLASSIFIER | {"model.pooling": "last"},
   "adapters": LLAMA | {"model.lora.rank": 2, "model.lora.targets": ("q", "up")},
   "preference": {"objective.name": "preference", "model.lora.rank": 2},
