@@ -6,6 +6,7 @@ from call to call are donated: the cache is updated in place.
 B row, T token of a chunk, V vocabulary, A alternative.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,23 @@ from jaxgpt.model.attention import paged
 from jaxgpt.tree import PyTree
 
 MOST_ALTERNATIVES = 20  # log-probabilities of other tokens that a request may ask for
+
+
+# XLA's own loops multiply a few rows by a matrix twice as fast as the library that it calls, which
+# packs the whole matrix first (docs/log.md).
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": "512"}
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+  """XLA options for decoding on the default backend, if this version of XLA knows them."""
+  if jax.default_backend() != "cpu":
+    return {}
+  try:
+    jax.jit(lambda x: x, compiler_options=_CPU_OPTIONS)(0)
+  except jax.errors.JaxRuntimeError:
+    return {}
+  return _CPU_OPTIONS
 
 
 class Carried(NamedTuple):
@@ -86,8 +104,9 @@ class Programs:
   def __init__(self, model: transformer.Transformer, vocab_size: int):
     """Args: model: From `weights.prepare`. vocab_size: Ids from here on are never drawn."""
     self._model, self._vocab_size = model, vocab_size
+    options = compiler_options()
     self.prefill = jax.jit(self._prefill, donate_argnums=1)
-    self.decode = jax.jit(self._decode, donate_argnums=1)
+    self.decode = jax.jit(self._decode, donate_argnums=1, compiler_options=options)
     self.enter = jax.jit(self._enter, donate_argnums=0)
 
   def carried(self, num_rows: int, num_blocks: int, block_size: int, dtype: Any) -> Carried:

@@ -35,6 +35,10 @@ def prepare(
   )
   if cfg.lora.rank:
     fields["lora"] = fields["lora"] | dict(rank=0)
+  # On CPUs a product with a transposed matrix is slow, so a tied head gets a matrix of its own.
+  untie = cfg.tie_embeddings and jax.default_backend() == "cpu"
+  if untie:
+    fields["tie_embeddings"] = False
   plain = model.clone(cfg=ml_collections.FrozenConfigDict(fields), pipeline=None)
   _, axes = transformer.abstract(plain)
 
@@ -46,6 +50,8 @@ def prepare(
   def prepared(params):
     if cfg.lora.rank:
       params = lora.merge(params, cfg.lora)
+    if untie:
+      params = {**params, "head": params["embed"].T}
     params = tree.map_named(cast, axes, params, is_leaf=sharding.is_axes)
     return stacks.apart(plain.cfg, params)
 
