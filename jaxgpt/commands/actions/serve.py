@@ -29,7 +29,7 @@ def run(args: Any) -> int:
   listener = serving.bind(args.host, args.port)  # fails before the weights are read
   backend.start()
   name = args.name or name_of(args.workdir)
-  model, worker = _model(args, name)
+  model, worker = model_of(args, name)
   listens_at = listener.getsockname()[1]
   shown = f"[{args.host}]" if ":" in args.host else args.host
   print(f"serving {name} at http://{shown}:{listens_at}", flush=True)
@@ -43,8 +43,16 @@ def run(args: Any) -> int:
   return serving.run(make, worker, listener, _report)
 
 
-def _model(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
-  """The model of a run, and the engine that writes its texts unless it gives embeddings."""
+def model_of(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
+  """Loads the model of a run.
+
+  Args:
+    args: The options of `jaxgpt serve`.
+    name: The model's name in the API.
+
+  Returns:
+    (the model, what runs the engine that writes its texts: None if it gives embeddings).
+  """
   begin = time.monotonic()
   c = run_folder.read_config(args.workdir)
   if c.model.head in ("pooler", "none"):

@@ -12,7 +12,9 @@ import openai
 import pytest
 
 from jaxgpt import config
+from jaxgpt.commands import main
 from jaxgpt.commands.actions import serve as serve_action
+from jaxgpt.commands.serve import ServeOptions
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine import engine as engine_lib
@@ -108,14 +110,28 @@ def test_the_text_of_a_token(real):
   assert text(3 + ord("x")) == "x" and text(2) == "</s>" and text(3 + 0xC3) == "�"
 
 
-def test_embeddings_are_those_of_predict():
+def test_embeddings_are_those_of_predict(serve, monkeypatch):
   c = tiny_config(causal=False, head="none", pooling="mean")
   c.objective.name = "contrastive"
   run = run_of(c)
-  embed = serve_action.embedder(run)
-  vectors, tokens = embed(["a cat", "the mat"])
+  monkeypatch.setattr(serve_action.run_folder, "read_config", lambda folder: run.c)
+  monkeypatch.setattr(serve_action.load, "load", lambda *args: run)
+  model, worker = serve_action.model_of(ServeOptions(workdir="anywhere"), "vectors")
+  assert worker is None
+  server = serve(model=model)
+  client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+  out = client.embeddings.create(model="vectors", input=["a cat", "the mat"])
   want = api.Model(run).predict(["a cat", "the mat"])
-  assert vectors == [row["embedding"] for row in want] and tokens == 12
+  for got, row in zip(out.data, want, strict=True):
+    assert got.embedding == pytest.approx(row["embedding"], abs=1e-6)
+  assert out.usage.prompt_tokens == 12
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "uvicorn", None)
+  assert main.main(["serve", "--workdir=anywhere"]) == 2
+  assert "needs uvicorn" in (message := capsys.readouterr().err)
+  assert "pip install 'jaxgpt[serve]'" in message and message.count("\n") == 1
 
 
 @pytest.fixture
