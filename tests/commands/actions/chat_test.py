@@ -13,6 +13,9 @@ import pytest
 from jaxgpt.commands.actions import chat as chat_action
 
 TALK = """
+import fcntl, termios
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal is the process's own: Ctrl-C at it is a signal
 from jaxgpt.commands.actions.chat import Terminal
 from jaxgpt.inference import chat
 from jaxgpt.inference.sampling import Sampling
@@ -33,7 +36,7 @@ class Screen:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb"}
     words = [sys.executable, "-c", TALK]
     streams = dict(stdin=other, stdout=other, stderr=other, start_new_session=True)
-    self.process = subprocess.Popen(words, env=env, preexec_fn=_own, **streams)
+    self.process = subprocess.Popen(words, env=env, **streams)
     os.close(other)
     self.text = ""
 
@@ -51,14 +54,6 @@ class Screen:
         assert re.search(pattern, self.text, re.S), f"no {pattern!r} in {self.text!r}"
     self.text = self.text[found.end() :]
     return found[0]
-
-
-def _own():
-  """Makes the terminal the process's own, so that Ctrl-C at it is a signal."""
-  import fcntl
-  import termios
-
-  fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_a_terminal():
