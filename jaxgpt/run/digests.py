@@ -27,7 +27,7 @@ def of(arrays: PyTree) -> dict[str, str]:
 
   All processes that hold shards must call it.
   """
-  leaves = tree.flatten(arrays)
+  leaves = {path: _placed(x) for path, x in tree.flatten(arrays).items()}
   sums = jax.device_get({path: _jitted(_place(x))(x) for path, x in leaves.items()})
   text = lambda path: "".join(f"{int(n):08x}" for n in sums[path])
   return {path: f"{x.dtype} {text(path)}" for path, x in leaves.items()}
@@ -43,6 +43,12 @@ def changed(arrays: PyTree, digests: Mapping[str, str]) -> list[str]:
   dtypes = {path: value.split()[0] for path, value in digests.items()}
   known = {p: x for p, x in tree.flatten(arrays).items() if dtypes.get(p) == str(x.dtype)}
   return [path for path, value in of(known).items() if value != digests[path]]
+
+
+def _placed(x: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+  """An array on a mesh, or on the host: those of one device cannot be used next to a mesh."""
+  on_mesh = isinstance(getattr(x, "sharding", None), jax.sharding.NamedSharding)
+  return x if on_mesh else np.asarray(x)
 
 
 def _place(x: jax.typing.ArrayLike) -> jax.sharding.Sharding | None:

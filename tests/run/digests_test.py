@@ -51,3 +51,10 @@ def test_arrays_without_a_digest_or_in_another_dtype_are_passed_over():
   before = digests.of({"x": array("float32")})
   assert digests.changed({"y": array("int32")}, before) == []
   assert digests.changed({"x": array("bfloat16")}, before) == []
+
+
+def test_an_array_of_one_device_has_a_digest_next_to_a_mesh():
+  x = array("float32")
+  alone = jax.device_put(x, jax.devices()[1])
+  with jax.set_mesh(jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))):
+    assert digests.of({"x": alone}) == digests.of({"x": x})

@@ -15,6 +15,8 @@ ROOT = pathlib.Path(jaxgpt.__file__).parent
 WITHOUT_FLOATS = {
   "hf.safetensors": "names, shapes and offsets",
   "hf.tokenizer": "names and flags",
+  "inference.server.calls": "a schema from JSON, which was read without such numbers",
+  "inference.server.fields": "a value of a request's JSON, shown in an error",
   "parallel.distributed": "messages between processes of one run, read by Python",
   "parallel.peer_watch": "messages between processes of one run, read by Python",
   "storage.strict_json": "it is the writer",
