@@ -45,13 +45,13 @@ def changed(arrays: PyTree, digests: Mapping[str, str]) -> list[str]:
   return [path for path, value in of(known).items() if value != digests[path]]
 
 
-def _placed(x: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+def _placed(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
   """An array on a mesh, or on the host: those of one device cannot be used next to a mesh."""
   on_mesh = isinstance(getattr(x, "sharding", None), jax.sharding.NamedSharding)
   return x if on_mesh else np.asarray(x)
 
 
-def _place(x: jax.typing.ArrayLike) -> jax.sharding.Sharding | None:
+def _place(x: jax.Array | np.ndarray) -> jax.sharding.Sharding | None:
   """Where the sums go: to all devices of a mesh, so that all processes can read them."""
   sharding = getattr(x, "sharding", None)
   if isinstance(sharding, jax.sharding.NamedSharding):

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import time
@@ -47,7 +48,8 @@ class Screen:
     """Waits for a text that comes after what was matched before."""
     end = time.monotonic() + seconds
     while not (found := re.search(pattern, self.text, re.S)):
-      assert time.monotonic() < end, f"no {pattern!r} in {self.text!r}"
+      ready, _, _ = select.select([self.end], [], [], max(end - time.monotonic(), 0))
+      assert ready, f"no {pattern!r} in {self.text!r}"
       try:
         self.text += os.read(self.end, 4096).decode()
       except OSError:  # the other end is closed
@@ -73,9 +75,11 @@ def test_a_terminal():
     screen.type("\x08" * 11 + "short\n")
     screen.until(r"\[8 tokens.*?> ")
     screen.type("/history\n")
-    screen.until("2: short")
+    screen.until(r"2: short.*?> ")
+    # Python misses a signal that comes after readline's prompt and before it waits for a key.
+    time.sleep(1)
     screen.type("\x03")
-    screen.until("Ctrl-D leaves")
+    screen.until("Ctrl-D leaves.*?> ")
     screen.type("\x04")
     screen.until("left")
     assert screen.process.wait(10) == 0
