@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxgpt.commands import Command
+from jaxgpt.commands.actions.sampling import SAMPLING, SamplingOptions
 from jaxgpt.config.options import checkpoint_step, integer, option
 from jaxgpt.errors import UserError
 
@@ -10,7 +11,7 @@ _MOST_BYTES = 64 << 20  # of a file with a prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(SamplingOptions):
   workdir: str = option(help="run folder")
   step: int | str | None = checkpoint_step()
   prompt: str = option(
@@ -36,42 +37,7 @@ class GenerateOptions:
   samples: int = integer(1, least=1, help="number of texts to draw")
   max_new: int = integer(200, least=1, help="maximum of new tokens")
   stop: tuple[str, ...] = option((), metavar="TEXT", help="string that ends a text")
-  temperature: float | None = option(
-    None,
-    unset="the model's own, else 0.8",
-    help="sampling temperature; 0: always the most likely token",
-  )
-  top_k: int | None = integer(
-    None,
-    unset="the model's own, else 0",
-    help="draw from the k most likely tokens; 0: from all",
-  )
-  top_p: float | None = option(
-    None,
-    unset="the model's own, else 1.0",
-    help="draw from the most likely tokens that together reach this probability",
-  )
-  min_p: float | None = option(
-    None,
-    unset="the model's own, else 0.0",
-    help="draw from tokens with at least this fraction of the highest probability",
-  )
-  repetition_penalty: float | None = option(
-    None,
-    unset="the model's own, else 1.0",
-    help="make tokens that the text already holds less likely; 1: do not",
-  )
-  presence_penalty: float | None = option(
-    None,
-    unset="the model's own, else 0.0",
-    help="subtract this from the logits of tokens that the new text already holds",
-  )
-  frequency_penalty: float | None = option(
-    None,
-    unset="the model's own, else 0.0",
-    help="subtract this from a token's logit each time that the new text holds it",
-  )
-  seed: int = integer(0, help="seed of the draws")
+  seed: int = integer(0, group=SAMPLING, help="seed of the draws")
 
 
 def run(args: GenerateOptions) -> None:

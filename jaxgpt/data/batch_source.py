@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import grain
+
 from jaxgpt.data import packing as packings
 from jaxgpt.data.layouts import Batch
 from jaxgpt.errors import UserError
@@ -157,3 +159,31 @@ class BatchSource(Protocol):
       UserError: It belongs to other files, or to another number of hosts.
     """
     ...
+
+
+class FunctionOfStep:
+  """What batch sources share whose batch at step N depends on N only: nothing needs to be saved."""
+
+  state_key: str | None = None
+
+  def account(self) -> list[str]:
+    """See `BatchSource`. Empty: `jaxgpt data` printed the account."""
+    return []
+
+  def get_state(self) -> State:
+    """See `BatchSource`. None, as `state_key` is None."""
+    return None
+
+  def merge_states(self, states: list[State]) -> State:
+    """See `BatchSource`. None, as `state_key` is None."""
+    del states
+    return None
+
+  def set_state(self, merged: State, host_index: int, host_count: int) -> None:
+    """See `BatchSource`. Does nothing, as `state_key` is None."""
+
+
+def prefetched(batches: grain.MapDataset, threads: int, prefetch: int) -> BatchIterator:
+  """Batches that threads make ahead of time. `threads` or `prefetch` 0: they are made on demand."""
+  options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
+  return iter(batches.to_iter_dataset(options))

@@ -27,9 +27,9 @@ import grain
 import numpy as np
 from etils import epath
 
-from jaxgpt.data import label_numbers, layouts, mixture, source
+from jaxgpt.data import batch_source, label_numbers, layouts, mixture, source
 from jaxgpt.data import packing as packings
-from jaxgpt.data.batch_source import Batch, Batching, BatchIterator, HostCheck, State
+from jaxgpt.data.batch_source import Batch, Batching, BatchIterator, HostCheck
 from jaxgpt.data.masking import Masking
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import shards
@@ -177,7 +177,7 @@ def _order(num_rows: int, seed: int | None, number: int) -> Any:
   return order.repeat()
 
 
-class Batches:
+class Batches(batch_source.FunctionOfStep):
   """Batches of prepared data by step number, as a `BatchSource`.
 
   A batch is a dict of the layout's arrays. Row i of step N has position N * B + i in an
@@ -198,10 +198,7 @@ class Batches:
     predicts_all: An epoch predicts each token once, so that bits per byte are defined.
     num_documents: Documents of all sources.
     num_cut: Documents whose end was cut off to fit into a row.
-    state_key: None: the batch at step N depends on N only.
   """
-
-  state_key: str | None = None
 
   def __init__(
     self,
@@ -299,22 +296,6 @@ class Batches:
   def summary(self) -> str:
     """See `BatchSource`: the steps of an epoch."""
     return f"shards have their sizes; an epoch has {self.steps_per_epoch:,} steps"
-
-  def account(self) -> list[str]:
-    """See `BatchSource`. Empty: `jaxgpt data` printed the account."""
-    return []
-
-  def get_state(self) -> State:
-    """See `BatchSource`. None, as `state_key` is None."""
-    return None
-
-  def merge_states(self, states: list[State]) -> State:
-    """See `BatchSource`. None, as `state_key` is None."""
-    del states
-    return None
-
-  def set_state(self, merged: State, host_index: int, host_count: int) -> None:
-    """See `BatchSource`. Does nothing, as `state_key` is None."""
 
   def check_labels(self, num_labels: int) -> None:
     """Checks that a model with `num_labels` outputs fits the labels of the data.
@@ -426,11 +407,7 @@ class Batches:
     self._host_rows(host_index, host_count)
     steps = grain.MapDataset.range(start_step, sys.maxsize if stop_step is None else stop_step)
     batches = steps.map(lambda step: self.batch(step, host_index, host_count))
-    return self._prefetched(batches, threads, prefetch)
-
-  def _prefetched(self, batches: Any, threads: int, prefetch: int) -> BatchIterator:
-    options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
-    return iter(batches.to_iter_dataset(options))
+    return batch_source.prefetched(batches, threads, prefetch)
 
   def epoch_batches(
     self, *, host_index: int = 0, host_count: int = 1, threads: int = 4, prefetch: int = 4
@@ -456,7 +433,7 @@ class Batches:
       return self._assemble(self._epoch_rows(step, low, high), high - low)
 
     batches = grain.MapDataset.range(self.steps_per_epoch).map(batch)
-    return self._prefetched(batches, threads, prefetch)
+    return batch_source.prefetched(batches, threads, prefetch)
 
   def epoch_rows(self, step: int) -> list[tuple[int, int]]:
     """(index of the source, row in its pack index) of the rows of a batch of `epoch_batches`."""

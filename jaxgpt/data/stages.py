@@ -21,7 +21,8 @@ import grain
 import ml_collections
 
 from jaxgpt.config.keys.training import most_overlap
-from jaxgpt.data.batch_source import Batch, BatchIterator, HostCheck, State
+from jaxgpt.data import batch_source
+from jaxgpt.data.batch_source import Batch, BatchIterator, HostCheck
 from jaxgpt.data.pipeline import Batches
 
 
@@ -79,15 +80,13 @@ def rows_before(stages: Sequence[Stage], seq_len: int, step: int) -> int:
   )
 
 
-class StagedBatches:
+class StagedBatches(batch_source.FunctionOfStep):
   """Batches of several stages, as a `BatchSource`. Each method takes steps of the whole run.
 
   Attributes:
     batch_size, seq_len: Those of the last stage.
-    digest, state_key: See `BatchSource`.
+    digest: See `BatchSource`.
   """
-
-  state_key: str | None = None
 
   def __init__(self, stages: Sequence[Stage], by_length: dict[int, Batches]):
     """Combines batches of each length.
@@ -131,8 +130,7 @@ class StagedBatches:
       part.check_hosts(host_index, host_count)
     steps = grain.MapDataset.range(start_step, sys.maxsize)
     batches = steps.map(lambda step: self.batch(step, host_index, host_count))
-    options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
-    return iter(batches.to_iter_dataset(options))
+    return batch_source.prefetched(batches, threads, prefetch)
 
   def epochs(self, step: int) -> dict[str, float]:
     """Passes over each source before a step, added up over the lengths of rows."""
@@ -159,19 +157,3 @@ class StagedBatches:
   def summary(self) -> str:
     """See `BatchSource`."""
     return f"{len(self.stages)} stages; in the last one {self._parts[-1].summary()}"
-
-  def account(self) -> list[str]:
-    """See `BatchSource`. Empty: `jaxgpt data` printed the account."""
-    return []
-
-  def get_state(self) -> State:
-    """See `BatchSource`. None, as `state_key` is None."""
-    return None
-
-  def merge_states(self, states: list[State]) -> State:
-    """See `BatchSource`. None, as `state_key` is None."""
-    del states
-    return None
-
-  def set_state(self, merged: State, host_index: int, host_count: int) -> None:
-    """See `BatchSource`. Does nothing, as `state_key` is None."""

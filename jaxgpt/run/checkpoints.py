@@ -39,14 +39,22 @@ _DAMAGED = "damaged"  # folder in the run folder
 
 
 class DamagedError(UserError):
-  """A checkpoint cannot be read, or its arrays are not those that were saved."""
+  """A checkpoint cannot be read, or its arrays are not those that were saved.
+
+  Attributes:
+    reason: The message without the way out.
+  """
+
+  def __init__(self, reason: str):
+    super().__init__(
+      f"{reason}; name another one with --step, or delete that folder to continue from the one "
+      "before"
+    )
+    self.reason = reason
 
 
 class ChangedError(DamagedError):
   """Arrays of a checkpoint differ from their digests. All processes find the same."""
-
-
-_WAY_OUT = "; name another one with --step, or delete that folder to continue from the one before"
 
 
 class Checkpoints:
@@ -203,7 +211,7 @@ class Checkpoints:
     except UserError:
       raise
     except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
-      raise DamagedError(f"checkpoint {where} can't be read ({_summary(e)}){_WAY_OUT}") from e
+      raise DamagedError(f"checkpoint {where} can't be read ({_summary(e)})") from e
     _check_digests(where, {name: out[name] for name in items}, out["meta"].get("digests", {}))
     state = {name: out[name] for name in items}
     for name in _SCALARS:
@@ -224,13 +232,13 @@ class Checkpoints:
       abstract: See `restore`.
 
     Returns:
-      (state, extra, lines on the checkpoints that were set aside).
+      (state, extra, lines on the checkpoints that were set aside, or []).
 
     Raises:
       UserError: See `restore`. None is whole: it is about the newest.
     """
     damaged: list[tuple[int, DamagedError]] = []
-    for step in sorted(distributed.share(list(self._steps())), reverse=True):
+    for step in sorted(distributed.share(list(self._steps())), reverse=True) or [None]:
       try:
         state, extra = self.restore(abstract, step)
       except DamagedError as e:
@@ -239,10 +247,9 @@ class Checkpoints:
           raise
         damaged.append((step, e))
       else:
-        return state, extra, [self._set_aside(step, e) for step, e in damaged]
-    if damaged:
-      raise damaged[0][1]
-    raise UserError(f"no checkpoint in {self.folder}; train first, or point --workdir elsewhere")
+        lines = [self._set_aside(step, e) for step, e in damaged]
+        return state, extra, [*lines, f"goes on from step {step}"] if lines else []
+    raise damaged[0][1]
 
   def _set_aside(self, step: int, why: DamagedError) -> str:
     """Moves a checkpoint to RUN/damaged. Returns a line on it."""
@@ -254,7 +261,7 @@ class Checkpoints:
       (self.folder / str(step)).rename(target)
     distributed.barrier("damaged checkpoint")
     self._manager.reload()
-    return f"{str(why).removesuffix(_WAY_OUT)}: it is in {target} now"
+    return f"{why.reason}: it is in {target} now"
 
   def _fetch(self, step: int) -> None:
     """Copies the checkpoint from the bucket, if it is in one."""
@@ -336,7 +343,10 @@ def load_frozen(run_folder: epath.PathLike, abstract: Mapping[str, Any]) -> dict
   found: dict[str, tree.PyTree] = {}
   for name, params in _unchanging(abstract).items():
     checkpoints = Checkpoints(epath.Path(run_folder) / name, read_only=True)
-    state, _ = checkpoints.restore({"params": params})
+    try:
+      state, _ = checkpoints.restore({"params": params})
+    except DamagedError as e:
+      raise UserError(f"{e.reason}; it was saved once, at step 0: restore it from a copy") from e
     checkpoints.close()
     found |= {name: state["params"]} if name in fixed_models.NAMES else state["params"]
   return {_FROZEN: found} if found else {}
@@ -368,7 +378,6 @@ def _check_digests(
       more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
       raise ChangedError(
         f"checkpoint {where} is damaged: {name}/{changed[0]}{more} differs from what was saved"
-        f"{_WAY_OUT}"
       )
 
 

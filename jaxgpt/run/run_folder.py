@@ -292,8 +292,17 @@ def read_starts(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 def note_saved(folder: epath.PathLike, step: int) -> None:
   """Records in the newest start that the checkpoint of a step is complete."""
+  _amend_start(folder, saved=step)
+
+
+def note_start(folder: epath.PathLike, step: int) -> None:
+  """Records in the newest start that it goes on from another step than the newest checkpoint's."""
+  _amend_start(folder, step=step)
+
+
+def _amend_start(folder: epath.PathLike, **values: int) -> None:
   starts = read_starts(folder)
-  starts[-1]["saved"] = step
+  starts[-1] |= values
   atomic.write(epath.Path(folder) / _STARTS, "".join(strict_json.dumps(s) + "\n" for s in starts))
 
 

@@ -227,8 +227,9 @@ def _first_state(
   c, parts, folder = setup.c, setup.parts, setup.folder
   if distributed.share(checkpoints.latest()) is not None:
     state, extra, damaged = checkpoints.restore_newest(parts.state)
-    if damaged:
-      _tell([*damaged, f"goes on from the checkpoint before: step {int(state['step'])}"])
+    if damaged and distributed.is_first():
+      _tell(damaged)
+      run_folder_lib.note_start(folder, int(state["step"]))
     if setup.data.state_key is not None:
       setup.data.set_state(extra[setup.data.state_key], **batches_lib.host_share(setup.mesh))
     means = metrics_lib.Means(**extra["means"])

@@ -85,7 +85,7 @@ def test_a_changed_value_is_named_and_the_checkpoint_before_is_restored(run, nam
   state, extra, damaged = restore(run)
   same(state, state_of(2))
   assert extra == {"note": 2}
-  assert len(damaged) == 1 and f"is damaged: {name}/" in damaged[0]
+  assert f"is damaged: {name}/" in damaged[0] and damaged[1:] == ["goes on from step 2"]
   assert (run / "damaged" / "3").is_dir() and not (run / "checkpoints" / "3").exists()
   assert restore(run)[2] == []
 

@@ -5,12 +5,11 @@ import importlib
 import sys
 from typing import Any
 
-from jaxgpt.commands.actions import backend
+from jaxgpt.commands.actions import backend, sampling
 from jaxgpt.inference import chat, load
 from jaxgpt.inference.engine.engine import Engine
 from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.prompts import Prompts
-from jaxgpt.inference.sampling import Sampling
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -65,21 +64,20 @@ class Terminal:
 def run(args: Any) -> None:
   """Talks until the user leaves. `args` are the options of `jaxgpt chat`."""
   terminal = Terminal()
-  given = {name: x for name in Sampling._fields if (x := getattr(args, name)) is not None}
-  Sampling()._replace(**given).check()
+  chosen = sampling.given(args)
   backend.start()
   loaded = load.load(args.workdir, args.step, "generate")
   prompts = Prompts(loaded)
   _ = prompts.template  # its absence is an error before anything is compiled
-  own, ignored = load.sampling_defaults(loaded)
-  if ignored:
-    terminal.note(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
+  draws, notices = sampling.settings(loaded, chosen)
+  for line in notices:
+    terminal.note(line)
   engine = Engine(loaded, max_rows=1)
-  warm_up = Request(prompt=(loaded.tokenizer.bos_id,) * 2, max_new=2, sampling=own)
+  warm_up = Request(prompt=(loaded.tokenizer.bos_id,) * 2, max_new=2, sampling=draws)
   for _piece in engine.run([warm_up]):
     pass
   terminal.note(f"{args.workdir}, step {loaded.step}; /help lists commands, Ctrl-D leaves")
-  settings = chat.Settings(own._replace(**given), args.max_new, args.seed)
+  settings = chat.Settings(draws, args.max_new, args.seed)
   talk = chat.Chat(
     engine, prompts.chat, loaded.c.data.seq_len, terminal, settings, system=args.system
   )

@@ -3,10 +3,10 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxgpt.commands.actions import backend
+from jaxgpt.commands.actions import backend, sampling
 from jaxgpt.commands.actions.predict import inputs
 from jaxgpt.config import user_code
 from jaxgpt.errors import UserError
@@ -81,28 +81,14 @@ def file(args: Any) -> None:
 
 
 def _loaded(args: Any) -> tuple[load.Run, Sampling]:
-  """The run and the settings: those given, over those of the model."""
-  given = {name: value for name in Sampling._fields if (value := getattr(args, name)) is not None}
-  Sampling()._replace(**given).check()
+  """The run, and how its texts are drawn."""
+  chosen = sampling.given(args)
   backend.start()
   run = load.load(args.workdir, args.step, "generate")
-  own, ignored = load.sampling_defaults(run)
-  for line in _notices(given, own, ignored):
+  draws, notices = sampling.settings(run, chosen)
+  for line in notices:
     print(line, file=sys.stderr)
-  return run, own._replace(**given)
-
-
-def _notices(given: Mapping[str, float], own: Sampling, ignored: Sequence[str]) -> list[str]:
-  """Lines on the settings that come from the model's generation_config.json."""
-  taken = [
-    f"{name}={value}"
-    for name, value in own._asdict().items()
-    if name not in given and value != getattr(Sampling(), name)
-  ]
-  lines = [f"from the model's generation_config.json: {', '.join(taken)}"] if taken else []
-  if ignored:
-    lines.append(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
-  return lines
+  return run, draws
 
 
 def _requests(args: Any, draws: Sampling, ids: Sequence[int], seed: int) -> list[Request]:

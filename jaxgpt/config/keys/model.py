@@ -249,6 +249,7 @@ MODEL = Section(
       "dtype of activations and matmuls. Parameters, norms, softmax and loss stay in float32.",
       choices={"float32": "", "bfloat16": ""},
       architecture=False,
+      stored=True,
     ),
     grad_dtype=Key(
       "compute",
@@ -264,6 +265,7 @@ MODEL = Section(
       "[quant].",
       choices={"none": "off", "int8": "", "fp8": ""},
       architecture=False,
+      stored=True,
     ),
     quantize_gradients=Key(
       False, "With `quantize`: eight-bit matmuls in the backward pass as well.", architecture=False

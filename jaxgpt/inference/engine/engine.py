@@ -111,8 +111,6 @@ class Engine:
       raise UserError(f"logprobs={request.logprobs} must be from 0 to {most}")
     if not all(request.stop):
       raise UserError("a stop string is empty; leave it out")
-    if request.constraint is not None:
-      raise UserError("constrained choice is not available; leave the constraint out")
 
   def add(self, request: Request) -> int:
     """Queues a request.

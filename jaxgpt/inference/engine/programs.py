@@ -63,7 +63,6 @@ class StepInputs(NamedTuple):
     sampling: Settings [B].
     seeds: uint32 [B, 2].
     with_logprobs: bool [B], rows whose log-probabilities are wanted.
-    allowed: uint32 [B, V / 32], bits of the tokens that may be drawn, or None.
   """
 
   tokens: np.ndarray
@@ -72,7 +71,6 @@ class StepInputs(NamedTuple):
   sampling: Sampling
   seeds: np.ndarray
   with_logprobs: np.ndarray
-  allowed: np.ndarray | None = None
 
 
 class Drawn(NamedTuple):
@@ -157,9 +155,6 @@ class Programs:
     s = x.sampling
     less = lambda: sampling.penalized(logits_BV, carried.prompts, carried.counts, s)
     scores_BV = jax.lax.cond(sampling.is_penalized(s).any(), less, lambda: logits_BV)
-    if x.allowed is not None:
-      bits = (x.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-      scores_BV = jnp.where(bits.reshape(B, -1)[:, :V] == 1, scores_BV, -jnp.inf)
     tokens_B = sampling.sample(scores_BV, _uniform(x.seeds, x.positions), s)
     counts = carried.counts.at[jnp.arange(B), tokens_B].add(1)
     drawn = jax.lax.cond(

@@ -1,4 +1,4 @@
-"""What goes into the decoding engine and what comes out: requests, and pieces of their texts."""
+"""Input and output of the decoding engine: requests, and pieces of their texts."""
 
 import dataclasses
 from typing import NamedTuple
@@ -9,19 +9,6 @@ _USUAL = Sampling()
 
 # Values of `Piece.finish`. A request that fails ends with 'error: ' and the reason.
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error: "
-
-
-@dataclasses.dataclass(frozen=True)
-class Constraint:
-  """A rule that a whole text must obey.
-
-  Attributes:
-    kind: 'json_schema' or 'regex'.
-    source: The JSON schema or the regular expression, as text.
-  """
-
-  kind: str
-  source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +23,6 @@ class Request:
     stop: Strings that end the text. It ends before the first of them.
     logprobs: None, or the number of alternatives whose log-probabilities are wanted for each
       token, next to the token's own.
-    constraint: A rule that the text must obey, or None.
   """
 
   prompt: tuple[int, ...]
@@ -45,7 +31,6 @@ class Request:
   seed: int = 0
   stop: tuple[str, ...] = ()
   logprobs: int | None = None
-  constraint: Constraint | None = None
 
 
 class Token(NamedTuple):
@@ -73,8 +58,8 @@ class Piece(NamedTuple):
     text: Text that no later token changes: half a character and what may become a stop string are
       held back.
     tokens: The tokens that wrote it. The token that ended the text is not among them.
-    finish: None if the request goes on, else why it ended: 'stop' (an end token, a stop string or
-      the end of a constraint), 'length' (`max_new` or the context), 'cancelled', or 'error: …'.
+    finish: None if the request goes on, else why it ended: 'stop' (an end token or a stop
+      string), 'length' (`max_new` or the context), 'cancelled', or 'error: …'.
   """
 
   request: int

@@ -5,14 +5,13 @@ other servers have under the same names. A field that this server does not suppo
 """
 
 import dataclasses
-import json
 import secrets
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxgpt.errors import UserError
-from jaxgpt.inference.engine.requests import Constraint, Request
+from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.inference.server import fields
 from jaxgpt.inference.server.fields import Reader, RequestError
@@ -107,25 +106,10 @@ def _stream_options(name: str, value: Any) -> bool:
   return bool(found.get("include_usage"))
 
 
-def _response_format(name: str, value: Any) -> Constraint | None:
-  """The constraint of a response format: none, any JSON object, or JSON of a schema."""
-  found = fields.read(
-    fields.mapping(name, value),
-    {
-      "type": fields.choice("text", "json_object", "json_schema"),
-      "json_schema": fields.mapping,
-    },
-  )
-  kind, schema = found.get("type"), found.get("json_schema")
-  if kind != "json_schema" and schema is not None:
-    raise fields.refuse(name, value, "json_schema needs the type 'json_schema'")
-  if kind == "text":
-    return None
-  if kind == "json_object":
-    return Constraint("json_schema", '{"type": "object"}')
-  if kind is None or schema is None or not isinstance(schema.get("schema"), dict):
-    raise fields.refuse(name, value, "give {type: 'json_schema', json_schema: {name, schema}}")
-  return Constraint("json_schema", json.dumps(schema["schema"]))
+def _response_format(name: str, value: Any) -> None:
+  """Takes the format of a text alone: the engine does not restrict its tokens to another one."""
+  unsupported = fields.unsupported("the engine writes text only; ask for JSON in a message", "text")
+  fields.read(fields.mapping(name, value), {"type": unsupported})
 
 
 def _empty(why: str) -> Reader:
@@ -334,16 +318,12 @@ def _call(
         seed=_seed(seed, i * choices + j),
         stop=found.get("stop", ()),
         logprobs=logprobs,
-        constraint=found.get("response_format"),
       )
       requests.append(request)
-    blamed = name
     try:
-      served.check(dataclasses.replace(requests[-1], constraint=None))
-      blamed = "response_format"
       served.check(requests[-1])
     except UserError as e:
-      raise RequestError(f"{blamed}: {e}", param=blamed) from None
+      raise RequestError(f"{name}: {e}", param=name) from None
   return Call(
     chat=chat,
     requests=tuple(requests),

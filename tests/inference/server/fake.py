@@ -20,7 +20,7 @@ from jaxgpt.inference.server import calls
 CONTEXT = 4096
 
 
-def script(prompt: bytes, seed: int = 0, constraint=None) -> list[str]:
+def script(prompt: bytes, seed: int = 0) -> list[str]:
   """The tokens of the text of a prompt."""
   found = re.search(rb"tokens=(\d+)", prompt)
   count = int(found[1]) if found else 8
