@@ -136,7 +136,7 @@ def test_a_click_through(serve, visit):
   assert finished(page).strip() == want("changed").strip()
   before = len(server.engine.requests)
   page.get_by_role("button", name="Again").click()
-  page.wait_for_function("document.querySelectorAll('article[aria-busy]').length === 0")
+  page.locator("article[aria-busy]").first.wait_for(state="detached")
   assert finished(page).strip() == want("changed").strip()
   assert len(server.engine.requests) == before + 1
 
