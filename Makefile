@@ -10,7 +10,7 @@ export JAX_PLATFORMS ?= cpu
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
 PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_search.py plan_maxtext.py)
 
-.PHONY: demo test test-all lint bench bench-plan docs site clean
+.PHONY: demo test test-all test-golden lint bench bench-plan docs site clean
 
 demo: $(VENV)/installed
 	$(BIN)/jaxgpt demo
@@ -20,6 +20,10 @@ test: $(VENV)/installed-$(EXTRAS)
 
 test-all: $(VENV)/installed-$(EXTRAS)
 	$(PYTEST) -m ""
+
+# Old runs and default configs, whose losses are compared to the bit.
+test-golden: $(VENV)/installed-$(EXTRAS)
+	JAXGPT_TEST_GOLDEN=1 $(PYTEST) -m "" tests/golden
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

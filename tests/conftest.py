@@ -3,13 +3,10 @@
 import os
 import pathlib
 
+from tests import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 "
-  # A busy machine may keep some of the eight waiting for long.
-  "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-  "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = xla_flags.EIGHT_DEVICES
 
 # Read when gcsfs is imported: the emulator has no zonal buckets, and would not answer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"

@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = "Your own files"  # its files are in the folders of all sections
 WITHOUT_CODE = {SHARED, "Inside the package"}
@@ -106,7 +108,7 @@ def run(command: str, folder: pathlib.Path, data: pathlib.Path) -> str:
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0",
+    "XLA_FLAGS": xla_flags.COMPILE_QUICKLY,
     "COLUMNS": "200",
   }
   done = subprocess.run(

@@ -2,7 +2,8 @@
 
 `make.py` made the archives and `golden.json` (see there); `cases.py` names what is in them. Numbers
 must agree to the bit where JAX, XLA's flags and the processor are those of `golden.json`, and
-within `TOLERANCE` elsewhere. A run on another JAX or processor says so in a warning.
+within `TOLERANCE` elsewhere. `make test-golden` sets these flags, runs the slow cases too, and says
+in a warning if JAX or the processor is another one.
 """
 
 import json
@@ -53,7 +54,8 @@ def check(found: dict[str, dict[str, str]], want: dict[str, dict[str, str]]) -> 
     return
   different = {k: (v, cases.identity()[k]) for k, v in GOLDEN["identity"].items()}
   different = {k: v for k, v in different.items() if v[0] != v[1]}
-  warnings.warn(f"compared within {TOLERANCE}, not to the bit: {different}", stacklevel=2)
+  if os.environ.get("JAXGPT_TEST_GOLDEN"):
+    warnings.warn(f"compared within {TOLERANCE}, not to the bit: {different}", stacklevel=2)
   for step, numbers in want.items():
     for name, value in numbers.items():
       assert float.fromhex(found[step][name]) == pytest.approx(
@@ -87,7 +89,7 @@ def test_a_stopped_data_job_goes_on(place, capsys):
   assert not (place / "data" / f"{cases.JOB}.unfinished").exists()
 
 
-@pytest.mark.parametrize("name", quick.first(cases.RUNS, 4))
+@pytest.mark.parametrize("name", quick.first(cases.RUNS, 1))
 def test_an_old_run_goes_on_with_the_same_numbers(place, name):
   unpack(f"run_{name}", place)
   run = place / "runs" / name
@@ -99,20 +101,20 @@ def test_an_old_run_goes_on_with_the_same_numbers(place, name):
   check(cases.numbers(run), GOLDEN["runs"][name])
 
 
-@pytest.mark.parametrize("name", quick.first(cases.RUNS, 1))
+@pytest.mark.parametrize("name", quick.first(cases.RUNS, 0))
 def test_a_run_from_the_start_gives_the_old_numbers(place, name):
   assert main.main(cases.run_command(name)) == 0
   check(cases.numbers(place / "runs" / name), GOLDEN["runs"][name])
 
 
-@pytest.mark.parametrize("name", quick.first(cases.CONFIGS, 1))
+@pytest.mark.parametrize("name", quick.first(cases.CONFIGS, 0))
 def test_a_default_config_gives_the_old_numbers(place, name):
   unpack("run_adamw", place)
   assert main.main(cases.config_command(name)) == 0
   check(cases.numbers(place / "configs_runs" / name[:8]), GOLDEN["configs"][name])
 
 
-@pytest.mark.parametrize("name", ["adamw", "masked_lm", "lora_preference"])
+@pytest.mark.parametrize("name", quick.first(["adamw", "masked_lm", "lora_preference"]))
 def test_an_old_run_is_evaluated(place, name, capsys):
   """`evaluate` reads the weights of the stopped run and reports what the run reported."""
   unpack(f"run_{name}", place)

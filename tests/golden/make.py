@@ -18,7 +18,7 @@ import sys
 import tarfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (  # as in tests/conftest.py
+os.environ["XLA_FLAGS"] = (  # as in tests/xla_flags.py for JAXGPT_TEST_GOLDEN=1
   "--xla_force_host_platform_device_count=8 "
   "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
   "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"

@@ -16,6 +16,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.tasks import harness, harness_model, in_training
 from jaxgpt.training import evaluators
+from tests import quick
 from tests.parallel import distributed_test
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "green", "tree"]
@@ -200,6 +201,7 @@ def test_settings_of_a_task_are_followed_or_refused():
     harness_model.settings({"num_beams": 4}, own)
 
 
+@pytest.mark.parametrize("exported", quick.first(FAMILIES), indirect=True)
 @needs_harness
 def test_the_command_prints_a_table_and_names_tasks(exported, tasks, capsys):
   run, _ = exported
@@ -217,6 +219,7 @@ def test_the_command_prints_a_table_and_names_tasks(exported, tasks, capsys):
   assert "--split" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("exported", quick.first(FAMILIES), indirect=True)
 @needs_harness
 def test_two_processes_give_the_scores_of_one(exported, tasks, capsys):
   words = ["evaluate", f"--workdir={exported[0]}", f"--tasks={','.join(TASKS)}", "--json"]
@@ -241,6 +244,7 @@ def test_without_the_extra_a_message_names_it(monkeypatch):
     harness.check()
 
 
+@pytest.mark.parametrize("exported", quick.first(FAMILIES), indirect=True)
 @needs_harness
 def test_tasks_in_training_give_the_scores_of_the_command(exported, tasks):
   loaded = load.load(exported[0])
