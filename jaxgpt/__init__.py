@@ -2,13 +2,17 @@
 
 __version__ = "0.1.0"
 
-__all__ = ["load"]
+__all__ = ["Constraint", "load"]
 
 
 def __getattr__(name: str) -> object:
-  """`jaxgpt.load`, whose imports take seconds and are made when it is first used."""
+  """`jaxgpt.load` and what goes with it. The imports take seconds and are made at the first use."""
   if name == "load":
     from jaxgpt.tasks.api import load
 
     return load
+  if name == "Constraint":
+    from jaxgpt.inference.engine.requests import Constraint
+
+    return Constraint
   raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")

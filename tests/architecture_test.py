@@ -42,6 +42,7 @@ OPTIONAL = {
   "jinja2",
   "torch",
   "transformers",
+  "llguidance",
   "lm_eval",
 }
 

@@ -3,11 +3,11 @@
 import dataclasses
 
 from jaxgpt.commands import Command
-from jaxgpt.commands.actions.sampling import SAMPLING, SamplingOptions
-from jaxgpt.config.options import checkpoint_step, integer, option
+from jaxgpt.commands.actions.sampling import SAMPLING, SamplingOptions, read_prompt
+from jaxgpt.config.options import Group, checkpoint_step, integer, option
 from jaxgpt.errors import UserError
 
-_MOST_BYTES = 64 << 20  # of a file with a prompt
+_FORM = Group("form of the text (one of them; extra `guided`)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,15 @@ class GenerateOptions(SamplingOptions):
   samples: int = integer(1, least=1, help="number of texts to draw")
   max_new: int = integer(200, least=1, help="maximum of new tokens")
   stop: tuple[str, ...] = option((), metavar="TEXT", help="string that ends a text")
+  json_schema: str | None = option(
+    None, metavar="JSON", group=_FORM, help="the text is JSON of this schema; @FILE reads a file"
+  )
+  regex: str | None = option(
+    None, metavar="REGEX", group=_FORM, help="the whole text matches this regular expression"
+  )
+  choice: tuple[str, ...] = option(
+    (), metavar="TEXT", group=_FORM, help="the text is one of these choices; give it for each"
+  )
   seed: int = integer(0, group=SAMPLING, help="seed of the draws")
 
 
@@ -53,30 +62,6 @@ def run(args: GenerateOptions) -> None:
     generate.prompt(args, read_prompt(args.prompt))
   else:
     generate.file(args)
-
-
-def read_prompt(prompt: str) -> str:
-  """The text of `--prompt`: a file's for @FILE, '@TEXT' for @@TEXT.
-
-  Raises:
-    UserError: The file can't be read, is no UTF-8 text, or is too long.
-  """
-  if not prompt.startswith("@"):
-    return prompt
-  if prompt.startswith("@@"):
-    return prompt[1:]
-  path = prompt[1:]
-  try:
-    with open(path, "rb") as f:
-      data = f.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-      raise ValueError(f"{path} has more than {_MOST_BYTES:,} bytes")
-    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-  except (OSError, ValueError) as e:
-    raise UserError(
-      f"--prompt={prompt}: {e}; give a text file in UTF-8, or the text itself, with @@ for an @ at "
-      "its beginning"
-    ) from e
 
 
 COMMAND = Command("generate", "continue a prompt with a run's model", GenerateOptions, run)

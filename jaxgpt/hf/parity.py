@@ -6,7 +6,6 @@ a difference comes from the format or the mathematics and not from rounding to t
 Legend: L layers, N prompts, T tokens, V vocabulary (or labels), D width.
 """
 
-import functools
 import hashlib
 import platform
 from collections.abc import Sequence
@@ -17,14 +16,19 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from jaxgpt import __version__
+from jaxgpt import __version__, config
 from jaxgpt.config import installed
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.hf import labels
-from jaxgpt.inference import sampling
+from jaxgpt.inference import load, sampling
+from jaxgpt.inference.engine.engine import Engine
+from jaxgpt.inference.engine.requests import Request
 from jaxgpt.model import transformer
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.run import generation
 from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import base
+from jaxgpt.training import build
 from jaxgpt.tree import PyTree
 
 JSON, TEXT = "parity.json", "parity.md"
@@ -34,6 +38,7 @@ PROMPTS = (
   "In 1905 Albert Einstein published four papers; the third, on the electrodynamics of",
 )
 LENGTH, NEW = 48, 16  # tokens: longest prompt; generated
+_BLOCK = 16  # tokens of a block of the cache
 # Largest difference of float32 outputs, as a fraction of the largest output. Deep models come to a
 # quarter of it by rounding alone. The wrong one of two similar activations exceeds it.
 NEAR = 1e-4
@@ -190,7 +195,7 @@ def _compare(
     ml_collections.FrozenConfigDict(c_model.to_dict() | dict(dtype="float32", remat="none"))
   )
   logits, layers = forward(ours, params, prompts)
-  figures, by_layer, greedy = [], [], []
+  figures, by_layer, greedy = [], [], list[dict[str, Any]]()
   for i, (ids, want) in enumerate(zip(prompts, answers, strict=True)):
     mine = logits[i] if c_model.head in POOLED else logits[i, : len(ids)]
     figures.append(_distance(mine, want.logits))
@@ -198,16 +203,15 @@ def _compare(
       [_distance(a[i, : len(ids)], b) for a, b in zip(layers, want.layers, strict=True)]
     )
     if want.greedy is not None:
-      made = continuation(ours, params, ids)
-      greedy.append(
-        {"prompt": PROMPTS[i], "equal": made == want.greedy, "ours": made, "theirs": want.greedy}
-      )
+      greedy.append({"prompt": PROMPTS[i], "theirs": want.greedy})
   out = {
     "architecture": type(theirs).__name__,
     "logits": _worst(figures),
     "layers": [_worst(x) for x in zip(*by_layer)],
   }
   if greedy:
+    for one, mine in zip(greedy, continuations(ours, params, prompts), strict=True):
+      one.update(ours=mine, equal=mine == one["theirs"])
     out["greedy"] = {"equal": all(g["equal"] for g in greedy), "continuations": greedy}
   return out
 
@@ -276,28 +280,46 @@ def apply(
   return np.asarray(out.logits), np.concatenate([out.layers[:-1], out.hidden[None]])
 
 
-def continuation(
-  model: transformer.Transformer, params: PyTree, ids: Sequence[int], new: int = NEW
-) -> list[int]:
-  """Generates `new` tokens after a prompt, greedily."""
-  tokens = np.zeros((1, min(LENGTH + new, model.cfg.max_len)), np.int32)
-  tokens[0, : len(ids)] = ids
-  run = _sampler(model, tokens.shape[1])
-  out, length = run(
-    params,
-    tokens,
-    len(ids),
-    new,
-    jax.random.key(0),
-    sampling.Sampling(temperature=0.0),
-    len(ids),
-  )
-  return np.asarray(out)[0, len(ids) : int(length[0])].tolist()
+def continuations(
+  model: transformer.Transformer,
+  params: PyTree,
+  prompts: Sequence[Sequence[int]],
+  new: int = NEW,
+) -> list[list[int]]:
+  """Generates `new` tokens after each prompt, greedily, all prompts in a batch of the engine."""
+  run = _without_folder(model, params, min(LENGTH + new, model.cfg.max_len))
+  greedy = sampling.Sampling(temperature=0.0)
+  found: dict[int, list[int]] = {}
+  # Small blocks, so that prompts come in several chunks, as long ones do in use.
+  engine = Engine(run, max_rows=len(prompts), block_size=_BLOCK)
+  for piece in engine.run(Request(tuple(ids), new, greedy) for ids in prompts):
+    found.setdefault(piece.request, []).extend(token.id for token in piece.tokens)
+  return [found[number] for number in sorted(found)]
 
 
-@functools.lru_cache(maxsize=2)  # compiled once for all prompts
-def _sampler(model: transformer.Transformer, slots: int) -> Any:
-  return sampling.make(model, slots, -1, model.cfg.vocab_size)
+class _Ids(base.ByteTokenizer):
+  """Stands for a model's tokenizer where only token ids count."""
+
+  def __init__(self, vocab_size: int):
+    super().__init__()
+    self.vocab_size = vocab_size
+
+  def decode(self, ids: Any, specials: bool = False) -> str:
+    return ""
+
+
+def _without_folder(model: transformer.Transformer, params: PyTree, context: int) -> load.Run:
+  """A model as a run whose texts do not end."""
+  c = config.base()
+  c.model = ml_collections.ConfigDict(model.cfg.to_dict())
+  c.data.seq_len = context
+  shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+  own = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
+  mesh: Any = own[0] if own else mesh_lib.make(c.mesh, jax.devices()[:1])
+  nothing: Any = None
+  parts = build.Parts(model, nothing, nothing, nothing, nothing)
+  ends = generation.Generation({"eos_token_id": []})
+  return load.Run(c, parts, mesh, params, 0, _Ids(model.cfg.vocab_size), "", ends)
 
 
 def _distance(a: Any, b: Any) -> Distance:

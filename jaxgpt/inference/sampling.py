@@ -1,18 +1,15 @@
-"""Drawing tokens from logits, and from a model with a KV cache of a fixed number of slots.
+"""Drawing tokens from logits.
 
-B sample, S cache slot, V vocabulary, C candidate.
+B row, V vocabulary, C candidate.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.errors import UserError
-from jaxgpt.model import kv_cache, transformer
-from jaxgpt.tree import PyTree
 
 _CANDIDATES = 128  # most likely tokens that are sorted first; all are where these do not suffice
 _GROUP = 128  # neighbours in the vocabulary whose probabilities are summed first
@@ -53,16 +50,6 @@ class Sampling(NamedTuple):
       if not ok or not math.isfinite(getattr(self, name)):
         flag = name.replace("_", "-")
         raise UserError(f"--{flag}={getattr(self, name)} must be {valid} and finite")
-
-  def rows(self, num_rows: int) -> "Sampling":
-    """These settings for each of a number of rows, as arrays."""
-    kinds = {"top_k": jnp.int32}
-    return Sampling(
-      *(
-        jnp.broadcast_to(jnp.asarray(value, kinds.get(name, jnp.float32)), num_rows)
-        for name, value in self._asdict().items()
-      )
-    )
 
 
 def penalized(
@@ -200,111 +187,3 @@ def _inverse_cdf(weights_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
   # Rounding must not lead past the last index with a weight.
   last_B = weights_BN.shape[-1] - 1 - jnp.argmax(weights_BN[:, ::-1] > 0, axis=-1)
   return jnp.minimum(index_B, last_B)
-
-
-# generate(params, tokens_BS, length, max_new, key, settings, prompt_length) -> (tokens_BS,
-# lengths_B), see `make`.
-Generate = Callable[
-  [
-    PyTree,
-    jax.typing.ArrayLike,
-    jax.typing.ArrayLike,
-    jax.typing.ArrayLike,
-    jax.Array,
-    Sampling,
-    jax.typing.ArrayLike,
-  ],
-  tuple[jax.Array, jax.Array],
-]
-
-
-def _counted(
-  tokens_BS: jax.Array, length_B: jax.Array, prompt_length: jax.typing.ArrayLike, V: int
-) -> tuple[jax.Array, jax.Array]:
-  """(bool [B, V], int32 [B, V]): tokens of the prompts, counts of those after them."""
-  B, S = tokens_BS.shape
-  slot_S, rows_B = jnp.arange(S), jnp.arange(B)
-  in_prompt = slot_S < jnp.broadcast_to(prompt_length, (B,))[:, None]
-  none = jnp.zeros((B, V), jnp.int32)
-  count = lambda which: none.at[rows_B[:, None], tokens_BS].add(which.astype(jnp.int32))
-  return count(in_prompt) > 0, count((slot_S < length_B[:, None]) & ~in_prompt)
-
-
-def make(
-  model: transformer.Transformer, num_slots: int, eos_id: int | Sequence[int], vocab_size: int
-) -> Generate:
-  """Makes a jitted sampler, compiled once for all prompt lengths, settings and sample lengths.
-
-  Args:
-    model: The model.
-    num_slots: S, the context: prompt and new tokens together.
-    eos_id: The token that ends a sample, or several of which each does.
-    vocab_size: Token ids from here on only pad the embedding. They are never drawn.
-
-  Returns:
-    generate(params, tokens_BS, length, max_new, key, settings, prompt_length) -> (tokens_BS,
-    lengths_B). Each row of `tokens_BS` starts with `length` tokens to continue. The rest is
-    ignored. At most min(max_new, S - length) tokens follow, up to the first `eos_id`, which
-    `lengths_B` does not count. `settings` is a `Sampling` for all rows. Of the tokens to continue,
-    those from `prompt_length` on were drawn by an earlier call, which is how penalties count them.
-    `length`, `max_new` and `prompt_length` are one number for all rows, or [B].
-  """
-  cfg = model.cfg
-  end_ids = jnp.array([eos_id] if isinstance(eos_id, int) else list(eos_id))
-  apply: Any = model.apply  # the type of Flax's `apply` does not know the model's results
-
-  @jax.jit
-  def generate(params, tokens_BS, length, max_new, key, settings, prompt_length):
-    B = tokens_BS.shape[0]
-    is_token_V = jnp.arange(cfg.vocab_size) < vocab_size
-    rows_B = jnp.arange(B)
-    length_B = jnp.broadcast_to(length, (B,))
-    end_B = jnp.minimum(length_B + max_new, num_slots)
-    s = settings.rows(B)
-
-    def draw(logits_BV, prompt_BV, counts_BV, i):
-      less = lambda: penalized(logits_BV, prompt_BV, counts_BV, s)
-      logits_BV = jax.lax.cond(is_penalized(s).any(), less, lambda: logits_BV)
-      uniform_B2 = jax.random.uniform(jax.random.fold_in(key, i), (B, 2))
-      return sample(jnp.where(is_token_V, logits_BV, -jnp.inf), uniform_B2, s)
-
-    # Prefill: one call fills the cache. Slots after the prompt get keys of ignored tokens. Each of
-    # them is overwritten before a query can attend to it.
-    positions = jnp.broadcast_to(jnp.arange(num_slots), (B, num_slots))
-    prompt_BV, counts_BV = _counted(tokens_BS, length_B, prompt_length, cfg.vocab_size)
-    out = apply(
-      {"params": params},
-      tokens_BS,
-      positions,
-      cache=kv_cache.init(cfg, B, num_slots),
-      logits_at_B=length_B - 1,
-    )
-
-    def unfinished(carry):
-      _, _, _, _, _, done_B, _ = carry
-      return ~done_B.all()
-
-    # Decode: draw each row's token at its position, then compute the logits after it.
-    def step(carry):
-      t, tokens, counts_BV, cache, logits, done_B, lengths_B = carry
-      token_B = draw(logits, prompt_BV, counts_BV, length_B.max() + t)
-      position_B = jnp.minimum(length_B + t, num_slots - 1)  # of rows that are not done
-      done_B |= jnp.isin(token_B, end_ids)
-      lengths_B = jnp.where(done_B, lengths_B, position_B + 1)
-      tokens = tokens.at[rows_B, length_B + t].set(token_B)  # none beyond the last slot
-      counts_BV = counts_BV.at[rows_B, token_B].add(1)
-      done_B |= position_B + 1 >= end_B
-      out = apply(
-        {"params": params},
-        token_B[:, None],
-        position_B[:, None],
-        cache=cache,
-        logits_at_B=jnp.zeros((B,), jnp.int32),
-      )
-      return t + 1, tokens, counts_BV, out.cache, out.logits, done_B, lengths_B
-
-    start = (0, tokens_BS, counts_BV, out.cache, out.logits, length_B >= end_B, length_B)
-    _, tokens, _, _, _, _, lengths_B = jax.lax.while_loop(unfinished, step, start)
-    return tokens, lengths_B
-
-  return generate

@@ -1,6 +1,6 @@
 """The inputs that all layers share: attention masks, rotary angles, positions and segments.
 
-B batch, T query position, S key position or cache slot.
+B batch, T query position, S key position.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ import ml_collections
 
 from jaxgpt.model import rope
 from jaxgpt.model.attention import attention, masks, paged, token_order
-from jaxgpt.model.kv_cache import Cache, Pools
 
 
 class KindInputs(NamedTuple):
@@ -49,7 +48,6 @@ def make(
   form: str,
   positions_BT: jax.Array,
   segments_BT: jax.Array,
-  cache: Cache | Pools | None = None,
   call: paged.Call | None = None,
 ) -> LayerInputs:
   """Computes the inputs of all layers.
@@ -59,15 +57,11 @@ def make(
     form: The attention implementation, one of `choose.FORMS`.
     positions_BT: Positions within each document.
     segments_BT: Segments, not used for the mask if there is a cache.
-    cache: KV cache of the model, or None.
     call: Where the tokens are in a paged cache, or None.
   """
   mask: Callable[[int | None], jax.Array | None]
   if call is not None:
     length, mask = call.context, lambda window: None
-  elif cache is not None:
-    length = jax.tree.leaves(cache)[0].shape[2]
-    mask = lambda window: masks.visible_slots(positions_BT, length, window=window)
   else:
     length = positions_BT.shape[1]
     mask = lambda window: (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config.remat import QKV, O
-from jaxgpt.model import kv_cache, lora, rope
+from jaxgpt.model import lora, rope
 from jaxgpt.model.attention import attention, paged
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.model.kv_cache import LayerCache
@@ -58,7 +58,7 @@ class Attention(Module):
     spec = Spec(
       scale=cfg.attn_scale,
       softcap=cfg.attn_softcap,
-      causal=cfg.causal and cache is None,
+      causal=cfg.causal,
       window=cfg.window if self.kind == "local" else None,
       rules=self.rules,
     )
@@ -68,10 +68,8 @@ class Attention(Module):
       out, cache = attend(x_BTD, inputs, cache, spec)
     else:
       make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
-      (q, k, v), cache = make(x_BTD, here, inputs.positions, cache, lora_key)
-      # With a cache the mask covers cache slots, which the kernels do not support.
-      form = "reference" if cache is not None else self.form
-      out = attention.attend(form, q, k, v, here.mask, inputs.segments, spec)
+      q, k, v = make(x_BTD, here, lora_key)
+      out = attention.attend(self.form, q, k, v, here.mask, inputs.segments, spec)
     _, _, N, H = out.shape
     shape, axes = (N, H, cfg.width), ("heads", "head_dim", "embed")
     y = self.linear("o", out, shape, axes, self.residual_std, num_in=2, key=lora_key)
@@ -99,11 +97,9 @@ class Attention(Module):
     self,
     x_BTD: jax.Array,
     here: KindInputs,
-    positions_BT: jax.Array,
-    cache: LayerCache | None,
     key: jax.Array | None,
-  ) -> tuple[Heads, LayerCache | None]:
-    """Queries, keys and values. With a cache, keys and values of earlier tokens too."""
+  ) -> Heads:
+    """Queries, keys and values. Keys are rotated: their positions do not change."""
     cfg = self.cfg
     of_q, of_kv = (
       ("heads", cfg.num_heads, cfg.head_dim),
@@ -118,18 +114,14 @@ class Attention(Module):
     if here.rotary is not None:
       rotate = functools.partial(rope.rotate, by_matmul=self.form == "splash")
       q, k = (rotate(x, *here.rotary) for x in (q, k))
-    q, k, v = mark((q, k, v), self.rules)
-    if cache is not None:  # keys enter the cache rotated: their positions do not change
-      cache = kv_cache.write(cache, {"k": k, "v": v}, positions_BT)
-      k, v = cache["k"], cache["v"]
-    return (q, k, v), cache
+    return mark((q, k, v), self.rules)
 
   def _paged(
     self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache, spec: Spec
   ) -> tuple[jax.Array, LayerCache]:
     """Attention over a paged cache: (out [B, T, N, H], the cache)."""
     assert inputs.call is not None
-    (q, k, v), _ = self._qkv(x_BTD, inputs.kinds[self.kind], inputs.positions, None, None)
+    q, k, v = self._qkv(x_BTD, inputs.kinds[self.kind], None)
     cache = {name: paged.write(cache[name], x, inputs.call) for name, x in (("k", k), ("v", v))}
     cache = {name: self._pinned(pool) for name, pool in cache.items()}
     out = paged.attend(q, cache["k"], cache["v"], inputs.call, self.kind, inputs.positions, spec)
@@ -151,13 +143,11 @@ class Attention(Module):
     self,
     x_BTD: jax.Array,
     here: KindInputs,
-    positions_BT: jax.Array,
-    cache: LayerCache | None,
     key: jax.Array | None,
-  ) -> tuple[Heads, LayerCache | None]:
+  ) -> Heads:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
-    Keys and values are computed from one compressed vector per token. The cache holds only that
+    Keys and values are computed from one compressed vector per token. A cache holds only that
     vector and one rotated key that all heads share:
 
       x -> kv_down -> [ latent C | shared key R ]
@@ -168,14 +158,10 @@ class Attention(Module):
     q, latent_BTC, shared_key = self._compressed(x_BTD, here, key)
     cfg, lat, N = self.cfg, self.cfg.latent, self.cfg.num_heads
     R, plain = lat.rope_dim, cfg.head_dim - lat.rope_dim
-    if cache is not None:
-      new = {"latent": latent_BTC, "shared_key": shared_key}
-      cache = kv_cache.write(cache, new, positions_BT)
-      latent_BTC, shared_key = cache["latent"], cache["shared_key"]
     k = self._heads("k", latent_BTC, ("heads", N, plain), key, "rank")
     v = self._heads("v", latent_BTC, ("heads", N, lat.v_dim), key, "rank")
     k = jnp.concatenate([k, jnp.broadcast_to(shared_key, (*k.shape[:3], R))], -1)
-    return mark((q, k, v), self.rules), cache
+    return mark((q, k, v), self.rules)
 
   def _compressed(
     self, x_BTD: jax.Array, here: KindInputs, key: jax.Array | None

@@ -2,7 +2,7 @@
 
 No code branches on the name of a family.
 
-B batch, T query position, S cache slot, D model, V vocabulary (or labels), E experts.
+B batch, T query position, D model, V vocabulary (or labels), E experts.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jaxgpt.model import layer_inputs, layers, moe, ops, remat, stacks
 from jaxgpt.model import pipeline as pipeline_lib
 from jaxgpt.model.attention import paged, token_order
 from jaxgpt.model.block import BlockInputs, Period
-from jaxgpt.model.kv_cache import Cache, LayerCache, Pools
+from jaxgpt.model.kv_cache import LayerCache, Pools
 from jaxgpt.model.layer_inputs import LayerInputs
 from jaxgpt.parallel.sharding import DEFAULT, Rules
 from jaxgpt.tree import PyTree
@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
   logits: Any
   hidden: jax.Array
-  cache: Cache | Pools | None
+  cache: Pools | None
   router: moe.Statistics | None
   layers: jax.Array | None
 
@@ -67,7 +67,7 @@ class Transformer(layers.Module):
     segment_ids_BT: jax.Array | None = None,
     *,
     token_types_BT: jax.Array | None = None,
-    cache: Any = None,
+    cache: Pools | None = None,
     call: paged.Call | None = None,
     dropout_key: jax.Array | None = None,
     logits_at_B: jax.Array | None = None,
@@ -79,13 +79,12 @@ class Transformer(layers.Module):
 
     Args:
       tokens_BT: Token ids.
-      positions_BT: Positions within each document, below `max_len`. With a cache they are also the
-        slots that this call fills. Those of a row must then be consecutive.
+      positions_BT: Positions within each document, below `max_len`.
       segment_ids_BT: 1, 2, ... for the documents of a packed row, 0 for padding. None: each row is
         one document. Not used with a cache.
       token_types_BT: 0 and 1 for the two texts of a pair, below `token_types`. None: all 0.
-      cache: KV cache from `kv_cache.init`, `kv_cache.pools` or an earlier call, or None.
-      call: Where the tokens are in a paged cache. Layers may then be apart, see `stacks.apart`.
+      cache: KV cache from `kv_cache.pools` or an earlier call, or None.
+      call: Where the tokens are in the cache. Layers may then be apart, see `stacks.apart`.
       dropout_key: PRNG key during training, None otherwise.
       logits_at_B: For each row, the one index into T to compute logits at. None: all.
       layer_outputs: Whether to return the output of every block.
@@ -104,7 +103,7 @@ class Transformer(layers.Module):
       dropout_key, layers_key = jax.random.split(dropout_key)
     # Where the mesh shards the rows of a causal model, tokens are permuted once here and the
     # results are permuted back at the end. Positions and segments are permuted along.
-    reorder = cfg.causal and cache is None and not balanced
+    reorder = cfg.causal and call is None and not balanced
     if reorder:
       balance = token_order.balance
       tokens_BT, positions_BT = balance(tokens_BT), balance(positions_BT)
@@ -122,9 +121,9 @@ class Transformer(layers.Module):
     if layers_key is not None:
       x = ops.dropout(x, cfg.dropout, dropout_key)
     x = self.rules.constrain(x, "rows", "residual_length", "act_embed")
-    if segment_ids_BT is None or cache is not None:
+    if segment_ids_BT is None or call is not None:
       segment_ids_BT = jnp.ones_like(tokens_BT)
-    inputs = layer_inputs.make(cfg, self.form, positions_BT, segment_ids_BT, cache, call)
+    inputs = layer_inputs.make(cfg, self.form, positions_BT, segment_ids_BT, call)
     x, cache, router, outputs = self._layers(x, inputs, cache, layers_key, layer_outputs)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
@@ -166,16 +165,15 @@ class Transformer(layers.Module):
     self,
     x: jax.Array,
     inputs: LayerInputs,
-    cache: Any,
+    cache: Pools | None,
     key: jax.Array | None,
     layer_outputs: bool,
-  ) -> tuple[jax.Array, Any, moe.Statistics | None, jax.Array | None]:
+  ) -> tuple[jax.Array, Pools | None, moe.Statistics | None, jax.Array | None]:
     """Applies all stacks in order: (x, cache, router statistics, outputs of the blocks)."""
     cfg = self.cfg
     if inputs.call is not None:
       return *self._one_by_one(x, inputs, cache), None, None
     keys = None if key is None else jax.random.split(key, cfg.num_layers)
-    caches: dict[str, Any] = {}
     routers, outputs, start = [], [], 0
     for stack in stacks.of(cfg):
       n, p = stack.repeats, len(stack.kinds)
@@ -188,25 +186,24 @@ class Transformer(layers.Module):
       own = tuple(
         BlockInputs(
           key=of_block(keys, i),
-          cache=None if cache is None else cache[stack.name][i],
+          cache=None,
           is_first=of_block(is_first, i),
         )
         for i in range(p)
       )
-      if self.pipeline and cache is None and not layer_outputs:
+      if self.pipeline and not layer_outputs:
         x, router = self._pipelined(stack, own, x, inputs)
-        caches[stack.name] = None
       else:
         period = self._scanned(stack)
         period = period(cfg, self.rules, stack.kinds, layer_outputs, name=stack.name)
-        x, (caches[stack.name], router, out) = period(x, inputs, own)
+        x, (_, router, out) = period(x, inputs, own)
         if layer_outputs:
           outputs.append(jnp.stack(out, 1).reshape(n * p, *x.shape))
       routers += [r for r in router if r is not None]
       start += n * p
     total = jax.tree.map(lambda *xs: sum(v.sum(0) for v in xs), *routers) if routers else None
     all_outputs = jnp.concatenate(outputs) if layer_outputs else None
-    return x, None if cache is None else caches, total, all_outputs
+    return x, None, total, all_outputs
 
   def _one_by_one(self, x: jax.Array, inputs: LayerInputs, pools: Any) -> tuple[jax.Array, Pools]:
     """Applies the layers to a paged cache, without a scan: (x, the cache).

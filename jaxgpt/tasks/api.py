@@ -8,6 +8,7 @@ from etils import epath
 
 from jaxgpt.inference import load as load_lib
 from jaxgpt.inference import sampling
+from jaxgpt.inference.engine.requests import Constraint
 from jaxgpt.tasks.predict import job, registry, rows
 from jaxgpt.tasks.predict.protocol import Prediction, Predictor, Settings
 
@@ -39,6 +40,7 @@ class Model:
     max_new: int = 200,
     temperature: float = 0.0,
     seed: int = 0,
+    constraint: Constraint | None = None,
   ) -> list[Prediction]:
     """Predicts for texts, or for rows with columns. `jaxgpt predict` writes the same to a file.
 
@@ -49,6 +51,8 @@ class Model:
       max_new: Most tokens of a generated text.
       temperature: Of generated texts. 0: always the most likely token.
       seed: Seed of the draws.
+      constraint: Form of generated texts: `jaxgpt.Constraint.of_schema({"type": "object"})`. None:
+        any.
 
     Returns:
       A prediction for each, in their order. One that can't be predicted for is {'error': why}.
@@ -59,7 +63,8 @@ class Model:
     if isinstance(values, str):
       values = [values]
     values = [values] if isinstance(values, str) else values
-    settings = Settings(batch_size, max_new, sampling.Sampling(temperature=temperature), seed)
+    draws = sampling.Sampling(temperature=temperature)
+    settings = Settings(batch_size, max_new, draws, seed, constraint)
     key = (kind, settings)
     if key not in self._predictors:
       self._predictors[key] = registry.make(self.run, kind, settings)

@@ -29,7 +29,11 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
   found = task.find(c.task.name, c.code_folder)
   run = _run(context)
   settings = protocol.Settings(
-    c.task.batch_size, c.task.max_new, sampling.Sampling(temperature=0.0), c.seed
+    c.task.batch_size,
+    c.task.max_new,
+    sampling.Sampling(temperature=0.0),
+    c.seed,
+    keep_weights=False,  # training needs the memory
   )
   predictor = registry.make(run, None, settings)
   found.check_kind(predictor.kind)

@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxgpt.data import layouts
 from jaxgpt.errors import UserError
-from jaxgpt.inference import load, sampling, scoring
+from jaxgpt.inference import load, scoring
+from jaxgpt.inference.engine.engine import Engine
+from jaxgpt.inference.engine.requests import Request
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import batches as batches_lib
 
 _SHORTEST = 32  # rows have this length, or twice that, …, or the model's context
-_SEGMENT = 32  # new tokens between two looks at the stop strings
+_LOOK = 16  # new tokens between two looks for a reason to stop
 
 
 class Requests:
@@ -47,7 +47,7 @@ class Requests:
     rows = batch_size or run.c.eval.batch_size
     self._rows = -(-rows // shards) * shards
     self._score = scoring.make_step(run.parts.model, run.mesh, run.c.objective.loss_chunk)
-    self._samplers: dict[int, sampling.Generate] = {}
+    self._engine: Engine | None = None
 
   def log_likelihoods(
     self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -127,7 +127,7 @@ class Requests:
       max_new: Most new tokens.
       settings: How tokens are drawn.
       is_done: Whether new tokens hold a reason to stop. It is asked from time to time.
-      seed: Seed of the draws.
+      seed: Seed of the first prompt's draws. That of each further one is higher by 1.
 
     Returns:
       The new tokens of each prompt, without the token that ended them.
@@ -141,75 +141,19 @@ class Requests:
         f"{max_new} new tokens leave no room for a prompt in the model's context of {self.context} "
         "tokens (data.seq_len): ask for fewer (max_gen_toks in the task's generation_kwargs)"
       )
-    cut = [list(prompt)[-room:] for prompt in prompts]
-    order = sorted(range(len(cut)), key=lambda i: -len(cut[i]))
-    out: list[list[int]] = [[] for _ in cut]
-    with jax.set_mesh(self.run.mesh):
-      for i in range(0, len(order), self._rows):
-        chunk = order[i : i + self._rows]
-        found = self._continue([cut[j] for j in chunk], max_new, settings, is_done, seed + i)
-        for number, new in zip(chunk, found):
-          out[number] = new
-    return out
-
-  def _continue(
-    self,
-    prompts: Sequence[list[int]],
-    max_new: int,
-    settings: load.Sampling,
-    is_done: Callable[[Sequence[int]], bool],
-    seed: int,
-  ) -> list[list[int]]:
-    """New tokens of one batch, drawn in segments, because stop strings are seen on the host."""
-    slots = self._length(max(map(len, prompts)) + max_new)
-    generate = self._sampler(slots)
-    tokens_BS = np.zeros((self._rows, slots), np.int32)
-    lengths_B = np.ones(self._rows, np.int32)
-    for row, prompt in enumerate(prompts):
-      tokens_BS[row, : len(prompt)] = prompt
-      lengths_B[row] = len(prompt)
-    starts, running = lengths_B.copy(), np.arange(self._rows) < len(prompts)
-    for made in range(0, max_new, _SEGMENT):
-      more = min(_SEGMENT, max_new - made)
-      new_BS, ends_B = self._drawn(generate, tokens_BS, lengths_B, more, settings, seed, starts)
-      ends_B = np.where(running, ends_B, lengths_B)
-      for row in np.flatnonzero(running).tolist():
-        tokens_BS[row, : ends_B[row]] = new_BS[row, : ends_B[row]]
-        new = tokens_BS[row, starts[row] : ends_B[row]].tolist()
-        running[row] = ends_B[row] - lengths_B[row] == more and not is_done(new)
-      lengths_B = ends_B
-      if not running.any():
-        break
-    return [tokens_BS[i, starts[i] : lengths_B[i]].tolist() for i in range(len(prompts))]
-
-  def _drawn(
-    self,
-    generate: sampling.Generate,
-    tokens_BS: np.ndarray,
-    lengths_B: np.ndarray,
-    more: int,
-    settings: load.Sampling,
-    seed: int,
-    starts_B: np.ndarray,
-  ) -> tuple[np.ndarray, np.ndarray]:
-    batch = {"tokens": tokens_BS, "lengths": lengths_B, "starts": starts_B}
-    on_devices = self._on_devices(batch)
-    key = jax.random.key(seed)
-    tokens, lengths = generate(
-      self.params,
-      on_devices["tokens"],
-      on_devices["lengths"],
-      more,
-      key,
-      settings,
-      on_devices["starts"],
+    if self._engine is None:
+      self._engine = Engine(self.run._replace(params=None), max_rows=self._rows)
+    engine, found = self._engine, dict[int, list[int]]()
+    engine.use(self.params)
+    wanted = (
+      Request(tuple(prompt[-room:]), max_new, settings, seed + i)
+      for i, prompt in enumerate(prompts)
     )
-    return np.array(tokens), np.array(lengths)
-
-  def _sampler(self, slots: int) -> sampling.Generate:
-    if slots not in self._samplers:
-      run = self.run
-      made = sampling.make(run.parts.model, slots, run.generation.end_ids, run.tokenizer.vocab_size)
-      whole = NamedSharding(run.mesh, P())
-      self._samplers[slots] = jax.jit(made, out_shardings=whole)
-    return self._samplers[slots]
+    for piece in engine.run(wanted):
+      new = found.setdefault(piece.request, [])
+      looked = len(new) // _LOOK
+      new += [token.id for token in piece.tokens]
+      if piece.finish is None and len(new) // _LOOK > looked and is_done(new):
+        engine.cancel(piece.request)
+    engine.use(None)  # training needs the memory
+    return [found[number] for number in sorted(found)]

@@ -222,11 +222,13 @@ def check(run, model, atol=1e-4):
 
 
 def check_greedy(run, model, new=32):
-  for ids in PROMPTS:
-    theirs = model.generate(
+  theirs = [
+    model.generate(
       torch.tensor([ids]), do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0
     )[0, len(ids) :].tolist()
-    assert parity.continuation(run.parts.model, run.params, ids, new) == theirs
+    for ids in PROMPTS
+  ]
+  assert parity.continuations(run.parts.model, run.params, PROMPTS, new) == theirs
 
 
 def train_config(run, corpus, folder):

@@ -1,20 +1,22 @@
-"""Sampling rules against NumPy, and sampled text against the model's own probabilities."""
+"""Sampling rules against NumPy, and penalties against transformers."""
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
-from jaxgpt import config
 from jaxgpt.inference import sampling
-from jaxgpt.model import transformer
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.2, 0.15, 0.1, 0.05], [0.1, 0.1, 0.6, 0.1, 0.1]]))
 
 
+def in_rows(s, num_rows):
+  """Settings for each of a number of rows."""
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, num_rows), s)
+
+
 def kept(logits=LOGITS, **rules):
-  s = sampling.Sampling(1.0)._replace(**rules).rows(len(logits))
+  s = in_rows(sampling.Sampling(1.0)._replace(**rules), len(logits))
   out = jax.jit(sampling.filter_logits)(logits, s.top_k, s.top_p, s.min_p)
   return [np.flatnonzero(np.isfinite(row)).tolist() for row in out]
 
@@ -78,7 +80,7 @@ def test_draws_have_the_distribution_of_the_definition(monkeypatch):
   V = 40
   logits = np.random.default_rng(V).normal(size=V).astype(np.float32) * 2
   draw = jax.jit(
-    lambda z, u, s: sampling.sample(jnp.broadcast_to(z, (len(u), V)), u, s.rows(len(u)))
+    lambda z, u, s: sampling.sample(jnp.broadcast_to(z, (len(u), V)), u, in_rows(s, len(u)))
   )
   for i, rules in enumerate(RULES):
     s = sampling.Sampling(1.0)._replace(**rules)
@@ -115,7 +117,7 @@ def test_a_row_is_drawn_as_if_alone():
 
   together = step(logits, several)
   for i in range(B):
-    greedy = sampling.Sampling(0.0).rows(B)
+    greedy = in_rows(sampling.Sampling(0.0), B)
     alone = step(
       logits, jax.tree.map(lambda x, y, i=i: np.array(x.at[i].set(y[i])), greedy, several)
     )
@@ -131,109 +133,18 @@ def test_equally_likely_tokens_are_all_kept():
 def test_draws_of_uniforms_next_to_the_edges_are_tokens_with_a_probability():
   logits = jnp.full((2, 300), -jnp.inf).at[:, 5].set(0.0).at[:, 140].set(0.0)
   uniform = jnp.array([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]])
-  drawn = sampling.sample(logits, uniform, sampling.Sampling(1.0).rows(2))
+  drawn = sampling.sample(logits, uniform, in_rows(sampling.Sampling(1.0), 2))
   assert drawn.tolist() == [5, 140]
-  assert sampling.sample(logits, uniform, sampling.Sampling(0.0).rows(2)).tolist() == [5, 5]
+  assert sampling.sample(logits, uniform, in_rows(sampling.Sampling(0.0), 2)).tolist() == [5, 5]
 
 
-@pytest.fixture(scope="module")
-def sampler():
-  c = config.base()
-  c.model.update(dict(vocab_size=30, max_len=16, num_layers=2, width=32, num_heads=4, init_std=0.5))
-  c.data.seq_len = 16
-  model = transformer.Transformer(ml_collections.FrozenConfigDict(config.resolve(c).model))
-  params = transformer.init(model, jax.random.key(0))
-  return model, params, sampling.make(model, 16, eos_id=29, vocab_size=30)
-
-
-def run(sampler, prompt, max_new=99, temperature=0.0, seed=0, rows=1):
-  _, params, sample = sampler
-  tokens = np.zeros((rows, 16), np.int32)
-  tokens[:, : len(prompt)] = prompt
-  out, lengths = sample(
-    params,
-    tokens,
-    len(prompt),
-    max_new,
-    jax.random.key(seed),
-    sampling.Sampling(temperature),
-    len(prompt),
-  )
-  return [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(lengths), strict=True)]
-
-
-@pytest.mark.parametrize("prompt", [[1], [3, 4, 5, 6], list(range(15))])
-def test_greedy_decoding_equals_the_argmax_of_full_forwards(sampler, prompt):
-  model, params, _ = sampler
-  want = list(prompt)
-  forward = jax.jit(lambda t: model.apply({"params": params}, t, jnp.arange(16)[None]).logits)
-  while len(want) < 16:
-    padded = jnp.array([want + [0] * (16 - len(want))])
-    token = int(forward(padded)[0, len(want) - 1].argmax())
-    if token == 29:
-      break
-    want.append(token)
-  (got,) = run(sampler, prompt)
-  assert got == want
-
-
-def test_prompts_of_several_lengths_in_a_batch_are_continued_as_each_alone(sampler):
-  prompts = [[1], [3, 4, 5, 6], list(range(15)), [2, 2]]
-  for max_new in (99, 4):
-    tokens = np.full((4, 16), 7, np.int32)  # what follows a prompt is ignored
-    for row, prompt in zip(tokens, prompts, strict=True):
-      row[: len(prompt)] = prompt
-    out, lengths = sampler[2](
-      sampler[1],
-      tokens,
-      np.array([len(prompt) for prompt in prompts]),
-      max_new,
-      jax.random.key(0),
-      sampling.Sampling(0.0),
-      1,
-    )
-    got = [row[:n].tolist() for row, n in zip(np.asarray(out), np.asarray(lengths), strict=True)]
-    assert got == [run(sampler, prompt, max_new)[0] for prompt in prompts]
-
-
-def test_prompt_lengths_and_settings_share_one_compile(sampler):
-  run(sampler, [1, 2], temperature=0.7)
-  before = sampler[2]._cache_size()
-  run(sampler, [1, 2, 3, 4, 5], max_new=3, temperature=1.3, seed=4)
-  assert sampler[2]._cache_size() == before
-
-
-def test_samples_end_at_max_new_and_at_the_context(sampler):
-  assert len(run(sampler, [1, 2], max_new=3)[0]) <= 5
-  assert len(run(sampler, [1, 2], max_new=500)[0]) <= 16
-
-
-def test_token_ids_that_pad_the_embedding_are_never_drawn(sampler):
-  model, params, _ = sampler
-  sample = sampling.make(model, 16, eos_id=4, vocab_size=5)
-  tokens, lengths = sample(
-    params, np.ones((8, 16), np.int32), 1, 15, jax.random.key(0), sampling.Sampling(5.0), 1
-  )
-  drawn = np.concatenate([row[1:n] for row, n in zip(np.asarray(tokens), lengths, strict=True)])
-  assert drawn.size and drawn.max() < 4
-
-
-def test_each_of_several_end_tokens_ends_a_sample(sampler):
-  model, params, _ = sampler
-  (whole,) = run(sampler, [1, 2])
-  ends = [whole[5], whole[8]]
-  sample = sampling.make(model, 16, eos_id=ends, vocab_size=30)
-  first = next(i for i, token in enumerate(whole) if i >= 2 and token in ends)
-  assert run((model, params, sample), [1, 2]) == [whole[:first]]
-
-
-def test_a_penalty_for_repetition_is_that_of_transformers(sampler):
+def test_a_penalty_for_repetition_is_that_of_transformers():
   logits = jax.random.normal(jax.random.key(0), (3, 30))
   tokens = np.array([[1, 2, 2], [7, 7, 7], [29, 0, 4]])
   seen = np.zeros((3, 30), bool)
   np.put_along_axis(seen, tokens, True, axis=1)
   none = np.zeros((3, 30), np.int32)
-  s = sampling.Sampling(repetition_penalty=1.7).rows(3)
+  s = in_rows(sampling.Sampling(repetition_penalty=1.7), 3)
   got = sampling.penalized(logits, seen, none, s)
   np.testing.assert_array_equal(got, sampling.penalized(logits, ~seen & False, none + seen, s))
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -244,35 +155,6 @@ def test_a_penalty_for_repetition_is_that_of_transformers(sampler):
 
 def test_penalties_for_presence_and_frequency_are_subtracted_from_the_text_s_tokens():
   counts = np.array([[0, 1, 3]])
-  s = sampling.Sampling(presence_penalty=0.5, frequency_penalty=0.25).rows(1)
+  s = in_rows(sampling.Sampling(presence_penalty=0.5, frequency_penalty=0.25), 1)
   got = sampling.penalized(jnp.ones((1, 3)), np.ones((1, 3), bool), counts, s)
   np.testing.assert_allclose(got, [[1, 1 - 0.75, 1 - 1.25]])
-
-
-def test_a_text_drawn_in_parts_is_penalized_as_in_one(sampler):
-  _, params, sample = sampler
-  tokens = np.full((1, 16), 3, np.int32)
-  s = sampling.Sampling(temperature=0.0, frequency_penalty=-30.0)
-  whole = sample(params, tokens, 3, 9, jax.random.key(0), s, 3)
-  part = sample(params, tokens, 3, 4, jax.random.key(0), s, 3)
-  rest = sample(params, part[0], part[1], 5, jax.random.key(0), s, 3)
-  np.testing.assert_array_equal(rest[0], whole[0])
-  again = sample(params, part[0], part[1], 5, jax.random.key(0), s, part[1])
-  assert (again[0] != whole[0]).any(), "the test tells the two apart"
-
-
-def test_a_penalty_counts_the_prompt_and_the_tokens_drawn(sampler):
-  _, params, sample = sampler
-  tokens = np.zeros((1, 16), np.int32)
-  tokens[:, :3] = [3, 4, 5]
-  settings = sampling.Sampling(temperature=0.0, repetition_penalty=1e6)
-  out, (length,) = sample(params, tokens, 3, 99, jax.random.key(0), settings, 3)
-  drawn = out[0, :length].tolist()
-  assert len(set(drawn)) == len(drawn) > 3, "so high a penalty excludes all tokens so far"
-
-
-def test_each_seed_and_row_draws_different_text(sampler):
-  a, b = run(sampler, [1, 2], temperature=2.0, rows=2)
-  assert a != b
-  assert run(sampler, [1, 2], temperature=2.0, rows=2) == [a, b]
-  assert run(sampler, [1, 2], temperature=2.0, rows=2, seed=1) != [a, b]

@@ -12,6 +12,7 @@ import pytest
 from jaxgpt import config, tree
 from jaxgpt.config import presets
 from jaxgpt.model import kv_cache, stacks, transformer
+from jaxgpt.model.attention import paged
 
 STYLES = {
   "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True),
@@ -340,14 +341,28 @@ def test_prefill_and_decode_equal_the_full_forward(style):
   model, params = make(**STYLES[style])
   tokens, positions = tokens_and_positions()
   full = logits_of(model, params, tokens, positions)
-  cache = kv_cache.init(model.cfg, 2, 16)
-  padded = jnp.pad(tokens[:, :5], ((0, 0), (0, 11)))
-  places = jnp.broadcast_to(jnp.arange(16), (2, 16))
-  out = apply(model, params, padded, places, cache=cache, logits_at_B=jnp.array([4, 4]))
-  np.testing.assert_allclose(out.logits, full[:, 4], atol=2e-5)
-  for t in range(5, 12):
-    out = apply(model, params, tokens[:, t : t + 1], positions[:, t : t + 1], cache=out.cache)
-    np.testing.assert_allclose(out.logits[:, 0], full[:, t], atol=2e-5)
+  cache = kv_cache.pools(model.cfg, 9, 4, "float32")
+  tables = np.arange(1, 9).reshape(2, 4)[:, ::-1]  # blocks of each row, in any order
+  for b in range(2):
+    table = np.append(tables[b], 0).astype(np.int32)
+    for t in (0, 4):
+      at = np.s_[b : b + 1, t : t + 4]
+      call = paged.Chunk(table, np.int32(t // 4), 16)
+      out = apply(model, params, tokens[at], positions[at], cache=cache, call=call)
+      cache = out.cache
+      np.testing.assert_allclose(out.logits, full[at], atol=2e-5)
+  for t in range(8, 12):
+    # Each of the two rows sees its first three blocks.
+    numbers, starts = np.repeat([0, 1], 3), np.tile([0, 4, 8], 2)
+    pad = lambda x: np.pad(x.astype(np.int32), (0, 2))
+    of_rows = np.array([[0, 1, 2, 8], [3, 4, 5, 8]], np.int32)
+    pairs = paged.Pairs(*map(pad, (numbers, tables[:, :3].ravel(), starts)), of_rows, np.int32(6))
+    kinds = dict.fromkeys(model.cfg.attention_pattern, pairs)
+    call = paged.Step(tables[:, 2].astype(np.int32), np.full(2, t - 8, np.int32), kinds, 16)
+    at = np.s_[:, t : t + 1]
+    out = apply(model, params, tokens[at], positions[at], cache=cache, call=call)
+    cache = out.cache
+    np.testing.assert_allclose(out.logits, full[at], atol=2e-5)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from jaxgpt.config import user_code
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine.engine import Engine
-from jaxgpt.inference.engine.requests import Piece, Request
+from jaxgpt.inference.engine.requests import JSON, Constraint, Piece, Request
 from jaxgpt.inference.prompts import Prompts
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.tasks.predict import job, rows
@@ -28,8 +28,8 @@ def prompt(args: Any, text: str) -> None:
   engine = Engine(run, max_rows=min(args.samples, args.batch_size))
   wanted = _requests(args, draws, ids, args.seed)
   clock = _Clock()
+  engine.check(wanted[0])
   if args.samples == 1:
-    engine.check(wanted[0])
     print("" if args.chat else text, end="", flush=True)
     for piece in clock.timed(engine.run(wanted)):
       print(piece.text, end="", flush=True)
@@ -48,6 +48,8 @@ def file(args: Any) -> None:
   """Continues the prompts of --input, in order, to --output or standard output."""
   run, draws = _loaded(args)
   engine, prompts, clock = Engine(run, max_rows=args.batch_size), Prompts(run), _Clock()
+  # A faulty form is the fault of no row.
+  engine.check(Request((run.tokenizer.bos_id,), 1, constraint=constraint(args)))
 
   def continued(some: Sequence[Row], chunk: int) -> list[Prediction]:
     found: list[Prediction] = [{"error": row.problem} for row in some]
@@ -82,6 +84,7 @@ def file(args: Any) -> None:
 
 def _loaded(args: Any) -> tuple[load.Run, Sampling]:
   """The run, and how its texts are drawn."""
+  constraint(args)  # before the weights are read
   chosen = sampling.given(args)
   backend.start()
   run = load.load(args.workdir, args.step, "generate")
@@ -93,8 +96,27 @@ def _loaded(args: Any) -> tuple[load.Run, Sampling]:
 
 def _requests(args: Any, draws: Sampling, ids: Sequence[int], seed: int) -> list[Request]:
   """A request for each sample of a prompt."""
-  first = Request(tuple(ids), args.max_new, draws, seed, tuple(args.stop))
+  first = Request(
+    tuple(ids), args.max_new, draws, seed, tuple(args.stop), constraint=constraint(args)
+  )
   return [dataclasses.replace(first, seed=seed + i) for i in range(args.samples)]
+
+
+def constraint(args: Any) -> Constraint | None:
+  """The form of the texts that the options ask for.
+
+  Raises:
+    UserError: There are two, or one is not read.
+  """
+  names = [name for name in ("json_schema", "regex", "choice") if getattr(args, name)]
+  flags = ["--" + name.replace("_", "-") for name in names]
+  if len(flags) > 1:
+    raise UserError(f"{' and '.join(flags)} each prescribe the text: leave all but one out")
+  if args.json_schema:
+    return Constraint(JSON, sampling.read_prompt(args.json_schema, flags[0]))
+  if args.regex:
+    return Constraint.of_regex(args.regex)
+  return Constraint.of_choices(args.choice) if args.choice else None
 
 
 def _ids(prompts: Prompts, row: Row, chat: bool) -> list[int]:
@@ -118,11 +140,13 @@ def _identity(args: Any, run: load.Run, draws: Sampling) -> dict[str, Any]:
   c = run.c.copy_and_resolve_references()
   c.code_folder = ""  # depends on how the run folder is named
   names = ("chat", "samples", "max_new", "stop", "seed", "batch_size")
+  form = constraint(args)
   return {
     "config": user_code.digest(c.to_json()),
     "step": run.step,
     "sampling": draws._asdict(),
     **{name: getattr(args, name) for name in names},
+    **({"constraint": [form.kind, form.value]} if form else {}),
   }
 
 

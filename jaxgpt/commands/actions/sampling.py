@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxgpt.config.options import Group, integer, option
+from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help should not
   from jaxgpt.inference import load
   from jaxgpt.inference.sampling import Sampling
 
 SAMPLING = Group("how tokens are drawn")
+_MOST_BYTES = 64 << 20  # of a file with a prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,30 @@ class SamplingOptions:
     unset="the model's own, else 0.0",
     help="subtract this from a token's logit each time that the new text holds it",
   )
+
+
+def read_prompt(prompt: str, flag: str = "--prompt") -> str:
+  """The text of an option such as `--prompt`: a file's for @FILE, '@TEXT' for @@TEXT.
+
+  Raises:
+    UserError: The file can't be read, is no UTF-8 text, or is too long.
+  """
+  if not prompt.startswith("@"):
+    return prompt
+  if prompt.startswith("@@"):
+    return prompt[1:]
+  path = prompt[1:]
+  try:
+    with open(path, "rb") as f:
+      data = f.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+      raise ValueError(f"{path} has more than {_MOST_BYTES:,} bytes")
+    return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f"{flag}={prompt}: {e}; give a text file in UTF-8, or the text itself, with @@ for an @ at "
+      "its beginning"
+    ) from e
 
 
 def given(args: SamplingOptions) -> dict[str, float]:

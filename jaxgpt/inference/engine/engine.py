@@ -22,18 +22,22 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine import blocks as blocks_lib
-from jaxgpt.inference.engine import programs, requests, weights
+from jaxgpt.inference.engine import constraints, programs, requests, weights
 from jaxgpt.inference.engine.requests import Piece, Request, Stats, Token
 from jaxgpt.inference.engine.rows import Batch, Row
 from jaxgpt.inference.engine.text import Text
 from jaxgpt.training import uses
+from jaxgpt.tree import PyTree
 
 BLOCK = 64  # tokens of a block, and on CPUs of a chunk
 CACHE_TOKENS = 8192  # that the cache holds unless the caller says otherwise, or one context
 
 
 class Engine:
-  """Continues prompts. Synchronous: use it from one thread."""
+  """Continues prompts. Synchronous: use it from one thread.
+
+  On a mesh of several processes each must make the same calls with the same arguments.
+  """
 
   def __init__(
     self,
@@ -51,7 +55,8 @@ class Engine:
     depend, through the last bits of a matmul, on the arguments here.
 
     Args:
-      run: From `load.load`. Its parameters are copied in the form that decoding reads.
+      run: From `load.load`. Its parameters are copied in the form that decoding reads. If it has
+        none, `use` must give some before the first step.
       max_rows: Requests that are decoded together.
       cache_tokens: Tokens of the cache. None: one context of each row, but not above `CACHE_TOKENS`
         or one context.
@@ -67,22 +72,52 @@ class Engine:
     size, rows = block_size, max_rows
     tokens = cache_tokens or max(self._context, min(rows * self._context, CACHE_TOKENS))
     self._blocks = blocks_lib.Blocks(-(-tokens // size), size)
+    model, self._prepared = weights.prepare(run.parts.model)
+    dtype = cache_dtype or model.cfg.dtype
+    self._programs = programs.Programs(
+      model,
+      run.tokenizer.vocab_size,
+      programs.Size(rows, self._blocks.num + 1, size, dtype),
+      run.mesh,
+    )
+    self._params: PyTree = None
+    self._weights: Any = None
+    self._carried: Any = None
     if chunk_blocks is None:
       chunk_blocks = 1 if jax.default_backend() == "cpu" else 8
     self._chunk = chunk_blocks * size
-    with jax.set_mesh(run.mesh):
-      model, self._weights = weights.prepare(run.parts.model, run.params)
-      self._programs = programs.Programs(model, run.tokenizer.vocab_size)
-      dtype = cache_dtype or model.cfg.dtype
-      self._carried = self._programs.carried(rows, self._blocks.num + 1, size, dtype)
     cfg = model.cfg
     windows = {kind: cfg.window if kind == "local" else None for kind in cfg.attention_pattern}
-    self._batch = Batch(rows, size, self._context, windows)
+    self._ends = frozenset(run.generation.end_ids)
+    self._grammars = constraints.Grammars(run.tokenizer, self._ends)
+    self._batch = Batch(rows, size, self._context, windows, self._grammars.num_words)
     self._rows: list[Row | None] = [None] * rows
     self._queue = deque[tuple[int, Request]]()
     self._cancelled = set[int]()
-    self._ends = frozenset(run.generation.end_ids)
     self._next = self._prefilled = self._reused = self._decoded = 0
+    self.use(run.params)
+
+  def use(self, params: PyTree | None) -> None:
+    """Goes on with other weights, which empties the cache.
+
+    Args:
+      params: All parameters, on the run's mesh. The same object as before: nothing changes. None:
+        frees the memory of weights and cache, until the next call.
+
+    Raises:
+      ValueError: Requests are running or waiting.
+    """
+    if self.busy:
+      raise ValueError("the engine's weights cannot change while it continues texts")
+    if params is self._params:
+      return
+    self._params = self._weights = self._carried = None  # makes room for the new ones
+    self._blocks = blocks_lib.Blocks(self._blocks.num, self._blocks.size)
+    if params is not None:
+      with jax.set_mesh(self._run.mesh):
+        self._weights = self._prepared(params)
+        self._carried = self._programs.empty()
+      self._params = params
 
   def check(self, request: Request) -> None:
     """Raises a UserError that names the first fault of a request."""
@@ -111,6 +146,8 @@ class Engine:
       raise UserError(f"logprobs={request.logprobs} must be from 0 to {most}")
     if not all(request.stop):
       raise UserError("a stop string is empty; leave it out")
+    if request.constraint:
+      self._grammars.matcher(request.constraint).mask()
 
   def add(self, request: Request) -> int:
     """Queues a request.
@@ -251,6 +288,9 @@ class Engine:
       last=request.prompt[-1],
       text=Text(self._run.tokenizer, request.prompt, request.stop),
     )
+    if request.constraint:
+      row.matcher = self._grammars.matcher(request.constraint)
+      row.allowed = row.matcher.mask()
     b = self._rows.index(None)
     self._rows[b] = row
     self._reused += row.cached
@@ -301,8 +341,11 @@ class Engine:
       finish = requests.STOP
     else:
       released, stopped = row.text.add(_token(b, row.request.logprobs, found))
-      if stopped:
+      problem = self._constrain(row)
+      if stopped or (row.matcher and row.matcher.is_complete):
         finish = requests.STOP
+      elif problem:
+        finish = requests.ERROR + problem
       elif row.drawn == row.request.max_new or row.cached + 1 >= self._context:
         finish = requests.LENGTH
     if finish:
@@ -311,6 +354,16 @@ class Engine:
     if not released and not finish:
       return []
     return [Piece(row.number, "".join(t.text for t in released), tuple(released), finish)]
+
+  def _constrain(self, row: Row) -> str:
+    """Goes on in the form of a row's text. Returns the reason why that is not possible, or ''."""
+    if row.matcher:
+      row.matcher.take(row.last)
+      try:
+        row.allowed = None if row.matcher.is_complete else row.matcher.mask()
+      except UserError as e:
+        return str(e)
+    return ""
 
   def _leave(self, b: int, row: Row) -> None:
     self._blocks.release(row.blocks)

@@ -3,7 +3,7 @@
 Neither depends on the lengths of the texts, so each is compiled once. The arrays that they carry
 from call to call are donated: the cache is updated in place.
 
-B row, T token of a chunk, V vocabulary, A alternative.
+B row, T token of a chunk, V vocabulary, W word of 32 tokens, A alternative.
 """
 
 import functools
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxgpt.inference import sampling
 from jaxgpt.inference.sampling import Sampling
@@ -63,6 +65,8 @@ class StepInputs(NamedTuple):
     sampling: Settings [B].
     seeds: uint32 [B, 2].
     with_logprobs: bool [B], rows whose log-probabilities are wanted.
+    constrained: bool [B], rows whose texts have a prescribed form.
+    allowed: uint32 [B, W], the tokens that may follow in these rows, a bit each.
   """
 
   tokens: np.ndarray
@@ -71,6 +75,8 @@ class StepInputs(NamedTuple):
   sampling: Sampling
   seeds: np.ndarray
   with_logprobs: np.ndarray
+  constrained: np.ndarray
+  allowed: np.ndarray
 
 
 class Drawn(NamedTuple):
@@ -89,36 +95,69 @@ class Drawn(NamedTuple):
   best_logprobs: jax.Array
 
 
-class Programs:
-  """The compiled programs of a model.
+class Size(NamedTuple):
+  """The size of the cache.
 
   Attributes:
+    rows: B, rows of a batch.
+    blocks: Blocks of the pool.
+    block_size: Tokens of a block.
+    dtype: dtype of the cache.
+  """
+
+  rows: int
+  blocks: int
+  block_size: int
+  dtype: Any
+
+
+class Programs:
+  """The compiled programs of a model. All processes of the mesh must call them alike.
+
+  The cache is sharded as the model's keys are. Rows are sharded in all layers but attention, which
+  each data shard computes for all rows.
+
+  Attributes:
+    empty: () -> carried. An empty cache.
     prefill: (weights, carried, tokens_T, start, `paged.Chunk`) -> carried. Writes T tokens of a
       prompt, from position `start` on, into the cache. T is a multiple of the block's size.
     decode: (weights, carried, `StepInputs`) -> (carried, `Drawn`).
     enter: (carried, row, prompt_V) -> carried. Begins the counts of a row with a penalty.
   """
 
-  def __init__(self, model: transformer.Transformer, vocab_size: int):
-    """Args: model: From `weights.prepare`. vocab_size: Ids from here on are never drawn."""
-    self._model, self._vocab_size = model, vocab_size
-    options = compiler_options()
-    self.prefill = jax.jit(self._prefill, donate_argnums=1)
-    self.decode = jax.jit(self._decode, donate_argnums=1, compiler_options=options)
-    self.enter = jax.jit(self._enter, donate_argnums=0)
+  def __init__(
+    self, model: transformer.Transformer, vocab_size: int, size: Size, mesh: jax.sharding.Mesh
+  ):
+    """Prepares the programs, which are compiled at their first call.
 
-  def carried(self, num_rows: int, num_blocks: int, block_size: int, dtype: Any) -> Carried:
-    """An empty cache, sharded as the model's keys are."""
-    cfg, rules = self._model.cfg, self._model.rules
+    Args:
+      model: From `weights.prepare`.
+      vocab_size: Ids from here on are never drawn.
+      size: Size of the cache.
+      mesh: The device mesh.
+    """
+    self._model, self._vocab_size, self._size = model, vocab_size, size
+    # Each process reads what was drawn, so it is on all devices.
+    whole: Any = NamedSharding(mesh, P())
+    axes = (None, "act_heads", None, None)
+    of_pool = lambda x: NamedSharding(mesh, model.rules.fitting_spec(mesh, x.shape, axes))
+    pools = jax.tree.map(of_pool, jax.eval_shape(self._empty).pools)
+    carried = Carried(pools, whole, whole)
+    jit = functools.partial(jax.jit, out_shardings=carried)
+    self.empty = jit(self._empty)
+    self.prefill = jit(self._prefill, donate_argnums=1)
+    self.decode = jit(
+      self._decode,
+      donate_argnums=1,
+      out_shardings=(carried, whole),
+      compiler_options=compiler_options(),
+    )
+    self.enter = jit(self._enter, donate_argnums=0)
 
-    @jax.jit
-    def make():
-      pools = kv_cache.pools(cfg, num_blocks, block_size, dtype)
-      pools = jax.tree.map(lambda x: rules.constrain(x, None, "act_heads", None, None), pools)
-      shape = (num_rows, cfg.vocab_size)
-      return Carried(pools, jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
-
-    return make()
+  def _empty(self) -> Carried:
+    size, V = self._size, self._model.cfg.vocab_size
+    pools = kv_cache.pools(self._model.cfg, size.blocks, size.block_size, size.dtype)
+    return Carried(pools, jnp.zeros((size.rows, V), bool), jnp.zeros((size.rows, V), jnp.int32))
 
   def _prefill(
     self,
@@ -155,6 +194,11 @@ class Programs:
     s = x.sampling
     less = lambda: sampling.penalized(logits_BV, carried.prompts, carried.counts, s)
     scores_BV = jax.lax.cond(sampling.is_penalized(s).any(), less, lambda: logits_BV)
+    scores_BV = jax.lax.cond(
+      x.constrained.any(),
+      lambda: jnp.where(_bits(x.allowed, V) | ~x.constrained[:, None], scores_BV, -jnp.inf),
+      lambda: scores_BV,
+    )
     tokens_B = sampling.sample(scores_BV, _uniform(x.seeds, x.positions), s)
     counts = carried.counts.at[jnp.arange(B), tokens_B].add(1)
     drawn = jax.lax.cond(
@@ -166,6 +210,14 @@ class Programs:
     return carried._replace(
       prompts=carried.prompts.at[row].set(prompt_V), counts=carried.counts.at[row].set(0)
     )
+
+
+def _bits(words_BW: jax.typing.ArrayLike, V: int) -> jax.Array:
+  """Bits of words as bool [B, V]. Those that the words lack are False."""
+  words_BW = jnp.asarray(words_BW)
+  bits = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+  flat = bits.reshape(len(words_BW), -1).astype(bool)[:, :V]
+  return jnp.pad(flat, ((0, 0), (0, V - flat.shape[1])))
 
 
 def _uniform(seeds_B2: jax.typing.ArrayLike, position_B: jax.typing.ArrayLike) -> jax.Array:

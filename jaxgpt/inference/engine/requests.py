@@ -1,14 +1,54 @@
 """Input and output of the decoding engine: requests, and pieces of their texts."""
 
 import dataclasses
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from jaxgpt.errors import UserError
 from jaxgpt.inference.sampling import Sampling
 
 _USUAL = Sampling()
 
 # Values of `Piece.finish`. A request that fails ends with 'error: ' and the reason.
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error: "
+
+
+JSON, REGEX, CHOICE = "JSON schema", "regular expression", "choices"  # values of `Constraint.kind`
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+  """The form of a text. Make one with `of_schema`, `of_regex` or `of_choices`.
+
+  Attributes:
+    kind: `JSON`, `REGEX` or `CHOICE`.
+    value: A JSON schema, a regular expression of the whole text, or the choices as a JSON array.
+  """
+
+  kind: str
+  value: str
+
+  @classmethod
+  def of_schema(cls, schema: Mapping[str, Any]) -> "Constraint":
+    """JSON that a JSON schema allows."""
+    return cls(JSON, json.dumps(schema))
+
+  @classmethod
+  def of_regex(cls, regex: str) -> "Constraint":
+    """Texts that a regular expression matches as a whole, in the syntax of Rust's crate `regex`."""
+    return cls(REGEX, regex)
+
+  @classmethod
+  def of_choices(cls, choices: Sequence[str]) -> "Constraint":
+    """One of several texts.
+
+    Raises:
+      UserError: There is none, or one is empty.
+    """
+    if not choices or not all(choices):
+      raise UserError("choices: give at least one, and none that is empty")
+    return cls(CHOICE, json.dumps(list(choices)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +63,7 @@ class Request:
     stop: Strings that end the text. It ends before the first of them.
     logprobs: None, or the number of alternatives whose log-probabilities are wanted for each
       token, next to the token's own.
+    constraint: The form of the text, or None for any.
   """
 
   prompt: tuple[int, ...]
@@ -31,6 +72,7 @@ class Request:
   seed: int = 0
   stop: tuple[str, ...] = ()
   logprobs: int | None = None
+  constraint: Constraint | None = None
 
 
 class Token(NamedTuple):

@@ -1,6 +1,6 @@
 """The rows of a batch as arrays: the blocks that a step reads and writes, and how it draws tokens.
 
-B row, J block of a row, P pair of a row and a block, V vocabulary.
+B row, J block of a row, P pair of a row and a block, V vocabulary, W word of 32 tokens.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxgpt.inference.engine.blocks import SPARE
+from jaxgpt.inference.engine.constraints import Matcher
 from jaxgpt.inference.engine.programs import StepInputs
 from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.engine.text import Text
@@ -28,6 +29,8 @@ class Row:
     last: The token that is decoded next.
     drawn: Tokens drawn.
     text: Its text.
+    matcher: How far the text is in its form, if the request prescribes one.
+    allowed: uint32 [W], the tokens that may follow then.
   """
 
   number: int
@@ -37,6 +40,8 @@ class Row:
   last: int
   text: Text
   drawn: int = 0
+  matcher: Matcher | None = None
+  allowed: np.ndarray | None = None
 
   @property
   def is_prefilled(self) -> bool:
@@ -51,7 +56,12 @@ class Batch:
   """The rows of a batch as the arrays of a step."""
 
   def __init__(
-    self, num_rows: int, block_size: int, context: int, windows: Mapping[str, int | None]
+    self,
+    num_rows: int,
+    block_size: int,
+    context: int,
+    windows: Mapping[str, int | None],
+    num_words: int,
   ):
     """Prepares for a model.
 
@@ -60,7 +70,9 @@ class Batch:
       block_size: Tokens of a block.
       context: Longest context in tokens.
       windows: {kind of attention that the model has: its window, or None}.
+      num_words: W.
     """
+    self._num_words = num_words
     self._num_rows, self._size, self._context = num_rows, block_size, context
     self._windows = windows
     self._per_row = -(-context // block_size)
@@ -83,7 +95,8 @@ class Batch:
     there = [(b, row) for b, row in enumerate(rows) if row is not None and row.is_prefilled]
     tokens, positions, blocks, offsets = np.zeros((4, B), np.int32)
     seeds = np.zeros((B, 2), np.uint32)
-    with_logprobs = np.zeros(B, bool)
+    with_logprobs, constrained = np.zeros((2, B), bool)
+    allowed = np.zeros((B, self._num_words), np.uint32)
     settings = [_GREEDY] * B
     for b, row in there:
       request = row.request
@@ -92,6 +105,8 @@ class Batch:
       seeds[b] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
       with_logprobs[b] = request.logprobs is not None
       settings[b] = request.sampling
+      if row.allowed is not None:
+        constrained[b], allowed[b] = True, row.allowed
     pairs = {kind: self._pairs(there, window) for kind, window in self._windows.items()}
     columns = zip(*settings, strict=True)
     draws = Sampling(
@@ -101,7 +116,7 @@ class Batch:
       )
     )
     call = paged.Step(blocks, offsets, pairs, self._context)
-    return StepInputs(tokens, positions, call, draws, seeds, with_logprobs)
+    return StepInputs(tokens, positions, call, draws, seeds, with_logprobs, constrained, allowed)
 
   def _pairs(self, there: Sequence[tuple[int, Row]], window: int | None) -> paged.Pairs:
     """The blocks that hold what each row's token sees."""

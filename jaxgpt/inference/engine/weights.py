@@ -1,5 +1,6 @@
 """A model's weights as decoding reads them: in the compute dtype, merged, and layer by layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ _FLOAT32 = ("router",)  # weights that the model multiplies in float32
 
 
 def prepare(
-  model: transformer.Transformer, params: PyTree
-) -> tuple[transformer.Transformer, PyTree]:
+  model: transformer.Transformer,
+) -> tuple[transformer.Transformer, Callable[[PyTree], PyTree]]:
   """Prepares a model for decoding.
 
   Adapters are merged. Weights are cast to the compute dtype once, where training casts them in each
@@ -24,10 +25,9 @@ def prepare(
 
   Args:
     model: The model.
-    params: All its parameters, on the mesh.
 
   Returns:
-    (model, weights for it).
+    (model, compiled function from all parameters of the given model to weights for it).
   """
   cfg = model.cfg
   fields = cfg.to_dict() | dict(
@@ -55,4 +55,4 @@ def prepare(
     params = tree.map_named(cast, axes, params, is_leaf=sharding.is_axes)
     return stacks.apart(plain.cfg, params)
 
-  return plain, prepared(params)
+  return plain, prepared

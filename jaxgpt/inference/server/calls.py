@@ -1,7 +1,8 @@
 """Bodies of requests to calls: the prompts as tokens, and how they are continued.
 
-The fields are those of OpenAI's API, and as extensions top_k, min_p and repetition_penalty, which
-other servers have under the same names. A field that this server does not support is refused.
+The fields are those of OpenAI's API, and as extensions top_k, min_p, repetition_penalty and
+those of `formats`, which other servers have under the same names. A field that this server does not
+support is refused.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxgpt.errors import UserError
 from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.sampling import Sampling
-from jaxgpt.inference.server import fields
+from jaxgpt.inference.server import fields, formats
 from jaxgpt.inference.server.fields import Reader, RequestError
 from jaxgpt.inference.server.messages import read_messages, read_tools
 
@@ -106,12 +107,6 @@ def _stream_options(name: str, value: Any) -> bool:
   return bool(found.get("include_usage"))
 
 
-def _response_format(name: str, value: Any) -> None:
-  """Takes the format of a text alone: the engine does not restrict its tokens to another one."""
-  unsupported = fields.unsupported("the engine writes text only; ask for JSON in a message", "text")
-  fields.read(fields.mapping(name, value), {"type": unsupported})
-
-
 def _empty(why: str) -> Reader:
   return fields.unsupported(why, {}, [], False, "")
 
@@ -133,6 +128,7 @@ _COMMON: dict[str, Reader] = {
   "frequency_penalty": fields.number(least=-2, most=2),
   "logit_bias": _empty("biases are not supported"),
   "user": fields.label,
+  **formats.READERS,
 }
 _COMPLETION: dict[str, Reader] = {
   "prompt": lambda name, value: value,  # see `_prompts`
@@ -153,7 +149,6 @@ _CHAT: dict[str, Reader] = {
   "parallel_tool_calls": fields.unsupported("calls of tools are text", True),
   "functions": _empty("they are deprecated: describe tools in `tools`"),
   "function_call": fields.unsupported("it is deprecated: see `tool_choice`", "auto", "none"),
-  "response_format": _response_format,
   "modalities": fields.unsupported("the model writes text alone", ["text"]),
   "audio": _empty("the model writes text alone"),
   "metadata": lambda name, value: fields.mapping(name, value) and None,
@@ -300,6 +295,7 @@ def _call(
   )
   sampling = sampling._replace(top_k=min(sampling.top_k, served.vocab_size))
   seed = found["seed"] if "seed" in found else secrets.randbelow(_SEEDS)
+  form, constraint = formats.of(found)
   requests = []
   for i, prompt in enumerate(prompts):
     room = served.context - len(prompt)
@@ -318,12 +314,12 @@ def _call(
         seed=_seed(seed, i * choices + j),
         stop=found.get("stop", ()),
         logprobs=logprobs,
+        constraint=constraint,
       )
       requests.append(request)
-    try:
-      served.check(requests[-1])
-    except UserError as e:
-      raise RequestError(f"{name}: {e}", param=name) from None
+    _check(served, dataclasses.replace(requests[-1], constraint=None), name)
+    if form:
+      _check(served, requests[-1], form)
   return Call(
     chat=chat,
     requests=tuple(requests),
@@ -334,6 +330,14 @@ def _call(
     prompts=len(prompts),
     keep=found.get("n", 1),
   )
+
+
+def _check(served: Served, request: Request, name: str) -> None:
+  """Raises a RequestError that names a field if the engine cannot run a request."""
+  try:
+    served.check(request)
+  except UserError as e:
+    raise RequestError(f"{name}: {e}", param=name) from None
 
 
 def _seed(seed: int, choice: int) -> int:

@@ -1,6 +1,6 @@
 """Attention masks: which query may attend to which key.
 
-B batch, T query position, S key position or cache slot.
+B batch, T query position, S key position.
 """
 
 from typing import NamedTuple
@@ -29,23 +29,6 @@ def visible(segment_ids_BT: jax.Array, *, causal: bool, window: int | None = Non
   if causal:
     mask &= distance >= 0
   return mask if window is None else mask & (jnp.abs(distance) < window)
-
-
-def visible_slots(
-  positions_BT: jax.Array, num_slots: int, *, window: int | None = None
-) -> jax.Array:
-  """Causal mask over the slots of a KV cache, where slot s holds the token at position s.
-
-  Args:
-    positions_BT: Positions of the queries.
-    num_slots: S.
-    window: As in `visible`.
-
-  Returns:
-    Boolean array [B, T, S].
-  """
-  distance = positions_BT[:, :, None] - jnp.arange(num_slots)
-  return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 class Band(NamedTuple):

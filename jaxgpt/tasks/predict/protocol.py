@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from jaxgpt.errors import UserError
+from jaxgpt.inference.engine.requests import Constraint
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.tasks.predict.rows import Row
 from jaxgpt.tree import PyTree
@@ -19,12 +20,17 @@ class Settings(NamedTuple):
     max_new: Most tokens of a generated text.
     sampling: How its tokens are drawn.
     seed: Seed of the draws.
+    constraint: The form of the texts, or None for any.
+    keep_weights: Keep a copy of the weights, in the form that decoding reads, for further calls
+      with them.
   """
 
   rows: int = 32
   max_new: int = 200
   sampling: Sampling = Sampling(temperature=0.0)
   seed: int = 0
+  constraint: Constraint | None = None
+  keep_weights: bool = True
 
 
 class Predictor(Protocol):

@@ -72,6 +72,11 @@ def make(run: load.Run, kind: str | None = None, settings: Settings | None = Non
       f"this model (model.head={c.model.head!r}, objective.name={c.objective.name!r}) predicts "
       "nothing for a row; start a run from it that does, see docs/tasks.md"
     )
+  if settings.constraint and found is not _WRITES:
+    raise UserError(
+      f"{settings.constraint.kind}: the form of a text is for models that write texts, and this "
+      "one does not; leave it out"
+    )
   return found.make(run._replace(params=None), _kind_of(run, kind, found.kinds), settings)
 
 

@@ -63,11 +63,21 @@ def test_prompts_of_a_file_are_continued_in_order_and_a_second_start_goes_on(
   assert "tokens/s" not in err, "nothing was drawn again"
 
 
+def test_a_text_of_a_prescribed_form(trained, capsys):
+  pytest.importorskip("llguidance", reason="needs the extra [guided]")
+  args = ["generate", f"--workdir={trained}", "--prompt=the cat", "--max-new=9"]
+  code, out, _ = run(capsys, *args, "--choice= sat", "--choice= saw")
+  assert code == 0 and out in ("the cat sat\n", "the cat saw\n")
+  assert "regular expression: " in refused(capsys, *args, "--regex=(a")
+
+
 @pytest.mark.parametrize(
   "more, message",
   [
     (["--prompt=x", "--input=y"], "--prompt and --input"),
     (["--prompt=x", "--output=y"], "--output=y needs --input"),
+    (["--regex=a", "--choice=b"], "--regex and --choice each prescribe the text"),
+    (["--json-schema=@nothing"], "--json-schema=@nothing: "),
   ],
 )
 def test_options_that_do_not_go_together(capsys, more, message):

@@ -1,4 +1,4 @@
-"""The engine against the sampler of fixed slots, and what a request relies on in any company.
+"""The engine against full forwards of the model, and what a request relies on in any company.
 
 One small engine per kind of model is compiled and shared by the tests. Its blocks are small, so
 that prompts of a few tokens have several chunks, and its cache is small, so that requests wait.
@@ -13,7 +13,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
-from jaxgpt.inference import load, sampling
+from jaxgpt.inference import load
 from jaxgpt.inference.engine import engine as engine_lib
 from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.sampling import Sampling
@@ -22,7 +22,7 @@ from jaxgpt.run import generation
 from jaxgpt.text.tokenizers.base import ByteTokenizer
 from tests.model.transformer_test import STYLES
 
-CONTEXT, END = 48, 2
+CONTEXT, ENDS = 48, (2, 77)
 KINDS = {
   "gpt2": STYLES["gpt2"],
   "local": STYLES["gemma"] | dict(num_kv_heads=2, num_layers=3),
@@ -49,7 +49,7 @@ def made(kind):
     params = jax.tree.map(
       lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
     )
-  ends = generation.Generation({"eos_token_id": [END]})
+  ends = generation.Generation({"eos_token_id": list(ENDS)})
   run = load.Run(c, parts, mesh, params, 0, ByteTokenizer(), "", ends)
   return run, engine_lib.Engine(run, max_rows=3, block_size=8, cache_tokens=96)
 
@@ -75,25 +75,41 @@ def answers(engine, requests):
     assert [p.finish for p in pieces[:-1]] == [None] * (len(pieces) - 1) and pieces[-1].finish
     assert all(p.text == "".join(t.text for t in p.tokens) for p in pieces)
     tokens = [t for p in pieces for t in p.tokens]
+    assert all(t.id < ByteTokenizer().vocab_size for t in tokens), "ids that pad the embedding"
     out.append((tokens, "".join(p.text for p in pieces), pieces[-1].finish))
   assert engine.stats().blocks_used == 0 and not engine.busy
   return out
 
 
+def by_full_forwards(run, prompts, new):
+  """The most likely tokens after prompts, from the model's logits of whole rows."""
+  tokens, ends = np.zeros((len(prompts), CONTEXT), np.int32), [len(p) for p in prompts]
+  for row, ids in zip(tokens, prompts, strict=True):
+    row[: len(ids)] = ids
+  positions = np.broadcast_to(np.arange(CONTEXT), tokens.shape)
+  forward = jax.jit(lambda p, x: run.parts.model.apply({"params": p}, x, positions).logits)
+  going = dict(enumerate(prompts))
+  for _ in range(new):
+    logits = np.asarray(forward(run.params, tokens))[..., : run.tokenizer.vocab_size]
+    for i in list(going):
+      token = int(logits[i, ends[i] - 1].argmax())
+      if token in ENDS:
+        del going[i]
+        continue
+      tokens[i, ends[i]] = token
+      ends[i] += 1
+      if ends[i] == CONTEXT:
+        del going[i]
+  return [row[len(p) : end].tolist() for row, p, end in zip(tokens, prompts, ends, strict=True)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_texts_are_those_of_the_sampler_of_fixed_slots(kind):
+def test_greedy_texts_are_the_most_likely_tokens_of_full_forwards(kind):
   run, engine = made(kind)
   prompts = [prompt(n, n) for n in (1, 5, 9, 17, 40, 33, 8)]
   prompts[5:5] = [prompts[4][:20] + (7, 8, 9), prompts[4]]  # begin as the one before
-  tokens, lengths = np.zeros((len(prompts), CONTEXT), np.int32), [len(p) for p in prompts]
-  for row, ids in zip(tokens, prompts, strict=True):
-    row[: len(ids)] = ids
-  generate = sampling.make(run.parts.model, CONTEXT, END, run.tokenizer.vocab_size)
-  with jax.set_mesh(run.mesh):
-    out, ends = jax.device_get(
-      generate(run.params, tokens, np.array(lengths), 14, jax.random.key(0), GREEDY, 0)
-    )
-  want = [row[start:end].tolist() for row, start, end in zip(out, lengths, ends, strict=True)]
+  lengths = [len(p) for p in prompts]
+  want = by_full_forwards(run, prompts, 14)
   before = engine.stats()
   got = answers(engine, [Request(ids, 14, GREEDY) for ids in prompts])
   assert [[t.id for t in tokens] for tokens, _, _ in got] == want
@@ -148,6 +164,33 @@ def test_seeds_draw_different_texts_and_equal_seeds_equal_ones(engine):
   ask = lambda seed: Request(prompt(9), 12, Sampling(1.0), seed=seed)
   texts = [text for _, text, _ in answers(engine, [ask(s) for s in (1, 2, 1 + (1 << 32), 1)])]
   assert texts[0] == texts[3] and len(set(texts)) == 3
+
+
+def test_a_penalty_counts_the_prompt_and_the_tokens_drawn(engine):
+  ids = prompt(9)
+  ((tokens, _, _),) = answers(engine, [Request(ids, 30, Sampling(0.0, repetition_penalty=1e6))])
+  drawn = [t.id for t in tokens]
+  assert len({*ids, *drawn}) == len(set(ids)) + len(drawn) > len(set(ids)) + 5
+
+
+def test_other_weights_find_nothing_in_the_cache_and_are_compiled_no_second_time(engine):
+  run, _ = made("gpt2")
+  ask = [Request(prompt(33, 1), 6, GREEDY, logprobs=0)]
+  before = bits(answers(engine, ask)[0])
+  engine.use(jax.tree.map(lambda x: 1.1 * x, run.params))
+  reused = engine.stats().reused
+  assert bits(answers(engine, ask)[0]) != before
+  assert engine.stats().reused == reused
+  engine.use(None)
+  assert engine._weights is None and engine._carried is None
+  engine.use(run.params)
+  assert bits(answers(engine, ask)[0]) == before
+  programs = engine._programs
+  assert programs.decode._cache_size() == programs.prefill._cache_size() == 1
+  engine.cancel(engine.add(ask[0]))
+  with pytest.raises(ValueError, match="weights cannot change"):
+    engine.use(None)
+  engine.step()
 
 
 def test_log_probabilities_are_the_model_s(engine):

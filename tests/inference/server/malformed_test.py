@@ -32,6 +32,7 @@ def message(**fields):
   return CHAT, {"messages": [{"role": "user", "content": "hi", **fields}]}
 
 
+NAMELESS = {"type": "json_schema", "json_schema": {"name": "a"}}
 # (path, body, field, a word of the message)
 CASES = [
   (TEXT, b"", None, "not JSON"),
@@ -95,8 +96,15 @@ CASES = [
   (*chat(tools=[{"type": "retrieval"}]), "tools[0]", "not a function"),
   (*chat(tool_choice="auto"), "tool_choice", "no tools"),
   (*chat(tool_choice={"type": "function"}), "tool_choice", "choose one of auto, none"),
-  (*chat(response_format={"type": "xml"}), "type", "the engine writes text only"),
-  (*chat(response_format={"type": "json_object"}), "type", "ask for JSON in a message"),
+  (*chat(response_format={"type": "xml"}), "type", "choose one of text, json_object"),
+  (*chat(response_format={}), "response_format", "it is missing"),
+  (*chat(response_format={"type": "json_schema"}), "response_format", "do not go together"),
+  (*chat(response_format=NAMELESS), "json_schema", "schema: it is missing"),
+  (*text(guided_json=[]), "guided_json", "give an object"),
+  (*text(guided_regex=""), "guided_regex", "an empty string"),
+  (*text(guided_choice=[]), "guided_choice", "at least 1"),
+  (*text(guided_choice=["a", ""]), "guided_choice", "none that is empty"),
+  (*text(guided_regex="a", guided_choice=["b"]), "guided_choice", "asks for a form too"),
   (*chat(top_logprobs=2), "top_logprobs", "needs logprobs=true"),
   (*chat(logprobs=2), "logprobs", "true or false"),
   (*chat(functions=[{"name": "f"}]), "functions", "deprecated"),

@@ -7,6 +7,7 @@ import struct
 import openai
 import pytest
 
+from jaxgpt.inference.engine.requests import Constraint
 from tests.inference.server import fake
 
 
@@ -186,11 +187,23 @@ def test_messages_reach_the_template(client, server):
   assert "tools" not in bytes(last(server).prompt).decode()
 
 
-def test_the_response_format_of_a_text_is_taken(client):
-  made = client.chat.completions.create(
-    model="fake", messages=said("p"), response_format={"type": "text"}
-  )
-  assert made.choices[0].message.content
+FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+  "fields, want",
+  [
+    (dict(response_format={"type": "text"}), None),
+    (dict(response_format={"type": "json_object"}), Constraint.of_schema({"type": "object"})),
+    (dict(response_format=FORM), Constraint.of_schema({"type": "null"})),
+    (dict(extra_body={"guided_json": {"type": "null"}}), Constraint.of_schema({"type": "null"})),
+    (dict(extra_body={"guided_regex": "[ab]+"}), Constraint.of_regex("[ab]+")),
+    (dict(extra_body={"guided_choice": ["a", "b"]}), Constraint.of_choices(["a", "b"])),
+  ],
+)
+def test_the_form_of_an_answer_reaches_the_engine(client, server, fields, want):
+  client.chat.completions.create(model="fake", messages=said("p"), **fields)
+  assert last(server).constraint == want
 
 
 def test_fields_without_an_effect_and_nulls_are_taken(client):

@@ -1,6 +1,7 @@
 """The server with a real engine and a tiny model: in this process, and as the command runs it."""
 
 import concurrent.futures
+import json
 import os
 import signal
 import subprocess
@@ -103,6 +104,25 @@ def test_a_chat_with_log_probabilities(real):
     assert entry.top_logprobs[0].token == entry.token
     assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob, abs=1e-5)
     assert entry.logprob >= entry.top_logprobs[1].logprob
+
+
+def test_an_answer_of_a_prescribed_form(real):
+  pytest.importorskip("llguidance", reason="needs the extra [guided]")
+  client = openai.OpenAI(base_url=f"{real[0].url}/v1", api_key="none")
+  fields = {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}}
+  schema = {"type": "object", "properties": fields, "required": ["a", "b"]}
+  ask = lambda schema: client.chat.completions.create(
+    model="tiny",
+    messages=[{"role": "user", "content": "hi"}],
+    max_tokens=50,
+    response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+  )
+  (choice,) = ask(schema | {"additionalProperties": False}).choices
+  value = json.loads(choice.message.content)
+  assert choice.finish_reason == "stop" and value["a"] in (1, 2) and value["b"] in (True, False)
+  with pytest.raises(openai.BadRequestError, match="strnig") as e:
+    ask({"type": "strnig"})
+  assert e.value.param == "response_format"
 
 
 def test_the_text_of_a_token(real):
