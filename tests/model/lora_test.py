@@ -11,6 +11,7 @@ from jaxgpt.inference import load
 from jaxgpt.model import lora, transformer
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.training import loop, train_step
+from jaxgpt.training.loop import steps
 
 LORA = dict(rank=3, alpha=6.0, targets=("q", "v", "o", "down"))
 
@@ -67,7 +68,7 @@ def test_an_interrupted_run_of_adapters_resumes_exactly(base, tiny, adapted):
   c = tiny(train__steps=4, init_from=str(base), optim__ema=0.5, checkpoint__every=1)
   c.model.lora.update(LORA)
   folder = base.with_name("again")
-  real, calls = loop._Run._read_metrics, []
+  real, calls = steps.Run._read_metrics, []
 
   def stop_after_two(self):
     calls.append(1)
@@ -76,7 +77,7 @@ def test_an_interrupted_run_of_adapters_resumes_exactly(base, tiny, adapted):
     return real(self)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop._Run, "_read_metrics", stop_after_two)
+    patch.setattr(steps.Run, "_read_metrics", stop_after_two)
     assert loop.train(c, folder, {})[0] < 4
   assert loop.train(c, folder, {})[0] == 4
   jax.tree.map(np.testing.assert_array_equal, load.load(folder).params, load.load(adapted).params)

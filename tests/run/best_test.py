@@ -12,6 +12,7 @@ from jaxgpt.inference import load
 from jaxgpt.run import best as best_lib
 from jaxgpt.run import checkpoints, metric_writers
 from jaxgpt.training import loop
+from jaxgpt.training.loop import steps as steps_lib
 
 
 def test_the_best_is_the_first_with_the_best_value():
@@ -72,7 +73,7 @@ def test_a_run_keeps_its_best_weights_ends_early_and_resumes_exactly(tiny, tmp_p
   assert checkpoints.complete_steps(where) == [step]
 
   # Killed after several evaluations, one of them the best.
-  parts, real = tmp_path / "parts", loop._Run._keep_best
+  parts, real = tmp_path / "parts", steps_lib.Run._keep_best
 
   class Killed(Exception):
     pass
@@ -83,7 +84,7 @@ def test_a_run_keeps_its_best_weights_ends_early_and_resumes_exactly(tiny, tmp_p
       raise Killed
 
   for at in (step, step + 2):
-    monkeypatch.setattr(loop._Run, "_keep_best", lambda run, r, at=at: killed(run, r, at))
+    monkeypatch.setattr(steps_lib.Run, "_keep_best", lambda run, r, at=at: killed(run, r, at))
     with pytest.raises(Killed):
       loop.train(c, parts, {})
   monkeypatch.undo()

@@ -16,11 +16,12 @@ from jaxgpt.commands.actions import import_export, inspect_data
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.sampler import Sampler
+from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import metric_writers, run_folder, run_lock, stop_signal
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import loop
+from jaxgpt.training import evaluation, loop, train_step
 from tests import quick
 
 TIMES = ("tokens_per_second", "step_time", "input_wait")
@@ -112,13 +113,13 @@ def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkey
 
 
 STAGES = {  # where a signal arrives: (object, attribute, which call)
-  "compile": (loop.train_step, "compile", 1),
+  "compile": (train_step, "compile", 1),
   "save": (checkpoints_lib.Checkpoints, "save", 1),
   "data": (batches_lib.pipeline, "make", 1),
   "run folder": (run_folder, "enter", 1),
-  "initial state": (loop.train_step, "first_state", 1),
-  "evaluation": (loop.evaluation, "evaluate", 1),
-  "last evaluation": (loop.evaluation, "evaluate", 2),
+  "initial state": (train_step, "first_state", 1),
+  "evaluation": (evaluation, "evaluate", 1),
+  "last evaluation": (evaluation, "evaluate", 2),
 }
 
 
@@ -174,9 +175,9 @@ def test_a_run_goes_on_with_fewer_devices(tiny, tmp_path):
   cut(half, tmp_path / "moved", at=4)
   devices = jax.devices()[:2]
   half.mesh.update(dict(data=2, fsdp=1, stage=1))
-  make = loop.mesh_lib.make
+  make = mesh_lib.make
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.mesh_lib, "make", lambda c_mesh: make(c_mesh, devices))
+    patch.setattr(mesh_lib, "make", lambda c_mesh: make(c_mesh, devices))
     train(half, tmp_path / "moved")
   want, got = (
     [r["loss"] for r in lines(tmp_path / name) if r["kind"] == "train"]
@@ -267,7 +268,7 @@ def test_the_loop_makes_no_hidden_transfer_and_never_waits_for_the_step_it_dispa
 ):
   """Step n is dispatched before step n-1 is read; under the guard, only explicit reads happen."""
   events = []
-  get, compile_step = jax.device_get, loop.train_step.compile
+  get, compile_step = jax.device_get, train_step.compile
 
   def compiled(*args):
     step = compile_step(*args)
@@ -284,8 +285,8 @@ def test_the_loop_makes_no_hidden_transfer_and_never_waits_for_the_step_it_dispa
       events.append("read")
     return get(x)
 
-  monkeypatch.setattr(loop.train_step, "compile", compiled)
-  monkeypatch.setattr(loop.jax, "device_get", reading)
+  monkeypatch.setattr(train_step, "compile", compiled)
+  monkeypatch.setattr(jax, "device_get", reading)
   train(tiny(train__steps=4), tmp_path / "run")
   assert events == ["dispatch", "dispatch", "read", "dispatch", "read", "dispatch", "read", "read"]
 
@@ -309,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, t
   )
   metrics = json.loads((where / "metrics.json").read_text())
   assert None in [metrics[k] for k in ("loss", "grad_norm", "param_norm")], "JSON has no NaN"
-  mesh = loop.mesh_lib.make(resolved.mesh)
+  mesh = mesh_lib.make(resolved.mesh)
   state, _ = checkpoints_lib.Checkpoints(where / "state").restore(
     build_lib.build(resolved, mesh).state
   )
@@ -332,13 +333,13 @@ def test_checkpoints_are_kept_by_number_and_by_period(tiny, tmp_path):
 def test_a_saved_state_is_not_touched_by_the_steps_that_go_on_meanwhile(tiny, tmp_path):
   """The save is asynchronous and the state is donated: on disk is still what was saved."""
   _, c = batches_lib.load_tokenizer_and_config(tiny(model__width=256, model__mlp_width=2048))
-  mesh = loop.mesh_lib.make(c.mesh)
+  mesh = mesh_lib.make(c.mesh)
   parts, data = build_lib.build(c, mesh), batches_lib.split_batches(c, "train")
   with jax.set_mesh(mesh):
-    state = loop.train_step.first_state(parts.model, parts.tx, 0, parts.state)
+    state = train_step.first_state(parts.model, parts.tx, 0, parts.state)
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
-  step = loop.train_step.compile(
-    loop.train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh
+  step = train_step.compile(
+    train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh
   )
   want = jax.tree.map(lambda x: np.array(x, copy=True), state)
   checkpoints = checkpoints_lib.Checkpoints(tmp_path)

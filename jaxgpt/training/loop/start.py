@@ -1,0 +1,212 @@
+"""The start of a run, and of its continuation: from a config to the first step.
+
+`train` reads from top to bottom: check the config, mesh, model, data, run folder, state (initial or
+restored), steps. What may differ between hosts, such as the newest checkpoint, is agreed on.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import ml_collections
+from etils import epath
+
+from jaxgpt.config import user_code
+from jaxgpt.data import stages
+from jaxgpt.errors import UserError
+from jaxgpt.model import fixed_models
+from jaxgpt.parallel import distributed, sharding
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.run import best as best_lib
+from jaxgpt.run import checkpoints as checkpoints_lib
+from jaxgpt.run import generation as generation_lib
+from jaxgpt.run import init_from, label_names, run_lock, stop_signal
+from jaxgpt.run import resume as resume_lib
+from jaxgpt.run import run_folder as run_folder_lib
+from jaxgpt.run import teacher as teacher_lib
+from jaxgpt.storage import atomic, strict_json
+from jaxgpt.text.tokenizers.tokenizer import Tokenizer
+from jaxgpt.training import batches as batches_lib
+from jaxgpt.training import build as build_lib
+from jaxgpt.training import evaluators as evaluators_lib
+from jaxgpt.training import metrics as metrics_lib
+from jaxgpt.training import stored, train_step
+from jaxgpt.training.loop import steps
+
+
+def train(
+  c: ml_collections.ConfigDict,
+  folder: epath.PathLike,
+  origin: Mapping[str, str],
+  weight_sources: Sequence[init_from.WeightSource] = (),
+  evaluator_makers: Sequence[evaluators_lib.EvaluatorMaker] = (),
+) -> steps.Outcome:
+  """Trains from the first step, or from the newest checkpoint, until the last step or a signal.
+
+  Args:
+    c: A config from `config.load`.
+    folder: The run folder.
+    origin: {flat key: where its value came from}, from `config.load`.
+    weight_sources: Kinds of models besides run folders that `init_from` may name.
+    evaluator_makers: Make further metrics of each evaluation.
+
+  Raises:
+    UserError: Bad input, or a loss that is not finite.
+  """
+  folder = epath.Path(folder)
+  with stop_signal.StopSignal() as stop, run_lock.RunLock(folder) as lock:
+    if distributed.is_first():
+      lock.take(make=False)  # a run that is being trained is refused at once
+    # Mistakes in the config are reported before data is read, and those that the mesh reveals
+    # before the run folder is made.
+    resumed = run_folder_lib.is_run(folder)
+    build_lib.check(c)
+    steps.tell(build_lib.check_settings(c, origin, resumed=resumed))
+    tokenizer, c = batches_lib.load_tokenizer_and_config(c)
+    c, notes = label_names.settle(c, folder, weight_sources)
+    c, more = teacher_lib.settle(c, weight_sources, tokenizer=tokenizer, folder=folder)
+    notes += more
+    if c.init_from and not resumed:
+      notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
+    mesh = mesh_lib.make(c.mesh)
+    parts = build_lib.build(c, mesh, resumed=resumed)
+    for _, own in stages.configs(c)[:-1]:
+      build_lib.build(own, mesh, resumed=True)  # the mesh may not divide another batch size
+    data = batches_lib.training_data(c)
+    held_out = batches_lib.validation(c)
+    for check in data.host_checks():
+      distributed.check_same(*check)
+    steps.tell(
+      [
+        *notes,
+        *build_lib.describe_trained(parts),
+        *data.describe(sharding.host_slice(mesh)[1]),
+      ]
+    )
+    context = evaluators_lib.Context(c, folder, mesh, parts, tokenizer, data.digest)
+    evaluators = [found for make in evaluator_makers if (found := make(context)) is not None]
+    if held_out is None:
+      steps.tell(_not_evaluated(c, evaluators))
+    setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators)
+    _enter(setup, origin, tokenizer, lock)
+    checkpoints = checkpoints_lib.Checkpoints(
+      folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
+    )
+    with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+      state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
+      if c.objective.stored:
+        first = state if checkpoints.latest() is None else None
+        stored.before_training(c, folder, mesh, parts, first, weight_sources, steps.tell)
+        data, held_out = stored.annotated_splits(c, data, held_out)
+        setup = setup._replace(data=data, held_out=held_out)
+      with contextlib.ExitStack() as stack:
+        best = None
+        if c.checkpoint.best:
+          step = int(state["step"])
+          kept = stack.enter_context(best_lib.keeper(folder, step))
+          best = steps.BestCheckpoint(best_lib.of_run(folder, c.checkpoint.best, step), kept)
+        run = steps.Run(setup, state, means, checkpoints, stop, best)
+        stack.enter_context(contextlib.closing(run))
+        outcome = run.run()
+    run.note_saved()
+    return outcome
+
+
+def _not_evaluated(
+  c: ml_collections.ConfigDict, evaluators: Sequence[evaluators_lib.Evaluator]
+) -> list[str]:
+  """The note on a run without a validation split.
+
+  Raises:
+    UserError: The run needs one: for the best checkpoint, or for an evaluator.
+  """
+  why = f"data.path={c.data.path!r} has no validation split"
+  if c.checkpoint.best or evaluators:
+    needs = f"checkpoint.best={c.checkpoint.best!r}" if c.checkpoint.best else "a task of the run"
+    raise UserError(f"{needs} needs evaluations, but {why}; prepare the data with one")
+  return [f"{why}: this run is not evaluated"]
+
+
+def _enter(
+  setup: steps.Setup, origin: Mapping[str, str], tokenizer: Tokenizer, lock: run_lock.RunLock
+) -> None:
+  """Makes or checks the run folder in the first process. All processes must agree on the run."""
+  c, folder = setup.c, setup.folder
+  if distributed.is_first():
+    run_folder_lib.check_free(folder)
+    lock.take()
+    resume = resume_lib.find(folder)
+    generation, notices = generation_lib.of_training(c, tokenizer, folder)
+    run_folder_lib.enter(
+      folder, c, origin, setup.mesh, setup.data.digest, tokenizer, resume.step or 0
+    )
+    generation_lib.write(folder, generation)
+    steps.tell(notices)
+    if lock.problem:
+      steps.tell([f"{folder} gives no file locks ({lock.problem}): start no second run in it"])
+    steps.tell([resume.describe(c.train.steps)])
+  distributed.barrier("run folder")
+  distributed.check_same(
+    "the resolved config", c.to_json(), "start all processes with the same command and config file"
+  )
+  distributed.check_same(
+    f"the digest of data.path={c.data.path!r}",
+    setup.data.digest,
+    "point data.path at the same data on all hosts",
+  )
+  code = user_code.files(c)
+  if code:
+    distributed.check_same(
+      f"the digests of {', '.join(code)}",
+      strict_json.dumps({name: user_code.digest(text) for name, text in code.items()}),
+      "copy the same files to all hosts",
+    )
+  if not run_folder_lib.is_run(folder):
+    raise UserError(
+      f"--workdir={folder} is another folder here than in process 0: it must be one "
+      "that all hosts see, such as a bucket or a network file system"
+    )
+
+
+def _first_state(
+  setup: steps.Setup,
+  checkpoints: checkpoints_lib.Checkpoints,
+  tokenizer: Tokenizer,
+  weight_sources: Sequence[init_from.WeightSource],
+) -> tuple[train_step.State, metrics_lib.Means]:
+  """The state of the newest checkpoint, or the one before step 0, and the means of the log window.
+
+  A checkpoint holds the means because a run may stop inside a log window: the resumed run then logs
+  the same numbers as one that never stopped. Frozen parameters are saved once, apart.
+  """
+  c, parts, folder = setup.c, setup.parts, setup.folder
+  if distributed.share(checkpoints.latest()) is not None:
+    state, extra, damaged = checkpoints.restore_newest(parts.state)
+    if damaged and distributed.is_first():
+      steps.tell(damaged)
+      run_folder_lib.note_start(folder, int(state["step"]))
+    if setup.data.state_key is not None:
+      setup.data.set_state(extra[setup.data.state_key], **batches_lib.host_share(setup.mesh))
+    means = metrics_lib.Means(**extra["means"])
+    return state | checkpoints_lib.load_frozen(folder, parts.state), means
+  given = _initial_weights(setup, tokenizer, weight_sources) if c.init_from else None
+  wanted = fixed_models.split(parts.state.get("frozen"))[1].get(fixed_models.TEACHER)
+  teacher = None if wanted is None else teacher_lib.load(c, wanted, weight_sources)
+  state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state, given, teacher)
+  checkpoints_lib.save_frozen(folder, state)
+  return state, metrics_lib.Means()
+
+
+def _initial_weights(
+  setup: steps.Setup, tokenizer: Tokenizer, weight_sources: Sequence[init_from.WeightSource]
+) -> train_step.Given:
+  """The weights of `init_from`. Prints a report of those used, and writes it to the run folder."""
+  c = setup.c
+  given = init_from.load(
+    c.init_from, c.model, train_step.own_weights(setup.parts.state), weight_sources
+  )
+  init_from.check_tokenizer(c, tokenizer, weight_sources)  # a start may have been killed before
+  if distributed.is_first():
+    atomic.write(setup.folder / init_from.REPORT, strict_json.dumps(given.report, indent=2))
+    print("\n".join(init_from.describe(given.report)), flush=True)
+  return given.params
