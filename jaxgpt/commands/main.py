@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"jaxgpt: error: {e}", file=sys.stderr)
     return e.exit_code
   command, values = _parse(commands, words)
+  if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `jaxgpt.__main__`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     return command.run(command.options(**values)) or 0
   except UserError as e:

@@ -5,6 +5,7 @@ import dataclasses
 from jaxgpt.commands import Command
 from jaxgpt.commands.actions.processes import ProcessOptions
 from jaxgpt.config.options import option, overrides
+from jaxgpt.run.process import output, stop_signal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,11 @@ class TrainOptions(ProcessOptions):
 
 def run(args: TrainOptions) -> int:
   """Trains, and prints the step at which the run ended."""
+  with output.lasting(), stop_signal.ended_at_once():
+    return _run(args)
+
+
+def _run(args: TrainOptions) -> int:
   from jaxgpt import config
   from jaxgpt.parallel import cluster
 
@@ -40,22 +46,24 @@ def run(args: TrainOptions) -> int:
   stopped, result = outcome.stopped, outcome.result
   if stopped:
     if is_first:
-      print(
+      line = (
         f"stopped by {stopped.name} after step {outcome.step} of {c.train.steps}; everything is "
         "saved: run the same command to resume"
       )
+      output.tell([line])
     return 128 + stopped
   if is_first:
     text = f"; validation {evaluation.describe(result)}" if result else "; no validation split"
-    print(f"done: {args.workdir} holds {outcome.step} steps{text}")
+    lines = [f"done: {args.workdir} holds {outcome.step} steps{text}"]
     if outcome.early:
-      print(
+      lines.append(
         f"ended before step {c.train.steps}: {c.checkpoint.best} has not improved for "
         f"{c.eval.patience} evaluations"
       )
     if outcome.best:
       step, value = outcome.best
-      print(f"best: {c.checkpoint.best} {value:.4f} at step {step}; --step=best uses it")
+      lines.append(f"best: {c.checkpoint.best} {value:.4f} at step {step}; --step=best uses it")
+    output.tell(lines)
   return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from jaxgpt.errors import UserError, nearest, printable
 from jaxgpt.inference.engine.requests import ERROR, LENGTH, Piece, Request
 from jaxgpt.inference.sampling import Sampling
-from jaxgpt.run.stop_signal import StopSignal
+from jaxgpt.run.process.stop_signal import StopSignal
 
 _ROOM = 16  # tokens that an answer has at least, if older messages can be left out
 _SEEDS = 1 << 31

@@ -259,7 +259,8 @@ def leave(code: int) -> NoReturn:
 
 def say(message: str, kind: str = "error") -> None:
   """Prints a line to standard error in one write, so that lines of processes do not mix."""
-  os.write(2, f"jaxgpt: {kind}: {message}\n".encode())
+  with contextlib.suppress(OSError):  # a closed terminal
+    os.write(2, f"jaxgpt: {kind}: {message}\n".encode())
 
 
 def _send(line: socket.socket, message: dict[str, Any]) -> None:

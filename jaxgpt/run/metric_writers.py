@@ -6,22 +6,28 @@ on. docs/extending.md shows how to add one.
 
 import contextlib
 import dataclasses
+import errno
+import io
 import json
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import ml_collections
 from etils import epath
 from rich import console, progress
 
 from jaxgpt.config.registry import Registry
-from jaxgpt.errors import UserError, nearest, optional
+from jaxgpt.errors import UserError, first_line, nearest, optional
 from jaxgpt.parallel import distributed
+from jaxgpt.run.process import output
 from jaxgpt.storage import atomic, buckets, strict_json
 
 JSONL = "metrics.jsonl"
 _REMOTE_SECONDS = 10.0  # between two writes of the file to a bucket
+_TENSORBOARD_QUEUE = 100_000  # events that wait for the disk
 
 Metrics: TypeAlias = Mapping[str, float]
 
@@ -35,7 +41,11 @@ class Run(NamedTuple):
 
 
 class MetricWriter:
-  """Receives the metrics of a run, in the first process. Subclasses implement `write`."""
+  """Receives the metrics of a run, in the first process. Subclasses implement `write`.
+
+  A method that raises an exception does not end the run: it is named once, and called again with
+  the next metrics.
+  """
 
   def write(self, step: int, kind: str, metrics: Metrics) -> None:
     """Takes metrics.
@@ -86,22 +96,26 @@ class Jsonl(MetricWriter):
   def __init__(self, run: Run):
     self._path = run.folder / JSONL
     self._newest: dict[str, dict[str, Any]] = {}
-    self._lines = ""  # the whole file, for buckets
-    self._file: TextIO | None = None
+    self._lines = ""  # not on disk yet; for buckets, the whole file
+    self._file: io.FileIO | None = None
+    self._size = 0  # bytes of the local file that are whole lines
     self._written = time.monotonic()
     with self._named_errors():
       if self._path.exists():
         self._drop_lines_after(run.start)
       if not buckets.is_remote(self._path):
-        self._file = self._path.open("a")
+        self._file = io.FileIO(self._path, "ab")
+        self._size = self._file.seek(0, os.SEEK_END)
 
   def _drop_lines_after(self, start: int) -> None:
     """Drops lines of steps that will be repeated, since the checkpoint is older than they are."""
     records = [record(line) for line in self._path.read_text().splitlines()]
     kept = [r for r in records if r and r["step"] <= start]
     self._newest = {r["kind"]: r for r in kept}
-    self._lines = "".join(strict_json.dumps(r) + "\n" for r in kept)
-    atomic.write(self._path, self._lines)
+    lines = "".join(strict_json.dumps(r) + "\n" for r in kept)
+    atomic.write(self._path, lines)
+    if buckets.is_remote(self._path):
+      self._lines = lines
 
   def newest(self, step: int, kind: str) -> dict[str, Any] | None:
     """The metrics that were written for a step, if they are the newest of their kind."""
@@ -110,26 +124,40 @@ class Jsonl(MetricWriter):
 
   def write(self, step: int, kind: str, metrics: Metrics) -> None:
     self._newest[kind] = {"step": step, "kind": kind, **metrics}
-    line = strict_json.dumps(self._newest[kind]) + "\n"
-    if self._file is None:
-      self._lines += line
-      if time.monotonic() - self._written > _REMOTE_SECONDS:
-        self.flush()
-      return
+    self._lines += strict_json.dumps(self._newest[kind]) + "\n"
+    if self._file is not None:
+      self._append(self._file)  # at once: `tail -f` and plots follow the run
+    elif time.monotonic() - self._written > _REMOTE_SECONDS:
+      self.flush()
+
+  def _append(self, file: io.FileIO) -> None:
+    """Appends the lines that are not on disk yet. If this fails, the file ends as it did before."""
+    data = self._lines.encode()
     with self._named_errors():
-      self._file.write(line)
-      self._file.flush()  # `tail -f` and plots follow the run
+      try:
+        if data and file.write(data) != len(data):
+          raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      except OSError:
+        with contextlib.suppress(OSError):
+          file.truncate(self._size)
+        raise
+    self._size += len(data)
+    self._lines = ""
 
   def flush(self) -> None:
     self._written = time.monotonic()
-    if self._file is None and self._lines:
+    if self._file is not None:
+      self._append(self._file)
+    elif self._lines:
       with self._named_errors():
         atomic.write(self._path, self._lines)
 
   def close(self) -> None:
-    self.flush()
-    if self._file is not None:
-      self._file.close()
+    try:
+      self.flush()
+    finally:
+      if self._file is not None:
+        self._file.close()
 
   @contextlib.contextmanager
   def _named_errors(self) -> Iterator[None]:
@@ -138,7 +166,7 @@ class Jsonl(MetricWriter):
     except OSError as e:
       raise UserError(
         f"{self._path} cannot be written ({e.strerror or e}); free some space or change its "
-        "permissions, then run the same command again to continue"
+        "permissions"
       ) from e
 
 
@@ -158,13 +186,23 @@ class TensorBoard(MetricWriter):
   """Event files in the folder `tensorboard` of the run folder."""
 
   def __init__(self, run: Run):
-    tensorboardx = optional("tensorboardX", "track", "log.tensorboard=True")
-    # purge_step hides events of steps that will be repeated.
-    self._writer = tensorboardx.SummaryWriter(
-      str(run.folder / "tensorboard"), purge_step=run.start + 1
+    self._tensorboardx = optional("tensorboardX", "track", "log.tensorboard=True")
+    self._folder = str(run.folder / "tensorboard")
+    self._open(run.start + 1)
+
+  def _open(self, step: int) -> None:
+    """Begins an event file. `step` hides events of steps that will be repeated."""
+    before = set(threading.enumerate())
+    # A full queue would block the run once the library's thread has died of a full disk.
+    self._writer = self._tensorboardx.SummaryWriter(
+      self._folder, purge_step=step, max_queue=_TENSORBOARD_QUEUE, filename_suffix=f".{step}"
     )
+    self._threads = set(threading.enumerate()) - before
 
   def write(self, step: int, kind: str, metrics: Metrics) -> None:
+    if not all(thread.is_alive() for thread in self._threads):
+      self._open(step)
+      raise OSError("an event file could not be written; a new one begins")
     for name, value in metrics.items():
       self._writer.add_scalar(f"{kind}/{name}", value, step)
 
@@ -244,14 +282,32 @@ def _clock(seconds: float) -> str:
 
 
 class Writers(MetricWriter):
-  """Several writers as one."""
+  """Several writers as one. One that fails is named once, and the run and the others go on."""
 
   def __init__(self, *writers: MetricWriter):
     self._writers = writers
+    self._failing: set[MetricWriter] = set()
 
   def write(self, step: int, kind: str, metrics: Metrics) -> None:
     for writer in self._writers:
-      writer.write(step, kind, metrics)
+      works = self._try(writer, lambda w: w.write(step, kind, metrics))
+      if works and writer in self._failing:
+        self._failing.remove(writer)
+        output.warn(f"the metric writer {type(writer).__name__} works again")
+
+  def _try(self, writer: MetricWriter, call: Callable[[MetricWriter], None]) -> bool:
+    try:
+      call(writer)
+    except Exception as e:  # of a disk, a network, or a user's own code
+      if writer not in self._failing:
+        self._failing.add(writer)
+        kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+        output.warn(
+          f"the metric writer {type(writer).__name__} fails, and the run goes on: "
+          f"{kind}{first_line(e, 300)}"
+        )
+      return False
+    return True
 
   def newest(self, step: int, kind: str) -> dict[str, Any] | None:
     found = (writer.newest(step, kind) for writer in self._writers)
@@ -259,11 +315,12 @@ class Writers(MetricWriter):
 
   def flush(self) -> None:
     for writer in self._writers:
-      writer.flush()
+      self._try(writer, lambda w: w.flush())
 
   def close(self) -> None:
     for writer in self._writers:
-      writer.close()
+      self._failing.discard(writer)  # what is lost now is lost for good
+      self._try(writer, lambda w: w.close())
 
 
 def check_options(c: ml_collections.ConfigDict) -> None:

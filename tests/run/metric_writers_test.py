@@ -1,6 +1,8 @@
 """Metric writers: which are open, and what they leave."""
 
 import json
+import resource
+import threading
 
 import pytest
 
@@ -60,6 +62,43 @@ def test_tensorboard_is_turned_on_by_the_config(tmp_path):
   writers.write(1, "train", {"loss": 2.5})
   writers.close()
   assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_line_that_the_disk_does_not_take_is_written_later_and_never_in_parts(tmp_path, capsys):
+  writers = metric_writers.make(resolved(), tmp_path, 0)
+  path = tmp_path / metric_writers.JSONL
+  writers.write(1, "train", {"loss": 1.0})
+  unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, unlimited[1]))
+  try:
+    for step in (2, 3):
+      writers.write(step, "train", {"loss": 1.0})
+      assert [r["step"] for r in lines(tmp_path)] == [1]
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+  writers.write(4, "train", {"loss": 1.0})
+  writers.close()
+  assert [r["step"] for r in lines(tmp_path)] == [1, 2, 3, 4]
+  err = capsys.readouterr().err
+  assert err.count("metrics.jsonl cannot be written") == 1 and "Jsonl works again" in err
+
+
+def test_tensorboard_goes_on_in_a_new_file_after_its_thread_has_died(tmp_path, monkeypatch, capsys):
+  run = metric_writers.Run(resolved(), tmp_path, 0)
+  board = metric_writers.TensorBoard(run)
+
+  def full(event):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(threading, "excepthook", lambda args: None)
+  monkeypatch.setattr(board._writer.file_writer.event_writer._ev_writer, "write_event", full)
+  writers = metric_writers.Writers(board)
+  while "TensorBoard fails" not in capsys.readouterr().err:  # the thread dies when it likes
+    writers.write(1, "train", {"loss": 2.5})
+  writers.write(2, "train", {"loss": 2.5})
+  writers.close()
+  assert "TensorBoard works again" in capsys.readouterr().err
+  assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
 class Csv(metric_writers.MetricWriter):
