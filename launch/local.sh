@@ -21,6 +21,7 @@ processes=${PROCESSES:-2} port=${PORT:-$((20000 + RANDOM % 20000))}
 read -ra jaxgpt <<<"${JAXGPT:-jaxgpt}"
 children=()
 trap 'kill -TERM "${children[@]}" 2>/dev/null' TERM
+trap 'kill -HUP "${children[@]}" 2>/dev/null' HUP
 trap : INT  # Ctrl-C: the terminal sends it to the processes as well
 for ((i = 0; i < processes; i++)); do
   command=("${jaxgpt[@]}" train "--coordinator=127.0.0.1:$port" "--num-processes=$processes"
@@ -29,7 +30,7 @@ for ((i = 0; i < processes; i++)); do
     printf '%q ' "${command[@]}"
     echo
   else
-    "${command[@]}" &
+    (trap : INT; exec "${command[@]}") &  # see retry.sh
     children+=($!)
   fi
 done

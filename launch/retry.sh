@@ -3,9 +3,11 @@
 #
 #   launch/retry.sh jaxgpt train --config=FILE --workdir=DIR
 #
-# jaxgpt's exit codes: 0 done; 2 bad input, which would fail again; 75 another process was lost;
-# 128+N ended by signal N after saving. Every code except 0 and 2 is tried again, unless this script
-# itself is stopped (Ctrl-C, SIGTERM).
+# jaxgpt's exit codes: 0 done; 2 bad input, which would fail again; 75 trouble that may pass (a lost
+# process, a full disk, a network); 128+N ended by signal N, after SIGINT, SIGTERM and SIGHUP with
+# everything saved; 1 a bug or failing hardware. Every code except 0 and 2 is tried again, unless
+# this script itself is stopped (Ctrl-C, SIGTERM, a closed terminal). Then it waits until the command
+# has saved and ended. A second Ctrl-C ends the command at once.
 #
 #   MAX_RESTARTS=100   most restarts
 #   RETRY_WAIT=10      seconds before a restart; doubled, up to 300, after each start that ended
@@ -28,16 +30,21 @@ fi
 stopping='' child=''
 trap 'stopping=1' INT  # Ctrl-C: the terminal sends it to the command as well
 trap 'stopping=1; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM
+trap 'stopping=1; [[ -n $child ]] && kill -HUP "$child" 2>/dev/null' HUP
 
 wait_for=$first_wait
 for ((restarts = 0; ; restarts++)); do
   started=$SECONDS
-  "$@" &
+  # A shell makes background commands ignore SIGINT. A trap, which ends with `exec`, undoes that.
+  (trap : INT; exec "$@") &
   child=$!
-  wait "$child"
-  code=$?
-  if [[ -n $stopping && $code -gt 128 ]]; then  # the signal may have ended `wait` and not the command
+  while :; do
     wait "$child"
+    code=$?
+    kill -0 "$child" 2>/dev/null || break  # else a signal ended `wait`, not the command
+  done
+  if [[ -n $stopping && $code -gt 128 ]]; then
+    wait "$child" 2>/dev/null
     again=$?
     [[ $again -ne 127 ]] && code=$again
   fi
@@ -54,6 +61,7 @@ for ((restarts = 0; ; restarts++)); do
   sleep "$wait_for" &
   wait $!
   if [[ -n $stopping ]]; then
+    kill $! 2>/dev/null
     exit "$code"
   fi
   wait_for=$((wait_for * 2 > 300 ? 300 : wait_for * 2))
