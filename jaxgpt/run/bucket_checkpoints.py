@@ -70,9 +70,13 @@ class Mirror:
       folder.mkdir(parents=True, exist_ok=True)
     # The bucket is the truth. Local copies only save downloads.
     self._complete = self._list()
+    self.drop_strangers()
+
+  def drop_strangers(self) -> None:
+    """Deletes local checkpoints that are not in the bucket: of another run, or never copied."""
     for path in self.folder.iterdir():
       if path.name.isdecimal() and not self._is_here(int(path.name)):
-        shutil.rmtree(path)  # of another run at this address, or never copied
+        shutil.rmtree(path)
 
   def _list(self) -> dict[int, str]:
     """{step: content of STEP.complete} of the checkpoints in the bucket."""
@@ -151,6 +155,10 @@ class Mirror:
         self._filesystem.rm_file(f"{self._inside}/{step}{_COMPLETE}")
         self._filesystem.rm(f"{self._inside}/{step}", recursive=True)
       self._complete = {other: mark for other, mark in self._complete.items() if other != step}
+
+  def is_at_work(self) -> bool:
+    """Whether a `push` is going on."""
+    return self._thread is not None and self._thread.is_alive()
 
   def wait(self) -> None:
     """Returns when the last `push` is complete. Raises its error, if it failed."""

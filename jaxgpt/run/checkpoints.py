@@ -16,6 +16,7 @@ A checkpoint has one item per part of the state, so that the weights can be read
 """
 
 import contextlib
+import errno
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from etils import epath
 from jaxgpt import tree
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.model import fixed_models
-from jaxgpt.parallel import distributed
+from jaxgpt.parallel import distributed, peer_watch
 from jaxgpt.run import bucket_checkpoints, digests
 from jaxgpt.storage import buckets, strict_json
 
@@ -36,6 +37,7 @@ _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 _CHUNK = 16 << 20  # bytes of an array that are written at a time if memory is short
 _FROZEN = "frozen"  # part of the state, and its folder in the run folder
 _DAMAGED = "damaged"  # folder in the run folder
+_LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)  # trouble that does not pass
 
 
 class DamagedError(UserError):
@@ -55,6 +57,26 @@ class DamagedError(UserError):
 
 class ChangedError(DamagedError):
   """Arrays of a checkpoint differ from their digests. All processes find the same."""
+
+
+class SaveError(UserError):
+  """A checkpoint could not be written. The earlier ones are as they were.
+
+  Its exit code says whether the same command may succeed later: a disk may have room again, but a
+  missing permission stays missing.
+
+  Attributes:
+    reason: The message without the folder and the way out.
+  """
+
+  def __init__(self, folder: epath.Path, error: BaseException):
+    lasting = getattr(error, "errno", None) in _LASTING or "PERMISSION_DENIED" in str(error)
+    super().__init__(
+      f"can't save a checkpoint in {folder}: {_summary(error)}; make room or change its "
+      "permissions, then run the same command again to continue",
+      exit_code=2 if lasting else peer_watch.EXIT_LOST,
+    )
+    self.reason = _summary(error)
 
 
 class Checkpoints:
@@ -102,18 +124,25 @@ class Checkpoints:
     )
     # See `writing_gb`: chunks, and files per array instead of OCDBT's shared ones.
     self._chunk = None if writing_gb is None else _CHUNK
-    limit = {} if writing_gb is None else {"save_concurrent_gb": writing_gb, "use_ocdbt": False}
-    handlers = {name: ocp.StandardCheckpointHandler(**limit) for name in _ITEMS}
-    self._manager = ocp.CheckpointManager(
+    self._limit = (
+      {} if writing_gb is None else {"save_concurrent_gb": writing_gb, "use_ocdbt": False}
+    )
+    self._options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      keep_period=keep_every or None,
+      read_only=read_only,
+      create=not read_only,
+      cleanup_tmp_directories=not read_only,
+    )
+    self._manager = self._open()
+    self._unsure: int | None = None  # step of a save that is not known to be complete
+
+  def _open(self) -> ocp.CheckpointManager:
+    handlers = {name: ocp.StandardCheckpointHandler(**self._limit) for name in _ITEMS}
+    return ocp.CheckpointManager(
       self._mirror.folder if self._mirror else self.folder,
       item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        keep_period=keep_every or None,
-        read_only=read_only,
-        create=not read_only,
-        cleanup_tmp_directories=not read_only,
-      ),
+      options=self._options,
     )
 
   def latest(self) -> int | None:
@@ -131,13 +160,14 @@ class Checkpoints:
       extra: Plain JSON values that `restore` returns.
 
     Raises:
-      UserError: The checkpoint cannot be written.
+      SaveError: This checkpoint cannot be written, or the one before it could not.
     """
     step = int(state["step"])
-    with self._named_errors("save"):
+    with self._named_errors():
       if self._mirror:
         self._mirror.wait()
       if step not in self._steps():
+        self._unsure = step
         self._save(step, state, extra or {})
 
   def _save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
@@ -155,24 +185,56 @@ class Checkpoints:
     if self._mirror:
       self._mirror.push(step, self._manager.wait_until_finished)
 
-  def wait(self) -> None:
-    """Returns when all started saves are complete."""
-    with self._named_errors("save"):
+  def finished(self) -> int | None:
+    """The step of a save that has become complete since the last call, or None. Does not wait.
+
+    Raises:
+      SaveError: A save failed in the background.
+    """
+    if self._unsure is None or self._is_saving():
+      return None
+    return self.wait()
+
+  def _is_saving(self) -> bool:
+    at_work = self._manager.is_saving_in_progress()
+    return at_work or (self._mirror is not None and self._mirror.is_at_work())
+
+  def wait(self) -> int | None:
+    """Returns when all started saves are complete: the step of the last one, see `finished`.
+
+    Raises:
+      SaveError: A save failed.
+    """
+    with self._named_errors():
       self._manager.wait_until_finished()
       if self._mirror:
         self._mirror.wait()
+    step, self._unsure = self._unsure, None
+    return step
+
+  def forget_failure(self) -> int | None:
+    """Prepares the next save after one that failed, and deletes what that one left.
+
+    Returns:
+      The step of the save that failed.
+    """
+    step, self._unsure = self._unsure, None
+    with contextlib.suppress(Exception):  # the failure, which the caller knows
+      self._manager.close()
+    if self._mirror:
+      self._mirror.drop_strangers()
+    self._manager = self._open()
+    return step
 
   @contextlib.contextmanager
-  def _named_errors(self, verb: str) -> Iterator[None]:
+  def _named_errors(self) -> Iterator[None]:
     try:
       yield
-    except UserError:
+    except SaveError:
       raise
-    except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
-      raise UserError(
-        f"can't {verb} a checkpoint in {self.folder}: {_summary(e)}; make room or change its "
-        "permissions, then run the same command again to continue"
-      ) from e
+    # tensorstore reports a full disk as a ValueError, and a bucket's errors are UserErrors
+    except (OSError, ValueError) as e:
+      raise SaveError(self.folder, e) from e
 
   def restore(
     self, abstract: Mapping[str, Any], step: int | None = None
@@ -382,7 +444,7 @@ def _check_digests(
 
 
 def _summary(e: BaseException) -> str:
-  return f"{type(e).__name__}: {first_line(e, 200)}"
+  return f"{'' if isinstance(e, UserError) else f'{type(e).__name__}: '}{first_line(e, 200)}"
 
 
 def _leaves(item: tree.PyTree) -> list[tuple[tuple[Any, ...], Any]]:

@@ -8,7 +8,7 @@ These show that a checkpoint existed:
 
 - the records of earlier starts: each notes the step where it began and the newest complete save
 - metrics.jsonl: a save waits for the one before it, so metrics of a step above twice
-  `checkpoint.every` come after a complete one
+  `checkpoint.every` come after a complete one, unless a start records that a save failed
 """
 
 from typing import NamedTuple
@@ -86,5 +86,7 @@ def _known_checkpoint(folder: epath.Path, reached: int) -> int:
   except UserError:  # a kill left a run without its first start
     starts = []
   noted = max([start.get(key) or 0 for start in starts for key in ("step", "saved")], default=0)
+  if any("failed" in start for start in starts):
+    return noted
   every = run_folder.read_config(folder).checkpoint.every
   return max(noted, every if every and reached > 2 * every else 0)

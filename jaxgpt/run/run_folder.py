@@ -295,6 +295,11 @@ def note_saved(folder: epath.PathLike, step: int) -> None:
   _amend_start(folder, saved=step)
 
 
+def note_failed(folder: epath.PathLike, step: int) -> None:
+  """Records in the newest start that a checkpoint could not be saved."""
+  _amend_start(folder, failed=step)
+
+
 def note_start(folder: epath.PathLike, step: int) -> None:
   """Records in the newest start that it goes on from another step than the newest checkpoint's."""
   _amend_start(folder, step=step)

@@ -18,7 +18,8 @@ from jaxgpt.inference import load
 from jaxgpt.inference.sampler import Sampler
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import metric_writers, run_folder, run_lock, stop_signal
+from jaxgpt.run import metric_writers, run_folder, run_lock
+from jaxgpt.run.process import stop_signal
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import evaluation, loop, train_step

@@ -341,6 +341,21 @@ CHECKPOINT = Section(
     every=Key(
       500, "Steps between checkpoints. The last step is always saved.", interval=AT_LEAST_1
     ),
+    every_minutes=Key(
+      0.0,
+      "Also save when this many minutes have passed since the last checkpoint began. 0: only by "
+      "steps.",
+      interval=AT_LEAST_0,
+    ),
+    on_failure=Key(
+      "continue",
+      "What a run does when a checkpoint cannot be written. Either way it says so and tries again "
+      "with growing pauses. Several processes always end.",
+      choices={
+        "continue": "train on, and try again until it works",
+        "stop": "end with exit code 75 or 2 after 5 failures in a row",
+      },
+    ),
     keep=Key(2, "Newest checkpoints to keep.", interval=AT_LEAST_1),
     keep_every=Key(
       0,

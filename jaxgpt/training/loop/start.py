@@ -5,7 +5,7 @@ restored), steps. What may differ between hosts, such as the newest checkpoint, 
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -20,10 +20,11 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import best as best_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import generation as generation_lib
-from jaxgpt.run import init_from, label_names, run_lock, stop_signal
+from jaxgpt.run import init_from, label_names, run_lock
 from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import teacher as teacher_lib
+from jaxgpt.run.process import output, stop_signal
 from jaxgpt.storage import atomic, strict_json
 from jaxgpt.text.tokenizers.tokenizer import Tokenizer
 from jaxgpt.training import batches as batches_lib
@@ -31,7 +32,7 @@ from jaxgpt.training import build as build_lib
 from jaxgpt.training import evaluators as evaluators_lib
 from jaxgpt.training import metrics as metrics_lib
 from jaxgpt.training import stored, train_step
-from jaxgpt.training.loop import steps
+from jaxgpt.training.loop import steps, trouble
 
 
 def train(
@@ -51,10 +52,15 @@ def train(
     evaluator_makers: Make further metrics of each evaluation.
 
   Raises:
-    UserError: Bad input, or a loss that is not finite.
+    UserError: Bad input, a loss that is not finite, too little memory, or trouble that may pass.
+      The exit code tells the last from the others.
   """
   folder = epath.Path(folder)
-  with stop_signal.StopSignal() as stop, run_lock.RunLock(folder) as lock:
+  with (
+    output.lasting(),
+    stop_signal.StopSignal(hangup=True) as stop,
+    run_lock.RunLock(folder) as lock,
+  ):
     if distributed.is_first():
       lock.take(make=False)  # a run that is being trained is refused at once
     # Mistakes in the config are reported before data is read, and those that the mesh reveals
@@ -92,8 +98,9 @@ def train(
     checkpoints = checkpoints_lib.Checkpoints(
       folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
     )
-    with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+    with trouble.explaining(parts.state), jax.set_mesh(mesh), _closing(checkpoints):
       state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
+      jax.block_until_ready(state)  # too little memory shows here
       if c.objective.stored:
         first = state if checkpoints.latest() is None else None
         stored.before_training(c, folder, mesh, parts, first, weight_sources, steps.tell)
@@ -108,8 +115,19 @@ def train(
         run = steps.Run(setup, state, means, checkpoints, stop, best)
         stack.enter_context(contextlib.closing(run))
         outcome = run.run()
-    run.note_saved()
     return outcome
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: checkpoints_lib.Checkpoints) -> Iterator[None]:
+  """Closes checkpoints at the end. A save that fails meanwhile does not hide another error."""
+  try:
+    yield
+  except BaseException:
+    with contextlib.suppress(checkpoints_lib.SaveError):
+      checkpoints.close()
+    raise
+  checkpoints.close()
 
 
 def _not_evaluated(
@@ -208,5 +226,5 @@ def _initial_weights(
   init_from.check_tokenizer(c, tokenizer, weight_sources)  # a start may have been killed before
   if distributed.is_first():
     atomic.write(setup.folder / init_from.REPORT, strict_json.dumps(given.report, indent=2))
-    print("\n".join(init_from.describe(given.report)), flush=True)
+    steps.tell(init_from.describe(given.report))
   return given.params

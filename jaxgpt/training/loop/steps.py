@@ -10,7 +10,7 @@ Two rules hold throughout:
 
 import contextlib
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,18 +19,19 @@ from etils import epath
 
 from jaxgpt.data import pipeline, stages
 from jaxgpt.data.batch_source import BatchSource
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.run import best as best_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import metric_writers as metric_writers_lib
-from jaxgpt.run import run_folder as run_folder_lib
-from jaxgpt.run import stop_signal, throughput
+from jaxgpt.run import throughput
+from jaxgpt.run.process import output, stop_signal
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, evaluation, train_step
 from jaxgpt.training import evaluators as evaluators_lib
 from jaxgpt.training import metrics as metrics_lib
+from jaxgpt.training.loop import saving, trouble
 
 
 class Outcome(NamedTuple):
@@ -66,8 +67,8 @@ class Setup(NamedTuple):
 
 def tell(lines: Sequence[str]) -> None:
   """Prints lines in the first process."""
-  if lines and distributed.is_first():
-    print("\n".join(lines), flush=True)
+  if distributed.is_first():
+    output.tell(lines)
 
 
 class BestCheckpoint(NamedTuple):
@@ -91,13 +92,14 @@ class Run:
   ):
     self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, *_ = setup
     self._evaluators, self._best = setup.evaluators, best
-    self._state, self._means, self._checkpoints, self._stop = state, means, checkpoints, stop
+    self._state, self._means, self._stop = state, means, stop
+    self._saver = saving.Saver(setup.c.checkpoint, setup.folder, checkpoints, setup.mesh)
     self._agreement = distributed.Agreement(setup.mesh)
     self._stopped: signal.Signals | None = None
     self._told_ema = False
-    self._step = int(state["step"])
-    self._saving: int | None = None  # step of the last save that began
+    self._step = self._start = int(state["step"])
     self._in_flight: tuple[int, train_step.Metrics] | None = None
+    self._batch_taken = False  # and its step is not done
     c, parts = setup.c, setup.parts
     peak = chips.peak_flops(setup.mesh.devices.flat[0].device_kind)
     self._timer = throughput.Timer(
@@ -107,18 +109,65 @@ class Run:
     self._writers = metric_writers_lib.make(c, setup.folder, self._step)
 
   def run(self) -> Outcome:
-    """Steps until the end or a signal, saves, and evaluates a complete run."""
+    """Steps until the end or a signal, saves, and evaluates a complete run.
+
+    The state after the last completed step is saved before any error is raised, unless it is not
+    finite or there are several processes.
+    """
+    try:
+      return self._run()
+    except BaseException as e:
+      self._rescue(e)
+      raise
+
+  def _run(self) -> Outcome:
     if self._step < self._c.train.steps and not self._ends_early() and not self._stop_now():
       self._train()
     self._save()
     early = self._step < self._c.train.steps and self._ends_early()
     if self._step < self._c.train.steps and not early:
+      self._saver.finish(self._content)
       return Outcome(self._step, None, self._stopped)
     last = self._evaluate(limit=0)
+    self._saver.finish(self._content)
     is_complete = last is not None or self._held_out is None
-    best = None if self._best is None else self._best.best
-    found = None if best is None or best.step is None else (best.step, best.value or 0.0)
+    found = None
+    if self._best is not None:
+      best, kept = self._best
+      self._kept(kept, kept.wait)
+      if best.step is not None and kept.latest() == best.step:
+        found = best.step, best.value or 0.0
     return Outcome(self._step, last, None if is_complete else self._stopped, found, early)
+
+  def _rescue(self, error: BaseException) -> None:
+    """Saves the state after the last completed step, if an error left it as it was, and says so."""
+    wants_out = isinstance(error, KeyboardInterrupt) and self._stop.received  # the second Ctrl-C
+    said = (trouble.NotFiniteError, checkpoints_lib.SaveError)
+    if wants_out or isinstance(error, said) or self._step == self._start:
+      return
+    newest = self._saver.newest
+    back = f"the same command goes on from step {newest or 0}"
+    if jax.process_count() > 1:  # the others are in the middle of a step
+      tell([f"an error ends the run after step {self._step}; {back}"])
+      return
+    try:
+      if self._batch_taken and self._data.state_key is not None:
+        raise UserError("a batch of the stream was read and not used")
+      if int(jax.block_until_ready(self._state)["step"]) != self._step:
+        raise UserError("the error came in the middle of a step")
+      self._read_metrics()
+      self._writers.flush()
+      self._saver.finish(self._content, most_failures=3)
+    except Exception as e:
+      output.warn(
+        f"an error ends the run, and the state after step {self._step} could not be saved "
+        f"({type(e).__name__}: {first_line(e, 300)}); {back}"
+      )
+    else:
+      output.warn(
+        f"an error ends the run; the state after step {self._step} is saved, and the same command "
+        "goes on from there"
+      )
 
   def _ends_early(self) -> bool:
     """Whether the metric has not improved for `eval.patience` evaluations."""
@@ -165,12 +214,15 @@ class Run:
             compiled = self._compile(*remaining[0])
         with self._timer.waiting():
           batch = next(batches)
+        self._batch_taken = True
         self._state, metrics = compiled(self._state, batches_lib.to_devices(batch, self._mesh))
         self._step += 1
+        self._batch_taken = False
         # The device now works on this step, while the host reports the previous one.
         self._read_metrics()
         self._in_flight = (self._step, metrics)
-        if self._is_due(c.checkpoint.every):
+        self._saver.poll()
+        if self._saver.is_due(self._step):
           self._save()
         if self._is_due(c.eval.every) and self._step < c.train.steps:
           self._evaluate(c.eval.batches)
@@ -262,7 +314,19 @@ class Run:
     if best.step == self._step:
       with self._timer.paused(), jax.transfer_guard("allow"):
         self._writers.flush()
-        kept.save({key: value for key, value in self._state.items() if key in best_lib.ITEMS})
+        weights = {key: value for key, value in self._state.items() if key in best_lib.ITEMS}
+        self._kept(kept, kept.wait)
+        self._kept(kept, lambda: kept.save(weights))
+
+  def _kept(self, kept: checkpoints_lib.Checkpoints, call: Callable[[], object]) -> None:
+    """Calls a function that saves the best weights or waits for them. Says if this failed."""
+    try:
+      call()
+    except checkpoints_lib.SaveError as e:
+      if jax.process_count() > 1:
+        raise
+      kept.forget_failure()
+      output.warn(f"the best weights are not kept, until better ones come: {e.reason}")
 
   def _save(self) -> None:
     """Saves a checkpoint after the metrics of its step are on disk.
@@ -272,15 +336,11 @@ class Run:
     self._read_metrics()
     self._writers.flush()
     with self._timer.paused(), jax.transfer_guard("allow"):
-      self._checkpoints.save(self._state, {"means": self._means.state()} | self._data_state())
-    if self._saving != self._step:
-      self.note_saved()  # a save waits for the one before it
-      self._saving = self._step
+      self._saver.save(self._content)
 
-  def note_saved(self) -> None:
-    """Records that the last save is complete, once another one or the end has waited for it."""
-    if self._saving is not None and distributed.is_first():
-      run_folder_lib.note_saved(self._folder, self._saving)
+  def _content(self) -> tuple[train_step.State, dict[str, object]]:
+    """The state, and what else a checkpoint holds."""
+    return self._state, {"means": self._means.state()} | self._data_state()
 
   def _data_state(self) -> dict[str, object]:
     """The batch source's entry in a checkpoint, empty if the batch is a function of the step."""
@@ -302,7 +362,7 @@ class Run:
       evidence = f"{where} has the state {side} it, its batch and its metrics"
     except (OSError, UserError) as e:
       evidence = f"the state {side} it could not be saved ({e})"
-    raise UserError(
+    raise trouble.NotFiniteError(
       f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
       f"weight norm {metrics['param_norm']}; {evidence}. The usual cures are a lower optim.lr, a "
       "longer schedule.warmup_steps or objective.z_loss=1e-4"

@@ -1,0 +1,95 @@
+"""Errors that end a run: whether its state is still good, and what they mean to a user.
+
+An error in the data, a metric or an evaluation leaves the state after the last completed step as it
+is, so the loop saves it before the error goes on. Three kinds of errors get a message in terms of
+the config, or an exit code that tells a launcher to start again. All others are bugs and keep their
+traceback.
+"""
+
+import contextlib
+import errno
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from jaxgpt.errors import UserError, first_line
+from jaxgpt.parallel import peer_watch
+from jaxgpt.parallel.chips import GIB
+from jaxgpt.tree import PyTree
+
+# Troubles of disks and networks that may pass.
+_TRANSIENT = (
+  *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EAGAIN, errno.ENOLCK, errno.EMFILE),
+  *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENFILE),
+)
+
+
+class NotFiniteError(UserError):
+  """A step whose loss, gradient or weights are not finite. The state is not worth saving."""
+
+
+@contextlib.contextmanager
+def explaining(state: PyTree) -> Iterator[None]:
+  """Raises errors of its body in the words of `explained`. `state` as there."""
+  try:
+    yield
+  except Exception as e:
+    if (found := explained(e, state)) is None:
+      raise
+    raise found from e
+
+
+def explained(error: BaseException, state: PyTree) -> UserError | None:
+  """The error as a message for the user, or None for a bug and for what is a message already.
+
+  Args:
+    error: The error that ended a run.
+    state: Shapes and shardings of the run's state, see `train_step.abstract_state`.
+  """
+  if isinstance(error, UserError):
+    return None
+  if is_out_of_memory(error):
+    return UserError(
+      f"out of memory ({first_line(error, 160)}): the state alone takes "
+      f"{state_bytes(state) / GIB:.2f} GiB on each device. For the activations lower "
+      "data.batch_size, raise optim.accumulate or set model.remat='full'; for the state raise "
+      "mesh.fsdp on more devices, set optim.first_dtype='bfloat16' or make the model smaller. "
+      '"jaxgpt plan" with the same --config lists the largest arrays'
+    )
+  if (cause := _transient(error)) is not None:
+    return UserError(
+      f"{type(cause).__name__}: {first_line(cause, 300)}; this may pass: run the same command "
+      "again to continue",
+      exit_code=peer_watch.EXIT_LOST,
+    )
+  return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+  """Whether a device or this machine has too little memory."""
+  of_device = isinstance(error, jax.errors.JaxRuntimeError) and any(
+    words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+  )
+  return of_device or isinstance(error, MemoryError)
+
+
+def _transient(error: BaseException) -> OSError | None:
+  """The trouble of a disk or a network behind an error, or None."""
+  seen: BaseException | None = error
+  while seen is not None:
+    if isinstance(seen, (ConnectionError, TimeoutError)):
+      return seen
+    if isinstance(seen, OSError) and seen.errno in _TRANSIENT:
+      return seen
+    seen = seen.__cause__
+  return None
+
+
+def state_bytes(state: PyTree) -> int:
+  """Bytes of a state on each device, from its shapes and shardings."""
+  return sum(
+    math.prod(s.sharding.shard_shape(s.shape)) * np.dtype(s.dtype).itemsize
+    for s in jax.tree.leaves(state)
+  )
