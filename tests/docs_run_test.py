@@ -29,6 +29,7 @@ SEQUENCES = {
     "docs/quickstart.md",
     "docs/adapt.md",
     "docs/launch.md",
+    "docs/reliability.md",
     "docs/scale.md",
   ),
   "models": ("docs/finetune.md", "docs/models.md"),

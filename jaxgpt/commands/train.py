@@ -14,6 +14,11 @@ class TrainOptions(ProcessOptions):
     metavar="FILE.py[:ARG]", help="the experiment; overrides follow as --config.KEY=VALUE"
   )
   workdir: str = option(help="run folder for checkpoints, metrics and the config")
+  accept_changes: bool = option(
+    default=False,
+    help="go on with changed keys that alter the result, such as optim.lr or train.steps, and "
+    "record them",
+  )
   overrides: tuple[str, ...] = overrides()
 
 
@@ -41,7 +46,7 @@ def _run(args: TrainOptions) -> int:
   backend.start(several=settings is not None)
   with distributed.joined(settings, args.join_timeout):
     c, origin = loaded or config.load(args.config, args.overrides)
-    outcome = loop.train(c, args.workdir, origin, WEIGHT_SOURCES, EVALUATORS)
+    outcome = loop.train(c, args.workdir, origin, WEIGHT_SOURCES, EVALUATORS, args.accept_changes)
     is_first = distributed.is_first()
   stopped, result = outcome.stopped, outcome.result
   if stopped:

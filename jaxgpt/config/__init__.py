@@ -10,18 +10,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from jaxgpt.config.keys import MESH_AXES, base
   from jaxgpt.config.loading import load, preset
-  from jaxgpt.config.resolution import difference, flatten, from_dict, is_free_on_resume, resolve
+  from jaxgpt.config.resolution import (
+    difference,
+    effect_of_change,
+    flatten,
+    from_dict,
+    is_free_on_resume,
+    resolve,
+    why_fixed,
+  )
 
 __all__ = [
   "MESH_AXES",
   "base",
   "difference",
+  "effect_of_change",
   "flatten",
   "from_dict",
   "is_free_on_resume",
   "load",
   "preset",
   "resolve",
+  "why_fixed",
 ]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import pathlib
 import traceback
@@ -15,7 +16,7 @@ from ml_collections import config_flags
 from jaxgpt.config import mesh_rules, user_code
 from jaxgpt.config.keys import KEYS, SECTIONS, base
 from jaxgpt.config.presets import PRESETS
-from jaxgpt.config.resolution import flatten, is_key, is_user_option
+from jaxgpt.config.resolution import flatten, from_dict, is_key, is_user_option
 from jaxgpt.errors import UserError, nearest
 
 
@@ -46,7 +47,8 @@ def load(
     'command line'
 
   Args:
-    path: A Python file with `get_config()`. For FILE.py:ARG, `get_config(ARG)` is called.
+    path: A Python file with `get_config()`. For FILE.py:ARG, `get_config(ARG)` is called. Or the
+      config.json of a run folder.
     overrides: Flags such as `--config.optim.lr=3e-4` or `--noconfig.data.shuffle`.
 
   Returns:
@@ -69,7 +71,7 @@ def load(
       raise UserError(
         f"unknown config key --config.{key}; {nearest(key, KEYS)}docs/config.md lists them all"
       )
-  c = _from_file(file, arg)
+  c = _from_run(file) if file.endswith(".json") else _from_file(file, arg)
   defaults, from_file = flatten(base()), flatten(c)
   c = _override(c, overrides)
   if c.model.preset != from_file["model.preset"]:
@@ -97,6 +99,28 @@ def load(
 def _flat_key(override: str) -> str:
   """'optim.lr' of '--config.optim.lr=3e-4', 'data.shuffle' of '--noconfig.data.shuffle'."""
   return override.split("=", 1)[0].lstrip("-").removeprefix("no").removeprefix("config.")
+
+
+def _from_run(path: str) -> ml_collections.ConfigDict:
+  """The config in a run folder's config.json. Values that no user set are left to be derived."""
+  try:
+    found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    values, origin = dict(flatten(found["config"])), found.get("origin", {})
+  except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    raise UserError(
+      f"--config={path}: not the config.json of a run folder ({type(e).__name__}: {e}); give that, "
+      "or a Python file with get_config()"
+    ) from e
+  for key in KEYS:
+    if KEYS[key].default is None and origin.get(key) == "base":
+      values[key] = None
+  try:
+    c = from_dict(values)
+  except UserError as e:
+    raise UserError(f"--config={path}: {e}") from e
+  if c.code_folder:
+    c.code_folder = os.path.join(os.path.dirname(path), c.code_folder)
+  return c
 
 
 def _from_file(path: str, arg: str) -> ml_collections.ConfigDict:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from jaxgpt.config.keys import DECLARATIONS, SECTIONS
+from jaxgpt.config.keys import SECTIONS
 from jaxgpt.config.presets import PRESETS
+from jaxgpt.config.resolution import effect_of_change, is_free_on_resume
 from jaxgpt.config.schema import Key, Section
 
 # {flat key: {name: a few words on it}} of keys whose names are those of a registry.
@@ -34,8 +35,9 @@ jaxgpt train --config=my_config.py --config.optim.lr=3e-4 --noconfig.data.shuffl
 A default in *italics* gives the meaning of an unset key. Most are computed from other keys. An
 unknown key or a value outside its range is an error that names the nearest key or the choices.
 
-Keys marked ↻ may change when a run continues, because they do not change the result. A run folder
-refuses to continue with any other change.
+Keys marked ↻ may change when a run continues, because they do not change the result. Keys marked ⚑
+change it, and may change with `jaxgpt train --accept-changes`, which records the change. A run
+folder refuses to continue with any other change.
 
 A key that *needs* something has no effect without it. A new run is then refused if the key differs
 from its default. A run that exists already goes on, and names the key when it starts.
@@ -71,7 +73,7 @@ def _section(name: str, section: Section, choices: Choices) -> str:
   if rows:
     lines += ["", "| key | default | values | meaning |", "|---|---|---|---|"]
   for flat, key in rows.items():
-    mark = " ↻" if any(node.free_on_resume for node in DECLARATIONS.on_path(flat)) else ""
+    mark = " ↻" if is_free_on_resume(flat) else " ⚑" if effect_of_change(flat) else ""
     meaning = key.help + (f" Needs {key.needs.words}." if key.needs else "")
     cells = (f"`{flat}`{mark}", _default(key), _values(key, choices.get(flat, {})), meaning)
     lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -7,7 +7,7 @@ import ml_collections
 
 from jaxgpt.config import checks, combinations, mesh_rules
 from jaxgpt.config.keys import DECLARATIONS, KEYS, base, lock, lora_targets
-from jaxgpt.config.schema import Section
+from jaxgpt.config.schema import Key, Section
 from jaxgpt.errors import UserError, nearest
 
 # A nested config: the object itself or, as in a run folder's config.json, plain dicts.
@@ -124,6 +124,25 @@ def is_free_on_resume(flat: str) -> bool:
   A key that is no longer declared is free if its section is.
   """
   return any(node.free_on_resume for node in DECLARATIONS.on_path(flat))
+
+
+def effect_of_change(flat: str) -> str | None:
+  """The effect of a change that a run may go on with if its user asks for it, or None."""
+  found = _on_change(flat)
+  return found.if_changed or None if found else None
+
+
+def why_fixed(flat: str) -> str:
+  """The reason why a run cannot go on with another value of a key, or '' if it can."""
+  found = _on_change(flat)
+  return found.fixed if found else ""
+
+
+def _on_change(flat: str) -> Key | Section | None:
+  """The innermost declaration that says what a change of a key means."""
+  says = lambda node: node.free_on_resume or node.if_changed or node.fixed
+  nodes = [node for node in DECLARATIONS.on_path(flat) if says(node)]
+  return nodes[-1] if nodes else None
 
 
 def _as_tuples(value: Any) -> Any:

@@ -43,6 +43,11 @@ class Interval:
     )
 
 
+# A reason of `Key.fixed`.
+OF_DATA = (
+  "the batch at step N is computed from it, so a part of the data would be read twice or never"
+)
+
 AT_LEAST_0 = Interval(0)
 AT_LEAST_1 = Interval(1)
 ABOVE_0 = Interval(0, open_low=True)
@@ -84,6 +89,10 @@ class Key:
     items: {value: a few words on it} of a key that takes a tuple of one or more names.
     check: Raises a UserError for a bad (flat key, value) where the above is not enough.
     free_on_resume: A run may continue with another value. This never changes the result.
+    if_changed: A run may continue with another value if its user asks for it, and records that. The
+      effect in a few words.
+    fixed: The reason why a run cannot continue with another value. Of these three, the innermost
+      declaration that has one counts.
     architecture: In the `model` section: the key determines the model's function. False for keys of
       training, memory and speed.
     stored: The numbers in `objective.stored` depend on it.
@@ -104,6 +113,8 @@ class Key:
   items: Mapping[str, str] = dataclasses.field(default_factory=dict)
   check: Callable[[str, Any], None] | None = None
   free_on_resume: bool = False
+  if_changed: str = ""
+  fixed: str = ""
   architecture: bool = True
   stored: bool = False
   needs: Needs | None = None
@@ -144,6 +155,8 @@ class Section:
     help: What the section is for, in a sentence.
     members: Keys and sections in the order of the config.
     free_on_resume: All keys of the section are free on resume.
+    if_changed: As in `Key`, for keys that do not say anything else.
+    fixed: As in `Key`, for keys that do not say anything else.
     needs: As in `Key`, for all keys of the section.
     user_keys: The section is empty in the base config, and users may add any keys to it.
   """
@@ -151,6 +164,8 @@ class Section:
   help: str
   members: Mapping[str, "Key | Section"]
   free_on_resume: bool = False
+  if_changed: str = ""
+  fixed: str = ""
   needs: Needs | None = None
   user_keys: bool = False
 

@@ -188,14 +188,19 @@ class TensorBoard(MetricWriter):
   def __init__(self, run: Run):
     self._tensorboardx = optional("tensorboardX", "track", "log.tensorboard=True")
     self._folder = str(run.folder / "tensorboard")
+    self._opened = 0  # event files of this start
     self._open(run.start + 1)
 
   def _open(self, step: int) -> None:
     """Begins an event file. `step` hides events of steps that will be repeated."""
+    self._opened += 1
     before = set(threading.enumerate())
     # A full queue would block the run once the library's thread has died of a full disk.
     self._writer = self._tensorboardx.SummaryWriter(
-      self._folder, purge_step=step, max_queue=_TENSORBOARD_QUEUE, filename_suffix=f".{step}"
+      self._folder,
+      purge_step=step,
+      max_queue=_TENSORBOARD_QUEUE,
+      filename_suffix=f".{self._opened}",
     )
     self._threads = set(threading.enumerate()) - before
 

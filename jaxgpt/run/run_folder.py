@@ -2,6 +2,7 @@
 
 RUN/config.json    the resolved config, and where each value came from
 RUN/starts.jsonl   one line per start: versions, git state, mesh, data digest, command, step
+RUN/config_before_STEP.json   see `config_changes`
 RUN/train.lock     see `run_lock`
 RUN/tokenizer/     a copy of the data's tokenizer
 RUN/code/          copies of the user files FILE.py:NAME that the config names, if any
@@ -12,6 +13,7 @@ RUN/reference/     the weights that a preference run started from
 RUN/teacher/       the weights of a distillation's teacher
 """
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -64,6 +66,7 @@ def enter(
   data_digest: str,
   tokenizer: Tokenizer,
   step: int = 0,
+  changes: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> None:
   """Makes a run folder, or checks that the existing one belongs to this run, and records the start.
 
@@ -75,6 +78,7 @@ def enter(
     data_digest: Digest of the data's manifest. Empty for an imported model.
     tokenizer: Tokenizer of the data, which is saved in the folder.
     step: Step from which this start goes on.
+    changes: {flat key: (old, new value)} of changes to the config that the user asked for.
 
   Raises:
     UserError: The folder cannot be written, or holds a run with another config or other data.
@@ -84,7 +88,7 @@ def enter(
   code = user_code.files(c)
   try:
     if (folder / _CONFIG).exists():
-      _check_same_run(folder, c, origin, data_digest)
+      _check_same_run(folder, c, origin, data_digest, bool(changes))
       _check_code(folder, code)
     else:
       check_free(folder)
@@ -96,20 +100,40 @@ def enter(
       for name, source in code.items():
         (folder / _CODE / name).parent.mkdir(parents=True, exist_ok=True)
         atomic.write(folder / _CODE / name, source)
-      # Relative to the run folder, so that the folder may move.
-      values = json.loads(c.to_json()) | {"code_folder": _CODE if code else ""}
-      text = strict_json.dumps({"config": values, "origin": origin}, indent=2)
-      atomic.write(folder / _CONFIG, text + "\n")
+      _write_config(folder, c, origin)
+    elif changes:
+      before = folder / f"config_before_{step}.json"
+      if not before.exists():  # else no step was made with the config in between
+        atomic.write(before, (folder / _CONFIG).read_text())
     # Objects in a bucket cannot be appended to, so the file is written as a whole.
     starts = folder / _STARTS
-    record = {**_start(c, mesh, data_digest, code), "step": step}
-    before = starts.read_text() if starts.exists() else ""
-    atomic.write(starts, before + strict_json.dumps(record) + "\n")
+    record = {**_start(c, mesh, data_digest, code), "step": step, "config_digest": digest_of(c)}
+    if changes:
+      record["changes"] = dict(changes)
+    earlier = starts.read_text() if starts.exists() else ""
+    atomic.write(starts, earlier + strict_json.dumps(record) + "\n")
+    if changes:
+      _write_config(folder, c, origin)
   except OSError as e:
     raise UserError(
       f"--workdir={folder} can't be written ({e.strerror or e}); "
       "choose another folder or change its permissions"
     ) from e
+
+
+def _write_config(
+  folder: epath.Path, c: ml_collections.ConfigDict, origin: Mapping[str, str]
+) -> None:
+  # Relative to the run folder, so that the folder may move.
+  values = json.loads(c.to_json()) | {"code_folder": _CODE if user_code.files(c) else ""}
+  text = strict_json.dumps({"config": values, "origin": origin}, indent=2)
+  atomic.write(folder / _CONFIG, text + "\n")
+
+
+def digest_of(c: ml_collections.ConfigDict) -> str:
+  """Digest of the keys of a resolved config that determine the result."""
+  values = {k: v for k, v in config.flatten(c).items() if not config.is_free_on_resume(k)}
+  return hashlib.sha256(strict_json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def is_run(folder: epath.PathLike) -> bool:
@@ -171,17 +195,28 @@ def changes(folder: epath.PathLike, c: ml_collections.ConfigDict, origin: Mappin
 
 
 def _check_same_run(
-  folder: epath.Path, c: ml_collections.ConfigDict, origin: Mapping[str, str], data_digest: str
+  folder: epath.Path,
+  c: ml_collections.ConfigDict,
+  origin: Mapping[str, str],
+  data_digest: str,
+  accept: bool,
 ) -> None:
   if data_digest and is_imported(folder):
     raise UserError(
       f"--workdir={folder} holds an imported model; train it in another --workdir "
       f"with --config.init_from={folder}"
     )
-  if lines := changes(folder, c, origin):
+  if not accept and (lines := changes(folder, c, origin)):
+    changed = [key for key, _, _ in config.difference(read_config(folder), c)]
+    fixed = next((key for key in changed if config.effect_of_change(key) is None), None)
+    ways = (
+      "add --accept-changes to go on with the new ones,"
+      if fixed is None
+      else f"{fixed} can't change in a run, since {config.why_fixed(fixed)};"
+    )
     raise UserError(
       f"--workdir={folder} holds a run of another config: {lines}; give the "
-      "old values to continue it, or choose another --workdir to start a new run"
+      f"old values to continue it, {ways} or choose another --workdir to start a new run"
     )
   if not (folder / _STARTS).exists():  # killed between the two files
     return

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import time
 
 import jax
 import numpy as np
@@ -110,9 +111,20 @@ def test_trouble_of_a_disk_has_the_exit_code_that_starts_a_run_again(whole, tmp_
   assert caught.value.exit_code == 75 and steps(run) == [1]
 
 
-def limit_files(size):
-  """Lets no file of this process grow beyond a size, as a full disk would."""
-  return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def limit_files(size, after=None):
+  """A function that lets no file of this process grow beyond a size, as a full disk would.
+
+  Args:
+    size: Bytes.
+    after: A checkpoint that must be complete first.
+  """
+
+  def act():
+    while after is not None and not after.exists():
+      time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+  return act
 
 
 @pytest.fixture
@@ -129,7 +141,7 @@ def test_a_save_that_fails_is_said_and_tried_again_and_the_run_goes_on(
   c.checkpoint.every = 2
   run = epath.Path(tmp_path / "run")
   monkeypatch.setattr(saving, "_FIRST_PAUSE", 0.0)
-  before_step(4, limit_files(3000))
+  before_step(3, limit_files(30_000, after=run / "checkpoints" / "2"))
   before_step(7, unlimited)
   assert train(c, run).step == 8
   err = capsys.readouterr().err
@@ -144,13 +156,13 @@ def test_a_save_that_fails_is_said_and_tried_again_and_the_run_goes_on(
 def test_a_run_that_cannot_save_ends_if_its_config_says_so(
   whole, tmp_path, before_step, unlimited, capsys, monkeypatch
 ):
-  c, folder = whole
+  c, _ = whole
   c = config.from_dict(c.to_dict())
   c.checkpoint.update(dict(every=1, on_failure="stop"))
   c.train.steps = 100
   run = epath.Path(tmp_path / "run")
   monkeypatch.setattr(saving, "_FIRST_PAUSE", 0.0)
-  before_step(2, limit_files(3000))
+  before_step(2, limit_files(30_000, after=run / "checkpoints" / "1"))
   with pytest.raises(UserError, match="can't save a checkpoint in .*make room") as caught:
     train(c, run)
   assert caught.value.exit_code == 75
@@ -163,7 +175,7 @@ def test_a_run_that_cannot_save_ends_if_its_config_says_so(
 
 
 def test_after_failed_saves_metrics_are_no_proof_of_a_lost_checkpoint(whole, tmp_path):
-  c, folder = whole
+  _, folder = whole
   run = epath.Path(tmp_path / "run")
   run.mkdir()
   for name in ("config.json", "metrics.jsonl"):

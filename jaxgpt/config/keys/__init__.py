@@ -16,7 +16,7 @@ from jaxgpt.config.keys.training import (
   TASK,
   TRAIN,
 )
-from jaxgpt.config.schema import Interval, Key, Section
+from jaxgpt.config.schema import OF_DATA, Interval, Key, Section
 
 __all__ = ["DECLARATIONS", "KEYS", "MESH_AXES", "MODEL", "SECTIONS", "base", "lock"]
 
@@ -27,10 +27,12 @@ DECLARATIONS = Section(
       0,
       "Seed of the initial weights, of dropout and of the data order.",
       interval=Interval(0, 2**31, open_high=True),
+      fixed=OF_DATA,
     ),
     init_from=Key(
       "",
       "Run folder or Hugging Face folder with the weights to start from. Empty: random weights.",
+      fixed="the weights of step 0 came from there",
     ),
     code_folder=Key(
       "",

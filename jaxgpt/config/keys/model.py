@@ -236,6 +236,7 @@ MODEL = Section(
       "Dropout rate on the embeddings and on each residual branch in training.",
       interval=BELOW_1,
       architecture=False,
+      if_changed="dropout",
     ),
     init_std=Key(
       0.02,
@@ -250,6 +251,7 @@ MODEL = Section(
       choices={"float32": "", "bfloat16": ""},
       architecture=False,
       stored=True,
+      if_changed="rounding",
     ),
     grad_dtype=Key(
       "compute",
@@ -258,6 +260,7 @@ MODEL = Section(
       choices={"compute": "as `dtype`", "float32": ""},
       needs=one_of("model.dtype", "bfloat16"),
       architecture=False,
+      if_changed="rounding of gradients",
     ),
     quantize=Key(
       "none",
@@ -266,9 +269,13 @@ MODEL = Section(
       choices={"none": "off", "int8": "", "fp8": ""},
       architecture=False,
       stored=True,
+      if_changed="rounding of matmuls",
     ),
     quantize_gradients=Key(
-      False, "With `quantize`: eight-bit matmuls in the backward pass as well.", architecture=False
+      False,
+      "With `quantize`: eight-bit matmuls in the backward pass as well.",
+      architecture=False,
+      if_changed="rounding of gradients",
     ),
     attention=Key(
       "auto",
@@ -318,4 +325,5 @@ MODEL = Section(
     latent=LATENT,
     lora=LORA,
   ),
+  fixed="the weights in the checkpoint belong to the old model",
 )

@@ -144,6 +144,7 @@ MOE = Section(
       "beyond it are dropped. 0: no limit.",
       interval=AT_LEAST_0,
       architecture=False,
+      if_changed="tokens that experts drop in training",
     ),
     balance_loss=Key(
       0.01,
@@ -151,6 +152,7 @@ MOE = Section(
       interval=AT_LEAST_0,
       needs=ROUTED_LOSS,
       architecture=False,
+      if_changed="the loss",
     ),
     z_loss=Key(
       0.001,
@@ -158,6 +160,7 @@ MOE = Section(
       interval=AT_LEAST_0,
       needs=ROUTED_LOSS,
       architecture=False,
+      if_changed="the loss",
     ),
   ),
   needs=conditions.EXPERTS,
@@ -214,6 +217,7 @@ LORA = Section(
       interval=BELOW_1,
       needs=above_0("model.lora.rank"),
       architecture=False,
+      if_changed="dropout",
     ),
     targets=Key(
       ("q", "v"),

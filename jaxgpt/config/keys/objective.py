@@ -46,12 +46,14 @@ OBJECTIVE = Section(
       "odds ratio. simpo: scale of the likelihoods, such as 2.0.",
       interval=ABOVE_0,
       needs=one_of("objective.name", "preference"),
+      if_changed="the loss",
     ),
     gamma=Key(
       0.5,
       "simpo: margin by which the chosen answer should be better.",
       interval=AT_LEAST_0,
       needs=one_of("objective.loss", "simpo"),
+      if_changed="the loss",
     ),
     teacher=Key(
       "",
@@ -69,6 +71,7 @@ OBJECTIVE = Section(
       "distillation: weight of the teacher's predictions in the loss. The data's have the rest.",
       interval=Interval(0, 1, open_low=True),
       needs=_DISTILLATION,
+      if_changed="the loss",
     ),
     temperature=Key(
       1.0,
@@ -106,18 +109,21 @@ OBJECTIVE = Section(
       "masked_lm: fraction of tokens to predict.",
       interval=Interval(0, 1, open_low=True),
       needs=_MASKED_LM,
+      if_changed="the masks",
     ),
     mask_replace=Key(
       0.8,
       "masked_lm: fraction of these that the mask token replaces.",
       interval=FRACTION,
       needs=_MASKED_LM,
+      if_changed="the masks",
     ),
     mask_random=Key(
       0.1,
       "masked_lm: fraction of these that a random token replaces. The others stay.",
       interval=FRACTION,
       needs=_MASKED_LM,
+      if_changed="the masks",
     ),
     mask_whole_words=Key(
       False, "masked_lm: choose whole words, with all of their tokens.", needs=_MASKED_LM
@@ -127,11 +133,13 @@ OBJECTIVE = Section(
       "contrastive: cosine similarities are divided by this.",
       interval=ABOVE_0,
       needs=one_of("objective.name", "contrastive"),
+      if_changed="the loss",
     ),
     symmetric=Key(
       False,
       "contrastive: also find the query of each positive.",
       needs=one_of("objective.name", "contrastive"),
+      if_changed="the loss",
     ),
     loss_chunk=Key(
       0,
@@ -145,13 +153,16 @@ OBJECTIVE = Section(
       "Weight of log(Z)^2, which keeps the normalizer Z of the softmax near 1 (PaLM: 1e-4).",
       interval=AT_LEAST_0,
       needs=one_of("objective.name", "causal_lm", "masked_lm"),
+      if_changed="the loss",
     ),
     label_smoothing=Key(
       0.0,
       "Share of the target distribution that is spread over all tokens or classes.",
       interval=BELOW_1,
       needs=conditions.SMOOTHED,
+      if_changed="the loss",
     ),
-    options=user_options("objective"),
+    options=user_options("objective", if_changed="the options of your objective"),
   ),
+  fixed="it would be another training; start one with --config.init_from=RUN",
 )

@@ -9,6 +9,7 @@ from jaxgpt.config.schema import (
   AT_LEAST_1,
   BELOW_1,
   FRACTION,
+  OF_DATA,
   Key,
   Section,
 )
@@ -98,15 +99,20 @@ DATA = Section(
     threads=Key(4, "Reader threads per host.", interval=AT_LEAST_1, free_on_resume=True),
     prefetch=Key(4, "Batches kept ready per host.", interval=AT_LEAST_1, free_on_resume=True),
   ),
+  fixed=OF_DATA,
 )
 
 
-def user_options(kind: str) -> Section:
+def user_options(kind: str, if_changed: str = "") -> Section:
   return Section(
-    f"Options of {kind}s that you define: any keys with plain values.", {}, user_keys=True
+    f"Options of {kind}s that you define: any keys with plain values.",
+    {},
+    user_keys=True,
+    if_changed=if_changed,
   )
 
 
+_OF_STATE = "the optimizer's state in the checkpoint belongs to the old value"
 _MOMENT_DTYPES = {"float32": "", "bfloat16": ""}
 
 OPTIM = Section(
@@ -116,8 +122,14 @@ OPTIM = Section(
       "adamw",
       "Optimizer, or FILE.py:NAME for your own.",
       registered=True,
+      fixed=_OF_STATE,
     ),
-    lr=Key(1e-3, "Peak learning rate.", interval=AT_LEAST_0),
+    lr=Key(
+      1e-3,
+      "Peak learning rate.",
+      interval=AT_LEAST_0,
+      if_changed="the learning rate",
+    ),
     adam_lr=Key(
       None,
       "muon: peak learning rate of the parameters that adamw updates.",
@@ -126,87 +138,107 @@ OPTIM = Section(
       unset="`optim.lr`",
       interval=AT_LEAST_0,
       needs=one_of("optim.name", "muon"),
+      if_changed="the learning rate of the parameters that adamw updates",
     ),
     b1=Key(
       0.9,
       "Decay of the first moment: adamw (also for the rest under muon) and lion.",
       interval=BELOW_1,
       needs=one_of("optim.name", "adamw", "lion", "muon"),
+      if_changed="the decay of the first moment",
     ),
     b2=Key(
       0.95,
       "Decay of the second moment (of the momentum in lion). adafactor has its own.",
       interval=BELOW_1,
       needs=one_of("optim.name", "adamw", "lion", "muon"),
+      if_changed="the decay of the second moment",
     ),
     eps=Key(
       1e-8,
       "Added to the root of the second moment: adamw, also for the rest under muon.",
       interval=ABOVE_0,
       needs=one_of("optim.name", "adamw", "muon"),
+      if_changed="the division by the second moment",
     ),
     first_dtype=Key(
-      "float32", "dtype of the first moment: adamw, lion, muon.", choices=_MOMENT_DTYPES
+      "float32",
+      "dtype of the first moment: adamw, lion, muon.",
+      choices=_MOMENT_DTYPES,
+      fixed=_OF_STATE,
     ),
     second_dtype=Key(
       "float32",
       "dtype of the second moment: adamw. bfloat16 needs `optim.b2` <= 0.98.",
       choices=_MOMENT_DTYPES,
+      fixed=_OF_STATE,
     ),
     muon_momentum=Key(
       0.95,
       "muon: decay of the momentum that is orthogonalized.",
       interval=BELOW_1,
       needs=one_of("optim.name", "muon"),
+      if_changed="the decay of the momentum",
     ),
     weight_decay=Key(
       0.1,
       "Decoupled weight decay, times the learning rate. On matrices, not on norms and biases.",
       interval=AT_LEAST_0,
+      if_changed="weight decay",
     ),
     clip_norm=Key(
-      1.0, "Gradients are scaled down to this global norm. 0: no clipping.", interval=AT_LEAST_0
+      1.0,
+      "Gradients are scaled down to this global norm. 0: no clipping.",
+      interval=AT_LEAST_0,
+      if_changed="clipping of gradients",
     ),
     trainable=Key(
       (),
       'Patterns of the parameters to train, such as "layers/*". (): all, or only the adapters with '
       "LoRA.",
       check=checks.patterns,
+      fixed=_OF_STATE,
     ),
     frozen=Key(
       (),
       "Patterns of parameters that stay fixed although `trainable` matches them.",
       check=checks.patterns,
+      fixed=_OF_STATE,
     ),
     layer_decay=Key(
       1.0,
       "Learning rate of a layer relative to the next layer's. Embeddings count as the layer "
       "before the first.",
       interval=ABOVE_0,
+      if_changed="the learning rates of layers",
     ),
     lr_scales=Key(
       (),
       "((pattern, factor), ...): factors on the learning rate of matching parameters. The first "
       "match counts.",
       check=checks.optim_lr_scales,
+      if_changed="the learning rates of the parameters that match",
     ),
     accumulate=Key(
       1,
       "Microbatches per step. Their gradients are summed before the one update.",
       interval=AT_LEAST_1,
+      if_changed="the order of sums: losses differ by rounding",
     ),
     ema=Key(
       0.0,
       "Decay of the moving average of the weights, which evaluation then uses. 0: no average.",
       interval=BELOW_1,
+      if_changed="the decay of the moving average",
     ),
     ema_debias=Key(
       False,
       "Leave the initial weights out of the average, as Adam corrects its moments. False: after N "
       "steps they are `ema`^N of it.",
       needs=above_0("optim.ema"),
+      fixed="the average so far was made with the old value",
     ),
-    options=user_options("optimizer"),
+    options=user_options("optimizer", if_changed="the options of your optimizer"),
   ),
 )
 
@@ -235,11 +267,19 @@ SCHEDULE = Section(
     ),
     options=user_options("schedule"),
   ),
+  if_changed="the learning rate is that of the new schedule at the run's step",
 )
 
 TRAIN = Section(
   "The length of training.",
-  dict(steps=Key(1000, "Optimizer steps.", interval=AT_LEAST_1)),
+  dict(
+    steps=Key(
+      1000,
+      "Optimizer steps.",
+      interval=AT_LEAST_1,
+      if_changed="the run ends at the new step, and schedules have the new length",
+    )
+  ),
 )
 
 EVAL = Section(

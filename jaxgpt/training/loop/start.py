@@ -19,8 +19,8 @@ from jaxgpt.parallel import distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import best as best_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
+from jaxgpt.run import config_changes, init_from, label_names, run_lock
 from jaxgpt.run import generation as generation_lib
-from jaxgpt.run import init_from, label_names, run_lock
 from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import teacher as teacher_lib
@@ -41,6 +41,7 @@ def train(
   origin: Mapping[str, str],
   weight_sources: Sequence[init_from.WeightSource] = (),
   evaluator_makers: Sequence[evaluators_lib.EvaluatorMaker] = (),
+  accept_changes: bool = False,
 ) -> steps.Outcome:
   """Trains from the first step, or from the newest checkpoint, until the last step or a signal.
 
@@ -50,6 +51,8 @@ def train(
     origin: {flat key: where its value came from}, from `config.load`.
     weight_sources: Kinds of models besides run folders that `init_from` may name.
     evaluator_makers: Make further metrics of each evaluation.
+    accept_changes: Whether the run may go on with another config than that in its folder, as far as
+      the declarations of the keys allow (`Key.if_changed`).
 
   Raises:
     UserError: Bad input, a loss that is not finite, too little memory, or trouble that may pass.
@@ -76,6 +79,10 @@ def train(
       notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
     mesh = mesh_lib.make(c.mesh)
     parts = build_lib.build(c, mesh, resumed=resumed)
+    changes = config_changes.find(folder, c) if accept_changes and resumed else {}
+    if changes:
+      before = build_lib.build(run_folder_lib.read_config(folder), mesh, resumed=True)
+      config_changes.check_state(changes, before.state, parts.state)
     for _, own in stages.configs(c)[:-1]:
       build_lib.build(own, mesh, resumed=True)  # the mesh may not divide another batch size
     data = batches_lib.training_data(c)
@@ -94,7 +101,7 @@ def train(
     if held_out is None:
       steps.tell(_not_evaluated(c, evaluators))
     setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators)
-    _enter(setup, origin, tokenizer, lock)
+    _enter(setup, origin, tokenizer, lock, changes)
     checkpoints = checkpoints_lib.Checkpoints(
       folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
     )
@@ -146,7 +153,11 @@ def _not_evaluated(
 
 
 def _enter(
-  setup: steps.Setup, origin: Mapping[str, str], tokenizer: Tokenizer, lock: run_lock.RunLock
+  setup: steps.Setup,
+  origin: Mapping[str, str],
+  tokenizer: Tokenizer,
+  lock: run_lock.RunLock,
+  changes: config_changes.Changes,
 ) -> None:
   """Makes or checks the run folder in the first process. All processes must agree on the run."""
   c, folder = setup.c, setup.folder
@@ -155,9 +166,10 @@ def _enter(
     lock.take()
     resume = resume_lib.find(folder)
     generation, notices = generation_lib.of_training(c, tokenizer, folder)
-    run_folder_lib.enter(
-      folder, c, origin, setup.mesh, setup.data.digest, tokenizer, resume.step or 0
-    )
+    step = resume.step or 0
+    config_changes.check_length(c, step)
+    run_folder_lib.enter(folder, c, origin, setup.mesh, setup.data.digest, tokenizer, step, changes)
+    steps.tell(config_changes.describe(changes, step))
     generation_lib.write(folder, generation)
     steps.tell(notices)
     if lock.problem:

@@ -24,6 +24,7 @@ from jaxgpt.parallel import chips, distributed, sharding
 from jaxgpt.run import best as best_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import metric_writers as metric_writers_lib
+from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import throughput
 from jaxgpt.run.process import output, stop_signal
 from jaxgpt.training import batches as batches_lib
@@ -94,6 +95,7 @@ class Run:
     self._evaluators, self._best = setup.evaluators, best
     self._state, self._means, self._stop = state, means, stop
     self._saver = saving.Saver(setup.c.checkpoint, setup.folder, checkpoints, setup.mesh)
+    self._config_digest = run_folder_lib.digest_of(setup.c)
     self._agreement = distributed.Agreement(setup.mesh)
     self._stopped: signal.Signals | None = None
     self._told_ema = False
@@ -340,7 +342,8 @@ class Run:
 
   def _content(self) -> tuple[train_step.State, dict[str, object]]:
     """The state, and what else a checkpoint holds."""
-    return self._state, {"means": self._means.state()} | self._data_state()
+    extra = {"means": self._means.state(), "config": self._config_digest}
+    return self._state, extra | self._data_state()
 
   def _data_state(self) -> dict[str, object]:
     """The batch source's entry in a checkpoint, empty if the batch is a function of the step."""

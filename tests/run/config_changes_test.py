@@ -1,0 +1,111 @@
+"""Going on with another config: each key is classified, and a change is recorded."""
+
+import json
+
+import pytest
+from etils import epath
+
+from jaxgpt import config
+from jaxgpt.config.keys import KEYS, SECTIONS
+from jaxgpt.config.resolution import is_free_on_resume
+from jaxgpt.errors import UserError
+from jaxgpt.run import run_folder
+from jaxgpt.training import loop
+
+
+@pytest.mark.parametrize("node", [*KEYS.values(), *SECTIONS.values()])
+def test_a_declaration_has_one_class(node):
+  assert sum(map(bool, (node.free_on_resume, node.if_changed, node.fixed))) <= 1
+
+
+def test_every_key_says_what_a_change_means():
+  for key in KEYS:
+    classes = is_free_on_resume(key), config.effect_of_change(key), config.why_fixed(key)
+    assert sum(map(bool, classes)) == 1, (key, classes)
+
+
+def changed(c, **changes):
+  c = config.from_dict(c.to_dict())
+  c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+  return c
+
+
+def train(c, folder, accept=True):
+  return loop.train(c, folder, config.flatten(c), accept_changes=accept)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+  """(config, folder) of a run of 4 steps."""
+  c = tiny(train__steps=4, schedule__name="constant", checkpoint__keep=10)
+  folder = epath.Path(tmp_path_factory.mktemp("finished") / "run")
+  train(c, folder)
+  return c, folder
+
+
+def meta(folder, step):
+  path = folder / "checkpoints" / str(step) / "meta" / "metadata"
+  return json.loads(path.read_text())["extra"]["config"]
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_a_lower_rate(finished, tmp_path, capsys):
+  c, _ = finished
+  folder = epath.Path(tmp_path / "run")
+  train(c, folder)
+  longer = changed(c, train__steps=6, optim__lr=1e-3)
+  with pytest.raises(UserError, match=r"optim.lr was 0.01, is 0.001.*add --accept-changes to go"):
+    train(longer, folder, accept=False)
+  capsys.readouterr()
+  assert train(longer, folder).step == 6
+  out = capsys.readouterr().out
+  assert "from step 4 on: optim.lr=0.001 instead of 0.01 (the learning rate)" in out
+  assert "from step 4 on: train.steps=6 instead of 4" in out
+  rates = [json.loads(line).get("lr") for line in (folder / "metrics.jsonl").open()]
+  assert [rate for rate in rates if rate][-3:] == pytest.approx([1e-2, 1e-3, 1e-3])
+  first, second = run_folder.read_starts(folder)
+  assert second["changes"] == {
+    "optim.adam_lr": [0.01, 0.001],
+    "optim.lr": [0.01, 0.001],
+    "train.steps": [4, 6],
+  }
+  assert second["step"] == 4
+  assert (meta(folder, 4), meta(folder, 6)) == (first["config_digest"], second["config_digest"])
+  before = json.loads((folder / "config_before_4.json").read_text())["config"]
+  assert before["optim"]["lr"] == 0.01 and run_folder.read_config(folder).optim.lr == 0.001
+  # The same command again, as a launcher gives it, and the same without the flag.
+  train(longer, folder)
+  assert train(longer, folder, accept=False).step == 6
+  assert "changes" not in run_folder.read_starts(folder)[-1]
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    ({"seed": 1}, "seed was 0, is 1, but it can't change: the batch at step N is computed"),
+    ({"model__norm_eps": 0.1}, "model.norm_eps was .*, is 0.1, but it can't change: the weights"),
+    ({"optim__ema": 0.9}, "optim.ema=0.9: with that the optimizer keeps other arrays"),
+    ({"train__steps": 2}, "train.steps=2: the run has done 4 steps"),
+  ],
+)
+def test_what_cannot_change_is_refused_with_the_reason(finished, change, words):
+  c, folder = finished
+  before = (folder / "config.json").read_text()
+  with pytest.raises(UserError, match=words):
+    train(changed(c, **change), folder)
+  assert (folder / "config.json").read_text() == before
+  assert len(run_folder.read_starts(folder)) == 1
+
+
+def test_the_config_of_a_run_is_a_config_file(finished, tmp_path):
+  """Values that the user did not set are derived again, from what an override changes."""
+  c, folder = finished
+  saved = json.loads((folder / "config.json").read_text())
+  saved["origin"] = dict.fromkeys(saved["origin"], "base")
+  (tmp_path / "config.json").write_text(json.dumps(saved))
+  again, origin = config.load(tmp_path / "config.json", ["--config.model.width=64"])
+  assert again.model.width == 64 and again.model.head_dim is None
+  assert origin["model.width"] == "command line" and again.optim.lr == c.optim.lr
+  assert config.resolve(again, vocab_size=264).model.head_dim == 16
+  (tmp_path / "other.json").write_text("[]")
+  with pytest.raises(UserError, match="not the config.json of a run folder"):
+    config.load(tmp_path / "other.json")
