@@ -102,27 +102,37 @@ def train(
       steps.tell(_not_evaluated(c, evaluators))
     setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators)
     _enter(setup, origin, tokenizer, lock, changes)
-    checkpoints = checkpoints_lib.Checkpoints(
-      folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
-    )
-    with trouble.explaining(parts.state), jax.set_mesh(mesh), _closing(checkpoints):
-      state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
-      jax.block_until_ready(state)  # too little memory shows here
-      if c.objective.stored:
-        first = state if checkpoints.latest() is None else None
-        stored.before_training(c, folder, mesh, parts, first, weight_sources, steps.tell)
-        data, held_out = stored.annotated_splits(c, data, held_out)
-        setup = setup._replace(data=data, held_out=held_out)
-      with contextlib.ExitStack() as stack:
-        best = None
-        if c.checkpoint.best:
-          step = int(state["step"])
-          kept = stack.enter_context(best_lib.keeper(folder, step))
-          best = steps.BestCheckpoint(best_lib.of_run(folder, c.checkpoint.best, step), kept)
-        run = steps.Run(setup, state, means, checkpoints, stop, best)
-        stack.enter_context(contextlib.closing(run))
-        outcome = run.run()
-    return outcome
+    return _train(setup, tokenizer, weight_sources, stop)
+
+
+def _train(
+  setup: steps.Setup,
+  tokenizer: Tokenizer,
+  weight_sources: Sequence[init_from.WeightSource],
+  stop: stop_signal.StopSignal,
+) -> steps.Outcome:
+  """Makes or restores the state, and trains it."""
+  c, folder, mesh, parts = setup.c, setup.folder, setup.mesh, setup.parts
+  checkpoints = checkpoints_lib.Checkpoints(
+    folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
+  )
+  with trouble.explaining(parts.state), jax.set_mesh(mesh), _closing(checkpoints):
+    state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
+    jax.block_until_ready(state)  # too little memory shows here
+    if c.objective.stored:
+      first = state if checkpoints.latest() is None else None
+      stored.before_training(c, folder, mesh, parts, first, weight_sources, steps.tell)
+      data, held_out = stored.annotated_splits(c, setup.data, setup.held_out)
+      setup = setup._replace(data=data, held_out=held_out)
+    with contextlib.ExitStack() as stack:
+      best = None
+      if c.checkpoint.best:
+        step = int(state["step"])
+        kept = stack.enter_context(best_lib.keeper(folder, step))
+        best = steps.BestCheckpoint(best_lib.of_run(folder, c.checkpoint.best, step), kept)
+      run = steps.Run(setup, state, means, checkpoints, stop, best)
+      stack.enter_context(contextlib.closing(run))
+      return run.run()
 
 
 @contextlib.contextmanager
