@@ -1,12 +1,12 @@
 """`python -m jaxgpt` is `jaxgpt`."""
 
-import signal
+import _signal  # `signal` without the enums, whose import takes milliseconds
 import sys
 
 # Until a command runs, Ctrl-C ends the program at once. A traceback of a half-imported module, or a
 # library that swallows the interrupt, helps nobody.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+  _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 from jaxgpt.commands import main as main_lib
 

@@ -89,18 +89,20 @@ def discard(stream: TextIO) -> None:
 
 
 def tell(lines: Sequence[str]) -> None:
-  """Prints lines on standard output, or on standard error if nobody reads the other any more."""
+  """Prints lines on standard output, and on standard error if that fails."""
   if not lines:
     return
-  lost = isinstance(sys.stdout, _Lasting) and sys.stdout.problem == _CLOSED
-  print("\n".join(lines), file=sys.stderr if lost else sys.stdout, flush=True)
+  print("\n".join(lines), flush=True)
+  if isinstance(sys.stdout, _Lasting) and sys.stdout.problem:
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
   """Prints one line that a user must see: on standard error, or else on standard output."""
-  lost = isinstance(sys.stderr, _Lasting) and sys.stderr.problem == _CLOSED
   line = f"jaxgpt: warning: {printable(message)}"
-  print(line, file=sys.stdout if lost else sys.stderr, flush=True)
+  print(line, file=sys.stderr, flush=True)
+  if isinstance(sys.stderr, _Lasting) and sys.stderr.problem:
+    print(line, flush=True)
 
 
 def _report(failed: _Lasting) -> None:
