@@ -11,8 +11,8 @@ from array_record.python import array_record_module
 from etils import epath
 from numpy.typing import ArrayLike
 
-from jaxgpt.data import label_numbers
-from jaxgpt.errors import UserError
+from jaxgpt.data import label_numbers, verify
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.storage import buckets
 from jaxgpt.text.prepare import shards
 
@@ -54,8 +54,8 @@ _readers = _Readers(_OPEN_READERS)
 def open_split(folder: epath.PathLike, split: str) -> "Split":
   """Opens one split of a prepared folder.
 
-  Checks the manifest, the size of each shard and sidecar, and that the lengths agree with the
-  shards. Opens no shard.
+  Checks the manifest, the size of each shard and sidecar, the digests of small ones, and that the
+  lengths agree with the shards. Opens no shard.
 
   Args:
     folder: The prepared folder.
@@ -77,7 +77,7 @@ def open_split(folder: epath.PathLike, split: str) -> "Split":
       f"with a larger --{split} share, more documents, or cut_chars to cut long "
       "ones"
     )
-  files = entry["shards"] + entry["sidecars"]
+  files = verify.files_of(entry)
   sizes = buckets.sizes(folder, [file["name"] for file in files])
   for file in files:
     size = sizes.get(file["name"])
@@ -87,6 +87,7 @@ def open_split(folder: epath.PathLike, split: str) -> "Split":
         f"{epath.Path(folder) / file['name']} {found}: the prepared folder is "
         "damaged; run `jaxgpt data` again"
       )
+  verify.check_small(folder, split, manifest)
   return Split(folder, split, manifest)
 
 
@@ -315,10 +316,23 @@ class Split:
     for shard in np.unique(shard_of).tolist():
       places = np.nonzero(shard_of == shard)[0]
       first = self._shard_ends[shard - 1] if shard else 0
-      reader = self._reader(shard)
-      for place, record in zip(places.tolist(), reader.read((keys[places] - first).tolist())):
+      records = self._read_shard(shard, (keys[places] - first).tolist())
+      for place, record in zip(places.tolist(), records):
         out[place] = record
     return out
+
+  def _read_shard(self, shard: int, keys: list[int]) -> list[bytes]:
+    """Reads records of a shard, whose chunks have checksums."""
+    try:
+      return self._reader(shard).read(keys)
+    except UserError:
+      raise
+    except Exception as e:  # ArrayRecord raises what Riegeli, zstd and the file system give it
+      name = self.manifest["splits"][self.split]["shards"][shard]["name"]
+      raise UserError(
+        f"{self._files.address}/{name} can't be read ({type(e).__name__}: {first_line(e, 160)}): "
+        "the prepared folder is damaged; `jaxgpt data verify` shows which files are"
+      ) from e
 
   def _reader(self, shard: int) -> Any:
     entry = self.manifest["splits"][self.split]["shards"][shard]

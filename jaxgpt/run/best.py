@@ -86,7 +86,7 @@ def of_run(folder: epath.PathLike, metric: str, step: int) -> Best:
   found: list[list[Any]] = []
   path = epath.Path(folder) / metric_writers.JSONL
   if distributed.is_first() and path.exists():
-    lines = (metric_writers.record(line) for line in path.read_text().split("\n"))
+    lines = (metric_writers.record(line) for line in metric_writers.read(path).split("\n"))
     there = [line for line in lines if line and line["kind"] == KIND and line["step"] <= step]
     found = [[line["step"], line[metric]] for line in there if metric in line]
   values = distributed.share(found)

@@ -9,7 +9,7 @@ A checkpoint has one item per part of the state, so that the weights can be read
                        ema      the moving average of the parameters, with optim.ema
                        meta     JSON: the step, digests of all arrays, and what the training loop
                                 needs to continue
-  RUN/damaged/STEP              a checkpoint that could not be read as it was saved
+  RUN/damaged/STEP, STEP.txt    a checkpoint that could not be read as it was saved, and why
   RUN/frozen/0/params           parameters that are not trained, saved once as they never change
   RUN/reference/0/params        copies of the trained parameters from before the first step
   RUN/teacher/0/params          the teacher's parameters
@@ -30,13 +30,14 @@ from jaxgpt.errors import UserError, first_line
 from jaxgpt.model import fixed_models
 from jaxgpt.parallel import distributed, peer_watch
 from jaxgpt.run import bucket_checkpoints, digests
-from jaxgpt.storage import buckets, strict_json
+from jaxgpt.run.provenance import saved as saved_lib
+from jaxgpt.storage import atomic, buckets, strict_json
 
 _ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 _CHUNK = 16 << 20  # bytes of an array that are written at a time if memory is short
 _FROZEN = "frozen"  # part of the state, and its folder in the run folder
-_DAMAGED = "damaged"  # folder in the run folder
+DAMAGED = "damaged"  # folder in the run folder
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)  # trouble that does not pass
 
 
@@ -180,6 +181,7 @@ class Checkpoints:
     # Scalars go to `meta`, so that a reader of the weights needs no array of the optimizer.
     meta: dict[str, Any] = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
     meta["digests"] = {name: digests.of(state[name]) for name in items}
+    meta = saved_lib.with_digest(meta)
     self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
     # Orbax saves in the background. The mirror waits for it in a thread of its own.
     if self._mirror:
@@ -274,6 +276,8 @@ class Checkpoints:
       raise
     except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
       raise DamagedError(f"checkpoint {where} can't be read ({_summary(e)})") from e
+    if problem := saved_lib.meta_problem(out["meta"], step):
+      raise DamagedError(f"checkpoint {where} is damaged: {saved_lib.META} {problem}")
     _check_digests(where, {name: out[name] for name in items}, out["meta"].get("digests", {}))
     state = {name: out[name] for name in items}
     for name in _SCALARS:
@@ -315,12 +319,13 @@ class Checkpoints:
 
   def _set_aside(self, step: int, why: DamagedError) -> str:
     """Moves a checkpoint to RUN/damaged. Returns a line on it."""
-    target = self.folder.parent / _DAMAGED / str(step)
+    target = self.folder.parent / DAMAGED / str(step)
     if distributed.is_first():
       target.parent.mkdir(parents=True, exist_ok=True)
       if target.exists():
         target.rmtree()
       (self.folder / str(step)).rename(target)
+      atomic.write(_why(self.folder.parent, step), why.reason + "\n")
     distributed.barrier("damaged checkpoint")
     self._manager.reload()
     return f"{why.reason}: it is in {target} now"
@@ -378,6 +383,16 @@ def complete_steps(folder: epath.PathLike) -> list[int]:
     return bucket_checkpoints.Mirror(folder, read_only=True).steps()
   found = ocp.path.step.standard_name_format().find_all(epath.Path(folder))
   return sorted(metadata.step for metadata in found)
+
+
+def why_damaged(run_folder: epath.PathLike, step: int) -> str:
+  """Why a checkpoint was set aside in RUN/damaged, or '' if that is not known."""
+  path = _why(epath.Path(run_folder), step)
+  return path.read_text().strip() if path.exists() else ""
+
+
+def _why(run_folder: epath.Path, step: int) -> epath.Path:
+  return run_folder / DAMAGED / f"{step}.txt"
 
 
 def save_frozen(run_folder: epath.PathLike, state: Mapping[str, Any]) -> None:

@@ -109,10 +109,8 @@ class Jsonl(MetricWriter):
 
   def _drop_lines_after(self, start: int) -> None:
     """Drops lines of steps that will be repeated, since the checkpoint is older than they are."""
-    records = [record(line) for line in self._path.read_text().splitlines()]
-    kept = [r for r in records if r and r["step"] <= start]
+    kept, lines = kept_until(read(self._path), start)
     self._newest = {r["kind"]: r for r in kept}
-    lines = "".join(strict_json.dumps(r) + "\n" for r in kept)
     atomic.write(self._path, lines)
     if buckets.is_remote(self._path):
       self._lines = lines
@@ -168,6 +166,18 @@ class Jsonl(MetricWriter):
         f"{self._path} cannot be written ({e.strerror or e}); free some space or change its "
         "permissions"
       ) from e
+
+
+def read(path: epath.Path) -> str:
+  """The text of a metrics.jsonl, with marks in the place of bytes that are no text."""
+  return path.read_bytes().decode(errors="replace")
+
+
+def kept_until(text: str, step: int) -> tuple[list[dict[str, Any]], str]:
+  """The records of metrics.jsonl up to a step, and the lines that a start from there writes."""
+  records = [record(line) for line in text.splitlines()]
+  kept = [r for r in records if r and r["step"] <= step]
+  return kept, "".join(strict_json.dumps(r) + "\n" for r in kept)
 
 
 def record(line: str) -> dict[str, Any] | None:

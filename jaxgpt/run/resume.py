@@ -73,7 +73,9 @@ def _last_metrics(folder: epath.Path) -> int:
   """The last step in metrics.jsonl, 0 if there is none."""
   path = folder / metric_writers.JSONL
   try:
-    records = map(metric_writers.record, path.read_text().splitlines() if path.exists() else ())
+    records = map(
+      metric_writers.record, metric_writers.read(path).splitlines() if path.exists() else ()
+    )
     return max((record["step"] for record in records if record), default=0)
   except OSError:  # the writer will meet it again and report it
     return 0

@@ -3,6 +3,8 @@
 RUN/config.json    the resolved config, and where each value came from
 RUN/starts.jsonl   one line per start: versions, git state, mesh, data digest, command, step
 RUN/config_before_STEP.json   see `config_changes`
+RUN/environments/  see `provenance.environment`
+RUN/files.json     see `provenance.seal`
 RUN/train.lock     see `run_lock`
 RUN/tokenizer/     a copy of the data's tokenizer
 RUN/code/          copies of the user files FILE.py:NAME that the config names, if any
@@ -16,7 +18,6 @@ RUN/teacher/       the weights of a distillation's teacher
 import hashlib
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -31,17 +32,19 @@ from jaxgpt.config import installed, user_code
 from jaxgpt.config.keys import KEYS, lora_targets
 from jaxgpt.errors import UserError
 from jaxgpt.run import run_lock
+from jaxgpt.run.provenance import environment, seal
 from jaxgpt.storage import atomic, buckets, strict_json
 from jaxgpt.text.tokenizers.base import Tokenizer
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = seal.CHECKPOINTS
 _CONFIG = "config.json"
-_STARTS = "starts.jsonl"
+_STARTS = seal.STARTS
 _TOKENIZER = "tokenizer"
 _CODE = "code"
 _CHANGES = 5  # changed keys to show with their values, and without
 # config.json is written last. A start that was killed before leaves only these.
-_BEFORE_CONFIG = {_TOKENIZER, _CODE, _CONFIG + atomic.PART, run_lock.NAME}
+_BEFORE_CONFIG = {_TOKENIZER, _CODE, environment.FOLDER, seal.FILE, run_lock.NAME}
+_BEFORE_CONFIG |= {name + atomic.PART for name in (_CONFIG, seal.FILE)}
 # Packages whose versions each start records.
 _PACKAGES = (
   "jaxgpt",
@@ -67,7 +70,7 @@ def enter(
   tokenizer: Tokenizer,
   step: int = 0,
   changes: Mapping[str, tuple[Any, Any]] | None = None,
-) -> None:
+) -> list[str]:
   """Makes a run folder, or checks that the existing one belongs to this run, and records the start.
 
   Args:
@@ -80,54 +83,85 @@ def enter(
     step: Step from which this start goes on.
     changes: {flat key: (old, new value)} of changes to the config that the user asked for.
 
+  Returns:
+    Lines on files of the folder that are not as the run wrote them, but do not stop it. They are
+    sealed as they are, and this start's record tells of them.
+
   Raises:
-    UserError: The folder cannot be written, or holds a run with another config or other data.
+    UserError: The folder cannot be written, or holds a run with another config or other data, or a
+      file without which it is not the run was changed.
   """
   folder = epath.Path(folder)
   buckets.check(folder)
-  code = user_code.files(c)
+  code, damaged = user_code.files(c), list[str]()
   try:
-    if (folder / _CONFIG).exists():
+    if resumed := (folder / _CONFIG).exists():
       _check_same_run(folder, c, origin, data_digest, bool(changes))
       _check_code(folder, code)
+      damaged = _check_seal(folder)
     else:
       check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    git = environment.git()
+    around = environment.record(folder, environment.collect(mesh, git))
+    text = _config_text(c, origin)
     # config.json makes the folder a run, so it is written after the tokenizer: a kill in between
     # leaves a folder that the next start can complete.
-    if not (folder / _CONFIG).exists():
+    if not resumed:
       tokenizer.save(folder / _TOKENIZER)
       for name, source in code.items():
         (folder / _CODE / name).parent.mkdir(parents=True, exist_ok=True)
         atomic.write(folder / _CODE / name, source)
-      _write_config(folder, c, origin)
+      seal.begin(folder, {_CONFIG: text})
+      atomic.write(folder / _CONFIG, text)
     elif changes:
       before = folder / f"config_before_{step}.json"
       if not before.exists():  # else no step was made with the config in between
         atomic.write(before, (folder / _CONFIG).read_text())
-    # Objects in a bucket cannot be appended to, so the file is written as a whole.
-    starts = folder / _STARTS
-    record = {**_start(c, mesh, data_digest, code), "step": step, "config_digest": digest_of(c)}
+    record = _start(c, mesh, data_digest, code) | {"git": git, "environment": around, "step": step}
+    record["config_digest"] = digest_of(c)
+    record |= {"changes": dict(changes)} if changes else {}
+    _add_start(folder, record, damaged)
     if changes:
-      record["changes"] = dict(changes)
-    earlier = starts.read_text() if starts.exists() else ""
-    atomic.write(starts, earlier + strict_json.dumps(record) + "\n")
-    if changes:
-      _write_config(folder, c, origin)
+      seal.replace(folder, _CONFIG, text)
   except OSError as e:
     raise UserError(
       f"--workdir={folder} can't be written ({e.strerror or e}); "
       "choose another folder or change its permissions"
     ) from e
+  return damaged
 
 
-def _write_config(
-  folder: epath.Path, c: ml_collections.ConfigDict, origin: Mapping[str, str]
-) -> None:
+def _check_seal(folder: epath.Path) -> list[str]:
+  """Lines on changed files that do not stop a run.
+
+  Raises:
+    UserError: A file that the run needs was changed.
+  """
+  found = seal.check(folder)
+  for damage in found:
+    if damage.vital:
+      raise UserError(f"--workdir={folder}: {damage.describe(folder)}")
+  return [damage.describe(folder) for damage in found]
+
+
+def _add_start(folder: epath.Path, record: dict[str, Any], damaged: list[str]) -> None:
+  """Adds a line to starts.jsonl, and seals the folder."""
+  if damaged:
+    seal.renew(folder)
+    record = record | {"damaged": damaged}
+  record = record | {"metrics": seal.metrics_prefix(folder, record["step"])}
+  starts = read_starts(folder) if (folder / _STARTS).exists() else []
+  # Objects in a bucket cannot be appended to, so the file is written as a whole.
+  atomic.write(folder / _STARTS, seal.sign([*starts, seal.new(record)]))
+  seal.write(folder, len(starts) + 1)
+
+
+def _config_text(c: ml_collections.ConfigDict, origin: Mapping[str, str]) -> str:
+  """The content of config.json."""
   # Relative to the run folder, so that the folder may move.
   values = json.loads(c.to_json()) | {"code_folder": _CODE if user_code.files(c) else ""}
-  text = strict_json.dumps({"config": values, "origin": origin}, indent=2)
-  atomic.write(folder / _CONFIG, text + "\n")
+  return strict_json.dumps({"config": values, "origin": origin}, indent=2) + "\n"
 
 
 def digest_of(c: ml_collections.ConfigDict) -> str:
@@ -252,7 +286,6 @@ def _start(
     "command": sys.argv,
     "python": platform.python_version(),
     "packages": {name: installed.version(name) for name in _PACKAGES},
-    "git": _git(),
     "device_kind": device.device_kind,
     "platform": device.platform,
     "processes": jax.process_count(),
@@ -261,23 +294,6 @@ def _start(
     **({"code": {name: user_code.digest(source) for name, source in code.items()}} if code else {}),
     "config": free,  # the keys that may differ from config.json
   }
-
-
-def _git() -> dict[str, Any] | None:
-  """{'commit', 'dirty'} of the checkout that this package runs from, or None outside of one."""
-  here = epath.Path(__file__).parent
-
-  def git(*args: str) -> str:
-    return subprocess.run(
-      ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
-
-  try:
-    if git("ls-files", "--error-unmatch", __file__):
-      return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-  except (OSError, subprocess.SubprocessError):
-    pass  # no git, no checkout, or an installed package inside another project's checkout
-  return None
 
 
 def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
@@ -292,6 +308,7 @@ def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
     raise UserError(
       f'--workdir={folder} holds no run ({_CONFIG} is missing); start one with "jaxgpt train"'
     )
+  seal.require(folder, _CONFIG, f"{_CODE}/")
   try:
     c = config.from_dict(json.loads(path.read_text())["config"])
     if c.code_folder:
@@ -326,8 +343,12 @@ def read_starts(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def note_saved(folder: epath.PathLike, step: int) -> None:
-  """Records in the newest start that the checkpoint of a step is complete."""
-  _amend_start(folder, saved=step)
+  """Records in the newest start that the checkpoint of a step is complete, and seals it.
+
+  The metrics that are there by now are sealed as well.
+  """
+  _amend_start(folder, saved=step, metrics=seal.metrics_prefix(folder))
+  seal.note_checkpoint(folder, step)
 
 
 def note_failed(folder: epath.PathLike, step: int) -> None:
@@ -337,13 +358,13 @@ def note_failed(folder: epath.PathLike, step: int) -> None:
 
 def note_start(folder: epath.PathLike, step: int) -> None:
   """Records in the newest start that it goes on from another step than the newest checkpoint's."""
-  _amend_start(folder, step=step)
+  _amend_start(folder, step=step, metrics=seal.metrics_prefix(folder, step))
 
 
-def _amend_start(folder: epath.PathLike, **values: int) -> None:
+def _amend_start(folder: epath.PathLike, **values: Any) -> None:
   starts = read_starts(folder)
-  starts[-1] |= values
-  atomic.write(epath.Path(folder) / _STARTS, "".join(strict_json.dumps(s) + "\n" for s in starts))
+  starts[-1] = seal.new(starts[-1] | values)
+  atomic.write(epath.Path(folder) / _STARTS, seal.sign(starts))
 
 
 def is_imported(folder: epath.PathLike) -> bool:

@@ -250,6 +250,7 @@ def test_data_that_was_moved(site, tmp_path, capsys):
   shutil.copytree(site / "data", tmp_path / "moved")
   text = (tmp_path / "run" / "config.json").read_text()
   (tmp_path / "run" / "config.json").write_text(text.replace(f"{site}/data", "gone"))
+  (tmp_path / "run" / "files.json").unlink()  # the change is the user's
   message = refused(capsys, "evaluate", f"--workdir={tmp_path}/run")
   assert "the run's data folder 'gone' holds no manifest.json" in message and "--data=" in message
   args = ["evaluate", f"--workdir={tmp_path}/run", f"--data={tmp_path}/moved"]
@@ -264,6 +265,7 @@ def test_data_that_is_not_the_runs(site, tmp_path, capsys):
   found = json.loads((moved / "config.json").read_text())
   found["config"]["data"]["path"] = f"{tmp_path}/d"  # as if it had been prepared again
   (moved / "config.json").write_text(json.dumps(found))
+  (moved / "files.json").unlink()
   message = refused(capsys, "evaluate", f"--workdir={moved}")
   assert "is not the data of this run" in message
 

@@ -76,7 +76,9 @@ def said(folder):
 def test_doctor_says_what_train_would_do(run):
   folder = run((), (4,), ({"step": 0, "saved": 4},))
   assert "whose checkpoints are gone" in said(folder)[PROBLEM]
-  (folder / "checkpoints" / "4").mkdir(parents=True)
+  (folder / "checkpoints" / "4" / "meta").mkdir(parents=True)
+  meta = json.dumps({"step": 4, "nonfinite_step": -1})
+  (folder / "checkpoints" / "4" / "meta" / "metadata").write_text(meta)
   assert PROBLEM not in said(folder)
   with run_lock.RunLock(folder) as lock:
     lock.take()

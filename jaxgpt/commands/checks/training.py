@@ -19,7 +19,7 @@ from jaxgpt.commands.checks.finding import (
   size_text,
   tried,
 )
-from jaxgpt.data import pipeline
+from jaxgpt.data import pipeline, verify
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.parallel import mesh as mesh_lib
@@ -29,6 +29,8 @@ from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, train_step
 from jaxgpt.tree import PyTree
+
+_READ_BYTES = 1 << 30  # of a prepared folder, that are read to verify it
 
 
 def data(c: ml_collections.ConfigDict, known: Known) -> Iterator[Finding]:
@@ -44,12 +46,16 @@ def data(c: ml_collections.ConfigDict, known: Known) -> Iterator[Finding]:
       yield from filter(None, [finding])
       return
     total = manifest["total"]
+    found = verify.verify(folder, _READ_BYTES)
+    unread = f" and the sizes of {found.unread} large ones" if found.unread else ""
     yield Finding(
       OK,
       "data",
       f"{folder}: {total['documents']:,} documents, {total['tokens']:,} tokens; its manifest is "
-      f"whole, digest {manifest['digest'][:12]}",
+      f"whole, digest {manifest['digest'][:12]}; {found.read} files{unread} were compared with it",
     )
+    for problem in found.problems:
+      yield Finding(PROBLEM, "data", f"{problem}; run `jaxgpt data` again")
   both, finding = tried("data", lambda: batches_lib.load_tokenizer_and_config(c))
   if both is None:
     yield from filter(None, [finding])

@@ -22,7 +22,11 @@ from jaxgpt.commands.checks.finding import (
 from jaxgpt.commands.checks.training import state_bytes
 from jaxgpt.run import label_names, resume, run_lock
 from jaxgpt.run import run_folder as run_folder_lib
+from jaxgpt.run.provenance import saved as saved_lib
+from jaxgpt.run.provenance import seal
+from jaxgpt.storage import buckets
 
+_READ_BYTES = 1 << 30  # of checkpoints, that are read to verify their arrays
 _PROBE_SECONDS = 60  # clients of buckets retry for minutes
 
 
@@ -48,6 +52,7 @@ def run_folder(folder: epath.PathLike, known: Known) -> Iterator[Finding]:
   )
   if run_folder_lib.is_run(folder):
     yield _same_run(folder, known)
+    yield from _as_written(folder)
     if holder := run_lock.holder(folder):
       yield Finding(PROBLEM, "workdir", f"{holder} is training in {folder}: wait for it, or end it")
   elif run_folder_lib.holds_something_else(folder):
@@ -79,6 +84,48 @@ def _same_run(folder: epath.Path, known: Known) -> Finding:
     f"{folder} holds a run of another config ({lines}): restore the old values to resume it, or "
     "choose another --workdir to start a new run",
   )
+
+
+def _as_written(folder: epath.Path) -> Iterator[Finding]:
+  """Compares the files of a run, and its checkpoints, with their digests."""
+  damages = seal.check(folder)
+  for damage in damages:
+    status = PROBLEM if damage.vital else WARNING
+    yield Finding(status, "workdir", damage.describe(folder))
+  if buckets.is_remote(folder):
+    return
+  found = saved_lib.all_of(folder)
+  total = sum(saved.size() for saved in found)
+  reads = total <= _READ_BYTES
+  bad = {saved: lines for saved in found if (lines := _problems(saved, reads))}
+  for saved, lines in bad.items():
+    others = len(found) - len(bad)
+    rest = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    way = "train goes on from another one" if others else "no other one is whole"
+    yield Finding(
+      WARNING if others else PROBLEM,
+      "workdir",
+      f"checkpoint {saved.path} is damaged ({lines[0]}{rest}): {way}",
+    )
+  if not damages and not bad:
+    text = f"all files are as the run wrote them, {len(found)} checkpoints among them"
+    if not reads:
+      text += (
+        f" as far as their sizes say ({size_text(total)}): jaxgpt checkpoint verify reads them"
+      )
+    yield Finding(OK, "workdir", text)
+
+
+def _problems(saved: saved_lib.Saved, reads: bool) -> list[str]:
+  """What is wrong with a checkpoint: all that can be found, or what needs no arrays."""
+  if reads:
+    return saved_lib.problems(saved)
+  found = seal.damaged_checkpoint(saved.run, saved.step)
+  try:
+    saved.meta()
+  except ValueError as e:
+    found.append(str(e))
+  return found
 
 
 def probe(folder: epath.Path) -> epath.Path:

@@ -115,6 +115,9 @@ class AllJobs:
       _sum(account["sources"] for account in accounts),
       shared,
     )
+    folder = self._work.folder / RESULT
+    manifest |= {"beside": shards.beside(folder, manifest)}
+    shards.write_manifest(folder, manifest)
     return manifest
 
   def _report_splits(self, corpus: filtering.Corpus) -> int | None:
@@ -336,7 +339,6 @@ class AllJobs:
       own_files=sorted(self._options.own_files),
       about=about,
     )
-    shards.write_manifest(folder, manifest)
     for split, entry in entries.items():
       self._report(
         f"{split:<10} {entry['documents']:>9,} documents {entry['tokens']:>13,} tokens "

@@ -58,7 +58,7 @@ FORMAT = 2
 RECORD_TOKENS = 65_536
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
-NOT_CONTENT = ("passed_over", "unknown_tokens")  # remarks in the manifest, not in its digest
+NOT_CONTENT = ("passed_over", "unknown_tokens", "beside")  # in the manifest, not in its digest
 # The sidecar with any number of entries per document, by kind, and the columns of an entry.
 ENTRIES = {
   "seq2seq": "trained",
@@ -373,6 +373,30 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
   content = {key: value for key, value in manifest.items() if key not in rest}
   text = strict_json.dumps(content, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def beside(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """The manifest's entry on what its digest does not cover: files that it does not list, remarks.
+
+  Args:
+    folder: The folder, complete but for the manifest.
+    manifest: The manifest.
+
+  Returns:
+    {'files': {name: sha256} of the tokenizer and the data card, 'remarks': sha256}.
+  """
+  entries = manifest["splits"].values()
+  listed = {file["name"] for e in entries for file in (*e["shards"], *e["sidecars"])}
+  names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+  others = [name for name in names if name not in listed and name != MANIFEST]
+  digests = {name: describe(folder / name)["sha256"] for name in others}
+  return {"files": digests, "remarks": remarks_digest(manifest)}
+
+
+def remarks_digest(manifest: Mapping[str, Any]) -> str:
+  """The sha256, in hex, of the remarks of a manifest: `NOT_CONTENT` without 'beside'."""
+  found = {key: manifest[key] for key in NOT_CONTENT if key in manifest and key != "beside"}
+  return hashlib.sha256(strict_json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: epath.PathLike, manifest: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ def train(
   weight_sources: Sequence[init_from.WeightSource] = (),
   evaluator_makers: Sequence[evaluators_lib.EvaluatorMaker] = (),
   accept_changes: bool = False,
+  until: int | None = None,
 ) -> steps.Outcome:
   """Trains from the first step, or from the newest checkpoint, until the last step or a signal.
 
@@ -53,6 +54,7 @@ def train(
     evaluator_makers: Make further metrics of each evaluation.
     accept_changes: Whether the run may go on with another config than that in its folder, as far as
       the declarations of the keys allow (`Key.if_changed`).
+    until: Step after which to save and end, as a signal would do. None: the run's last step.
 
   Raises:
     UserError: Bad input, a loss that is not finite, too little memory, or trouble that may pass.
@@ -89,18 +91,14 @@ def train(
     held_out = batches_lib.validation(c)
     for check in data.host_checks():
       distributed.check_same(*check)
-    steps.tell(
-      [
-        *notes,
-        *build_lib.describe_trained(parts),
-        *data.describe(sharding.host_slice(mesh)[1]),
-      ]
-    )
+    notes += build_lib.describe_trained(parts)
+    steps.tell([*notes, *data.describe(sharding.host_slice(mesh)[1])])
     context = evaluators_lib.Context(c, folder, mesh, parts, tokenizer, data.digest)
     evaluators = [found for make in evaluator_makers if (found := make(context)) is not None]
     if held_out is None:
       steps.tell(_not_evaluated(c, evaluators))
-    setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators)
+    last = min(c.train.steps, until or c.train.steps)
+    setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators, last)
     _enter(setup, origin, tokenizer, lock, changes)
     return _train(setup, tokenizer, weight_sources, stop)
 
@@ -178,10 +176,12 @@ def _enter(
     generation, notices = generation_lib.of_training(c, tokenizer, folder)
     step = resume.step or 0
     config_changes.check_length(c, step)
-    run_folder_lib.enter(folder, c, origin, setup.mesh, setup.data.digest, tokenizer, step, changes)
+    damaged = run_folder_lib.enter(
+      folder, c, origin, setup.mesh, setup.data.digest, tokenizer, step, changes
+    )
     steps.tell(config_changes.describe(changes, step))
     generation_lib.write(folder, generation)
-    steps.tell(notices)
+    steps.tell([*damaged, *notices])
     if lock.problem:
       steps.tell([f"{folder} gives no file locks ({lock.problem}): start no second run in it"])
     steps.tell([resume.describe(c.train.steps)])

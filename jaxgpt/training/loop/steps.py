@@ -64,6 +64,7 @@ class Setup(NamedTuple):
   data: BatchSource
   held_out: pipeline.Batches | None
   evaluators: Sequence[evaluators_lib.Evaluator]
+  until: int  # the step after which this call ends, at most the run's last one
 
 
 def tell(lines: Sequence[str]) -> None:
@@ -92,7 +93,7 @@ class Run:
     best: BestCheckpoint | None,
   ):
     self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, *_ = setup
-    self._evaluators, self._best = setup.evaluators, best
+    self._evaluators, self._best, self._until = setup.evaluators, best, setup.until
     self._state, self._means, self._stop = state, means, stop
     self._saver = saving.Saver(setup.c.checkpoint, setup.folder, checkpoints, setup.mesh)
     self._config_digest = run_folder_lib.digest_of(setup.c)
@@ -123,7 +124,7 @@ class Run:
       raise
 
   def _run(self) -> Outcome:
-    if self._step < self._c.train.steps and not self._ends_early() and not self._stop_now():
+    if self._step < self._until and not self._ends_early() and not self._stop_now():
       self._train()
     self._save()
     early = self._step < self._c.train.steps and self._ends_early()
@@ -208,7 +209,7 @@ class Run:
     self._timer.start()
     # A transfer that is not explicit would make the host wait for the device: it is a bug.
     with contextlib.closing(batches), jax.transfer_guard("disallow"):
-      while self._step < c.train.steps and not self._ends_early() and not self._stop_soon():
+      while self._step < self._until and not self._ends_early() and not self._stop_soon():
         if self._step == remaining[0][0].end:
           remaining.pop(0)
           self._read_metrics()

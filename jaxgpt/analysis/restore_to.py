@@ -1,0 +1,81 @@
+"""Going back to an earlier step of a run. Later checkpoints and metrics are kept next to it."""
+
+import time
+
+from etils import epath
+
+from jaxgpt.errors import UserError
+from jaxgpt.run import best, metric_writers, run_folder, run_lock
+from jaxgpt.run.provenance import saved as saved_lib
+from jaxgpt.run.provenance import seal
+from jaxgpt.storage import atomic
+
+FOLDER = "set_aside"
+
+
+def restore_to(folder: epath.PathLike, step: int) -> list[str]:
+  """Takes a run back to a checkpoint: the next start goes on from there.
+
+  What is later moves to RUN/set_aside/TIME: the checkpoints, the best one if it is later, and a
+  copy of the whole metrics.jsonl. The checkpoint is verified first.
+
+  Args:
+    folder: The run folder.
+    step: Step of the checkpoint.
+
+  Returns:
+    Lines on what was moved.
+
+  Raises:
+    UserError: There is no such checkpoint, it is damaged, or a process is training in the folder.
+  """
+  folder = epath.Path(folder)
+  if not run_folder.is_run(folder):
+    run_folder.read_config(folder)  # raises: it holds no run
+  target = saved_lib.find(folder, step)
+  with run_lock.RunLock(folder) as lock:
+    lock.take()
+    if problems := saved_lib.problems(target):
+      raise UserError(
+        f"--step={step}: the checkpoint is damaged ({problems[0]}); jaxgpt checkpoint verify shows "
+        "which ones are whole"
+      )
+    later = [
+      saved
+      for part in (seal.CHECKPOINTS, best.FOLDER)
+      for saved in saved_lib.all_of(folder, part)
+      if saved.step > step
+    ]
+    return _move(folder, step, later)
+
+
+def _move(folder: epath.Path, step: int, later: list[saved_lib.Saved]) -> list[str]:
+  metrics = folder / metric_writers.JSONL
+  before = metric_writers.read(metrics) if metrics.exists() else ""
+  kept, text = metric_writers.kept_until(before, step)
+  if not later and text == before:
+    return [f"{folder} is at step {step} already: nothing is later"]
+  aside = _new_folder(folder / FOLDER)
+  lines = []
+  # A kill in between leaves a run that goes on from a checkpoint in between, with its metrics.
+  if text != before:
+    atomic.write(aside / metric_writers.JSONL, before)
+    lines.append(f"{metrics}: {len(kept)} lines up to step {step}; all of it is in {aside}")
+  for saved in sorted(later, reverse=True, key=lambda saved: saved.step):
+    (aside / saved.folder).mkdir(exist_ok=True)
+    saved.path.rename(aside / saved.folder / str(saved.step))
+    lines.append(f"{saved.folder}/{saved.step} is in {aside / saved.folder} now")
+  run_folder.note_start(folder, step)
+  if text != before:
+    atomic.write(metrics, text)
+  return [*lines, f"the run is at step {step}: the next start goes on from there"]
+
+
+def _new_folder(parent: epath.Path) -> epath.Path:
+  name = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
+  for number in range(1, 1000):
+    found = parent / (name if number == 1 else f"{name}-{number}")
+    if not found.exists():
+      found.mkdir(parents=True)
+      return found
+  raise UserError(f"{parent} has 1,000 folders of this second; delete some")

@@ -1,0 +1,1 @@
+"""Commands that check, compare and repeat the runs in run folders."""

@@ -1,0 +1,1 @@
+"""What a run folder says about how the run was made, and whether that is still what was written."""

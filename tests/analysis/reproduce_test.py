@@ -1,0 +1,93 @@
+"""A run is trained again from its folder, and a step of it is computed again."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.analysis import curves, replay, reproduce
+from jaxgpt.errors import UserError
+from jaxgpt.run.provenance import environment
+from jaxgpt.training import schedules
+
+
+def test_it_is_identical_to_the_bit(trained, tmp_path, capsys):
+  found = reproduce.reproduce(trained, tmp_path / "again", steps=5)
+  assert found.is_identical and found.checkpoints == [4] and found.steps == 5
+  assert found.curves.records == 6 and not found.environment
+  text = "\n".join(reproduce.lines(found, trained))
+  assert text.startswith(
+    "identical to the bit for 5 steps: 6 records of metrics and the checkpoint"
+  )
+  assert "the environment is the same" in text
+
+
+def test_it_names_the_first_step_and_array_that_differ(trained, tmp_path, monkeypatch):
+  plain = schedules.make
+
+  def changed(c):
+    factor = plain(c)
+    return lambda step: factor(step) * jnp.where(step == 2, 1.5, 1.0)
+
+  monkeypatch.setattr(schedules, "make", changed)
+  sources = environment._sources() | {"jaxgpt/training/schedules.py": "0"}
+  monkeypatch.setattr(environment, "_sources", lambda: sources)
+  found = reproduce.reproduce(trained, tmp_path / "again", steps=4)
+  assert not found.is_identical
+  assert (found.curves.before, found.curves.first_difference.step) == (2, 3)
+  assert found.arrays.step == 4
+  assert {c.name for c in found.arrays.changes} >= {"params/embed"}
+  text = "\n".join(reproduce.lines(found, trained))
+  assert "NOT identical" in text and "train lr at step 3" in text
+  assert "first checkpoint that differs: step 4" in text
+  assert "code: jaxgpt/training/schedules.py differs" in text
+
+
+def test_what_cannot_be_reproduced_is_refused(trained, tmp_path):
+  with pytest.raises(UserError, match="the run has done 8 steps"):
+    reproduce.settings(trained, 9)
+  with pytest.raises(UserError, match="is the run itself"):
+    reproduce.reproduce(trained, trained)
+  shutil.copytree(trained, tmp_path / "run")
+  path = tmp_path / "run" / "starts.jsonl"
+  record = json.loads(path.read_text())
+  path.write_text(json.dumps(record | {"data_digest": "0" * 64}) + "\n")
+  with pytest.raises(UserError, match="is not the data of"):
+    reproduce.settings(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def step(trained):
+  return replay.replay(trained, 5)
+
+
+def test_a_replay_has_the_logged_metrics(trained, step):
+  logged = curves.read(trained)["train", 6]
+  assert step.begun == 4 and step.window == (5, 5) and step.unequal() == []
+  assert step.again["loss"] == logged["loss"] and step.again["grad_norm"] == logged["grad_norm"]
+  assert "identical to the bit to the record of step 5" in "\n".join(replay.lines(step, trained))
+  differs = step._replace(logged=logged | {"loss": 0.0})
+  assert differs.unequal() == ["loss"]
+  assert "DIFFERS" in "\n".join(replay.lines(differs, trained))
+
+
+def test_a_replay_has_the_loss_of_each_document(step):
+  weights = np.array([e.predictions for e in step.examples])
+  losses = np.array([e.loss for e in step.examples])
+  assert weights.sum() == step.metrics["tokens"]
+  assert (weights * losses).sum() / weights.sum() == pytest.approx(step.metrics["nll"], rel=1e-5)
+  assert all(e.name.endswith(".txt") and e.start < e.end for e in step.examples)
+  assert {e.row for e in step.examples} == set(range(8))
+
+
+def test_a_replay_has_the_gradient_norm_of_each_layer(step):
+  assert list(step.norms)[:2] == ["layer 0", "layer 1"] and "embed" in step.norms
+  total = np.sqrt(sum(norm**2 for norm in step.norms.values()))
+  assert total == pytest.approx(step.metrics["grad_norm"], rel=1e-5)
+
+
+def test_steps_that_are_not_there_are_refused(trained):
+  with pytest.raises(UserError, match="the steps of this run are 0 to 7"):
+    replay.replay(trained, 8)
