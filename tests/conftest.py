@@ -1,5 +1,6 @@
 """Eight fake devices, a compilation cache that all tests share, and a tiny corpus."""
 
+import gc
 import os
 import pathlib
 
@@ -21,6 +22,9 @@ from jaxgpt.text.prepare import prepare
 # Fixtures are found by the name under which a conftest imports them.
 from tests.servers import _s3_server, gcs, s3, web  # noqa: F401
 from tests.trained import other_trained, trained, trained_config  # noqa: F401
+
+# Tracing makes many objects and few cycles: the collector takes a tenth of a test's time.
+gc.set_threshold(200_000, 20, 20)
 
 mesh.prepare_cpu()
 jax.config.update(
