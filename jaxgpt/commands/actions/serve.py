@@ -11,7 +11,6 @@ from jaxgpt.commands.actions import backend
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine.engine import Engine
-from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.server import app, calls, metrics, served, serving
 from jaxgpt.inference.server.worker import Worker
 from jaxgpt.run import run_folder
@@ -19,7 +18,6 @@ from jaxgpt.tasks.predict import registry, rows
 from jaxgpt.training import uses
 
 _KEY = "JAXGPT_API_KEY"
-_WARM_UP = 2  # tokens
 
 
 def run(args: Any) -> int:
@@ -64,10 +62,7 @@ def model_of(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
   defaults, ignored = load.sampling_defaults(loaded)
   if ignored:
     _report(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
-  prompt = (loaded.tokenizer.bos_id,) * 2  # the first is prefilled, the second decoded
-  warm_up = Request(prompt=prompt, max_new=_WARM_UP, sampling=defaults)
-  for _ in engine.run([warm_up]):
-    pass
+  engine.compile()
   _report(f"loaded step {loaded.step} and compiled in {time.monotonic() - begin:.1f} s")
   worker = Worker(engine, args.rows + args.queue)
   return served.writes(loaded, name, defaults, engine.check, worker.capacity), worker

@@ -6,8 +6,8 @@ is full of a prompt's tokens stays findable until its place is needed, the longe
     prompt A   [a a a a][b b b b][c c           digest(a) -> 1, digest(a b) -> 2
     prompt B   [a a a a][b b b b][d d d d]      holds 1 and 2 too, and computes from d on
 
-Only tokens of prompts are found again. The keys of drawn tokens were computed in another shape, and
-could differ in the last bit from those of a prompt.
+Only tokens of prompts are found again, and only by prompts that compute them in chunks of the same
+size. The keys of drawn tokens were computed in another shape, and could differ in the last bit.
 """
 
 import hashlib
@@ -45,10 +45,15 @@ class Blocks:
     """Blocks for a number of tokens."""
     return -(-num_tokens // self.size)
 
-  def find(self, tokens: Sequence[int]) -> list[int]:
-    """Takes hold of the blocks that hold the beginning of a prompt, as far as there are any."""
+  def find(self, tokens: Sequence[int], large: int = 0) -> list[int]:
+    """Takes hold of the blocks that hold the beginning of a prompt, as far as there are any.
+
+    Args:
+      tokens: The prompt's tokens.
+      large: As many of them are computed in large chunks.
+    """
     found = list[int]()
-    for digest in self._digests(tokens):
+    for digest in self._digests(tokens, large):
       block = self._of_digest.get(digest)
       if block is None:
         break
@@ -82,14 +87,15 @@ class Blocks:
         else:
           self._fresh.append(block)
 
-  def publish(self, tokens: Sequence[int], blocks: Sequence[int]) -> None:
+  def publish(self, tokens: Sequence[int], blocks: Sequence[int], large: int = 0) -> None:
     """Makes the full blocks of a prompt findable. Those of equal content that are so stay.
 
     Args:
       tokens: The prompt's tokens that are in the cache.
       blocks: Its blocks.
+      large: As many of the tokens were computed in large chunks.
     """
-    for digest, block in zip(self._digests(tokens), blocks):
+    for digest, block in zip(self._digests(tokens, large), blocks):
       if digest not in self._of_digest and block not in self._digest_of:
         self._of_digest[digest] = block
         self._digest_of[block] = digest
@@ -98,11 +104,13 @@ class Blocks:
     self._holders[block] += 1
     self._idle.pop(block, None)
 
-  def _digests(self, tokens: Sequence[int]) -> list[bytes]:
-    """For each full block the digest of all tokens up to its end."""
+  def _digests(self, tokens: Sequence[int], large: int) -> list[bytes]:
+    """For each full block the digest of all tokens up to its end, and of its chunk's size."""
     running, out = hashlib.sha256(), list[bytes]()
     array = np.asarray(tokens, np.int32)
     for start in range(0, len(array) - self.size + 1, self.size):
       running.update(array[start : start + self.size].tobytes())
-      out.append(running.digest())
+      digest = running.copy()
+      digest.update(b"large" if start + self.size <= large else b"small")
+      out.append(digest.digest())
     return out

@@ -29,7 +29,7 @@ from jaxgpt.inference.engine.text import Text
 from jaxgpt.training import uses
 from jaxgpt.tree import PyTree
 
-BLOCK = 64  # tokens of a block, and on CPUs of a chunk
+BLOCK = 64  # tokens of a block
 CACHE_TOKENS = 8192  # that the cache holds unless the caller says otherwise, or one context
 
 
@@ -47,9 +47,9 @@ class Engine:
     cache_tokens: int | None = None,
     cache_dtype: str | None = None,
     block_size: int = BLOCK,
-    chunk_blocks: int | None = None,
+    chunk_blocks: tuple[int, int] | None = None,
   ):
-    """Prepares weights and cache. The two programs are compiled at the first step.
+    """Prepares weights and cache. The programs are compiled when they are needed first.
 
     A request's text depends neither on the other requests nor on the order of their arrival. It may
     depend, through the last bits of a matmul, on the arguments here.
@@ -62,7 +62,8 @@ class Engine:
         or one context.
       cache_dtype: dtype of the cache. None: the model's compute dtype.
       block_size: Tokens of a block.
-      chunk_blocks: Blocks of a prompt that are computed together. None: 1 on CPUs, 8 on others.
+      chunk_blocks: Blocks of a prompt that are computed together: at its end, and before that. The
+        second is a multiple of the first. None: (1, 4) on CPUs, (8, 8) on others.
 
     Raises:
       UserError: The model cannot continue a text.
@@ -84,8 +85,8 @@ class Engine:
     self._weights: Any = None
     self._carried: Any = None
     if chunk_blocks is None:
-      chunk_blocks = 1 if jax.default_backend() == "cpu" else 8
-    self._chunk = chunk_blocks * size
+      chunk_blocks = (1, 4) if jax.default_backend() == "cpu" else (8, 8)
+    self._small, self._large = (blocks * size for blocks in chunk_blocks)
     cfg = model.cfg
     windows = {kind: cfg.window if kind == "local" else None for kind in cfg.attention_pattern}
     self._ends = frozenset(run.generation.end_ids)
@@ -118,6 +119,12 @@ class Engine:
         self._weights = self._prepared(params)
         self._carried = self._programs.empty()
       self._params = params
+
+  def compile(self) -> None:
+    """Compiles the programs, and runs each once, where else the first requests wait for it."""
+    room = min(self._context - 1, self._blocks.num * self._blocks.size)
+    for _ in self.run([Request((0,) * min(self._large + self._small + 1, room), 1)]):
+      pass
 
   def check(self, request: Request) -> None:
     """Raises a UserError that names the first fault of a request."""
@@ -188,10 +195,10 @@ class Engine:
     """Cancels, admits, computes a chunk of a prompt and draws a token for each row."""
     pieces = self._cancel()
     with jax.set_mesh(self._run.mesh):
-      # The more rows idle, the more chunks before the others go on.
-      for _ in range(1 + sum(row is None or not row.is_prefilled for row in self._rows)):
-        if not self._prefill(self._admit()):
-          break
+      # The more rows idle, the more tokens of prompts before the others go on.
+      left = self._small * (1 + sum(row is None or not row.is_prefilled for row in self._rows))
+      while left > 0 and (row := self._admit()):
+        left -= self._prefill(row)
       if any(row and row.is_prefilled for row in self._rows):
         pieces += self._decode()
     return pieces
@@ -270,9 +277,11 @@ class Engine:
       return None
     number, request = self._queue[0]
     before = request.prompt[:-1]  # the last token is decoded
-    found = self._blocks.find(before)
-    extra = len(found) % (self._chunk // self._blocks.size)
-    if extra:  # a chunk begins at a multiple of its length, wherever a prompt is found to begin
+    # The same tokens are computed in the same chunks, whatever is found.
+    large = len(before) // self._large * self._large
+    found = self._blocks.find(before, large)
+    chunk = self._large if len(found) * self._blocks.size < large else self._small
+    if extra := len(found) % (chunk // self._blocks.size):
       self._blocks.release(found[-extra:])
       del found[-extra:]
     fresh = self._blocks.take(self._needed(request) - len(found))
@@ -287,6 +296,7 @@ class Engine:
       cached=len(found) * self._blocks.size,
       last=request.prompt[-1],
       text=Text(self._run.tokenizer, request.prompt, request.stop),
+      large=large,
     )
     if request.constraint:
       row.matcher = self._grammars.matcher(request.constraint)
@@ -304,19 +314,18 @@ class Engine:
       prompt_V[list(request.prompt)] = True
       self._carried = self._programs.enter(self._carried, b, prompt_V)
 
-  def _prefill(self, row: Row | None) -> bool:
-    """Computes the next chunk of a row's prompt. Whether there was something to do."""
-    if row is None:
-      return False
+  def _prefill(self, row: Row) -> int:
+    """Computes the next chunk of a row's prompt, if it is not there. Returns the chunk's tokens."""
+    size = self._large if row.cached < row.large else self._small
     if not row.is_prefilled:
-      chunk = self._batch.chunk(row, self._chunk)
+      chunk = self._batch.chunk(row, size)
       self._carried = self._programs.prefill(self._weights, self._carried, *chunk)
       before = len(row.request.prompt) - 1
-      self._prefilled += min(self._chunk, before - row.cached)
-      row.cached = min(row.cached + self._chunk, before)
+      self._prefilled += min(size, before - row.cached)
+      row.cached = min(row.cached + size, before)
       if row.is_prefilled:
-        self._blocks.publish(row.request.prompt[:before], row.blocks)
-    return True
+        self._blocks.publish(row.request.prompt[:before], row.blocks, row.large)
+    return size
 
   def _decode(self) -> list[Piece]:
     """Draws a token for each row that is prefilled."""

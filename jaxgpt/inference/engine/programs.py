@@ -1,6 +1,7 @@
-"""The two compiled programs of decoding: a chunk of a prompt, and one token of each row.
+"""The two programs of decoding: a chunk of a prompt, and one token of each row.
 
-Neither depends on the lengths of the texts, so each is compiled once. The arrays that they carry
+Neither depends on the lengths of the texts, so that it is compiled once (for each size of chunks).
+The arrays that they carry
 from call to call are donated: the cache is updated in place.
 
 B row, T token of a chunk, V vocabulary, W word of 32 tokens, A alternative.

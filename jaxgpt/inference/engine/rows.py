@@ -29,6 +29,7 @@ class Row:
     last: The token that is decoded next.
     drawn: Tokens drawn.
     text: Its text.
+    large: Tokens of the prompt that are computed in large chunks, the first ones.
     matcher: How far the text is in its form, if the request prescribes one.
     allowed: uint32 [W], the tokens that may follow then.
   """
@@ -40,6 +41,7 @@ class Row:
   last: int
   text: Text
   drawn: int = 0
+  large: int = 0
   matcher: Matcher | None = None
   allowed: np.ndarray | None = None
 

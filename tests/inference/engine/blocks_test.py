@@ -16,6 +16,17 @@ def test_a_prompt_that_begins_alike_is_found_up_to_the_first_difference():
   assert blocks.find([1, 2, 3, 4, 5, 6]) == a[:2], "the last block is not full"
 
 
+def test_a_block_is_found_only_by_prompts_that_compute_it_in_chunks_of_the_same_size():
+  blocks = Blocks(8, 2)
+  tokens = [1, 2, 3, 4, 5, 6]
+  a = blocks.take(3)
+  blocks.publish(tokens, a, large=4)
+  assert blocks.find(tokens) == []
+  assert blocks.find(tokens[:4], large=4) == a[:2]
+  assert blocks.find(tokens, large=4) == a
+  assert blocks.find(tokens, large=6) == a[:2]
+
+
 def test_blocks_are_found_until_their_place_is_needed_and_the_longest_unused_goes_first():
   blocks = Blocks(3, 1)
   for token in (1, 2, 3):

@@ -11,7 +11,7 @@ import pytest
 from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
-from jaxgpt.inference.engine import constraints
+from jaxgpt.inference.engine import constraints, weights
 from jaxgpt.inference.engine import engine as engine_lib
 from jaxgpt.inference.engine.requests import Constraint, Request
 from jaxgpt.inference.sampling import Sampling
@@ -42,7 +42,12 @@ def engine():
     params = transformer.init(parts.model, jax.random.key(0))
   ends = generation.Generation({"eos_token_id": list(ENDS)})
   run = load.Run(c, parts, mesh, params, 0, ByteTokenizer(), "", ends)
-  return engine_lib.Engine(run, max_rows=16, cache_tokens=16 * CONTEXT)
+  # As for a vocabulary of 8,192: decoding reads a wider head.
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(weights, "_STRIDE", 100)
+    made = engine_lib.Engine(run, max_rows=16, cache_tokens=16 * CONTEXT)
+  assert made._weights["head"].shape[1] > c.model.vocab_size or jax.default_backend() != "cpu"
+  return made
 
 
 def texts(*wanted, temperature=1.0, max_new=250):
@@ -115,6 +120,11 @@ def test_the_most_likely_token_of_those_allowed_is_drawn_and_log_probabilities_a
     [t for piece in engine().run([ask(form)]) for t in piece.tokens]
     for form in (None, Constraint.of_regex("[a-r]"))
   )
+  run = engine()._run
+  tokens = np.array([PROMPT])
+  logits = run.parts.model.apply({"params": run.params}, tokens, np.arange(3)[None]).logits
+  whole = jax.nn.log_softmax(logits[0, -1, : run.tokenizer.vocab_size])
+  assert free.logprob == pytest.approx(float(whole.max()), abs=1e-5)
   assert bound.alternatives == free.alternatives
   assert bound.text.islower() and bound.logprob < free.logprob
 

@@ -51,7 +51,8 @@ def made(kind):
     )
   ends = generation.Generation({"eos_token_id": list(ENDS)})
   run = load.Run(c, parts, mesh, params, 0, ByteTokenizer(), "", ends)
-  return run, engine_lib.Engine(run, max_rows=3, block_size=8, cache_tokens=96)
+  chunks = (1, 2) if kind == "local" else (1, 1)
+  return run, engine_lib.Engine(run, max_rows=3, block_size=8, cache_tokens=96, chunk_blocks=chunks)
 
 
 @pytest.fixture
