@@ -92,7 +92,7 @@ def replay(folder: epath.PathLike, step: int, data: str | None = None) -> Replay
   Raises:
     UserError: There is no such step, no state from which it can be computed, or no such data.
   """
-  run = _Run(epath.Path(folder), data)
+  run = _Run(epath.Path(folder), step, data)
   run.check(step)
   with jax.set_mesh(run.mesh):
     state, means, begun = run.state_before(step)
@@ -102,9 +102,9 @@ def replay(folder: epath.PathLike, step: int, data: str | None = None) -> Replay
 class _Run:
   """A run whose steps are computed again."""
 
-  def __init__(self, folder: epath.Path, data: str | None):
+  def __init__(self, folder: epath.Path, step: int, data: str | None):
     self._folder = folder
-    c = ml_collections.ConfigDict(run_folder.read_config(folder))
+    c = ml_collections.ConfigDict(run_folder.read_config(folder, step))
     c.data.path = data or c.data.path
     self._c = c
     digest = run_folder.read_starts(folder)[0]["data_digest"]
@@ -134,7 +134,14 @@ class _Run:
   def state_before(self, step: int) -> tuple[train_step.State, metrics_lib.Means, int]:
     """(state, means of its log window, its step), the nearest one before a step."""
     where = self._folder / run_folder.CHECKPOINTS
-    there = [s for s in checkpoints_lib.complete_steps(where) if s <= step]
+    # Steps before a change of the config were made with another one.
+    least = max((s for s in run_folder.changed_at(self._folder) if s <= step), default=0)
+    there = [s for s in checkpoints_lib.complete_steps(where) if least <= s <= step]
+    if least and not there:
+      raise UserError(
+        f"--step={step}: the config changed at step {least}, and {where} has no checkpoint between "
+        "the two; name a step after one of its checkpoints"
+      )
     if there:
       checkpoints = checkpoints_lib.Checkpoints(where, read_only=True)
       state, extra = checkpoints.restore(self._parts.state, max(there))

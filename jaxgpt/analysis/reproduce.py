@@ -74,8 +74,8 @@ def settings(
     UserError: There is no run, it has no step, or its data is not there.
   """
   folder = epath.Path(folder)
-  c = ml_collections.ConfigDict(run_folder.read_config(folder))
-  origin = json.loads((folder / "config.json").read_text()).get("origin", {})
+  c = ml_collections.ConfigDict(run_folder.read_config(folder, 0))
+  origin = json.loads(run_folder.config_path(folder, 0).read_text()).get("origin", {})
   digest = run_folder.read_starts(folder)[0]["data_digest"]
   if not digest:
     raise UserError(f"{folder} was imported: it has no training steps to reproduce")
@@ -85,6 +85,13 @@ def settings(
     raise UserError(
       f"{folder} has neither metrics nor checkpoints: there is nothing to compare with"
     )
+  changed = [step for step in run_folder.changed_at(folder) if step > 0]
+  if changed and steps is not None and steps > changed[0]:
+    raise UserError(
+      f"--steps={steps}: the config of the run changed at step {changed[0]}, and a repetition has "
+      f"one config; give at most {changed[0]}"
+    )
+  done = min([done, *changed])
   if steps is not None and not 0 < steps <= done:
     raise UserError(f"--steps={steps}: the run has done {done} steps; give 1 to {done}")
   c.data.path = data or c.data.path
@@ -161,6 +168,8 @@ def compare(folder: epath.PathLike, out: epath.PathLike, steps: int) -> Reproduc
     notes.append(
       f"the run has {len(first)} starts in {len(environments)} environments; the first is compared"
     )
+  if any(0 < step <= steps for step in run_folder.changed_at(folder)):
+    notes.append(f"the run's config changed at step {steps}: steps from there on were not repeated")
   if not common:
     notes.append("no step has a checkpoint in both: only the metrics were compared")
   return Reproduction(

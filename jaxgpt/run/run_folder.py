@@ -296,19 +296,23 @@ def _start(
   }
 
 
-def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
+def read_config(folder: epath.PathLike, step: int | None = None) -> ml_collections.ConfigDict:
   """The resolved config of a run.
+
+  Args:
+    folder: The run folder.
+    step: Number of a step that was made with the config, see `config_changes`. None: the newest.
 
   Raises:
     UserError: The folder holds no run, or its config.json is broken.
   """
   buckets.check(folder)
-  path = epath.Path(folder) / _CONFIG
+  path = config_path(folder, step)
   if not path.exists():
     raise UserError(
       f'--workdir={folder} holds no run ({_CONFIG} is missing); start one with "jaxgpt train"'
     )
-  seal.require(folder, _CONFIG, f"{_CODE}/")
+  seal.require(folder, path.name, f"{_CODE}/")
   try:
     c = config.from_dict(json.loads(path.read_text())["config"])
     if c.code_folder:
@@ -324,6 +328,19 @@ def read_config(folder: epath.PathLike) -> ml_collections.ConfigDict:
     raise UserError(
       f"{path} is broken ({type(e).__name__}: {e}); restore it, or start over in another folder"
     ) from e
+
+
+def config_path(folder: epath.PathLike, step: int | None = None) -> epath.Path:
+  """The file with the config of a step. None: the newest."""
+  later = [] if step is None else [s for s in changed_at(folder) if s > step]
+  return epath.Path(folder) / (f"config_before_{min(later)}.json" if later else _CONFIG)
+
+
+def changed_at(folder: epath.PathLike) -> list[int]:
+  """The steps from which a run went on with another config. The files themselves tell."""
+  names = [path.name for path in epath.Path(folder).glob("config_before_*.json")]
+  numbers = [name.removeprefix("config_before_").removesuffix(".json") for name in names]
+  return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def read_starts(folder: epath.PathLike) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 
 from jaxgpt.analysis import curves, replay, reproduce
 from jaxgpt.errors import UserError
+from jaxgpt.run import run_folder
 from jaxgpt.run.provenance import environment
 from jaxgpt.training import schedules
 
@@ -91,3 +92,18 @@ def test_a_replay_has_the_gradient_norm_of_each_layer(step):
 def test_steps_that_are_not_there_are_refused(trained):
   with pytest.raises(UserError, match="the steps of this run are 0 to 7"):
     replay.replay(trained, 8)
+
+
+def test_a_run_whose_config_changed_is_repeated_until_then(trained, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  text = (run / "config.json").read_text()
+  (run / "config_before_4.json").write_text(text.replace('"lr": 0.01', '"lr": 0.03'))
+  c, _, until = reproduce.settings(run)
+  assert (c.optim.lr, until) == (0.03, 4)
+  assert run_folder.read_config(run, 3).optim.lr == 0.03
+  assert run_folder.read_config(run, 4).optim.lr == 0.01
+  with pytest.raises(UserError, match="changed at step 4"):
+    reproduce.settings(run, 5)
+  (note,) = reproduce.compare(run, trained, 4).notes
+  assert "changed at step 4" in note
