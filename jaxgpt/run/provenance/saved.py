@@ -83,13 +83,13 @@ class Saved(NamedTuple):
     Raises:
       ValueError: It cannot be read. The message says why.
     """
-    handler = ocp.PyTreeCheckpointHandler()
+    handler, path = ocp.PyTreeCheckpointHandler(), (self.path / item).absolute()
     try:
-      there = handler.metadata(self.path / item)
+      there = handler.metadata(path)
       wanted = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), getattr(there, "tree", there)
       )
-      found = handler.restore(self.path / item, args=ocp.args.PyTreeRestore(restore_args=wanted))
+      found = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=wanted))
     except Exception as e:  # tensorstore, zarr, JSON and OS errors share no class
       raise ValueError(f"{item} can't be read ({type(e).__name__}: {first_line(e, 160)})") from e
     finally:

@@ -20,14 +20,15 @@ def found(capsys, *args):
   return code, json.loads(out)
 
 
-def test_checkpoints(trained, tmp_path, capsys):
+def test_checkpoints(trained, tmp_path, capsys, monkeypatch):
   code, out, _ = run(capsys, "checkpoint", "list", trained)
   assert code == 0 and out.splitlines()[0].split()[:3] == ["step", "folder", "size"]
   assert [c["step"] for c in found(capsys, "checkpoint", "list", trained)[1]["checkpoints"]] == [
     4,
     8,
   ]
-  code, out, _ = run(capsys, "checkpoint", "verify", trained)
+  monkeypatch.chdir(trained.parent)
+  code, out, _ = run(capsys, "checkpoint", "verify", trained.name)
   assert code == 0 and out.splitlines()[-1] == "all as the run wrote it"
   code, out, _ = run(capsys, "checkpoint", "show", trained, "--step=4")
   assert code == 0 and "params/embed" in out and "float32" in out
