@@ -193,7 +193,7 @@ def _digests(saved: saved_lib.Saved) -> object:
 
 def lines(found: Reproduction, folder: epath.PathLike) -> list[str]:
   """Lines that show a reproduction."""
-  at = f" and the checkpoints of steps {_listed(found.checkpoints)}" if found.checkpoints else ""
+  at = f" and the {_listed(found.checkpoints)}" if found.checkpoints else ""
   out = []
   if found.is_identical:
     out.append(
@@ -216,7 +216,7 @@ def lines(found: Reproduction, folder: epath.PathLike) -> list[str]:
       )
       out += [f"  {line}" for line in checkpoint_files.change_lines(changes, 10)]
     elif found.checkpoints:
-      out.append(f"the checkpoints of steps {_listed(found.checkpoints)} are equal")
+      out.append(f"equal: the {_listed(found.checkpoints)}")
   out += found.notes
   if found.environment:
     out.append("the environment differs:")
@@ -230,5 +230,7 @@ def lines(found: Reproduction, folder: epath.PathLike) -> list[str]:
 
 
 def _listed(steps: Sequence[int]) -> str:
+  if len(steps) == 1:
+    return f"checkpoint of step {steps[0]}"
   shown = ", ".join(map(str, steps[:6]))
-  return shown if len(steps) <= 6 else f"{shown} … {steps[-1]} ({len(steps)})"
+  return f"checkpoints of steps {shown}" + (f" … {steps[-1]}" if len(steps) > 6 else "")
