@@ -147,7 +147,8 @@ def column(site, name, key, kind="train"):
 def alone(site):
   """The run folder of one process with two devices, and of two processes with one each."""
   one = start(site, "one", 1, devices=2)
-  two = start(site, "two", 2)
+  by_time = ["--config.checkpoint.every_minutes=1e-6", "--config.checkpoint.keep=100"]
+  two = start(site, "two", 2, args=lambda i: by_time)
   assert [code for code, _, _ in finish(one)] == [0]
   results = finish(two)
   assert [code for code, _, _ in results] == [0, 0], results
@@ -165,6 +166,11 @@ def assert_same(site, got, want="one", steps=8):
 
 def test_two_processes_compute_what_one_does(site, alone):
   assert_same(site, "two")
+
+
+def test_two_processes_save_by_the_clock_of_the_first_at_the_same_steps(site, alone):
+  saved = sorted(int(path.name) for path in (site / "two" / "checkpoints").iterdir())
+  assert len(saved) > 4 and saved[-1] == 8, saved
 
 
 def test_only_the_first_process_writes_and_prints(site, alone):
