@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import os
 import re
 import signal
 import sys
@@ -13,6 +12,7 @@ from jaxgpt import __version__
 from jaxgpt.commands import Command, discover
 from jaxgpt.config import options
 from jaxgpt.errors import UserError, nearest, printable
+from jaxgpt.run.process import output
 
 _EPILOG = """config overrides: any key of the config as --config.SECTION.KEY=VALUE, for example
   jaxgpt train --config=configs/gpt2_124m.py --config.optim.lr=3e-4 --config.data.path=DIR \\
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     _check_text(words)
   except UserError as e:
-    print(f"jaxgpt: error: {e}", file=sys.stderr)
+    _say(f"jaxgpt: error: {e}")
     return e.exit_code
   command, values = _parse(commands, words)
   if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `jaxgpt.__main__`
@@ -51,18 +51,26 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as e:
     return report(command, e)
   except KeyboardInterrupt:
-    print("jaxgpt: interrupted", file=sys.stderr)
+    _say("jaxgpt: interrupted")
     return _INTERRUPTED
   except BrokenPipeError:  # the reader of the output, such as `head`, has ended
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    output.discard(sys.stdout)
     return _PIPE_CLOSED
 
 
 def report(command: Command, error: UserError) -> int:
   """Prints the error of a command and returns its exit code."""
   del command  # tests check that the message names only flags that the command takes
-  print(f"jaxgpt: error: {printable(str(error))}", file=sys.stderr)  # always one line
+  _say(f"jaxgpt: error: {printable(str(error))}")  # always one line
   return error.exit_code
+
+
+def _say(line: str) -> None:
+  """Prints to standard error. If that cannot be written, the exit code still says what happened."""
+  try:
+    print(line, file=sys.stderr, flush=True)
+  except OSError:
+    output.discard(sys.stderr)
 
 
 def _write_any_character() -> None:

@@ -17,6 +17,8 @@ A checkpoint has one item per part of the state, so that the weights can be read
 
 import contextlib
 import errno
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,6 +40,7 @@ _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 _CHUNK = 16 << 20  # bytes of an array that are written at a time if memory is short
 _FROZEN = "frozen"  # part of the state, and its folder in the run folder
 DAMAGED = "damaged"  # folder in the run folder
+_TENSORSTORE_ERRNO = re.compile(r"os_error_code='(\d+)'")  # in its messages, after long paths
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)  # trouble that does not pass
 
 
@@ -71,6 +74,8 @@ class SaveError(UserError):
   """
 
   def __init__(self, folder: epath.Path, error: BaseException):
+    if found := _TENSORSTORE_ERRNO.search(str(error)):
+      error = OSError(int(found[1]), os.strerror(int(found[1])))
     lasting = getattr(error, "errno", None) in _LASTING or "PERMISSION_DENIED" in str(error)
     super().__init__(
       f"can't save a checkpoint in {folder}: {_summary(error)}; make room or change its "
