@@ -28,7 +28,15 @@ from tests import xla_flags
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = "Your own files"  # its files are in the folders of all sections
 WITHOUT_CODE = {SHARED, "Inside the package"}
-SLOW = {"A model family", "Move your object into the package", "An optimizer", "A schedule"}
+SLOW = {
+  "A model family",
+  "Move your object into the package",
+  "An optimizer",
+  "A schedule",
+  "An objective",
+  "A batch source",
+  "A metric writer",
+}
 COPIED = ("jaxgpt", "tests", "pyproject.toml")  # what a section changes or runs
 _FENCE = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.M | re.S)
 

@@ -1,5 +1,7 @@
 """Strided windows: each prediction is scored once, with as much context as the stride allows."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from jaxgpt.data import pipeline, strided
 from jaxgpt.data.batch_source import Batching
 
 
+@functools.cache
 def by_definition(n, seq_len, stride):
   """{prediction: (first, end) of the window that scores it}."""
   out = {}

@@ -15,6 +15,7 @@ import pytest
 
 from jaxgpt.parallel import distributed
 from jaxgpt.run import metric_writers, run_folder
+from tests import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """import os, signal
@@ -88,8 +89,7 @@ def start(
       "JAX_PLATFORMS": "cpu",
       "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-      "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags.COMPILE_QUICKLY}",
     }
     out.append(
       subprocess.Popen(

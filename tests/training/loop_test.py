@@ -335,18 +335,16 @@ def test_a_saved_state_is_not_touched_by_the_steps_that_go_on_meanwhile(tiny, tm
   """The save is asynchronous and the state is donated: on disk is still what was saved."""
   _, c = batches_lib.load_tokenizer_and_config(tiny(model__width=256, model__mlp_width=2048))
   mesh = mesh_lib.make(c.mesh)
-  parts, data = build_lib.build(c, mesh), batches_lib.split_batches(c, "train")
+  parts = build_lib.build(c, mesh)
   with jax.set_mesh(mesh):
     state = train_step.first_state(parts.model, parts.tx, 0, parts.state)
-  shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
-  step = train_step.compile(
-    train_step.make(parts.objective, parts.tx, parts.schedule, c), parts.state, shapes, mesh
-  )
+  # As the train step, it donates the state and writes the new one in its place.
+  step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
   want = jax.tree.map(lambda x: np.array(x, copy=True), state)
   checkpoints = checkpoints_lib.Checkpoints(tmp_path)
   checkpoints.save(state)
-  for i in range(5):
-    state, _ = step(state, batches_lib.to_devices(data.batch(i), mesh))
+  for _ in range(5):
+    state = step(state)
   checkpoints.wait()
   got, _ = checkpoints.restore(parts.state)
   jax.tree.map(np.testing.assert_array_equal, got, want)
