@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import time
 
@@ -193,12 +194,27 @@ def test_after_failed_saves_metrics_are_no_proof_of_a_lost_checkpoint(whole, tmp
       assert resume.find(run).step is None
 
 
-def test_checkpoints_by_time(whole, tmp_path):
+def test_checkpoints_by_time_and_what_they_cost(whole, tmp_path, capsys, monkeypatch):
   c, _ = whole
   c = config.from_dict(c.to_dict())
   c.checkpoint.every_minutes = 1e-6
+  monkeypatch.setattr(saving, "_ADVISED_AFTER", 0.0)
+  before = time.monotonic()
   train(c, tmp_path / "run")
   assert steps(epath.Path(tmp_path / "run")) == list(range(1, 9))
+  words = (
+    r"checkpoints: 8 saves held up training for ([\d.]+) s .* checkpoint.every=\d+ loses least"
+  )
+  (seconds,) = re.findall(words, capsys.readouterr().out)
+  assert 0 < float(seconds) < time.monotonic() - before
+
+
+def test_the_best_interval_loses_least():
+  """Against the expected loss per second: saves, and half an interval for each failure."""
+  save, step, failure = 2.0, 0.5, 3600.0
+  loss = lambda steps: save / (steps * step) + steps * step / 2 / failure
+  best = saving.best_interval(save, step, failure)
+  assert best == min(range(1, 2000), key=loss) == 240
 
 
 class Broken(metric_writers.MetricWriter):

@@ -417,6 +417,12 @@ LOG = Section(
     every=Key(
       10, "Steps between log lines. Metrics are means over these steps.", interval=AT_LEAST_1
     ),
+    hang_minutes=Key(
+      30.0,
+      "Print the stacks of all threads on standard error if a step or a batch of an evaluation "
+      "takes longer than this. 0: never.",
+      interval=AT_LEAST_0,
+    ),
     tensorboard=Key(False, "Also write TensorBoard event files. Needs the extra [track]."),
     options=user_options("metric writer"),
   ),

@@ -12,6 +12,7 @@ All processes save at the same steps. With several of them a failed save ends al
 could not agree on a retry: the launcher starts them again.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,9 @@ from jaxgpt.run.process import output
 
 MOST_FAILURES = 5  # in a row: checkpoint.on_failure="stop", and the save at the end of a run
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0  # seconds from the second failure on
+
+_ADVISED_AFTER = 600.0  # seconds of training
+_DAY = 86_400.0  # seconds
 
 # () -> (state, extra), see `Checkpoints.save`
 Content = Callable[[], tuple[Mapping[str, Any], Mapping[str, Any]]]
@@ -48,6 +52,7 @@ class Saver:
     self._clock = distributed.Agreement(mesh) if c_checkpoint.every_minutes else None
     self._since = time.monotonic()  # when the last save began
     self._asked = self._answered = 0  # saves that the clock of process 0 asked for
+    self._blocked = self._saves = 0.0  # seconds in which saves held up the run, and their number
     self._failures = 0  # in a row
     self._retry_at: float | None = None
     self.newest = checkpoints.latest()  # step of the newest complete checkpoint
@@ -77,6 +82,11 @@ class Saver:
       SaveError: It failed, and the run ends for it.
     """
     self._since = time.monotonic()
+    self._start_save(content)
+    self._blocked += time.monotonic() - self._since
+    self._saves += 1
+
+  def _start_save(self, content: Content) -> None:
     try:
       self._note(self._checkpoints.wait())
     except checkpoints_lib.SaveError as e:
@@ -149,6 +159,24 @@ class Saver:
     )
     return pause
 
+  def advice(self, steps: int, began: float) -> list[str]:
+    """A line on the cost of this start's saves and the interval that loses least, or [].
+
+    Args:
+      steps: Steps of this start.
+      began: `time.monotonic()` at the first of them.
+    """
+    seconds = time.monotonic() - began
+    if seconds < _ADVISED_AFTER or not self._saves or not steps:
+      return []
+    step_seconds = (seconds - self._blocked) / steps
+    every = best_interval(self._blocked / self._saves, step_seconds, _DAY)
+    return [
+      f"checkpoints: {self._saves:.0f} saves held up training for {self._blocked:.1f} s "
+      f"({self._blocked / seconds:.1%}); with one failure a day, checkpoint.every={every} loses "
+      "least"
+    ]
+
   def _note(self, step: int | None) -> None:
     """Records that the checkpoint of a step is complete."""
     if step is None:
@@ -166,3 +194,17 @@ class Saver:
       note(self._folder, step)
     except (OSError, UserError) as e:
       output.warn(f"starts.jsonl could not be written ({first_line(e)})")
+
+
+def best_interval(save_seconds: float, step_seconds: float, failure_seconds: float) -> int:
+  """Steps between checkpoints that lose the least time to saves and to repeated steps.
+
+  sqrt(2 save_seconds failure_seconds) seconds (Young 1974; Daly 2006 for rare failures): after that
+  time the saves cost as much as the steps that a failure repeats, half an interval on average.
+
+  Args:
+    save_seconds: Time for which a save holds up training.
+    step_seconds: Time of a step.
+    failure_seconds: Mean time between failures.
+  """
+  return max(1, round(math.sqrt(2 * save_seconds * failure_seconds) / step_seconds))

@@ -10,6 +10,7 @@ Two rules hold throughout:
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import throughput
-from jaxgpt.run.process import output, stop_signal
+from jaxgpt.run.process import output, stop_signal, watchdog
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, evaluation, train_step
@@ -110,6 +111,7 @@ class Run:
     )
     self._eval_step = evaluation.make_step(parts.objective)
     self._writers = metric_writers_lib.make(c, setup.folder, self._step)
+    self._watchdog = watchdog.Watchdog(c.log.hang_minutes)
 
   def run(self) -> Outcome:
     """Steps until the end or a signal, saves, and evaluates a complete run.
@@ -182,6 +184,7 @@ class Run:
 
     All processes call this at each step and get the same answer, which may be some steps old.
     """
+    self._watchdog.alive()
     return self._signal(self._agreement.soon(self._stop.received or 0))
 
   def _stop_now(self) -> signal.Signals | None:
@@ -207,6 +210,7 @@ class Run:
     if self._is_due(c.eval.every):
       self._evaluate(c.eval.batches)
     self._timer.start()
+    began, first = time.monotonic(), self._step
     # A transfer that is not explicit would make the host wait for the device: it is a bug.
     with contextlib.closing(batches), jax.transfer_guard("disallow"):
       while self._step < self._until and not self._ends_early() and not self._stop_soon():
@@ -230,7 +234,7 @@ class Run:
         if self._is_due(c.eval.every) and self._step < c.train.steps:
           self._evaluate(c.eval.batches)
     self._read_metrics()
-    tell(self._data.account())
+    tell([*self._data.account(), *self._saver.advice(self._step - first, began)])
 
   def _compile(self, stage: stages.Stage, c: ml_collections.ConfigDict) -> train_step.TrainStep:
     """The compiled step of a stage.
@@ -373,5 +377,6 @@ class Run:
     )
 
   def close(self) -> None:
-    """Closes the metric writers."""
+    """Closes the metric writers and the watchdog."""
+    self._watchdog.close()
     self._writers.close()
