@@ -45,7 +45,7 @@ def run_of(kind, causal):
   c.mesh.update(dict(data=2, fsdp=2, seq=2) if causal else dict(data=-1, fsdp=1))
   c = config.resolve(c, TEXT.vocab_size)
   mesh, parts = load.place(c)
-  params = transformer.init(parts.model, jax.random.key(0))
+  params = jax.jit(lambda: transformer.init(parts.model, jax.random.key(0)))()
   params = jax.device_put(params, jax.tree.map(lambda s: s.sharding, parts.state["params"]))
   ends = generation.Generation({"eos_token_id": [TEXT.eos_id]})
   return load.Run(c, parts, mesh, params, 0, TEXT, "", ends)

@@ -39,7 +39,7 @@ def engine():
   c = config.resolve(c)
   mesh, parts = load.place(c, jax.devices()[:1])
   with jax.set_mesh(mesh):
-    params = transformer.init(parts.model, jax.random.key(0))
+    params = jax.jit(lambda: transformer.init(parts.model, jax.random.key(0)))()
   ends = generation.Generation({"eos_token_id": list(ENDS)})
   run = load.Run(c, parts, mesh, params, 0, ByteTokenizer(), "", ends)
   # As for a vocabulary of 8,192: decoding reads a wider head.
@@ -121,8 +121,8 @@ def test_the_most_likely_token_of_those_allowed_is_drawn_and_log_probabilities_a
     for form in (None, Constraint.of_regex("[a-r]"))
   )
   run = engine()._run
-  tokens = np.array([PROMPT])
-  logits = run.parts.model.apply({"params": run.params}, tokens, np.arange(3)[None]).logits
+  forward = jax.jit(lambda p, *at: run.parts.model.apply({"params": p}, *at).logits)
+  logits = forward(run.params, np.array([PROMPT]), np.arange(3)[None])
   whole = jax.nn.log_softmax(logits[0, -1, : run.tokenizer.vocab_size])
   assert free.logprob == pytest.approx(float(whole.max()), abs=1e-5)
   assert bound.alternatives == free.alternatives

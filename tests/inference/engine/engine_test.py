@@ -43,12 +43,16 @@ def made(kind):
   c.data.update(dict(seq_len=CONTEXT, path=""))
   c = config.resolve(c)
   mesh, parts = load.place(c, jax.devices()[:1])
-  with jax.set_mesh(mesh):
+
+  @jax.jit
+  def initial():
     params = transformer.init(parts.model, jax.random.key(0))
     # Biases are 0 at first, and would not be tested.
-    params = jax.tree.map(
-      lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
-    )
+    noise = lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
+    return jax.tree.map(lambda x: x + noise(x), params)
+
+  with jax.set_mesh(mesh):
+    params = initial()
   ends = generation.Generation({"eos_token_id": list(ENDS)})
   run = load.Run(c, parts, mesh, params, 0, ByteTokenizer(), "", ends)
   chunks = (1, 2) if kind == "local" else (1, 1)
@@ -200,9 +204,9 @@ def test_log_probabilities_are_the_model_s(engine):
   hot = Sampling(2.0, repetition_penalty=1.5)  # neither changes the log-probabilities
   ((tokens, _, _),) = answers(engine, [Request(ids, 6, hot, seed=3, logprobs=4)])
   whole = np.array([[*ids, *(t.id for t in tokens)]])
-  logits = run.parts.model.apply(
-    {"params": run.params}, whole, np.arange(whole.shape[1])[None]
-  ).logits[0, :, : run.tokenizer.vocab_size]
+  forward = jax.jit(lambda p, *at: run.parts.model.apply({"params": p}, *at).logits)
+  logits = forward(run.params, whole, np.arange(whole.shape[1])[None])
+  logits = logits[0, :, : run.tokenizer.vocab_size]
   want = jax.nn.log_softmax(logits)[len(ids) - 1 : -1]
   for row, token in zip(np.asarray(want), tokens, strict=True):
     assert token.logprob == pytest.approx(row[token.id], abs=1e-4)

@@ -45,7 +45,7 @@ def run_of(c):
   c = config.resolve(c, tokenizer.vocab_size)
   mesh, parts = load.place(c, jax.devices()[:1])
   with jax.set_mesh(mesh):
-    params = transformer.init(parts.model, jax.random.key(0))
+    params = jax.jit(lambda: transformer.init(parts.model, jax.random.key(0)))()
   ends = generation.Generation({"eos_token_id": [tokenizer.eos_id]}, "in the format", "simple")
   return load.Run(c, parts, mesh, params, 3, tokenizer, "", ends)
 

@@ -55,7 +55,7 @@ def run_of(c):
   tokenizer = ByteTokenizer()
   c = config.resolve(c, tokenizer.vocab_size)
   mesh, parts = load.place(c)
-  params = transformer.init(parts.model, jax.random.key(0))
+  params = jax.jit(lambda: transformer.init(parts.model, jax.random.key(0)))()
   params = jax.device_put(params, jax.tree.map(lambda s: s.sharding, parts.state["params"]))
   ends = generation.Generation({"eos_token_id": [tokenizer.eos_id]})
   return load.Run(c, parts, mesh, params, 0, tokenizer, "", ends)
