@@ -76,7 +76,7 @@ class Grammars:
   def __init__(self, tokenizer: base.Tokenizer, ends: Collection[int]):
     """Prepares for a tokenizer. `ends` are the tokens that end a text."""
     self._tokenizer, self._ends = tokenizer, ends
-    self._lock = threading.Lock()
+    self._lock, self._reading = threading.Lock(), threading.Lock()
     self._vocabulary: Any = None
     self._found: OrderedDict[Constraint, Any] = OrderedDict()
 
@@ -92,13 +92,15 @@ class Grammars:
       UserError: The constraint is faulty, or llguidance is not installed.
     """
     with self._lock:
-      if constraint in self._found:
-        self._found.move_to_end(constraint)
-      else:
-        self._found[constraint] = self._made(constraint)
-        if len(self._found) > _KEPT:
-          self._found.popitem(last=False)
-      return Matcher(self, self._found[constraint].deep_copy())
+      found = self._found.get(constraint)
+    if found is None:  # may take a second, for which no other thread waits
+      found = self._made(constraint)
+    with self._lock:
+      self._found[constraint] = found
+      self._found.move_to_end(constraint)
+      if len(self._found) > _KEPT:
+        self._found.popitem(last=False)
+      return Matcher(self, found.deep_copy())
 
   def _made(self, constraint: Constraint) -> Any:
     try:
@@ -107,8 +109,9 @@ class Grammars:
       raise UserError(
         "a prescribed form of the text needs llguidance: pip install 'jaxgpt[guided]'"
       ) from e
-    if self._vocabulary is None:
-      self._vocabulary = self._read(llguidance)
+    with self._reading:
+      if self._vocabulary is None:
+        self._vocabulary = self._read(llguidance)
     grammar = _grammar(llguidance.LLMatcher, constraint)
     made = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
     if made.is_error():

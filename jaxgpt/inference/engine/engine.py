@@ -315,16 +315,17 @@ class Engine:
       self._carried = self._programs.enter(self._carried, b, prompt_V)
 
   def _prefill(self, row: Row) -> int:
-    """Computes the next chunk of a row's prompt, if it is not there. Returns the chunk's tokens."""
+    """Computes the next chunk of a row's prompt. Returns its tokens, 0 if all was found."""
+    if row.is_prefilled:
+      return 0
     size = self._large if row.cached < row.large else self._small
-    if not row.is_prefilled:
-      chunk = self._batch.chunk(row, size)
-      self._carried = self._programs.prefill(self._weights, self._carried, *chunk)
-      before = len(row.request.prompt) - 1
-      self._prefilled += min(size, before - row.cached)
-      row.cached = min(row.cached + size, before)
-      if row.is_prefilled:
-        self._blocks.publish(row.request.prompt[:before], row.blocks, row.large)
+    chunk = self._batch.chunk(row, size)
+    self._carried = self._programs.prefill(self._weights, self._carried, *chunk)
+    before = len(row.request.prompt) - 1
+    self._prefilled += min(size, before - row.cached)
+    row.cached = min(row.cached + size, before)
+    if row.is_prefilled:
+      self._blocks.publish(row.request.prompt[:before], row.blocks, row.large)
     return size
 
   def _decode(self) -> list[Piece]:

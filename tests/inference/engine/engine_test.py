@@ -227,6 +227,20 @@ def test_a_stop_string_ends_a_text_and_its_row(engine):
   assert engine.stats().decoded - before < len(tokens), "no token is drawn after it"
 
 
+def test_several_texts_of_a_prompt_share_its_blocks(engine):
+  ids, before = prompt(33, 33), engine.stats()
+  for seed in range(3):
+    engine.add(Request(ids, 8, Sampling(1.0), seed=seed))
+  engine.step()
+  engine.step()
+  stats = engine.stats()
+  assert stats.running == 3 and stats.blocks_used == 4 + 3, "a text has one block of its own"
+  assert stats.prefilled + stats.reused - before.prefilled - before.reused == 3 * 32
+  assert stats.reused - before.reused >= 2 * 32
+  while engine.busy:
+    engine.step()
+
+
 def test_requests_wait_for_blocks_and_a_cancelled_one_gives_its_own_back(engine):
   long = [engine.add(Request(prompt(40, i), 8, GREEDY)) for i in (1, 2, 3)]  # 6 blocks of 12 each
   engine.step()
