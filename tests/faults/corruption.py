@@ -17,10 +17,12 @@ import argparse
 import collections
 import contextlib
 import io
+import logging
 import pathlib
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -125,21 +127,13 @@ class Site:
     shutil.copytree(self.folder / "whole", case)
     if not self._damage(kind, case / file, file, draw):
       return None
+    shutil.rmtree(self.folder / "damaged", ignore_errors=True)
+    shutil.copytree(case, self.folder / "damaged")  # a start writes into the folder
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
       outcome, text = self._outcome()
     return Case(kind, file, outcome, text)
 
   def _outcome(self) -> tuple[str, str]:
-    case = self.folder / "case"
-    named = []
-    try:
-      named += [p for r in verify_run.verify(case / "run") for p in r.problems]
-    except UserError as e:
-      named.append(str(e))
-    try:
-      named += verify_data.verify(case / "data").problems
-    except UserError as e:
-      named.append(str(e))
     try:
       read, said = self.start()
     except UserError as e:
@@ -150,7 +144,14 @@ class Site:
       return SAID, said[0]
     if differs := unequal(read, self.expected):
       return SILENT, f"{differs} differs"
-    return (VERIFY, named[0]) if named else (NO_EFFECT, "")
+    try:
+      problems = verify_data.verify(self.folder / "damaged" / "data").problems
+      for report in verify_run.verify(self.folder / "damaged" / "run"):
+        if problems := problems + report.problems:
+          break
+    except UserError as e:
+      return VERIFY, str(e)
+    return (VERIFY, problems[0]) if problems else (NO_EFFECT, "")
 
   def _damage(self, kind: str, path: pathlib.Path, file: str, draw: random.Random) -> bool:
     data = path.read_bytes()
@@ -206,13 +207,24 @@ def unequal(a: Any, b: Any) -> str:
   return "" if a == b else "value"
 
 
-def cases(site: Site, count: int, seed: int) -> list[Case]:
-  """Random cases: each takes a file at random, and the kinds of damage in turn."""
+def cases(
+  site: Site, count: int, seed: int, report: Callable[[list[Case]], None] = lambda found: None
+) -> list[Case]:
+  """Random cases: each takes a file at random, and the kinds of damage in turn.
+
+  Args:
+    site: The run and its data.
+    count: Number of cases.
+    seed: Seed of the draws.
+    report: Called with the cases so far after each hundred.
+  """
   draw, files, out = random.Random(seed), site.files(), list[Case]()
   while len(out) < count:
     kind = KINDS[len(out) % len(KINDS)]
     if found := site.case(kind, draw.choice(files), draw):
       out.append(found)
+      if len(out) % 100 == 0:
+        report(out)
   return out
 
 
@@ -267,9 +279,11 @@ def main() -> None:
   parser.add_argument("--cases", type=int, default=400)
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args()
+  logging.disable(logging.CRITICAL)  # of Orbax, on files that are no JSON
   with tempfile.TemporaryDirectory() as folder:
-    found = cases(make_site(pathlib.Path(folder)), args.cases, args.seed)
-  print("\n".join(summary(found)))
+    show = lambda found: print("\n".join([f"{len(found)} cases", *summary(found)]), flush=True)
+    found = cases(make_site(pathlib.Path(folder)), args.cases, args.seed, show)
+  show(found)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def collect(mesh: jax.sharding.Mesh, git: Git | None = None) -> Environment:
   diff = _diff() if git and git["dirty"] else ""
   code = {"package": "jaxgpt", **_sources()}
   if git:
-    code |= {"commit": git["commit"], "dirty": git["dirty"]}
+    code["commit"] = git["commit"]
   hardware = {
     "device": device.device_kind,
     "platform": device.platform,
@@ -247,7 +247,7 @@ def _of_old_start(start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def differences(first: Environment, second: Environment) -> list[Difference]:
-  """The facts that differ.
+  """The facts that differ. A commit counts if a file of the package differs too.
 
   Args:
     first: The environment of a run. If an earlier version recorded it, facts that only one of the
@@ -261,9 +261,8 @@ def differences(first: Environment, second: Environment) -> list[Difference]:
     for name in sorted(a.keys() | b.keys() if complete else a.keys() & b.keys()):
       if a.get(name) != b.get(name):
         out.append(Difference(topic, name, a.get(name), b.get(name)))
-  if complete and first.diff != second.diff and not any(d.topic == "code" for d in out):
-    out.append(Difference("code", "uncommitted changes", bool(first.diff), bool(second.diff)))
-  return out
+  files = any(d.topic == "code" and "/" in d.name for d in out)
+  return out if files or not complete else [d for d in out if d.topic != "code"]
 
 
 def _is_complete(environment: Environment) -> bool:

@@ -49,9 +49,12 @@ def test_a_difference_is_named(here, topic, values, text):
   assert text in found.describe()
 
 
-def test_changes_without_a_commit_are_named(here):
-  (found,) = environment.differences(here._replace(diff=""), here._replace(diff="+x"))
-  assert found.name == "uncommitted changes"
+def test_a_commit_counts_if_it_changed_the_package(here):
+  other = changed(here, "code", commit="0")
+  assert environment.differences(here._replace(diff="+x"), other) == []
+  other = changed(here, "code", commit="0", **{"jaxgpt/tree.py": "0"})
+  names = {d.name for d in environment.differences(here, other)}
+  assert names - {"commit"} == {"jaxgpt/tree.py"}
 
 
 def test_the_start_of_an_earlier_version_is_compared_as_far_as_it_goes(here):
