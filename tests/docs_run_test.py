@@ -35,6 +35,7 @@ SEQUENCES = {
   "models": ("docs/finetune.md", "docs/models.md"),
   "data": ("docs/data.md", "docs/cleaning.md", "docs/mixtures.md", "docs/streams.md"),
   "objectives": ("docs/objectives.md",),
+  "reproducibility": ("docs/quickstart.md", "docs/reproducibility.md"),
   "evaluation": ("docs/evaluation.md",),
   "tasks": ("docs/tasks.md",),
   "inference": ("docs/inference.md",),

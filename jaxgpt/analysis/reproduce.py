@@ -220,7 +220,7 @@ def lines(found: Reproduction, folder: epath.PathLike) -> list[str]:
   out += found.notes
   if found.environment:
     out.append("the environment differs:")
-    shown = found.environment[:30]
+    shown = found.environment[:20]
     out += [f"  {difference.describe()}" for difference in shown]
     rest = len(found.environment) - len(shown)
     out += [f"  … and {rest} more; jaxgpt diff --json shows all"] if rest else []

@@ -39,6 +39,8 @@ _SETTINGS = (  # of JAX that change numbers
   "jax_disable_jit",
   "jax_debug_nans",
 )
+_TOPICS = ("code", "versions", "hardware", "flags")
+_COMPUTING = ("python", "jax", "jaxlib", "numpy", "ml-dtypes", "flax", "optax", "libtpu", "grain")
 _LONGEST_DIFF = 10 << 20  # bytes
 
 Git = Mapping[str, Any]
@@ -262,7 +264,16 @@ def differences(first: Environment, second: Environment) -> list[Difference]:
       if a.get(name) != b.get(name):
         out.append(Difference(topic, name, a.get(name), b.get(name)))
   files = any(d.topic == "code" and "/" in d.name for d in out)
-  return out if files or not complete else [d for d in out if d.topic != "code"]
+  if complete and not files:
+    out = [d for d in out if d.topic != "code"]
+  return sorted(out, key=_order)
+
+
+def _order(difference: Difference) -> tuple[int, bool, str]:
+  """By topic. Files come before the commit, and packages that compute before all others."""
+  topic, name = difference.topic, difference.name
+  first = name in _COMPUTING if topic == "versions" else "/" in name
+  return _TOPICS.index(topic), not first, name
 
 
 def _is_complete(environment: Environment) -> bool:

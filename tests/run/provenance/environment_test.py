@@ -69,3 +69,9 @@ def test_the_start_of_an_earlier_version_is_compared_as_far_as_it_goes(here):
   }
   old = environment.read("nowhere", start)
   assert [d.name for d in environment.differences(old, here)] == ["jax"]
+
+
+def test_what_computes_comes_first(here):
+  other = changed(here, "versions", absl_py="0", jax="0.1")
+  other = changed(other, "flags", XLA_FLAGS="")
+  assert [d.name for d in environment.differences(here, other)] == ["jax", "absl_py", "XLA_FLAGS"]
