@@ -1,6 +1,7 @@
 """Going on with another config: each key is classified, and a change is recorded."""
 
 import json
+import shutil
 
 import pytest
 from etils import epath
@@ -49,9 +50,8 @@ def meta(folder, step):
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_a_lower_rate(finished, tmp_path, capsys):
-  c, _ = finished
-  folder = epath.Path(tmp_path / "run")
-  train(c, folder)
+  c, done = finished
+  folder = epath.Path(shutil.copytree(done, tmp_path / "run"))
   longer = changed(c, train__steps=6, optim__lr=1e-3)
   with pytest.raises(UserError, match=r"optim.lr was 0.01, is 0.001.*add --accept-changes to go"):
     train(longer, folder, accept=False)
@@ -72,9 +72,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_a_lower_rate(finished, tmp_p
   assert (meta(folder, 4), meta(folder, 6)) == (first["config_digest"], second["config_digest"])
   before = json.loads((folder / "config_before_4.json").read_text())["config"]
   assert before["optim"]["lr"] == 0.01 and run_folder.read_config(folder).optim.lr == 0.001
-  # The same command again, as a launcher gives it, and the same without the flag.
-  train(longer, folder)
-  assert train(longer, folder, accept=False).step == 6
+  assert train(longer, folder).step == 6, "the same command again, as a launcher gives it"
   assert "changes" not in run_folder.read_starts(folder)[-1]
 
 
