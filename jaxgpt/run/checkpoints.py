@@ -228,6 +228,9 @@ class Checkpoints:
     step, self._unsure = self._unsure, None
     with contextlib.suppress(Exception):  # the failure, which the caller knows
       self._manager.close()
+    with contextlib.suppress(OSError):
+      for left in self._manager.directory.glob(f"{step}.*tmp*"):  # the disk may be full
+        left.rmtree()
     if self._mirror:
       self._mirror.drop_strangers()
     self._manager = self._open()

@@ -176,6 +176,7 @@ def test_a_run_that_cannot_save_ends_if_its_config_says_so(
   assert capsys.readouterr().err.count("could not be saved") == saving.MOST_FAILURES - 1
   unlimited()
   assert steps(run) == [1] and resume.find(run).step == 1
+  assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"], "no half-written ones"
   checkpoints = checkpoints_lib.Checkpoints(run / "checkpoints", read_only=True)
   assert checkpoints.shapes("params")
   checkpoints.close()
