@@ -162,14 +162,18 @@ def test_a_terminal_stops_a_run_through_its_launcher_and_leaves_no_orphan(tmp_pa
   p = subprocess.Popen(
     [LAUNCH / "retry.sh", command], env=os.environ | {"HERE": str(tmp_path)}, start_new_session=True
   )
-  for name in ["up", "saving"][: 1 + twice]:
-    while not (tmp_path / name).exists():
-      time.sleep(0.05)
-    assert p.poll() is None
-    os.killpg(p.pid, signal.Signals[number])
-  assert p.wait(20) == (130 if twice else 129)
-  with pytest.raises(ProcessLookupError):
-    os.killpg(p.pid, 0)
+  try:
+    for name in ["up", "saving"][: 1 + twice]:
+      while not (tmp_path / name).exists():
+        time.sleep(0.05)
+      assert p.poll() is None
+      os.killpg(p.pid, signal.Signals[number])
+    assert p.wait(20) == (130 if twice else 129)
+    with pytest.raises(ProcessLookupError):
+      os.killpg(p.pid, 0)
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(p.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
