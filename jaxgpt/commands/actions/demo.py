@@ -6,9 +6,11 @@ command of each step.
 
 import gzip
 import lzma
+import os
 import pathlib
 import sysconfig
 import time
+from collections.abc import Sequence
 
 from etils import epath
 from rich import console, table
@@ -25,8 +27,9 @@ _PACKAGE = pathlib.Path(__file__).parents[2]
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of a wheel, of a checkout
 _PROMPTS = ("def read_config(path):\n", "class TestCase", "import ")
 _TOKENIZER = "sentencepiece:4096"
-# Tests, and third-party packages that were installed into the same folder.
-_EXCLUDE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+# Tests, and third-party packages that were installed into the same folder. Which of them there are
+# differs by installation.
+_NOT_LIBRARY = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 
 
 def main(folder: epath.PathLike, out: console.Console | None = None) -> int:
@@ -45,13 +48,14 @@ def main(folder: epath.PathLike, out: console.Console | None = None) -> int:
   folder, start = epath.Path(folder), time.monotonic()
   data, run_folder = folder / "data", folder / "run"
   stdlib = sysconfig.get_paths()["stdlib"]
+  exclude = excluded(stdlib)
   _heading(
     out,
     "text to tokens",
     f"jaxgpt data {stdlib} --out={data} --tokenizer={_TOKENIZER} "
-    + " ".join(f"--exclude={name}" for name in _EXCLUDE),
+    + " ".join(f"--exclude={name}" for name in exclude),
   )
-  _prepare(stdlib, data, out)
+  _prepare(stdlib, exclude, data, out)
 
   overrides, path = [f"--config.data.path={data}"], config_path()
   _heading(out, "training", f"jaxgpt train --config={path} {overrides[0]} --workdir={run_folder}")
@@ -87,7 +91,17 @@ def _heading(out: console.Console, title: str, command: str) -> None:
   out.print(f"$ {command}", style="dim", markup=False)
 
 
-def _prepare(stdlib: str, data: epath.Path, out: console.Console) -> None:
+def excluded(stdlib: str) -> list[str]:
+  """The folders of `_NOT_LIBRARY` that a standard library has. `jaxgpt data` refuses others."""
+  found = set()
+  for _, folders, _ in os.walk(stdlib):
+    here = set(folders) & set(_NOT_LIBRARY)
+    found |= here
+    folders[:] = [name for name in folders if name not in here]
+  return [name for name in _NOT_LIBRARY if name in found]
+
+
+def _prepare(stdlib: str, exclude: Sequence[str], data: epath.Path, out: console.Console) -> None:
   if (data / shards.MANIFEST).exists():
     out.print(f"{data} is there already")
     return
@@ -96,7 +110,7 @@ def _prepare(stdlib: str, data: epath.Path, out: console.Console) -> None:
       [stdlib],
       data,
       tokenizer=_TOKENIZER,
-      exclude=_EXCLUDE,
+      exclude=exclude,
       report=lambda line: out.print(line, markup=False),
     )
   except UserError as e:
