@@ -64,17 +64,17 @@ def verify(folder: epath.PathLike, most_bytes: int | None = None) -> Verified:
       read += 1
       if _sha256(path) != file["sha256"]:
         found.append(f"{path} is not what `jaxgpt data` wrote: its sha256 differs")
-  beside = manifest.get("beside", {})
-  for name, digest in beside.get("files", {}).items():
+  others = manifest.get("other_digests", {})
+  for name, digest in others.get("files", {}).items():
     path = epath.Path(folder) / name
     read += 1
     if not path.is_file():
       found.append(f"{path} is missing")
     elif _sha256(path) != digest:
       found.append(f"{path} is not what `jaxgpt data` wrote: its sha256 differs")
-  if beside and beside["remarks"] != shards.remarks_digest(manifest):
+  if others and others["remarks"] != shards.remarks_digest(manifest):
     found.append(f"{epath.Path(folder) / shards.MANIFEST}: its remarks were changed")
-  unknown = () if beside else ("tokenizer/", "card.md", "card.json", "lengths.svg")
+  unknown = () if others else ("tokenizer/", "card.md", "card.json", "lengths.svg")
   return Verified(found, read, unread, unread_bytes, unknown)
 
 
@@ -96,8 +96,8 @@ def check_small(folder: epath.PathLike, split: str, manifest: Mapping[str, Any])
     return
   budget = CHEAP
   wanted = {file["name"]: file["sha256"] for file in files_of(manifest["splits"][split])}
-  beside = manifest.get("beside", {}).get("files", {})
-  wanted |= {name: sha for name, sha in beside.items() if name.startswith("tokenizer/")}
+  others = manifest.get("other_digests", {}).get("files", {})
+  wanted |= {name: sha for name, sha in others.items() if name.startswith("tokenizer/")}
   paths = {name: pathlib.Path(folder, name) for name in wanted}
   sizes = {name: path.stat().st_size if path.is_file() else -1 for name, path in paths.items()}
   for name in sorted(wanted, key=lambda name: (sizes[name], name)):

@@ -116,7 +116,7 @@ class AllJobs:
       shared,
     )
     folder = self._work.folder / RESULT
-    manifest |= {"beside": shards.beside(folder, manifest)}
+    manifest |= {"other_digests": shards.other_digests(folder, manifest)}
     shards.write_manifest(folder, manifest)
     return manifest
 

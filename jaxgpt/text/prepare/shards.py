@@ -58,7 +58,8 @@ FORMAT = 2
 RECORD_TOKENS = 65_536
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
-NOT_CONTENT = ("passed_over", "unknown_tokens", "beside")  # in the manifest, not in its digest
+# In the manifest, and not in its digest.
+NOT_CONTENT = ("passed_over", "unknown_tokens", "other_digests")
 # The sidecar with any number of entries per document, by kind, and the columns of an entry.
 ENTRIES = {
   "seq2seq": "trained",
@@ -375,7 +376,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def beside(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def other_digests(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
   """The manifest's entry on what its digest does not cover: files that it does not list, remarks.
 
   Args:
@@ -394,8 +395,9 @@ def beside(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remarks_digest(manifest: Mapping[str, Any]) -> str:
-  """The sha256, in hex, of the remarks of a manifest: `NOT_CONTENT` without 'beside'."""
-  found = {key: manifest[key] for key in NOT_CONTENT if key in manifest and key != "beside"}
+  """The sha256, in hex, of the remarks of a manifest: `NOT_CONTENT` without 'other_digests'."""
+  remarks = [key for key in NOT_CONTENT if key in manifest and key != "other_digests"]
+  found = {key: manifest[key] for key in remarks}
   return hashlib.sha256(strict_json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
