@@ -166,7 +166,7 @@ def test_a_run_that_cannot_save_ends_if_its_config_says_so(
   c, _ = whole
   c = config.from_dict(c.to_dict())
   c.checkpoint.update(dict(every=1, on_failure="stop"))
-  c.train.steps = 100
+  c.train.steps, c.log.every, c.eval.every = 100_000, 1000, 0  # a failed save is seen steps later
   run = epath.Path(tmp_path / "run")
   monkeypatch.setattr(saving, "_FIRST_PAUSE", 0.0)
   before_step(2, limit_files(30_000, after=run / "checkpoints" / "1"))
