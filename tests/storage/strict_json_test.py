@@ -13,8 +13,10 @@ from jaxgpt.storage import strict_json
 ROOT = pathlib.Path(jaxgpt.__file__).parent
 # Modules that call `json.dumps` by itself, and why no float gets there.
 WITHOUT_FLOATS = {
+  "analysis.compare_runs": "a value of a config in a table, as it is, not written",
   "hf.safetensors": "names, shapes and offsets",
   "hf.tokenizer": "names and flags",
+  "inference.engine.requests": "choices, and a schema that the grammar's library checks",
   "inference.server.calls": "a schema from JSON, which was read without such numbers",
   "inference.server.fields": "a value of a request's JSON, shown in an error",
   "parallel.distributed": "messages between processes of one run, read by Python",
