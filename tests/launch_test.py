@@ -159,12 +159,14 @@ def test_a_terminal_stops_a_run_through_its_launcher_and_leaves_no_orphan(tmp_pa
   """Ctrl-C goes to all processes of a terminal; the second one ends the run at once."""
   text = TWICE if twice else TWICE.replace(">= 2", ">= 1").replace("' INT", "' HUP")
   command = program(tmp_path, "command", text.replace("130", "130" if twice else "129"))
-  p = subprocess.Popen(
-    [LAUNCH / "retry.sh", command], env=os.environ | {"HERE": str(tmp_path)}, start_new_session=True
-  )
+  # Tests may run in the background, where a shell lets them ignore SIGINT and can't trap it.
+  words = ["env", "--default-signal=INT,HUP", LAUNCH / "retry.sh", command]
+  p = subprocess.Popen(words, env=os.environ | {"HERE": str(tmp_path)}, start_new_session=True)
+  end = time.monotonic() + 60
   try:
     for name in ["up", "saving"][: 1 + twice]:
       while not (tmp_path / name).exists():
+        assert time.monotonic() < end, f"{name} does not appear"
         time.sleep(0.05)
       assert p.poll() is None
       os.killpg(p.pid, signal.Signals[number])
