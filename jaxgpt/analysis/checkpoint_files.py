@@ -1,14 +1,14 @@
 """The checkpoints of a run: listed, described, verified and compared, as they are on disk."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from jaxgpt.analysis import text_table
 from jaxgpt.errors import UserError
 from jaxgpt.run import checkpoints, run_folder
+from jaxgpt.run.process import text_table
 from jaxgpt.run.provenance import saved as saved_lib
 from jaxgpt.run.provenance import seal
 from jaxgpt.run.provenance.saved import Saved
@@ -43,7 +43,7 @@ def listed(run: epath.PathLike) -> list[Entry]:
   Raises:
     UserError: The folder holds no run.
   """
-  run = _run(run)
+  run = run_folder.require_run(run)
   out = []
   for folder in (seal.CHECKPOINTS, DAMAGED, *_ONCE):
     for saved in saved_lib.all_of(run, folder):
@@ -85,7 +85,7 @@ def verified(run: epath.PathLike, step: int | None = None) -> Iterator[tuple[Sav
   Raises:
     UserError: There is no run, or no such checkpoint.
   """
-  run = _run(run)
+  run = run_folder.require_run(run)
   if step is not None:
     chosen = [saved_lib.find(run, step)]
   else:
@@ -117,7 +117,7 @@ def shown(run: epath.PathLike, step: int | None = None) -> tuple[Saved, list[Arr
   Raises:
     UserError: There is no such checkpoint, or it cannot be read.
   """
-  saved = saved_lib.find(_run(run), step)
+  saved = saved_lib.find(run_folder.require_run(run), step)
   return saved, [_figures(name, x) for name, x in read(saved).items()]
 
 
@@ -213,7 +213,7 @@ def compare_steps(
   Raises:
     UserError: There are no such checkpoints.
   """
-  folders = [_run(run) for run in runs]
+  folders = [run_folder.require_run(run) for run in runs]
   there = [[saved.step for saved in saved_lib.all_of(run)] for run in folders]
   if len(folders) == 1:
     if not steps and len(there[0]) < 2:
@@ -252,14 +252,3 @@ def change_lines(changes: Sequence[Change], most: int = 0) -> list[str]:
   out = text_table.lines(("array", "largest", "relative", "elements"), rows) if rows else []
   rest = len(changes) - len(shown)
   return [*out, f"… and {rest} more arrays"] if rest else out
-
-
-def _run(run: epath.PathLike) -> epath.Path:
-  """A run folder, or a UserError."""
-  run_folder.read_starts(run) if run_folder.is_run(run) else run_folder.read_config(run)
-  return epath.Path(run)
-
-
-def as_json(rows: Sequence[Any]) -> list[dict[str, Any]]:
-  """NamedTuples as plain dicts."""
-  return [row._asdict() for row in rows]

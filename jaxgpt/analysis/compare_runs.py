@@ -111,7 +111,8 @@ def _data(
   for c in (a, b):
     try:
       manifests.append(shards.read_manifest(c.data.path) if c.data.path else None)
-    except UserError:  # it is somewhere else by now, or several folders
+    except UserError as e:  # it is somewhere else by now, or several folders
+      lines.append(f"not compared further: {e}")
       manifests.append(None)
   one, other = manifests
   if one is None or other is None:

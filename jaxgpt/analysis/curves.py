@@ -5,14 +5,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 from etils import epath
 
-from jaxgpt.run import metric_writers
+from jaxgpt.run import metric_writers, throughput
 
 # {(kind, step): record}, in the order of the steps
 Curves: TypeAlias = dict[tuple[str, int], dict[str, Any]]
 
-# Metrics of time and of the machine, which differ between two runs of the same numbers.
-_MEASURED = ("tokens_per_second", "step_time", "input_wait", "mfu", "step", "kind")
-_MEASURED_IN = ("goodput", "seconds", "memory", "_bytes", "threads", "files", "save", "time/")
+_PLACE = ("step", "kind")  # of a record
 
 
 class Difference(NamedTuple):
@@ -56,6 +54,11 @@ class Comparison(NamedTuple):
   before: int
   largest: tuple[int, float] | None
 
+  def to_json(self) -> dict[str, Any]:
+    """The comparison as plain JSON."""
+    difference = self.first_difference
+    return self._asdict() | {"first_difference": difference and difference._asdict()}
+
 
 def read(folder: epath.PathLike) -> Curves:
   """The metrics of a run. A step that was repeated has its last record."""
@@ -68,7 +71,7 @@ def read(folder: epath.PathLike) -> Curves:
 
 def is_exact(metric: str) -> bool:
   """Whether a metric follows from the numbers of a run, not from its speed or its machine."""
-  return metric not in _MEASURED and not any(part in metric for part in _MEASURED_IN)
+  return metric not in (*_PLACE, *throughput.METRICS)
 
 
 def compare(first: Curves, second: Curves, until: int | None = None) -> Comparison:

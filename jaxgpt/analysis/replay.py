@@ -37,7 +37,7 @@ class Example(NamedTuple):
     name: Origin of the document.
     document: Its number in the split.
     start, end: The stored tokens that the row has.
-    predictions: Predictions that the loss counts, in the order of weight 1.
+    predictions: Sum of the weights of the predictions that the loss counts.
     loss: Mean loss of these in nats, or None if the objective has no loss per example.
   """
 

@@ -29,9 +29,7 @@ def restore_to(folder: epath.PathLike, step: int) -> list[str]:
   Raises:
     UserError: There is no such checkpoint, it is damaged, or a process is training in the folder.
   """
-  folder = epath.Path(folder)
-  if not run_folder.is_run(folder):
-    run_folder.read_config(folder)  # raises: it holds no run
+  folder = run_folder.require_run(folder)
   target = saved_lib.find(folder, step)
   with run_lock.RunLock(folder) as lock:
     lock.take()

@@ -52,8 +52,7 @@ def verify(folder: epath.PathLike, step: int | None = None) -> Iterator[Report]:
 
 
 def _files(folder: epath.Path) -> Report:
-  if not run_folder.is_run(folder):
-    run_folder.read_config(folder)  # raises: it holds no run
+  run_folder.require_run(folder)
   problems = [f"{damage.file} {damage.problem}" for damage in seal.check(folder)]
   if not problems:
     try:

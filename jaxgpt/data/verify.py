@@ -1,12 +1,11 @@
 """Whether the files of a prepared folder are those that `jaxgpt data` wrote.
 
-The manifest has the size and SHA-256 of each file, and a digest of itself. `open_split` compares
-all sizes, and the digests of small files: enough for a few hundred megabytes per second, too slow
-for a large folder at each start. `problems` compares everything.
+The manifest has the size and SHA-256 of each file, and a digest of itself. A start compares all
+sizes, and the content of small files (`check_small`), since reading a large folder takes minutes.
+`verify` compares everything.
 """
 
 import functools
-import hashlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from etils import epath
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import buckets
+from jaxgpt.storage.paths import sha256
 from jaxgpt.text.prepare import shards
 
 CHEAP = 256 << 20  # bytes that a start reads to verify a split
@@ -62,7 +62,7 @@ def verify(folder: epath.PathLike, most_bytes: int | None = None) -> Verified:
     else:
       budget = None if budget is None else budget - file["size"]
       read += 1
-      if _sha256(path) != file["sha256"]:
+      if sha256(path) != file["sha256"]:
         found.append(f"{path} is not what `jaxgpt data` wrote: its sha256 differs")
   others = manifest.get("other_digests", {})
   for name, digest in others.get("files", {}).items():
@@ -70,7 +70,7 @@ def verify(folder: epath.PathLike, most_bytes: int | None = None) -> Verified:
     read += 1
     if not path.is_file():
       found.append(f"{path} is missing")
-    elif _sha256(path) != digest:
+    elif sha256(path) != digest:
       found.append(f"{path} is not what `jaxgpt data` wrote: its sha256 differs")
   if others and others["remarks"] != shards.remarks_digest(manifest):
     found.append(f"{epath.Path(folder) / shards.MANIFEST}: its remarks were changed")
@@ -133,11 +133,6 @@ def _version(path: pathlib.Path) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def _sha256_once(path: pathlib.Path, inode: int, changed: int, size: int) -> str:
-  """`_sha256`, once for each version of a file."""
+  """`sha256`, once for each version of a file."""
   del inode, changed, size
-  return _sha256(epath.Path(path))
-
-
-def _sha256(path: epath.Path) -> str:
-  with path.open("rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
+  return sha256(path)

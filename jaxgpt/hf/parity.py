@@ -6,7 +6,6 @@ a difference comes from the format or the mathematics and not from rounding to t
 Legend: L layers, N prompts, T tokens, V vocabulary (or labels), D width.
 """
 
-import hashlib
 import platform
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from jaxgpt.model import transformer
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import generation
 from jaxgpt.storage import strict_json
+from jaxgpt.storage.paths import sha256
 from jaxgpt.text.tokenizers import base
 from jaxgpt.training import build
 from jaxgpt.tree import PyTree
@@ -81,7 +81,7 @@ def certify(
       "jaxgpt": __version__,
       **{name: installed.version(name) for name in _PACKAGES},
     },
-    "files": {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
+    "files": {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
   }
   if not compare:
     return out | {"why_not": "--no-check was given"}
@@ -337,11 +337,6 @@ def _worst(figures: Sequence[Distance]) -> Distance:
     "mean_abs": float(np.mean([f["mean_abs"] for f in figures])),
     "scale": max(f["scale"] for f in figures),
   }
-
-
-def _sha256(path: epath.Path) -> str:
-  with path.open("rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write(folder: epath.Path, certificate: Certificate) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxgpt.data import pipeline
 from jaxgpt.inference.scoring import Scores
+from jaxgpt.run.process import text_table
 from jaxgpt.training import evaluation, metrics
 
 MOST_SOURCES = 20  # rows of the table by source
@@ -271,11 +272,7 @@ def text(tables: dict[str, list[Row]]) -> list[str]:
     keys = [key for key in (rows[0] if rows else {}) if key != "name"]
     head = [f"by {title}", *keys]
     cells = [[str(row["name"]), *(_cell(row[key]) for key in keys)] for row in rows]
-    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    for line in [head, *cells]:
-      rest = (word.rjust(width) for word, width in zip(line[1:], widths[1:]))
-      lines.append("  ".join([line[0].ljust(widths[0]), *rest]).rstrip())
-    lines.append("")
+    lines += [*text_table.lines(head, cells), ""]
   return lines[:-1]
 
 

@@ -221,3 +221,11 @@ def global_array(rows: NamedSharding, local: np.ndarray, count: int) -> jax.Arra
   shape = (local.shape[0] * count, *local.shape[1:])
   with jax.transfer_guard_host_to_device("allow"):  # JAX considers this an implicit transfer
     return jax.make_array_from_process_local_data(rows, local, shape)
+
+
+def device_bytes(tree: PyTree) -> int:
+  """Bytes of a tree of sharded `ShapeDtypeStruct`s on one device, without padding."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(tree)
+  )

@@ -18,6 +18,7 @@ from jaxgpt import config
 from jaxgpt.data import layouts
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.parallel import sharding
 from jaxgpt.plan import topology as topology_lib
 from jaxgpt.plan.topology import Topology
 from jaxgpt.training import build as build_lib
@@ -158,7 +159,7 @@ def compile_step(
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e) or topology.chip is None:
       raise
-    given = device_bytes(parts.state) + batch_bytes(batch, mesh)
+    given = sharding.device_bytes(parts.state) + batch_bytes(batch, mesh)
     raise read_out_of_memory(str(e), topology.chip.hbm_limit, given) from e
   return Compiled(
     c,
@@ -168,13 +169,6 @@ def compile_step(
     memory(executable, parts.state, batch, mesh),
     parts.model.cfg.attention,
     time.monotonic() - began,
-  )
-
-
-def device_bytes(tree: PyTree) -> int:
-  """Bytes of a tree of sharded `ShapeDtypeStruct`s on one device, without padding."""
-  return sum(
-    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
 
 
@@ -199,9 +193,9 @@ def memory(
   # The compiler reports the arguments as one sum. Their parts follow from shapes and shardings, and
   # the rest of the sum is padding.
   kinds = {
-    "parameters": device_bytes([state["params"], state.get("frozen", {})]),
-    "optimizer": device_bytes(state["opt"]),
-    "average": device_bytes(state.get("ema", {})),
+    "parameters": sharding.device_bytes([state["params"], state.get("frozen", {})]),
+    "optimizer": sharding.device_bytes(state["opt"]),
+    "average": sharding.device_bytes(state.get("ema", {})),
     "batch": batch_bytes(batch, mesh),
   }
   return Memory(

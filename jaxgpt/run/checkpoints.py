@@ -33,9 +33,8 @@ from jaxgpt.model import fixed_models
 from jaxgpt.parallel import distributed, peer_watch
 from jaxgpt.run import bucket_checkpoints, digests
 from jaxgpt.run.provenance import saved as saved_lib
-from jaxgpt.storage import atomic, buckets, strict_json
+from jaxgpt.storage import atomic, buckets, paths, strict_json
 
-_ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 _CHUNK = 16 << 20  # bytes of an array that are written at a time if memory is short
 _FROZEN = "frozen"  # part of the state, and its folder in the run folder
@@ -130,9 +129,8 @@ class Checkpoints:
     )
     # See `writing_gb`: chunks, and files per array instead of OCDBT's shared ones.
     self._chunk = None if writing_gb is None else _CHUNK
-    self._limit = (
-      {} if writing_gb is None else {"save_concurrent_gb": writing_gb, "use_ocdbt": False}
-    )
+    limit = {"save_concurrent_gb": writing_gb, "use_ocdbt": False}
+    self._limit = {} if writing_gb is None else limit
     self._options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       keep_period=keep_every or None,
@@ -144,7 +142,7 @@ class Checkpoints:
     self._unsure: int | None = None  # step of a save that is not known to be complete
 
   def _open(self) -> ocp.CheckpointManager:
-    handlers = {name: ocp.StandardCheckpointHandler(**self._limit) for name in _ITEMS}
+    handlers = {name: ocp.StandardCheckpointHandler(**self._limit) for name in saved_lib.ITEMS}
     return ocp.CheckpointManager(
       self._mirror.folder if self._mirror else self.folder,
       item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
@@ -181,7 +179,7 @@ class Checkpoints:
     items = {
       name: ocp.args.StandardSave(item, save_args(item))
       for name, item in state.items()
-      if name in _ITEMS
+      if name in saved_lib.ITEMS
     }
     # Scalars go to `meta`, so that a reader of the weights needs no array of the optimizer.
     meta: dict[str, Any] = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
@@ -228,9 +226,8 @@ class Checkpoints:
     step, self._unsure = self._unsure, None
     with contextlib.suppress(Exception):  # the failure, which the caller knows
       self._manager.close()
-    with contextlib.suppress(OSError):
-      for left in self._manager.directory.glob(f"{step}.*tmp*"):  # the disk may be full
-        left.rmtree()
+    for left in self._manager.directory.glob(f"{step}.*tmp*"):  # the disk may be full
+      paths.remove(left)  # what is left in spite of it is deleted by the next start
     if self._mirror:
       self._mirror.drop_strangers()
     self._manager = self._open()
@@ -272,7 +269,9 @@ class Checkpoints:
       raise UserError(f"no checkpoint of step {step} in {self.folder}; there are: {there}")
     self._fetch(step)
     items = {
-      name: ocp.args.StandardRestore(item) for name, item in abstract.items() if name in _ITEMS
+      name: ocp.args.StandardRestore(item)
+      for name, item in abstract.items()
+      if name in saved_lib.ITEMS
     }
     # Checked before Orbax does, whose errors do not name the parameter.
     try:

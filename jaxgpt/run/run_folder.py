@@ -296,6 +296,20 @@ def _start(
   }
 
 
+def require_run(folder: epath.PathLike) -> epath.Path:
+  """The folder as a path.
+
+  Raises:
+    UserError: It holds no run.
+  """
+  buckets.check(folder)
+  if not is_run(folder):
+    raise UserError(
+      f'--workdir={folder} holds no run ({_CONFIG} is missing); start one with "jaxgpt train"'
+    )
+  return epath.Path(folder)
+
+
 def read_config(folder: epath.PathLike, step: int | None = None) -> ml_collections.ConfigDict:
   """The resolved config of a run.
 
@@ -306,12 +320,7 @@ def read_config(folder: epath.PathLike, step: int | None = None) -> ml_collectio
   Raises:
     UserError: The folder holds no run, or its config.json is broken.
   """
-  buckets.check(folder)
-  path = config_path(folder, step)
-  if not path.exists():
-    raise UserError(
-      f'--workdir={folder} holds no run ({_CONFIG} is missing); start one with "jaxgpt train"'
-    )
+  path = config_path(require_run(folder), step)
   seal.require(folder, path.name, f"{_CODE}/")
   try:
     c = config.from_dict(json.loads(path.read_text())["config"])

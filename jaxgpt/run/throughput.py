@@ -4,6 +4,9 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+# The names of `Timer.take`. They differ between two runs of the same numbers.
+METRICS = ("tokens_per_second", "step_time", "input_wait", "mfu")
+
 
 class Timer:
   """Measures steps. Evaluation and saving do not count.

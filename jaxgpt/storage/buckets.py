@@ -6,7 +6,6 @@ credentials and endpoints.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from jaxgpt.errors import UserError
 from jaxgpt.storage import files
+from jaxgpt.storage.paths import sha256
 
 UNFINISHED = "unfinished"  # name of a file that marks a remote folder as being written
 
@@ -126,12 +126,11 @@ class Files:
     part = path.with_name(f"{path.name}.part")
     address = f"{self.address.rstrip('/')}/{entry['name']}"
     download(address, part)
-    with part.open("rb") as f:
-      digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if digest != entry["sha256"]:
+    found = sha256(part)
+    if found != entry["sha256"]:
       part.unlink()
       raise UserError(
-        f"{address} is not what the manifest says: its sha256 is {digest[:12]} "
+        f"{address} is not what the manifest says: its sha256 is {found[:12]} "
         f"instead of {entry['sha256'][:12]}; run `jaxgpt data` again"
       )
     part.replace(path)

@@ -11,6 +11,7 @@ from etils import epath
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import evaluate, load, scoring
+from jaxgpt.run.process import text_table
 from jaxgpt.tasks import bootstrap, task
 from jaxgpt.tasks import scoring as task_scoring
 from jaxgpt.tasks.predict import job, protocol, registry, rows
@@ -216,8 +217,4 @@ def table(found: Sequence[Comparison], names: Sequence[str]) -> list[str]:
     interval = f"[{d.low:+.4f}, {d.high:+.4f}]"
     cells = f"{first:.4f}", f"{second:.4f}", f"{d.value:+.4f}", interval, f"{d.p_value:.3f}"
     lines.append((metric, *cells))
-  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-  return [
-    "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))])
-    for row in lines
-  ]
+  return text_table.lines(lines[0], lines[1:])

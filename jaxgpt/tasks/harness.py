@@ -17,6 +17,7 @@ from etils import epath
 
 from jaxgpt.errors import UserError, first_line, nearest
 from jaxgpt.inference import load
+from jaxgpt.run.process import text_table
 from jaxgpt.tasks import compare
 from jaxgpt.tasks.harness_model import check, model
 from jaxgpt.tree import PyTree
@@ -193,7 +194,7 @@ def _task_manager(tasks: Sequence[str], include_path: str | None, flag: str = "-
 
 def table(results: Mapping[str, Mapping[str, float]]) -> list[str]:
   """Lines that show results: task, metric, value and standard error."""
-  rows = [("task", "metric", "value", "± stderr")]
+  rows = []
   for task, values in results.items():
     for name, value in values.items():
       if name.endswith("_stderr"):
@@ -201,8 +202,5 @@ def table(results: Mapping[str, Mapping[str, float]]) -> list[str]:
       error = values.get(f"{name}_stderr")
       shown = f"± {error:.4f}" if error is not None and error == error else ""
       rows.append((task, name, f"{value:.4f}", shown))
-  widths = [max(len(row[i]) for row in rows) for i in range(4)]
-  return [
-    f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c.rjust(widths[2])}  {d}".rstrip()
-    for a, b, c, d in rows
-  ]
+  head = ("task", "metric", "value", "± stderr")
+  return text_table.lines(head, rows, left=2, last_left=True)

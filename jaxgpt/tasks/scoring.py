@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from jaxgpt.errors import UserError
+from jaxgpt.run.process import text_table
 from jaxgpt.storage import strict_json
 from jaxgpt.tasks import bootstrap, task
 from jaxgpt.tasks.predict import rows as rows_lib
@@ -50,10 +51,9 @@ class Report(NamedTuple):
     notes = [f"{self.failed:,} of them without a prediction"] if self.failed else []
     notes += [f"{count:,} more not scored: {why}" for why, count in self.left_out.items()]
     head = f"{self.scored:,} rows" + "".join(f"; {note}" for note in notes)
-    cells = [["", "model", f"baseline: {self.baseline_name}"]]
-    cells += [[name, str(of), str(self.baseline[name])] for name, of in self.scores.items()]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    columns = ["", "model", f"baseline: {self.baseline_name}"]
+    cells = [[name, of, self.baseline[name]] for name, of in self.scores.items()]
+    table = text_table.lines(columns, cells, left=len(columns))
     return [f"{head}; intervals of {bootstrap.LEVEL:.0%}", *table, *self.details]
 
   def to_json(self) -> dict[str, Any]:

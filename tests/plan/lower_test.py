@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
-from jaxgpt.parallel import mesh
+from jaxgpt.parallel import mesh, sharding
 from jaxgpt.plan import (
   lower,
 )
@@ -45,9 +45,9 @@ def test_memory_of_a_step_on_fake_devices():
     for x in jax.tree.leaves(parts.state["params"])
     if len(x.shape) == 1 or x.shape[-1] == x.shape[0]
   )
-  got = lower.device_bytes(parts.state["params"])
+  got = sharding.device_bytes(parts.state["params"])
   assert 4 * count / 8 <= got <= 4 * count / 8 + 4 * small + 20_000
-  assert lower.device_bytes(parts.state["opt"]) >= 2 * got
+  assert sharding.device_bytes(parts.state["opt"]) >= 2 * got
 
 
 def test_a_plan_needs_a_vocabulary_but_no_data():

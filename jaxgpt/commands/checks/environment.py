@@ -16,13 +16,13 @@ from jaxgpt.commands.checks.finding import (
   PROBLEM,
   WARNING,
   Finding,
-  size_text,
   tried,
   within,
 )
 from jaxgpt.config import installed
 from jaxgpt.errors import first_line
 from jaxgpt.parallel import cluster as cluster_lib
+from jaxgpt.run.process import text_table
 
 _BACKEND_SECONDS = 120  # a backend that waits for a lock or for other hosts waits forever
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record")
@@ -118,7 +118,7 @@ def devices() -> Iterator[Finding]:
     kinds = sorted({d.device_kind for d in found})
     memory = (found[0].memory_stats() or {}).get("bytes_limit")
     text = f"{len(found)} x {', '.join(kinds)} ({found[0].platform})"
-    text += f", {size_text(memory)} each" if memory else ""
+    text += f", {text_table.size(memory)} each" if memory else ""
     text += f"; JAX_PLATFORMS={chosen} chose them" if chosen else ""
     yield Finding(OK, "devices", text)
   platforms = {d.platform for d in found}

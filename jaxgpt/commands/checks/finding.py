@@ -69,11 +69,3 @@ def within(seconds: float, function: Callable[[], T]) -> tuple[T, None] | tuple[
   thread.start()
   thread.join(seconds)
   return result[0] if result else (None, TimeoutError(f"no answer within {seconds} s"))
-
-
-def size_text(num_bytes: float) -> str:
-  """Bytes in readable form: '3.2 GB'."""
-  for unit, size in (("GB", 1e9), ("MB", 1e6)):
-    if num_bytes >= size:
-      return f"{num_bytes / size:.1f} {unit}"
-  return f"{num_bytes / 1e3:.0f} kB"

@@ -16,7 +16,6 @@ from jaxgpt.commands.checks.finding import (
   WARNING,
   Finding,
   Known,
-  size_text,
   tried,
 )
 from jaxgpt.data import pipeline, verify
@@ -24,6 +23,7 @@ from jaxgpt.errors import UserError, first_line
 from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import init_from, teacher
+from jaxgpt.run.process import text_table
 from jaxgpt.text.prepare import shards
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
@@ -134,11 +134,12 @@ def model(known: Known, step: bool) -> Iterator[Finding]:
   known.mesh, known.parts = both
   state = known.parts.state
   axes = " x ".join(f"{axis}={size}" for axis, size in known.mesh.shape.items() if size > 1)
+  total = text_table.size(state_bytes(state))
   num = sum(x.size for x in jax.tree.leaves(train_step.own_weights(state)))
   yield Finding(
     OK,
     "mesh",
-    f"{axes or 'one device'}; {num:,} parameters, {size_text(state_bytes(state))} of state in total"
+    f"{axes or 'one device'}; {num:,} parameters, {total} of state in total"
     + (f"; {pipe}" if (pipe := known.parts.model.pipeline) else ""),
   )
   if c.init_from:
@@ -183,7 +184,7 @@ def dry_step(known: Known) -> Iterator[Finding]:
   used = ""
   if memory := compiled.memory_analysis():
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    used = f", {size_text(total)} per device"
+    used = f", {text_table.size(total)} per device"
   yield Finding(
     OK,
     "step",

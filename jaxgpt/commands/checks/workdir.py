@@ -15,13 +15,13 @@ from jaxgpt.commands.checks.finding import (
   WARNING,
   Finding,
   Known,
-  size_text,
   tried,
   within,
 )
 from jaxgpt.commands.checks.training import state_bytes
 from jaxgpt.run import label_names, resume, run_lock
 from jaxgpt.run import run_folder as run_folder_lib
+from jaxgpt.run.process import text_table
 from jaxgpt.run.provenance import saved as saved_lib
 from jaxgpt.run.provenance import seal
 from jaxgpt.storage import buckets
@@ -110,14 +110,13 @@ def _as_written(folder: epath.Path) -> Iterator[Finding]:
   if not damages and not bad:
     text = f"all files are as the run wrote them, {len(found)} checkpoints among them"
     if not reads:
-      text += (
-        f" as far as their sizes say ({size_text(total)}): jaxgpt checkpoint verify reads them"
-      )
+      text += f" as far as their sizes say ({text_table.size(total)}): "
+      text += "jaxgpt checkpoint verify reads them"
     yield Finding(OK, "workdir", text)
 
 
 def _problems(saved: saved_lib.Saved, reads: bool) -> list[str]:
-  """What is wrong with a checkpoint: all that can be found, or what needs no arrays."""
+  """Lines on the damages of a checkpoint. Without `reads`, its arrays are left out."""
   if reads:
     return saved_lib.problems(saved)
   found = seal.damaged_checkpoint(saved.run, saved.step)
@@ -167,12 +166,12 @@ def room(free: int, known: Known) -> Finding:
     known: The config and the model, if they are known.
   """
   if known.parts is None or known.c is None:
-    return Finding(OK, "room", f"{size_text(free)} free")
+    return Finding(OK, "room", f"{text_table.size(free)} free")
   one, keep = state_bytes(known.parts.state), known.c.checkpoint.keep or 1
   need = one * (keep + 1)  # the new one is complete before the oldest is deleted
   text = (
-    f"{size_text(free)} free; a checkpoint takes {size_text(one)}, and checkpoint.keep="
-    f"{keep} needs {size_text(need)}: {keep} and the one being written"
+    f"{text_table.size(free)} free; a checkpoint takes {text_table.size(one)}, and checkpoint.keep="
+    f"{keep} needs {text_table.size(need)}: {keep} and the one being written"
   )
   if free < 2 * one:
     return Finding(PROBLEM, "room", f"{text}: make room, or choose another --workdir")

@@ -40,7 +40,7 @@ def run(args: CheckpointDiffOptions) -> None:
   first, second, changes = checkpoint_files.compare_steps(args.runs, steps)
   if args.json:
     found = {"first": f"{first.path}", "second": f"{second.path}"}
-    arrays = checkpoint_files.as_json(changes)
+    arrays = [row._asdict() for row in changes]
     print(strict_json.dumps(found | {"arrays": arrays}, indent=1))
     return
   print(f"from {first.path} to {second.path}:")

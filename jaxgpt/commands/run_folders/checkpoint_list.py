@@ -15,12 +15,13 @@ class CheckpointListOptions:
 
 def run(args: CheckpointListOptions) -> None:
   """Prints a table or a JSON object of all checkpoints."""
-  from jaxgpt.analysis import checkpoint_files, text_table
+  from jaxgpt.analysis import checkpoint_files
+  from jaxgpt.run.process import text_table
   from jaxgpt.storage import strict_json
 
   found = checkpoint_files.listed(args.run)
   if args.json:
-    print(strict_json.dumps({"checkpoints": checkpoint_files.as_json(found)}, indent=1))
+    print(strict_json.dumps({"checkpoints": [row._asdict() for row in found]}, indent=1))
     return
   head = ("step", "folder", "size", "complete (UTC)", "items", "note")
   rows = [(e.step, e.folder, text_table.size(e.bytes), e.date, e.items, e.note) for e in found]

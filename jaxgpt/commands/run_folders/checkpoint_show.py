@@ -15,12 +15,13 @@ class CheckpointShowOptions:
 
 def run(args: CheckpointShowOptions) -> None:
   """Prints shape, dtype, norm and range of each array."""
-  from jaxgpt.analysis import checkpoint_files, text_table
+  from jaxgpt.analysis import checkpoint_files
+  from jaxgpt.run.process import text_table
   from jaxgpt.storage import strict_json
 
   saved, arrays = checkpoint_files.shown(args.run, args.step)
   if args.json:
-    found = {"step": saved.step, "arrays": checkpoint_files.as_json(arrays)}
+    found = {"step": saved.step, "arrays": [row._asdict() for row in arrays]}
     print(strict_json.dumps(found, indent=1))
     return
   print(f"{saved.path}: {text_table.size(saved.size())}, complete {saved.date()} UTC")

@@ -22,12 +22,11 @@ def run(args: DiffOptions) -> None:
 
   found = compare_runs.compare(*args.runs)
   if args.json:
-    difference = found.curves.first_difference
     parts = {
       "config": [change._asdict() for change in found.config],
       "environment": [fact._asdict() for fact in found.environment],
       "data": found.data,
-      "curves": found.curves._asdict() | {"first_difference": difference and difference._asdict()},
+      "curves": found.curves.to_json(),
       "figures": found.figures,
     }
     print(strict_json.dumps(parts, indent=1))

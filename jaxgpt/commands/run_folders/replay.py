@@ -18,8 +18,9 @@ class ReplayOptions:
 
 def run(args: ReplayOptions) -> int:
   """Prints the step's metrics, documents and gradients. Returns 1 if the metrics were others."""
-  from jaxgpt.analysis import replay, text_table
+  from jaxgpt.analysis import replay
   from jaxgpt.commands.actions import backend
+  from jaxgpt.run.process import text_table
   from jaxgpt.storage import strict_json
 
   backend.start()

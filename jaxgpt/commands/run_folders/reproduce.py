@@ -33,14 +33,13 @@ def run(args: ReproduceOptions) -> int:
     print(f"stopped by {found.name}: the same command goes on")
     return 128 + found
   if args.json:
-    difference = found.curves.first_difference
     arrays = found.arrays and {
       "step": found.arrays.step,
       "changes": [change._asdict() for change in found.arrays.changes],
     }
     parts = found._asdict() | {
       "identical": found.is_identical,
-      "curves": found.curves._asdict() | {"first_difference": difference and difference._asdict()},
+      "curves": found.curves.to_json(),
       "arrays": arrays,
       "environment": [fact._asdict() for fact in found.environment],
     }

@@ -22,7 +22,8 @@ class RunsOptions:
 
 def run(args: RunsOptions) -> None:
   """Prints a table or a JSON object of the runs."""
-  from jaxgpt.analysis import run_table, text_table
+  from jaxgpt.analysis import run_table
+  from jaxgpt.run.process import text_table
   from jaxgpt.storage import strict_json
 
   rows = run_table.table(args.folder, args.sort, args.descending)

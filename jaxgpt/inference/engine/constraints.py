@@ -31,7 +31,7 @@ _JSON_OPTIONS: Any = {
 
 
 class Matcher:
-  """How far a text is, of a grammar."""
+  """The place of a text in a grammar."""
 
   def __init__(self, grammars: "Grammars", matcher: Any):
     """Args: grammars: Where it comes from. matcher: An `llguidance.LLMatcher`."""
@@ -56,7 +56,7 @@ class Matcher:
     return mask
 
   def take(self, token: int) -> None:
-    """Goes on by a token that the mask allows."""
+    """Advances by a token that the mask allows."""
     self._matcher.consume_token(token)
 
   @property

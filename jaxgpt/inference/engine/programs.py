@@ -1,8 +1,8 @@
 """The two programs of decoding: a chunk of a prompt, and one token of each row.
 
-Neither depends on the lengths of the texts, so that it is compiled once (for each size of chunks).
-The arrays that they carry
-from call to call are donated: the cache is updated in place.
+Neither depends on the lengths of the texts: the first is compiled for each size of chunks, the
+second once. The arrays that they carry from call to call are donated: the cache is updated in
+place.
 
 B row, T token of a chunk, V vocabulary, W word of 32 tokens, A alternative.
 """

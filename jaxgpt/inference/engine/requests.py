@@ -100,8 +100,9 @@ class Piece(NamedTuple):
     text: Text that no later token changes: half a character and what may become a stop string are
       held back.
     tokens: The tokens that wrote it. The token that ended the text is not among them.
-    finish: None if the request goes on, else why it ended: 'stop' (an end token or a stop
-      string), 'length' (`max_new` or the context), 'cancelled', or 'error: …'.
+    finish: None if the request goes on, else why it ended: 'stop' (an end token, a stop string, or
+      a prescribed form that is complete), 'length' (`max_new` or the context), 'cancelled', or
+      'error: …'.
   """
 
   request: int

@@ -1,5 +1,8 @@
-"""The form of an answer: OpenAI's response_format, and the extensions guided_json, guided_regex and
-guided_choice, which other servers have under the same names."""
+"""Fields of a request that prescribe the form of an answer.
+
+OpenAI's response_format, and the extensions guided_json, guided_regex and guided_choice, which
+other servers have under the same names.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,1 +1,1 @@
-"""A run's process and its surroundings: signals, and a terminal or pipe that may go away."""
+"""A run's process and its surroundings: signals, printed text, a terminal that may go away."""

@@ -27,7 +27,7 @@ class Watchdog:
     self.alive()
 
   def alive(self) -> None:
-    """Starts the time anew. Costs next to nothing when called often."""
+    """Restarts the clock. Cheap enough for every step."""
     now = time.monotonic()
     if self._seconds and now - self._reset >= min(_SECONDS, self._seconds / 2):
       self._reset = now

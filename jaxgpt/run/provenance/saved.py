@@ -22,7 +22,7 @@ from jaxgpt.run import digests
 from jaxgpt.run.provenance import seal
 from jaxgpt.storage import buckets, strict_json
 
-ITEMS = ("params", "opt", "ema")
+ITEMS = ("params", "opt", "ema")  # trees of arrays, saved as one item each
 META = "meta/metadata"
 _DIGEST = "digest"
 _KEYS = ("step", "nonfinite_step", "extra", "digests", _DIGEST)  # of `meta`

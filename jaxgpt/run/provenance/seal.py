@@ -1,7 +1,7 @@
 """The seal of a run folder: digests that tell whether its files are those that the run wrote.
 
-  RUN/files.json      SHA-256 of each small file of the run; size and SHA-256 of the files of each
-                      checkpoint; the number of lines of starts.jsonl; a digest of all this
+  RUN/files.json      SHA-256 of each small file of the run, size and SHA-256 of the files of each
+                      checkpoint, the number of lines of starts.jsonl, and a digest of all this
   RUN/starts.jsonl    each line has a digest of itself. The newest has size and SHA-256 of the part
                       of metrics.jsonl that came before the newest checkpoint
 
@@ -36,9 +36,8 @@ _FILES = (
 )
 # Files without which a run is not the run. Training refuses to go on if one has changed.
 _VITAL = ("config.json", "tokenizer/", "code/", STARTS)
-_HASHED = (
-  1 << 20
-)  # bytes: larger files of a checkpoint have arrays, which have digests of their own
+# Bytes. Larger files of a checkpoint have arrays, which have digests of their own.
+_HASHED = 1 << 20
 _DIGEST = "digest"
 _ACCEPT = f"if the change is yours, delete {FILE}: the next start seals the folder as it is"
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxgpt.run.process import text_table
 from jaxgpt.tasks.bootstrap import Measure, mean_of
 
 
@@ -21,14 +22,8 @@ class Confusion(NamedTuple):
 
   def lines(self) -> list[str]:
     """The matrix as a table, whose rows are the classes of the references."""
-    cells = [["", *self.names]]
-    cells += [
-      [name, *map(str, row)] for name, row in zip(self.names, self.counts_CC.tolist(), strict=True)
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-      "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    ]
+    rows = zip(self.names, self.counts_CC.tolist(), strict=True)
+    return text_table.lines(["", *self.names], [[name, *row] for name, row in rows])
 
 
 def _numbered(

@@ -1,6 +1,5 @@
 """Joins the shards and sidecars that many tasks wrote to those of one split."""
 
-import hashlib
 import os
 import pathlib
 import shutil
@@ -8,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from jaxgpt.storage.paths import sha256
 
 
 def _are_offsets(name: str) -> bool:
@@ -94,6 +95,4 @@ def _join_arrays(paths: Sequence[pathlib.Path], to: pathlib.Path, are_offsets: b
 
 def describe(path: pathlib.Path) -> dict[str, Any]:
   """A file's entry in the manifest: name, size in bytes and sha256."""
-  with path.open("rb") as f:
-    digest = hashlib.file_digest(f, "sha256").hexdigest()
-  return {"name": path.name, "size": path.stat().st_size, "sha256": digest}
+  return {"name": path.name, "size": path.stat().st_size, "sha256": sha256(path)}

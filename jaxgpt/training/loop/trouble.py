@@ -8,14 +8,12 @@ traceback.
 
 import contextlib
 import errno
-import math
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.parallel import peer_watch
+from jaxgpt.parallel import peer_watch, sharding
 from jaxgpt.parallel.chips import GIB
 from jaxgpt.tree import PyTree
 
@@ -53,7 +51,7 @@ def explained(error: BaseException, state: PyTree) -> UserError | None:
   if is_out_of_memory(error):
     return UserError(
       f"out of memory ({first_line(error, 160)}): the state alone takes "
-      f"{state_bytes(state) / GIB:.2f} GiB on each device. For the activations lower "
+      f"{sharding.device_bytes(state) / GIB:.2f} GiB on each device. For the activations lower "
       "data.batch_size, raise optim.accumulate or set model.remat='full'; for the state raise "
       "mesh.fsdp on more devices, set optim.first_dtype='bfloat16' or make the model smaller. "
       '"jaxgpt plan" with the same --config lists the largest arrays'
@@ -85,11 +83,3 @@ def _transient(error: BaseException) -> OSError | None:
       return seen
     seen = seen.__cause__
   return None
-
-
-def state_bytes(state: PyTree) -> int:
-  """Bytes of a state on each device, from its shapes and shardings."""
-  return sum(
-    math.prod(s.sharding.shard_shape(s.shape)) * np.dtype(s.dtype).itemsize
-    for s in jax.tree.leaves(state)
-  )
