@@ -33,6 +33,12 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem):
+  """Ends the suite when a worker of pytest-xdist dies, which may otherwise wait for ever."""
+  pytest.exit(f"a worker died while it ran {crashitem}, or just before", returncode=1)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
   """A prepared folder of bytes: 60 short documents whose words follow a pattern."""

@@ -18,7 +18,9 @@ them (`over_slices`).
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 
 import jax
 import ml_collections
@@ -32,6 +34,7 @@ from jaxgpt.parallel import chips
 from jaxgpt.storage import malloc
 
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _ROW_AXES = mesh_rules.FIXED["rows"].mesh_axes  # mesh axes that shard a batch's rows
 
 
@@ -193,8 +196,34 @@ def check_memory(mesh: Mesh, kind: str, key: str) -> None:
     )
 
 
+def correct_xla_flags(flags: str, jaxlib_version: str) -> str:
+  """XLA's flags, with the library off that some versions of jaxlib sum with on CPU.
+
+  With it, jaxlib 0.10.2 and 0.11 end the process at sums over arrays of seven dimensions, and give
+  wrong sums of some products with more than 32,768 rows (jax-ml/jax issues 40412 and 39103). A
+  setting of the user's own is kept.
+
+  Args:
+    flags: The value of `XLA_FLAGS`.
+    jaxlib_version: As in its metadata: "0.10.2".
+  """
+  version = tuple(int(n) for n in re.findall(r"\d+", jaxlib_version)[:3])
+  if not (0, 10, 2) <= version < (0, 12) or _YNN_FLAG in flags:
+    return flags
+  return f"{flags} {_YNN_FLAG}=-reduce".strip()
+
+
+def avoid_wrong_sums() -> None:
+  """Sets `XLA_FLAGS` by `correct_xla_flags`. Call it before JAX starts; later it has no effect."""
+  flags = correct_xla_flags(os.environ.get("XLA_FLAGS", ""), metadata.version("jaxlib"))
+  if flags:
+    os.environ["XLA_FLAGS"] = flags
+
+
 def prepare_cpu(several: bool = False) -> None:
   """Configures XLA's CPU backend, if that is the backend. Call it before JAX starts.
+
+  Sums are kept from a library that is wrong in some versions (`avoid_wrong_sums`).
 
   glibc is told to keep freed memory: XLA allocates its temporaries again in each step, and mapping
   their pages again costs a third of a small model's step (docs/log.md). The process then never
@@ -207,6 +236,7 @@ def prepare_cpu(several: bool = False) -> None:
   accelerated = any(importlib.util.find_spec(name) for name in _ACCELERATOR_PLUGINS)
   if os.environ.get("JAX_PLATFORMS", "" if accelerated else "cpu") != "cpu":
     return
+  avoid_wrong_sums()
   if several or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_cpu_enable_async_dispatch", False)
   malloc.keep()

@@ -9,6 +9,7 @@ from etils import epath
 from jaxgpt.inference import load as load_lib
 from jaxgpt.inference import sampling
 from jaxgpt.inference.engine.requests import Constraint
+from jaxgpt.parallel import mesh
 from jaxgpt.tasks.predict import job, registry, rows
 from jaxgpt.tasks.predict.protocol import Prediction, Predictor, Settings
 
@@ -87,4 +88,5 @@ def load(folder: epath.PathLike, step: int | str | None = None) -> Model:
   Raises:
     UserError: There is no such run or checkpoint.
   """
+  mesh.avoid_wrong_sums()
   return Model(load_lib.load(folder, step))

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -49,6 +50,29 @@ def test_a_batch_must_divide():
     mesh.check_batch(sizes, 12)
   with pytest.raises(UserError, match=r"optim.accumulate=4 = 32"):
     mesh.check_batch(sizes, 16, 4)
+
+
+@pytest.mark.parametrize(
+  "flags, version, want",
+  [
+    ("", "0.10.2", "--xla_cpu_experimental_ynn_fusion_type=-reduce"),
+    ("--a=1", "0.11.0", "--a=1 --xla_cpu_experimental_ynn_fusion_type=-reduce"),
+    ("--xla_cpu_experimental_ynn_fusion_type=dot", "0.10.2", None),
+    ("--a=1", "0.10.1", None),
+    ("", "0.12.0.1", None),
+  ],
+)
+def test_wrong_sums_of_some_versions_are_off_unless_asked_for(flags, version, want):
+  assert mesh.correct_xla_flags(flags, version) == (flags if want is None else want)
+
+
+def test_sums_that_a_version_of_jaxlib_gets_wrong():
+  """jax-ml/jax issues 39103 and 40412: one wrong, the other one the end of the process."""
+  rows = jnp.stack([jnp.arange(32_769.0), jnp.zeros(32_769), jnp.zeros(32_769)], axis=1)
+  squares = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)
+  np.testing.assert_array_equal(squares[-1], 32_768.0**2)
+  x = jnp.ones((3, 1, 2, 2, 8, 8, 8))
+  np.testing.assert_array_equal(jax.jit(lambda x: jnp.sum(x * x, axis=3))(x), 2)
 
 
 class Chip:

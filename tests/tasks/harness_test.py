@@ -219,7 +219,8 @@ def test_the_command_prints_a_table_and_names_tasks(exported, tasks, capsys):
   assert "--split" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("exported", quick.first(FAMILIES), indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", FAMILIES, indirect=True)
 @needs_harness
 def test_two_processes_give_the_scores_of_one(exported, tasks, capsys):
   words = ["evaluate", f"--workdir={exported[0]}", f"--tasks={','.join(TASKS)}", "--json"]

@@ -221,7 +221,8 @@ def test_moments_in_bfloat16_follow_those_in_float32(tiny):
   assert state["opt"][0].mu["layers"]["mlp"]["up"].sharding.spec[1] == "fsdp"
 
 
-@pytest.mark.parametrize("chunk", quick.first([64, 0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [64, 0])
 def test_gradients_leave_the_matmuls_in_float32_where_it_is_asked_for(tiny, chunk):
   """Rounding to bfloat16 leaves 16 zero bits. The first moment is a tenth of the gradient."""
 
