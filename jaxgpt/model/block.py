@@ -83,9 +83,11 @@ class Block(layers.Module):
         return moe.MoE(cfg, self.rules, name="mlp")(y, inputs.real, lora_key)
       return layers.MLP(cfg, self.rules, cfg.mlp_width, name="mlp")(y, lora_key), None
 
+    x_BTD = self.tap("resid_pre", x_BTD)
     x_BTD, cache = self._branch("attn", x_BTD, attend, keys[0], own.is_first)
+    x_BTD = self.tap("resid_mid", x_BTD)
     x_BTD, router = self._branch("mlp", x_BTD, feed, keys[1])
-    return x_BTD, (cache, router)
+    return self.tap("resid_post", x_BTD), (cache, router)
 
   def _branch(
     self,
@@ -106,7 +108,7 @@ class Block(layers.Module):
     y, extra = f(y)
     if cfg.norm_placement in ("branch", "both"):
       y = norm("_post_norm")(y)
-    x_BTD += ops.dropout(y, cfg.dropout, key)
+    x_BTD += ops.dropout(self.tap(f"{name}_out", y), cfg.dropout, key)
     if cfg.norm_placement == "post":
       x_BTD = norm("_norm")(x_BTD)
     return self.rules.constrain(x_BTD, "batch", "residual_length", "act_embed"), extra

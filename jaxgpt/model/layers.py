@@ -44,6 +44,14 @@ class Module(nn.Module):
     )
     return value
 
+  def tap(self, name: str, x: jax.Array) -> jax.Array:
+    """Gives an activation a name under which `analysis.interpret` reads and replaces it.
+
+    Here it returns x. `interpret.taps` intercepts the calls of this method.
+    """
+    del name
+    return x
+
   def linear(
     self,
     name: str,
@@ -182,6 +190,6 @@ class MLP(Module):
     # The columns of h are sharded like those of the weights (Megatron-LM, arXiv:1909.08053). So
     # tensor parallelism communicates only once, in the sum after the `down` matmul.
     h = self.rules.constrain(h, "batch", "length", "act_mlp")
-    h = ops.materialized(h, cfg.materialize)
+    h = self.tap("mlp_hidden", ops.materialized(h, cfg.materialize))
     axes = ("mlp", "embed")
     return project(DOWN, h, (F, D), axes, self.residual_std, "norm")

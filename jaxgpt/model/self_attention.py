@@ -69,13 +69,30 @@ class Attention(Module):
     else:
       make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
       q, k, v = make(x_BTD, here, lora_key)
-      out = attention.attend(self.form, q, k, v, here.mask, inputs.segments, spec)
+      out = self.mix(q, k, v, here.mask, inputs.segments, spec)
+    out = self.tap("heads", out)
     _, _, N, H = out.shape
     shape, axes = (N, H, cfg.width), ("heads", "head_dim", "embed")
     y = self.linear("o", out, shape, axes, self.residual_std, num_in=2, key=lora_key)
     if cfg.bias:
       y += self.vector("o_bias", (cfg.width,), ("norm",)).astype(self.dtype)
     return checkpoint_name(y, O), cache
+
+  def mix(
+    self,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array | None,
+    segments_BT: jax.Array,
+    spec: Spec,
+  ) -> jax.Array:
+    """Attention of a whole row, [B, T, N, H], by `attention.attend`.
+
+    A method of its own, so that `interpret.taps` can put the definition in its place: kernels form
+    no attention pattern that could be read.
+    """
+    return attention.attend(self.form, q_BTNH, k_BSKH, v_BSKH, mask_BTS, segments_BT, spec)
 
   def _heads(
     self,

@@ -117,7 +117,7 @@ class Transformer(layers.Module):
       if self.has_wide_gradients
       else jnp.take(gathered, tokens_BT, axis=0)
     )
-    x = self._embedded(x, positions_BT, token_types_BT)
+    x = self.tap("embed", self._embedded(x, positions_BT, token_types_BT))
     if layers_key is not None:
       x = ops.dropout(x, cfg.dropout, dropout_key)
     x = self.rules.constrain(x, "rows", "residual_length", "act_embed")
@@ -125,6 +125,7 @@ class Transformer(layers.Module):
       segment_ids_BT = jnp.ones_like(tokens_BT)
     inputs = layer_inputs.make(cfg, self.form, positions_BT, segment_ids_BT, call)
     x, cache, router, outputs = self._layers(x, inputs, cache, layers_key, layer_outputs)
+    x = self.tap("resid_final", x)
     if cfg.norm_placement != "post":
       x = layers.Norm(cfg, cfg.norm, cfg.width, name="final_norm")(x)
     x = self.rules.constrain(x, "rows", "length", "act_embed")

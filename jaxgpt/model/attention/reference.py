@@ -35,6 +35,33 @@ def attention(
   Raises:
     ValueError: N is not a multiple of K.
   """
+  return weighted(pattern(q_BTNH, k_BSKH, mask_BTS, scale=scale, softcap=softcap), v_BSKH)
+
+
+def pattern(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  mask_BTS: jax.Array,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> jax.Array:
+  """Computes the attention pattern: how much query t reads of key s.
+
+  Args:
+    q_BTNH: Queries.
+    k_BSKH: Keys.
+    mask_BTS: True where query t may attend to key s. A row without True yields zeros.
+    scale: Factor on the logits.
+    softcap: As in `attention`.
+
+  Returns:
+    Array of shape BKGTS in q's dtype, whose rows over s sum to 1. Head n is (k, g) with
+    n = k * G + g.
+
+  Raises:
+    ValueError: N is not a multiple of K.
+  """
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   if N % K:
@@ -45,5 +72,11 @@ def attention(
   mask = mask_BTS[:, None, None]
   weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
   # Where no key is visible the softmax is uniform, not zero.
-  weights = jnp.where(mask, weights, 0).astype(q.dtype)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, -1)
+  return jnp.where(mask, weights, 0).astype(q.dtype)
+
+
+def weighted(pattern_BKGTS: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+  """The sums of values, weighted by an attention pattern: [B, T, N, H]."""
+  B, _, _, T, _ = pattern_BKGTS.shape
+  out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", pattern_BKGTS, v_BSKH)
+  return out_BTKGH.reshape(B, T, -1, v_BSKH.shape[-1])

@@ -1,0 +1,1 @@
+"""Interpretability: reads a model at named taps, intervenes there, and explains its outputs."""
