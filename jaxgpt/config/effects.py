@@ -139,6 +139,8 @@ def _unknown_to_remat(c: ml_collections.ConfigDict) -> Iterator[str]:
     lacking[remat.GATE] = "model.gated=True"
   if "dense" not in kinds and not m.moe.shared:
     lacking[remat.DOWN] = "a 'dense' layer in model.mlp_pattern"
+  if set(kinds) == {"none"}:
+    lacking |= dict.fromkeys((remat.GATE, remat.UP), "an MLP in model.mlp_pattern")
   for name in sum(remat.activations(m.remat), ()):
     if name in lacking:
       yield (

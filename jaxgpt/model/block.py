@@ -56,7 +56,8 @@ class Block(layers.Module):
 
   Attributes:
     rules: Logical axis rules.
-    kind: (attention, mlp), such as ('local', 'dense').
+    kind: (attention, mlp), such as ('local', 'dense'). With the MLP 'none' the second branch is
+      left out.
   """
 
   rules: Rules
@@ -86,7 +87,9 @@ class Block(layers.Module):
     x_BTD = self.tap("resid_pre", x_BTD)
     x_BTD, cache = self._branch("attn", x_BTD, attend, keys[0], own.is_first)
     x_BTD = self.tap("resid_mid", x_BTD)
-    x_BTD, router = self._branch("mlp", x_BTD, feed, keys[1])
+    router = None
+    if mlp != "none":
+      x_BTD, router = self._branch("mlp", x_BTD, feed, keys[1])
     return self.tap("resid_post", x_BTD), (cache, router)
 
   def _branch(

@@ -151,7 +151,7 @@ def _unnamed_width(m: ml_collections.ConfigDict, s: Share) -> float:
   # The result of each norm. For RMSNorm also its input and two products, in float32.
   norms = m.width * (2 + 6 * (4 / per_device.itemsize(m) if m.norm == "rmsnorm" else 0))
   # The input of the matmul with o. In the MLP the activation, its derivative and products.
-  mlp = (4 if m.gated else 1) * m.mlp_width / s.mlp
+  mlp = (4 if m.gated else 1) * (0 if set(m.mlp_pattern) == {"none"} else m.mlp_width) / s.mlp
   return norms + per_device.all_heads(m) / s.heads + mlp
 
 

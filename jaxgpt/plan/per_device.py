@@ -167,6 +167,8 @@ def widths(m: ml_collections.ConfigDict, padded: bool = False) -> dict[str, floa
   """
   used = m.moe.per_token * max(m.moe.capacity, 1) + m.moe.shared if "moe" in m.mlp_pattern else 1
   hidden = m.moe.width * used if "moe" in m.mlp_pattern else m.mlp_width
+  if set(m.mlp_pattern) == {"none"}:
+    hidden = 0
   size = lambda n: -(-n // chips.LANES) * chips.LANES if padded else n
   key, value = size(m.head_dim), size(m.latent.v_dim)
   return {
@@ -177,7 +179,7 @@ def widths(m: ml_collections.ConfigDict, padded: bool = False) -> dict[str, floa
     "o": m.width,
     "gate": hidden if m.gated else 0,
     "up": hidden,
-    "down": m.width,
+    "down": m.width if hidden else 0,
   }
 
 

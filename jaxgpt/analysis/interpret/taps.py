@@ -88,8 +88,8 @@ class Reading(NamedTuple):
 
   Attributes:
     output: The model's output.
-    at: {tap: activations}, with an axis of layers in front for taps of layers. That of `mlp_hidden`
-      has the layers of `layers_with` only.
+    at: {tap: activations}, with an axis of layers in front for taps of layers. It has
+      the layers of `layers_with`: all, unless layers differ in their MLP.
   """
 
   output: transformer.Output
@@ -129,7 +129,7 @@ def layers_with(cfg: ml_collections.FrozenConfigDict, tap: str) -> list[int]:
 
 def _has(mlp: str, tap: str) -> bool:
   """Whether layers with this kind of MLP have a tap."""
-  return tap != "mlp_hidden" or mlp == "dense"
+  return tap not in ("mlp_hidden", "mlp_out") or mlp == "dense" or (mlp, tap) == ("moe", "mlp_out")
 
 
 def check(cfg: ml_collections.FrozenConfigDict, names: Sequence[str]) -> None:

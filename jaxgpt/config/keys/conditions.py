@@ -100,10 +100,24 @@ EXPERTS = _on(
   "model.moe.first_dense",
 )
 MLP_WIDTH = _on(
-  "a 'dense' layer in model.mlp_pattern, or model.moe.width unset",
-  lambda c: "dense" in mlp_kinds(c.model) or c.model.moe.width in (None, c.model.mlp_width),
+  "a 'dense' layer in model.mlp_pattern, or a 'moe' layer and model.moe.width unset",
+  lambda c: (
+    "dense" in mlp_kinds(c.model)
+    or ("moe" in mlp_kinds(c.model) and c.model.moe.width in (None, c.model.mlp_width))
+  ),
   "model.mlp_pattern",
   "model.moe.width",
+)
+HAS_MLP = _on(
+  "a 'dense' or 'moe' layer in model.mlp_pattern",
+  lambda c: {"dense", "moe"} & set(mlp_kinds(c.model)),
+  "model.mlp_pattern",
+)
+ACTIVATION = _on(
+  "a 'dense' or 'moe' layer in model.mlp_pattern, or model.head_transform='norm'",
+  lambda c: HAS_MLP.holds(c) or c.model.head_transform == "norm",
+  "model.mlp_pattern",
+  "model.head_transform",
 )
 RANKS = _on(
   "model.lora.rank or model.latent.kv_rank above 0",

@@ -13,7 +13,7 @@ def attention_kinds(m: ConfigDict) -> list[str]:
 
 
 def mlp_kinds(m: ConfigDict) -> list[str]:
-  """The kind of MLP of each layer: 'dense' or 'moe'. `m` is the `model` section."""
+  """The kind of MLP of each layer: 'dense', 'moe' or 'none'. `m` is the `model` section."""
   return [
     "dense" if i < m.moe.first_dense else m.mlp_pattern[i % len(m.mlp_pattern)]
     for i in range(m.num_layers)

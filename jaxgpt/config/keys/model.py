@@ -143,7 +143,11 @@ MODEL = Section(
     mlp_pattern=Key(
       ("dense",),
       "MLPs of the layers, repeated in turn.",
-      items={"dense": "one MLP", "moe": "a mixture of experts"},
+      items={
+        "dense": "one MLP",
+        "moe": "a mixture of experts",
+        "none": "no MLP: attention only, to study it (no Hugging Face family has it)",
+      },
     ),
     activation=Key(
       "gelu",
@@ -155,9 +159,12 @@ MODEL = Section(
         "relu": "max(x, 0)",
         "relu2": "max(x, 0) squared",
       },
+      needs=conditions.ACTIVATION,
     ),
     gated=Key(
-      False, "Multiply the activation by a second projection (SwiGLU, if the activation is silu)."
+      False,
+      "Multiply the activation by a second projection (SwiGLU, if the activation is silu).",
+      needs=conditions.HAS_MLP,
     ),
     bias=Key(True, "Biases in projections and in layernorm."),
     qkv_bias=Key(

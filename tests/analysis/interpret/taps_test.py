@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt import tree
 from jaxgpt.analysis.interpret import taps
 from jaxgpt.errors import UserError
+from jaxgpt.model import transformer
 from tests.model.transformer_test import STYLES, make, model_of
 
 QUICK = ("llama", "post")
@@ -98,3 +100,16 @@ def test_wrong_names_and_shapes_are_refused():
   moe = model_of(**STYLES["moe"] | dict(moe=dict(experts=4, width=16)))
   with pytest.raises(UserError, match="'mlp_hidden': no layer"):
     taps.forward(moe, {}, inputs, ("mlp_hidden",))
+
+
+def test_a_model_without_mlps_is_its_attention_alone():
+  model, params, inputs, _, _ = read_all("llama")
+  without = taps.read(model, params, inputs, (), {"mlp_out": taps.Edit(True, 0.0)}).output.logits
+  attention_only = model_of(
+    **STYLES["llama"] | dict(mlp_pattern=("none",), attention="reference", gated=False)
+  )
+  layers = {k: v for k, v in params["layers"].items() if not k.startswith("mlp")}
+  shapes = transformer.abstract(attention_only)[0]
+  assert tree.flatten(shapes["layers"]).keys() == tree.flatten(layers).keys()
+  logits = taps.read(attention_only, {**params, "layers": layers}, inputs).output.logits
+  np.testing.assert_array_equal(logits, without)
