@@ -10,7 +10,7 @@ export JAX_PLATFORMS ?= cpu
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
 PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_search.py plan_maxtext.py)
 
-.PHONY: demo test test-all test-golden lint bench bench-plan docs site clean
+.PHONY: demo test test-all test-golden test-faults lint bench bench-plan docs site clean
 
 demo: $(VENV)/installed
 	$(BIN)/jaxgpt demo
@@ -24,6 +24,11 @@ test-all: $(VENV)/installed-$(EXTRAS)
 # Old runs and default configs, whose losses are compared to the bit.
 test-golden: $(VENV)/installed-$(EXTRAS)
 	JAXGPT_TEST_GOLDEN=1 $(PYTEST) -m "" tests/golden
+
+# Runs that are struck in every phase, and files that are damaged at random.
+test-faults: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m tests.faults.crashes --strikes=230
+	$(BIN)/python -m tests.faults.corruption --cases=400
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -277,6 +277,7 @@ _SHOWN = (  # metrics on the terminal: key, label, format
   ("grad_norm", "grad norm", "{:.2f}"),
   ("tokens_per_second", "tokens/s", "{:,.0f}"),
   ("mfu", "MFU", "{:.1%}"),
+  ("skipped_steps", "skipped", "{:.0f}"),
 )
 
 

@@ -58,6 +58,9 @@ def perplexity(nll: float) -> float:
   return math.exp(nll) if nll < 700 else math.inf
 
 
+SKIPPED = "skipped_steps"
+
+
 class Means:
   """Means over the steps between two log lines, weighted by their tokens."""
 
@@ -91,13 +94,22 @@ class Means:
         weight = {"tokens": 1, "grad_norm": 1}.get(name, metrics["tokens"])
         self._sums[name] = self._sums.get(name, 0.0) + value * weight
 
+  def add_skipped(self) -> None:
+    """Counts a step that changed nothing, and whose metrics are not finite."""
+    self._sums[SKIPPED] = self._sums.get(SKIPPED, 0.0) + 1
+
   def take(self) -> dict[str, float]:
-    """Returns the means since the last call and empties the window. 'tokens' is a sum."""
+    """Returns the means since the last call and empties the window.
+
+    'tokens' is a sum, and so is 'skipped_steps', of which the means know nothing. If all steps were
+    skipped, there are no means.
+    """
     tokens = self._sums.pop("tokens", 0.0)
+    skipped = {SKIPPED: self._sums.pop(SKIPPED)} if SKIPPED in self._sums else {}
     out = {
       name: total / (self._steps if name == "grad_norm" else max(tokens, 1e-9))
       for name, total in self._sums.items()
     }
-    out |= self._last | {"tokens": tokens}
+    out |= self._last | {"tokens": tokens} | skipped
     self._steps, self._sums, self._last = 0, {}, {}
     return out

@@ -7,13 +7,17 @@ The state is a dict of arrays:
   frozen          the other parameters, if there are any, and those of fixed models
   opt             the optimizer's state
   ema             moving average of the trained parameters, with optim.ema > 0
-  nonfinite_step  int32, -1 or the first step that was not finite
+  nonfinite_step  int32, -1, the step that was not finite, or -1 - n after n skipped steps in a row
 
 If a loss or gradient is not finite, the update is not applied: the state stays that before the
 step, but for `nonfinite_step`. From then on the state is frozen. The loop reads metrics one step
 late, so it has already dispatched the next step by then, and still finds the state as it was.
 Weights that an update from finite gradients made infinite stay: to take them back, the old and the
 new state would have to be in memory together, up to 12 bytes per parameter.
+
+With optim.skip_nonfinite = n, up to n such steps in a row are skipped instead: only `step` counts
+on, so that the next step takes its own batch and its own learning rate. The optimizer's own count,
+that of Adam's bias correction, does not.
 """
 
 import math
@@ -275,9 +279,16 @@ def make(
       shrink = jnp.minimum(1, c.optim.clip_norm / (norm + 1e-9))
       grads = jax.tree.map(lambda g: g * shrink, grads)
     first_bad = state["nonfinite_step"]
-    applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (first_bad < 0)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    applied = finite & (first_bad < 0)
     new, param_norm = jax.lax.cond(applied, update, left_alone, state, grads)
     fine = applied & jnp.isfinite(param_norm)
+    if c.optim.skip_nonfinite:
+      in_row = -1 - first_bad  # skipped just before this step, if not negative
+      skipped = ~finite & (first_bad < 0) & (in_row < c.optim.skip_nonfinite)
+      new["step"] = jnp.where(skipped, step + 1, new["step"])
+      first_bad = jnp.where(skipped, first_bad - 1, jnp.where(fine, -1, first_bad))
+      fine = fine | skipped
     new["nonfinite_step"] = jnp.where(fine | (first_bad >= 0), first_bad, step)
     metrics = {
       "loss": loss * mean,

@@ -21,6 +21,7 @@ import logging
 import pathlib
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -274,7 +275,7 @@ def make_site(folder: pathlib.Path) -> Site:
   return Site(folder / "site", c, folder / "data", folder / "other")
 
 
-def main() -> None:
+def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--cases", type=int, default=400)
   parser.add_argument("--seed", type=int, default=0)
@@ -284,7 +285,8 @@ def main() -> None:
     show = lambda found: print("\n".join([f"{len(found)} cases", *summary(found)]), flush=True)
     found = cases(make_site(pathlib.Path(folder)), args.cases, args.seed, show)
   show(found)
+  return any(case.outcome in (SILENT, CRASH) for case in found)
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

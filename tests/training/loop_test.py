@@ -319,6 +319,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_evidence(tiny, t
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
 
 
+def test_steps_that_are_not_finite_are_skipped_and_counted(tiny, tmp_path, monkeypatch, capsys):
+  """Batch 3 is bad. The run is stopped after it, inside a log window, and goes on."""
+  make = batches_lib.to_devices
+
+  def to_devices(batch, mesh):
+    taken.append(1)
+    if len(taken) == 4:
+      batch = batch | {"loss_weights": np.full_like(batch["loss_weights"], np.nan)}
+    return make(batch, mesh)
+
+  taken = []
+  monkeypatch.setattr(batches_lib, "to_devices", to_devices)
+  c = tiny(optim__skip_nonfinite=1, log__every=3)
+  loop.train(c, tmp_path / "run", config.flatten(c), until=4)
+  train(c, tmp_path / "run")
+  out = capsys.readouterr().out
+  assert "step 3 is not finite: loss nan" in out and "skipped, 1 of at most 1" in out
+  lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+  found = {x["step"]: x.get("skipped_steps") for x in lines if x["kind"] == "train"}
+  assert found == {3: None, 6: 1.0, 8: None}
+  assert all(np.isfinite(x["loss"]) for x in lines)
+
+
 def test_of_an_update_that_overflows_the_state_after_it_is_kept(tiny, tmp_path):
   c = tiny(optim__lr=1e38, optim__weight_decay=1e6, schedule__warmup_steps=0)
   with pytest.raises(UserError, match=r"step 0 is not finite: .* the state after it"):

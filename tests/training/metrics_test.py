@@ -49,6 +49,18 @@ def test_means_are_weighted_by_tokens_and_survive_json():
   assert means.take()["loss"] == 7.0
 
 
+def test_skipped_steps_are_counted_and_change_no_mean():
+  means = metrics.Means()
+  means.add({"loss": 2.0, "tokens": 10.0, "grad_norm": 1.0})
+  means.add_skipped()
+  means = metrics.Means(**means.state())
+  means.add_skipped()
+  assert means.take() == {"loss": 2.0, "grad_norm": 1.0, "tokens": 10.0, "skipped_steps": 2.0}
+  means.add_skipped()
+  assert means.take() == {"tokens": 0.0, "skipped_steps": 1.0}
+  assert means.take() == {"tokens": 0.0}
+
+
 def test_means_that_are_not_finite_survive_json_too():
   means = metrics.Means()
   means.add({"loss": 1.0, "margin": math.inf, "tokens": 30.0, "lr": math.nan})

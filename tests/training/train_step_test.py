@@ -1,6 +1,7 @@
 """The one train step: equal on every mesh and for any accumulation, frozen by a bad step."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,21 @@ def test_the_state_freezes_at_the_first_step_that_is_not_finite(tiny):
   assert after.pop("nonfinite_step") == 1
   assert before.pop("nonfinite_step") == -1
   jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_some_steps_in_a_row_that_are_not_finite_are_skipped(tiny):
+  mesh, compiled, state, data = start(tiny(mesh__data=1, optim__skip_nonfinite=2))
+  nan = {"loss_weights": np.full((8, 32), np.nan, np.float32)}
+  said, weights = [], []
+  for n, is_bad in enumerate([0, 1, 1, 0, 1, 1, 1, 0]):
+    batch = data.batch(n) | (nan if is_bad else {})
+    state, metrics = compiled(state, batches_lib.to_devices(batch, mesh))
+    said.append(int(metrics["nonfinite_step"]))
+    weights.append(np.asarray(state["params"]["embed"]))
+  # Step 6 is the third in a row: the state is frozen as it was before it, whatever follows.
+  assert said == [-1, -2, -3, -1, -2, -3, 6, 6] and int(state["step"]) == 6
+  same = [np.array_equal(a, b) for a, b in itertools.pairwise(weights)]
+  assert same == [True, True, False, True, True, True, True]
 
 
 def test_after_an_update_that_is_not_finite_nothing_is_changed(tiny):

@@ -192,6 +192,13 @@ OPTIM = Section(
       interval=AT_LEAST_0,
       if_changed="clipping of gradients",
     ),
+    skip_nonfinite=Key(
+      0,
+      "Steps in a row that are skipped at most if their loss or gradient is not finite. The run "
+      "ends at the next one, and with 0 at the first.",
+      interval=AT_LEAST_0,
+      if_changed="what happens at steps that are not finite",
+    ),
     trainable=Key(
       (),
       'Patterns of the parameters to train, such as "layers/*". (): all, or only the adapters with '

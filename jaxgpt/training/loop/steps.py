@@ -268,7 +268,12 @@ class Run:
     if nonfinite_step >= 0:
       self._stop_at_nonfinite(nonfinite_step, metrics)
     self._timer.step_done(metrics.pop("tokens_read"))
-    self._means.add(metrics)
+    if nonfinite_step < -1:
+      self._means.add_skipped()
+      most = self._c.optim.skip_nonfinite
+      tell([f"{_not_finite(step - 1, metrics)}: skipped, {-1 - nonfinite_step} of at most {most}"])
+    else:
+      self._means.add(metrics)
     if step % self._c.log.every == 0 or step == self._c.train.steps:
       epochs = {f"epochs/{name}": n for name, n in self._data.epochs(step).items()}
       self._writers.write(step, "train", self._means.take() | self._timer.take() | epochs)
@@ -371,8 +376,7 @@ class Run:
     except (OSError, UserError) as e:
       evidence = f"the state {side} it could not be saved ({e})"
     raise trouble.NotFiniteError(
-      f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
-      f"weight norm {metrics['param_norm']}; {evidence}. The usual cures are a lower optim.lr, a "
+      f"{_not_finite(step, metrics)}; {evidence}. The usual cures are a lower optim.lr, a "
       "longer schedule.warmup_steps or objective.z_loss=1e-4"
     )
 
@@ -380,3 +384,11 @@ class Run:
     """Closes the metric writers and the watchdog."""
     self._watchdog.close()
     self._writers.close()
+
+
+def _not_finite(step: int, metrics: Mapping[str, float]) -> str:
+  """That a step is not finite, with the numbers that show it."""
+  return (
+    f"step {step} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
+    f"weight norm {metrics['param_norm']}"
+  )
