@@ -56,8 +56,16 @@ class Comparison(NamedTuple):
   figures: dict[str, tuple[float | None, float | None]]
 
 
-def compare(first: epath.PathLike, second: epath.PathLike) -> Comparison:
+def compare(
+  first: epath.PathLike,
+  second: epath.PathLike,
+  both: tuple[curves.Curves, curves.Curves] | None = None,
+) -> Comparison:
   """Compares two run folders. Reads no checkpoint.
+
+  Args:
+    first, second: The run folders.
+    both: Their metrics, if they have been read.
 
   Raises:
     UserError: One of them holds no run.
@@ -65,7 +73,7 @@ def compare(first: epath.PathLike, second: epath.PathLike) -> Comparison:
   a, b = (run_folder.read_config(run) for run in (first, second))
   starts = [run_folder.read_starts(run)[0] for run in (first, second)]
   environments = [environment.read(run, start) for run, start in zip((first, second), starts)]
-  both = curves.read(first), curves.read(second)
+  both = both or (curves.read(first), curves.read(second))
   figures = {}
   for kind, metric in _FIGURES:
     values = tuple(curves.last_of(one, kind, metric) for one in both)

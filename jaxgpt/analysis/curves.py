@@ -1,6 +1,6 @@
 """The metrics of runs: read from metrics.jsonl, and compared record by record."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from etils import epath
@@ -62,11 +62,18 @@ class Comparison(NamedTuple):
 
 def read(folder: epath.PathLike) -> Curves:
   """The metrics of a run. A step that was repeated has its last record."""
-  path = epath.Path(folder) / metric_writers.JSONL
-  lines = metric_writers.read(path).splitlines() if path.exists() else []
-  records = [record for line in lines if (record := metric_writers.record(line))]
-  found = {(r["kind"], r["step"]): r for r in records}
+  found = {(r["kind"], r["step"]): r for r in lazily(folder)}
   return dict(sorted(found.items(), key=lambda item: (item[0][1], item[0][0] != "train")))
+
+
+def lazily(folder: epath.PathLike) -> Iterator[dict[str, Any]]:
+  """The records of metrics.jsonl, one after another, as they were written."""
+  path = epath.Path(folder) / metric_writers.JSONL
+  if path.exists():
+    with path.open("rb") as lines:
+      for line in lines:
+        if record := metric_writers.record(line.decode(errors="replace")):
+          yield record
 
 
 def is_exact(metric: str) -> bool:
@@ -85,11 +92,9 @@ def compare(first: Curves, second: Curves, until: int | None = None) -> Comparis
   found, before, largest = None, 0, None
   for kind, step in common:
     a, b = first[kind, step], second[kind, step]
-    difference = _difference(a, b, step, kind)
-    if difference is None:
+    if found is None:
+      found = _difference(a, b, step, kind)
       before = step if found is None else before
-    elif found is None:
-      found = difference
     gap = _gap(a, b) if kind == "train" else None
     if gap is not None and (largest is None or gap > largest[1]):
       largest = step, gap

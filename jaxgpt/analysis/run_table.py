@@ -84,12 +84,12 @@ def table(folder: epath.PathLike, sort: str = "run", descending: bool = False) -
   root, rows, flats = epath.Path(folder), list[Row](), list[dict[str, Any]]()
   for path in find(folder):
     name = path.relative_to(root).as_posix() if path != root else path.name
-    row, flat = _row(path, name)
+    row, flat = row_of(path, name)
     rows.append(row)
     flats.append(flat)
-  keys = _differing([flat for flat in flats if flat])
+  keys = differing([flat for flat in flats if flat])
   rows = [
-    row._replace(differs={key: flat.get(key) for key in keys} if flat else {})
+    row._replace(differs={key: flat.get(key) for key in keys} if row.status != BROKEN else {})
     for row, flat in zip(rows, flats)
   ]
   if sort not in COLUMNS and sort not in KEYS:
@@ -100,18 +100,33 @@ def table(folder: epath.PathLike, sort: str = "run", descending: bool = False) -
   return _sorted(rows, flats, sort, descending)
 
 
-def _row(path: epath.Path, name: str) -> tuple[Row, dict[str, Any]]:
-  """A run and its flat config, {} if it is broken."""
+def row_of(
+  path: epath.Path, name: str, records: curves.Curves | None = None
+) -> tuple[Row, dict[str, Any]]:
+  """A run and its flat config, {} if that cannot be read.
+
+  Args:
+    path: The run folder.
+    name: Its name in the table.
+    records: Its metrics, if they have been read.
+  """
   try:
     c = run_folder.read_config(path)
     imported = run_folder.is_imported(path)
-    found = resume.find(path)
   except UserError as e:
     return Row(name, BROKEN, note=str(e)), {}
-  records = curves.read(path)
-  step, steps = max(found.step or 0, found.reached), c.train.steps
+  records = curves.read(path) if records is None else records
+  steps, problem = c.train.steps, ""
+  reached = max((step for _, step in records), default=0)
+  try:
+    found = resume.find(path, reached)
+  except UserError as e:  # its checkpoints are gone
+    found, problem = resume.Resume(None, reached), str(e)
+  step = max(found.step or 0, found.reached)
   status = IMPORTED if imported else DONE if (found.step or 0) >= steps else STOPPED
-  if run_lock.holder(path):
+  if problem:
+    status = BROKEN
+  elif run_lock.holder(path):
     status = TRAINING
   speeds = [r["tokens_per_second"] for r in records.values() if r.get("tokens_per_second")]
   row = Row(
@@ -123,11 +138,12 @@ def _row(path: epath.Path, name: str) -> tuple[Row, dict[str, Any]]:
     curves.last_of(records, "validation", "loss"),
     curves.last_of(records, "validation", "bits_per_byte"),
     sorted(speeds)[len(speeds) // 2] if speeds else None,
+    note=problem,
   )
   return row, config.flatten(c)
 
 
-def _differing(flats: Sequence[dict[str, Any]]) -> list[str]:
+def differing(flats: Sequence[dict[str, Any]]) -> list[str]:
   """The keys in which configs differ. A key that follows from another one is left out."""
   keys = sorted({key for flat in flats for key in flat} - {"code_folder"})
   differing = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]

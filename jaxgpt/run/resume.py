@@ -46,11 +46,12 @@ class Resume(NamedTuple):
     return f"resumes at step {self.step} of {steps}{repeats}"
 
 
-def find(folder: epath.PathLike) -> Resume:
+def find(folder: epath.PathLike, reached: int | None = None) -> Resume:
   """Finds the step from which a run goes on. Writes nothing.
 
   Args:
     folder: The run folder. It need not exist.
+    reached: The last step of its metrics, if they have been read.
 
   Raises:
     UserError: The run had checkpoints, and none is left.
@@ -59,7 +60,7 @@ def find(folder: epath.PathLike) -> Resume:
   if not run_folder.is_run(folder):
     return Resume(None, 0)
   step = max(checkpoints.complete_steps(folder / run_folder.CHECKPOINTS), default=None)
-  reached = _last_metrics(folder)
+  reached = _last_metrics(folder) if reached is None else reached
   if step is None and (known := _known_checkpoint(folder, reached)):
     raise UserError(
       f"--workdir={folder} holds a run of {max(reached, known)} steps whose checkpoints are gone: "

@@ -368,12 +368,18 @@ def read_starts(folder: epath.PathLike) -> list[dict[str, Any]]:
     raise UserError(f"{path} is broken ({e}); restore it, or start over in another folder") from e
 
 
-def note_saved(folder: epath.PathLike, step: int) -> None:
+def note_saved(folder: epath.PathLike, step: int, account: Mapping[str, Any] | None = None) -> None:
   """Records in the newest start that the checkpoint of a step is complete, and seals it.
 
   The metrics that are there by now are sealed as well.
+
+  Args:
+    folder: The run folder.
+    step: The step.
+    account: The wall time of this start so far, see `throughput.Timer.account`.
   """
-  _amend_start(folder, saved=step, metrics=seal.metrics_prefix(folder))
+  spent = {"account": account} if account else {}
+  _amend_start(folder, saved=step, metrics=seal.metrics_prefix(folder), **spent)
   seal.note_checkpoint(folder, step)
 
 

@@ -1,11 +1,19 @@
-"""Throughput of a run: tokens per second, step time, input wait and MFU between two log lines."""
+"""Throughput of a run: tokens per second, step time, input wait and MFU between two log lines.
+
+And its goodput: the wall time of a start by what it went to.
+"""
 
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 # The names of `Timer.take`. They differ between two runs of the same numbers.
 METRICS = ("tokens_per_second", "step_time", "input_wait", "mfu")
+# The parts of an account. The rest of the time is "steps".
+COMPILE, INPUT, EVALUATION, SAVING = "compile", "input", "evaluation", "saving"
+STEPS = "steps"
+ACTIVITIES = (STEPS, INPUT, COMPILE, EVALUATION, SAVING)
 
 
 class Timer:
@@ -13,6 +21,7 @@ class Timer:
 
   Attributes:
     flops_per_token: Model FLOPs, which may change from stage to stage.
+    began: When the timer was made, in seconds since the epoch.
 
   Example:
     >>> timer = Timer(flops_per_token=6e9, peak_flops=1e15)
@@ -30,6 +39,8 @@ class Timer:
       peak_flops: FLOP/s of all devices together, or None if unknown.
     """
     self.flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    self.began, self._made = time.time(), time.monotonic()
+    self._spent = dict.fromkeys((COMPILE, INPUT, EVALUATION, SAVING), 0.0)
     self.start()
 
   def start(self) -> None:
@@ -47,14 +58,27 @@ class Timer:
     """Counts the time in this context as input wait."""
     before = time.monotonic()
     yield
-    self._waited += time.monotonic() - before
+    seconds = time.monotonic() - before
+    self._waited += seconds
+    self._spent[INPUT] += seconds
 
   @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Excludes the time in this context."""
+  def paused(self, activity: str) -> Iterator[None]:
+    """Excludes the time in this context, and books it on an activity of the account."""
     before = time.monotonic()
     yield
-    self._paused += time.monotonic() - before
+    seconds = time.monotonic() - before
+    self._paused += seconds
+    self._spent[activity] += seconds
+
+  def account(self) -> dict[str, Any]:
+    """The wall time since the timer was made: {'began': time in UTC, 'seconds': {activity: …}}."""
+    rest = max(time.monotonic() - self._made - sum(self._spent.values()), 0.0)
+    seconds = {STEPS: rest, **self._spent}
+    return {
+      "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began)),
+      "seconds": {name: round(seconds[name], 3) for name in ACTIVITIES},
+    }
 
   def take(self) -> dict[str, float]:
     """Returns the rates since the last call or `start`, and resets the timer.

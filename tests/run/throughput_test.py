@@ -1,5 +1,7 @@
 """Throughput between two log lines."""
 
+import time as real_time
+
 import pytest
 
 from jaxgpt.run import throughput
@@ -12,6 +14,11 @@ class Clock:
 
   def monotonic(self):
     return self.now
+
+  def time(self):
+    return self.now
+
+  gmtime, strftime = staticmethod(real_time.gmtime), staticmethod(real_time.strftime)
 
 
 @pytest.fixture
@@ -28,7 +35,7 @@ def test_rates_leave_out_pauses_and_report_input_wait(clock):
   clock.now += 3
   timer.step_done(tokens=40)
   timer.step_done(tokens=40)
-  with timer.paused():
+  with timer.paused(throughput.SAVING):
     clock.now += 100
   assert timer.take() == {
     "tokens_per_second": 20.0,
@@ -46,3 +53,21 @@ def test_taking_resets_and_unknown_peaks_give_no_mfu(clock):
   clock.now += 4
   timer.step_done(tokens=8)
   assert timer.take()["tokens_per_second"] == 2.0
+
+
+def test_the_account_has_all_of_the_time(clock):
+  clock.now = 60.0
+  timer = throughput.Timer(flops_per_token=10.0, peak_flops=None)
+  with timer.paused(throughput.COMPILE):
+    clock.now += 30
+  timer.start()
+  with timer.waiting():
+    clock.now += 1
+  clock.now += 5
+  timer.take()
+  with timer.paused(throughput.EVALUATION):
+    clock.now += 4
+  assert timer.account() == {
+    "began": "1970-01-01T00:01:00Z",
+    "seconds": {"steps": 5.0, "input": 1.0, "compile": 30.0, "evaluation": 4.0, "saving": 0.0},
+  }

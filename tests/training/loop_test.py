@@ -72,6 +72,8 @@ def test_a_run_reports_what_it_did(finished):
   (start,) = run_folder.read_starts(folder)
   assert start["packages"]["jax"] == jax.__version__
   assert (start["step"], start["saved"]) == (0, 8)
+  seconds = start["account"]["seconds"]
+  assert min(seconds[name] for name in ("steps", "compile", "evaluation", "saving")) > 0
   assert start["mesh"]["data"] == 8 and start["data_digest"] and start["command"]
   assert json.loads((folder / "config.json").read_text())["origin"].keys() == (
     config.flatten(c).keys()

@@ -46,9 +46,19 @@ class Saver:
     folder: epath.Path,
     checkpoints: checkpoints_lib.Checkpoints,
     mesh: jax.sharding.Mesh,
+    account: Callable[[], Mapping[str, Any]],
   ):
-    """Args: c_checkpoint: The config's `checkpoint`. folder: The run folder."""
+    """Makes a saver.
+
+    Args:
+      c_checkpoint: The config's `checkpoint`.
+      folder: The run folder.
+      checkpoints: Where to save.
+      mesh: The device mesh.
+      account: Gives the wall time of this start, see `Timer.account`.
+    """
     self._c, self._folder, self._checkpoints = c_checkpoint, folder, checkpoints
+    self._account = account
     self._clock = distributed.Agreement(mesh) if c_checkpoint.every_minutes else None
     self._since = time.monotonic()  # when the last save began
     self._asked = self._answered = 0  # saves that the clock of process 0 asked for
@@ -186,7 +196,7 @@ class Saver:
       output.warn(f"saved again: the checkpoint of step {step} is complete")
     self._failures, self._retry_at = 0, None
     if distributed.is_first():
-      self._record(run_folder.note_saved, step)
+      self._record(lambda folder, step: run_folder.note_saved(folder, step, self._account()), step)
 
   def _record(self, note: Callable[[epath.Path, int], None], step: int) -> None:
     """Writes to the run's record of starts. `resume` also goes by the checkpoints themselves."""

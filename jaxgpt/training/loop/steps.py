@@ -96,7 +96,6 @@ class Run:
     self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, *_ = setup
     self._evaluators, self._best, self._until = setup.evaluators, best, setup.until
     self._state, self._means, self._stop = state, means, stop
-    self._saver = saving.Saver(setup.c.checkpoint, setup.folder, checkpoints, setup.mesh)
     self._config_digest = run_folder_lib.digest_of(setup.c)
     self._agreement = distributed.Agreement(setup.mesh)
     self._stopped: signal.Signals | None = None
@@ -108,6 +107,9 @@ class Run:
     peak = chips.peak_flops(setup.mesh.devices.flat[0].device_kind)
     self._timer = throughput.Timer(
       metrics_lib.flops_per_token(c.model, c.data.seq_len), peak and peak * setup.mesh.size
+    )
+    self._saver = saving.Saver(
+      c.checkpoint, setup.folder, checkpoints, setup.mesh, self._timer.account
     )
     self._eval_step = evaluation.make_step(parts.objective)
     self._writers = metric_writers_lib.make(c, setup.folder, self._step)
@@ -131,10 +133,10 @@ class Run:
     self._save()
     early = self._step < self._c.train.steps and self._ends_early()
     if self._step < self._c.train.steps and not early:
-      self._saver.finish(self._content)
+      self._finish()
       return Outcome(self._step, None, self._stopped)
     last = self._evaluate(limit=0)
-    self._saver.finish(self._content)
+    self._finish()
     is_complete = last is not None or self._held_out is None
     found = None
     if self._best is not None:
@@ -199,7 +201,8 @@ class Run:
     """Runs steps until the last one or a signal, and compiles the step at the start of a stage."""
     c = self._c
     remaining = [(s, own) for s, own in stages.configs(c) if self._step < s.end]
-    compiled = self._compile(*remaining[0])
+    with self._timer.paused(throughput.COMPILE):
+      compiled = self._compile(*remaining[0])
     batches = self._data.iterate(
       self._step,
       threads=c.data.threads,
@@ -217,7 +220,7 @@ class Run:
         if self._step == remaining[0][0].end:
           remaining.pop(0)
           self._read_metrics()
-          with self._timer.paused(), jax.transfer_guard("allow"):
+          with self._timer.paused(throughput.COMPILE), jax.transfer_guard("allow"):
             compiled = self._compile(*remaining[0])
         with self._timer.waiting():
           batch = next(batches)
@@ -292,7 +295,7 @@ class Run:
       return None
     result = distributed.share(self._writers.newest(self._step, "validation"))
     if result is None:
-      with self._timer.paused(), jax.transfer_guard("allow"):
+      with self._timer.paused(throughput.EVALUATION), jax.transfer_guard("allow"):
         self._stop_now()  # evaluation batches take another time than steps
         result = evaluation.evaluate_on(
           self._held_out,
@@ -324,7 +327,7 @@ class Run:
     best, kept = self._best
     best.add(self._step, result)
     if best.step == self._step:
-      with self._timer.paused(), jax.transfer_guard("allow"):
+      with self._timer.paused(throughput.SAVING), jax.transfer_guard("allow"):
         self._writers.flush()
         weights = {key: value for key, value in self._state.items() if key in best_lib.ITEMS}
         self._kept(kept, kept.wait)
@@ -347,8 +350,13 @@ class Run:
     """
     self._read_metrics()
     self._writers.flush()
-    with self._timer.paused(), jax.transfer_guard("allow"):
+    with self._timer.paused(throughput.SAVING), jax.transfer_guard("allow"):
       self._saver.save(self._content)
+
+  def _finish(self) -> None:
+    """Waits until the last state is saved."""
+    with self._timer.paused(throughput.SAVING):
+      self._saver.finish(self._content)
 
   def _content(self) -> tuple[train_step.State, dict[str, object]]:
     """The state, and what else a checkpoint holds."""

@@ -1,0 +1,52 @@
+"""The account of wall time: all of it is in a part, and nothing is in two."""
+
+import pytest
+
+from jaxgpt.analysis.report import goodput
+
+
+def start(time, began=None, **seconds):
+  account = {"account": {"began": f"2026-11-26T{began}Z", "seconds": seconds}} if began else {}
+  return {"time": f"2026-11-26T{time}Z", **account}
+
+
+def test_the_parts_of_two_starts():
+  first = start("10:00:00", "10:00:20", steps=1000.0, input=10.0, compile=30.0, saving=60.0)
+  second = start("10:30:00", "10:30:10", steps=200.0, input=0.0, compile=30.0, evaluation=5.0)
+  found = goodput.of([first, second], {}, None)
+  assert {part.name: part.seconds for part in found.parts} == {
+    "training steps": 1200.0,
+    "waiting for data": 10.0,
+    "compiling": 60.0,
+    "evaluation": 5.0,
+    "saving": 60.0,
+    "start-up": 30.0,
+    "between starts": 1800.0 - 20.0 - 1100.0,
+  }
+  assert (
+    found.seconds == 1800.0 + 10.0 + 235.0
+  )  # from the first entry to the end of the last account
+  assert found.goodput == pytest.approx(1200 / 2045)
+
+
+def test_a_start_without_a_checkpoint_is_named():
+  found = goodput.of([start("10:00:00"), start("10:01:00", "10:01:00", steps=60.0)], {}, None)
+  assert {part.name: part.seconds for part in found.parts} == {
+    "training steps": 60.0,
+    "between starts": 60.0,
+  }
+  assert any("start 1 ended before its first checkpoint" in note for note in found.notes)
+
+
+def test_a_run_of_an_earlier_version_has_the_times_of_its_steps():
+  record = {"kind": "train", "step_time": 2.0, "input_wait": 0.25}
+  records = {("train", step): {**record, "step": step} for step in (10, 20)}
+  until = goodput.seconds_of("2026-11-26T10:01:40+00:00")
+  found = goodput.of([start("10:00:00")], records, until)
+  assert {part.name: part.seconds for part in found.parts} == {
+    "training steps": 30.0,
+    "waiting for data": 10.0,
+    "all else": 60.0,
+  }
+  assert "only the times of its steps were logged" in found.notes[0]
+  assert goodput.of([start("?")], {}, None).goodput is None
