@@ -150,6 +150,7 @@ def test_eight_devices_train_as_one(preferred, tiny, data, tmp_path, axes):
   np.testing.assert_allclose(losses(tmp_path / "run"), losses(folder), rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_stages_goes_on_in_any_of_them(tiny, tmp_path, monkeypatch, capsys):
   keys = dict(data__stages=((2, 8, 16), (2, 16, 16)), train__steps=6, eval__batch_size=8)
   whole = loop.train(tiny(**keys), tmp_path / "whole", {})

@@ -13,7 +13,6 @@ from jaxgpt.inference import load
 from jaxgpt.run import init_from
 from jaxgpt.text.prepare import prepare
 from jaxgpt.training import loop
-from tests import quick
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs" / "tasks"
 WORDS = ("red", "blue", "cold", "warm")
@@ -57,17 +56,15 @@ def masked(data, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "recipe, kind, fresh",
-  quick.first(
-    [
-      ("tagging", "tagging", ["head", "head_bias"]),
-      ("retrieval", "retrieval", []),
-      ("sentiment", "classification", ["head", "head_bias"]),
-      ("question_answering", "question_answering", ["head", "head_bias"]),
-    ],
-    1,
-  ),
+  [
+    ("tagging", "tagging", ["head", "head_bias"]),
+    ("retrieval", "retrieval", []),
+    ("sentiment", "classification", ["head", "head_bias"]),
+    ("question_answering", "question_answering", ["head", "head_bias"]),
+  ],
 )
 def test_the_layers_are_taken_and_the_head_is_new(
   masked, data, tmp_path, capsys, recipe, kind, fresh

@@ -24,6 +24,7 @@ def test_masked_words_are_learned(tiny, data, tmp_path):
   assert result["loss"] < 4 and "bits_per_byte" not in result
 
 
+@pytest.mark.slow
 def test_classes_are_learned(tiny, data, tmp_path):
   result = train(
     tiny,
