@@ -23,6 +23,7 @@ from jaxgpt.model import fixed_models, transformer
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder
+from jaxgpt.run.compression import record as record_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import metrics as metrics_lib
@@ -110,6 +111,8 @@ class _Run:
     digest = run_folder.read_starts(folder)[0]["data_digest"]
     if not digest:
       raise UserError(f"{folder} was imported: it has no training steps to replay")
+    if made := record_lib.has_no_steps(folder):
+      raise UserError(f"{made}: it has no training steps to replay")
     if c.data.stream:
       raise UserError(
         f"{folder} was trained on data.stream={c.data.stream!r}: a stream has no random access, so "

@@ -12,6 +12,7 @@ from jaxgpt.analysis import checkpoint_files, curves
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.run import init_from, run_folder
+from jaxgpt.run.compression import record as record_lib
 from jaxgpt.run.provenance import environment
 from jaxgpt.run.provenance import saved as saved_lib
 from jaxgpt.run.provenance.environment import Difference
@@ -79,6 +80,8 @@ def settings(
   digest = run_folder.read_starts(folder)[0]["data_digest"]
   if not digest:
     raise UserError(f"{folder} was imported: it has no training steps to reproduce")
+  if made := record_lib.has_no_steps(folder):
+    raise UserError(f"{made}: it has no training steps to reproduce")
   done = max((step for _, step in curves.read(folder)), default=0)
   done = max([done, *(saved.step for saved in saved_lib.all_of(folder))])
   if not done:

@@ -12,10 +12,12 @@ from jaxgpt.analysis import curves
 from jaxgpt.config.keys import KEYS
 from jaxgpt.errors import UserError
 from jaxgpt.run import resume, run_folder, run_lock
+from jaxgpt.run.compression import record as record_lib
 
 _DEPTH = 3  # of run folders below the given one
 _SKIPPED = ("checkpoints", "tokenizer", "tensorboard", "set_aside", "damaged")
 DONE, TRAINING, STOPPED, IMPORTED, BROKEN = "done", "training", "stopped", "imported", "broken"
+COMPRESSED = "compressed"
 COLUMNS = ("run", "status", "step", "loss", "validation", "bits_per_byte", "tokens_per_second")
 
 
@@ -24,7 +26,8 @@ class Row(NamedTuple):
 
   Attributes:
     run: Its folder, relative to the one that was asked for.
-    status: 'done', 'training' (a process has its lock), 'stopped', 'imported' or 'broken'.
+    status: 'done', 'training' (a process has its lock), 'stopped', 'imported',
+      'compressed' or 'broken'.
     step: Step of its last metrics or checkpoint.
     steps: The run's number of steps.
     loss: Last training loss.
@@ -113,6 +116,7 @@ def row_of(
   try:
     c = run_folder.read_config(path)
     imported = run_folder.is_imported(path)
+    compressed = record_lib.read(path) is not None
   except UserError as e:
     return Row(name, BROKEN, note=str(e)), {}
   records = curves.read(path) if records is None else records
@@ -124,6 +128,8 @@ def row_of(
     found, problem = resume.Resume(None, reached), str(e)
   step = max(found.step or 0, found.reached)
   status = IMPORTED if imported else DONE if (found.step or 0) >= steps else STOPPED
+  if compressed:
+    status = COMPRESSED
   if problem:
     status = BROKEN
   elif run_lock.holder(path):

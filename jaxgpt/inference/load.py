@@ -17,6 +17,7 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import best, init_from, run_folder
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import generation as generation_lib
+from jaxgpt.run.compression import quantized_weights
 from jaxgpt.text.prepare import shards
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import batches as batches_lib
@@ -103,9 +104,11 @@ def load(
   if isinstance(step, str):
     where, step = best.check(folder, step), None
   checkpoints = checkpoints_lib.Checkpoints(where, read_only=True)
-  wanted = {name: parts.state[name], "step": parts.state["step"]}
-  state, _ = checkpoints.restore(wanted, step)
+  forms = quantized_weights.of_run(folder)
+  stored_params = quantized_weights.stored_like(forms, parts.state[name])
+  state, _ = checkpoints.restore({name: stored_params, "step": parts.state["step"]}, step)
   checkpoints.close()
+  state[name] = quantized_weights.dequantized(forms, state[name], parts.state[name])
   frozen, fixed = fixed_models.split(parts.state.get("frozen"))
   if use != "generate":
     frozen |= fixed

@@ -18,6 +18,7 @@ from jaxgpt.config.architecture import architecture, same_value
 from jaxgpt.errors import UserError
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder, source_heads
+from jaxgpt.run.compression import quantized_weights
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.text.tokenizers.base import Tokenizer
 
@@ -185,7 +186,9 @@ class RunFolderSource:
     old = run_folder.read_config(folder)
     checkpoints = checkpoints_lib.Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
     name = "ema" if old.optim.ema else "params"
-    trained, frozen = checkpoints.shapes(name), checkpoints_lib.frozen_shapes(folder)
+    forms = quantized_weights.of_run(folder)
+    trained = quantized_weights.shapes(forms, checkpoints.shapes(name))
+    frozen = checkpoints_lib.frozen_shapes(folder)
     wanted = {
       path: leaf
       for path, leaf in tree.flatten(abstract).items()
@@ -199,8 +202,10 @@ class RunFolderSource:
       for path, shape in (trained | frozen).items()
     }
     select = lambda paths: tree.unflatten({path: like[path] for path in paths})
-    state, _ = checkpoints.restore({name: select(trained)})
+    weights = select(trained)
+    state, _ = checkpoints.restore({name: quantized_weights.stored_like(forms, weights)})
     checkpoints.close()
+    state[name] = quantized_weights.dequantized(forms, state[name], weights)
     if frozen:
       state |= checkpoints_lib.load_frozen(folder, {"frozen": select(frozen)})
     found = tree.flatten(tree.merge(state[name], state.get("frozen")))

@@ -32,6 +32,7 @@ from jaxgpt.config import installed, user_code
 from jaxgpt.config.keys import KEYS, lora_targets
 from jaxgpt.errors import UserError
 from jaxgpt.run import run_lock
+from jaxgpt.run.compression import record as record_lib
 from jaxgpt.run.provenance import environment, seal
 from jaxgpt.storage import atomic, buckets, strict_json
 from jaxgpt.text.tokenizers.base import Tokenizer
@@ -239,6 +240,11 @@ def _check_same_run(
     raise UserError(
       f"--workdir={folder} holds an imported model; train it in another --workdir "
       f"with --config.init_from={folder}"
+    )
+  if made := record_lib.has_no_steps(folder):
+    raise UserError(
+      f"--workdir={made}, so it has no state to go on from; train it in another --workdir with "
+      f"--config.init_from={folder}"
     )
   if not accept and (lines := changes(folder, c, origin)):
     changed = [key for key, _, _ in config.difference(read_config(folder), c)]

@@ -23,6 +23,7 @@ from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.model import lora
 from jaxgpt.parallel import sharding
+from jaxgpt.training import kept_zeros
 from jaxgpt.tree import PyTree
 
 Axes: TypeAlias = tuple[str | None, ...]  # logical axes of a parameter
@@ -134,7 +135,8 @@ def make(
     chain.append(
       optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
     )
-  return optax.chain(*chain)
+  tx = optax.chain(*chain)
+  return kept_zeros.keeping_zeros(tx, axes) if c_optim.keep_zeros else tx
 
 
 def trained(c_optim: ml_collections.ConfigDict, axes: PyTree, strict: bool = True) -> set[str]:

@@ -61,6 +61,14 @@ ROUTED_LOSS = one_of(
 )
 
 
+STARTS_FROM_WEIGHTS = _on(
+  "init_from, and model.lora.rank=0 (adapters fill the zeros in)",
+  lambda c: bool(c.init_from) and not c.model.lora.rank,
+  "init_from",
+  "model.lora.rank",
+)
+
+
 def _is_pooled(c: Any) -> bool:
   # A model that is compared by itself has no objective, see `architecture`.
   is_contrastive = hasattr(c, "objective") and c.objective.name == "contrastive"

@@ -2,7 +2,12 @@
 
 from jaxgpt.config import checks
 from jaxgpt.config.keys import conditions
-from jaxgpt.config.keys.conditions import above_0, one_of, set_to_something
+from jaxgpt.config.keys.conditions import (
+  STARTS_FROM_WEIGHTS,
+  above_0,
+  one_of,
+  set_to_something,
+)
 from jaxgpt.config.schema import (
   ABOVE_0,
   AT_LEAST_0,
@@ -211,6 +216,12 @@ OPTIM = Section(
       "Patterns of parameters that stay fixed although `trainable` matches them.",
       check=checks.patterns,
       fixed=_OF_STATE,
+    ),
+    keep_zeros=Key(
+      False,
+      "Weights that are zero stay zero: what `jaxgpt prune` removed stays removed.",
+      needs=STARTS_FROM_WEIGHTS,
+      if_changed="which weights are trained",
     ),
     layer_decay=Key(
       1.0,

@@ -33,6 +33,7 @@ _FILES = (
   "chat_template.jinja",
   "init.json",
   "stored.json",
+  "compression.json",
 )
 # Files without which a run is not the run. Training refuses to go on if one has changed.
 _VITAL = ("config.json", "tokenizer/", "code/", STARTS)

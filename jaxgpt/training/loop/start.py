@@ -11,10 +11,11 @@ import jax
 import ml_collections
 from etils import epath
 
+from jaxgpt import tree
 from jaxgpt.config import user_code
 from jaxgpt.data import stages
 from jaxgpt.errors import UserError
-from jaxgpt.model import fixed_models
+from jaxgpt.model import fixed_models, transformer
 from jaxgpt.parallel import distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import best as best_lib
@@ -30,8 +31,8 @@ from jaxgpt.text.tokenizers.tokenizer import Tokenizer
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import evaluators as evaluators_lib
+from jaxgpt.training import kept_zeros, stored, train_step
 from jaxgpt.training import metrics as metrics_lib
-from jaxgpt.training import stored, train_step
 from jaxgpt.training.loop import steps, trouble
 
 
@@ -249,4 +250,8 @@ def _initial_weights(
   if distributed.is_first():
     atomic.write(setup.folder / init_from.REPORT, strict_json.dumps(given.report, indent=2))
     steps.tell(init_from.describe(given.report))
+  if c.optim.keep_zeros:
+    _, axes = transformer.abstract(setup.parts.model)
+    trained, _ = tree.split(axes, tree.flatten(setup.parts.state["params"]), sharding.is_axes)
+    steps.tell([kept_zeros.describe(given.params, trained, c.init_from)])
   return given.params

@@ -1,0 +1,1 @@
+"""Compression of trained models: pruning, removal of layers, heads and columns, quantization."""

@@ -1,0 +1,215 @@
+"""One table of a model and its compressed variants: bytes, speed, bits per byte."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxgpt import tree
+from jaxgpt.analysis.compression import compressed_run, prune, quantize
+from jaxgpt.analysis.compression.masks import parse
+from jaxgpt.config.registry import Registry
+from jaxgpt.errors import UserError
+from jaxgpt.inference import load
+from jaxgpt.inference.sampler import Sampler
+from jaxgpt.run import run_folder
+from jaxgpt.run.compression import quantized_weights
+from jaxgpt.run.compression import record as record_lib
+
+# f(run folder, folder to make, calibration text)
+Make = Callable[[epath.PathLike, epath.PathLike, compressed_run.Calibration], Any]
+VARIANTS: Registry[Make] = Registry("variants")
+
+
+class Row(NamedTuple):
+  """A run in the table.
+
+  Attributes:
+    name: Its name: that of the variant, or its folder.
+    stored: Bytes of the weights as they are stored.
+    zeros: Share of zeros in the weights.
+    loss: Nats per token of the split.
+    bits_per_byte: Bits per byte of the split, or None if it does not predict all text.
+    evaluated: Tokens per second of the evaluation.
+    generated: Tokens per second of the generation of one text, or None for no language model.
+  """
+
+  name: str
+  stored: int
+  zeros: float
+  loss: float
+  bits_per_byte: float | None
+  evaluated: float
+  generated: float | None
+
+
+def _sparse(method: str, sparsity: str, scope: str = "layer") -> Make:
+  settings = prune.Settings(method, parse(sparsity), scope)
+  calibrated = method != "magnitude"
+  return lambda source, folder, text: compressed_run.pruned(
+    source, folder, settings, text if calibrated else None
+  )
+
+
+def _coarse(method: str, bits: int, group: int = 0, outside: int = 0) -> Make:
+  settings = quantize.Settings(method, bits, group, (), outside)
+  return lambda source, folder, text: compressed_run.quantized(
+    source, folder, settings, text if method == "gptq" else None
+  )
+
+
+for _method in prune.METHODS:
+  VARIANTS.add(f"{_method}-50", _sparse(_method, "0.5"))
+  VARIANTS.add(f"{_method}-2:4", _sparse(_method, "2:4"))
+VARIANTS.add("magnitude-global-50", _sparse("magnitude", "0.5", "global"))
+VARIANTS.add("int8", _coarse("nearest", 8))
+VARIANTS.add("int8-all", _coarse("nearest", 8, outside=8))
+for _method in quantize.METHODS:
+  VARIANTS.add(f"int4-{_method}", _coarse(_method, 4))
+  VARIANTS.add(f"int4-{_method}-32", _coarse(_method, 4, 32))
+VARIANTS.add("int4-gptq-32-all", _coarse("gptq", 4, 32, outside=8))
+
+
+def make(
+  source: epath.PathLike,
+  folder: epath.PathLike,
+  names: Sequence[str],
+  text: compressed_run.Calibration,
+  tell: Callable[[str], None],
+) -> list[epath.Path]:
+  """Makes variants of a run, each in a run folder of its own. Those that are there are kept.
+
+  Args:
+    source: The run folder.
+    folder: The folder of the variants.
+    names: Entries of `VARIANTS`.
+    text: Calibration text.
+    tell: Reports each variant.
+
+  Returns:
+    The run folders.
+
+  Raises:
+    UserError: A name is unknown, or a folder holds another run.
+  """
+  entries = {name: VARIANTS.find(name) for name in names}
+  made = []
+  for name, entry in entries.items():
+    target = epath.Path(folder) / name.replace(":", "of")
+    if target.exists():
+      found = record_lib.read(target)
+      if found is None or found["source"] != str(source):
+        raise UserError(f"{target} exists and was not made from {source}; choose another --to")
+      tell(f"{target} is there already")
+    else:
+      entry(source, target, text)
+      tell(f"made {target}")
+    made.append(target)
+  return made
+
+
+def measure(
+  folder: epath.PathLike, name: str, split: str, data: str | None, tokens: int, batches: int = 0
+) -> Row:
+  """Measures a run.
+
+  Args:
+    folder: The run folder.
+    name: Its name in the table.
+    split: The split to evaluate on.
+    data: A prepared folder. None: the run's own.
+    tokens: Number of tokens to generate. 0: none.
+    batches: Batches to evaluate. 0: the whole split.
+
+  Raises:
+    UserError: See `load.load` and `load.open_split`.
+  """
+  run = load.load(folder, use="evaluate")
+  load.evaluate_run(run, split, 1, data=data)  # compiles
+  start = time.perf_counter()
+  result = load.evaluate_run(run, split, batches, data=data)
+  seconds = time.perf_counter() - start
+  named = {path: np.asarray(x) for path, x in tree.flatten(run.params).items()}
+  zeros = sum(int((x == 0).sum()) for x in named.values())
+  return Row(
+    name=name,
+    stored=stored_bytes(folder, named),
+    zeros=zeros / sum(x.size for x in named.values()),
+    loss=result["loss"],
+    bits_per_byte=result.get("bits_per_byte"),
+    evaluated=result["tokens"] / seconds,
+    generated=_speed(run, tokens) if tokens else None,
+  )
+
+
+def stored_bytes(folder: epath.PathLike, weights: dict[str, np.ndarray]) -> int:
+  """Bytes of a run's weights in its checkpoint.
+
+  Args:
+    folder: The run folder.
+    weights: {path: array}, dequantized.
+  """
+  forms = quantized_weights.of_run(folder)
+  size = sum(x.nbytes for path, x in weights.items() if path not in forms)
+  for form in forms.values():
+    for shape, dtype in form.shapes().values():
+      size += int(np.prod(shape)) * np.dtype(dtype).itemsize
+  return size
+
+
+def _speed(run: load.Run, tokens: int) -> float | None:
+  """Tokens per second of one greedy text, after one that compiles."""
+  if run.c.model.head != "lm" or not run.c.model.causal:
+    return None
+  sampler = Sampler(run)
+  speeds = []
+  for _ in range(2):
+    start = time.perf_counter()
+    (text,) = sampler("", max_new=tokens, sampling=load.Sampling(temperature=0.0))
+    count = max(len(run.tokenizer.encode(text)), 1)
+    speeds.append(count / (time.perf_counter() - start))
+  return speeds[-1]
+
+
+def names_of(folders: Sequence[epath.PathLike]) -> list[str]:
+  """Short names of run folders: the last parts of their paths that tell them apart."""
+  parts = [epath.Path(folder).parts for folder in folders]
+  depth = 1
+  while len({p[-depth:] for p in parts}) < len(set(parts)):
+    depth += 1
+  return ["/".join(p[-depth:]) for p in parts]
+
+
+def lines(rows: Sequence[Row], split: str) -> list[str]:
+  """The table in Markdown. Changes are relative to the first row."""
+  first = rows[0]
+  per_byte = first.bits_per_byte is not None
+  score = "bits per byte" if per_byte else "loss"
+  out = [
+    f"| run | bytes | zeros | {split} {score} | change | evaluated tokens/s | generated tokens/s |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    value = row.bits_per_byte if per_byte else row.loss
+    before = first.bits_per_byte if per_byte else first.loss
+    change = "" if row is first else f"{(value or 0) / (before or 1) - 1:+.2%}"
+    generated = f"{row.generated:,.0f}" if row.generated else ""
+    out.append(
+      f"| {row.name} | {row.stored:,} | {row.zeros:.1%} | {value:.4f} | {change} | "
+      f"{row.evaluated:,.0f} | {generated} |"
+    )
+  return out
+
+
+def check_runs(folders: Sequence[epath.PathLike]) -> None:
+  """Raises a UserError for a folder that holds no run."""
+  for folder in folders:
+    run_folder.require_run(folder)
+
+
+def device() -> str:
+  """The device that the speeds are of."""
+  return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
