@@ -50,6 +50,7 @@ def test_help_comes_from_the_wheel(wheel, environment):
 def test_the_wheel_has_the_licence_the_page_and_the_marker_of_types(wheel):
   assert (wheel / "jaxgpt" / "py.typed").exists()
   assert (wheel / "jaxgpt" / "inference" / "server" / "page.html").exists()
+  assert (wheel / "jaxgpt" / "analysis" / "interpret" / "page.html").exists()
   assert list(wheel.glob("jaxgpt-*.dist-info/**/LICENSE"))
   metadata = next(wheel.glob("jaxgpt-*.dist-info")) / "METADATA"
   assert "License-Expression: Apache-2.0" in metadata.read_text()
