@@ -154,11 +154,11 @@ def explain(run: Run, prompt: str, corrupted: str | None = None, top: int = 8) -
   inputs = taps.Inputs(jnp.asarray([ids]))
   cfg, left_out = m.model.cfg, list[str]()
   why_not = attribution.obstacle(cfg)
-  has = lambda tap: bool(taps.layers_with(cfg, tap))
-  wanted = {"resid_pre", "resid_final", "pattern", *(() if why_not else attribution.READS)}
-  reading = taps.read(
-    m.model, m.params, inputs, tuple(sorted(filter(lambda t: t in taps.OF_MODEL or has(t), wanted)))
-  )
+  wanted = {"resid_pre", "resid_final", "pattern", "heads", *(() if why_not else attribution.READS)}
+  if not taps.layers_with(cfg, "mlp_out"):
+    wanted.discard("mlp_out")
+  read = lambda inputs: taps.read(m.model, m.params, inputs, tuple(sorted(wanted)))
+  reading = read(inputs)
   name = names_of(m.tokenizer, cfg.vocab_size)
   labels = list(m.c.model.label_names) if m.kind in ("rows", "tokens") else []
   choice = (
@@ -201,7 +201,10 @@ def explain(run: Run, prompt: str, corrupted: str | None = None, top: int = 8) -
       "Induction and previous-token scores: they are for models that continue a text."
     )
   if other is not None:
-    page["trace"] = _trace(m, inputs, other, explained, name, choice)
+    corrupted_inputs = taps.Inputs(jnp.asarray([other]))
+    readings = reading, read(corrupted_inputs)
+    page["trace"] = _trace(m, corrupted_inputs, readings, explained, name, choice)
+    page["trace"]["differ"] = [t for t, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b]
   return page
 
 
@@ -324,11 +327,9 @@ def _gradients(
   blank = taps.Inputs(jnp.asarray([baseline]))
   answer = explained.answer()
   found = gradients.integrated(m.model, m.params, inputs, blank, answer)
-  norm, _ = gradients.saliency(m.model, m.params, inputs, answer)
   changed = [b for b, i in zip(baseline, ids, strict=True) if b != i]
   return {
     "integrated": _short(np.asarray(found.tokens[0])),
-    "saliency": _short(np.asarray(norm[0])),
     "value": _short(found.value[0]),
     "baseline": _short(found.baseline[0]),
     "blank": names_of(m.tokenizer, m.c.model.vocab_size)(changed[0]) if changed else "",
@@ -368,24 +369,21 @@ def _encode_other(run: Run, corrupted: str, ids: list[int]) -> list[int]:
 
 def _trace(
   m: Model,
-  clean: taps.Inputs,
-  other: list[int],
+  inputs: taps.Inputs,
+  readings: tuple[taps.Reading, taps.Reading],
   explained: Explained,
   name: Callable[[int], str],
   choice: Callable[[int], str],
 ) -> dict[str, Any]:
-  """Causal tracing by position and, by all positions together, by head."""
-  ids = clean.tokens[0].tolist()
-  inputs = taps.Inputs(jnp.asarray([other]))
-  logits = taps.read(m.model, m.params, inputs).output.logits[0]
+  """Causal tracing by position and, at all positions together, by head."""
+  logits = readings[1].output.logits[0]
   theirs = np.asarray(logits if explained.position is None else logits[explained.position])
   wrong = next(int(i) for i in np.argsort(-theirs, kind="stable") if i != explained.right)
   answer = explained._replace(wrong=wrong).answer()
-  run_trace = lambda tap, by: patching.trace(m.model, m.params, clean, inputs, answer, tap, by)
-  positions, by_head = run_trace("resid_pre", "position"), run_trace("heads", "head")
+  restored = lambda tap, by: patching.restore(m.model, m.params, inputs, answer, tap, by, *readings)
+  positions, by_head = restored("resid_pre", "position"), restored("heads", "head")
   return {
-    "tokens": [name(i) for i in other],
-    "differ": [t for t, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b],
+    "tokens": [name(i) for i in inputs.tokens[0].tolist()],
     "right": choice(explained.right),
     "wrong": choice(wrong),
     "clean": _short(positions.clean[0]),

@@ -14,7 +14,7 @@ from jaxgpt.analysis.interpret import taps
 from jaxgpt.model import transformer
 from jaxgpt.tree import PyTree
 
-_FIRST, _MOST = 16, 512  # quadrature points
+_AT_ONCE, _MOST = 16, 512  # quadrature points
 
 
 class Integrated(NamedTuple):
@@ -83,7 +83,7 @@ def _path(
   at_Q: jax.Array,
   weight_Q: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(integrated gradients [B, T], measure of the inputs [B], of the baseline [B])."""
+  """(sum over some points [B, T], measure of the inputs [B], of the baseline [B])."""
   start = taps.forward(model, params, baseline, ("embed",)).at["embed"]
   end = taps.forward(model, params, inputs, ("embed",)).at["embed"]
 
@@ -121,11 +121,14 @@ def integrated(
   Returns:
     The integrated gradients. `error` says whether the tolerance was reached.
   """
-  points = _FIRST
+  points = _AT_ONCE
   while True:
     x, w = np.polynomial.legendre.leggauss(points)
-    at, weight = jnp.asarray((x + 1) / 2, jnp.float32), jnp.asarray(w / 2, jnp.float32)
-    tokens, value, start = _path(model, params, inputs, baseline, measure, at, weight)
+    tokens = jnp.zeros(inputs.tokens.shape)
+    for i in range(0, points, _AT_ONCE):  # one compiled program, however many points there are
+      at, weight = (v[i : i + _AT_ONCE].astype(np.float32) for v in ((x + 1) / 2, w / 2))
+      part, value, start = _path(model, params, inputs, baseline, measure, at, weight)
+      tokens += part
     error = float(jnp.abs(tokens.sum(-1) - (value - start)).max())
     if error <= tolerance or points >= _MOST:
       return Integrated(tokens, value, start, error, points)

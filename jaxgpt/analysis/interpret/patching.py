@@ -152,9 +152,22 @@ def trace(
       f"clean prompts are {clean.tokens.shape}, corrupted ones {corrupted.tokens.shape}; "
       "activations are patched position by position, so give prompts of one length"
     )
-  masks = sites(model.cfg, tap, by, clean.tokens.shape[1])
-  there = taps.read(model, params, clean, (tap,))
-  here = taps.read(model, params, corrupted, (tap,))
+  there, here = (taps.read(model, params, inputs, (tap,)) for inputs in (clean, corrupted))
+  return restore(model, params, corrupted, answer, tap, by, there, here)
+
+
+def restore(
+  model: transformer.Transformer,
+  params: PyTree,
+  corrupted: taps.Inputs,
+  answer: Answer,
+  tap: str,
+  by: str,
+  there: taps.Reading,
+  here: taps.Reading,
+) -> Trace:
+  """As `trace`, from readings of the clean prompts, `there`, and of the corrupted ones, `here`."""
+  masks = sites(model.cfg, tap, by, corrupted.tokens.shape[1])
   flat = masks.reshape(-1, *masks.shape[2:])
   patched = replaced(model, params, corrupted, answer, tap, flat, there.at[tap])
   return Trace(

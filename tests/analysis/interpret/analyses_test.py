@@ -103,6 +103,21 @@ def test_integrated_gradients_are_complete(pair, answer):
   assert (found.tokens[:, :3] == 0).all()  # these tokens are those of the baseline
 
 
+def test_saliency_is_the_slope_along_an_embedding(pair, answer):
+  model, params, inputs, reading, _ = pair
+  norm, times_embedding = gradients.saliency(model, params, inputs, answer)
+  assert norm.shape == (2, T) and (norm > 0).all()
+
+  def moved(by):
+    embed = reading.at["embed"].at[:, 5].multiply(1 + by)
+    edits = {"embed": taps.Edit(True, embed)}
+    return answer(taps.read(model, params, inputs, (), edits).output.logits)
+
+  np.testing.assert_allclose(
+    times_embedding[:, 5], (moved(0.01) - moved(-0.01)) / 0.02, rtol=0.05, atol=1e-3
+  )
+
+
 def test_patching_every_site_of_the_corrupted_position_restores_the_answer(pair, answer):
   model, params, clean, _, _ = pair
   where = np.asarray([5, 17])
