@@ -106,6 +106,13 @@ def check(c: ml_collections.ConfigDict) -> None:
         "at 'float32'"
       )
   optimizer.check(c_optim)
+  prune, steps = c_optim.prune, c.train.steps
+  end = steps // 2 if prune.end is None else prune.end
+  if prune.sparsity and not prune.start < end <= steps:
+    raise UserError(
+      f"optim.prune.end={end}: must be above optim.prune.start={prune.start}, and at most "
+      f"train.steps={steps}"
+    )
 
 
 def make(
@@ -136,7 +143,11 @@ def make(
       optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
     )
   tx = optax.chain(*chain)
-  return kept_zeros.keeping_zeros(tx, axes) if c_optim.keep_zeros else tx
+  if c_optim.prune.sparsity:
+    stacked = lambda names: matrix_axes(names) is not None
+    is_matrix = jax.tree.map(stacked, axes, is_leaf=sharding.is_axes)
+    tx = kept_zeros.gradual(tx, c_optim.prune, is_matrix)
+  return kept_zeros.keeping_zeros(tx, axes) if c_optim.keep_zeros or c_optim.prune.sparsity else tx
 
 
 def trained(c_optim: ml_collections.ConfigDict, axes: PyTree, strict: bool = True) -> set[str]:

@@ -197,22 +197,24 @@ def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
   return (a * b).sum(-1) / jnp.maximum(norms, 1e-12)
 
 
-def require(seen: Seen, path: str, method: str) -> np.ndarray:
+def require(seen: Seen, path: str, method: str, other: str) -> np.ndarray:
   """What a matrix read.
 
   Args:
     seen: From `walk`.
     path: Path of the matrix within the period.
     method: Name of the method, for the message.
+    other: Name of a method that does not need the inputs.
 
   Raises:
     UserError: Its inputs cannot be seen, as those of routed experts.
   """
   if path not in seen.inputs:
+    there = ", ".join(f"{seen.stack}/{name}" for name in sorted(seen.inputs))
     raise UserError(
       f"--method={method}: the inputs of {seen.stack}/{path} can't be measured (routed experts "
-      f"read tokens of their own); there are {', '.join(sorted(seen.inputs))}: choose among them "
-      "with --match, or use --method=magnitude"
+      f"read tokens of their own); there are {there}: choose among them "
+      f"with --match, or use --method={other}"
     )
   return seen.inputs[path]
 

@@ -144,7 +144,7 @@ def _by_calibration(
     for path, w in params.items():
       if f"{seen.stack}/{path}" not in paths:
         continue
-      read = calibration.require(seen, path, settings.method)
+      read = calibration.require(seen, path, settings.method, "magnitude")
       matrix = of_model[f"{seen.stack}/{path}"]._replace(shape=(1, *w.shape))
       rule: Any = _sparsegpt if uses_products else _wanda
       prune_one = functools.partial(rule, read=read, sparsity=settings.sparsity)

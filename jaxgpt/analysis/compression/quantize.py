@@ -208,7 +208,7 @@ def _by_gptq(
           f"--method=gptq: {zeros:.0%} of {path} are zero, and GPTQ would fill them in; use "
           "--method=nearest for a pruned run"
         )
-      products_II = calibration.require(seen, name, settings.method)
+      products_II = calibration.require(seen, name, settings.method, "nearest")
       matrix = forms[path].matrix._replace(shape=(1, *w.shape))
       codes = gptq(matrix.view(w[None])[0], products_II, settings.bits, forms[path].groups)
       found[path].append(codes)

@@ -105,7 +105,10 @@ def make(
         raise UserError(f"{target} exists and was not made from {source}; choose another --to")
       tell(f"{target} is there already")
     else:
-      entry(source, target, text)
+      try:
+        entry(source, target, text)
+      except UserError as e:
+        raise UserError(f"--variants={name}: {e}") from e
       tell(f"made {target}")
     made.append(target)
   return made

@@ -115,7 +115,7 @@ def _check(cfg: ml_collections.ConfigDict, method: str, count: int) -> None:
 def _head_scores(cfg: ml_collections.ConfigDict, seen: calibration.Seen) -> np.ndarray:
   """[K]: what each key/value head's query heads add to the residual stream."""
   out_NHD = np.asarray(seen.params["attn"]["o"])
-  squares_NH = calibration.require(seen, "attn/o", "heads").reshape(out_NHD.shape[:2])
+  squares_NH = seen.inputs["attn/o"].reshape(out_NHD.shape[:2])
   of_weights_NH = np.square(out_NHD).sum(-1)
   score_N = np.sqrt((squares_NH * of_weights_NH).sum(-1))
   return score_N.reshape(cfg.num_kv_heads, -1).sum(-1)
@@ -124,7 +124,7 @@ def _head_scores(cfg: ml_collections.ConfigDict, seen: calibration.Seen) -> np.n
 def _columns(seen: calibration.Seen) -> np.ndarray:
   """[F]: what each MLP column adds to the residual stream."""
   down_FD = np.asarray(seen.params["mlp"]["down"])
-  return np.sqrt(calibration.require(seen, "mlp/down", "columns")) * np.linalg.norm(down_FD, axis=1)
+  return np.sqrt(seen.inputs["mlp/down"]) * np.linalg.norm(down_FD, axis=1)
 
 
 def _taken(run: load.Run, kept: Mapping[str, np.ndarray]) -> PyTree:

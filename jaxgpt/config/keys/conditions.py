@@ -69,6 +69,14 @@ STARTS_FROM_WEIGHTS = _on(
 )
 
 
+WHOLE_WEIGHTS = _on(
+  "optim.ema=0 (an average of pruned weights is not zero) and model.lora.rank=0",
+  lambda c: not c.optim.ema and not c.model.lora.rank,
+  "optim.ema",
+  "model.lora.rank",
+)
+
+
 def _is_pooled(c: Any) -> bool:
   # A model that is compared by itself has no objective, see `architecture`.
   is_contrastive = hasattr(c, "objective") and c.objective.name == "contrastive"

@@ -4,6 +4,7 @@ from jaxgpt.config import checks
 from jaxgpt.config.keys import conditions
 from jaxgpt.config.keys.conditions import (
   STARTS_FROM_WEIGHTS,
+  WHOLE_WEIGHTS,
   above_0,
   one_of,
   set_to_something,
@@ -222,6 +223,42 @@ OPTIM = Section(
       "Weights that are zero stay zero: what `jaxgpt prune` removed stays removed.",
       needs=STARTS_FROM_WEIGHTS,
       if_changed="which weights are trained",
+    ),
+    prune=Section(
+      "Gradual pruning by magnitude during training. Weights that were pruned stay zero.",
+      dict(
+        sparsity=Key(
+          0.0,
+          "Share of zeros in each matrix of a layer in the end. 0: no pruning.",
+          interval=BELOW_1,
+          needs=WHOLE_WEIGHTS,
+          fixed=_OF_STATE,
+        ),
+        start=Key(
+          0,
+          "Step at which pruning starts.",
+          interval=AT_LEAST_0,
+          needs=above_0("optim.prune.sparsity"),
+          if_changed="when weights are pruned",
+        ),
+        end=Key(
+          None,
+          "Step at which `sparsity` is reached, by a cubic schedule (arXiv:1710.01878).",
+          value_type=int,
+          derive=lambda c: c.train.steps // 2,
+          unset="half of `train.steps`",
+          interval=AT_LEAST_1,
+          needs=above_0("optim.prune.sparsity"),
+          if_changed="when weights are pruned",
+        ),
+        every=Key(
+          100,
+          "Steps between two prunings.",
+          interval=AT_LEAST_1,
+          needs=above_0("optim.prune.sparsity"),
+          if_changed="when weights are pruned",
+        ),
+      ),
     ),
     layer_decay=Key(
       1.0,
