@@ -37,6 +37,7 @@ SEQUENCES = {
   "objectives": ("docs/objectives.md",),
   "reproducibility": ("docs/quickstart.md", "docs/reproducibility.md"),
   "evaluation": ("docs/evaluation.md",),
+  "report": ("docs/report.md",),
   "tasks": ("docs/tasks.md",),
   "inference": ("docs/inference.md",),
   "memory": ("docs/memory.md",),

@@ -44,6 +44,16 @@ def data_stages(key: str, value: Any) -> None:
       )
 
 
+def profile_steps(key: str, value: Any) -> None:
+  """Raises a UserError unless the value is () or (first, last), counted from 1."""
+  is_count = lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0
+  if value and not (len(value) == 2 and all(map(is_count, value)) and value[0] <= value[1]):
+    raise UserError(
+      f"{key}={value!r}: must be the first and the last step to trace, counted from 1; write "
+      f'--config.{key}="(11, 13)"'
+    )
+
+
 def label_names(key: str, value: Any) -> None:
   """Raises a UserError unless the value is a tuple of different strings."""
   strings = all(isinstance(name, str) and name for name in value)

@@ -1,14 +1,17 @@
-"""Metric writers: the terminal, a JSONL file in the run folder, and TensorBoard.
+"""Metric writers: the terminal, JSONL and CSV in the run folder, TensorBoard, W&B and MLflow.
 
 A writer is a subclass of `MetricWriter` and an entry of `WRITERS` that says which configs turn it
 on. docs/extending.md shows how to add one.
 """
 
 import contextlib
+import csv
 import dataclasses
 import errno
+import hashlib
 import io
 import json
+import math
 import os
 import threading
 import time
@@ -19,13 +22,16 @@ import ml_collections
 from etils import epath
 from rich import console, progress
 
+from jaxgpt import config
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, first_line, nearest, optional
 from jaxgpt.parallel import distributed
 from jaxgpt.run.process import output
 from jaxgpt.storage import atomic, buckets, strict_json
 
-JSONL = "metrics.jsonl"
+JSONL, CSV = "metrics.jsonl", "metrics.csv"
+_EXPERIMENT = "jaxgpt"  # of MLflow
+_MOST_PARAMS, _LONGEST_PARAM = 100, 500  # of MLflow: in a request, in characters
 _REMOTE_SECONDS = 10.0  # between two writes of the file to a bucket
 _TENSORBOARD_QUEUE = 100_000  # events that wait for the disk
 
@@ -200,6 +206,8 @@ class TensorBoard(MetricWriter):
     self._folder = str(run.folder / "tensorboard")
     self._opened = 0  # event files of this start
     self._open(run.start + 1)
+    lines = [f"- `{key}`: `{value!r}`" for key, value in config.flatten(run.c).items()]
+    self._writer.add_text("config", "\n".join(lines), run.start)
 
   def _open(self, step: int) -> None:
     """Begins an event file. `step` hides events of steps that will be repeated."""
@@ -226,6 +234,111 @@ class TensorBoard(MetricWriter):
 
 
 WRITERS.add("tensorboard", Entry(TensorBoard, wanted=lambda c: c.log.tensorboard))
+
+
+class Csv(MetricWriter):
+  """A line per number in metrics.csv: step, kind, metric, value at full precision.
+
+  Each metric has lines of its own, because log lines and evaluations have different ones. A number
+  that is not finite is left empty.
+  """
+
+  def __init__(self, run: Run):
+    self._path = run.folder / CSV
+    if buckets.is_remote(self._path):
+      raise UserError(
+        f"log.csv=True: {self._path} is in a bucket, where a file can't grow; leave it"
+      )
+    lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+    kept = [line for line in lines[1:] if _is_csv_until(line, run.start)]
+    atomic.write(self._path, "".join(line + "\n" for line in ["step,kind,metric,value", *kept]))
+
+  def write(self, step: int, kind: str, metrics: Metrics) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    for name, value in metrics.items():
+      rows.writerow((step, kind, name, repr(value) if math.isfinite(value) else ""))
+    size = os.path.getsize(self._path)
+    try:
+      with self._path.open("a", encoding="utf-8") as file:
+        file.write(text.getvalue())
+    except OSError:
+      with contextlib.suppress(OSError):
+        os.truncate(self._path, size)  # never half of a line
+      raise
+
+
+def _is_csv_until(line: str, step: int) -> bool:
+  """Whether a line of metrics.csv is whole and is of a step up to a given one."""
+  first = line.partition(",")[0]
+  return line.count(",") == 3 and first.isdecimal() and int(first) <= step
+
+
+WRITERS.add("csv", Entry(Csv, wanted=lambda c: c.log.csv))
+
+
+class WandB(MetricWriter):
+  """A run in Weights & Biases. WANDB_MODE=offline keeps it in the run folder, without a network.
+
+  Charts have the step of the run on their x axis. A start that repeats steps logs them again.
+  """
+
+  def __init__(self, run: Run):
+    wandb = optional("wandb", "wandb", f"log.wandb={run.c.log.wandb!r}")
+    where = hashlib.sha256(os.path.abspath(run.folder).encode()).hexdigest()[:16]
+    self._run = wandb.init(
+      project=run.c.log.wandb,
+      name=run.folder.name,
+      id=where,  # the same for all starts of the run
+      dir=str(run.folder),
+      config=config.flatten(run.c),
+      resume="allow",
+    )
+    self._run.define_metric("*", step_metric="step")
+
+  def write(self, step: int, kind: str, metrics: Metrics) -> None:
+    self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in metrics.items()}})
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+WRITERS.add("wandb", Entry(WandB, wanted=lambda c: bool(c.log.wandb)))
+
+
+class MLflow(MetricWriter):
+  """A run in MLflow: in a folder, in a database (sqlite:///…) or on a server."""
+
+  def __init__(self, run: Run):
+    uri = run.c.log.mlflow
+    if "://" not in uri or uri.startswith("file:"):  # newer versions want to be told so
+      os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = optional("mlflow", "mlflow", f"log.mlflow={uri!r}")
+    self._entities = optional("mlflow.entities", "mlflow", f"log.mlflow={uri!r}")
+    self._client = mlflow.MlflowClient(tracking_uri=uri)
+    found = self._client.get_experiment_by_name(_EXPERIMENT)
+    number = found.experiment_id if found else self._client.create_experiment(_EXPERIMENT)
+    self._id = self._client.create_run(number, run_name=run.folder.name).info.run_id
+    params = [
+      self._entities.Param(key, str(value)[:_LONGEST_PARAM])
+      for key, value in config.flatten(run.c).items()
+      if str(value)
+    ]
+    for begin in range(0, len(params), _MOST_PARAMS):
+      self._client.log_batch(self._id, params=params[begin : begin + _MOST_PARAMS])
+
+  def write(self, step: int, kind: str, metrics: Metrics) -> None:
+    now = int(time.time() * 1000)
+    entries = [
+      self._entities.Metric(f"{kind}/{name}", value, now, step) for name, value in metrics.items()
+    ]
+    self._client.log_batch(self._id, metrics=entries)
+
+  def close(self) -> None:
+    self._client.set_terminated(self._id)
+
+
+WRITERS.add("mlflow", Entry(MLflow, wanted=lambda c: bool(c.log.mlflow)))
 
 
 class Terminal(MetricWriter):
@@ -365,4 +478,19 @@ def make(c: ml_collections.ConfigDict, folder: epath.PathLike, start: int) -> Wr
   if not distributed.is_first():
     return Writers()
   run = Run(c, epath.Path(folder), start)
-  return Writers(*(entry.open(run) for entry in WRITERS.values() if entry.wanted(c)))
+  wanted = [(name, entry) for name, entry in WRITERS.items() if entry.wanted(c)]
+  return Writers(*filter(None, (_open(name, entry, run) for name, entry in wanted)))
+
+
+def _open(name: str, entry: Entry, run: Run) -> MetricWriter | None:
+  """A writer, or None, and a warning, if a server or a library fails."""
+  try:
+    return entry.open(run)
+  except UserError:
+    raise
+  except Exception as e:  # whatever a library raises without a network
+    output.warn(
+      f"the metric writer {name} can't be opened, and the run goes on without it: "
+      f"{type(e).__name__}: {first_line(e, 300)}"
+    )
+    return None

@@ -1,10 +1,14 @@
 """Metric writers: which are open, and what they leave."""
 
+import csv
 import json
 import resource
+import sys
 import threading
+import time
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
@@ -101,9 +105,9 @@ def test_tensorboard_goes_on_in_a_new_file_after_its_thread_has_died(tmp_path, m
   assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
-class Csv(metric_writers.MetricWriter):
+class Losses(metric_writers.MetricWriter):
   def __init__(self, run):
-    self._path = run.folder / "metrics.csv"
+    self._path = run.folder / "losses.txt"
 
   def write(self, step, kind, metrics):
     with self._path.open("a") as f:
@@ -112,18 +116,18 @@ class Csv(metric_writers.MetricWriter):
 
 def test_a_registered_writer_is_turned_on_by_its_option(tmp_path, monkeypatch):
   entry = metric_writers.Entry(
-    Csv, wanted=lambda c: c.log.options.get("csv", False), options=("csv",)
+    Losses, wanted=lambda c: c.log.options.get("losses", False), options=("losses",)
   )
-  monkeypatch.setitem(metric_writers.WRITERS._entries, "csv", entry)
-  for c in (resolved(), resolved(**{"options.csv": True})):
+  monkeypatch.setitem(metric_writers.WRITERS._entries, "losses", entry)
+  for c in (resolved(), resolved(**{"options.losses": True})):
     writers = metric_writers.make(c, tmp_path, 0)
     writers.write(1, "train", {"loss": 2.5})
     writers.close()
-  assert (tmp_path / "metrics.csv").read_text() == "1,train,2.5\n"
+  assert (tmp_path / "losses.txt").read_text() == "1,train,2.5\n"
   with pytest.raises(
-    UserError, match="log.options.cvs: no metric writer reads it; did you mean 'csv'"
+    UserError, match="log.options.loses: no metric writer reads it; did you mean 'losses'"
   ):
-    metric_writers.make(resolved(**{"options.cvs": True}), tmp_path, 0)
+    metric_writers.make(resolved(**{"options.loses": True}), tmp_path, 0)
 
 
 def test_the_other_processes_write_nothing(tmp_path, monkeypatch):
@@ -147,3 +151,130 @@ def test_the_file_is_json_also_where_a_metric_is_not_finite(tmp_path):
     (800.0, None),
     (None, 0),
   ]
+
+
+# ---- what each writer gives back ----
+
+LOGGED = [
+  (1, "train", {"loss": 2.5, "lr": 1 / 3, "tokens": 20480.0}),
+  (1, "validation", {"loss": 2.25, "task/rouge": 0.1 + 0.2}),
+  (2, "train", {"loss": 1e-30, "lr": 123456789.123, "tokens": 20480.0}),
+]
+
+
+def log(folder, logged=LOGGED, start=0, **changes):
+  writers = metric_writers.make(resolved(**changes), folder, start)
+  for step, kind, metrics in logged:
+    writers.write(step, kind, metrics)
+  writers.close()
+
+
+def test_csv_gives_back_every_number(tmp_path):
+  log(tmp_path, csv=True)
+  with (tmp_path / metric_writers.CSV).open(newline="") as file:
+    found = [
+      (int(r["step"]), r["kind"], r["metric"], float(r["value"])) for r in csv.DictReader(file)
+    ]
+  assert found == [(s, k, name, v) for s, k, metrics in LOGGED for name, v in metrics.items()]
+
+
+def test_csv_drops_the_lines_of_repeated_steps_and_of_a_kill(tmp_path):
+  log(tmp_path, csv=True)
+  with (tmp_path / metric_writers.CSV).open("a") as file:
+    file.write("2,train,lo")
+  log(tmp_path, [(2, "train", {"loss": float("nan")})], start=1, csv=True)
+  last = (tmp_path / metric_writers.CSV).read_text().splitlines()[5:]
+  assert last == ["1,validation,task/rouge,0.30000000000000004", "2,train,loss,"]
+
+
+def test_tensorboard_gives_back_every_number(tmp_path):
+  log(tmp_path, tensorboard=True)
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  found, texts = {}, []
+  data = path.read_bytes()
+  while data:  # records: length, its checksum, an event, its checksum
+    size = int.from_bytes(data[:8], "little")
+    event = event_pb2.Event.FromString(data[12 : 12 + size])
+    data = data[16 + size :]
+    for value in event.summary.value:
+      if value.HasField("tensor"):
+        texts.append((value.tag, value.tensor.string_val[0].decode()))
+      else:
+        found[event.step, value.tag] = value.simple_value
+  assert found == {
+    (s, f"{kind}/{name}"): pytest.approx(v, rel=1e-7)
+    for s, kind, metrics in LOGGED
+    for name, v in metrics.items()
+  }
+  assert texts[0][0].startswith("config") and "`train.steps`: `10`" in texts[0][1]
+
+
+def test_mlflow_gives_back_every_number(tmp_path):
+  mlflow = pytest.importorskip("mlflow", reason="pip install -e '.[mlflow]'")
+  uri = f"file:{tmp_path}/mlruns"
+  log(tmp_path, mlflow=uri)
+  client = mlflow.MlflowClient(tracking_uri=uri)
+  (experiment,) = [e for e in client.search_experiments() if e.name == "jaxgpt"]
+  (run,) = client.search_runs([experiment.experiment_id])
+  assert run.data.params["train.steps"] == "10" and run.info.status == "FINISHED"
+  found = {
+    (m.step, name): m.value
+    for name in run.data.metrics
+    for m in client.get_metric_history(run.info.run_id, name)
+  }
+  assert found == {(s, f"{k}/{n}"): v for s, k, metrics in LOGGED for n, v in metrics.items()}
+
+
+def leveldb_records(data):
+  """The records of a log in LevelDB's format, whose file has a header of 7 bytes."""
+  at, parts = 7, b""
+  while at + 7 <= len(data):
+    size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+    left = 32768 - at % 32768  # in this block
+    if kind == 0 or left < 7:
+      at += left
+      continue
+    parts += data[at + 7 : at + 7 + size]
+    at += 7 + size
+    if kind in (1, 4):  # whole, or the last piece
+      yield parts
+      parts = b""
+
+
+def test_wandb_offline_gives_back_every_number(tmp_path, monkeypatch):
+  pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
+  from wandb.proto import wandb_internal_pb2
+
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.setenv("WANDB_SILENT", "true")
+  log(tmp_path, wandb="a-project")
+  (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+  found, ended, began = {}, False, time.monotonic()
+  while not ended and time.monotonic() < began + 30:  # its process writes when it likes
+    for data in leveldb_records(path.read_bytes()):
+      record = wandb_internal_pb2.Record.FromString(data)
+      items = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
+      step = items.pop("step", None)
+      found |= {(step, name): v for name, v in items.items() if not name.startswith("_")}
+      ended |= record.HasField("exit")
+  assert found == {(s, f"{k}/{n}"): v for s, k, metrics in LOGGED for n, v in metrics.items()}
+
+
+def test_a_writer_that_cannot_be_opened_is_said_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+  def unreachable(run):
+    raise ConnectionError("no route to host")
+
+  entry = metric_writers.Entry(unreachable, wanted=lambda c: bool(c.log.mlflow))
+  monkeypatch.setitem(metric_writers.WRITERS._entries, "mlflow", entry)
+  log(tmp_path, mlflow="http://nowhere")
+  assert len(lines(tmp_path)) == 3
+  assert (
+    "mlflow can't be opened, and the run goes on without it: Connection" in capsys.readouterr().err
+  )
+
+
+@pytest.mark.parametrize("key", ["wandb", "mlflow"])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, key):
+  monkeypatch.setitem(sys.modules, key, None)
+  with pytest.raises(UserError, match=rf"log\.{key}='x' needs {key}.*jaxgpt\[{key}\]"):
+    metric_writers.make(resolved(**{key: "x"}), tmp_path, 0)

@@ -246,7 +246,8 @@ class Chart {
       };
       for (const c of columns) { if (c.gap) close(); piece.push(c); }
       close();
-      element("path", { d, class: "band" }, group);
+      const shown = state.focus === r ? 1 : DATA.runs.length - state.off.size;
+      element("path", { d, class: "band" }, group).style.opacity = 0.2 / (0.65 + 0.35 * shown);
     }
     if (smoothed) element("path", { d: path("y"), class: "line raw" }, group);
     const dash = held || r >= 10 ? " held" : "";

@@ -62,10 +62,12 @@ def _is_evaluation(found: Mapping[str, Any]) -> bool:
 def _evaluation(name: str, found: Mapping[str, Any]) -> list[Table]:
   head = {key: value for key, value in found.items() if key != "by"}
   rows: list[tuple[Any, ...]] = [
-    (key, value) for key, value in head.items() if key not in ("split", "step")
+    (key, value) for key, value in head.items() if key not in ("split", "step", "data_digest")
   ]
   title = f"{name}: {found['split']} at step {found['step']}"
-  out = [Table(title, ("metric", "value"), rows)]
+  digest = str(found.get("data_digest", ""))[:12]
+  note = f"Digest of the data: {digest}." if digest else ""
+  out = [Table(title, ("metric", "value"), rows, note)]
   for by, table in found.get("by", {}).items():
     if groups := _rows(table):
       columns = list(dict.fromkeys(key for group in groups for key in group))

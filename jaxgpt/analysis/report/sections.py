@@ -274,7 +274,7 @@ def evaluations(runs: Sequence[Run], given: Sequence[results_lib.Table]) -> Html
   for run in runs:
     found = run.series.get("validation")
     for name, points in found.metrics.items() if found else ():
-      if found and points.newest is not None:
+      if found and points.newest is not None and name != "tokens":
         least, greatest = float(np.nanmin(points.low)), float(np.nanmax(points.high))
         rows.append((run.name, name, points.newest, least, greatest, found.records))
   parts = []

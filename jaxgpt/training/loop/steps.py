@@ -27,7 +27,7 @@ from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import throughput
-from jaxgpt.run.process import output, stop_signal, watchdog
+from jaxgpt.run.process import output, profile, stop_signal, watchdog
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, evaluation, train_step
@@ -113,6 +113,7 @@ class Run:
     )
     self._eval_step = evaluation.make_step(parts.objective)
     self._writers = metric_writers_lib.make(c, setup.folder, self._step)
+    self._profile = profile.Profile(c.log.profile_steps, setup.folder)
     self._watchdog = watchdog.Watchdog(c.log.hang_minutes)
 
   def run(self) -> Outcome:
@@ -222,6 +223,7 @@ class Run:
           self._read_metrics()
           with self._timer.paused(throughput.COMPILE), jax.transfer_guard("allow"):
             compiled = self._compile(*remaining[0])
+        self._profile.before(self._step + 1, self._read_metrics)
         with self._timer.waiting():
           batch = next(batches)
         self._batch_taken = True
@@ -389,7 +391,8 @@ class Run:
     )
 
   def close(self) -> None:
-    """Closes the metric writers and the watchdog."""
+    """Closes the metric writers, the watchdog and a trace that is running."""
+    self._profile.close()
     self._watchdog.close()
     self._writers.close()
 
