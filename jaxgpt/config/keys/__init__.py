@@ -3,6 +3,7 @@
 import ml_collections
 
 from jaxgpt.config.keys import conditions
+from jaxgpt.config.keys.logs import LOG
 from jaxgpt.config.keys.mesh import MESH, MESH_AXES
 from jaxgpt.config.keys.model import MODEL
 from jaxgpt.config.keys.objective import OBJECTIVE
@@ -10,7 +11,6 @@ from jaxgpt.config.keys.training import (
   CHECKPOINT,
   DATA,
   EVAL,
-  LOG,
   OPTIM,
   SCHEDULE,
   TASK,

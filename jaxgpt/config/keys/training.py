@@ -1,4 +1,4 @@
-"""Config keys of training: data, objective, optimizer, schedule, evaluation, checkpoints, logs."""
+"""Config keys of training: data, objective, optimizer, schedule, evaluation, checkpoints."""
 
 from jaxgpt.config import checks
 from jaxgpt.config.keys import conditions
@@ -462,41 +462,6 @@ CHECKPOINT = Section(
       "Also keep the weights of the evaluation with the best value of this metric, such as loss, "
       "accuracy or task/rougeL. `--step=best` uses them. Empty: none.",
     ),
-  ),
-  free_on_resume=True,
-)
-
-LOG = Section(
-  "Metrics during training.",
-  dict(
-    every=Key(
-      10, "Steps between log lines. Metrics are means over these steps.", interval=AT_LEAST_1
-    ),
-    hang_minutes=Key(
-      30.0,
-      "Print the stacks of all threads on standard error if a step or a batch of an evaluation "
-      "takes longer than this. 0: never.",
-      interval=AT_LEAST_0,
-    ),
-    tensorboard=Key(False, "Also write TensorBoard event files. Needs the extra [track]."),
-    csv=Key(False, "Also write metrics.csv: a line per number, with step, kind, metric and value."),
-    wandb=Key(
-      "",
-      "Also log to this project of Weights & Biases. Needs the extra [wandb]. WANDB_MODE=offline "
-      "keeps the log in the run folder. Empty: not used.",
-    ),
-    mlflow=Key(
-      "",
-      "Also log to this tracking store of MLflow: a folder such as file:mlruns, a server, "
-      "or sqlite:///mlflow.db (with SQLAlchemy). Needs the extra [mlflow]. Empty: not used.",
-    ),
-    profile_steps=Key(
-      (),
-      "(first, last): write a trace of these steps to the folder `profile` of the run, for XProf, "
-      "TensorBoard and Perfetto. (): none.",
-      check=checks.profile_steps,
-    ),
-    options=user_options("metric writer"),
   ),
   free_on_resume=True,
 )
