@@ -108,9 +108,9 @@ def check(c: ml_collections.ConfigDict) -> None:
   optimizer.check(c_optim)
   prune, steps = c_optim.prune, c.train.steps
   end = steps // 2 if prune.end is None else prune.end
-  if prune.sparsity and not prune.start < end <= steps:
+  if prune.sparsity and not prune.start < end < steps:
     raise UserError(
-      f"optim.prune.end={end}: must be above optim.prune.start={prune.start}, and at most "
+      f"optim.prune.end={end}: must be above optim.prune.start={prune.start} and below "
       f"train.steps={steps}"
     )
 

@@ -186,25 +186,30 @@ def names_of(folders: Sequence[epath.PathLike]) -> list[str]:
   return ["/".join(p[-depth:]) for p in parts]
 
 
-def lines(rows: Sequence[Row], split: str) -> list[str]:
-  """The table in Markdown. Changes are relative to the first row."""
-  first = rows[0]
-  per_byte = first.bits_per_byte is not None
-  score = "bits per byte" if per_byte else "loss"
-  out = [
+def head(first: Row, split: str) -> list[str]:
+  """The head of the table in Markdown.
+
+  Args:
+    first: The original.
+    split: The split of the scores.
+  """
+  score = "loss" if first.bits_per_byte is None else "bits per byte"
+  return [
     f"| run | bytes | zeros | {split} {score} | change | evaluated tokens/s | generated tokens/s |",
     "|---|---|---|---|---|---|---|",
   ]
-  for row in rows:
-    value = row.bits_per_byte if per_byte else row.loss
-    before = first.bits_per_byte if per_byte else first.loss
-    change = "" if row is first else f"{(value or 0) / (before or 1) - 1:+.2%}"
-    generated = f"{row.generated:,.0f}" if row.generated else ""
-    out.append(
-      f"| {row.name} | {row.stored:,} | {row.zeros:.1%} | {value:.4f} | {change} | "
-      f"{row.evaluated:,.0f} | {generated} |"
-    )
-  return out
+
+
+def line_of(row: Row, first: Row) -> str:
+  """A row of the table in Markdown, with its change relative to the first row."""
+  before = first.loss if first.bits_per_byte is None else first.bits_per_byte
+  value = row.loss if row.bits_per_byte is None else row.bits_per_byte
+  change = "" if row is first else f"{value / before - 1:+.2%}"
+  generated = f"{row.generated:,.0f}" if row.generated else ""
+  return (
+    f"| {row.name} | {row.stored:,} | {row.zeros:.1%} | {value:.4f} | {change} | "
+    f"{row.evaluated:,.0f} | {generated} |"
+  )
 
 
 def check_runs(folders: Sequence[epath.PathLike]) -> None:

@@ -61,11 +61,13 @@ def run(args: CompressOptions) -> None:
     text = compressed_run.Calibration(args.data, "train", args.rows or compressed_run.ROWS)
     made = report.make(folders[0], args.to, names or list(report.VARIANTS), text, print)
     folders += [str(folder) for folder in made]
-  rows = []
+  rows, lines = list[report.Row](), list[str]()
   for folder, name in zip(folders, report.names_of(folders), strict=True):
-    rows.append(report.measure(folder, name, args.split, args.data, args.tokens, args.batches))
-  lines = report.lines(rows, args.split)
-  print("\n".join(lines))
+    row = report.measure(folder, name, args.split, args.data, args.tokens, args.batches)
+    rows.append(row)
+    new = [*([] if lines else report.head(row, args.split)), report.line_of(row, rows[0])]
+    print("\n".join(new), flush=True)
+    lines += new
   print(f"speeds on {report.device()}; quantized weights are float32 again when a run is loaded")
   if args.report:
     pathlib.Path(args.report).write_text("\n".join(lines) + "\n", encoding="utf-8")
