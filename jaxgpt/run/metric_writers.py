@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import ml_collections
 from etils import epath
-from rich import console, progress
+from rich import console
 
 from jaxgpt import config
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, first_line, nearest, optional
 from jaxgpt.parallel import distributed
-from jaxgpt.run.process import output
+from jaxgpt.run.process import live_line, output
 from jaxgpt.storage import atomic, buckets, strict_json
 
 JSONL, CSV = "metrics.jsonl", "metrics.csv"
@@ -347,22 +347,13 @@ class Terminal(MetricWriter):
   def __init__(self, run: Run):
     self._console = console.Console(highlight=False, soft_wrap=True)
     self._total = run.c.train.steps
-    self._bar = progress.Progress(
-      progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-      progress.BarColumn(20),
-      progress.TextColumn("{task.fields[text]}"),
-      progress.TextColumn("ETA"),
-      progress.TimeRemainingColumn(compact=True),
-      console=self._console,
-      disable=not self._console.is_terminal,
-    )
-    self._task = self._bar.add_task("", total=self._total, completed=run.start, text="compiling …")
-    self._bar.start()
+    every = {"evaluation": run.c.eval.every, "save": run.c.checkpoint.every}
+    self._live = live_line.LiveLine(self._console, self._total, run.start, every)
 
   def write(self, step: int, kind: str, metrics: Metrics) -> None:
     text = _line(metrics)
-    if kind == "train" and not self._bar.disable:
-      self._bar.update(self._task, completed=step, text=text)
+    if kind == "train" and self._live.shown:
+      self._live.update(step, text, metrics.get("loss"))
       return
     eta = ""
     if kind == "train" and metrics.get("step_time"):
@@ -371,7 +362,7 @@ class Terminal(MetricWriter):
 
   def close(self) -> None:
     """Leaves the terminal as it was."""
-    self._bar.stop()
+    self._live.close()
 
 
 WRITERS.add("terminal", Entry(Terminal))

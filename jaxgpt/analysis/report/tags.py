@@ -125,7 +125,7 @@ def table(
     tag("thead", tag("tr", *heads)),
     tag("tbody", *body),
   )
-  return tag("div", inner, class_="scroll", role="region", aria_label=caption, tabindex=0)
+  return tag("div", inner, class_="scroll", role="group", aria_label=caption, tabindex=0)
 
 
 def _cell(cell: Any) -> tuple[Any, Any]:
