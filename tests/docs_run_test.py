@@ -38,6 +38,7 @@ SEQUENCES = {
   "reproducibility": ("docs/quickstart.md", "docs/reproducibility.md"),
   "evaluation": ("docs/evaluation.md",),
   "report": ("docs/report.md",),
+  "interpret": ("docs/interpret.md",),
   "tasks": ("docs/tasks.md",),
   "inference": ("docs/inference.md",),
   "memory": ("docs/memory.md",),

@@ -20,6 +20,7 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "distillation": (0, 264),  # without a teacher it does not build
   "finetune": (10_945_536, 264),  # without a run to start from: the base config
   "gpt2_124m": (124_475_904, None),
+  "induction": (50_560, 264),
   "llama3_8b": (8_030_261_248, None),
   "masked_lm": (1_100_296, 264),
   "preference": (10_945_536, 264),  # without a run to start from: the base config
