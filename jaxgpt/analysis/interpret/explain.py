@@ -125,9 +125,10 @@ def names_of(tokenizer: base.Tokenizer, size: int) -> Callable[[int], str]:
     if pieces is None:
       return tokenizer.decode([i], specials=True)
     try:
-      return pieces[i].decode()
+      text = pieces[i].decode()
     except UnicodeDecodeError:  # a part of a character
       return "".join(f"\\x{byte:02x}" for byte in pieces[i])
+    return "".join(c if c.isprintable() or c in " \n\t" else f"\\x{ord(c):02x}" for c in text)
 
   return name
 
