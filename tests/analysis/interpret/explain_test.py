@@ -110,6 +110,7 @@ def encoder(**fields):
   return load.Run(c, parts, mesh, params, 0, found, "", generation.Generation({}))
 
 
+@pytest.mark.slow
 def test_an_encoder_predicts_at_its_mask_and_leaves_out_what_makes_no_sense():
   run = encoder()
   mask = next(n for n, i in run.tokenizer.special_ids.items() if i == run.tokenizer.mask_id)
