@@ -30,5 +30,5 @@ def test_what_differs_is_told():
   ]
   lines = crashes.summary(found)
   assert "| step | 2 | SIGKILL, error | 1 |" in lines
-  assert "2 strikes, 1 continued to the bit" in lines
+  assert "2 strikes, 1 continued as if nothing had happened" in lines
   assert lines[-1].startswith("DIFFERS: error in 'step', resumed=True, exit codes [1, 0]: before")
