@@ -104,7 +104,7 @@ class Jsonl(MetricWriter):
     self._newest: dict[str, dict[str, Any]] = {}
     self._lines = ""  # not on disk yet; for buckets, the whole file
     self._file: io.FileIO | None = None
-    self._size = 0  # bytes of the local file that are whole lines
+    self._size = self.unwritten = 0  # bytes of whole lines in the local file; lines not on disk
     self._written = time.monotonic()
     with self._named_errors():
       if self._path.exists():
@@ -129,6 +129,7 @@ class Jsonl(MetricWriter):
   def write(self, step: int, kind: str, metrics: Metrics) -> None:
     self._newest[kind] = {"step": step, "kind": kind, **metrics}
     self._lines += strict_json.dumps(self._newest[kind]) + "\n"
+    self.unwritten += 1
     if self._file is not None:
       self._append(self._file)  # at once: `tail -f` and plots follow the run
     elif time.monotonic() - self._written > _REMOTE_SECONDS:
@@ -146,7 +147,7 @@ class Jsonl(MetricWriter):
           file.truncate(self._size)
         raise
     self._size += len(data)
-    self._lines = ""
+    self._lines, self.unwritten = "", 0
 
   def flush(self) -> None:
     self._written = time.monotonic()
@@ -155,13 +156,11 @@ class Jsonl(MetricWriter):
     elif self._lines:
       with self._named_errors():
         atomic.write(self._path, self._lines)
+        self.unwritten = 0
 
   def close(self) -> None:
-    try:
+    with self._file or contextlib.nullcontext():
       self.flush()
-    finally:
-      if self._file is not None:
-        self._file.close()
 
   @contextlib.contextmanager
   def _named_errors(self) -> Iterator[None]:
@@ -436,6 +435,10 @@ class Writers(MetricWriter):
   def flush(self) -> None:
     for writer in self._writers:
       self._try(writer, lambda w: w.flush())
+
+  def unwritten(self) -> int:
+    """Lines of metrics.jsonl that could not be written."""
+    return sum(writer.unwritten for writer in self._writers if isinstance(writer, Jsonl))
 
   def close(self) -> None:
     for writer in self._writers:

@@ -182,6 +182,55 @@ def test_a_run_that_cannot_save_ends_if_its_config_says_so(
   checkpoints.close()
 
 
+def test_metrics_that_the_disk_never_took_are_an_error_of_a_run_that_is_done(
+  whole, tmp_path, monkeypatch
+):
+  c, folder = whole
+  run = epath.Path(tmp_path / "run")
+  real = metric_writers.Jsonl._append
+
+  def full_after_step_7(writer, file):
+    if writer._newest.get("train", {}).get("step") == 8:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    real(writer, file)
+
+  monkeypatch.setattr(metric_writers.Jsonl, "_append", full_after_step_7)
+  with pytest.raises(
+    trouble.UnwrittenError, match=r"2 lines of .*metrics.jsonl could not"
+  ) as caught:
+    train(c, run)
+  assert caught.value.exit_code == 75 and steps(run)[-1] == 8
+  monkeypatch.setattr(metric_writers.Jsonl, "_append", real)
+  train(c, run)
+  assert [x for x in lines(folder) if (x["step"], x["kind"]) != (8, "train")] == lines(run)
+
+
+class FullDisk:
+  """Checkpoints that cannot be saved."""
+
+  def save(self, *content):
+    raise checkpoints_lib.SaveError(epath.Path("run"), OSError(errno.ENOSPC, "no space"))
+
+  def wait(self):
+    return None
+
+  latest = wait
+
+  def forget_failure(self):
+    return 5
+
+
+def test_the_last_save_does_not_wait_as_long_as_failures_of_hours_made_it(tmp_path, monkeypatch):
+  pauses = []
+  monkeypatch.setattr(time, "sleep", pauses.append)
+  saver = saving.Saver(config.base().checkpoint, tmp_path, FullDisk(), None, dict)
+  for _ in range(9):
+    saver.save(lambda: ({}, {}))
+  with pytest.raises(checkpoints_lib.SaveError):
+    saver.finish(lambda: ({}, {}))
+  assert pauses == [0, 5, 10, 20]
+
+
 def test_after_failed_saves_metrics_are_no_proof_of_a_lost_checkpoint(whole, tmp_path):
   _, folder = whole
   run = epath.Path(tmp_path / "run")

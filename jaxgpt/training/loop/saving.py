@@ -128,23 +128,24 @@ class Saver:
     Raises:
       SaveError: It could not be saved.
     """
-    for left in reversed(range(most_failures)):
+    for tries in range(most_failures):
       try:
         self._note(self._checkpoints.wait())
         self._checkpoints.save(*content())
         self._note(self._checkpoints.wait())
         return
       except checkpoints_lib.SaveError as e:
-        if not left:
+        if tries == most_failures - 1:
           raise
-        time.sleep(self._failed(e, ends=False))
+        time.sleep(self._failed(e, tries))
 
-  def _failed(self, error: checkpoints_lib.SaveError, ends: bool = True) -> float:
+  def _failed(self, error: checkpoints_lib.SaveError, tries: int | None = None) -> float:
     """Says that a save failed, and plans the next try.
 
     Args:
       error: The error.
-      ends: Whether the run may end for it.
+      tries: At the end of a run: failures of the last save before this one. They alone determine
+        the pause, since nothing else goes on meanwhile. None: in the run, which may end for it.
 
     Returns:
       The pause before the next try in seconds.
@@ -153,11 +154,10 @@ class Saver:
       raise error
     step = self._checkpoints.forget_failure()
     self._failures += 1
-    if ends and self._c.on_failure == "stop" and self._failures >= MOST_FAILURES:
+    if tries is None and self._c.on_failure == "stop" and self._failures >= MOST_FAILURES:
       raise error
-    pause = 0.0
-    if self._failures > 1:
-      pause = min(_FIRST_PAUSE * 2.0 ** (self._failures - 2), _LONGEST_PAUSE)
+    earlier = self._failures - 1 if tries is None else tries
+    pause = min(_FIRST_PAUSE * 2.0 ** (earlier - 1), _LONGEST_PAUSE) if earlier else 0.0
     self._retry_at = time.monotonic() + pause
     if self._failures == 1:
       self._record(run_folder.note_failed, step or 0)

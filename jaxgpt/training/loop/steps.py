@@ -150,7 +150,7 @@ class Run:
   def _rescue(self, error: BaseException) -> None:
     """Saves the state after the last completed step, if an error left it as it was, and says so."""
     wants_out = isinstance(error, KeyboardInterrupt) and self._stop.received  # the second Ctrl-C
-    said = (trouble.NotFiniteError, checkpoints_lib.SaveError)
+    said = (trouble.NotFiniteError, trouble.UnwrittenError, checkpoints_lib.SaveError)
     if wants_out or isinstance(error, said) or self._step == self._start:
       return
     newest = self._saver.newest
@@ -356,9 +356,16 @@ class Run:
       self._saver.save(self._content)
 
   def _finish(self) -> None:
-    """Waits until the last state is saved."""
+    """Waits until the last state is saved, and all metrics are.
+
+    Raises:
+      UserError: They could not be.
+    """
     with self._timer.paused(throughput.SAVING):
       self._saver.finish(self._content)
+    self._writers.flush()
+    if lines := self._writers.unwritten():
+      raise trouble.UnwrittenError(self._folder / metric_writers_lib.JSONL, lines)
 
   def _content(self) -> tuple[train_step.State, dict[str, object]]:
     """The state, and what else a checkpoint holds."""

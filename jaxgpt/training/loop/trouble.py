@@ -11,6 +11,7 @@ import errno
 from collections.abc import Iterator
 
 import jax
+from etils import epath
 
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.parallel import peer_watch, sharding
@@ -26,6 +27,17 @@ _TRANSIENT = (
 
 class NotFiniteError(UserError):
   """A step whose loss, gradient or weights are not finite. The state is not worth saving."""
+
+
+class UnwrittenError(UserError):
+  """A run is done and saved, but the last lines of its metrics are not on disk."""
+
+  def __init__(self, path: epath.Path, lines: int):
+    super().__init__(
+      f"the checkpoint is saved, but {lines} lines of {path} could not be written and are lost; "
+      "make room and run the same command again: it repeats the evaluation, not the steps",
+      exit_code=peer_watch.EXIT_LOST,
+    )
 
 
 @contextlib.contextmanager
