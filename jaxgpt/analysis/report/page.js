@@ -506,9 +506,10 @@ if (charts.length) {
 
 // ---- tables ----
 
-for (const table of document.querySelectorAll("main table")) {
+function sortable(table) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
-  if (body.rows.length < 2) continue;
+  if (body.rows.length < 2 || table.dataset.sortable) return;
+  table.dataset.sortable = "yes";
   heads.forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
@@ -532,6 +533,14 @@ for (const table of document.querySelectorAll("main table")) {
       body.append(...rows.map(([, row]) => row));
     });
   });
+}
+
+// Tables in what is folded are prepared when it unfolds: a page of many runs opens sooner.
+for (const table of document.querySelectorAll("main table")) {
+  if (!table.closest("details:not([open])")) sortable(table);
+}
+for (const part of document.querySelectorAll("main details")) {
+  part.addEventListener("toggle", () => part.querySelectorAll("table").forEach(sortable));
 }
 
 for (const part of document.querySelectorAll(".config")) {
