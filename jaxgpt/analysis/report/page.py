@@ -26,7 +26,6 @@ _CHARTS = {  # metric: (title, unit), in the order of the page
   "lr": ("Learning rate", ""),
   "grad_norm": ("Gradient norm", "before clipping"),
   "tokens_per_second": ("Throughput", "tokens per second"),
-  "memory": ("Device memory", "GiB at its peak"),
   "bits_per_byte": ("Bits per byte", "of the validation split"),
   "perplexity": ("Perplexity", ""),
   "accuracy": ("Accuracy", ""),
