@@ -98,6 +98,11 @@ def _check(cfg: ml_collections.ConfigDict, method: str, count: int) -> None:
     )
   if method == "columns" and "moe" in cfg.mlp_pattern:
     raise UserError(f"{flag}: the columns of experts can't be removed; choose another method")
+  if method == "columns" and "none" in cfg.mlp_pattern:
+    raise UserError(
+      f"{flag}: the layers have no MLPs (model.mlp_pattern={cfg.mlp_pattern!r}); choose another "
+      "method"
+    )
   if method == "heads" and (cfg.latent.kv_rank or cfg.qk_norm == "all"):
     why = "latent attention" if cfg.latent.kv_rank else "one norm over all heads"
     raise UserError(f"{flag}: a model with {why} can't lose heads; choose another method")

@@ -82,6 +82,10 @@ def test_what_cannot_be_removed_is_refused(opened, text, tiny):
   c.model.qk_norm = "all"
   with pytest.raises(UserError, match="one norm over all heads can't lose heads"):
     structured.remove(opened._replace(c=c), "heads", 1, text)
+  c = opened.c.copy_and_resolve_references()
+  c.model.mlp_pattern = ("none",)
+  with pytest.raises(UserError, match="the layers have no MLPs"):
+    structured.remove(opened._replace(c=c), "columns", 1, text)
   with pytest.raises(UserError, match="--method=layers needs --remove"):
     command.PruneOptions(workdir="a", to="b", method="layers")
   with pytest.raises(UserError, match="--sparsity has no effect with --method=layers"):
