@@ -4,9 +4,9 @@ Under a causal mask late queries attend to many keys and early queries to few. I
 contiguous shards of a row, the last one would compute most. So a row is cut into 2n chunks, and
 device i holds chunks i and 2n-1-i (Llama 3, arXiv:2407.21783, section 3.3.2). For n = 4:
 
-            row:    c0 c1 c2 c3 c4 c5 c6 c7
-  balanced order:  [c0 c7][c1 c6][c2 c5][c3 c4]
-                   dev 0   dev 1  dev 2  dev 3
+             row:  c0 c1   c2 c3   c4 c5   c6 c7
+  balanced order:  c0 c7 | c1 c6 | c2 c5 | c3 c4
+                   dev 0   dev 1   dev 2   dev 3
 
 A chunk's query work is proportional to its number plus one half. The two chunks of each device add
 up to the same amount.
