@@ -105,6 +105,7 @@ def test_wanda_keeps_the_best_of_every_group(trained, opened, text, wanda):
   assert load.evaluate_run(run)["loss"] > 0
 
 
+@pytest.mark.slow
 def test_zeros_stay_zero_in_training_and_resume_exactly(wanda, tiny, tmp_path):
   folder, zeros = wanda
   c = tiny(init_from=str(folder), optim__keep_zeros=True, train__steps=4)

@@ -8,6 +8,7 @@ from jaxgpt.commands.models import compress as command
 from jaxgpt.errors import UserError
 
 
+@pytest.mark.slow
 def test_one_command_makes_the_variants_and_the_table(trained, tmp_path, capsys):
   args = [str(trained), f"--to={tmp_path}/v", "--variants=magnitude-2:4,int8", "--tokens=0"]
   assert main(["compress", *args, f"--report={tmp_path}/table.md", "--batches=1"]) == 0
