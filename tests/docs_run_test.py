@@ -37,6 +37,7 @@ SEQUENCES = {
   "objectives": ("docs/objectives.md",),
   "reproducibility": ("docs/quickstart.md", "docs/reproducibility.md"),
   "evaluation": ("docs/evaluation.md",),
+  "compress": ("docs/compress.md",),
   "report": ("docs/report.md",),
   "interpret": ("docs/interpret.md",),
   "tasks": ("docs/tasks.md",),

@@ -6,7 +6,6 @@ Its policy (Content-Security-Policy) allows its own script and styles, and no re
 import base64
 import hashlib
 import importlib.resources
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from jaxgpt.analysis.report import series as series_lib
 from jaxgpt.analysis.report.collect import Run
 from jaxgpt.analysis.report.tags import Html, join, tag
 from jaxgpt.errors import UserError
+from jaxgpt.storage import strict_json
 
 MOST_BYTES = 5_000_000
 _MAIN = 4  # charts that are shown at once; the others unfold
@@ -271,5 +271,5 @@ def _data(runs: Sequence[Run], charts: Sequence[dict[str, str]]) -> Html:
       for run in runs
     ],
   }
-  text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
+  text = strict_json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
   return Html(f'<script type="application/json" id="points">{text}</script>')

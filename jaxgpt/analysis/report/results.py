@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from jaxgpt.errors import UserError, first_line
+from jaxgpt.storage import strict_json
 from jaxgpt.tasks import bootstrap
 
 _95_PERCENT = 1.96  # standard errors
@@ -142,7 +143,7 @@ def _parity(name: str, found: Mapping[str, Any]) -> list[Table]:
 def _short(value: Any) -> Any:
   if isinstance(value, int | float | str) or value is None:
     return value
-  text = json.dumps(value)
+  text = strict_json.dumps(value)
   return text if len(text) <= 120 else f"{text[:119]}…"
 
 

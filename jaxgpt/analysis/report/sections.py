@@ -1,6 +1,5 @@
 """The parts of the page that need no script: figures, account, config, data, results."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from jaxgpt.analysis.report.collect import Run
 from jaxgpt.analysis.report.tags import Html, duration, join, number, tag
 from jaxgpt.config.keys import KEYS
 from jaxgpt.run.process import text_table
+from jaxgpt.storage import strict_json
 
 _MOST_ROWS = 40  # of long tables of data and environments
 _UNKNOWN = "unknown"
@@ -180,7 +180,7 @@ def config(run: Run) -> Html:
 
 
 def _literal(value: Any) -> str:
-  return json.dumps(value, default=str) if not isinstance(value, str) else repr(value)
+  return strict_json.dumps(value, default=str) if not isinstance(value, str) else repr(value)
 
 
 def _first_sentence(text: str) -> str:
@@ -363,7 +363,7 @@ _NAMED = (
 
 
 def _plain(value: Any) -> str:
-  return value if isinstance(value, str) else json.dumps(value)
+  return value if isinstance(value, str) else strict_json.dumps(value)
 
 
 def differences(runs: Sequence[Run]) -> Html:

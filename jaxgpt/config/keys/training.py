@@ -245,7 +245,7 @@ OPTIM = Section(
           None,
           "Step at which `sparsity` is reached, by a cubic schedule (arXiv:1710.01878).",
           value_type=int,
-          derive=lambda c: c.train.steps // 2,
+          derive=lambda c: max(1, c.train.steps // 2) if c.optim.prune.sparsity else None,
           unset="half of `train.steps`",
           interval=AT_LEAST_1,
           needs=above_0("optim.prune.sparsity"),
