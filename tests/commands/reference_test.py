@@ -11,7 +11,6 @@ from jaxgpt.config import options
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = commands.discover()
-TREES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "jaxgpt").rglob("*.py"))}
 
 
 def test_the_page_is_up_to_date():
@@ -39,13 +38,6 @@ def test_help_lists_every_option_with_its_default(name, capsys):
       assert default in text
 
 
-def lists(tree):
-  """The strings of each list, tuple, set, dict and call of a file, with those nested in it."""
-  for node in ast.walk(tree):
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
-      yield node, [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
-
-
 def copied(node):
   """Keywords of a call that repeat an attribute of `args`: f(kind=args.kind)."""
   return [
@@ -58,21 +50,39 @@ def copied(node):
   ]
 
 
+@pytest.fixture(scope="module")
+def nodes():
+  """Of each file of the package: (line and strings of each list, line and copies of each call).
+
+  A list is also a tuple, set or dict, and its strings are also those nested in it.
+  """
+  out = {}
+  for path in sorted((ROOT / "jaxgpt").rglob("*.py")):
+    lists, calls = [], []
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict):
+        values = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+        lists.append((node.lineno, {value for value in values if isinstance(value, str)}))
+      elif isinstance(node, ast.Call):
+        calls.append((node.lineno, copied(node)))
+    out[path] = lists, calls
+  return out
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_option_is_declared_once(name):
+def test_an_option_is_declared_once(name, nodes):
   """No list in the package names several options of a command a second time."""
   declared = options.declared(COMMANDS[name].options)
   flags = {o.label for o in declared}
   words = {o.name for o in declared} | {o.name.replace("_", "-") for o in declared}
-  for path, tree in TREES.items():
-    for node, strings in lists(tree):
-      assert not flags & set(strings) - {"PATH"}, f"{path}:{node.lineno} lists flags of {name}"
+  for path, (lists, calls) in nodes.items():
+    for line, strings in lists:
+      assert not flags & strings - {"PATH"}, f"{path}:{line} lists flags of {name}"
       if path.parent.name in ("commands", "prepare"):
-        again = words & {s for s in strings if isinstance(s, str)}
+        again = words & strings
         assert len(again) < max(3, len(declared) / 4), (
-          f"{path}:{node.lineno} lists options of {name}: {sorted(again)}"
+          f"{path}:{line} lists options of {name}: {sorted(again)}"
         )
     if path.parent.name == "commands":
-      for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-          assert len(copied(node)) < 8, f"{path}:{node.lineno} copies options one by one"
+      for line, copies in calls:
+        assert len(copies) < 8, f"{path}:{line} copies options one by one"

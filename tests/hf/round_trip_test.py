@@ -173,7 +173,6 @@ FAMILIES = {  # name: class of the model, its config
     dict(SIZES, num_hidden_layers=4, local_attention=8, classifier_pooling="mean"),
   ),
 }
-QUICK = ("gpt2",)  # the others are marked slow; .ci/run runs them
 PROMPTS = ([3, 70, 80, 90], [4, 5, 100, 101, 102, 7, 9, 8, 55, 200, 33], [6, 200])
 
 
@@ -260,9 +259,8 @@ def trained(run, corpus, folder, out):
   return new
 
 
-@pytest.mark.parametrize(
-  "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_there_and_back(name, tmp_path, corpus):
   theirs = make(name, tmp_path / "theirs")
   import_export.import_model(tmp_path / "theirs", tmp_path / "run", tokenizer=corpus)

@@ -140,6 +140,7 @@ def test_the_gap_is_that_to_the_training_split_in_the_same_way(run, capsys):
   assert "--gap compares with the training split" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(run, capsys):
   folder, _ = run
   words = ["evaluate", f"--workdir={folder}", "--stride=20", "--json", "--gap"]

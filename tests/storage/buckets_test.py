@@ -152,6 +152,7 @@ def data(bucket, web):
   return f"{bucket}/data"
 
 
+@pytest.mark.slow
 def test_the_whole_way(bucket, data, config, tmp_path, capsys, monkeypatch):
   train = ("train", f"--config={config}", f"--config.data.path={data}")
   assert run(capsys, *train, f"--workdir={tmp_path}/local")[0] == 0

@@ -103,7 +103,7 @@ def tasks(tmp_path_factory):
   return folder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=quick.first(FAMILIES))
 def exported(request, tmp_path_factory):
   """(run folder, folder of its export) of a random model of a family."""
   torch = pytest.importorskip("torch", reason="needs the extra [bench]")
@@ -245,7 +245,8 @@ def test_without_the_extra_a_message_names_it(monkeypatch):
     harness.check()
 
 
-@pytest.mark.parametrize("exported", quick.first(FAMILIES), indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", FAMILIES, indirect=True)
 @needs_harness
 def test_tasks_in_training_give_the_scores_of_the_command(exported, tasks):
   loaded = load.load(exported[0])

@@ -356,6 +356,7 @@ def test_checkpoints_are_kept_by_number_and_by_period(tiny, tmp_path):
   assert kept == [3, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_a_saved_state_is_not_touched_by_the_steps_that_go_on_meanwhile(tiny, tmp_path):
   """The save is asynchronous and the state is donated: on disk is still what was saved."""
   _, c = batches_lib.load_tokenizer_and_config(tiny(model__width=256, model__mlp_width=2048))

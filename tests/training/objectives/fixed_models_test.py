@@ -58,6 +58,7 @@ def preferred(tiny, data, tmp_path_factory):
   return c, folder
 
 
+@pytest.mark.slow
 def test_all_parameters_learn_to_prefer(preferred):
   _, folder = preferred
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
