@@ -20,6 +20,7 @@ from jaxgpt.parallel import mesh
 from jaxgpt.text.prepare import prepare
 
 # Fixtures are found by the name under which a conftest imports them.
+from tests.browser import browser  # noqa: F401
 from tests.servers import _s3_server, gcs, s3, web  # noqa: F401
 from tests.trained import other_trained, trained, trained_config  # noqa: F401
 

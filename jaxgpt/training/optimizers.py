@@ -19,6 +19,7 @@ import optax
 
 from jaxgpt import tree
 from jaxgpt.config import user_code
+from jaxgpt.config.keys import KEYS
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.model import lora
@@ -107,7 +108,8 @@ def check(c: ml_collections.ConfigDict) -> None:
       )
   optimizer.check(c_optim)
   prune, steps = c_optim.prune, c.train.steps
-  end = steps // 2 if prune.end is None else prune.end
+  derive = KEYS["optim.prune.end"].derive
+  end = derive(c) if prune.end is None and derive else prune.end
   if prune.sparsity and not prune.start < end < steps:
     raise UserError(
       f"optim.prune.end={end}: must be above optim.prune.start={prune.start} and below "

@@ -1,4 +1,4 @@
-"""Calibration: what the layers of a model read on some rows of text.
+"""Calibration: the inputs of a model's layers on some rows of text.
 
 The rows go through the layers one layer at a time. After the inputs of a layer's matrices have been
 seen, the caller may replace its weights, and the next layer reads the output of the new ones. So
@@ -29,7 +29,7 @@ from jaxgpt.tree import PyTree
 
 
 class Seen(NamedTuple):
-  """One period of the layers (a single layer, unless the model has a pattern) and what it read.
+  """One period of the layers (a single layer, unless the model has a pattern) and its inputs.
 
   Attributes:
     stack: Name of its stack.

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from jaxgpt import config
-from jaxgpt.analysis.compression import calibration, masks, prune, quantize, structured
+from jaxgpt.analysis.compression import calibration, masks, methods, prune, quantize, structured
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.model import lora
@@ -19,8 +19,6 @@ from jaxgpt.run.compression import quantized_weights
 from jaxgpt.run.compression import record as record_lib
 from jaxgpt.training import objectives
 from jaxgpt.tree import PyTree
-
-ROWS = 128  # of calibration text, as in the papers
 
 
 class Sizes(NamedTuple):
@@ -41,7 +39,7 @@ class Calibration(NamedTuple):
 
   data: str | None = None
   split: str = "train"
-  rows: int = ROWS
+  rows: int = methods.ROWS
 
 
 def opened(folder: epath.PathLike, step: int | str | None = None) -> load.Run:
@@ -146,7 +144,7 @@ def smaller(
   Args:
     source: The run folder.
     folder: The folder to make.
-    method: One of `structured.METHODS`.
+    method: One of `methods.STRUCTURED`.
     count: Number of them to remove, of heads and columns in each layer.
     calibration_text: The text that decides.
     step: As for `opened`.

@@ -19,9 +19,6 @@ from jaxgpt.model import transformer
 from jaxgpt.run.compression.matrix import Matrix
 from jaxgpt.tree import PyTree
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
-SCOPES = ("layer", "global")
-
 
 class Pruned(NamedTuple):
   """The result of `prune`.
@@ -39,10 +36,10 @@ class Settings(NamedTuple):
   """What to prune and how.
 
   Attributes:
-    method: One of `METHODS`.
+    method: One of `methods.PRUNING`.
     sparsity: How much of it.
-    scope: One of `SCOPES`, of method 'magnitude' without a pattern: compare weights within each
-      matrix of a layer, or all that are pruned.
+    scope: One of `methods.SCOPES`, of method 'magnitude' without a pattern: compare weights within
+      each matrix of a layer, or all that are pruned.
     match: Patterns of parameters. (): the matrices of the layers.
   """
 

@@ -23,7 +23,6 @@ from jaxgpt.run.compression.matrix import Matrix
 from jaxgpt.run.compression.quantized_weights import Form
 from jaxgpt.tree import PyTree
 
-METHODS = ("nearest", "gptq")
 _MANY_ZEROS = 0.2  # share of zeros of a pruned matrix
 
 
@@ -31,7 +30,7 @@ class Settings(NamedTuple):
   """What to quantize and how.
 
   Attributes:
-    method: One of `METHODS`.
+    method: One of `methods.ROUNDING`.
     bits: 8 or 4.
     group: Inputs that share a scale. 0: all inputs of an output.
     match: Patterns of parameters. (): the matrices of the layers.

@@ -9,15 +9,17 @@ import numpy as np
 from etils import epath
 
 from jaxgpt import tree
-from jaxgpt.analysis.compression import compressed_run, prune, quantize
+from jaxgpt.analysis.compression import compressed_run, methods, prune, quantize
 from jaxgpt.analysis.compression.masks import parse
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.sampler import Sampler
+from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder
 from jaxgpt.run.compression import quantized_weights
 from jaxgpt.run.compression import record as record_lib
+from jaxgpt.training import evaluation
 
 # f(run folder, folder to make, calibration text)
 Make = Callable[[epath.PathLike, epath.PathLike, compressed_run.Calibration], Any]
@@ -61,13 +63,13 @@ def _coarse(method: str, bits: int, group: int = 0, outside: int = 0) -> Make:
   )
 
 
-for _method in prune.METHODS:
+for _method in methods.PRUNING:
   VARIANTS.add(f"{_method}-50", _sparse(_method, "0.5"))
   VARIANTS.add(f"{_method}-2:4", _sparse(_method, "2:4"))
 VARIANTS.add("magnitude-global-50", _sparse("magnitude", "0.5", "global"))
 VARIANTS.add("int8", _coarse("nearest", 8))
 VARIANTS.add("int8-all", _coarse("nearest", 8, outside=8))
-for _method in quantize.METHODS:
+for _method in methods.ROUNDING:
   VARIANTS.add(f"int4-{_method}", _coarse(_method, 4))
   VARIANTS.add(f"int4-{_method}-32", _coarse(_method, 4, 32))
 VARIANTS.add("int4-gptq-32-all", _coarse("gptq", 4, 32, outside=8))
@@ -93,9 +95,10 @@ def make(
     The run folders.
 
   Raises:
-    UserError: A name is unknown, or a folder holds another run.
+    UserError: A name is unknown, or a folder holds another run, or a variant of another step.
   """
   entries = {name: VARIANTS.find(name) for name in names}
+  newest = max(checkpoints_lib.complete_steps(epath.Path(source) / run_folder.CHECKPOINTS))
   made = []
   for name, entry in entries.items():
     target = epath.Path(folder) / name.replace(":", "of")
@@ -103,7 +106,16 @@ def make(
       found = record_lib.read(target)
       if found is None or found["source"] != str(source):
         raise UserError(f"{target} exists and was not made from {source}; choose another --to")
-      tell(f"{target} is there already")
+      if found["source_step"] != newest:
+        raise UserError(
+          f"{target} was made from step {found['source_step']} of {source}, which is at step "
+          f"{newest} now; remove it, or choose another --to"
+        )
+      used = found.get("calibration")
+      tell(
+        f"{target} is there already"
+        + (f", made with {used['rows']} rows of {used['data']}, {used['split']}" if used else "")
+      )
     else:
       try:
         entry(source, target, text)
@@ -131,9 +143,13 @@ def measure(
     UserError: See `load.load` and `load.open_split`.
   """
   run = load.load(folder, use="evaluate")
-  load.evaluate_run(run, split, 1, data=data)  # compiles
-  start = time.perf_counter()
-  result = load.evaluate_run(run, split, batches, data=data)
+  c, text = load.open_split(run, split, data=data)
+  step = evaluation.make_step(run.parts.objective)
+  with jax.set_mesh(run.mesh):
+    score = lambda limit: evaluation.evaluate_on(text, run.mesh, c.data, step, run.weights, limit)
+    score(1)  # compiles
+    start = time.perf_counter()
+    result = score(batches)
   seconds = time.perf_counter() - start
   named = {path: np.asarray(x) for path, x in tree.flatten(run.params).items()}
   zeros = sum(int((x == 0).sum()) for x in named.values())

@@ -1,8 +1,8 @@
 """Removal of whole layers, heads and MLP columns: a smaller dense model, whose config says so.
 
-  layers   by block influence, 1 - mean cosine between what goes into a layer and what comes out
+  layers   by block influence, 1 - mean cosine between the input and the output of a layer
            (arXiv:2403.03853, equation 1)
-  heads    key/value heads with their query heads, by the size of what they add to the residual
+  heads    key/value heads with their query heads, by the size of their output in the residual
            stream: the norm of a head's outputs over the text times that of their weights in `o`
   columns  MLP columns, by the norm of a column's activation times that of its weights in `down`
            (activations as in arXiv:2408.11796, section 2.2)
@@ -27,8 +27,6 @@ from jaxgpt.model import stacks, transformer
 from jaxgpt.parallel import sharding
 from jaxgpt.tree import PyTree
 
-METHODS = ("layers", "heads", "columns")
-
 
 class Removed(NamedTuple):
   """The result of `remove`.
@@ -37,7 +35,7 @@ class Removed(NamedTuple):
     params: The weights of the smaller model, on the host.
     changes: {key of the `model` section: new value}.
     scores: {layer, or 'layer.unit': its score} of all that could be removed.
-    removed: Names of what was removed, as in `scores`.
+    removed: Names of the removed parts, as in `scores`.
   """
 
   params: PyTree
@@ -51,7 +49,7 @@ def remove(run: load.Run, method: str, count: int, batches: Sequence[PyTree]) ->
 
   Args:
     run: From `compressed_run.opened`.
-    method: One of `METHODS`.
+    method: One of `methods.STRUCTURED`.
     count: Layers to remove, or heads or columns to remove in each layer.
     batches: Calibration text from `calibration.rows`.
 
@@ -118,7 +116,7 @@ def _check(cfg: ml_collections.ConfigDict, method: str, count: int) -> None:
 
 
 def _head_scores(cfg: ml_collections.ConfigDict, seen: calibration.Seen) -> np.ndarray:
-  """[K]: what each key/value head's query heads add to the residual stream."""
+  """[K]: size of the output of each key/value head's query heads in the residual stream."""
   out_NHD = np.asarray(seen.params["attn"]["o"])
   squares_NH = seen.inputs["attn/o"].reshape(out_NHD.shape[:2])
   of_weights_NH = np.square(out_NHD).sum(-1)
@@ -127,7 +125,7 @@ def _head_scores(cfg: ml_collections.ConfigDict, seen: calibration.Seen) -> np.n
 
 
 def _columns(seen: calibration.Seen) -> np.ndarray:
-  """[F]: what each MLP column adds to the residual stream."""
+  """[F]: size of the output of each MLP column in the residual stream."""
   down_FD = np.asarray(seen.params["mlp"]["down"])
   return np.sqrt(seen.inputs["mlp/down"]) * np.linalg.norm(down_FD, axis=1)
 

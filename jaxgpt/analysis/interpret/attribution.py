@@ -1,4 +1,4 @@
-"""Direct logit attribution: a logit as a sum of what each component writes to the residual stream.
+"""Direct logit attribution: a logit as a sum of the outputs of components to the residual stream.
 
 The residual stream before the final norm is a sum: embeddings, and the outputs of each layer's
 attention and MLP. With the statistics of the norm held at their values, norm and head are affine.

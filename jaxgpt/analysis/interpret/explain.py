@@ -105,7 +105,7 @@ def encode(run: Run, prompt: str, option: str = "--prompt") -> list[int]:
 
 
 def names_of(tokenizer: base.Tokenizer, size: int) -> Callable[[int], str]:
-  """A function from token ids to what a page shows, with the spaces of tokens.
+  """A function from token ids to their texts on a page, with the spaces of tokens.
 
   Args:
     tokenizer: The tokenizer.
@@ -143,8 +143,8 @@ def explain(run: Run, prompt: str, corrupted: str | None = None, top: int = 8) -
     top: Number of alternatives to a prediction.
 
   Returns:
-    A dict for JSON: what `page.render` shows. What makes no sense for the model is None, with the
-    reason in 'left_out'.
+    A dict for JSON, which `page.render` shows. Entries that make no sense for the model are None,
+    with the reason in 'left_out'.
 
   Raises:
     UserError: See `encode`; or the prompts differ in length, or in nothing.

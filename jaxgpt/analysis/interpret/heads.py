@@ -1,4 +1,4 @@
-"""Scores of attention heads: what a head attends to, measured on repeated random tokens.
+"""Scores of attention heads, by where they attend in repeated random tokens.
 
 B batch, T position, S key position, N heads, L layers.
 """

@@ -1,4 +1,4 @@
-"""The logit lens: what a model would predict if it ended after each layer.
+"""The logit lens: the predictions of a model that ended after each layer.
 
 B batch, T position, D model, V vocabulary, L layers, R residual streams, K likeliest tokens.
 """

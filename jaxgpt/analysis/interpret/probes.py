@@ -1,4 +1,4 @@
-"""Linear probes with control tasks: what can be read linearly from activations.
+"""Linear probes with control tasks: information that can be read linearly from activations.
 
 A probe that predicts a property well may have learned it by itself. A control task tells: random
 labels, one for each type of token, which the activations cannot know about. Selectivity is the

@@ -193,7 +193,7 @@ read = functools.partial(jax.jit, static_argnames=("model", "read"))(forward)
 
 
 class _Recorder:
-  """Stands between the modules of a model: collects what is read, puts in what is edited."""
+  """Stands between the modules of a model: collects readings and applies edits."""
 
   def __init__(self, read: frozenset[str], edits: dict[str, Edit]):
     self._read, self._edits = read, edits

@@ -1,8 +1,8 @@
 """A report on runs as one HTML file that needs no network: curves, account, data, differences.
 
-collect      what the folders of the runs hold
+collect      reads the folders of the runs
 series       metrics in few points, with the extremes that the points hide
-goodput      wall time by what it went to
+goodput      wall time by activity
 data_card    the data of a run, from its prepared folders
 results      files of evaluations, scores and certificates that are given along
 tags         HTML from texts

@@ -1,4 +1,4 @@
-"""What the folders of runs hold, as the report shows it. Reads no array of a checkpoint."""
+"""Reads run folders for the report. Reads no array of a checkpoint."""
 
 import json
 import pathlib

@@ -42,7 +42,7 @@ class DataCard(NamedTuple):
     stream: The addresses of `data.stream`, or ''.
     epochs: {source: passes at the last log line}.
     tokens: Tokens that the model read up to the last log line, or None.
-    notes: Lines on what is not known, or not as it was.
+    notes: Lines on facts that are unknown or have changed.
   """
 
   folders: list[Folder]

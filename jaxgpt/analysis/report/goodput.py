@@ -1,4 +1,4 @@
-"""The wall time of a run, by what it went to, as far as its folder tells.
+"""The wall time of a run by activity, as far as its folder tells.
 
 Each start of a run keeps an account (`throughput.Timer.account`), which is written with each
 checkpoint. What is outside of it follows from the times of the starts:

@@ -320,7 +320,7 @@ def checkpoints(run: Run) -> Html:
 
 
 def environments(run: Run) -> Html:
-  """Hardware, versions and flags of the first start, the starts, and what changed between them."""
+  """Hardware, versions and flags of the first start, the starts, and the changes between them."""
   first = run.environments[0].facts
   parts = []
   for topic in ("hardware", "versions", "flags", "code"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jaxgpt.analysis.compression import methods
 from jaxgpt.commands import Command
 from jaxgpt.config import options
 from jaxgpt.config.options import integer, option
@@ -23,7 +24,10 @@ class CompressOptions:
     help="with --to: the variants to make, such as wanda-50,int4-gptq-32",
   )
   rows: int | None = integer(
-    None, least=1, unset="128", help="with --to: rows of calibration text, from the training split"
+    None,
+    least=1,
+    unset=str(methods.ROWS),
+    help="with --to: rows of calibration text, from the training split",
   )
   data: str | None = option(
     None, metavar="DIR", unset="the run's data", help="prepared folder with the text"
@@ -58,7 +62,7 @@ def run(args: CompressOptions) -> None:
   folders = [str(folder) for folder in args.runs]
   if args.to is not None:
     names = [name.strip() for name in args.variants.split(",")] if args.variants else []
-    text = compressed_run.Calibration(args.data, "train", args.rows or compressed_run.ROWS)
+    text = compressed_run.Calibration(args.data, "train", args.rows or methods.ROWS)
     made = report.make(folders[0], args.to, names or list(report.VARIANTS), text, print)
     folders += [str(folder) for folder in made]
   rows, lines = list[report.Row](), list[str]()

@@ -2,14 +2,15 @@
 
 import dataclasses
 
+from jaxgpt.analysis.compression import methods
 from jaxgpt.commands import Command
+from jaxgpt.commands.actions import calibration
 from jaxgpt.config import options
 from jaxgpt.config.options import checkpoint_step, integer, option
 from jaxgpt.errors import UserError
 
-_UNSTRUCTURED = ("magnitude", "wanda", "sparsegpt")
-_STRUCTURED = ("layers", "heads", "columns")
-_CALIBRATED = ("wanda", "sparsegpt", *_STRUCTURED)
+_METHODS = (*methods.PRUNING, *methods.STRUCTURED)
+_CALIBRATED = tuple(name for name in _METHODS if name in methods.CALIBRATED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,29 +19,29 @@ class PruneOptions:
   step: int | str | None = checkpoint_step()
   to: str = option(metavar="DIR", help="run folder to make")
   method: str = option(
-    choices=(*_UNSTRUCTURED, *_STRUCTURED),
-    selects={name: name for name in (*_UNSTRUCTURED, *_STRUCTURED)},
+    choices=_METHODS,
+    selects={name: name for name in _METHODS},
     help="how weights are chosen: the smallest; the smallest times the norm of their input "
     "(Wanda); by the error in the output, which the weights that stay make up for (SparseGPT); or "
-    "what is removed whole: layers, key/value heads with their queries, or MLP columns",
+    "the parts that are removed whole: layers, key/value heads with their queries, or MLP columns",
   )
   sparsity: str | None = option(
     None,
     metavar="X",
     unset="must be given",
-    modes=_UNSTRUCTURED,
+    modes=methods.PRUNING,
     help="share of the weights to remove, such as 0.5, or N:M to keep N of M weights in a row, "
     "such as 2:4",
   )
   remove: int | None = integer(
     None,
     least=1,
-    modes=_STRUCTURED,
+    modes=methods.STRUCTURED,
     help="number of layers to remove, or of heads or columns in each layer",
   )
   scope: str | None = option(
     None,
-    choices=("layer", "global"),
+    choices=methods.SCOPES,
     unset="layer",
     modes=("magnitude",),
     help="compare the weights of each matrix of a layer, or of all layers",
@@ -49,39 +50,27 @@ class PruneOptions:
     (),
     metavar="PATTERN",
     unset="the matrices of the layers",
-    modes=_UNSTRUCTURED,
+    modes=methods.PRUNING,
     help="parameters to prune, such as 'layers/mlp/*'",
   )
-  data: str | None = option(
-    None,
-    metavar="DIR",
-    unset="the run's data",
-    modes=_CALIBRATED,
-    help="prepared folder with calibration text",
-  )
-  split: str | None = option(
-    None, unset="train", modes=_CALIBRATED, help="split of the calibration text"
-  )
-  rows: int | None = integer(
-    None, least=1, unset="128", modes=_CALIBRATED, help="rows of calibration text"
-  )
+  data: str | None = calibration.data(_CALIBRATED)
+  split: str | None = calibration.split(_CALIBRATED)
+  rows: int | None = calibration.rows(_CALIBRATED)
 
   def __post_init__(self) -> None:
     options.check(self)
     options.refuse_unused(self, self.method)
-    if self.method in _STRUCTURED and self.remove is None:
+    if self.method in methods.STRUCTURED and self.remove is None:
       raise UserError(f"--method={self.method} needs --remove: say how many to remove")
 
 
 def run(args: PruneOptions) -> None:
-  """Prunes and prints what was removed, and how to use the new run."""
+  """Prunes and prints the result, and how to use the new run."""
   from jaxgpt.analysis.compression import compressed_run, prune
   from jaxgpt.commands.actions import backend
 
   backend.start()
-  text = compressed_run.Calibration(
-    args.data, args.split or "train", args.rows or compressed_run.ROWS
-  )
+  text = compressed_run.Calibration(args.data, args.split or "train", args.rows or methods.ROWS)
   held = ""
   if args.remove is not None:
     found = compressed_run.smaller(args.workdir, args.to, args.method, args.remove, text, args.step)

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from jaxgpt.analysis.compression import methods
 from jaxgpt.commands import Command
+from jaxgpt.commands.actions import calibration
 from jaxgpt.config import options
 from jaxgpt.config.options import checkpoint_step, integer, option
 from jaxgpt.errors import UserError
@@ -18,8 +20,8 @@ class QuantizeOptions:
   weights: str = option(choices=tuple(_BITS), help="type of the stored weights")
   method: str = option(
     "nearest",
-    choices=("nearest", "gptq"),
-    selects={"nearest": "nearest", "gptq": "gptq"},
+    choices=methods.ROUNDING,
+    selects={name: name for name in methods.ROUNDING},
     help="round each weight to nearest, or let the weights that follow make up for its error "
     "(GPTQ)",
   )
@@ -48,17 +50,9 @@ class QuantizeOptions:
     help="type of the activations in matmuls of the layers (model.quantize of the new run; needs "
     "jaxgpt[quant])",
   )
-  data: str | None = option(
-    None,
-    metavar="DIR",
-    unset="the run's data",
-    modes=("gptq",),
-    help="prepared folder with calibration text",
-  )
-  split: str | None = option(None, unset="train", modes=("gptq",), help="split of that text")
-  rows: int | None = integer(
-    None, least=1, unset="128", modes=("gptq",), help="rows of calibration text"
-  )
+  data: str | None = calibration.data(("gptq",))
+  split: str | None = calibration.split(("gptq",))
+  rows: int | None = calibration.rows(("gptq",))
 
   def __post_init__(self) -> None:
     options.check(self)
@@ -80,9 +74,7 @@ def run(args: QuantizeOptions) -> None:
   settings = quantize.Settings(
     args.method, _BITS[args.weights], args.group or 0, args.match, outside
   )
-  text = compressed_run.Calibration(
-    args.data, args.split or "train", args.rows or compressed_run.ROWS
-  )
+  text = compressed_run.Calibration(args.data, args.split or "train", args.rows or methods.ROWS)
   sizes = compressed_run.quantized(
     args.workdir,
     args.to,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.analysis import reproduce, run_table
-from jaxgpt.analysis.compression import calibration, compressed_run, masks, matrices, prune
+from jaxgpt.analysis.compression import calibration, compressed_run, masks, matrices, methods, prune
 from jaxgpt.commands.models import prune as command
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
@@ -16,16 +16,6 @@ from tests.trained import train
 
 HALF = masks.parse("0.5")
 TEXT = compressed_run.Calibration(rows=16)
-
-
-@pytest.fixture(scope="module")
-def opened(trained):
-  return compressed_run.opened(trained)
-
-
-@pytest.fixture(scope="module")
-def text(opened):
-  return compressed_run.calibrated(opened, TEXT)[0]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +53,7 @@ def test_the_inputs_of_matrices_are_those_of_the_model(opened, text):
   assert 0 < seen[0].similarity < 1
 
 
-@pytest.mark.parametrize("scope", prune.SCOPES)
+@pytest.mark.parametrize("scope", methods.SCOPES)
 def test_magnitude_removes_the_smallest_of_a_matrix_or_of_all(opened, scope):
   found = prune.prune(opened, prune.Settings("magnitude", HALF, scope))
   before, after = weights_of(opened), calibration.flat(found.params)

@@ -13,16 +13,6 @@ from jaxgpt.run import run_folder
 TEXT = compressed_run.Calibration(rows=8)
 
 
-@pytest.fixture(scope="module")
-def opened(trained):
-  return compressed_run.opened(trained)
-
-
-@pytest.fixture(scope="module")
-def text(opened):
-  return compressed_run.calibrated(opened, TEXT)[0]
-
-
 def logits(run, batch):
   with jax.set_mesh(run.mesh):
     names = ("tokens", "positions", "segment_ids")

@@ -15,11 +15,6 @@ from jaxgpt.analysis.report import collect, page, tags
 from jaxgpt.commands import main
 from jaxgpt.errors import UserError
 
-CHROMIUM = next(
-  filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
-
 
 @pytest.fixture(scope="module")
 def runs(trained, other_trained):
@@ -138,20 +133,6 @@ def test_colors_have_contrast():
     assert contrast(color["text"], color["soft"]) >= 4.5
     for n in range(10):
       assert contrast(color[f"c{n}"], color["panel"]) >= 3, n
-
-
-@pytest.fixture(scope="module")
-def browser():
-  """Chromium, without a window."""
-  playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install -e '.[browser]'"
-  )
-  if CHROMIUM is None:
-    pytest.skip("there is no Chromium: apt-get install chromium")
-  with playwright.sync_playwright() as p:
-    found = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-    yield found
-    found.close()
 
 
 def test_a_click_through(browser, text, tmp_path):

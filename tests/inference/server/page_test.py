@@ -3,18 +3,12 @@
 import contextlib
 import os
 import re
-import shutil
 
 import pytest
 
 from jaxgpt.inference.server import app
 from tests.inference.server import fake
 from tests.inference.server.limits_test import get
-
-CHROMIUM = next(
-  filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 
 
 def test_the_page_is_one_file_without_anything_from_elsewhere(server):
@@ -34,20 +28,6 @@ def test_the_page_may_run_its_own_script_alone():
   assert "default-src 'none'" in policy and "connect-src 'self'" in policy
   assert "script-src 'sha256-PiPoFgA5WUoziU9lZOGxNIu9egCI1CxKy3PurtWcAJ0='" in policy
   assert "unsafe" not in policy
-
-
-@pytest.fixture(scope="module")
-def browser():
-  """Chromium, without a window."""
-  playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install -e '.[browser]'"
-  )
-  if CHROMIUM is None:
-    pytest.skip("there is no Chromium: apt-get install chromium")
-  with playwright.sync_playwright() as p:
-    found = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-    yield found
-    found.close()
 
 
 @pytest.fixture
