@@ -17,6 +17,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   experts(c.model)
   latent_attention(c.model)
   lora_targets.check_match(c.model)
+  scaled_parametrization(c)
   quantization(c.model)
   pooler(c.model)
   classes(c.model)
@@ -132,6 +133,32 @@ def latent_attention(m: ml_collections.ConfigDict) -> None:
     raise UserError(
       f"model.latent.rope_dim={m.latent.rope_dim} must be even and below "
       f"model.head_dim={m.head_dim}"
+    )
+
+
+def scaled_parametrization(c: ml_collections.ConfigDict) -> None:
+  """Checks that the rules of `model.mup` are defined for the model and its training."""
+  m, mup = c.model, c.model.mup
+  if not (mup.base_width or mup.base_depth):
+    return
+  key = "base_width" if mup.base_width else "base_depth"
+  setting = f"model.mup.{key}={mup[key]}"
+  if c.init_from:
+    raise UserError(
+      f"{setting} is for models that start from random weights, but init_from={c.init_from!r}; "
+      f"set model.mup.{key}=0: scales in a copied model section stay as they are"
+    )
+  if m.lora.rank or m.latent.kv_rank:
+    low = f"model.lora.rank={m.lora.rank}" if m.lora.rank else ""
+    low = low or f"model.latent.kv_rank={m.latent.kv_rank}"
+    raise UserError(
+      f"{setting}: muP has no rule for {low}, whose size need not grow with the width; set one of "
+      "them to 0"
+    )
+  if mup.base_depth and m.norm_placement == "post":
+    raise UserError(
+      f"model.mup.base_depth={mup.base_depth} has no rule for model.norm_placement='post', which "
+      "normalizes the residual stream; choose 'pre', or set it to 0"
     )
 
 

@@ -111,6 +111,8 @@ class Block(layers.Module):
     y, extra = f(y)
     if cfg.norm_placement in ("branch", "both"):
       y = norm("_post_norm")(y)
+    if cfg.residual_scale != 1:
+      y *= jnp.asarray(cfg.residual_scale, y.dtype)
     x_BTD += ops.dropout(self.tap(f"{name}_out", y), cfg.dropout, key)
     if cfg.norm_placement == "post":
       x_BTD = norm("_norm")(x_BTD)

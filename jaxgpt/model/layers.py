@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxgpt.config.remat import DOWN, GATE, UP
 from jaxgpt.model import lora, ops, quantized
 from jaxgpt.model.attention import choose
+from jaxgpt.model.scaling import mup
 from jaxgpt.parallel.sharding import Axes, Rules
 
 Shape = tuple[int, ...]
@@ -30,7 +31,11 @@ class Module(nn.Module):
   cfg: ml_collections.FrozenConfigDict
 
   def weight(self, name: str, shape: Shape, axes: Axes, std: float) -> jax.Array:
-    """A float32 parameter with normal initial values. `axes` has a logical axis per dimension."""
+    """A float32 parameter with normal initial values. `axes` has a logical axis per dimension.
+
+    Their standard deviation is `std` times the factor of `scaling.mup`.
+    """
+    std *= mup.factors(self.cfg, axes).init
     return self._declare(name, shape, axes, nn.initializers.normal(std))
 
   def vector(self, name: str, shape: Shape, axes: Axes, value: float = 0.0) -> jax.Array:
@@ -129,8 +134,11 @@ class Module(nn.Module):
 
   @property
   def residual_std(self) -> float:
-    """Initial standard deviation of weights that write to the residual stream (GPT-2, sec. 2.3)."""
-    return self.cfg.init_std / (2 * self.cfg.num_layers) ** 0.5
+    """Initial standard deviation of weights that write to the residual stream (GPT-2, sec. 2.3).
+
+    With a base depth, `model.residual_scale` takes the place of more layers.
+    """
+    return self.cfg.init_std / (2 * (self.cfg.mup.base_depth or self.cfg.num_layers)) ** 0.5
 
 
 class Norm(Module):

@@ -293,6 +293,8 @@ class Transformer(layers.Module):
     x = self._transformed(x)
     if cfg.head == "pooler":
       return x.astype(jnp.float32)
+    if cfg.output_scale != 1:
+      x *= jnp.asarray(cfg.output_scale, x.dtype)
     size, axis = (cfg.vocab_size, "vocab") if cfg.head == "lm" else (cfg.num_labels, "labels")
     if cfg.head == "lm" and cfg.tie_embeddings:
       w = table_VD.T

@@ -23,6 +23,7 @@ from jaxgpt.config.keys import KEYS
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.model import lora
+from jaxgpt.model.scaling import mup
 from jaxgpt.parallel import sharding
 from jaxgpt.training import kept_zeros
 from jaxgpt.tree import PyTree
@@ -65,6 +66,8 @@ class Optimizer:
     check: Raises a UserError if the `optim` section does not suit this optimizer.
     check_trained: Raises a UserError if the trained parameters, given as their tree of logical
       axes, leave a setting of the `optim` section without effect.
+    mup: Whether the numbers of a direction are of order 1 whatever the scale of the gradient, as
+      those of Adam. The rule of `model.scaling.mup` holds for these.
     summary: A few words for docs/config.md.
   """
 
@@ -72,6 +75,7 @@ class Optimizer:
   moments: tuple[Moment, ...] = ()
   check: Callable[[ml_collections.ConfigDict], None] = lambda c_optim: None
   check_trained: Callable[[ml_collections.ConfigDict, PyTree], None] = lambda c_optim, axes: None
+  mup: bool = False
   summary: str = ""
 
   def bytes_per_parameter(self, c_optim: ml_collections.ConfigDict) -> float:
@@ -107,6 +111,12 @@ def check(c: ml_collections.ConfigDict) -> None:
         "at 'float32'"
       )
   optimizer.check(c_optim)
+  if mup.is_on(c.model) and not optimizer.mup:
+    have = ", ".join(repr(name) for name, one in OPTIMIZERS.items() if one.mup)
+    raise UserError(
+      f"optim.name={c_optim.name!r}: model.mup has no rule for its learning rates, only for those "
+      f"of {have}; choose one of these, or set model.mup.base_width and base_depth to 0"
+    )
   prune, steps = c_optim.prune, c.train.steps
   derive = KEYS["optim.prune.end"].derive
   end = derive(c) if prune.end is None and derive else prune.end
@@ -129,7 +139,9 @@ def make(
     depths: Tree of the layers that they belong to, see `model.transformer.depths`.
 
   Returns:
-    A transformation from gradients to updates. Only matrices decay.
+    A transformation from gradients to updates. Only matrices decay. With `model.mup`, rates, weight
+    decay and Adam's epsilon are those of `model.scaling.mup`. Epsilon times f is the same as
+    gradients divided by f: Adam's direction depends on their ratio alone.
   """
   c_optim = c.optim
   decays = jax.tree.map(sharding.is_weight, axes, is_leaf=sharding.is_axes)
@@ -141,15 +153,28 @@ def make(
   ]
   factors = _rate_factors(c_optim, axes, depths)
   if factors is not None:
-    chain.append(
-      optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
-    )
+    chain.append(_times(factors))
+  if mup.is_on(c.model):
+    of = jax.tree.map(lambda names: mup.factors(c.model, names), axes, is_leaf=sharding.is_axes)
+    pick = lambda f: jax.tree.map(f, of, is_leaf=lambda x: isinstance(x, mup.Factors))
+    chain = [
+      _times(pick(lambda f: 1 / f.eps)),
+      chain[0],
+      _times(pick(lambda f: 1 / f.decay)),
+      *chain[1:],
+      _times(pick(lambda f: f.rate * f.decay)),
+    ]
   tx = optax.chain(*chain)
   if c_optim.prune.sparsity:
     stacked = lambda names: matrix_axes(names) is not None
     is_matrix = jax.tree.map(stacked, axes, is_leaf=sharding.is_axes)
     tx = kept_zeros.gradual(tx, c_optim.prune, is_matrix)
   return kept_zeros.keeping_zeros(tx, axes) if c_optim.keep_zeros or c_optim.prune.sparsity else tx
+
+
+def _times(factors: PyTree) -> optax.GradientTransformation:
+  """Multiplies updates by a tree of factors. Factors of 1 leave them as they are, to the bit."""
+  return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
 
 
 def trained(c_optim: ml_collections.ConfigDict, axes: PyTree, strict: bool = True) -> set[str]:
@@ -310,6 +335,7 @@ OPTIMIZERS.add(
     _adamw,
     (Moment("first_dtype"), Moment("second_dtype")),
     _check_second_dtype,
+    mup=True,
     summary="Adam with decoupled weight decay",
   ),
 )
@@ -321,7 +347,10 @@ def _lion(c_optim: ml_collections.ConfigDict, axes: PyTree) -> optax.GradientTra
   return kept_in(optax.scale_by_lion(c_optim.b1, c_optim.b2), mu=c_optim.first_dtype)
 
 
-OPTIMIZERS.add("lion", Optimizer(_lion, (Moment("first_dtype"),), summary="the sign of a momentum"))
+OPTIMIZERS.add(
+  "lion",
+  Optimizer(_lion, (Moment("first_dtype"),), mup=True, summary="the sign of a momentum"),
+)
 
 
 def _adafactor(c_optim: ml_collections.ConfigDict, axes: PyTree) -> optax.GradientTransformation:

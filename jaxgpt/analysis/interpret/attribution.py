@@ -107,6 +107,7 @@ def attribute(
   if contrast_BT is not None:
     w_BTD -= of(table_VD, contrast_BT)
     constant_BT -= of(bias_V, contrast_BT)
+  w_BTD *= cfg.output_scale
   norm = params["final_norm"]
   if "bias" in norm:
     constant_BT += w_BTD @ norm["bias"]

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from jaxgpt.config import checks, remat
 from jaxgpt.config.keys import conditions
 from jaxgpt.config.keys.conditions import one_of, other_than
-from jaxgpt.config.keys.model_sections import LATENT, LORA, MOE, ROPE
+from jaxgpt.config.keys.model_sections import LATENT, LORA, MOE, MUP, ROPE
 from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
 from jaxgpt.errors import UserError
 
@@ -18,6 +18,24 @@ def _head_dim(c: ConfigDict) -> int:
       "set model.head_dim"
     )
   return m.width // m.num_heads
+
+
+def _attn_scale(c: ConfigDict) -> float:
+  m = c.model
+  if not m.mup.base_width:
+    return m.head_dim**-0.5
+  return (m.mup.base_head_dim or 1) ** 0.5 / m.head_dim
+
+
+def _output_scale(c: ConfigDict) -> float:
+  m = c.model
+  return m.mup.base_width / m.width if m.mup.base_width else 1.0
+
+
+def _residual_scale(c: ConfigDict) -> float:
+  m = c.model
+  deeper = m.num_layers / m.mup.base_depth if m.mup.base_depth else 1.0
+  return deeper**-m.mup.depth_power
 
 
 MODEL = Section(
@@ -129,8 +147,8 @@ MODEL = Section(
       None,
       "Factor on the attention logits.",
       value_type=float,
-      derive=lambda c: c.model.head_dim**-0.5,
-      unset="1 / sqrt(`model.head_dim`)",
+      derive=_attn_scale,
+      unset="1 / sqrt(`model.head_dim`), or that of `model.mup`",
       interval=ABOVE_0,
     ),
     attn_softcap=Key(
@@ -178,6 +196,23 @@ MODEL = Section(
       "none",
       "RMSNorm of queries and keys, before the rotary embedding.",
       choices={"none": "no norm", "head": "each head by itself", "all": "all heads together"},
+    ),
+    residual_scale=Key(
+      None,
+      "Factor on the output of each residual branch.",
+      value_type=float,
+      derive=_residual_scale,
+      unset="1, or that of `model.mup`",
+      interval=ABOVE_0,
+    ),
+    output_scale=Key(
+      None,
+      "Factor on the input of the head, and so on the logits without their bias.",
+      value_type=float,
+      derive=_output_scale,
+      unset="1, or that of `model.mup`",
+      interval=ABOVE_0,
+      needs=conditions.HAS_LOGITS,
     ),
     logit_softcap=Key(
       None,
@@ -331,6 +366,7 @@ MODEL = Section(
     moe=MOE,
     latent=LATENT,
     lora=LORA,
+    mup=MUP,
   ),
   fixed="the weights in the checkpoint belong to the old model",
 )

@@ -1,8 +1,8 @@
-"""Config keys of the sections below `model`: rotary embedding, experts, latent attention, LoRA."""
+"""Config keys of the sections below `model`: positions, experts, latent attention, LoRA, muP."""
 
 from jaxgpt.config.keys import conditions, lora_targets
 from jaxgpt.config.keys.conditions import ROUTED_LOSS, above_0, one_of
-from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Key, Section
+from jaxgpt.config.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Interval, Key, Section
 
 ROPE = Section(
   "Rotary position embedding, used where `model.position` is `rotary`.",
@@ -226,6 +226,43 @@ LORA = Section(
       "the same weights.",
       check=lora_targets.check,
       needs=above_0("model.lora.rank"),
+      architecture=False,
+    ),
+  ),
+)
+
+MUP = Section(
+  "Settings tuned on a narrow or shallow model, scaled to this one: muP (arXiv:2203.03466) for the "
+  "width, CompleteP (arXiv:2505.01618) for the depth.",
+  dict(
+    base_width=Key(
+      0,
+      "Width of the model whose settings were tuned. Initial weights, learning rates, epsilon, "
+      "`attn_scale` and `output_scale` follow from `width` relative to it. 0: off.",
+      interval=AT_LEAST_0,
+      architecture=False,
+    ),
+    base_head_dim=Key(
+      0,
+      "Head size of that model: `attn_scale` becomes sqrt(`base_head_dim`) / `head_dim`, which is "
+      "the usual scale in that model. 0: `attn_scale` is 1 / `head_dim`.",
+      interval=AT_LEAST_0,
+      needs=above_0("model.mup.base_width"),
+      architecture=False,
+    ),
+    base_depth=Key(
+      0,
+      "Layers of the model whose settings were tuned. `residual_scale` and the rates of the layers "
+      "follow from `num_layers` relative to it. 0: off.",
+      interval=AT_LEAST_0,
+      architecture=False,
+    ),
+    depth_power=Key(
+      1.0,
+      "`residual_scale` is (`num_layers` / `base_depth`) to minus this power. 1: CompleteP. 0.5: "
+      "arXiv:2310.02244.",
+      interval=Interval(0.5, 1),
+      needs=above_0("model.mup.base_depth"),
       architecture=False,
     ),
   ),
