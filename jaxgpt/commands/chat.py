@@ -3,12 +3,13 @@
 import dataclasses
 
 from jaxgpt.commands import Command
+from jaxgpt.commands.actions.engine import EngineOptions
 from jaxgpt.commands.actions.sampling import SAMPLING, SamplingOptions
 from jaxgpt.config.options import checkpoint_step, integer, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatOptions(SamplingOptions):
+class ChatOptions(SamplingOptions, EngineOptions):
   workdir: str = option(help="run folder")
   step: int | str | None = checkpoint_step()
   system: str = option("", help="system message")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxgpt.commands import Command
+from jaxgpt.commands.actions.engine import EngineOptions
 from jaxgpt.commands.actions.sampling import SAMPLING, SamplingOptions, read_prompt
 from jaxgpt.config.options import Group, checkpoint_step, integer, option
 from jaxgpt.errors import UserError
@@ -11,7 +12,7 @@ _FORM = Group("form of the text (one of them; extra `guided`)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(SamplingOptions):
+class GenerateOptions(SamplingOptions, EngineOptions):
   workdir: str = option(help="run folder")
   step: int | str | None = checkpoint_step()
   prompt: str = option(

@@ -3,11 +3,12 @@
 import dataclasses
 
 from jaxgpt.commands import Command
+from jaxgpt.commands.actions.engine import EngineOptions
 from jaxgpt.config.options import checkpoint_step, integer, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeOptions:
+class ServeOptions(EngineOptions):
   workdir: str = option(help="run folder")
   step: int | str | None = checkpoint_step()
   host: str = option(

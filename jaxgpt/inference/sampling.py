@@ -158,20 +158,48 @@ def sample(logits_BV: jax.Array, uniform_B2: jax.Array, s: Sampling) -> jax.Arra
   """
   best_B = logits_BV.argmax(-1).astype(jnp.int32)
 
-  def draw():
-    scaled = logits_BV / jnp.maximum(s.temperature, 1e-6)[:, None]
-    kept = filter_logits(scaled, s.top_k, s.top_p, s.min_p)
-    return _drawn(jnp.exp(kept - kept.max(-1, keepdims=True)), uniform_B2)
-
-  drawn_B = jax.lax.cond((s.temperature > 0).any(), draw, lambda: best_B)
+  drawn_B = jax.lax.cond(
+    (s.temperature > 0).any(), lambda: draw(_weights(logits_BV, s), uniform_B2), lambda: best_B
+  )
   return jnp.where(s.temperature > 0, drawn_B, best_B)
 
 
-def _drawn(weights_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:
+def probabilities(logits_BV: jax.Array, s: Sampling) -> jax.Array:
+  """The distributions that `sample` draws from, float32 [B, V]. Temperature 0: one token's is 1.
+
+  Args:
+    logits_BV: See `sample`.
+    s: Settings [B]. The penalties are not read.
+  """
+  best_BV = jax.nn.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1])
+
+  def shares():
+    weights_BV = _weights(logits_BV, s)
+    shares_BV = weights_BV / weights_BV.sum(-1, keepdims=True)
+    return jnp.where(s.temperature[:, None] > 0, shares_BV, best_BV)
+
+  return jax.lax.cond((s.temperature > 0).any(), shares, lambda: best_BV)
+
+
+def _weights(logits_BV: jax.Array, s: Sampling) -> jax.Array:
+  """Weights of the tokens, proportional to their probabilities where the temperature is not 0."""
+  scaled = logits_BV / jnp.maximum(s.temperature, 1e-6)[:, None]
+  kept = filter_logits(scaled, s.top_k, s.top_p, s.min_p)
+  return jnp.exp(kept - kept.max(-1, keepdims=True))
+
+
+def draw(weights_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:
   """Draws an index with probabilities proportional to weights: a group of neighbours, then one.
 
   Two draws of 24 bits tell more tokens apart than one, and sums of groups are cheaper than a
   cumulative sum over the vocabulary.
+
+  Args:
+    weights_BV: Weights, at least 0, one of each row above it.
+    uniform_B2: Uniform draws from [0, 1).
+
+  Returns:
+    int32 [B].
   """
   B, V = weights_BV.shape
   padded = jnp.pad(weights_BV, ((0, 0), (0, -V % _GROUP))).reshape(B, -1, _GROUP)

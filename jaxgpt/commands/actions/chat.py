@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from jaxgpt.commands.actions import backend, sampling
+from jaxgpt.commands.actions import engine as engine_options
 from jaxgpt.inference import chat, load
-from jaxgpt.inference.engine.engine import Engine
 from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.prompts import Prompts
 
@@ -65,6 +65,7 @@ def run(args: Any) -> None:
   """Talks until the user leaves. `args` are the options of `jaxgpt chat`."""
   terminal = Terminal()
   chosen = sampling.given(args)
+  engine_options.check(args)
   backend.start()
   loaded = load.load(args.workdir, args.step, "generate")
   prompts = Prompts(loaded)
@@ -72,7 +73,7 @@ def run(args: Any) -> None:
   draws, notices = sampling.settings(loaded, chosen)
   for line in notices:
     terminal.note(line)
-  engine = Engine(loaded, max_rows=1)
+  engine = engine_options.make(loaded, args, max_rows=1)
   warm_up = Request(prompt=(loaded.tokenizer.bos_id,) * 2, max_new=2, sampling=draws)
   for _piece in engine.run([warm_up]):
     pass
@@ -82,3 +83,5 @@ def run(args: Any) -> None:
     engine, prompts.chat, loaded.c.data.seq_len, terminal, settings, system=args.system
   )
   talk.run()
+  if report := engine_options.drafting_report(engine.stats()):
+    terminal.note(report)

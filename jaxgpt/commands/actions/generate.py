@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxgpt.commands.actions import backend, sampling
+from jaxgpt.commands.actions import engine as engine_options
 from jaxgpt.commands.actions.predict import inputs
 from jaxgpt.config import user_code
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
-from jaxgpt.inference.engine.engine import Engine
-from jaxgpt.inference.engine.requests import JSON, Constraint, Piece, Request
+from jaxgpt.inference.engine.requests import JSON, Constraint, Piece, Request, Stats
 from jaxgpt.inference.prompts import Prompts
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.tasks.predict import job, rows
@@ -25,7 +25,7 @@ def prompt(args: Any, text: str) -> None:
   run, draws = _loaded(args)
   prompts = Prompts(run)
   ids = prompts.chat([{"role": "user", "content": text}]) if args.chat else prompts.text(text)
-  engine = Engine(run, max_rows=min(args.samples, args.batch_size))
+  engine = engine_options.make(run, args, max_rows=min(args.samples, args.batch_size))
   wanted = _requests(args, draws, ids, args.seed)
   clock = _Clock()
   engine.check(wanted[0])
@@ -41,13 +41,14 @@ def prompt(args: Any, text: str) -> None:
     for i, one in enumerate(texts):
       print(f"--- sample {i + 1} of {args.samples}")
       print(one if args.chat else text + one, flush=True)
-  clock.report()
+  clock.report(engine.stats())
 
 
 def file(args: Any) -> None:
   """Continues the prompts of --input, in order, to --output or standard output."""
   run, draws = _loaded(args)
-  engine, prompts, clock = Engine(run, max_rows=args.batch_size), Prompts(run), _Clock()
+  engine = engine_options.make(run, args, max_rows=args.batch_size)
+  prompts, clock = Prompts(run), _Clock()
   # A faulty form is the fault of no row.
   engine.check(Request((run.tokenizer.bos_id,), 1, constraint=constraint(args)))
 
@@ -79,12 +80,16 @@ def file(args: Any) -> None:
       account = job.run(continued, read, args.output, _identity(args, run, draws), job.say)
   for line in account.lines():
     job.say(line)
-  clock.report()
+  clock.report(engine.stats())
 
 
 def _loaded(args: Any) -> tuple[load.Run, Sampling]:
   """The run, and how its texts are drawn."""
-  constraint(args)  # before the weights are read
+  engine_options.check(args)
+  if constraint(args) and args.draft:  # before the weights are read
+    raise UserError(
+      f"--draft={args.draft} drafts no text of a prescribed form: leave it out, or the form"
+    )
   chosen = sampling.given(args)
   backend.start()
   run = load.load(args.workdir, args.step, "generate")
@@ -147,6 +152,7 @@ def _identity(args: Any, run: load.Run, draws: Sampling) -> dict[str, Any]:
     "sampling": draws._asdict(),
     **{name: getattr(args, name) for name in names},
     **({"constraint": [form.kind, form.value]} if form else {}),
+    **engine_options.identity(args),
   }
 
 
@@ -169,8 +175,10 @@ class _Clock:
         last = now
       yield piece
 
-  def report(self) -> None:
-    """Prints the rate to standard error."""
+  def report(self, stats: Stats) -> None:
+    """Prints the rate, and how good the drafts were, to standard error."""
     if self._seconds > 0:
       rate = self._tokens / self._seconds
       print(f"{self._tokens:,} tokens after the first, {rate:,.1f} tokens/s", file=sys.stderr)
+    if line := engine_options.drafting_report(stats):
+      print(line, file=sys.stderr)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxgpt.commands.actions import backend
+from jaxgpt.commands.actions import engine as engine_options
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
-from jaxgpt.inference.engine.engine import Engine
 from jaxgpt.inference.server import app, calls, metrics, served, serving
 from jaxgpt.inference.server.worker import Worker
 from jaxgpt.run import run_folder
@@ -22,6 +22,7 @@ _KEY = "JAXGPT_API_KEY"
 
 def run(args: Any) -> int:
   """Serves a run. `args` are the options of `jaxgpt serve`. Returns the exit code."""
+  engine_options.check(args)
   key = api_key(args.api_key)
   hosts = hosts_of(args.host, args.allow_host)
   listener = serving.bind(args.host, args.port)  # fails before the weights are read
@@ -38,7 +39,10 @@ def run(args: Any) -> int:
   settings = app.Settings(args.timeout, args.max_body, key, hosts)
   numbers = metrics.Metrics((lambda: worker.stats) if worker else None)
   make = lambda: app.App(model, worker, numbers, settings)
-  return serving.run(make, worker, listener, _report)
+  code = serving.run(make, worker, listener, _report)
+  if worker and (line := engine_options.drafting_report(worker.stats)):
+    _report(line)
+  return code
 
 
 def model_of(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
@@ -58,7 +62,7 @@ def model_of(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
     return served.embeds(loaded, name, embedder(loaded), args.rows + args.queue), None
   uses.check(c, "generate")
   loaded = load.load(args.workdir, args.step, "generate")
-  engine = Engine(loaded, max_rows=args.rows, cache_tokens=args.cache_tokens)
+  engine = engine_options.make(loaded, args, max_rows=args.rows, cache_tokens=args.cache_tokens)
   defaults, ignored = load.sampling_defaults(loaded)
   if ignored:
     _report(f"not followed of the model's generation_config.json: {', '.join(ignored)}")

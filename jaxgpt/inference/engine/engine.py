@@ -1,7 +1,7 @@
 """The decoding engine: continuous batching of requests over a paged cache.
 
 In each step requests enter free rows, a chunk of a prompt is computed, and each row that has its
-prompt in the cache draws a token:
+prompt in the cache draws a token, or several with a drafter:
 
     step         1    2    3    4    5    6
     request 0    P    D    D    D    .             P chunk of a prompt, D token drawn
@@ -23,8 +23,10 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine import blocks as blocks_lib
 from jaxgpt.inference.engine import constraints, programs, requests, weights
+from jaxgpt.inference.engine.drafting.acceptance import Drafts
+from jaxgpt.inference.engine.drafting.drafter import Drafter, Drafting, make
 from jaxgpt.inference.engine.requests import Piece, Request, Stats, Token
-from jaxgpt.inference.engine.rows import Batch, Row
+from jaxgpt.inference.engine.rows import Batch, Row, windows
 from jaxgpt.inference.engine.text import Text
 from jaxgpt.training import uses
 from jaxgpt.tree import PyTree
@@ -48,6 +50,7 @@ class Engine:
     cache_dtype: str | None = None,
     block_size: int = BLOCK,
     chunk_blocks: tuple[int, int] | None = None,
+    drafting: Drafting | None = None,
   ):
     """Prepares weights and cache. The programs are compiled when they are needed first.
 
@@ -64,9 +67,10 @@ class Engine:
       block_size: Tokens of a block.
       chunk_blocks: Blocks of a prompt that are computed together: at its end, and before that. The
         second is a multiple of the first. None: (1, 4) on CPUs, (8, 8) on others.
+      drafting: How tokens are drafted that the model then verifies together. None: they are not.
 
     Raises:
-      UserError: The model cannot continue a text.
+      UserError: The model cannot continue a text, or the draft model cannot draft for it.
     """
     uses.check(run.c, "generate")
     self._run, self._context = run, run.c.data.seq_len
@@ -75,27 +79,23 @@ class Engine:
     self._blocks = blocks_lib.Blocks(-(-tokens // size), size)
     model, self._prepared = weights.prepare(run.parts.model)
     dtype = cache_dtype or model.cfg.dtype
-    self._programs = programs.Programs(
-      model,
-      run.tokenizer.vocab_size,
-      programs.Size(rows, self._blocks.num + 1, size, dtype),
-      run.mesh,
-    )
+    shape = programs.Size(rows, self._blocks.num + 1, size, dtype)
+    self._programs = programs.Programs(model, run.tokenizer.vocab_size, shape, run.mesh)
+    self._drafter: Drafter | None = make(drafting, run, shape) if drafting else None
     self._params: PyTree = None
     self._weights: Any = None
     self._carried: Any = None
     if chunk_blocks is None:
       chunk_blocks = (1, 4) if jax.default_backend() == "cpu" else (8, 8)
     self._small, self._large = (blocks * size for blocks in chunk_blocks)
-    cfg = model.cfg
-    windows = {kind: cfg.window if kind == "local" else None for kind in cfg.attention_pattern}
     self._ends = frozenset(run.generation.end_ids)
     self._grammars = constraints.Grammars(run.tokenizer, self._ends)
-    self._batch = Batch(rows, size, self._context, windows, self._grammars.num_words)
+    self._batch = Batch(rows, size, self._context, windows(model.cfg), self._grammars.num_words)
     self._rows: list[Row | None] = [None] * rows
     self._queue = deque[tuple[int, Request]]()
     self._cancelled = set[int]()
     self._next = self._prefilled = self._reused = self._decoded = 0
+    self._drafted = self._accepted = 0
     self.use(run.params)
 
   def use(self, params: PyTree | None) -> None:
@@ -189,10 +189,12 @@ class Engine:
       prefilled=self._prefilled,
       reused=self._reused,
       decoded=self._decoded,
+      drafted=self._drafted,
+      accepted=self._accepted,
     )
 
   def step(self) -> list[Piece]:
-    """Cancels, admits, computes a chunk of a prompt and draws a token for each row."""
+    """Cancels, admits, computes a chunk of a prompt and draws tokens for each row."""
     pieces = self._cancel()
     with jax.set_mesh(self._run.mesh):
       # The more rows idle, the more tokens of prompts before the others go on.
@@ -321,6 +323,8 @@ class Engine:
     size = self._large if row.cached < row.large else self._small
     chunk = self._batch.chunk(row, size)
     self._carried = self._programs.prefill(self._weights, self._carried, *chunk)
+    if self._drafter:
+      self._drafter.prefill(row, size)
     before = len(row.request.prompt) - 1
     self._prefilled += min(size, before - row.cached)
     row.cached = min(row.cached + size, before)
@@ -329,41 +333,63 @@ class Engine:
     return size
 
   def _decode(self) -> list[Piece]:
-    """Draws a token for each row that is prefilled."""
-    self._carried, drawn = self._programs.decode(
-      self._weights, self._carried, self._batch.step(self._rows)
-    )
+    """Draws tokens for each row that is prefilled."""
+    there = [(b, row) for b, row in enumerate(self._rows) if row and row.is_prefilled]
+    drafts = self._draft(there)
+    if drafts is None:
+      inputs = self._batch.step(self._rows)
+      self._carried, drawn = self._programs.decode(self._weights, self._carried, inputs)
+    else:
+      assert self._drafter is not None
+      inputs = self._batch.step(self._rows, np.asarray(drafts.num), self._drafter.most)
+      self._carried, drawn = self._programs.verify(self._weights, self._carried, inputs, drafts)
+      self._drafted += int(np.sum(drafts.num))
     found = jax.device_get(drawn)
-    pieces = list[Piece]()
-    for b, row in enumerate(self._rows):
-      if row is not None and row.is_prefilled:
-        row.cached += 1
-        row.drawn += 1
-        self._decoded += 1
-        pieces += self._advance(b, row, found)
-    return pieces
+    self._accepted += sum(int(found.num[b]) - 1 for b, _ in there)
+    return [piece for b, row in there for piece in self._advance(b, row, found)]
+
+  def _draft(self, there: Sequence[tuple[int, Row]]) -> Drafts | None:
+    """Tokens that may follow those of some rows, or None without a drafter."""
+    if self._drafter is None:
+      return None
+    room_B = np.zeros(len(self._rows), np.int32)
+    for b, row in there:
+      left = min(row.request.max_new - len(row.written), self._context - 1 - row.cached) - 1
+      # What a form allows after a drafted token is not known before it is drawn.
+      room_B[b] = 0 if row.matcher else min(left, self._drafter.most)
+    return self._drafter.draft(self._rows, room_B, (self._carried.prompts, self._carried.counts))
 
   def _advance(self, b: int, row: Row, found: Any) -> list[Piece]:
-    """What a row's new token adds to its text."""
-    row.last, finish = int(found.tokens[b]), None
-    released = list[Token]()
-    if row.last in self._ends:
-      finish = requests.STOP
-    else:
-      released, stopped = row.text.add(_token(b, row.request.logprobs, found))
-      problem = self._constrain(row)
-      if stopped or (row.matcher and row.matcher.is_complete):
-        finish = requests.STOP
-      elif problem:
-        finish = requests.ERROR + problem
-      elif row.drawn == row.request.max_new or row.cached + 1 >= self._context:
-        finish = requests.LENGTH
-    if finish:
-      released += row.text.end()
-      self._leave(b, row)
+    """What a row's new tokens add to its text."""
+    released, finish = list[Token](), None
+    for t in range(found.num[b]):
+      row.cached += 1
+      self._decoded += 1
+      some, finish = self._write(row, _token(b, t, row.request.logprobs, found))
+      released += some
+      if finish:
+        released += row.text.end()
+        self._leave(b, row)
+        break
     if not released and not finish:
       return []
     return [Piece(row.number, "".join(t.text for t in released), tuple(released), finish)]
+
+  def _write(self, row: Row, token: Token) -> tuple[list[Token], str | None]:
+    """Adds a token to a row's text: (tokens that are released, why the text ends or None)."""
+    row.last = token.id
+    row.written.append(token.id)
+    if token.id in self._ends:
+      return [], requests.STOP
+    released, stopped = row.text.add(token)
+    problem = self._constrain(row)
+    if stopped or (row.matcher and row.matcher.is_complete):
+      return released, requests.STOP
+    if problem:
+      return released, requests.ERROR + problem
+    if len(row.written) == row.request.max_new or row.cached + 1 >= self._context:
+      return released, requests.LENGTH
+    return released, None
 
   def _constrain(self, row: Row) -> str:
     """Goes on in the form of a row's text. Returns the reason why that is not possible, or ''."""
@@ -380,9 +406,9 @@ class Engine:
     self._rows[b] = None
 
 
-def _token(b: int, logprobs: int | None, found: Any) -> Token:
-  """Row b's new token, without its text."""
+def _token(b: int, t: int, logprobs: int | None, found: Any) -> Token:
+  """Row b's t-th new token, without its text."""
   if logprobs is None:
-    return Token(int(found.tokens[b]), "")
-  best = zip(found.best[b, :logprobs].tolist(), found.best_logprobs[b, :logprobs].tolist())
-  return Token(int(found.tokens[b]), "", float(found.logprobs[b]), tuple(best))
+    return Token(int(found.tokens[b, t]), "")
+  best = zip(found.best[b, t, :logprobs].tolist(), found.best_logprobs[b, t, :logprobs].tolist())
+  return Token(int(found.tokens[b, t]), "", float(found.logprobs[b, t]), tuple(best))

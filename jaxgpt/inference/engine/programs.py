@@ -1,13 +1,14 @@
-"""The two programs of decoding: a chunk of a prompt, and one token of each row.
+"""The programs of decoding: a chunk of a prompt, and the next tokens of each row.
 
-Neither depends on the lengths of the texts: the first is compiled for each size of chunks, the
-second once. The arrays that they carry from call to call are donated: the cache is updated in
-place.
+None depends on the lengths of the texts: the first is compiled for each size of chunks, the others
+once. The arrays that they carry from call to call are donated: the cache is updated in place.
 
-B row, T token of a chunk, V vocabulary, W word of 32 tokens, A alternative.
+B row, T token of a call, K drafted token, V vocabulary, W word of 32 tokens, A alternative.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +18,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.inference import sampling
+from jaxgpt.inference.engine.drafting import acceptance
+from jaxgpt.inference.engine.drafting.acceptance import Drafts
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model import kv_cache, transformer
 from jaxgpt.model.attention import paged
 from jaxgpt.tree import PyTree
 
 MOST_ALTERNATIVES = 20  # log-probabilities of other tokens that a request may ask for
-
+_ACCEPT, _DRAFT = 1, 2  # uses of random draws besides that of the tokens themselves
 
 # XLA's own loops multiply a few rows by a matrix twice as fast as the library that it calls, which
 # packs the whole matrix first (docs/log.md).
@@ -57,12 +60,12 @@ class Carried(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-  """One token of each row.
+  """The next token of each row.
 
   Attributes:
     tokens: int32 [B].
     positions: int32 [B].
-    call: Where they are in the cache.
+    call: Where it is in the cache, and drafted ones that follow it.
     sampling: Settings [B].
     seeds: uint32 [B, 2].
     with_logprobs: bool [B], rows whose log-probabilities are wanted.
@@ -84,13 +87,15 @@ class Drawn(NamedTuple):
   """The tokens that follow.
 
   Attributes:
-    tokens: int32 [B].
-    logprobs: float32 [B], by the model itself, before temperature, penalties and filters.
-    best: int32 [B, A], the most likely tokens.
-    best_logprobs: float32 [B, A].
+    tokens: int32 [B, T].
+    num: int32 [B], how many of them are the text's, at least 1.
+    logprobs: float32 [B, T], by the model itself, before temperature, penalties and filters.
+    best: int32 [B, T, A], the most likely tokens.
+    best_logprobs: float32 [B, T, A].
   """
 
   tokens: jax.Array
+  num: jax.Array
   logprobs: jax.Array
   best: jax.Array
   best_logprobs: jax.Array
@@ -122,7 +127,10 @@ class Programs:
     empty: () -> carried. An empty cache.
     prefill: (weights, carried, tokens_T, start, `paged.Chunk`) -> carried. Writes T tokens of a
       prompt, from position `start` on, into the cache. T is a multiple of the block's size.
-    decode: (weights, carried, `StepInputs`) -> (carried, `Drawn`).
+    decode: (weights, carried, `StepInputs`) -> (carried, `Drawn`). One token of each row.
+    verify: (weights, carried, `StepInputs`, `Drafts`) -> (carried, `Drawn`). One to K + 1 tokens.
+    propose: (weights, carried, `StepInputs`, (prompts, counts) of the engine's `Carried`) ->
+      (carried, `Drafts`). Drafts K tokens of each row, where the call has room for K + 1.
     enter: (carried, row, prompt_V) -> carried. Begins the counts of a row with a penalty.
   """
 
@@ -145,14 +153,15 @@ class Programs:
     pools = jax.tree.map(of_pool, jax.eval_shape(self._empty).pools)
     carried = Carried(pools, whole, whole)
     jit = functools.partial(jax.jit, out_shardings=carried)
-    self.empty = jit(self._empty)
-    self.prefill = jit(self._prefill, donate_argnums=1)
-    self.decode = jit(
-      self._decode,
+    step = functools.partial(
+      jax.jit,
       donate_argnums=1,
       out_shardings=(carried, whole),
       compiler_options=compiler_options(),
     )
+    self.empty = jit(self._empty)
+    self.prefill = jit(self._prefill, donate_argnums=1)
+    self.decode, self.verify, self.propose = map(step, (self._decode, self._verify, self._propose))
     self.enter = jit(self._enter, donate_argnums=0)
 
   def _empty(self) -> Carried:
@@ -190,27 +199,115 @@ class Programs:
       call=x.call,
       logits_at_B=jnp.zeros((B,), jnp.int32),
     )
-    V = self._model.cfg.vocab_size
-    logits_BV = jnp.where(jnp.arange(V) < self._vocab_size, out.logits, -jnp.inf)
+    logits_BV = self._own(out.logits)
     s = x.sampling
     less = lambda: sampling.penalized(logits_BV, carried.prompts, carried.counts, s)
-    scores_BV = jax.lax.cond(sampling.is_penalized(s).any(), less, lambda: logits_BV)
-    scores_BV = jax.lax.cond(
-      x.constrained.any(),
-      lambda: jnp.where(_bits(x.allowed, V) | ~x.constrained[:, None], scores_BV, -jnp.inf),
-      lambda: scores_BV,
-    )
+    scores_BV = _scores(logits_BV, less, x, 1)
     tokens_B = sampling.sample(scores_BV, _uniform(x.seeds, x.positions), s)
     counts = carried.counts.at[jnp.arange(B), tokens_B].add(1)
-    drawn = jax.lax.cond(
-      x.with_logprobs.any(), lambda: _logprobs(logits_BV, tokens_B), lambda: _none(tokens_B, V)
+    carried = carried._replace(pools=out.cache, counts=counts)
+    return carried, _drawn(logits_BV, tokens_B[:, None], jnp.ones_like(tokens_B), x)
+
+  def _verify(
+    self, weights: PyTree, carried: Carried, x: StepInputs, drafts: Drafts
+  ) -> tuple[Carried, Drawn]:
+    drafted_BK = jnp.asarray(drafts.tokens)
+    B, K = drafted_BK.shape
+    T, V = K + 1, self._model.cfg.vocab_size
+    positions_BT = jnp.asarray(x.positions)[:, None] + jnp.arange(T)
+    out: Any = self._model.apply(
+      {"params": weights},
+      jnp.concatenate([jnp.asarray(x.tokens)[:, None], drafted_BK], axis=1),
+      # Drafts that do not count are not read, but a position must exist.
+      jnp.minimum(positions_BT, x.call.context - 1),
+      cache=carried.pools,
+      call=x.call,
     )
-    return carried._replace(pools=out.cache, counts=counts), drawn
+    logits = self._own(out.logits.reshape(B * T, V))
+
+    def less():
+      each = lambda a: jnp.repeat(a, T, axis=0)
+      drafted = jax.nn.one_hot(drafted_BK, V, dtype=jnp.int32)
+      before_BTV = jnp.cumsum(jnp.pad(drafted, ((0, 0), (1, 0), (0, 0))), axis=1)
+      counts = (carried.counts[:, None] + before_BTV).reshape(B * T, V)
+      return sampling.penalized(
+        logits, each(carried.prompts), counts, jax.tree.map(each, x.sampling)
+      )
+
+    scores_BTV = _scores(logits, less, x, T).reshape(B, T, V)
+    at = jnp.repeat(jnp.asarray(x.seeds), T, axis=0), positions_BT.reshape(-1)
+    accept_BT = _uniform(*at, _ACCEPT)[:, 0].reshape(B, T)
+    uniform_BT2 = _uniform(*at).reshape(B, T, 2)
+    tokens_BT, num_B = acceptance.accept(scores_BTV, drafts, accept_BT, uniform_BT2, x.sampling)
+    written_BT = (jnp.arange(T) < num_B[:, None]).astype(jnp.int32)
+    counts = carried.counts.at[jnp.arange(B)[:, None], tokens_BT].add(written_BT)
+    carried = carried._replace(pools=out.cache, counts=counts)
+    return carried, _drawn(logits, tokens_BT, num_B, x)
+
+  def _propose(
+    self,
+    weights: PyTree,
+    carried: Carried,
+    x: StepInputs,
+    seen: tuple[jax.Array, jax.Array],
+  ) -> tuple[Carried, Drafts]:
+    B, T = x.call.blocks.shape
+    num = self._vocab_size
+    prompts, counts = (jnp.asarray(a)[:, :num] for a in seen)
+    s, position_B = x.sampling, jnp.asarray(x.positions)
+
+    def apply(i: jax.Array, token_B: jax.Array, pools: kv_cache.Pools, **more: Any) -> Any:
+      at = lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1, axis=1)
+      call = dataclasses.replace(x.call, blocks=at(x.call.blocks), offsets=at(x.call.offsets))
+      position = jnp.minimum(position_B + i, call.context - 1)
+      return self._model.apply(
+        {"params": weights},
+        token_B[:, None],
+        position[:, None],
+        cache=pools,
+        call=call,
+        **more,
+      )
+
+    def one(carry: Any, i: jax.Array) -> Any:
+      token_B, counts, pools = carry
+      out = apply(i, token_B, pools, logits_at_B=jnp.zeros((B,), jnp.int32))
+      logits_BV = out.logits[:, :num]
+      less = lambda: sampling.penalized(logits_BV, prompts, counts, s)
+      scores_BV = jax.lax.cond(sampling.is_penalized(s).any(), less, lambda: logits_BV)
+      probs_BV = sampling.probabilities(scores_BV, s)
+      token_B = sampling.draw(probs_BV, _uniform(x.seeds, position_B + i, _DRAFT))
+      counts = counts.at[jnp.arange(B), token_B].add(1)
+      return (token_B, counts, out.cache), (token_B, probs_BV)
+
+    start = jnp.asarray(x.tokens), counts, carried.pools
+    (token_B, _, pools), (tokens_KB, probs_KBV) = jax.lax.scan(one, start, jnp.arange(T - 1))
+    # The last draft enters the cache too, for the case that all are accepted.
+    out = apply(jnp.int32(T - 1), token_B, pools, project=lambda x, w, bias: None)
+    drafts = Drafts(
+      tokens_KB.swapaxes(0, 1), jnp.full((B,), T - 1, jnp.int32), probs_KBV.swapaxes(0, 1)
+    )
+    return carried._replace(pools=out.cache), drafts
+
+  def _own(self, logits: jax.Array) -> jax.Array:
+    """Logits with -inf for ids that are never drawn, the last axis V."""
+    return jnp.where(jnp.arange(logits.shape[-1]) < self._vocab_size, logits, -jnp.inf)
 
   def _enter(self, carried: Carried, row: jax.Array, prompt_V: jax.Array) -> Carried:
     return carried._replace(
       prompts=carried.prompts.at[row].set(prompt_V), counts=carried.counts.at[row].set(0)
     )
+
+
+def _scores(logits: jax.Array, less: Callable[[], jax.Array], x: StepInputs, T: int) -> jax.Array:
+  """Logits [B * T, V] with penalties, by `less`, and without the tokens that a form excludes."""
+  scores = jax.lax.cond(sampling.is_penalized(x.sampling).any(), less, lambda: logits)
+
+  def formed() -> jax.Array:
+    may_BV = _bits(x.allowed, logits.shape[1]) | ~x.constrained[:, None]
+    return jnp.where(jnp.repeat(may_BV, T, axis=0), scores, -jnp.inf)
+
+  return jax.lax.cond(x.constrained.any(), formed, lambda: scores)
 
 
 def _bits(words_BW: jax.typing.ArrayLike, V: int) -> jax.Array:
@@ -221,24 +318,32 @@ def _bits(words_BW: jax.typing.ArrayLike, V: int) -> jax.Array:
   return jnp.pad(flat, ((0, 0), (0, V - flat.shape[1])))
 
 
-def _uniform(seeds_B2: jax.typing.ArrayLike, position_B: jax.typing.ArrayLike) -> jax.Array:
-  """Two uniform draws for each row, by its own seed and position alone."""
+def _uniform(
+  seeds_B2: jax.typing.ArrayLike, position_B: jax.typing.ArrayLike, use: int | None = None
+) -> jax.Array:
+  """Two uniform draws for each row, by its own seed and position alone, others for each use."""
 
   def row(seed, position):
     key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-    return jax.random.uniform(key, (2,))
+    return jax.random.uniform(key if use is None else jax.random.fold_in(key, use), (2,))
 
   return jax.vmap(row)(seeds_B2, position_B)
 
 
-def _logprobs(logits_BV: jax.Array, tokens_B: jax.Array) -> Drawn:
-  logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-  best_logprobs, best = jax.lax.top_k(logprobs_BV, min(MOST_ALTERNATIVES, logits_BV.shape[1]))
-  own = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
-  return Drawn(tokens_B, own, best, best_logprobs)
+def _drawn(logits: jax.Array, tokens_BT: jax.Array, num_B: jax.Array, x: StepInputs) -> Drawn:
+  """The tokens with their log-probabilities by logits [B * T, V], or zeros if none are wanted."""
+  B, T = tokens_BT.shape
+  few = min(MOST_ALTERNATIVES, logits.shape[1])
 
+  def found() -> tuple[jax.Array, jax.Array, jax.Array]:
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    best_logprobs, best = jax.lax.top_k(logprobs, few)
+    own = jnp.take_along_axis(logprobs, tokens_BT.reshape(-1, 1), axis=1)[:, 0]
+    return own, best, best_logprobs
 
-def _none(tokens_B: jax.Array, V: int) -> Drawn:
-  shape = (len(tokens_B), min(MOST_ALTERNATIVES, V))
-  zero = jnp.zeros(shape, jnp.float32)
-  return Drawn(tokens_B, zero[:, 0], jnp.zeros(shape, jnp.int32), zero)
+  def none() -> tuple[jax.Array, jax.Array, jax.Array]:
+    zero = jnp.zeros((B * T, few), jnp.float32)
+    return zero[:, 0], zero.astype(jnp.int32), zero
+
+  parts = jax.lax.cond(x.with_logprobs.any(), found, none)
+  return Drawn(tokens_BT, num_B, *(part.reshape(B, T, *part.shape[1:]) for part in parts))

@@ -122,6 +122,8 @@ class Stats(NamedTuple):
     prefilled: Tokens of prompts that were computed.
     reused: Tokens of prompts that were found in the cache.
     decoded: Tokens drawn.
+    drafted: Tokens that a drafter guessed.
+    accepted: Those of them that the model took.
   """
 
   running: int
@@ -131,3 +133,5 @@ class Stats(NamedTuple):
   prefilled: int
   reused: int
   decoded: int
+  drafted: int = 0
+  accepted: int = 0

@@ -6,6 +6,7 @@ B row, J block of a row, P pair of a row and a block, V vocabulary, W word of 32
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import ml_collections
 import numpy as np
 
 from jaxgpt.inference.engine.blocks import SPARE
@@ -27,8 +28,8 @@ class Row:
     blocks: Its blocks of the cache, for all tokens that it may have.
     cached: Tokens in the cache.
     last: The token that is decoded next.
-    drawn: Tokens drawn.
     text: Its text.
+    written: Its tokens after the prompt.
     large: Tokens of the prompt that are computed in large chunks, the first ones.
     matcher: How far the text is in its form, if the request prescribes one.
     allowed: uint32 [W], the tokens that may follow then.
@@ -40,7 +41,7 @@ class Row:
   cached: int
   last: int
   text: Text
-  drawn: int = 0
+  written: list[int] = dataclasses.field(default_factory=list)
   large: int = 0
   matcher: Matcher | None = None
   allowed: np.ndarray | None = None
@@ -52,6 +53,11 @@ class Row:
 
 
 _GREEDY = Sampling(temperature=0.0)
+
+
+def windows(cfg: ml_collections.FrozenConfigDict) -> dict[str, int | None]:
+  """{kind of attention that a model has: its window, or None}. `cfg` is its `model` section."""
+  return {kind: cfg.window if kind == "local" else None for kind in cfg.attention_pattern}
 
 
 class Batch:
@@ -71,7 +77,7 @@ class Batch:
       num_rows: B.
       block_size: Tokens of a block.
       context: Longest context in tokens.
-      windows: {kind of attention that the model has: its window, or None}.
+      windows: See `windows`.
       num_words: W.
     """
     self._num_words = num_words
@@ -91,19 +97,37 @@ class Batch:
     start, first = np.array([row.cached, row.cached // self._size], np.int32)
     return tokens_T, start, paged.Chunk(table_J, first, self._context)
 
-  def step(self, rows: Sequence[Row | None]) -> StepInputs:
-    """One token of each row that is prefilled. The others are not read."""
+  def step(
+    self,
+    rows: Sequence[Row | None],
+    drafted_B: Sequence[int] | np.ndarray | None = None,
+    most: int = 0,
+  ) -> StepInputs:
+    """The next token of each row that is prefilled, and drafted ones. Other rows are not read.
+
+    Args:
+      rows: The rows.
+      drafted_B: How many drafted tokens follow each row's own. None: none.
+      most: K, the most of them that a call has room for.
+    """
     B, S = self._num_rows, self._size
-    there = [(b, row) for b, row in enumerate(rows) if row is not None and row.is_prefilled]
-    tokens, positions, blocks, offsets = np.zeros((4, B), np.int32)
+    more_B = np.zeros(B, np.int32) if drafted_B is None else drafted_B
+    there = [
+      (b, row, row.cached + int(more_B[b]))
+      for b, row in enumerate(rows)
+      if row is not None and row.is_prefilled
+    ]
+    tokens, positions = np.zeros((2, B), np.int32)
+    blocks, offsets = np.zeros((2, B, 1 + most), np.int32)
     seeds = np.zeros((B, 2), np.uint32)
     with_logprobs, constrained = np.zeros((2, B), bool)
     allowed = np.zeros((B, self._num_words), np.uint32)
     settings = [_GREEDY] * B
-    for b, row in there:
+    for b, row, last in there:
       request = row.request
       tokens[b], positions[b] = row.last, row.cached
-      blocks[b], offsets[b] = row.blocks[row.cached // S], row.cached % S
+      for t, at in enumerate(range(row.cached, last + 1)):
+        blocks[b, t], offsets[b, t] = row.blocks[at // S], at % S
       seeds[b] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
       with_logprobs[b] = request.logprobs is not None
       settings[b] = request.sampling
@@ -120,15 +144,15 @@ class Batch:
     call = paged.Step(blocks, offsets, pairs, self._context)
     return StepInputs(tokens, positions, call, draws, seeds, with_logprobs, constrained, allowed)
 
-  def _pairs(self, there: Sequence[tuple[int, Row]], window: int | None) -> paged.Pairs:
-    """The blocks that hold what each row's token sees."""
+  def _pairs(self, there: Sequence[tuple[int, Row, int]], window: int | None) -> paged.Pairs:
+    """The blocks that hold what each row's tokens see. The last one's position is the third."""
     S, P = self._size, self._most_pairs
     numbers, blocks, starts = np.zeros((3, P), np.int32)
     table = np.full((self._num_rows, self._per_row), P, np.int32)
     at = 0
-    for b, row in there:
+    for b, row, last in there:
       first = 0 if window is None else max(row.cached - window + 1, 0) // S
-      count = row.cached // S + 1 - first
+      count = last // S + 1 - first
       here = slice(at, at + count)
       numbers[here] = b
       blocks[here] = row.blocks[first : first + count]

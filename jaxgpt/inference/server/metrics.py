@@ -37,6 +37,8 @@ class Metrics:
         ("blocks_used", "Blocks of the cache that requests hold"),
         ("prefilled", "Tokens of prompts computed since the start"),
         ("reused", "Tokens of prompts found in the cache since the start"),
+        ("drafted", "Tokens drafted since the start"),
+        ("accepted", "Drafted tokens that the model took since the start"),
       ):
         gauge = prometheus.Gauge(f"jaxgpt_engine_{name}", help_text, registry=self._registry)
         gauge.set_function(functools.partial(_read, stats, name))

@@ -5,7 +5,7 @@ blocks, so that rows of different lengths share the pool and rows with the same 
 blocks. A call is one of two kinds:
 
   Chunk   the next tokens of one prompt. They fill whole blocks
-  Step    one token of each row of a batch
+  Step    the next token of each row of a batch, or a few of them
 
 The cost follows the number of blocks that the rows of a call hold. Neither the pool's size nor the
 longest context enters. A loop runs over blocks, and its number of turns is not known to the
@@ -20,7 +20,7 @@ A row's result does not depend on the other rows, to the last bit: a pair is com
 that does not change, and what a row merges for the pairs it lacks is zero.
 
 M block of the pool, S slot of a block, B row, T query, N heads, K key/value heads, G = N / K, H
-head size, J block of a row, P pair of a row and a block, W pair of a turn.
+head size, J block of a row, P pair of a row and a block, W pair of a turn, Q query head of a token.
 """
 
 import dataclasses
@@ -59,12 +59,12 @@ class Pairs(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A call for one token of each row.
+  """A call for T consecutive tokens of each row: one, and those that a draft adds.
 
   Attributes:
-    blocks: int32 [B], the block of each row's token.
-    offsets: int32 [B], its slot in the block.
-    pairs: {kind of attention: the blocks that it reads}, the token's own among them.
+    blocks: int32 [B, T], the block of each token.
+    offsets: int32 [B, T], its slot in the block.
+    pairs: {kind of attention: the blocks that they read}, their own among them.
     context: Longest context of a row, in tokens.
   """
 
@@ -98,12 +98,12 @@ def write(pool_MKSH: jax.Array, new_BTKH: jax.Array, call: Call) -> jax.Array:
 
   Args:
     pool_MKSH: The pool of a layer.
-    new_BTKH: Keys, values or latents of the tokens. T = 1 in a step, B = 1 in a chunk.
+    new_BTKH: Keys, values or latents of the tokens. B = 1 in a chunk.
     call: Where they go.
   """
   new_BTKH = new_BTKH.astype(pool_MKSH.dtype)
   if isinstance(call, Step):
-    return pool_MKSH.at[call.blocks, :, call.offsets].set(new_BTKH[:, 0])
+    return pool_MKSH.at[call.blocks, :, call.offsets].set(new_BTKH)
   _, K, S, H = pool_MKSH.shape
   filled = new_BTKH.reshape(-1, S, K, H).swapaxes(1, 2)
   blocks = jax.lax.dynamic_slice_in_dim(call.blocks, call.first, len(filled))
@@ -138,7 +138,7 @@ def attend(
   """
   pools = _Pools(k_MKSH, v_MKSH, v_size)
   if isinstance(call, Step):
-    return _step(q_BTNH, pools, call.pairs[kind], positions_BT[:, 0], spec)
+    return _step(q_BTNH, pools, call.pairs[kind], positions_BT, spec)
   return _chunk(q_BTNH, pools, call, positions_BT[0], spec)
 
 
@@ -169,13 +169,17 @@ def _visible(q_at: jax.Array, k_at: jax.Array, window: int | None) -> jax.Array:
 
 
 def _step(
-  q_BTNH: jax.Array, pools: _Pools, pairs: Pairs, position_B: jax.Array, spec: Spec
+  q_BTNH: jax.Array, pools: _Pools, pairs: Pairs, positions_BT: jax.Array, spec: Spec
 ) -> jax.Array:
-  """Attention of one token of each row. See the drawing above."""
-  B, _, N, H = q_BTNH.shape
+  """Attention of a token of each row, or of a few. See the drawing above.
+
+  Q is T * G: the queries of a row that read the same keys.
+  """
+  B, T, N, H = q_BTNH.shape
   _, K, S, _ = pools.k_MKSH.shape
-  P, W = len(pairs.rows), pairs_per_turn(B)
-  q_BKGH = q_BTNH.reshape(B, K, N // K, H)
+  G, P, W = N // K, len(pairs.rows), pairs_per_turn(B)
+  q_BKQH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
+  position_BQ = jnp.repeat(positions_BT, G, axis=1)
 
   def turn(i, carry):
     at = i * W
@@ -183,31 +187,32 @@ def _step(
       jax.lax.dynamic_slice_in_dim(x, at, W) for x in (pairs.rows, pairs.blocks, pairs.starts)
     )
     k, v = pools.read(blocks, q_BTNH.dtype)
-    logits = jnp.einsum("WKGH,WKSH->WKGS", q_BKGH[rows], k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("WKQH,WKSH->WKQS", q_BKQH[rows], k, preferred_element_type=jnp.float32)
     logits = ops.softcap(logits * spec.scale, spec.softcap)
-    seen = _visible(position_B[rows][:, None], starts[:, None] + jnp.arange(S), spec.window)
-    logits = jnp.where(seen[:, None, None], logits, MASKED)
+    at_WS = starts[:, None] + jnp.arange(S)
+    seen = _visible(position_BQ[rows][..., None], at_WS[:, None], spec.window)[:, None]
+    logits = jnp.where(seen, logits, MASKED)
     most = logits.max(-1)
-    weights = jnp.where(seen[:, None, None], jnp.exp(logits - most[..., None]), 0)
+    weights = jnp.where(seen, jnp.exp(logits - most[..., None]), 0)
     out = jnp.einsum(
-      "WKGS,WKSH->WKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+      "WKQS,WKSH->WKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
     put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
     return tuple(map(put, carry, (most, weights.sum(-1), out)))
 
   # One entry more stays as it is, for rows that have fewer pairs than others.
-  G = N // K
   start = (
-    jnp.full((P + 1, K, G), MASKED, jnp.float32),
-    jnp.zeros((P + 1, K, G), jnp.float32),
-    jnp.zeros((P + 1, K, G, pools.size), jnp.float32),
+    jnp.full((P + 1, K, T * G), MASKED, jnp.float32),
+    jnp.zeros((P + 1, K, T * G), jnp.float32),
+    jnp.zeros((P + 1, K, T * G, pools.size), jnp.float32),
   )
   turns = (pairs.num + W - 1) // W
   most_BJ, sums_BJ, out_BJ = (x[pairs.table] for x in jax.lax.fori_loop(0, turns, turn, start))
   share_BJ = jnp.exp(most_BJ - most_BJ.max(1, keepdims=True))
   total = (share_BJ * sums_BJ).sum(1)
   out = (share_BJ[..., None] * out_BJ).sum(1) / jnp.maximum(total, 1e-30)[..., None]
-  return out.astype(q_BTNH.dtype).reshape(B, 1, N, -1)
+  out_BTNH = out.reshape(B, K, T, G, -1).swapaxes(1, 2).reshape(B, T, N, -1)
+  return out_BTNH.astype(q_BTNH.dtype)
 
 
 def pairs_per_turn(num_rows: int) -> int:

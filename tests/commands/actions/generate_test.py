@@ -63,6 +63,14 @@ def test_prompts_of_a_file_are_continued_in_order_and_a_second_start_goes_on(
   assert "tokens/s" not in err, "nothing was drawn again"
 
 
+def test_a_draft_model_changes_nothing_but_the_speed(trained, capsys):
+  args = ["generate", f"--workdir={trained}", "--prompt=the cat", "--max-new=9", "--temperature=0"]
+  _, plain, _ = run(capsys, *args)
+  code, out, err = run(capsys, *args, f"--draft={trained}", "--draft-tokens=2")
+  assert code == 0 and out == plain
+  assert "6 of 6 drafted tokens accepted (100.0%)" in err
+
+
 def test_a_text_of_a_prescribed_form(trained, capsys):
   pytest.importorskip("llguidance", reason="needs the extra [guided]")
   args = ["generate", f"--workdir={trained}", "--prompt=the cat", "--max-new=9"]
@@ -78,6 +86,7 @@ def test_a_text_of_a_prescribed_form(trained, capsys):
     (["--prompt=x", "--output=y"], "--output=y needs --input"),
     (["--regex=a", "--choice=b"], "--regex and --choice each prescribe the text"),
     (["--json-schema=@nothing"], "--json-schema=@nothing: "),
+    (["--draft=ngram", "--regex=a"], "--draft=ngram drafts no text of a prescribed form"),
   ],
 )
 def test_options_that_do_not_go_together(capsys, more, message):

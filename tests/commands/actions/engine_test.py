@@ -1,0 +1,20 @@
+"""Options of the engine that have no effect are refused, before anything is loaded."""
+
+import pytest
+
+from jaxgpt.commands.actions import engine
+from jaxgpt.inference.engine.requests import Stats
+from tests.commands.main_test import refused
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_a_number_of_drafts_without_a_drafter_is_refused(capsys, command):
+  message = refused(capsys, command, "--workdir=r", "--draft-tokens=3")
+  assert "--draft-tokens=3 needs --draft" in message
+
+
+def test_the_report_says_how_many_drafts_were_accepted():
+  stats = Stats(0, 0, 0, 0, 0, 0, 90)
+  assert engine.drafting_report(stats) is None
+  line = engine.drafting_report(stats._replace(drafted=80, accepted=50))
+  assert line == "50 of 80 drafted tokens accepted (62.5%)"
