@@ -24,6 +24,14 @@ from tests.browser import browser  # noqa: F401
 from tests.servers import _s3_server, gcs, s3, web  # noqa: F401
 from tests.trained import other_trained, trained, trained_config  # noqa: F401
 
+# As are the hooks of pytest.
+from tests.worker_deaths import (  # noqa: F401
+  pytest_configure,
+  pytest_handlecrashitem,
+  pytest_terminal_summary,
+  pytest_testnodedown,
+)
+
 # Tracing makes many objects and few cycles: the collector takes a tenth of a test's time.
 gc.set_threshold(200_000, 20, 20)
 
@@ -32,12 +40,6 @@ jax.config.update(
   "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_handlecrashitem(crashitem):
-  """Ends the suite when a worker of pytest-xdist dies, which may otherwise wait for ever."""
-  pytest.exit(f"a worker died while it ran {crashitem}, or just before", returncode=1)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ from jaxgpt.parallel import chips
 from jaxgpt.storage import malloc
 
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+_PROGRAMS_IN_FLIGHT = 32  # of each device, in PJRT's CPU client
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _ROW_AXES = mesh_rules.FIXED["rows"].mesh_axes  # mesh axes that shard a batch's rows
 
@@ -227,8 +228,9 @@ def prepare_cpu(several: bool = False) -> None:
 
   glibc is told to keep freed memory: XLA allocates its temporaries again in each step, and mapping
   their pages again costs a third of a small model's step (docs/log.md). The process then never
-  shrinks. With several fake devices or several processes, only one program runs at a time: two
-  programs in flight share a thread pool, and their collectives can block each other forever.
+  shrinks. With several fake devices or several processes, programs in flight share a thread pool,
+  and their collectives can block each other forever. Asynchronous dispatch is turned off, and the
+  pool gets a thread for each program in flight (`threads_for_collectives`).
 
   Args:
     several: Whether this process is one of several.
@@ -237,6 +239,34 @@ def prepare_cpu(several: bool = False) -> None:
   if os.environ.get("JAX_PLATFORMS", "" if accelerated else "cpu") != "cpu":
     return
   avoid_wrong_sums()
-  if several or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+  devices = _fake_devices()
+  if several or devices > 1:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if threads := threads_for_collectives(devices, metadata.version("jaxlib")):
+      os.environ.setdefault("PJRT_NPROC", str(threads))
   malloc.keep()
+
+
+def threads_for_collectives(devices: int, jaxlib: str) -> int | None:
+  """Threads that XLA's CPU client needs so that collectives in flight can't block each other.
+
+  Before 0.12 (seen in 0.10.2), jaxlib returns from a program of several devices before it has
+  run, even without asynchronous dispatch. The participants of a collective hold threads while they
+  wait for the others, and by default there are as many threads as devices: two programs in flight
+  can wait forever. PJRT lets each device have 32 programs in flight.
+
+  Args:
+    devices: Devices of this process.
+    jaxlib: Its version, such as "0.10.2".
+
+  Returns:
+    The value of the environment variable PJRT_NPROC, or None for versions that don't need it.
+  """
+  version = tuple(int(n) for n in re.findall(r"\d+", jaxlib)[:2])
+  return devices * (_PROGRAMS_IN_FLIGHT + 1) if version < (0, 12) else None
+
+
+def _fake_devices() -> int:
+  """The number of CPU devices that XLA_FLAGS or JAX's own option ask for."""
+  flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+  return int(flag[1]) if flag else max(1, jax.config.jax_num_cpu_devices)

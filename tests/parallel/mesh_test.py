@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,3 +136,39 @@ def test_memory_that_a_device_lacks_is_named():
     UserError, match="model.remat='offload:q' needs memory of the kind tape, and cpu has"
   ):
     mesh.check_memory(here, "tape", "model.remat='offload:q'")
+
+
+@pytest.mark.parametrize(
+  "devices, version, want", [(8, "0.10.2", 264), (1, "0.10.2", 33), (8, "0.12.0.1", None)]
+)
+def test_a_thread_for_each_program_in_flight(devices, version, want):
+  assert mesh.threads_for_collectives(devices, version) == want
+
+
+_PROGRAMS = """
+from jaxgpt.parallel import mesh
+mesh.prepare_cpu()
+import jax, numpy as np
+from jaxgpt.run import digests
+devices = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("fsdp"))
+ones = [np.ones((8 * (i % 5 + 1), i % 7 + 1), np.float32) for i in range(100)]
+arrays = {f"{i}": jax.device_put(x, rows) for i, x in enumerate(ones)}
+for _ in range(5):
+  digests.of(arrays)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_programs_in_flight_on_eight_devices():
+  """Digests of a checkpoint's arrays, which blocked each other forever in jaxlib 0.10.2."""
+  ended = "--xla_cpu_collective_call_terminate_timeout_seconds=60"
+  environment = {
+    **{k: v for k, v in os.environ.items() if k != "PJRT_NPROC"},
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {ended}",
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", _PROGRAMS], env=environment, capture_output=True, text=True, check=False
+  )
+  assert done.stdout == "done\n", done.stderr[-2000:]
