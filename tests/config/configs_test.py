@@ -23,6 +23,7 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "induction": (50_560, 264),
   "llama3_8b": (8_030_261_248, None),
   "masked_lm": (1_100_296, 264),
+  "mup_transfer": (33_184, 264),
   "preference": (10_945_536, 264),  # without a run to start from: the base config
   "tasks/chat": (558_720, 264),
   "tasks/generated_answers": (558_720, 264),

@@ -1,0 +1,71 @@
+"""The coordinate check passes with muP, and fails without it and with one wrong multiplier."""
+
+import jax
+import pytest
+
+from jaxgpt.analysis import coordinate_check
+from jaxgpt.model.scaling import mup
+from jaxgpt.parallel import mesh
+
+
+def test_problems_are_growth_and_changes_that_are_not_flat():
+  problem = coordinate_check._problem
+  assert problem(0.1, -0.1, 0.25) == "" == problem(-0.5, 0.0, 0.25)
+  assert problem(0.5, 0.5, 0.25) == "grows, learns faster"
+  assert problem(0.0, -0.5, 0.25) == "learns slower"
+  row = coordinate_check.Row("logits", (1.0, 2.0), (1.0, 2.0), 1.0, 1.0, "grows")
+  lines = coordinate_check.lines(coordinate_check.Check("width", (8, 16), 4, 1, 0.25, [row]))
+  assert lines[1].split()[1:5] == ["width", "8", "width", "16"]
+  assert lines[2].split() == ["logits", "1", "2", "+1.00", "+1.00", "grows"]
+  assert lines[-1].startswith("FAILS: 1 of 1 activations")
+
+
+@pytest.fixture
+def check(tiny, monkeypatch):
+  """A function (overrides, **options) -> check of a small config at three sizes."""
+  real = mesh.make
+  monkeypatch.setattr(mesh, "make", lambda c_mesh: real(c_mesh, jax.devices()[:1]))
+
+  def run(overrides, at=(64, 128, 256), **options):
+    fields = dict(model__gated=False, model__activation="relu2", model__width=64)
+    fields |= dict(model__mlp_width=256, optim__lr=4e-3, data__seq_len=64)
+    return coordinate_check.check(tiny(**fields | overrides), at, seeds=1, **options)
+
+  return run
+
+
+def failing(found):
+  return {row.name.split(",")[0] for row in found.rows if row.problem}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grow", coordinate_check.GROWS)
+def test_passes_with_mup_and_fails_without(check, grow):
+  found = check(dict(model__mup__base_width=64), grow=grow)
+  assert found.passes, "\n".join(coordinate_check.lines(found))
+  assert {"attention", "MLP", "residual stream", "logits"} <= failing(check({}, grow=grow))
+
+
+@pytest.mark.slow
+def test_fails_with_one_wrong_multiplier(check, monkeypatch):
+  on = dict(model__mup__base_width=64)
+  assert failing(check(on | dict(model__output_scale=1.0))) >= {"logits"}
+  real = mup.factors
+  for name in ("up", "down"):  # a rate that does not fall with the width
+    axes = {"up": ("layers", "embed", "mlp"), "down": ("layers", "mlp", "embed")}[name]
+    wrong = lambda c, a, axes=axes: (
+      real(c, a)._replace(rate=1.0) if tuple(a) == axes else real(c, a)
+    )
+    monkeypatch.setattr(mup, "factors", wrong)
+    assert "MLP" in failing(check(on)), name
+  wrong = lambda c, a: real(c, a)._replace(init=1.0)
+  monkeypatch.setattr(mup, "factors", wrong)
+  assert not check(on).passes
+
+
+@pytest.mark.slow
+def test_depth(check):
+  on = dict(model__mup__base_depth=2, optim__lr=1e-2)
+  found = check(on, at=(2, 4, 8), over="depth")
+  assert found.passes, "\n".join(coordinate_check.lines(found))
+  assert not check(dict(optim__lr=1e-2), at=(2, 4, 8), over="depth").passes
