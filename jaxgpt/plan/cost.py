@@ -10,7 +10,8 @@ sums them over the program, each times the trip counts of the loops around it:
         fusion.8     80 cycles
 
 Cycles compare programs. They are not a measurement. Custom kernels such as attention have no
-estimate, so they are counted by their FLOPs. A collective that XLA splits over several fusions, in
+estimate next to them, so their calls and FLOPs are counted here, and `schedule` reads what libtpu
+writes about them elsewhere. A collective that XLA splits over several fusions, in
 order to overlap it with compute, counts once.
 """
 
@@ -44,6 +45,20 @@ _ATTENTION_MATMULS = (
 _INLINE = ("fusion", "call", "conditional", "async-start")
 
 
+class Call(NamedTuple):
+  """A call of a custom kernel in a program.
+
+  Attributes:
+    instruction: Name of the instruction, such as 'splash_mha_fwd.3'.
+    name: Name of the kernel, such as 'splash_mha_fwd'.
+    op_name: See `hlo.Instruction`.
+  """
+
+  instruction: str
+  name: str
+  op_name: str
+
+
 @dataclasses.dataclass
 class Cost:
   """Sums over a step on one device.
@@ -51,7 +66,7 @@ class Cost:
   Attributes:
     cycles: {'matmul': cycles, 'other': cycles}, as estimated by the compiler.
     flops: FLOPs of the matmuls in the program, recomputation included.
-    kernels: {name: [calls, FLOPs]} of custom kernels. For attention kernels the FLOPs of all
+    calls: {call of a custom kernel: [runs, FLOPs]}. For attention kernels the FLOPs of all
       query-key pairs, masked or not. For others 0.
     collectives: {(opcode, dtype, phase): [calls, bytes]}. The phase is 'exposed', 'overlapped', or
       'between' for those that go to other slices over the data center network.
@@ -61,7 +76,7 @@ class Cost:
 
   cycles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   flops: float = 0.0
-  kernels: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  calls: dict[Call, list[float]] = dataclasses.field(default_factory=dict)
   collectives: dict[tuple[str, str, str], list[float]] = dataclasses.field(default_factory=dict)
   unhidden_bytes: float = 0.0
 
@@ -73,13 +88,23 @@ class Cost:
     self.unhidden_bytes += other.unhidden_bytes * times
     pairs: tuple[tuple[dict[Any, list[float]], dict[Any, list[float]]], ...] = (
       (self.collectives, other.collectives),
-      (self.kernels, other.kernels),
+      (self.calls, other.calls),
     )
     for mine, its in pairs:
       for key, (calls, size) in its.items():
         entry = mine.setdefault(key, [0, 0.0])
         entry[0] += calls * times
         entry[1] += size * times
+
+  @property
+  def kernels(self) -> dict[str, list[float]]:
+    """{name: [calls, FLOPs]} of custom kernels, the sum of all calls of a kernel."""
+    out: dict[str, list[float]] = {}
+    for call, (runs, work) in self.calls.items():
+      entry = out.setdefault(call.name, [0, 0.0])
+      entry[0] += runs
+      entry[1] += work
+    return out
 
   def bytes(self, phase: str) -> float:
     """Bytes of the collectives of a phase: 'exposed', 'overlapped' or 'between' slices."""
@@ -143,7 +168,7 @@ def heaviest(program: hlo.Program, most: int) -> list[Line]:
 #   rest      a fusion in which an asynchronous one makes progress, or its end
 #   between   a send to another slice
 _Part: TypeAlias = tuple[str, dict[str, Any]]
-_Sums: TypeAlias = tuple[float, list[tuple[str, float]], list[_Part]]  # FLOPs, kernels, parts
+_Sums: TypeAlias = tuple[float, list[tuple[Call, float]], list[_Part]]  # FLOPs, kernels, parts
 
 
 class _Walk:
@@ -168,7 +193,7 @@ class _Walk:
       flops, kernels, parts = self._inside(name, made)
       cost.flops += flops
       for kernel, work in kernels:
-        entry = cost.kernels.setdefault(kernel, [0, 0.0])
+        entry = cost.calls.setdefault(kernel, [0, 0.0])
         entry[0] += 1
         entry[1] += work
       cost.cycles["matmul" if flops else "other"] += made.cycles
@@ -211,8 +236,8 @@ class _Walk:
       return 0, [], []
     return _total(self._fused(name) for name in made.calls)
 
-  def _kernel(self, computation: str, made: hlo.Instruction) -> tuple[str, float]:
-    """(name, FLOPs) of a kernel. Attention is recognized by its name. Its shapes give the FLOPs."""
+  def _kernel(self, computation: str, made: hlo.Instruction) -> tuple[Call, float]:
+    """A kernel and its FLOPs. Attention is recognized by its name. Its shapes give the FLOPs."""
     name = re.sub(r"\.\d+$", "", made.name)
     matmuls = next((n for kernel, n in _ATTENTION_MATMULS if kernel in name), 0)
     types = {i.name: i.arrays for i in self._program.computations[computation]}
@@ -221,11 +246,14 @@ class _Walk:
       for a in map(types.get, made.operands)
       if a and len(a[0].dims) in (3, 4) and a[0].dtype in ("bf16", "f16", "f32")
     ]
+    call = Call(made.name, name, made.op_name)
     if not matmuls or len(heads) < 2:
-      return name, 0
+      return call, 0
+    if "_dkv" in name and sum(len(a.dims) >= len(heads[0]) for a in made.arrays) > 2:
+      matmuls += 1  # fused: the gradient of the queries too
     # Queries [..., N, T, H] and keys [..., K, S, H] are the first arrays of heads.
     (*rows, queries, size), keys = heads[0], heads[1][-2]
-    return name, 2 * matmuls * math.prod(rows) * queries * keys * size
+    return call, 2 * matmuls * math.prod(rows) * queries * keys * size
 
   def _fused(self, name: str) -> _Sums:
     """Sums over a computation that is part of an instruction."""
@@ -252,7 +280,7 @@ class _Walk:
 
 def _total(sums: Iterable[_Sums]) -> _Sums:
   flops: float = 0
-  kernels: list[tuple[str, float]] = []
+  kernels: list[tuple[Call, float]] = []
   parts: list[_Part] = []
   for f, k, p in sums:
     flops += f

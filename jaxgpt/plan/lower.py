@@ -20,6 +20,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from jaxgpt.plan import topology as topology_lib
+from jaxgpt.plan.schedule import dump
 from jaxgpt.plan.topology import Topology
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import objectives, stored, train_step, xla_options
@@ -152,6 +153,7 @@ def compile_step(
   step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
   batch = batch_shapes(c)
   began = time.monotonic()
+  dump.clear()
   lowered = train_step.lower(step, parts.state, batch, mesh)
   try:
     with contextlib.nullcontext() if use_cache else _no_cache():

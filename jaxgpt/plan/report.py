@@ -8,6 +8,7 @@ from jaxgpt.parallel.chips import GIB, Chip
 from jaxgpt.plan import cost as cost_lib
 from jaxgpt.plan import hlo, memory_estimate, per_device, roofline, time_estimate
 from jaxgpt.plan.lower import Compiled
+from jaxgpt.plan.schedule import kernels as kernels_lib
 from jaxgpt.plan.topology import Topology
 from jaxgpt.training import metrics, xla_options
 
@@ -38,7 +39,7 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
   tokens = c.data.batch_size * c.data.seq_len
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
   seconds = took["seconds"]
-  # The figure of merit leaves out kernels, for which the compiler has no estimate.
+  # `unhidden` is a difference of two estimates, so the figure of merit leaves it out.
   merit = sum(seconds[kind] for kind in ("matmul", "other", "exposed", "between"))
   step = sum(seconds.values())
   tokens_per_device = tokens / topology.num_devices
@@ -56,6 +57,7 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
       "model_flops": model_flops,
       "seconds": seconds | {"step": step},
       "merit": merit / tokens_per_device,
+      "merit_of_all": (merit + seconds["kernels"]) / tokens_per_device,
       "merit_with_kernels": step / tokens_per_device,
       "mfu": model_flops / step / chip.clocked_flops,
       "hardware_utilisation": (took["matmul_flops"] + took["kernel_flops"])
@@ -110,11 +112,11 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
   """Figures from the schedule of the TPU compiler: seconds by kind, FLOPs, kernels, collectives."""
   cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
   share = time_estimate.visible_share(compiled.c, chip.attention_block, compiled.mesh.shape["seq"])
-  kernel_flops = sum(work for _, work in cost.kernels.values()) * share
+  kernels = kernels_lib.of_step(cost.calls, chip, share)
   seconds = {
     "matmul": cost.cycles["matmul"] / chip.clock,
     "other": cost.cycles["other"] / chip.clock,
-    "kernels": kernel_flops / (chip.clocked_flops * time_estimate.KERNEL_RATE),
+    "kernels": sum(one.seconds for one in kernels),
     "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
     "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
     "between": cost.bytes("between") / chip.dcn_bandwidth,
@@ -124,8 +126,9 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
     "seconds": seconds,
     "cycles": dict(cost.cycles),
     "matmul_flops": cost.flops,
-    "kernel_flops": kernel_flops,
+    "kernel_flops": sum(one.flops for one in kernels),
     "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
+    "kernel_calls": [one._asdict() for one in kernels],
     "collectives": [
       dict(zip(("opcode", "dtype", "phase"), key)) | {"calls": calls, "bytes": size}
       for key, (calls, size) in sorted(cost.collectives.items())
@@ -192,7 +195,10 @@ def table(f: Figures) -> Iterator[str]:
     f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} {kind}-hours"
     + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}")
   )
-  yield f"figure of merit {f['merit'] * 1e6:.2f} device-µs per token, without kernels"
+  yield (
+    f"figure of merit {f['merit_of_all'] * 1e6:.2f} device-µs per token, {f['merit'] * 1e6:.2f} "
+    "without kernels"
+  )
   options = " ".join(f"{name}={value}" for name, value in f["options"].items())
   yield f"XLA's options   {options or 'defaults'}"
 
@@ -274,8 +280,8 @@ def _time_lines(f: Figures) -> Iterator[str]:
       else f"{f['memory_traffic']:.3g} bytes read and written"
     )
   )
-  kernels = ", ".join(f"{calls} x {name}" for name, calls in f["kernels"].items()) or "none"
-  rate = f"; assumed at {time_estimate.KERNEL_RATE:.0%} of peak" if by_schedule else ""
+  kernels = ", ".join(f"{calls:g} x {name}" for name, calls in f["kernels"].items()) or "none"
+  rate = _kernel_source(f["kernel_calls"]) if by_schedule else ""
   yield f"  {'kernels':<14} {s['kernels']:>8.4f}     {kernels}{rate}"
   yield f"  {'exposed':<14} {s['exposed']:>8.4f}     {f['exposed_bytes']:.3g} bytes of collectives"
   yield (
@@ -287,6 +293,17 @@ def _time_lines(f: Figures) -> Iterator[str]:
       f"  {'between slices':<14} {s['between']:>8.4f}     {f['between_bytes']:.3g} bytes over the "
       "data center network"
     )
+
+
+def _kernel_source(kernels: Sequence[Figures]) -> str:
+  """Where the seconds of the kernels come from, as the end of a line."""
+  counted = sum(one["cycles"] for one in kernels)
+  assumed = [one for one in kernels if one["source"] == kernels_lib.ASSUMED]
+  text = f", {counted:.3g} cycles" if counted else ""
+  if assumed:
+    part = "" if len(assumed) == len(kernels) else f"{sum(k['seconds'] for k in assumed):.4f} s "
+    text += f"; {part}assumed at {kernels_lib.ASSUMED_RATE:.0%} of peak: {assumed[0]['reason']}"
+  return text
 
 
 def _collective_lines(f: Figures) -> Iterator[str]:

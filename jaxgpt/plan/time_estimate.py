@@ -11,9 +11,9 @@ from jaxgpt.config.remat import activations
 from jaxgpt.model import stacks
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
+from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.topology import Topology
 
-KERNEL_RATE = 0.5  # fraction of the peak that attention kernels are assumed to reach
 _KERNEL_BACKWARD = 3.5  # work of the backward kernels relative to the forward kernel
 
 # Memory traffic in units of an array of one layer. The counts were fitted to the schedules of
@@ -81,7 +81,7 @@ def seconds(
   return {
     "matmul": matmul,
     "other": tokens * _traffic_per_token(c, sizes, s) / chip.hbm_bandwidth / busy,
-    "kernels": kernel_flops / (chip.clocked_flops * KERNEL_RATE) / busy,
+    "kernels": kernel_flops / (chip.clocked_flops * ASSUMED_RATE) / busy,
     "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
     "between": between,
   }

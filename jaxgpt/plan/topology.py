@@ -12,6 +12,7 @@ from jaxgpt.errors import UserError, first_line
 from jaxgpt.parallel import chips
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import gpu_target_config
+from jaxgpt.plan.schedule import dump
 
 _TPU_NAME = re.compile(
   r"(?P<chip>[a-z][a-z0-9]*)(-(?P<size>\d+)|:(?P<shape>\d+(x\d+)+))(?:x(?P<slices>\d+))?"
@@ -193,7 +194,8 @@ def _tpus(topology: Topology) -> Any:
   if topology.slices > 1:
     options["num_slices"] = topology.slices
   try:
-    found = topologies.get_topology_desc(f"{topology.chip.libtpu}:{shape}", "tpu", **options)
+    with dump.requested():  # this loads libtpu
+      found = topologies.get_topology_desc(f"{topology.chip.libtpu}:{shape}", "tpu", **options)
   except Exception as e:  # from JAX's runtime, or from loading a library
     if "libtpu" in str(e) or isinstance(e, (ImportError, OSError)):
       raise UserError(

@@ -3,10 +3,12 @@
 B batch, T query position, S key position.
 """
 
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MASKED = -1e30  # logit of a hidden key; finite, so that a row without any key has no NaN gradient
 
@@ -66,3 +68,29 @@ class Band(NamedTuple):
     distance = self.offset + jnp.arange(T)[:, None] - jnp.arange(S)
     mask = distance >= 0 if self.causal else jnp.ones((T, S), bool)
     return mask if self.window is None else mask & (jnp.abs(distance) < self.window)
+
+  def blocks(self, T: int, S: int, block_q: int, block_k: int) -> np.ndarray:
+    """Which blocks have a visible pair, as a boolean array [T / block_q, S / block_k]."""
+    least = self.offset + np.arange(0, T, block_q)[:, None] - np.arange(block_k, S + 1, block_k) + 1
+    most = least + block_q + block_k - 2  # distances of the pairs in a block
+    reach = T + S + abs(self.offset) if self.window is None else self.window - 1
+    return (most >= (0 if self.causal else -reach)) & (least <= reach)
+
+  def label(self, T: int, S: int) -> str:
+    """A name for T queries against S keys, which `read_label` reads.
+
+    It is the name scope of the kernels, so it is found in the compiled program.
+    """
+    return f"mask_{T}x{S}_causal{self.causal:d}_window{self.window or 0}_offset{self.offset}"
+
+
+_LABEL = re.compile(r"mask_(\d+)x(\d+)_causal([01])_window(\d+)_offset(-?\d+)")
+
+
+def read_label(text: str) -> tuple[Band, int, int] | None:
+  """The last label of a text as (band, T, S), or None without one. See `Band.label`."""
+  found = _LABEL.findall(text)
+  if not found:
+    return None
+  T, S, causal, window, offset = map(int, found[-1])
+  return Band(bool(causal), window or None, offset), T, S

@@ -52,7 +52,8 @@ def attention(
   # One call per row: the kernel has no batch axis.
   def local(kernel, q, k, v, ids_BT):
     one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(q=ids, kv=ids))
-    return jax.vmap(one)(q, k, v, ids_BT)
+    with jax.named_scope(band.label(T, T)):  # plans count the blocks that the mask leaves
+      return jax.vmap(one)(q, k, v, ids_BT)
 
   if not mesh.empty and mesh.size > 1:
     batch, heads = spec.rules.spec(("batch", "act_heads"))
@@ -133,7 +134,8 @@ def block_forward(spec: Spec, band: Band, block: Block) -> BlockOutput:
     return out, log_z
 
   q, k, v = padded(q, k, v)
-  out, log_z = jax.vmap(one)(q, k, v, q_ids, k_ids)
+  with jax.named_scope(band.label(q.shape[2], k.shape[2])):
+    out, log_z = jax.vmap(one)(q, k, v, q_ids, k_ids)
   return BlockOutput(out[..., : block.v.shape[-1]], log_z)
 
 
@@ -152,5 +154,6 @@ def block_backward(
 
   out, dout = padded(total.out.astype(q.dtype), dout)
   q, k, v = padded(q, k, v)
-  grads = jax.vmap(one)(q, k, v, q_ids, k_ids, out, total.log_z, dout)
+  with jax.named_scope(band.label(q.shape[2], k.shape[2])):
+    grads = jax.vmap(one)(q, k, v, q_ids, k_ids, out, total.log_z, dout)
   return tuple(d[..., : x.shape[-1]] for d, x in zip(grads, block[:3], strict=True))

@@ -1,0 +1,68 @@
+"""The folder into which libtpu writes the final schedule of each kernel that it compiles.
+
+libtpu reads its flags once, while it is loaded. A process that loaded it before, another compiler
+and a program from JAX's compilation cache leave no schedules, and then `of_kernels` finds none.
+"""
+
+import atexit
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+
+_VARIABLE = "LIBTPU_INIT_ARGS"
+_TO = "--xla_jf_dump_to="
+_FLAGS = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+_ENDING = "final_bundles.txt"
+_folder: pathlib.Path | None = None
+
+
+@contextlib.contextmanager
+def requested() -> Iterator[None]:
+  """Asks libtpu for schedules if it is loaded inside the context.
+
+  The variable is restored afterwards: compiled steps and JAX's cache compare it. A user's own
+  `--xla_jf_dump_to` is kept, and its files are read.
+  """
+  global _folder
+  before = os.environ.get(_VARIABLE)
+  given = re.search(rf"{_TO}(\S+)", before or "")
+  if given:
+    _folder = pathlib.Path(given[1])
+  elif _folder is None:
+    _folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt_schedules_"))
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+  flags = _FLAGS if given else (f"{_TO}{_folder}", *_FLAGS)
+  os.environ[_VARIABLE] = " ".join((*([before] if before else []), *flags))
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ[_VARIABLE]
+    else:
+      os.environ[_VARIABLE] = before
+
+
+def clear() -> None:
+  """Deletes the schedules of earlier programs, unless the user asked for them."""
+  if _folder and _folder.name.startswith("jaxgpt_schedules_"):
+    for path in _folder.glob("*"):
+      path.unlink(missing_ok=True)
+
+
+def of_kernels(names: Iterable[str]) -> dict[str, str]:
+  """Texts of the latest schedules by the name of their instruction.
+
+  Args:
+    names: Names of instructions in the compiled program, such as 'splash_mha_fwd.3'.
+  """
+  wanted, out = set(names), {}
+  for path in sorted(_folder.glob(f"*{_ENDING}")) if _folder and wanted else ():
+    # TIME-INSTRUCTION-PASS-final_bundles.txt; the analysis of a schedule has another pass name.
+    found = re.fullmatch(r"\d+-(.+)-\d+-" + re.escape(_ENDING), path.name)
+    if found and found[1] in wanted:
+      out[found[1]] = path.read_text(errors="replace")
+  return out

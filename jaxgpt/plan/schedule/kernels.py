@@ -1,0 +1,185 @@
+"""Seconds of splash attention's kernels, from their schedules and the blocks that masks leave.
+
+A kernel's grid has an iteration for each head and each pair of a block of queries and a block of
+keys. The kernels `fwd` and `dq` finish a row of blocks of keys before the next queries, `dkv` a
+column of queries before the next keys. With the bundles of `bundles.Schedule`,
+
+    cycles = outside + step * iterations + block * blocks + ends * rows or columns
+
+where *blocks* are those that the mask does not hide. Iterations are fewer than all pairs if the
+mask hides the same number of blocks in each row, as a window does. On chips with two cores that JAX
+shows as one device, a dimension that the kernel declares parallel is divided over both: the heads
+of `fwd`, and otherwise the rows of the batch if there are at least two.
+
+Memory traffic runs beside the bundles, so the longer of the two counts.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxgpt.model.attention import masks
+from jaxgpt.model.attention.masks import Band
+from jaxgpt.parallel.chips import Chip
+from jaxgpt.plan.cost import Call
+from jaxgpt.plan.schedule import bundles, dump
+from jaxgpt.plan.schedule.bundles import NotUnderstood, Schedule, Window
+
+_FLOATS = ("bf16", "f16", "f32")
+_SUBLANES = 8  # rows of the small arrays with one value for each key (`fwd`, `dq`) or query (`dkv`)
+
+
+class Mask(NamedTuple):
+  """The mask of a kernel's call: T queries against S keys under a band."""
+
+  band: Band
+  T: int
+  S: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+  """The time of one call of a kernel.
+
+  Attributes:
+    cycles: Bundles that a core issues.
+    bytes: Bytes copied between HBM and VMEM, for all cores.
+    seconds: The longer of the two.
+    cores: Cores that share the grid.
+    blocks: Computed blocks of all heads.
+    pairs: All blocks, hidden or not.
+  """
+
+  cycles: float
+  bytes: float
+  seconds: float
+  cores: int
+  blocks: int
+  pairs: int
+
+
+def count(name: str, text: str, mask: Mask, chip: Chip) -> Counted:
+  """Counts the time of one call of a splash attention kernel.
+
+  Args:
+    name: The kernel's name, such as 'splash_mha_fwd_segmented_residuals'.
+    text: Its schedule, from `dump.of_kernels`.
+    mask: The mask of the call.
+    chip: The chip.
+
+  Raises:
+    NotUnderstood: The schedule, its operands or its grid are not those of splash attention.
+  """
+  return of_schedule(name, bundles.parse(text), mask, chip)
+
+
+def of_schedule(name: str, found: Schedule, mask: Mask, chip: Chip) -> Counted:
+  """As `count`, for a parsed schedule."""
+  inputs = [w for w in found.windows if w.kind == "input" and w.part.dtype in _FLOATS]
+  if len(inputs) < 3 or len(inputs[0].whole.dims) < 3:
+    raise NotUnderstood("no queries, keys and values among the operands")
+  q, k, v, *_ = inputs
+  (*rows, heads, length, _), (*_, kv_heads, keys, _) = q.whole.dims, k.whole.dims
+  block_q, block_k = q.part.dims[-2], k.part.dims[-2]
+  if (length, keys) != (mask.T, mask.S):
+    raise NotUnderstood(f"operands of {length} x {keys} tokens, a mask of {mask.T} x {mask.S}")
+  columns = "_dkv" in name
+  outputs = [w for w in found.windows if w.kind == "output"]
+  fused = columns and len(outputs) > 2
+  visible = mask.band.blocks(mask.T, mask.S, block_q, block_k)
+  each = math.prod(rows) * heads
+  width = int(visible.sum(0 if columns else 1).max())  # blocks of the fullest row or column
+  if not mask.band.hides(mask.T, mask.S) or fused:
+    width = visible.shape[0 if columns else 1]
+  iterations = each * visible.shape[1 if columns else 0] * width
+  blocks = each * int(visible.sum())
+  ends = math.prod(rows) * (kv_heads * visible.shape[1] if columns else heads * visible.shape[0])
+  cores, rest = divmod(iterations, math.prod(found.grid or (iterations,)))
+  if rest or cores not in (1, chip.cores // chip.devices):
+    raise NotUnderstood(f"a grid of {found.grid}, where the mask has {iterations} iterations")
+  cycles = (
+    found.outside + (found.step * iterations + found.block * blocks + found.ends * ends) / cores
+  )
+  moved = 0.0
+  for window in found.windows:
+    if window.memory == "hbm":
+      runs = blocks if _follows_blocks(window, (q, k, v), columns) else ends
+      # Fused, the first output is the gradient of the queries, a part for each block of keys.
+      moved += window.part.bytes * (iterations if fused and window is outputs[0] else runs)
+  seconds = max(cycles / chip.clock, moved / chip.hbm_bandwidth)
+  return Counted(cycles, moved, seconds, cores, blocks, each * visible.size)
+
+
+def _follows_blocks(window: Window, qkv: tuple[Window, ...], columns: bool) -> bool:
+  """Whether a window moves with each block, rather than with each row or column of blocks."""
+  if window.kind == "output":
+    return False
+  if any(window is one for one in qkv):
+    return (window is qkv[0]) == columns
+  # Gradients and statistics of the queries in `dkv`; ids of the inner blocks have 8 rows.
+  return window.part.dims[-2] == _SUBLANES or (columns and window.part.dtype in _FLOATS)
+
+
+ASSUMED_RATE = 0.5  # fraction of the peak that a kernel is assumed to reach without a schedule
+SCHEDULE, ASSUMED = "schedule", "assumed"
+_NO_SCHEDULE = "libtpu wrote no schedule, as for a program from JAX's compilation cache"
+
+
+class Kernel(NamedTuple):
+  """A kernel's part of a step, on one device.
+
+  Attributes:
+    name: The kernel's name.
+    calls: Calls per step.
+    seconds: Seconds of all calls.
+    flops: FLOPs of all calls, without blocks that the mask hides.
+    cycles: Bundles of all calls, or 0 if they are not counted.
+    source: Where the seconds come from: SCHEDULE, or ASSUMED.
+    reason: Why they are assumed, or ''.
+  """
+
+  name: str
+  calls: float
+  seconds: float
+  flops: float
+  cycles: float
+  source: str
+  reason: str = ""
+
+
+def of_step(calls: Mapping[Call, list[float]], chip: Chip, share: float) -> list[Kernel]:
+  """The kernels of a compiled step, one for each call in the program.
+
+  Args:
+    calls: From `cost.Cost`.
+    chip: The chip.
+    share: Fraction of the pairs of blocks that attention kernels compute, for those whose
+      mask is not in the program.
+  """
+  texts = dump.of_kernels(call.instruction for call in calls)
+  return [
+    _of_call(call, runs, flops, texts.get(call.instruction), chip, share)
+    for call, (runs, flops) in calls.items()
+  ]
+
+
+def _of_call(
+  call: Call, runs: float, flops: float, text: str | None, chip: Chip, share: float
+) -> Kernel:
+  """The `Kernel` of a call, from its schedule if there is one."""
+  label = masks.read_label(call.op_name)
+  reason = _NO_SCHEDULE if text is None else "its mask is not known"
+  if label and text is not None:
+    mask = Mask(*label)
+    try:
+      found = count(call.name, text, mask, chip)
+    except NotUnderstood as e:
+      reason = str(e)
+    else:
+      visible = found.blocks / found.pairs
+      return Kernel(
+        call.name, runs, found.seconds * runs, flops * visible, found.cycles * runs, SCHEDULE
+      )
+  seconds = flops * share / (chip.clocked_flops * ASSUMED_RATE)
+  return Kernel(call.name, runs, seconds, flops * share, 0.0, ASSUMED, reason)
