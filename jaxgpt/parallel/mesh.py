@@ -269,4 +269,6 @@ def threads_for_collectives(devices: int, jaxlib: str) -> int | None:
 def _fake_devices() -> int:
   """The number of CPU devices that XLA_FLAGS or JAX's own option ask for."""
   flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-  return int(flag[1]) if flag else max(1, jax.config.jax_num_cpu_devices)
+  if flag:
+    return int(flag[1])
+  return max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]  # set dynamically
