@@ -140,13 +140,13 @@ class Attention(Module):
     assert inputs.call is not None
     q, k, v = self._qkv(x_BTD, inputs.kinds[self.kind], None)
     cache = {name: paged.write(cache[name], x, inputs.call) for name, x in (("k", k), ("v", v))}
-    cache = {name: self._pinned(pool) for name, pool in cache.items()}
+    cache = jax.tree.map(self._pinned, cache)
     out = paged.attend(q, cache["k"], cache["v"], inputs.call, self.kind, inputs.positions, spec)
     return out, cache
 
-  def _pinned(self, pool_MKSH: jax.Array) -> jax.Array:
-    """A pool, sharded by heads as keys and values are."""
-    return self.rules.constrain(pool_MKSH, None, "act_heads", None, None)
+  def _pinned(self, x: jax.Array) -> jax.Array:
+    """An array of a pool, sharded by heads as keys and values are."""
+    return self.rules.constrain(x, None, "act_heads", *[None] * (x.ndim - 2))
 
   def _normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
     """RMSNorm over each head, or over all heads together (OLMo 2)."""

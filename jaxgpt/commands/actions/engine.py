@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # importing JAX takes a second, which --help should not
 
 _DRAFTS = Group("drafts that the model verifies (texts of the same distribution, faster)")
 _TOKENS = 4  # drafted at a time
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,12 @@ class EngineOptions:
     group=_DRAFTS,
     unset=f"{_TOKENS} with --draft",
     help="tokens that are drafted at a time",
+  )
+  cache_dtype: str | None = option(
+    None,
+    choices=CACHE_DTYPES,
+    unset="the run's compute dtype",
+    help="dtype of cached keys and values; int8: with a scale for each vector, rounded",
   )
 
 
@@ -63,14 +70,14 @@ def make(run: "load.Run", args: EngineOptions, **sizes: Any) -> "Engine":
   if args.draft:
     draft = None if args.draft == drafter.NGRAM else load.load(args.draft, None, "generate")
     drafting = drafter.Drafting(args.draft_tokens or _TOKENS, draft)
-  return Engine(run, drafting=drafting, **sizes)
+  return Engine(run, drafting=drafting, cache_dtype=args.cache_dtype, **sizes)
 
 
 def identity(args: EngineOptions) -> dict[str, Any]:
-  """The options that texts depend on, {} without drafts."""
-  if not args.draft:
-    return {}
-  return {"draft": args.draft, "draft_tokens": args.draft_tokens or _TOKENS}
+  """The options that texts depend on, as far as they are given."""
+  drafts = {"draft": args.draft, "draft_tokens": args.draft_tokens or _TOKENS}
+  cache = {"cache_dtype": args.cache_dtype}
+  return (drafts if args.draft else {}) | (cache if args.cache_dtype else {})
 
 
 def drafting_report(stats: "Stats") -> str | None:

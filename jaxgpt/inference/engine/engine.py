@@ -63,7 +63,8 @@ class Engine:
       max_rows: Requests that are decoded together.
       cache_tokens: Tokens of the cache. None: one context of each row, but not above `CACHE_TOKENS`
         or one context.
-      cache_dtype: dtype of the cache. None: the model's compute dtype.
+      cache_dtype: dtype of the cache; 'int8' has a scale for each vector. None: the model's
+        compute dtype.
       block_size: Tokens of a block.
       chunk_blocks: Blocks of a prompt that are computed together: at its end, and before that. The
         second is a multiple of the first. None: (1, 4) on CPUs, (8, 8) on others.

@@ -149,7 +149,8 @@ class Programs:
     # Each process reads what was drawn, so it is on all devices.
     whole: Any = NamedSharding(mesh, P())
     axes = (None, "act_heads", None, None)
-    of_pool = lambda x: NamedSharding(mesh, model.rules.fitting_spec(mesh, x.shape, axes))
+    spec = lambda x: model.rules.fitting_spec(mesh, x.shape, axes[: x.ndim])
+    of_pool = lambda x: NamedSharding(mesh, spec(x))
     pools = jax.tree.map(of_pool, jax.eval_shape(self._empty).pools)
     carried = Carried(pools, whole, whole)
     jit = functools.partial(jax.jit, out_shardings=carried)

@@ -30,9 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.model import ops
+from jaxgpt.model import kv_cache, ops
 from jaxgpt.model.attention.masks import MASKED
 from jaxgpt.model.attention.spec import Spec
+from jaxgpt.model.kv_cache import Pool
 
 Array = jax.Array | np.ndarray
 
@@ -93,27 +94,34 @@ class Chunk:
 Call = Step | Chunk
 
 
-def write(pool_MKSH: jax.Array, new_BTKH: jax.Array, call: Call) -> jax.Array:
-  """Writes a call's tokens into the pool.
+def write(pool: Pool, new_BTKH: jax.Array, call: Call) -> Pool:
+  """Writes a call's tokens into the pool, with scales if it has them.
 
   Args:
-    pool_MKSH: The pool of a layer.
+    pool: The pool of a layer.
     new_BTKH: Keys, values or latents of the tokens. B = 1 in a chunk.
     call: Where they go.
   """
-  new_BTKH = new_BTKH.astype(pool_MKSH.dtype)
+  if pool.scales is None:
+    return Pool(_written(pool.entries, new_BTKH.astype(pool.entries.dtype), call))
+  entries, scales = kv_cache.quantized(new_BTKH)
+  return Pool(_written(pool.entries, entries, call), _written(pool.scales, scales, call))
+
+
+def _written(x: jax.Array, new: jax.Array, call: Call) -> jax.Array:
+  """Entries [M, K, S, H] or scales [M, K, S] with new ones [B, T, K, H] or [B, T, K]."""
   if isinstance(call, Step):
-    return pool_MKSH.at[call.blocks, :, call.offsets].set(new_BTKH)
-  _, K, S, H = pool_MKSH.shape
-  filled = new_BTKH.reshape(-1, S, K, H).swapaxes(1, 2)
+    return x.at[call.blocks, :, call.offsets].set(new)
+  _, K, S, *H = x.shape
+  filled = new.reshape(-1, S, K, *H).swapaxes(1, 2)
   blocks = jax.lax.dynamic_slice_in_dim(call.blocks, call.first, len(filled))
-  return pool_MKSH.at[blocks].set(filled)
+  return x.at[blocks].set(filled)
 
 
 def attend(
   q_BTNH: jax.Array,
-  k_MKSH: jax.Array,
-  v_MKSH: jax.Array | None,
+  k: Pool,
+  v: Pool | None,
   call: Call,
   kind: str,
   positions_BT: jax.Array,
@@ -125,18 +133,18 @@ def attend(
 
   Args:
     q_BTNH: Queries. Query head n reads key head n // (N // K).
-    k_MKSH: The pool of keys, with the call's own.
-    v_MKSH: The pool of values. None: the first `v_size` entries of the keys.
+    k: The pool of keys, with the call's own.
+    v: The pool of values. None: the first `v_size` entries of the keys.
     call: The blocks of the rows.
     kind: The kind of attention, a key of `Step.pairs`.
     positions_BT: Positions of the queries.
     spec: Options. `causal` is not read.
-    v_size: See `v_MKSH`.
+    v_size: See `v`.
 
   Returns:
     [B, T, N, size of the values] in q's dtype. The softmax is computed in float32.
   """
-  pools = _Pools(k_MKSH, v_MKSH, v_size)
+  pools = _Pools(k, v, v_size)
   if isinstance(call, Step):
     return _step(q_BTNH, pools, call.pairs[kind], positions_BT, spec)
   return _chunk(q_BTNH, pools, call, positions_BT[0], spec)
@@ -145,21 +153,38 @@ def attend(
 class _Pools(NamedTuple):
   """Keys and values of a layer."""
 
-  k_MKSH: jax.Array
-  v_MKSH: jax.Array | None
+  k: Pool
+  v: Pool | None
   v_size: int | None
 
   def read(self, blocks: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of some blocks."""
-    k = self.k_MKSH[blocks].astype(dtype)
-    if self.v_MKSH is None:
+    """Keys and values of some blocks, without their scales."""
+    k = self.k.entries[blocks].astype(dtype)
+    if self.v is None:
       return k, k[..., : self.v_size]
-    return k, self.v_MKSH[blocks].astype(dtype)
+    return k, self.v.entries[blocks].astype(dtype)
+
+  def key_scaled(self, products: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Products with keys of some blocks, times the keys' scales."""
+    return _scaled(products, self.k.scales, blocks)
+
+  def value_scaled(self, weights: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Weights of values of some blocks, times the values' scales."""
+    return _scaled(weights, (self.v or self.k).scales, blocks)
 
   @property
   def size(self) -> int:
     """Size of a value."""
-    return self.v_MKSH.shape[-1] if self.v_MKSH is not None else self.v_size or 0
+    return self.v.entries.shape[-1] if self.v is not None else self.v_size or 0
+
+
+def _scaled(x: jax.Array, scales_MKS: jax.Array | None, blocks: jax.Array) -> jax.Array:
+  """x [..., K, any, S], times the scales of some blocks [...] if there are any."""
+  if scales_MKS is None:
+    return x
+  *outer, K, S = scales_MKS[blocks].shape
+  inner = (1,) * (x.ndim - len(outer) - 2)
+  return x * scales_MKS[blocks].reshape(*outer, K, *inner, S)
 
 
 def _visible(q_at: jax.Array, k_at: jax.Array, window: int | None) -> jax.Array:
@@ -176,7 +201,7 @@ def _step(
   Q is T * G: the queries of a row that read the same keys.
   """
   B, T, N, H = q_BTNH.shape
-  _, K, S, _ = pools.k_MKSH.shape
+  _, K, S, _ = pools.k.entries.shape
   G, P, W = N // K, len(pairs.rows), pairs_per_turn(B)
   q_BKQH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
   position_BQ = jnp.repeat(positions_BT, G, axis=1)
@@ -188,14 +213,17 @@ def _step(
     )
     k, v = pools.read(blocks, q_BTNH.dtype)
     logits = jnp.einsum("WKQH,WKSH->WKQS", q_BKQH[rows], k, preferred_element_type=jnp.float32)
-    logits = ops.softcap(logits * spec.scale, spec.softcap)
+    logits = ops.softcap(pools.key_scaled(logits * spec.scale, blocks), spec.softcap)
     at_WS = starts[:, None] + jnp.arange(S)
     seen = _visible(position_BQ[rows][..., None], at_WS[:, None], spec.window)[:, None]
     logits = jnp.where(seen, logits, MASKED)
     most = logits.max(-1)
     weights = jnp.where(seen, jnp.exp(logits - most[..., None]), 0)
     out = jnp.einsum(
-      "WKQS,WKSH->WKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+      "WKQS,WKSH->WKQH",
+      pools.value_scaled(weights, blocks).astype(v.dtype),
+      v,
+      preferred_element_type=jnp.float32,
     )
     put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
     return tuple(map(put, carry, (most, weights.sum(-1), out)))
@@ -225,22 +253,26 @@ def _chunk(
 ) -> jax.Array:
   """Attention of consecutive tokens of one row, a block of keys in each turn of the loop."""
   _, T, N, H = q_BTNH.shape
-  _, K, S, _ = pools.k_MKSH.shape
+  _, K, S, _ = pools.k.entries.shape
   G = N // K
   q_KGTH = q_BTNH[0].reshape(T, K, G, H).transpose(1, 2, 0, 3)
 
   def turn(j, carry):
     most, total, out = carry
-    k, v = pools.read(call.blocks[j], q_BTNH.dtype)
+    block = call.blocks[j]
+    k, v = pools.read(block, q_BTNH.dtype)
     logits = jnp.einsum("KGTH,KSH->KGTS", q_KGTH, k, preferred_element_type=jnp.float32)
-    logits = ops.softcap(logits * spec.scale, spec.softcap)
+    logits = ops.softcap(pools.key_scaled(logits * spec.scale, block), spec.softcap)
     seen = _visible(positions_T[:, None], j * S + jnp.arange(S), spec.window)
     logits = jnp.where(seen, logits, MASKED)
     now = jnp.maximum(most, logits.max(-1))
     weights = jnp.where(seen, jnp.exp(logits - now[..., None]), 0)
     fade = jnp.exp(most - now)
     part = jnp.einsum(
-      "KGTS,KSH->KGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+      "KGTS,KSH->KGTH",
+      pools.value_scaled(weights, block).astype(v.dtype),
+      v,
+      preferred_element_type=jnp.float32,
     )
     return now, fade * total + weights.sum(-1), fade[..., None] * out + part
 

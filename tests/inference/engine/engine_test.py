@@ -272,6 +272,20 @@ def test_a_request_in_the_queue_can_be_cancelled(engine):
   assert ended[numbers[4]] == "cancelled" and ended[numbers[0]] in ("length", "stop")
 
 
+def test_a_cache_in_int8_takes_half_the_memory_and_changes_little(engine):
+  run, _ = made("gpt2")
+  sizes = dict(max_rows=3, block_size=8, cache_tokens=96, chunk_blocks=(1, 1))
+  rounded = engine_lib.Engine(run, cache_dtype="int8", **sizes)
+  mine = [Request(prompt(9 + 4 * i, i), 8, GREEDY, logprobs=0) for i in range(4)]
+  exact, found = answers(engine, mine), answers(rounded, mine)
+  assert bits(answers(rounded, mine[1:2])[0]) == bits(found[1]), "alone or in company"
+  off = [abs(a[0][0].logprob - b[0][0].logprob) for a, b in zip(exact, found)]
+  assert 0 < max(off) < 0.05
+  held = lambda e: sum(x.nbytes for x in jax.tree.leaves(e._carried.pools))
+  share = (8 + 4) / (2 * 8)  # of bfloat16, for heads of 8: an entry has a byte, a vector 4 more
+  assert held(rounded) == share * held(engine) / 2
+
+
 @pytest.mark.parametrize(
   "fault, message",
   [
@@ -294,7 +308,7 @@ def test_a_faulty_request_is_refused(engine, fault, message):
 def test_the_cache_is_not_copied(engine):
   """The two programs update it in place: no copy of a pool in the compiled text."""
   run, _ = made("gpt2")
-  shape = engine._carried.pools[0]["k"].shape
+  shape = engine._carried.pools[0]["k"].entries.shape
   pool = f"f32[{','.join(map(str, shape))}]"
   with jax.set_mesh(run.mesh):
     step = engine._batch.step(engine._rows)

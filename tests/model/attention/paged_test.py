@@ -1,0 +1,90 @@
+"""Attention over a paged cache next to its definition, with entries in float32 and in int8."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.model.attention import paged
+from jaxgpt.model.attention.spec import Spec
+from jaxgpt.model.kv_cache import Pool
+
+B, T, N, K, H, S, J = 2, 3, 4, 2, 8, 4, 4
+LENGTHS = np.array([15, 13])  # of each row; a step has the last T tokens
+TABLES = np.array([[5, 2, 7, 4], [1, 6, 3, 8]], np.int32)
+SPEC = Spec(scale=0.3, softcap=5.0, window=7)
+
+
+def by_definition(q_TNH, k_SKH, v_SKH, first):
+  """Attention of consecutive queries from a position on, in NumPy."""
+  out = np.zeros((*q_TNH.shape[:2], v_SKH.shape[-1]))
+  for t, n in np.ndindex(q_TNH.shape[:2]):
+    at = slice(max(0, first + t - SPEC.window + 1), first + t + 1)
+    logits = k_SKH[at, n * K // N] @ q_TNH[t, n] * SPEC.scale
+    weights = np.exp(SPEC.softcap * np.tanh(logits / SPEC.softcap))
+    out[t, n] = weights / weights.sum() @ v_SKH[at, n * K // N]
+  return out
+
+
+def rounded(x):
+  """What a cache in int8 holds of vectors."""
+  scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+  return np.round(x / scale) * scale
+
+
+def step_of(at_BT):
+  """A call for tokens at some positions. Each row reads all its blocks."""
+  pad = lambda x: np.pad(np.asarray(x, np.int32), (0, 2))
+  starts = np.tile(np.arange(J) * S, B)
+  table = np.arange(B * J, dtype=np.int32).reshape(B, J)
+  pairs = paged.Pairs(
+    pad(np.repeat(np.arange(B), J)), pad(TABLES.ravel()), pad(starts), table, np.int32(B * J)
+  )
+  return paged.Step(
+    np.take_along_axis(TABLES, at_BT // S, axis=1), at_BT % S, {"local": pairs}, J * S
+  )
+
+
+@pytest.mark.parametrize("v_size", [None, 5])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_cache_is_attended_to_by_definition(dtype, v_size):
+  rng = np.random.default_rng(0)
+  k, v = rng.normal(size=(2, B, J * S, K, H)).astype(np.float32)
+  q = rng.normal(size=(B, J * S, N, H)).astype(np.float32)
+  rows, at_BT = np.arange(B)[:, None], LENGTHS[:, None] - np.arange(T, 0, -1)
+  scales = np.zeros((9, K, S), np.float32) if dtype == "int8" else None
+
+  @jax.jit
+  def found(q, k, v):
+    pools, chunks = [Pool(np.zeros((9, K, S, H), dtype), scales)] * 2, []
+    pools = jax.tree.map(jnp.asarray, pools)
+
+    def attend(q, call, at):
+      values = None if v_size else pools[1]
+      return paged.attend(q, pools[0], values, call, "local", at, SPEC, v_size=v_size)
+
+    for b in range(B):
+      for first in (0, 2):  # two blocks in a chunk
+        call = paged.Chunk(jnp.asarray(TABLES[b]), np.int32(first), J * S)
+        at = np.arange(first * S, (first + 2) * S)[None]
+        pools = [paged.write(pool, x[b][at], call) for pool, x in zip(pools, (k, v))]
+        chunks.append(attend(q[b][at], call, at))
+    step = jax.tree.map(jnp.asarray, step_of(at_BT))
+    pools = [paged.write(pool, 1 + x[rows, at_BT], step) for pool, x in zip(pools, (k, v))]
+    return chunks, attend(q[rows, at_BT], step, at_BT)
+
+  chunks, steps = found(*map(jnp.asarray, (q, k, v)))
+  held = rounded if dtype == "int8" else lambda x: x
+  values = lambda k, v: held(k)[..., :v_size] if v_size else held(v)
+  for i, chunk in enumerate(chunks):
+    b, at = i // 2, slice(8 * (i % 2), 8 * (i % 2) + 8)
+    want = by_definition(q[b, at], held(k[b]), values(k[b], v[b]), at.start)
+    np.testing.assert_allclose(chunk[0], want, atol=2e-6)
+  for x in (k, v):
+    x[rows, at_BT] += 1
+  for b, at in enumerate(at_BT):
+    want = by_definition(q[b, at], held(k[b]), values(k[b], v[b]), at[0])
+    np.testing.assert_allclose(steps[b], want, atol=2e-6)
+  if dtype == "int8":  # the tolerance tells it from the cache that is not rounded
+    exact = by_definition(q[b, at], k[b], k[b][..., :v_size] if v_size else v[b], at[0])
+    assert 1e-4 < np.abs(steps[b] - exact).max() < 0.05
