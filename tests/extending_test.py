@@ -36,6 +36,8 @@ SLOW = {
   "An objective",
   "A batch source",
   "A metric writer",
+  "A data format",
+  "A cleaning step",
 }
 COPIED = ("jaxgpt", "tests", "pyproject.toml")  # what a section changes or runs
 _FENCE = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.M | re.S)

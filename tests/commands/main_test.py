@@ -347,7 +347,9 @@ def test_a_value_that_is_not_utf8_is_refused(capsys, words):
   assert "is not UTF-8 text" in refused(capsys, *words)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16"])
+@pytest.mark.parametrize(
+  "encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow), "utf-16"]
+)
 def test_terminals_that_are_not_utf8(encoding, tmp_path):
   """Help and errors are written with escapes for the characters that a terminal lacks."""
   environment = os.environ | {"PYTHONIOENCODING": encoding}

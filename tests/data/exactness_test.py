@@ -119,6 +119,7 @@ with open(out, "wb") as f:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_half_each(path, expected, tmp_path):
   objective, digests = expected
   root = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))

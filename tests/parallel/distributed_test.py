@@ -181,6 +181,7 @@ def test_only_the_first_process_writes_and_prints(site, alone):
   assert start["processes"] == 2 and start["mesh"]["fsdp"] == 2
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_process_stops_all_after_the_same_step_and_the_rerun_is_exact(site, alone):
   stopped = train(site, "stopped", 2, env={"TEST_SIGNAL": f"1 {signal.SIGTERM:d} 3"})
   assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped

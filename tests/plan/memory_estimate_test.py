@@ -24,6 +24,7 @@ def errors():
   return {name: error(entry) for name, entry in COMPILED.items() if entry["memory"]}
 
 
+@pytest.mark.slow
 def test_memory_by_arithmetic_is_near_the_compilers(errors):
   worst = sorted(errors, key=lambda name: -abs(errors[name]))
   report = "\n".join(f"{errors[name]:+7.1%}  {name}" for name in worst)

@@ -66,6 +66,7 @@ def test_bits_per_byte_compare_runs_of_other_tokenizers():
   assert (found.first, found.second) == (6, 4)
 
 
+@pytest.mark.slow
 def test_a_task_on_the_rows_of_a_file(tiny, tmp_path, capsys):
   rows = [{"text": f"row {i}", "label": "good" if i % 4 else "bad"} for i in range(24)]
   (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -145,6 +145,7 @@ needs_harness = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_harness
 def test_answers_equal_those_of_the_hf_backend(exported, tasks):
   import lm_eval

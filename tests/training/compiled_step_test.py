@@ -60,6 +60,7 @@ def saved(tiny, tmp_path_factory):
   return path, folder / "step", train
 
 
+@pytest.mark.slow
 def test_a_start_with_a_saved_step_compiles_none_and_trains_the_same(saved, capsys):
   _, _, train = saved
   want, compiled = train("compiled", step="")

@@ -227,6 +227,7 @@ def test_a_run_goes_on_and_is_used_under_other_rules(tiny, tmp_path):
   assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_goes_on_exactly_where_it_stopped(tiny, tmp_path, capsys):
   """Stopped inside an epoch's window; then losses are those of a run that was never stopped."""
   raw = tmp_path / "raw"

@@ -113,6 +113,7 @@ def int4(trained, tmp_path_factory):
   return folder, sizes
 
 
+@pytest.mark.slow
 def test_a_quantized_run_is_small_and_used_as_it_is(trained, int4, tiny, tmp_path):
   folder, sizes = int4
   assert sizes.plain / sizes.stored > 3.5

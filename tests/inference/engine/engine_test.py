@@ -108,7 +108,9 @@ def by_full_forwards(run, prompts, new):
   return [row[len(p) : end].tolist() for row, p, end in zip(tokens, prompts, ends, strict=True)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", ["gpt2", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "gpt2")]
+)
 def test_greedy_texts_are_the_most_likely_tokens_of_full_forwards(kind):
   run, engine = made(kind)
   prompts = [prompt(n, n) for n in (1, 5, 9, 17, 40, 33, 8)]

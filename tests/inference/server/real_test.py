@@ -173,6 +173,7 @@ def environment():
   return found | {"XLA_FLAGS": " ".join(flags)}
 
 
+@pytest.mark.slow
 def test_the_commands(folder):
   """The server and the terminal give the same greedy answer; SIGTERM ends the server well."""
   command = [sys.executable, "-m", "jaxgpt"]

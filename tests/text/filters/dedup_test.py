@@ -49,6 +49,7 @@ def natural():
   return found, gone, [d for i, d in enumerate(found) if i not in gone]
 
 
+@pytest.mark.slow
 def test_the_bar_on_real_documents(natural, tmp_path):
   """The benchmark, smaller: 99 % of exact copies, 90 % of changed ones, under 0.5 % of others."""
   found, gone, base = natural

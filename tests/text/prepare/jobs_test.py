@@ -176,6 +176,7 @@ def test_twenty_kills_of_the_whole_process_group(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_three_kills_of_the_whole_process_group(tmp_path):
   kill_at_random(tmp_path, 3)
 
@@ -210,6 +211,7 @@ def test_ctrl_c_is_one_line_whoever_hears_it(tmp_path, delay):
   assert (tmp_path / "out.unfinished").is_dir()
 
 
+@pytest.mark.slow
 def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=4, documents=400, words=200)

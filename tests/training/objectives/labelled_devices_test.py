@@ -102,6 +102,7 @@ def trajectory(kind, folder, model, accumulate=1, objective=None, **mesh):
 
 
 # On a decoder the tokens of a row are permuted where mesh.seq cuts it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind, model, mesh",
   quick.first(
@@ -128,6 +129,7 @@ SMOOTH = dict(label_smoothing=0.1)
 AXES = dict(data=2, fsdp=2, tensor=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind, objective, mesh",
   quick.first(

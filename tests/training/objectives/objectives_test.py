@@ -19,6 +19,7 @@ def train(tiny, folder, path, objective, **fields):
   return load.evaluate_run(load.load(folder))
 
 
+@pytest.mark.slow
 def test_masked_words_are_learned(tiny, data, tmp_path):
   result = train(tiny, tmp_path / "run", data("text"), "masked_lm", model__causal=False)
   assert result["loss"] < 4 and "bits_per_byte" not in result
@@ -41,6 +42,7 @@ def test_classes_are_learned(tiny, data, tmp_path):
   assert result["accuracy"] > 0.9 and result["tokens"] > 10 and "perplexity" not in result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["seq2seq", "chat"])
 def test_answers_are_learned(tiny, data, tmp_path, kind):
   result = train(tiny, tmp_path / "run", data(kind), "causal_lm")
