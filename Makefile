@@ -29,6 +29,7 @@ test-golden: $(VENV)/installed-$(EXTRAS)
 test-faults: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m tests.faults.crashes --strikes=230
 	$(BIN)/python -m tests.faults.corruption --cases=400
+	$(BIN)/python -m tests.faults.sweep_kills --kills=5
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 
 from jaxgpt.analysis.interpret import taps
-from jaxgpt.data import pipeline
+from jaxgpt.data import pipeline, stages
 from jaxgpt.errors import UserError
 from jaxgpt.model import transformer
 from jaxgpt.parallel import mesh as mesh_lib
@@ -129,8 +129,7 @@ def check(
   for own in configs.values():  # mistakes are reported before anything is trained
     batches_lib.load_tokenizer_and_config(own)
   readings = [
-    [_measured(own, seed, steps, f"{over} {size}", _TAPS[over]) for seed in range(seeds)]
-    for size, own in configs.items()
+    _measured(own, seeds, steps, f"{over} {size}", _TAPS[over]) for size, own in configs.items()
   ]
   log_at, rows = np.log(np.asarray(at, float)), []
   for name in readings[0][0]:
@@ -196,11 +195,12 @@ _Reading = dict[str, tuple[float, float]]  # name: (size, change), both root mea
 
 
 def _measured(
-  c: ml_collections.ConfigDict, seed: int, steps: int, which: str, wanted: Sequence[str]
-) -> _Reading:
-  """Sizes and changes of the activations of one model, at taps that it has, after some steps."""
-  c = c.copy_and_resolve_references()
-  c.seed += seed
+  c: ml_collections.ConfigDict, seeds: int, steps: int, which: str, wanted: Sequence[str]
+) -> list[_Reading]:
+  """For each seed, sizes and changes of a model's activations, at taps that it has.
+
+  One program trains all seeds: they differ in their initial weights and their batches.
+  """
   _, c = batches_lib.load_tokenizer_and_config(c)
   mesh = mesh_lib.make(c.mesh)
   parts = build_lib.build(c, mesh)
@@ -209,21 +209,27 @@ def _measured(
     raise UserError("a coordinate check needs prepared data; leave data.stream out")
   model = taps.readable(parts.model)
   names = tuple(tap for tap in wanted if tap in taps.OF_MODEL or taps.layers_with(model.cfg, tap))
-  data_of = lambda step: batches_lib.to_devices(data.batch(step), mesh)
-  with jax.set_mesh(mesh):
-    step_fn = jax.jit(train_step.make(parts.objective, parts.tx, parts.schedule, c))
-    state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
+  function = train_step.make(parts.objective, parts.tx, parts.schedule, c)
+  shapes = batches_lib.shapes(data, stages.configs(c)[0][0])
+  step_fn = train_step.compile(function, parts.state, shapes, mesh, c.mesh.compiler_options)
+  out = []
+  for seed in range(c.seed, c.seed + seeds):
+    own = c.copy_and_resolve_references()
+    own.seed = seed
+    data = batches_lib.training_data(own)
     inputs = _inputs(data.batch(0))
-    read = lambda: _activations(model, train_step.own_weights(state), inputs, names)
-    before = read()
-    for step in range(steps):
-      state, metrics = step_fn(state, data_of(step))
-    if int(metrics["nonfinite_step"]) >= 0:
-      raise UserError(
-        f"{which}: step {int(metrics['nonfinite_step'])} is not finite; lower optim.lr"
-      )
-    after = read()
-  return {name: (_rms(x), _rms(x - before[name])) for name, x in after.items()}
+    with jax.set_mesh(mesh):
+      state = train_step.first_state(parts.model, parts.tx, seed, parts.state)
+      before = _activations(model, train_step.own_weights(state), inputs, names)
+      for step in range(steps):
+        state, metrics = step_fn(state, batches_lib.to_devices(data.batch(step), mesh))
+      if int(metrics["nonfinite_step"]) >= 0:
+        raise UserError(
+          f"{which}: step {int(metrics['nonfinite_step'])} is not finite; lower optim.lr"
+        )
+      after = _activations(model, train_step.own_weights(state), inputs, names)
+    out.append({name: (_rms(x), _rms(x - before[name])) for name, x in after.items()})
+  return out
 
 
 def _inputs(batch: PyTree) -> taps.Inputs:

@@ -22,6 +22,7 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "gpt2_124m": (124_475_904, None),
   "induction": (50_560, 264),
   "llama3_8b": (8_030_261_248, None),
+  "lr_sweep": (33_184, 264),
   "masked_lm": (1_100_296, 264),
   "mup_transfer": (33_184, 264),
   "preference": (10_945_536, 264),  # without a run to start from: the base config

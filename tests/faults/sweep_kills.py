@@ -19,6 +19,7 @@ import tempfile
 import time
 
 from jaxgpt.text.prepare import prepare
+from tests import xla_flags
 
 CONFIG = """
 from jaxgpt import config
@@ -32,7 +33,7 @@ def get_config():
   c.schedule.warmup_steps = 2
   c.train.steps = 8
   c.log.every = 2
-  c.eval.update(dict(every=2, batches=1))
+  c.eval.update(dict(every=4, batches=1))
   c.checkpoint.every = 3
   return c
 
@@ -41,7 +42,7 @@ def get_sweep():
   return Sweep(
     grid={"optim.lr": (1e-3, 1e-2, 1e-1, 1e6), "optim.b2": (0.9, 0.95, 0.99)},
     seeds=(0, 1),
-    halving=Halving(steps=(2, 4), keep=0.5),
+    halving=Halving(steps=(4,), keep=0.5),
   )
 """
 FILES = ("table.txt", "table.json")
@@ -59,10 +60,15 @@ def prepare_folder(folder: pathlib.Path) -> None:
 
 
 def start(folder: pathlib.Path, name: str) -> subprocess.Popen[str]:
+  """Starts a sweep. All share compiled programs, which are compiled quickly rather than well."""
   command = [sys.executable, "-m", "jaxgpt", "sweep", "--config=sweep.py", f"--workdir={name}"]
-  return subprocess.Popen(
-    command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-  )
+  env = os.environ | {
+    "XLA_FLAGS": xla_flags.COMPILE_QUICKLY,
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+  return subprocess.Popen(command, cwd=folder, env=env, text=True, **pipes)
 
 
 def finish(folder: pathlib.Path, name: str) -> str:

@@ -129,7 +129,8 @@ class Queue:
       if self._ending and answer["end"] != DONE:
         return
       end, message = answer["end"], answer.get("message", "")
-      if end == AGAIN:
+      if end in (AGAIN, STOPPED):
+        message = message or "something else than the sweep stopped it"
         continue
       if end in (state.DIVERGED, state.BROKEN):
         state.fail(self._workdir, job.member, state.Failure(end, message))

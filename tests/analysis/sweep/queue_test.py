@@ -20,6 +20,8 @@ for line in sys.stdin:
   end, message = "done", ""
   if name == "diverges":
     end, message = "diverged", "step 3 is not finite"
+  if name == "is stopped":
+    end = "stopped"
   if name == "dies" or (name == "dies once" and not os.path.exists(request["log"])):
     open(request["log"], "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -58,13 +60,14 @@ def failure(tmp_path, name):
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(trains, tmp_path):
-  ends, found = trains(["a", "diverges", "dies", "dies once", "b"])
+  ends, found = trains(["a", "diverges", "dies", "dies once", "is stopped", "b"])
   ends = dict(ends)
   assert ends["a"] == ends["b"] == ends["dies once"] == "done" and found.stopped is None
   assert ends["diverges"] == "diverged: step 3 is not finite"
   assert failure(tmp_path, "diverges") == ("diverged", "step 3 is not finite")
   assert failure(tmp_path, "dies").kind == "failed"
   assert "SIGKILL" in failure(tmp_path, "dies").message and "3 times" in ends["dies"]
+  assert "else than the sweep stopped it, 3 times" in ends["is stopped"]
   assert failure(tmp_path, "a") is None
   state.forget_failure(tmp_path, Member("dies", {}, 0, 0, (), 8))
   assert failure(tmp_path, "dies") is None

@@ -1,0 +1,43 @@
+"""A sweep of the learning rate of a tiny model of bytes, with successive halving.
+
+  jaxgpt data --out=DATA --tokenizer=bytes FILES
+  jaxgpt sweep --config=configs/lr_sweep.py --config.data.path=DATA --workdir=DIR
+  jaxgpt train --config=configs/lr_sweep.py --config.data.path=DATA --workdir=RUN    (one run)
+
+Size:      33,184 parameters, 60 steps of 512 bytes. Four learning rates with three seeds: 12 runs,
+           of which six end after 20 steps.
+Hardware:  2 CPU cores, about 2 minutes.
+"""
+
+from jaxgpt import config
+from jaxgpt.analysis.sweep import Halving, Sweep
+
+
+def get_config():
+  c = config.base()
+  c.model.update(
+    dict(
+      num_layers=2,
+      width=32,
+      num_heads=2,
+      norm="rmsnorm",
+      position="rotary",
+      activation="relu2",
+      bias=False,
+    )
+  )
+  c.data.seq_len = 64
+  c.data.batch_size = 8
+  c.schedule.warmup_steps = 10
+  c.train.steps = 60
+  c.eval.every = 20
+  c.log.every = 20
+  return c
+
+
+def get_sweep():
+  return Sweep(
+    grid={"optim.lr": (1e-3, 4e-3, 16e-3, 64e-3)},
+    seeds=(0, 1, 2),
+    halving=Halving(steps=(20,), keep=0.5),
+  )
