@@ -173,7 +173,7 @@ def _rows(
     yield ""
     yield (
       f"row {i}: {name}, epoch {r.epoch}, its row {r.row:,} of {pack.num_rows:,}; {used} places "
-      "filled"
+      f"filled{' in two texts' if 'query' in arrays else ''}"
     )
     if "chosen" in arrays:
       for span, side in zip(spans, ("chosen", "rejected")):
