@@ -39,6 +39,7 @@ SEQUENCES = {
   "evaluation": ("docs/evaluation.md",),
   "compress": ("docs/compress.md",),
   "report": ("docs/report.md",),
+  "sweeps": ("docs/sweeps.md",),
   "interpret": ("docs/interpret.md",),
   "tasks": ("docs/tasks.md",),
   "inference": ("docs/inference.md",),
