@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 
 # Tests run in two processes, each of which compiles on a core of its own.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
-PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_search.py plan_maxtext.py)
+PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_search.py plan_maxtext.py attention_blocks.py)
 
 .PHONY: demo test test-all test-golden test-faults lint bench bench-plan docs site clean
 
@@ -42,6 +42,7 @@ bench: $(VENV)/installed-test,bench,data
 bench-plan: $(VENV)/installed-test,tpu
 	mkdir -p runs
 	$(BIN)/python tests/benchmarks/context.py
+	$(BIN)/python tests/benchmarks/attention_blocks.py
 	$(BIN)/python tests/benchmarks/plan_memory.py
 	$(BIN)/python tests/benchmarks/plan_maxtext.py
 	$(BIN)/python tests/benchmarks/plan_search.py --cache=runs/plan_search.json

@@ -80,7 +80,8 @@ class Chip:
       `plan.time_estimate`.
     overlaps_gathers: Whether the compiler overlaps weight all-gathers with compute.
     xla_options: XLA options of the train step. `mesh.compiler_options` override them.
-    attention_block: Tokens per block of queries and of keys in the attention kernel.
+    attention_block: Tokens per block of queries and of keys in the attention kernel, where
+      `model.attention.blocks` has no measured blocks.
     libtpu: Name in libtpu's topologies, or '' if another compiler builds the program.
     libtpu_options: Further arguments of libtpu's topology description.
     gpu: Target description for XLA's GPU compiler, or None for a TPU.
@@ -138,14 +139,18 @@ def peak_flops(device_kind: str) -> float | None:
   return chip.peak_flops if chip else None
 
 
-def attention_block() -> int:
-  """Block size of attention kernels, in tokens, for the devices that JAX is tracing a function for.
+def of_tracing() -> Chip | None:
+  """The chip that JAX is tracing a function for, or None for devices without an entry.
 
   These are the devices of the mesh that `jax.set_mesh` has set, which may be devices that only
   compile, or without a mesh those of the default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-  chip = of_device(device.device_kind)
+  return of_device(device.device_kind)
+
+
+def attention_block(chip: Chip | None) -> int:
+  """Block size of attention kernels in tokens, on chips without measured blocks."""
   return chip.attention_block if chip else _DEFAULT_ATTENTION_BLOCK
 
 

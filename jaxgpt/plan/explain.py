@@ -33,7 +33,7 @@ def out_of_memory(
   yield ""
   yield "the largest arrays on a device (estimated), and the config keys that make them smaller"
   sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
-  found = memory_estimate.buffers(c, sizes, per_device.count(c))
+  found = memory_estimate.buffers(c, sizes, per_device.count(c), topology.chip)
   for buffer in found[:_SHOWN]:
     if buffer.bytes >= GIB / 100:
       yield f"  {buffer.bytes / GIB:6.2f} GiB  {buffer.name:<28} {buffer.shape:<26} {buffer.keys}"

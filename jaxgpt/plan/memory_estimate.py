@@ -12,8 +12,10 @@ import ml_collections
 
 from jaxgpt.model import fixed_models, stacks
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.parallel.chips import Chip
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
+from jaxgpt.plan.schedule import estimate
 from jaxgpt.run import teacher
 from jaxgpt.training import objectives, optimizers
 
@@ -41,18 +43,25 @@ _FEWER_TOKENS = "data.batch_size (fewer rows), optim.accumulate (more microbatch
 _MORE_SHARDS = "mesh.fsdp, mesh.tensor"
 
 
-def buffers(c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts) -> list[Buffer]:
+def buffers(
+  c: ml_collections.ConfigDict,
+  sizes: Mapping[str, int],
+  counts: Counts,
+  chip: Chip | None = None,
+) -> list[Buffer]:
   """The buffers of a step on one device, largest first. `peak` says which live at the same time.
 
   Args:
     c: A resolved config.
     sizes: Sizes of the mesh axes, {axis: size}.
     counts: The model's weights, from `per_device.count`.
+    chip: The chip, whose attention kernels may need memory. None leaves it out.
   """
   found = [
     *_saved_activations(c, sizes),
     *_head_buffers(c, sizes),
     *_layer_buffers(c, sizes, counts),
+    *_kernel_buffers(c, sizes, chip),
     *_state_buffers(c, sizes, counts),
   ]
   return sorted(found, key=lambda b: -b.bytes)
@@ -224,6 +233,16 @@ def _layer_buffers(
     several * (s.rows * s.length) * inside * itemsize,
     f"mesh.tensor; {_FEWER_TOKENS}",
   )
+
+
+def _kernel_buffers(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip | None
+) -> Iterator[Buffer]:
+  """Results of the fused backward kernel of attention that are added up after it."""
+  size = estimate.parts_bytes(c, sizes, chip) if chip else 0
+  if size:
+    keys = f"mesh.tensor; {_FEWER_TOKENS}"
+    yield Buffer("layers/attn (parts of a gradient)", "layer", "one layer", size, keys)
 
 
 def peak(found: Sequence[Buffer]) -> float:

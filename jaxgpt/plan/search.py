@@ -163,7 +163,7 @@ def _estimated(
   return Candidate(
     c,
     changes,
-    memory_estimate.peak(memory_estimate.buffers(c, sizes, counts)),
+    memory_estimate.peak(memory_estimate.buffers(c, sizes, counts, topology.chip)),
     sum(took.values()) * topology.num_devices / c.data.batch_size / c.data.seq_len,
   )
 
@@ -301,7 +301,7 @@ def remedies(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[
     for changes in kind:
       with contextlib.suppress(UserError):  # a change may contradict another value of the config
         one = changed(c, changes)
-        needed = memory_estimate.peak(memory_estimate.buffers(one, sizes, counts))
+        needed = memory_estimate.peak(memory_estimate.buffers(one, sizes, counts, topology.chip))
         sized.append(Candidate(one, changes, needed, 0.0))
     yield [one for one in sized if one.bytes <= limit * 0.98]
 

@@ -11,6 +11,7 @@ from jaxgpt.config.remat import activations
 from jaxgpt.model import stacks
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
+from jaxgpt.plan.schedule import estimate
 from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.topology import Topology
 
@@ -50,17 +51,6 @@ def seconds(
   busy = 1 - (pipe.bubble if pipe else 0)
   saved = per_device.saved_names(c.model.remat) + activations(c.model.remat).offloaded
   matmul = _matmul_flops(m, s, saved, tokens) / (chip.clocked_flops * chip.matmul_rate) / busy
-  kernel_runs = 1 + _KERNEL_BACKWARD + ("attention" not in saved)
-  kernel_flops = (
-    4
-    * m.num_layers
-    * c.data.seq_len
-    * per_device.all_heads(m)
-    / s.heads
-    * tokens
-    * kernel_runs
-    * visible_share(c, chip.attention_block)
-  )
   itemsize, held = per_device.itemsize(m), counts.held(sizes)
   gathered = held * sizes["fsdp"] * itemsize * (sizes["fsdp"] > 1)
   # A pipeline stage gathers its layers for each tick.
@@ -81,10 +71,39 @@ def seconds(
   return {
     "matmul": matmul,
     "other": tokens * _traffic_per_token(c, sizes, s) / chip.hbm_bandwidth / busy,
-    "kernels": kernel_flops / (chip.clocked_flops * ASSUMED_RATE) / busy,
+    "kernels": kernel_seconds(c, sizes, topology) / busy,
     "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
     "between": between,
   }
+
+
+def kernel_seconds(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], topology: Topology
+) -> float:
+  """Seconds of a step's attention kernels, by measured blocks or `assumed_kernel_seconds`."""
+  assert topology.chip is not None, "the estimate needs a chip's rates"
+  found = estimate.seconds(c, sizes, topology.chip)
+  if found is None:
+    return assumed_kernel_seconds(c, sizes, topology)
+  forward, backward = found
+  return (forward * (1 + _recomputes(c.model)) + backward) * c.optim.accumulate
+
+
+def assumed_kernel_seconds(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], topology: Topology
+) -> float:
+  """Seconds of attention kernels at the assumed rate, for chips and heads without measurements."""
+  m, s, chip = c.model, per_device.share(c, sizes), topology.chip
+  assert chip is not None, "the estimate needs a chip's rates"
+  pairs = m.num_layers * c.data.seq_len * s.tokens * c.optim.accumulate
+  flops = 4 * pairs * per_device.all_heads(m) / s.heads * (1 + _KERNEL_BACKWARD + _recomputes(m))
+  return flops * visible_share(c, chip.attention_block) / (chip.clocked_flops * ASSUMED_RATE)
+
+
+def _recomputes(m: ml_collections.ConfigDict) -> bool:
+  """Whether the backward pass runs the forward kernel again."""
+  saved = per_device.saved_names(m.remat) + activations(m.remat).offloaded
+  return "attention" not in saved
 
 
 def _matmul_flops(

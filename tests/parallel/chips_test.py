@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxgpt.model.attention import masks, spec, splash
+from jaxgpt.model.attention.blocks.grid import Call
 from jaxgpt.parallel import chips
 from jaxgpt.training import xla_options
 
@@ -64,6 +65,8 @@ def test_attention_kernels_take_the_block_size_of_the_chip_they_are_compiled_for
     device = jax.sharding.AbstractDevice(kind, num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-      splash.make_kernel(masks.Band(causal=True), (1, 1024, 1024), spec.Spec(scale=1.0))
+      band = masks.Band(causal=True)
+      splash.make_kernel(Call(1, 1, 1, 1024, 1024, 64, band), spec.Spec(scale=1.0))
   assert sizes == {"TPU v5 narrow": 256, "TPU v5": 512}
-  assert chips.attention_block() == 512  # CPUs, which interpret the kernel in tests
+  # CPUs, which interpret the kernel in tests.
+  assert chips.of_tracing() is None and chips.attention_block(None) == 512

@@ -41,7 +41,9 @@ class _Halo:
     self._chunks = chunks(cp.size, cp.spec.causal)
     self._size = size = length // 2
     # Whole kernel blocks, each of which has at least one visible pair.
-    block = math.gcd(size, chips.attention_block()) if cp.kernel == "splash" else 1
+    block = (
+      math.gcd(size, chips.attention_block(chips.of_tracing())) if cp.kernel == "splash" else 1
+    )
     between = (abs(distance) - 1) * size  # tokens of the chunks in between
     self._reach = min(-(-(window - 1 - between) // block) * block, size)
     offset = between + self._reach  # from the first exchanged key to the first query

@@ -4,7 +4,6 @@ B batch, T query position, S key position, N heads, K key/value heads, H head si
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config.remat import ATTENTION
+from jaxgpt.model.attention.blocks import choose, grid
+from jaxgpt.model.attention.blocks.grid import Call
 from jaxgpt.model.attention.masks import Band
 from jaxgpt.model.attention.spec import Block, BlockOutput, Spec
 from jaxgpt.parallel import chips
@@ -41,19 +42,25 @@ def attention(
   Returns:
     As `reference.attention`, except at padding.
   """
-  T, N = q_BTNH.shape[1:3]
+  B, T, N = q_BTNH.shape[:3]
   mesh = jax.sharding.get_abstract_mesh()
-  shards = 1 if mesh.empty else spec.rules.num_shards(mesh, "act_heads")
-  band = Band(spec.causal, spec.window)
-  kernel = make_kernel(band, (N, T, T), spec, name=ATTENTION, head_shards=shards)
+  of = lambda axis: 1 if mesh.empty else spec.rules.num_shards(mesh, axis)
+  shards = of("act_heads")
   # The kernel has no factor on the logits and wants heads first.
   q, k, v = padded(*(x.swapaxes(1, 2) for x in (q_BTNH * spec.scale, k_BSKH, v_BSKH)))
+  band = Band(spec.causal, spec.window)
+  call = Call(
+    max(B // of("batch"), 1), N // shards, max(k.shape[1] // shards, 1), T, T, q.shape[-1], band
+  )
+  n = grid.spread(call, chips.of_tracing())
+  kernel = make_kernel(call, spec, name=ATTENTION, head_shards=shards)
 
   # One call per row: the kernel has no batch axis.
   def local(kernel, q, k, v, ids_BT):
     one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(q=ids, kv=ids))
+    rows = [_spread(x, n) for x in (q, k, v)] + [jnp.repeat(ids_BT, n, 0)]
     with jax.named_scope(band.label(T, T)):  # plans count the blocks that the mask leaves
-      return jax.vmap(one)(q, k, v, ids_BT)
+      return jax.vmap(one)(*rows).reshape(*q.shape[:3], -1)
 
   if not mesh.empty and mesh.size > 1:
     batch, heads = spec.rules.spec(("batch", "act_heads"))
@@ -78,31 +85,22 @@ def _mask(band: Band, T: int, S: int) -> splash_mask.Mask:
 
 
 def make_kernel(
-  band: Band,
-  shape: tuple[int, int, int],
-  spec: Spec,
-  *,
-  name: str | None = None,
-  head_shards: int = 1,
+  call: Call, spec: Spec, *, name: str | None = None, head_shards: int = 1
 ) -> splash_kernel.SplashAttentionKernel:
   """Builds the kernel for one mask.
 
   Args:
-    band: The mask.
-    shape: (N heads, T queries, S keys).
+    call: The mask, and the shape of the call on one device, before `grid.spread`.
     spec: Softcap, and whether to interpret the kernel.
     name: Checkpoint name of the kernel's results, for remat policies.
     head_shards: Number of shards of the heads, if the kernel is called under `jax.shard_map`.
   """
-  N, T, S = shape
-  block = chips.attention_block()
-  q, kv = math.gcd(T, block), math.gcd(S, block)
-  sizes = splash_kernel.BlockSizes(
-    block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
-  )
+  chip = chips.of_tracing()
+  call = grid.spread_call(call, chip)
+  blocks = choose.find(call, chip)
   return splash_kernel.make_splash_mha(
-    splash_mask.MultiHeadMask([_mask(band, T, S)] * N),
-    block_sizes=sizes,
+    splash_mask.MultiHeadMask([_mask(call.band, call.T, call.S)] * (call.heads * head_shards)),
+    block_sizes=splash_kernel.BlockSizes(**blocks.of_kernel()),
     head_shards=head_shards,
     q_seq_shards=1,
     attn_logits_soft_cap=spec.softcap,
@@ -116,6 +114,23 @@ def padded(*heads: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)]) for x in heads)
 
 
+def _spread(x: jax.Array, n: int) -> jax.Array:
+  """[B, heads, ...] -> [B * n, heads / n, ...]: parts of the heads as rows, see `grid.spread`."""
+  return x.reshape(x.shape[0] * n, x.shape[1] // n, *x.shape[2:])
+
+
+def _rows(n: int, qkv: tuple[jax.Array, ...], block: Block) -> tuple[jax.Array, ...]:
+  """Queries, keys, values and both segments, with `n` parts of the heads as rows."""
+  ids = (jnp.repeat(x, n, 0) for x in (block.q_ids, block.k_ids))
+  return (*(_spread(x, n) for x in qkv), *ids)
+
+
+def _call(q_BNTH: jax.Array, k_BKSH: jax.Array, band: Band) -> Call:
+  """The call of a kernel with all of these queries and keys."""
+  B, N, T, H = q_BNTH.shape
+  return Call(B, N, k_BKSH.shape[1], T, k_BKSH.shape[2], H, band)
+
+
 # The two passes of a block, see `blockwise`. JAX publishes them only as one differentiable
 # function, whose backward pass uses the softmax normalizer of its own block. A block of a longer
 # row needs the normalizer of the whole row, so these functions call the kernel's private passes.
@@ -123,8 +138,9 @@ def padded(*heads: jax.Array) -> tuple[jax.Array, ...]:
 
 def block_forward(spec: Spec, band: Band, block: Block) -> BlockOutput:
   """Computes `blockwise.forward` with the kernel."""
-  q, k, v, q_ids, k_ids = block
-  made = make_kernel(band, (q.shape[1], q.shape[2], k.shape[2]), spec)
+  q, k, v = padded(block.q, block.k, block.v)
+  call = _call(q, k, band)
+  made, n = make_kernel(call, spec), grid.spread(call, chips.of_tracing())
 
   def one(q, k, v, q_ids, k_ids):
     ids = splash_kernel.SegmentIds(q=q_ids[0], kv=k_ids[0])
@@ -133,9 +149,9 @@ def block_forward(spec: Spec, band: Band, block: Block) -> BlockOutput:
     )
     return out, log_z
 
-  q, k, v = padded(q, k, v)
   with jax.named_scope(band.label(q.shape[2], k.shape[2])):
-    out, log_z = jax.vmap(one)(q, k, v, q_ids, k_ids)
+    out, log_z = jax.vmap(one)(*_rows(n, (q, k, v), block))
+  out, log_z = out.reshape(*q.shape[:3], -1), log_z.reshape(q.shape[:3])
   return BlockOutput(out[..., : block.v.shape[-1]], log_z)
 
 
@@ -143,8 +159,9 @@ def block_backward(
   spec: Spec, band: Band, block: Block, total: BlockOutput, dout: jax.Array
 ) -> tuple[jax.Array, ...]:
   """Computes `blockwise.backward` with the kernel."""
-  q, k, v, q_ids, k_ids = block
-  made = make_kernel(band, (q.shape[1], q.shape[2], k.shape[2]), spec)
+  q, k, v = padded(block.q, block.k, block.v)
+  call = _call(q, k, band)
+  made, n = make_kernel(call, spec), grid.spread(call, chips.of_tracing())
   fields = made.kwargs | {"save_residuals": False}
 
   def one(q, k, v, q_ids, k_ids, out, log_z, dout):
@@ -153,7 +170,9 @@ def block_backward(
     return splash_kernel._splash_attention_bwd(res=residuals, do=dout, **fields)[3:6]
 
   out, dout = padded(total.out.astype(q.dtype), dout)
-  q, k, v = padded(q, k, v)
   with jax.named_scope(band.label(q.shape[2], k.shape[2])):
-    grads = jax.vmap(one)(q, k, v, q_ids, k_ids, out, total.log_z, dout)
-  return tuple(d[..., : x.shape[-1]] for d, x in zip(grads, block[:3], strict=True))
+    of_rows = (_spread(x, n) for x in (out, total.log_z, dout))
+    grads = jax.vmap(one)(*_rows(n, (q, k, v), block), *of_rows)
+  return tuple(
+    d.reshape(*x.shape[:3], -1)[..., : x.shape[-1]] for d, x in zip(grads, block[:3], strict=True)
+  )

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxgpt.model.attention import masks
+from jaxgpt.model.attention.blocks import grid
 from jaxgpt.model.attention.masks import Band
 from jaxgpt.parallel.chips import Chip
 from jaxgpt.plan.cost import Call
@@ -81,34 +82,29 @@ def of_schedule(name: str, found: Schedule, mask: Mask, chip: Chip) -> Counted:
     raise NotUnderstood("no queries, keys and values among the operands")
   q, k, v, *_ = inputs
   (*rows, heads, length, _), (*_, kv_heads, keys, _) = q.whole.dims, k.whole.dims
-  block_q, block_k = q.part.dims[-2], k.part.dims[-2]
   if (length, keys) != (mask.T, mask.S):
     raise NotUnderstood(f"operands of {length} x {keys} tokens, a mask of {mask.T} x {mask.S}")
-  columns = "_dkv" in name
   outputs = [w for w in found.windows if w.kind == "output"]
-  fused = columns and len(outputs) > 2
-  visible = mask.band.blocks(mask.T, mask.S, block_q, block_k)
-  each = math.prod(rows) * heads
-  width = int(visible.sum(0 if columns else 1).max())  # blocks of the fullest row or column
-  if not mask.band.hides(mask.T, mask.S) or fused:
-    width = visible.shape[0 if columns else 1]
-  iterations = each * visible.shape[1 if columns else 0] * width
-  blocks = each * int(visible.sum())
-  ends = math.prod(rows) * (kv_heads * visible.shape[1] if columns else heads * visible.shape[0])
-  cores, rest = divmod(iterations, math.prod(found.grid or (iterations,)))
+  kernel = next((k for k in (grid.FORWARD, grid.DQ, grid.DKV) if f"_{k}" in name), grid.FORWARD)
+  if kernel == grid.DKV and len(outputs) > 2:
+    kernel = grid.FUSED
+  call = grid.Call(math.prod(rows), heads, kv_heads, length, keys, q.whole.dims[-1], mask.band)
+  runs = grid.of(kernel, call, q.part.dims[-2], k.part.dims[-2])
+  cores, rest = divmod(runs.iterations, math.prod(found.grid or (runs.iterations,)))
   if rest or cores not in (1, chip.cores // chip.devices):
-    raise NotUnderstood(f"a grid of {found.grid}, where the mask has {iterations} iterations")
-  cycles = (
-    found.outside + (found.step * iterations + found.block * blocks + found.ends * ends) / cores
-  )
+    raise NotUnderstood(f"a grid of {found.grid}, where the mask has {runs.iterations} iterations")
+  per_core = found.step * runs.iterations + found.block * runs.blocks + found.ends * runs.ends
+  cycles = found.outside + per_core / cores
+  columns = kernel in (grid.DKV, grid.FUSED)
   moved = 0.0
   for window in found.windows:
     if window.memory == "hbm":
-      runs = blocks if _follows_blocks(window, (q, k, v), columns) else ends
+      times = runs.blocks if _follows_blocks(window, (q, k, v), columns) else runs.ends
       # Fused, the first output is the gradient of the queries, a part for each block of keys.
-      moved += window.part.bytes * (iterations if fused and window is outputs[0] else runs)
+      parts = kernel == grid.FUSED and window is outputs[0]
+      moved += window.part.bytes * (runs.iterations if parts else times)
   seconds = max(cycles / chip.clock, moved / chip.hbm_bandwidth)
-  return Counted(cycles, moved, seconds, cores, blocks, each * visible.size)
+  return Counted(cycles, moved, seconds, cores, runs.blocks, runs.pairs)
 
 
 def _follows_blocks(window: Window, qkv: tuple[Window, ...], columns: bool) -> bool:

@@ -1,0 +1,1 @@
+"""Block sizes of attention kernels: `measured` has the schedules, `choose` picks by them."""

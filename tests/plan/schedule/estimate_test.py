@@ -1,0 +1,90 @@
+"""Seconds of attention by arithmetic: the calls of a layer, and what the search makes of them."""
+
+import dataclasses
+
+import pytest
+
+from jaxgpt import config
+from jaxgpt.model.attention.blocks import choose, grid
+from jaxgpt.model.attention.blocks.grid import Call
+from jaxgpt.model.attention.masks import Band
+from jaxgpt.parallel import mesh
+from jaxgpt.parallel.chips import CHIPS
+from jaxgpt.plan import lower, memory_estimate, per_device, time_estimate, topology
+from jaxgpt.plan.schedule import estimate
+
+CONFIG = "configs/llama3_8b.py"
+SHAPE = dict(heads=32, kv_heads=8, width=128)
+
+
+def resolved(**changes):
+  overrides = [f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()]
+  return lower.resolve(config.load(CONFIG, overrides)[0])
+
+
+@pytest.fixture(scope="module")
+def llama():
+  """Llama-3-8B on 64 chips, 2 rows of 8,192 tokens on each."""
+  return resolved(data__batch_size=128)
+
+
+def sizes_of(c, devices=64):
+  return mesh.axis_sizes(c.mesh, devices)
+
+
+def test_a_layer_on_whole_rows_is_one_call(llama):
+  want = Call(rows=2, T=8192, S=8192, band=Band(True), **SHAPE)
+  assert list(estimate.calls(llama, sizes_of(llama), "global")) == [(1, want)]
+
+
+def test_a_ring_computes_its_own_chunk_and_pairs_of_the_others():
+  c = resolved(data__batch_size=8, data__seq_len=131072, model__max_len=131072, mesh__seq=8)
+  own, visits = estimate.calls(c, sizes_of(c), "global")
+  assert own == (1, Call(rows=1, T=16384, S=16384, band=Band(True), **SHAPE))
+  assert visits == (7, Call(rows=2, T=8192, S=8192, band=Band(), **SHAPE))
+
+
+def test_a_window_needs_the_end_of_the_chunk_before():
+  c = resolved(
+    data__batch_size=32, mesh__seq=2, model__window=1000, model__attention_pattern="('local',)"
+  )
+  own, halo = estimate.calls(c, sizes_of(c), "local")
+  assert own == (1, Call(rows=2, T=2048, S=2048, band=Band(True, 1000), **SHAPE))
+  assert halo == (1, Call(rows=2, T=1024, S=1024, band=Band(True, 1000, 1024), **SHAPE))
+
+
+def test_seconds_are_those_of_the_chosen_blocks(llama):
+  chip, (_, call) = CHIPS["v6e"], next(estimate.calls(llama, sizes_of(llama), "global"))
+  blocks = choose.find(call, chip)
+  forward, backward = estimate.seconds(llama, sizes_of(llama), chip)
+  assert forward == 32 * choose.seconds(grid.FORWARD, blocks.forward, call, chip)
+  assert backward == 32 * choose.backward_seconds(blocks, call, chip)
+
+
+def test_attention_that_is_not_saved_runs_forward_twice(llama):
+  t = topology.parse("v6e-64")
+  of = lambda remat: time_estimate.kernel_seconds(
+    resolved(data__batch_size=128, model__remat=remat), sizes_of(llama), t
+  )
+  forward, _ = estimate.seconds(llama, sizes_of(llama), t.chip)
+  assert of("full") - of("save:attention") == pytest.approx(forward)
+
+
+def test_without_measured_blocks_the_rate_is_assumed(llama):
+  t = topology.parse("v6e-64")
+  unknown = t._replace(chip=dataclasses.replace(t.chip, name="v9"))
+  assert estimate.seconds(llama, sizes_of(llama), unknown.chip) is None
+  assumed = time_estimate.assumed_kernel_seconds(llama, sizes_of(llama), unknown)
+  assert time_estimate.kernel_seconds(llama, sizes_of(llama), unknown) == assumed
+
+
+def test_parts_of_a_fused_gradient_take_memory(llama):
+  sizes, counts = sizes_of(llama), per_device.count(llama)
+  (_, call), chip = next(estimate.calls(llama, sizes, "global")), CHIPS["v6e"]
+  blocks = choose.find(call, chip)
+  assert blocks.fused
+  found = memory_estimate.buffers(llama, sizes, counts, chip)
+  (parts,) = [b for b in found if "parts of a gradient" in b.name]
+  # Queries of 2 rows, 32 heads, 8,192 x 128 in bfloat16, once for each block of keys.
+  assert parts.bytes == 2 * 32 * 8192 * 128 * 2 * (8192 // blocks.backward[1])
+  assert len(memory_estimate.buffers(llama, sizes, counts)) == len(found) - 1
