@@ -347,7 +347,7 @@ def test_prefill_and_decode_equal_the_full_forward(style):
     table = np.append(tables[b], 0).astype(np.int32)
     for t in (0, 4):
       at = np.s_[b : b + 1, t : t + 4]
-      call = paged.Chunk(table, np.int32(t // 4), 16)
+      call = paged.Chunk(table[None], np.array([t // 4], np.int32), 16)
       out = apply(model, params, tokens[at], positions[at], cache=cache, call=call)
       cache = out.cache
       np.testing.assert_allclose(out.logits, full[at], atol=2e-5)

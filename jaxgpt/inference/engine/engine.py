@@ -1,15 +1,16 @@
 """The decoding engine: continuous batching of requests over a paged cache.
 
-In each step requests enter free rows, a chunk of a prompt is computed, and each row that has its
+In each step requests enter free rows, a chunk of prompts is computed, and each row that has its
 prompt in the cache draws a token, or several with a drafter:
 
     step         1    2    3    4    5    6
-    request 0    P    D    D    D    .             P chunk of a prompt, D token drawn
+    request 0    P    D    D    D    .             P chunk of prompts, D token drawn
     request 1         P    P    D    D    D
     request 2                   wait P    D        enters the row that request 0 left
 
 A request gets blocks for all tokens that it may have when it enters. So it waits when there are not
-enough, and is never interrupted.
+enough, and is never interrupted. A chunk has room for some blocks: what the first prompt leaves,
+the next ones fill.
 """
 
 from collections import deque
@@ -66,7 +67,7 @@ class Engine:
       cache_dtype: dtype of the cache; 'int8' has a scale for each vector. None: the model's
         compute dtype.
       block_size: Tokens of a block.
-      chunk_blocks: Blocks of a prompt that are computed together: at its end, and before that. The
+      chunk_blocks: Blocks that are computed together: of the ends of prompts, and before that. The
         second is a multiple of the first. None: (1, 4) on CPUs, (8, 8) on others.
       drafting: How tokens are drafted that the model then verifies together. None: they are not.
 
@@ -195,13 +196,13 @@ class Engine:
     )
 
   def step(self) -> list[Piece]:
-    """Cancels, admits, computes a chunk of a prompt and draws tokens for each row."""
+    """Cancels, admits, computes a chunk of prompts and draws tokens for each row."""
     pieces = self._cancel()
     with jax.set_mesh(self._run.mesh):
       # The more rows idle, the more tokens of prompts before the others go on.
       left = self._small * (1 + sum(row is None or not row.is_prefilled for row in self._rows))
-      while left > 0 and (row := self._admit()):
-        left -= self._prefill(row)
+      while left > 0 and (parts := self._parts()):
+        left -= self._prefill(parts)
       if any(row and row.is_prefilled for row in self._rows):
         pieces += self._decode()
     return pieces
@@ -271,20 +272,39 @@ class Engine:
       self._cancelled.clear()
     return pieces
 
+  def _parts(self) -> list[tuple[Row, int]]:
+    """Rows whose prompts are computed next in one call, and how many blocks of each."""
+    parts, room, size = list[tuple[Row, int]](), 0, self._blocks.size
+    waiting = [row for row in self._rows if row is not None and not row.is_prefilled]
+    waiting.sort(key=lambda row: row.number)
+    while room or not parts:
+      row = waiting.pop(0) if waiting else self._admit()
+      if row is None:
+        break
+      is_large = row.cached < row.large
+      if row.is_prefilled or (parts and is_large != (parts[0][0].cached < parts[0][0].large)):
+        continue
+      if not parts:
+        room = (self._large if is_large else self._small) // size
+      end = row.large if is_large else len(row.request.prompt) - 1
+      count = min(room, self._blocks.needed(end - row.cached))
+      parts.append((row, count))
+      room -= count
+    return parts
+
   def _admit(self) -> Row | None:
-    """The row whose prompt is computed next: the one that has begun, else the next request's."""
-    for row in self._rows:
-      if row is not None and not row.is_prefilled:
-        return row
+    """Gives the next request a row and blocks, if there are any."""
     if not self._queue or None not in self._rows:
       return None
     number, request = self._queue[0]
     before = request.prompt[:-1]  # the last token is decoded
-    # The same tokens are computed in the same chunks, whatever is found.
-    large = len(before) // self._large * self._large
+    if self._is_begun(before):
+      return None
+    # The same tokens are computed in the same size of chunks, whatever is found.
+    large = len(before) // self._large * self._large if self._large > self._small else 0
     found = self._blocks.find(before, large)
-    chunk = self._large if len(found) * self._blocks.size < large else self._small
-    if extra := len(found) % (chunk // self._blocks.size):
+    is_large = len(found) * self._blocks.size < large
+    if extra := is_large and len(found) % (self._large // self._blocks.size):
       self._blocks.release(found[-extra:])
       del found[-extra:]
     fresh = self._blocks.take(self._needed(request) - len(found))
@@ -317,21 +337,30 @@ class Engine:
       prompt_V[list(request.prompt)] = True
       self._carried = self._programs.enter(self._carried, b, prompt_V)
 
-  def _prefill(self, row: Row) -> int:
-    """Computes the next chunk of a row's prompt. Returns its tokens, 0 if all was found."""
-    if row.is_prefilled:
-      return 0
-    size = self._large if row.cached < row.large else self._small
-    chunk = self._batch.chunk(row, size)
+  def _is_begun(self, prompt: Sequence[int]) -> bool:
+    """Whether a prompt that begins alike is being computed, so that waiting saves computing it."""
+    first = tuple(prompt[: self._blocks.size])
+    return len(first) == self._blocks.size and any(
+      row is not None and not row.is_prefilled and row.request.prompt[: len(first)] == first
+      for row in self._rows
+    )
+
+  def _prefill(self, parts: Sequence[tuple[Row, int]]) -> int:
+    """Computes blocks of prompts in one call. Returns its size in tokens."""
+    first, _ = parts[0]
+    length = self._large if first.cached < first.large else self._small
+    chunk = self._batch.chunk(parts, length)
     self._carried = self._programs.prefill(self._weights, self._carried, *chunk)
     if self._drafter:
-      self._drafter.prefill(row, size)
-    before = len(row.request.prompt) - 1
-    self._prefilled += min(size, before - row.cached)
-    row.cached = min(row.cached + size, before)
-    if row.is_prefilled:
-      self._blocks.publish(row.request.prompt[:before], row.blocks, row.large)
-    return size
+      self._drafter.prefill(parts, length)
+    for row, count in parts:
+      before = len(row.request.prompt) - 1
+      after = min(row.cached + count * self._blocks.size, before)
+      self._prefilled += after - row.cached
+      row.cached = after
+      if row.is_prefilled:
+        self._blocks.publish(row.request.prompt[:before], row.blocks, row.large)
+    return length
 
   def _decode(self) -> list[Piece]:
     """Draws tokens for each row that is prefilled."""

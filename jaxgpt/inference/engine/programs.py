@@ -1,4 +1,4 @@
-"""The programs of decoding: a chunk of a prompt, and the next tokens of each row.
+"""The programs of decoding: blocks of prompts, and the next tokens of each row.
 
 None depends on the lengths of the texts: the first is compiled for each size of chunks, the others
 once. The arrays that they carry from call to call are donated: the cache is updated in place.
@@ -125,8 +125,8 @@ class Programs:
 
   Attributes:
     empty: () -> carried. An empty cache.
-    prefill: (weights, carried, tokens_T, start, `paged.Chunk`) -> carried. Writes T tokens of a
-      prompt, from position `start` on, into the cache. T is a multiple of the block's size.
+    prefill: (weights, carried, tokens_T, positions_T, `paged.Chunk`) -> carried. Writes blocks of
+      prompts into the cache.
     decode: (weights, carried, `StepInputs`) -> (carried, `Drawn`). One token of each row.
     verify: (weights, carried, `StepInputs`, `Drafts`) -> (carried, `Drawn`). One to K + 1 tokens.
     propose: (weights, carried, `StepInputs`, (prompts, counts) of the engine's `Carried`) ->
@@ -175,11 +175,9 @@ class Programs:
     weights: PyTree,
     carried: Carried,
     tokens_T: jax.Array,
-    start: jax.Array,
+    positions_T: jax.Array,
     call: paged.Chunk,
   ) -> Carried:
-    # What follows the prompt in its last chunk is not read, but a position must exist.
-    positions_T = jnp.minimum(start + jnp.arange(len(tokens_T)), call.context - 1)
     out: Any = self._model.apply(
       {"params": weights},
       tokens_T[None],

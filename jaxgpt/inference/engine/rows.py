@@ -87,15 +87,32 @@ class Batch:
     turn = paged.pairs_per_turn(num_rows)
     self._most_pairs = -(-num_rows * self._per_row // turn) * turn
 
-  def chunk(self, row: Row, length: int) -> tuple[np.ndarray, np.ndarray, paged.Chunk]:
-    """The next `length` tokens of a row's prompt: the arguments of `Programs.prefill`."""
-    tokens_T = np.zeros(length, np.int32)
-    part = row.request.prompt[row.cached : min(row.cached + length, len(row.request.prompt) - 1)]
-    tokens_T[: len(part)] = part
-    table_J = np.full(self._per_row + length // self._size, SPARE, np.int32)
-    table_J[: len(row.blocks)] = row.blocks
-    start, first = np.array([row.cached, row.cached // self._size], np.int32)
-    return tokens_T, start, paged.Chunk(table_J, first, self._context)
+  def chunk(
+    self, parts: Sequence[tuple[Row, int]], length: int
+  ) -> tuple[np.ndarray, np.ndarray, paged.Chunk]:
+    """The next blocks of some rows' prompts: the arguments of `Programs.prefill`.
+
+    Args:
+      parts: (row, number of its blocks).
+      length: Tokens of the call. Blocks that the parts do not fill are not read.
+    """
+    S = self._size
+    tokens_CS = np.zeros((length // S, S), np.int32)
+    positions_CS = np.tile(np.arange(S, dtype=np.int32), (length // S, 1))
+    tables_CJ = np.full((length // S, self._per_row), SPARE, np.int32)
+    numbers_C = np.zeros(length // S, np.int32)
+    c = 0
+    for row, count in parts:
+      for number in range(row.cached // S, row.cached // S + count):
+        part = row.request.prompt[number * S : min((number + 1) * S, len(row.request.prompt) - 1)]
+        tokens_CS[c, : len(part)] = part
+        positions_CS[c] += number * S
+        tables_CJ[c, : len(row.blocks)] = row.blocks
+        numbers_C[c] = number
+        c += 1
+    # What follows a prompt in its last block is not read, but a position must exist.
+    positions = np.minimum(positions_CS, self._context - 1).ravel()
+    return tokens_CS.ravel(), positions, paged.Chunk(tables_CJ, numbers_C, self._context)
 
   def step(
     self,

@@ -4,7 +4,7 @@ A block holds S consecutive tokens of one row. Blocks lie in a pool, and a row's
 blocks, so that rows of different lengths share the pool and rows with the same beginning share
 blocks. A call is one of two kinds:
 
-  Chunk   the next tokens of one prompt. They fill whole blocks
+  Chunk   blocks of prompts, of one or of several rows
   Step    the next token of each row of a batch, or a few of them
 
 The cost follows the number of blocks that the rows of a call hold. Neither the pool's size nor the
@@ -20,7 +20,8 @@ A row's result does not depend on the other rows, to the last bit: a pair is com
 that does not change, and what a row merges for the pairs it lacks is zero.
 
 M block of the pool, S slot of a block, B row, T query, N heads, K key/value heads, G = N / K, H
-head size, J block of a row, P pair of a row and a block, W pair of a turn, Q query head of a token.
+head size, J block of a row, P pair of a row and a block, W pair of a turn, Q query head of a token,
+C block of a chunk.
 """
 
 import dataclasses
@@ -78,16 +79,18 @@ class Step:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """A call for T consecutive tokens of one row, which fill whole blocks.
+  """A call for C blocks of S tokens each, of any rows: T = C * S in one row of the model's batch.
+
+  A later block of a row attends to an earlier one of the same call.
 
   Attributes:
-    blocks: int32 [J], the row's table.
-    first: int32 scalar, index into the table of the first block that the tokens fill.
+    tables: int32 [C, J], the table of the row of each block.
+    numbers: int32 [C], index into the table of the block itself.
     context: Longest context of a row, in tokens.
   """
 
-  blocks: Array
-  first: Array
+  tables: Array
+  numbers: Array
   context: int = dataclasses.field(metadata=dict(static=True))
 
 
@@ -114,7 +117,7 @@ def _written(x: jax.Array, new: jax.Array, call: Call) -> jax.Array:
     return x.at[call.blocks, :, call.offsets].set(new)
   _, K, S, *H = x.shape
   filled = new.reshape(-1, S, K, *H).swapaxes(1, 2)
-  blocks = jax.lax.dynamic_slice_in_dim(call.blocks, call.first, len(filled))
+  blocks = jnp.take_along_axis(call.tables, call.numbers[:, None], axis=1)[:, 0]
   return x.at[blocks].set(filled)
 
 
@@ -251,26 +254,30 @@ def pairs_per_turn(num_rows: int) -> int:
 def _chunk(
   q_BTNH: jax.Array, pools: _Pools, call: Chunk, positions_T: jax.Array, spec: Spec
 ) -> jax.Array:
-  """Attention of consecutive tokens of one row, a block of keys in each turn of the loop."""
+  """Attention of blocks of queries, a block of keys for each in each turn of the loop.
+
+  Blocks of rows that need fewer turns than others see nothing in the last ones.
+  """
   _, T, N, H = q_BTNH.shape
   _, K, S, _ = pools.k.entries.shape
-  G = N // K
-  q_KGTH = q_BTNH[0].reshape(T, K, G, H).transpose(1, 2, 0, 3)
+  C, G = len(call.numbers), N // K
+  q_CKGTH = q_BTNH[0].reshape(C, S, K, G, H).transpose(0, 2, 3, 1, 4)
+  positions_CT = positions_T.reshape(C, S)
 
   def turn(j, carry):
     most, total, out = carry
-    block = call.blocks[j]
-    k, v = pools.read(block, q_BTNH.dtype)
-    logits = jnp.einsum("KGTH,KSH->KGTS", q_KGTH, k, preferred_element_type=jnp.float32)
-    logits = ops.softcap(pools.key_scaled(logits * spec.scale, block), spec.softcap)
-    seen = _visible(positions_T[:, None], j * S + jnp.arange(S), spec.window)
+    blocks = jnp.asarray(call.tables)[:, j]
+    k, v = pools.read(blocks, q_BTNH.dtype)
+    logits = jnp.einsum("CKGTH,CKSH->CKGTS", q_CKGTH, k, preferred_element_type=jnp.float32)
+    logits = ops.softcap(pools.key_scaled(logits * spec.scale, blocks), spec.softcap)
+    seen = _visible(positions_CT[..., None], j * S + jnp.arange(S), spec.window)[:, None, None]
     logits = jnp.where(seen, logits, MASKED)
     now = jnp.maximum(most, logits.max(-1))
     weights = jnp.where(seen, jnp.exp(logits - now[..., None]), 0)
     fade = jnp.exp(most - now)
     part = jnp.einsum(
-      "KGTS,KSH->KGTH",
-      pools.value_scaled(weights, block).astype(v.dtype),
+      "CKGTS,CKSH->CKGTH",
+      pools.value_scaled(weights, blocks).astype(v.dtype),
       v,
       preferred_element_type=jnp.float32,
     )
@@ -278,12 +285,12 @@ def _chunk(
 
   first = jnp.int32(0)
   if spec.window is not None:
-    first = jnp.maximum(positions_T[0] - spec.window + 1, 0) // S
+    first = jnp.maximum(positions_T.min() - spec.window + 1, 0) // S
   start = (
-    jnp.full((K, G, T), MASKED, jnp.float32),
-    jnp.zeros((K, G, T), jnp.float32),
-    jnp.zeros((K, G, T, pools.size), jnp.float32),
+    jnp.full((C, K, G, S), MASKED, jnp.float32),
+    jnp.zeros((C, K, G, S), jnp.float32),
+    jnp.zeros((C, K, G, S, pools.size), jnp.float32),
   )
-  _, total, out = jax.lax.fori_loop(first, call.first + T // S, turn, start)
+  _, total, out = jax.lax.fori_loop(first, call.numbers.max() + 1, turn, start)
   out = out / jnp.maximum(total, 1e-30)[..., None]
-  return out.transpose(2, 0, 1, 3).reshape(1, T, N, -1).astype(q_BTNH.dtype)
+  return out.transpose(0, 3, 1, 2, 4).reshape(1, T, N, -1).astype(q_BTNH.dtype)

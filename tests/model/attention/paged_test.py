@@ -12,6 +12,8 @@ from jaxgpt.model.kv_cache import Pool
 B, T, N, K, H, S, J = 2, 3, 4, 2, 8, 4, 4
 LENGTHS = np.array([15, 13])  # of each row; a step has the last T tokens
 TABLES = np.array([[5, 2, 7, 4], [1, 6, 3, 8]], np.int32)
+# (row, block of its table) of each chunk. -1: none.
+CHUNKS = ((0, 0), (0, 1), (1, 0)), ((1, 1), (0, 2), (1, 2)), ((1, 3), (-1, 0), (0, 3))
 SPEC = Spec(scale=0.3, softcap=5.0, window=7)
 
 
@@ -63,12 +65,14 @@ def test_a_cache_is_attended_to_by_definition(dtype, v_size):
       values = None if v_size else pools[1]
       return paged.attend(q, pools[0], values, call, "local", at, SPEC, v_size=v_size)
 
-    for b in range(B):
-      for first in (0, 2):  # two blocks in a chunk
-        call = paged.Chunk(jnp.asarray(TABLES[b]), np.int32(first), J * S)
-        at = np.arange(first * S, (first + 2) * S)[None]
-        pools = [paged.write(pool, x[b][at], call) for pool, x in zip(pools, (k, v))]
-        chunks.append(attend(q[b][at], call, at))
+    for parts in CHUNKS:
+      b, numbers = np.array(parts).T
+      tables = np.where((b >= 0)[:, None], TABLES[b], 0)
+      call = jax.tree.map(jnp.asarray, paged.Chunk(tables, numbers, J * S))
+      at = (numbers[:, None] * S + np.arange(S)).ravel()
+      here = np.repeat(b, S)[None], at[None]
+      pools = [paged.write(pool, x[here], call) for pool, x in zip(pools, (k, v))]
+      chunks.append(attend(q[here], call, at[None]))
     step = jax.tree.map(jnp.asarray, step_of(at_BT))
     pools = [paged.write(pool, 1 + x[rows, at_BT], step) for pool, x in zip(pools, (k, v))]
     return chunks, attend(q[rows, at_BT], step, at_BT)
@@ -76,10 +80,14 @@ def test_a_cache_is_attended_to_by_definition(dtype, v_size):
   chunks, steps = found(*map(jnp.asarray, (q, k, v)))
   held = rounded if dtype == "int8" else lambda x: x
   values = lambda k, v: held(k)[..., :v_size] if v_size else held(v)
-  for i, chunk in enumerate(chunks):
-    b, at = i // 2, slice(8 * (i % 2), 8 * (i % 2) + 8)
-    want = by_definition(q[b, at], held(k[b]), values(k[b], v[b]), at.start)
-    np.testing.assert_allclose(chunk[0], want, atol=2e-6)
+  for parts, chunk in zip(CHUNKS, chunks):
+    for (b, number), found_SNH in zip(
+      parts, chunk.reshape(-1, S, N, H if v_size is None else v_size)
+    ):
+      if b >= 0:
+        at = slice(number * S, number * S + S)
+        want = by_definition(q[b, at], held(k[b]), values(k[b], v[b]), at.start)
+        np.testing.assert_allclose(found_SNH, want, atol=2e-6)
   for x in (k, v):
     x[rows, at_BT] += 1
   for b, at in enumerate(at_BT):

@@ -63,8 +63,8 @@ class Drafter(Protocol):
 
   most: int
 
-  def prefill(self, row: Row, size: int) -> None:
-    """Takes the chunk of a row's prompt that the engine computes now, of `size` tokens."""
+  def prefill(self, parts: Sequence[tuple[Row, int]], length: int) -> None:
+    """Takes the blocks of prompts that the engine computes now. See `Batch.chunk`."""
     ...
 
   def draft(

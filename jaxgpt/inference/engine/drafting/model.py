@@ -36,10 +36,10 @@ class Model:
       self._weights = prepared(run.params)
       self._carried = self._programs.empty()
 
-  def prefill(self, row: Row, size: int) -> None:
+  def prefill(self, parts: Sequence[tuple[Row, int]], length: int) -> None:
     """See `drafter.Drafter`."""
     with jax.set_mesh(self._mesh):
-      chunk = self._batch.chunk(row, size)
+      chunk = self._batch.chunk(parts, length)
       self._carried = self._programs.prefill(self._weights, self._carried, *chunk)
 
   def draft(

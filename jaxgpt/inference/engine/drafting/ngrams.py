@@ -22,7 +22,7 @@ class Ngrams:
     """Args: num_rows: Rows of the engine. most: K."""
     self._num_rows, self.most = num_rows, most
 
-  def prefill(self, row: Row, size: int) -> None:
+  def prefill(self, parts: Sequence[tuple[Row, int]], length: int) -> None:
     """See `drafter.Drafter`."""
 
   def draft(

@@ -37,7 +37,7 @@ def drafting_engine(kind, draft):
     "itself": lambda: run,
     "similar": lambda: run._replace(params=noisy(run.params)),
   }
-  chunks = (1, 2) if kind == "local" else (1, 1)
+  chunks = (1, 2) if kind == "local" else (2, 2)
   return engine_lib.Engine(run, drafting=Drafting(K, by[draft]()), chunk_blocks=chunks, **SIZES)
 
 
@@ -131,7 +131,7 @@ def test_few_programs_are_compiled_and_log_probabilities_are_the_model_s():
 def test_a_text_alone_needs_no_wide_call_where_nothing_is_drafted():
   run, _ = made("gpt2")
   engine = engine_lib.Engine(
-    run, drafting=Drafting(K), chunk_blocks=(1, 1), **SIZES | dict(max_rows=1)
+    run, drafting=Drafting(K), chunk_blocks=(2, 2), **SIZES | dict(max_rows=1)
   )
   assert engine._drafter.draft([None], np.zeros(1, np.int32), ()) is None
 
