@@ -71,9 +71,11 @@ def test_kernels_of_a_step_say_where_their_seconds_come_from(tmp_path, monkeypat
     Call("splash_mha_fwd.3", "splash_mha_fwd", f"jit(step)/{label}/fwd"): [2, 1e12],
     Call("splash_mha_fwd.4", "splash_mha_fwd", f"jit(step)/{label}/fwd"): [1, 1e12],
   }
-  counted, assumed = kernels.of_step(calls, V6E, share=0.5)
+  calls[Call("splash_mha_fwd.5", "splash_mha_fwd", f"jit(step)/{label}/fwd")] = [3, 1.5e12]
+  counted, assumed, twin = kernels.of_step(calls, V6E, share=0.5)
   alone = kernels.count("splash_mha_fwd", text("v6e_512_fwd"), CAUSAL, V6E)
   assert counted.source == kernels.SCHEDULE and counted.seconds == 2 * alone.seconds
   assert counted.flops == 1e12 * 136 / 256
+  assert twin.source == kernels.SCHEDULE and twin.seconds == 3 * alone.seconds  # equal to the first
   assert assumed.source == kernels.ASSUMED and assumed.reason.startswith("libtpu wrote no schedule")
   assert assumed.seconds == 0.5e12 / (V6E.clocked_flops / 2)
