@@ -125,7 +125,10 @@ class Engine:
   def compile(self) -> None:
     """Compiles the programs, and runs each once, where else the first requests wait for it."""
     room = min(self._context - 1, self._blocks.num * self._blocks.size)
-    for _ in self.run([Request((0,) * min(self._large + self._small + 1, room), 1)]):
+    asked = [Request((0,) * min(self._large + self._small + 1, room), 1)]
+    if self._drafter and room > 4:
+      asked.append(Request((0,) * 3, 3))  # n-grams find something here
+    for _ in self.run(asked):
       pass
 
   def check(self, request: Request) -> None:
