@@ -407,7 +407,7 @@ def check(found: Found, tensors: Mapping[str, HasShape], folder: Any) -> None:
   ]
   if problems:
     raise UserError(
-      f"{folder} does not hold the tensors that its config.json asks for. " + ". ".join(problems)
+      f"{folder} does not hold the tensors of its config.json: " + ". ".join(problems)
     )
 
 

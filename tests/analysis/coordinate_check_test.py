@@ -13,6 +13,8 @@ def test_problems_are_growth_and_changes_that_are_not_flat():
   assert problem(0.1, -0.1, 0.25) == "" == problem(-0.5, 0.0, 0.25)
   assert problem(0.5, 0.5, 0.25) == "grows, learns faster"
   assert problem(0.0, -0.5, 0.25) == "learns slower"
+  assert problem(0.0, -0.5, 0.25, may_fall=True) == ""
+  assert problem(0.0, 0.5, 0.25, may_fall=True) == "learns faster"
   row = coordinate_check.Row("logits", (1.0, 2.0), (1.0, 2.0), 1.0, 1.0, "grows")
   lines = coordinate_check.lines(coordinate_check.Check("width", (8, 16), 4, 1, 0.25, [row]))
   assert lines[1].split()[1:5] == ["width", "8", "width", "16"]
@@ -26,10 +28,10 @@ def check(tiny, monkeypatch):
   real = mesh.make
   monkeypatch.setattr(mesh, "make", lambda c_mesh: real(c_mesh, jax.devices()[:1]))
 
-  def run(overrides, at=(64, 128, 256), **options):
+  def run(overrides, at=(64, 128, 256), seeds=1, **options):
     fields = dict(model__gated=False, model__activation="relu2", model__width=64)
     fields |= dict(model__mlp_width=256, optim__lr=4e-3, data__seq_len=64)
-    return coordinate_check.check(tiny(**fields | overrides), at, seeds=1, **options)
+    return coordinate_check.check(tiny(**fields | overrides), at, seeds=seeds, **options)
 
   return run
 
@@ -41,7 +43,7 @@ def failing(found):
 @pytest.mark.slow
 @pytest.mark.parametrize("grow", coordinate_check.GROWS)
 def test_passes_with_mup_and_fails_without(check, grow):
-  found = check(dict(model__mup__base_width=64), grow=grow)
+  found = check(dict(model__mup__base_width=64), grow=grow, seeds=4)
   assert found.passes, "\n".join(coordinate_check.lines(found))
   assert {"attention", "MLP", "residual stream", "logits"} <= failing(check({}, grow=grow))
 
