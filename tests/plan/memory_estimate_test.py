@@ -33,6 +33,7 @@ def test_memory_by_arithmetic_is_near_the_compilers(errors):
   assert abs(errors[worst[0]]) <= 0.1, report
 
 
+@pytest.mark.slow
 def test_the_figures_are_of_many_kinds(errors):
   chips = {topology.parse(COMPILED[name]["topology"]).chip.name for name in errors}
   flags = [flag for name in errors for flag in COMPILED[name]["overrides"]]

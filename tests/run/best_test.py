@@ -54,6 +54,7 @@ def validations(folder):
   return {r["step"]: r["loss"] for r in found if r["kind"] == "validation"}
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_best_weights_ends_early_and_resumes_exactly(tiny, tmp_path, monkeypatch):
   # The rate is so high that the loss rises again.
   c = tiny(

@@ -70,6 +70,7 @@ def test_a_start_with_a_saved_step_compiles_none_and_trains_the_same(saved, caps
   assert "matches this step: nothing is compiled" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_doctor_says_whether_a_saved_step_would_be_used(saved, capsys):
   path, step, _ = saved
   flags = ["doctor", f"--config={path}", f"--config.mesh.compiled_step={step}"]

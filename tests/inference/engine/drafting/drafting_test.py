@@ -50,7 +50,12 @@ def accepted(engine, requests):
 
 
 @pytest.mark.parametrize(
-  "kind, draft", [("gpt2", "similar"), ("gpt2", "ngram"), ("local", "ngram")]
+  "kind, draft",
+  [
+    ("gpt2", "similar"),
+    ("gpt2", "ngram"),
+    pytest.param("local", "ngram", marks=pytest.mark.slow),
+  ],
 )
 def test_greedy_texts_are_those_of_the_engine_without_drafts(kind, draft):
   prompts = [prompt(n, n) for n in (1, 5, 9, 17, 40, 33, 46)]
@@ -89,6 +94,7 @@ def test_drafts_of_the_model_itself_are_accepted():
     assert 10 < drafted == taken, s
 
 
+@pytest.mark.slow
 def test_sampled_texts_have_the_model_s_distribution():
   run, _ = made("gpt2")
   ids, s, many = prompt(9), Sampling(1.0, top_k=3), 1000
