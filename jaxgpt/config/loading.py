@@ -123,15 +123,27 @@ def _from_run(path: str) -> ml_collections.ConfigDict:
   return c
 
 
-def _from_file(path: str, arg: str) -> ml_collections.ConfigDict:
-  """Calls the file's `get_config` and checks the keys of its result."""
+def call(path: str, function: str, arg: str = "") -> Any:
+  """Calls a function of a Python file that is named by --config.
+
+  Args:
+    path: The file.
+    function: Its name, such as 'get_config'.
+    arg: Its argument. "": it gets none.
+
+  Raises:
+    UserError: There is no such function, or the user's code raises an exception. The message then
+      names the line.
+  """
   spec = importlib.util.spec_from_file_location("jaxgpt_config_file", os.path.abspath(path))
   if spec is None or spec.loader is None:
-    raise UserError(f"--config={path}: a config is a Python file, FILE.py")
+    raise UserError(f"--config={path}: not a Python file; give FILE.py")
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    c = module.get_config(arg) if arg else module.get_config()
+    if not hasattr(module, function):
+      raise UserError(f"--config={path}: no {function}() in it; define it, or give another file")
+    return getattr(module, function)(*([arg] if arg else []))
   except UserError:
     raise
   except Exception as e:  # the user's own code may raise anything; ml_collections names bad keys
@@ -142,6 +154,11 @@ def _from_file(path: str, arg: str) -> ml_collections.ConfigDict:
     ]
     where = f"{path}:{lines[-1]}" if lines else path
     raise UserError(f"{where}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+
+
+def _from_file(path: str, arg: str) -> ml_collections.ConfigDict:
+  """Calls the file's `get_config` and checks the keys of its result."""
+  c = call(path, "get_config", arg)
   if not isinstance(c, ml_collections.ConfigDict):
     raise UserError(
       f"{path}: get_config() returned a {type(c).__name__}; return config.base() with your changes"

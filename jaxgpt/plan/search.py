@@ -16,6 +16,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import GIB
 from jaxgpt.plan import lower, memory_estimate, per_device, report, time_estimate
+from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.topology import Topology
 
 REMATS = (  # each saves more than the one before it
@@ -152,6 +153,11 @@ def candidates(
   return sorted(found, key=lambda one: one.merit)
 
 
+def _assumes_kernels(c: ml_collections.ConfigDict, topology: Topology) -> bool:
+  sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
+  return time_estimate.assumes_kernels(c, sizes, topology)
+
+
 def _estimated(
   c: ml_collections.ConfigDict,
   changes: dict[str, Any],
@@ -233,6 +239,12 @@ def search(
     f"{len(found)} candidates, {sum(1 for one in found if one.bytes <= limit)} should fit; "
     f"compiling {len(chosen)}" + (" and one that should not" if beyond else "")
   )
+  assumed = [one for one in chosen if _assumes_kernels(one.c, topology)]
+  if assumed:
+    say(
+      f"attention kernels are ranked at {ASSUMED_RATE:.0%} of peak in {len(assumed)} of these: no "
+      "blocks are measured for this chip, or for these heads and lengths"
+    )
   results = []
   for one in chosen + ([beyond] if beyond else []):
     results.append(run(one, topology))

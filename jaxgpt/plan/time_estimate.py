@@ -89,6 +89,13 @@ def kernel_seconds(
   return (forward * (1 + _recomputes(c.model)) + backward) * c.optim.accumulate
 
 
+def assumes_kernels(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], topology: Topology
+) -> bool:
+  """Whether the kernels' seconds are assumed, because no blocks are measured for them."""
+  return topology.chip is not None and estimate.seconds(c, sizes, topology.chip) is None
+
+
 def assumed_kernel_seconds(
   c: ml_collections.ConfigDict, sizes: Mapping[str, int], topology: Topology
 ) -> float:

@@ -99,6 +99,14 @@ def test_a_plan_that_is_refused_ends_no_search(monkeypatch, few_axes):
   )
 
 
+@pytest.mark.parametrize("where, told", [("v4-16", True), ("v5e-16", False)])
+def test_a_search_says_which_kernels_it_ranks_by_an_assumption(where, told, few_axes):
+  c, t, said = llama("--config.data.seq_len=2048"), topology.parse(where), []
+  refused = lambda candidate, _: search.Result(candidate, None, UserError("not compiled here"))
+  search.search(c, t, finalists=2, say=said.append, run=refused)
+  assert any("ranked at 50% of peak in 2 of these" in line for line in said) == told
+
+
 def test_a_search_says_where_evaluation_needs_other_rows(few_axes):
   c, t = llama("--config.data.seq_len=2048", "--config.eval.batch_size=24"), topology.parse("v5e-8")
   found = search.candidates(c, t)

@@ -1,8 +1,8 @@
 """Sweeps: many runs of one config, from a file that says which keys take which values.
 
-`definition` has what a sweep file is made of, `members` the runs that follow from it, `state` what
-their folders say, `queue` the processes that train them, `schedule` who trains on, `table` and
-`plot` the result.
+`definition` has the parts of a sweep file, `members` the runs that follow from it, `state` their
+progress by their folders, `queue` the processes that train them, `schedule` the choice of runs that
+train on, `table` and `plot` the result.
 """
 
 from jaxgpt.analysis.sweep.definition import (

@@ -11,15 +11,14 @@ def get_sweep():
 """
 
 import dataclasses
-import importlib.util
 import math
 import os
 import pathlib
 import random as random_lib
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxgpt.config import loading
 from jaxgpt.config.keys import KEYS
 from jaxgpt.config.resolution import is_key
 from jaxgpt.errors import UserError, nearest
@@ -218,28 +217,7 @@ def load(path: str | os.PathLike[str]) -> Sweep:
   file, _, arg = str(path).partition(":")
   if not pathlib.Path(file).is_file():
     raise UserError(f"--config={file}: no such file")
-  spec = importlib.util.spec_from_file_location("jaxgpt_sweep_file", os.path.abspath(file))
-  if spec is None or spec.loader is None:
-    raise UserError(f"--config={file}: a sweep is a Python file, FILE.py")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_sweep"):
-      raise UserError(
-        f"--config={file}: no get_sweep() in it; a sweep file returns a Sweep (docs/sweeps.md), "
-        "and `jaxgpt train` takes a config"
-      )
-    found = module.get_sweep(arg) if arg else module.get_sweep()
-  except UserError:
-    raise
-  except Exception as e:  # the user's own code may raise anything
-    lines = [
-      frame.lineno
-      for frame in traceback.extract_tb(e.__traceback__)
-      if frame.filename == os.path.abspath(file)
-    ]
-    where = f"{file}:{lines[-1]}" if lines else file
-    raise UserError(f"{where}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+  found = loading.call(file, "get_sweep", arg)
   if not isinstance(found, Sweep):
     raise UserError(f"{file}: get_sweep() returned a {type(found).__name__}; return a Sweep")
   return found

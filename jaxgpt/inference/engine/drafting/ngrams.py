@@ -19,7 +19,12 @@ class Ngrams:
   """A drafter without a model. See `drafter.Drafter`."""
 
   def __init__(self, num_rows: int, most: int):
-    """Args: num_rows: Rows of the engine. most: K."""
+    """Keeps its arguments.
+
+    Args:
+      num_rows: Rows of the engine.
+      most: K.
+    """
     self._num_rows, self.most = num_rows, most
 
   def prefill(self, parts: Sequence[tuple[Row, int]], length: int) -> None:
