@@ -131,7 +131,7 @@ def test_a_registered_writer_is_turned_on_by_its_option(tmp_path, monkeypatch):
 
 
 def test_the_other_processes_write_nothing(tmp_path, monkeypatch):
-  monkeypatch.setattr(metric_writers.distributed, "is_first", lambda: False)
+  monkeypatch.setattr(metric_writers.opening.distributed, "is_first", lambda: False)
   writers = metric_writers.make(resolved(), tmp_path, 0)
   writers.write(1, "train", {"loss": 2.5})
   assert writers.newest(1, "train") is None

@@ -121,10 +121,10 @@ def contrast(first, second):
 
 def test_colors_have_contrast():
   css = importlib.resources.files(report).joinpath("page.css").read_text()
-  themes = re.findall(r"(:root(?:\[data-theme=\"dark\"\])?) \{\n(.*?)\n\}", css, re.S)
-  assert len(themes) == 2
-  for _, body in themes:
-    color = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", body))
+  both = re.findall(r"--([\w-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\)", css)
+  assert len(both) >= 19
+  for theme in (1, 2):
+    color = {declaration[0]: declaration[theme] for declaration in both}
     for back in ("back", "panel"):
       for name in ("text", "dim", "accent"):
         assert contrast(color[name], color[back]) >= 4.5, (name, back)
