@@ -6,6 +6,7 @@ a difference comes from the format or the mathematics and not from rounding to t
 Legend: L layers, N prompts, T tokens, V vocabulary (or labels), D width.
 """
 
+import json
 import platform
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -79,13 +80,13 @@ def certify(
     "versions": {
       "python": platform.python_version(),
       "jaxgpt": __version__,
-      **{name: installed.version(name) for name in _PACKAGES},
+      **{name: installed.version(name) for name in (*_PACKAGES, *_quantization(folder))},
     },
     "files": {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
   }
   if not compare:
     return out | {"why_not": "--no-check was given"}
-  if missing := _missing():
+  if missing := _missing(folder):
     return out | {"why_not": f"{' and '.join(missing)} not installed; pip install 'jaxgpt[bench]'"}
   prompts = encode(tokenizer, max(1, min(LENGTH, c_model.max_len - NEW)))
   try:
@@ -100,14 +101,22 @@ def certify(
 
 def need() -> None:
   """Raises a UserError if a package that a comparison needs is not installed."""
-  if missing := _missing():
+  if missing := _missing(None):
     raise UserError(
       f"--check needs {' and '.join(missing)}, not installed here: pip install 'jaxgpt[bench]'"
     )
 
 
-def _missing() -> list[str]:
-  return [name for name in ("torch", "transformers") if installed.version(name) is None]
+def _missing(folder: epath.Path | None) -> list[str]:
+  """Packages that are needed to load a folder, or any folder, and are not installed."""
+  packages = ["torch", "transformers", *(_quantization(folder) if folder else ())]
+  return [name for name in packages if installed.version(name) is None]
+
+
+def _quantization(folder: epath.Path) -> list[str]:
+  """The package that reads a folder's quantized weights, if it has any."""
+  found = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+  return [found["quant_method"]] if found else []
 
 
 def problems(c: Certificate) -> list[str]:

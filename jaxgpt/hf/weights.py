@@ -10,7 +10,7 @@ is allocated once. It is then filled block by block with the boxes of the files 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +181,29 @@ def rounded(params: PyTree, dtype: str) -> PyTree:
   return jax.tree.map(lambda x: x.astype(DTYPES[dtype]).astype(x.dtype), params)
 
 
+def entries(
+  published: Sequence[Published], params: PyTree, dtype: str
+) -> tuple[list[safetensors.Entry], Callable[[safetensors.Entry], np.ndarray]]:
+  """Published tensors to be written, and the function that makes the array of each.
+
+  Args:
+    published: From `convert.publish`.
+    params: Tree of arrays.
+    dtype: A key of `DTYPES`.
+  """
+  leaves = tree.flatten(params)
+  by_name = {p.name: p for p in published} | {p.copies: p for p in published if p.copies}
+
+  def array_of(entry: safetensors.Entry) -> np.ndarray:
+    p = by_name[entry.name]
+    pieces = [to_theirs(leaves[x.path], x) for x in p.pieces]
+    if p.pieces[0].start:  # entries that the model does not use
+      pieces.insert(0, np.zeros_like(np.take(pieces[0], range(p.pieces[0].start), p.axis)))
+    return np.concatenate(pieces, p.axis).reshape(p.shape).astype(entry.dtype)
+
+  return [safetensors.Entry(name, p.shape, DTYPES[dtype]) for name, p in by_name.items()], array_of
+
+
 def save(
   folder: epath.PathLike,
   published: Sequence[Published],
@@ -200,21 +223,10 @@ def save(
   Returns:
     Names of the files.
   """
-  leaves = tree.flatten(params)
-  by_name = {p.name: p for p in published} | {p.copies: p for p in published if p.copies}
-
-  def array_of(entry: safetensors.Entry) -> np.ndarray:
-    p = by_name[entry.name]
-    pieces = [to_theirs(leaves[x.path], x) for x in p.pieces]
-    if p.pieces[0].start:  # entries that the model does not use
-      pieces.insert(0, np.zeros_like(np.take(pieces[0], range(p.pieces[0].start), p.axis)))
-    return np.concatenate(pieces, p.axis).reshape(p.shape).astype(entry.dtype)
-
-  entries = [safetensors.Entry(name, p.shape, DTYPES[dtype]) for name, p in by_name.items()]
-  return safetensors.write(folder, entries, array_of, shard_bytes)
+  return safetensors.write(folder, *entries(published, params, dtype), shard_bytes)
 
 
-def to_theirs(leaf: jax.Array, piece: Piece) -> np.ndarray:
+def to_theirs(leaf: jax.Array | np.ndarray, piece: Piece) -> np.ndarray:
   """Returns a piece of a published tensor, on the host, in our parameter's dtype."""
   if leaf.nbytes <= _BLOCK:  # the host's copy is kept, and a slice needs no compiled program
     array = np.asarray(leaf)[piece.lead]

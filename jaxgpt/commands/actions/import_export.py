@@ -4,7 +4,7 @@ An imported folder becomes a run at step 0, and a run is exported as a folder.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,12 @@ from jaxgpt.hf import adapters, convert, model_folder, parity, safetensors, weig
 from jaxgpt.hf import labels as labels_lib
 from jaxgpt.hf import tokenizer as hf_tokenizer
 from jaxgpt.hf.families import Family
+from jaxgpt.hf.quantized import compressed_tensors
 from jaxgpt.inference import load
 from jaxgpt.model import lora
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import generation, init_from, label_names, run_folder
+from jaxgpt.run.compression import quantized_weights
 from jaxgpt.storage import strict_json
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.training import build
@@ -222,11 +224,29 @@ class Exported(NamedTuple):
     family: The model's family, its `model_type`.
     files: Names of the files.
     certificate: The result of `parity.certify`.
+    notes: Sentences on quantized weights.
   """
 
   family: str
   files: list[str]
   certificate: dict[str, Any]
+  notes: Sequence[str] = ()
+
+
+class _Tensors(NamedTuple):
+  """The tensors of an export.
+
+  Attributes:
+    files: Names of the files.
+    params: The weights that they stand for, in float32.
+    fields: What they add to config.json.
+    notes: As in `Exported`.
+  """
+
+  files: list[str]
+  params: tree.PyTree
+  fields: dict[str, Any]
+  notes: list[str]
 
 
 def export_run(
@@ -238,6 +258,7 @@ def export_run(
   shard_bytes: int = 5 << 30,
   family: str | None = None,
   certify: bool = True,
+  packed: bool = False,
 ) -> Exported:
   """Writes a run's weights as a folder that transformers loads, with a certificate of parity.
 
@@ -251,17 +272,24 @@ def export_run(
     shard_bytes: Largest size of a file.
     family: Name of the family. None: the first that has the model's fields.
     certify: Compare with transformers, if it is installed.
+    packed: Write the codes of a quantized run, see `hf.quantized.compressed_tensors`.
 
   Raises:
-    UserError: No family has this model's fields, or `out` exists.
+    UserError: No family has this model's fields, `out` exists, or `packed` and there are no codes.
   """
   out = _free(out)
   found = convert.family_of(_without_adapters(run_folder.read_config(folder)).model, family)
+  if packed and not quantized_weights.of_run(folder):
+    raise UserError(
+      f"--format=compressed-tensors: {folder} has no quantized weights; make a run that has with "
+      "jaxgpt quantize, or leave --format out"
+    )
   run = _merged(load.load(folder, step))
+  codes = quantized_weights.read(folder, run.params, run.step) if packed else {}
   c = run.c.copy_and_resolve_references()
   c.model.label_names = label_names.of_run(c, run.data_digest)
   with _whole(out) as part:
-    files = write_weights(part, found, c.model, run.params, dtype, shard_bytes)
+    made = _tensors(part, found, c.model, run, codes, dtype, shard_bytes)
     ids = dict(
       bos_token_id=run.tokenizer.bos_id,
       eos_token_id=run.tokenizer.eos_id,
@@ -269,7 +297,7 @@ def export_run(
     )
     ids = {k: v for k, v in ids.items() if v is not None}
     hf = convert.write(found, c.model) | {"torch_dtype": dtype}
-    hf |= labels_lib.problem_type(c.objective.name)
+    hf |= labels_lib.problem_type(c.objective.name) | made.fields
     hf = ids | hf if "pad_token_id" in hf else hf | ids
     _write_json(part / "config.json", hf)
     _write_json(part / generation.FILE, generation.published(run.generation, run.tokenizer))
@@ -278,13 +306,41 @@ def export_run(
     )
     for name, data in of_tokenizer.items():
       (part / name).write_bytes(data)
-    files += ["config.json", generation.FILE, *of_tokenizer]
+    files = [*made.files, "config.json", generation.FILE, *of_tokenizer]
   # The folder is complete. Whatever happens in the comparison, it stays.
-  params = weights.rounded(run.params, dtype)
-  certificate = parity.certify(out, c.model, params, run.tokenizer, dtype, certify)
+  certificate = parity.certify(out, c.model, made.params, run.tokenizer, dtype, certify)
   certificate["tokenizer"]["why_not"] = why_not
   parity.write(out, certificate)
-  return Exported(found.model_type, [*files, parity.JSON, parity.TEXT], certificate)
+  files += [parity.JSON, parity.TEXT]
+  return Exported(found.model_type, files, certificate, made.notes)
+
+
+def _tensors(
+  folder: epath.Path,
+  family: Family,
+  c_model: ml_collections.ConfigDict,
+  run: load.Run,
+  codes: Mapping[str, quantized_weights.Codes],
+  dtype: str,
+  shard_bytes: int,
+) -> _Tensors:
+  """Writes the weights of a run, those with `codes` as codes."""
+  if not codes:
+    files = write_weights(folder, family, c_model, run.params, dtype, shard_bytes)
+    return _Tensors(files, weights.rounded(run.params, dtype), {}, [])
+  published = convert.named(family, c_model, convert.publish(family, c_model, run.params))
+  forms = {path: one.form for path, one in codes.items()}
+  plan = compressed_tensors.plan(family, published, forms)
+  files = compressed_tensors.save(folder, plan, run.params, codes, dtype, shard_bytes)
+  notes = [f"codes of {len(plan.packed)} modules, {len(plan.plain)} tensors in {dtype}"]
+  if plan.dequantized:
+    notes.append(f"dequantized, since they are no Linear: {', '.join(plan.dequantized)}")
+  return _Tensors(
+    files,
+    compressed_tensors.rounded(run.params, codes, dtype, plan),
+    {"quantization_config": compressed_tensors.config(family, plan)},
+    notes,
+  )
 
 
 def write_weights(

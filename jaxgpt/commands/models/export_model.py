@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxgpt.commands import Command
+from jaxgpt.config import options
 from jaxgpt.config.options import checkpoint_step, option
 from jaxgpt.errors import UserError
 
@@ -20,6 +21,12 @@ class ExportOptions:
   family: str | None = option(
     None, unset="the first that fits", help="model_type to export the model as"
   )
+  format: str = option(
+    "dense",
+    choices=("dense", "compressed-tensors"),
+    help="form of the weights: numbers, or the codes of a quantized run, as transformers and vLLM "
+    "read them",
+  )
   no_check: bool = option(False, help="do not compare the files with transformers")
   adapter: bool = option(
     False, help="write only the LoRA adapters, as peft loads them, instead of merging them"
@@ -30,6 +37,11 @@ class ExportOptions:
     unset="the run's init_from",
     help="with --adapter: address of the base model",
   )
+
+  def __post_init__(self) -> None:
+    options.check(self)
+    if self.adapter and self.format != "dense":
+      raise UserError(f"--format={self.format} has no effect with --adapter; leave one of them out")
 
 
 def run(args: ExportOptions) -> None:
@@ -44,7 +56,7 @@ def run(args: ExportOptions) -> None:
     )
     print(f"wrote {args.to}: {', '.join(files)}")
     return
-  family, files, certificate = import_export.export_run(
+  family, files, certificate, notes = import_export.export_run(
     args.workdir,
     args.to,
     step=args.step,
@@ -52,9 +64,10 @@ def run(args: ExportOptions) -> None:
     shard_bytes=int(args.shard_gb * 1e9),
     family=args.family,
     certify=not args.no_check,
+    packed=args.format == "compressed-tensors",
   )
   print(f"wrote {args.to} ({family}, {args.dtype}): {', '.join(files)}")
-  for line in _agreement(certificate):
+  for line in [*notes, *_agreement(certificate)]:
     print(line)
   if problems := parity.problems(certificate):
     raise UserError(

@@ -21,6 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import tree
 from jaxgpt.errors import UserError
+from jaxgpt.run import checkpoints as checkpoints_lib
+from jaxgpt.run import run_folder
 from jaxgpt.run.compression import record as record_lib
 from jaxgpt.run.compression.matrix import Matrix
 from jaxgpt.tree import PyTree
@@ -60,13 +62,19 @@ class Form(NamedTuple):
       codes = (codes[:, ::2] & 15).astype(np.uint8) | (codes[:, 1::2].astype(np.uint8) << 4)
     return {CODES: codes, SCALES: scales_MGO.astype(np.float32)}
 
+  def signed(self, codes: jax.Array) -> jax.Array:
+    """The int8 codes [M, I, O] of the stored array."""
+    m = self.matrix
+    if self.bits == 8:
+      return codes
+    pairs = jnp.stack([codes << 4, codes & 0xF0], 2)  # the code in the upper half of a byte
+    signed = jax.lax.bitcast_convert_type(pairs, jnp.int8) >> 4
+    return signed.reshape(m.num_matrices, -1, m.outputs)[:, : m.inputs]
+
   def weight(self, codes: jax.Array, scales_MGO: jax.Array) -> jax.Array:
     """The float32 weight of stored arrays."""
     m = self.matrix
-    if self.bits == 4:
-      pairs = jnp.stack([codes << 4, codes & 0xF0], 2)  # the code in the upper half of a byte
-      signed = jax.lax.bitcast_convert_type(pairs, jnp.int8) >> 4
-      codes = signed.reshape(m.num_matrices, -1, m.outputs)[:, : m.inputs]
+    codes = self.signed(codes)
     groups = codes.reshape(m.num_matrices, self.groups, -1, m.outputs).astype(jnp.float32)
     return m.restored(
       (groups * scales_MGO[:, :, None]).reshape(m.num_matrices, m.inputs, m.outputs)
@@ -74,6 +82,35 @@ class Form(NamedTuple):
 
 
 Forms = Mapping[str, Form]
+
+
+class Codes(NamedTuple):
+  """A quantized parameter on the host.
+
+  Attributes:
+    form: How it is stored.
+    codes_MIO: int8 codes.
+    scales_MGO: float32 scales.
+  """
+
+  form: Form
+  codes_MIO: np.ndarray
+  scales_MGO: np.ndarray
+
+  def codes(self) -> np.ndarray:
+    """The codes in the parameter's shape."""
+    return self.form.matrix.restored(self.codes_MIO)
+
+  def scales(self) -> np.ndarray:
+    """The scale of each weight, in the parameter's shape."""
+    size = self.form.matrix.inputs // self.form.groups
+    return self.form.matrix.restored(np.repeat(self.scales_MGO, size, axis=1))
+
+  def weight(self, scales_MGO: np.ndarray) -> np.ndarray:
+    """The float32 weight with other scales, in the parameter's shape."""
+    size = self.form.matrix.inputs // self.form.groups
+    scales_MIO = np.repeat(scales_MGO.astype(np.float32), size, axis=1)
+    return self.form.matrix.restored(self.codes_MIO.astype(np.float32) * scales_MIO)
 
 
 def to_record(forms: Forms) -> dict[str, Any]:
@@ -101,6 +138,40 @@ def of_run(folder: epath.PathLike) -> dict[str, Form]:
       f"{epath.Path(folder) / record_lib.FILE} is broken ({type(e).__name__}: {e}); make the run "
       "again"
     ) from e
+
+
+def read(folder: epath.PathLike, abstract: PyTree, step: int | None = None) -> dict[str, Codes]:
+  """Reads the codes of a run to the host.
+
+  Args:
+    folder: The run folder.
+    abstract: Weights of the run, or their shapes and shardings.
+    step: Step of the checkpoint. None: the newest.
+
+  Returns:
+    {path: codes}, {} for a run that is not quantized.
+
+  Raises:
+    UserError: There is no such checkpoint.
+  """
+  forms = of_run(folder)
+  if not forms:
+    return {}
+  where = epath.Path(folder) / run_folder.CHECKPOINTS
+  checkpoints = checkpoints_lib.Checkpoints(where, read_only=True)
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  stored = stored_like(forms, jax.tree.map(like, abstract))
+  state, _ = checkpoints.restore({"params": stored}, step)
+  checkpoints.close()
+  named = tree.flatten(state["params"])
+  return {
+    path: Codes(
+      form,
+      np.asarray(form.signed(named[f"{path}/{CODES}"])),
+      np.asarray(named[f"{path}/{SCALES}"]),
+    )
+    for path, form in forms.items()
+  }
 
 
 def stored_like(forms: Forms, abstract: PyTree) -> PyTree:

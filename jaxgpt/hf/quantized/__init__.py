@@ -1,0 +1,1 @@
+"""Quantized weights in formats of other libraries."""
