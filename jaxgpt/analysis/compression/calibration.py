@@ -37,6 +37,7 @@ class Seen(NamedTuple):
     params: Its parameters.
     inputs: {path within the period: sums over the tokens of the squares [I] or products [I, I] of
       the inputs of a matrix}.
+    magnitudes: {path: mean magnitude of each input [I] over the tokens}.
     similarity: Mean cosine between the residual stream before and after the period.
     tokens: Number of tokens, without padding.
   """
@@ -45,6 +46,7 @@ class Seen(NamedTuple):
   repeat: int
   params: PyTree
   inputs: dict[str, np.ndarray]
+  magnitudes: dict[str, np.ndarray]
   similarity: float
   tokens: int
 
@@ -110,7 +112,8 @@ def walk(run: load.Run, batches: Sequence[PyTree], visit: Visit, products: bool 
         total = jax.device_get(jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *sums))
         count = int(total["tokens"])
         similarity = float(total["similarity"]) / max(count, 1)
-        new = visit(Seen(stack.name, i, period, total["inputs"], similarity, count))
+        mean = {path: x / max(count, 1) for path, x in total["magnitudes"].items()}
+        new = visit(Seen(stack.name, i, period, total["inputs"], mean, similarity, count))
         moving = [
           rows._replace(x_BTD=step(new, rows.x_BTD, rows.inputs, own)[0]) for rows in moving
         ]
@@ -169,6 +172,7 @@ def _period_step(
     params: PyTree, x_BTD: jax.Array, inputs: LayerInputs, own: tuple[BlockInputs, ...]
   ) -> tuple[jax.Array, dict[str, Any]]:
     sums: dict[str, jax.Array] = {}
+    magnitudes: dict[str, jax.Array] = {}
     real = inputs.real.astype(jnp.float32)
 
     def spy(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -178,6 +182,7 @@ def _period_step(
         read = read.astype(jnp.float32).reshape(*real.shape, size) * real[..., None]
         path = "/".join((*context.module.path, name))
         sums[path] = jnp.einsum("bti,btj->ij" if products else "bti,bti->i", read, read)
+        magnitudes[path] = jnp.abs(read).sum((0, 1))
       return call(*args, **kwargs)
 
     with nn.intercept_methods(spy):
@@ -185,6 +190,7 @@ def _period_step(
     cosine = _cosine(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32))
     return y_BTD, {
       "inputs": sums,
+      "magnitudes": magnitudes,
       "similarity": (cosine * real).sum(),
       "tokens": real.sum(),
     }

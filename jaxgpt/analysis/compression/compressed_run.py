@@ -185,7 +185,7 @@ def quantized(
     source: The run folder.
     folder: The folder to make.
     settings: What to quantize and how.
-    calibration_text: For GPTQ.
+    calibration_text: For GPTQ and AWQ.
     activations: Whether the new run computes with activations in 8 bits too (`model.quantize`).
     step: As for `opened`.
 
@@ -207,6 +207,7 @@ def quantized(
     "embeddings": settings.outside,
     "activations": "int8" if activations else "",
     "calibration": text,
+    **({"exponents": found.exponents} if found.exponents else {}),
     **quantized_weights.to_record(found.forms),
   }
   if activations:

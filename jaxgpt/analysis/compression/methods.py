@@ -2,7 +2,7 @@
 
 PRUNING = ("magnitude", "wanda", "sparsegpt")
 STRUCTURED = ("layers", "heads", "columns")
-ROUNDING = ("nearest", "gptq")
-CALIBRATED = ("wanda", "sparsegpt", *STRUCTURED, "gptq")  # they read calibration text
+ROUNDING = ("nearest", "gptq", "awq")
+CALIBRATED = ("wanda", "sparsegpt", *STRUCTURED, "gptq", "awq")  # they read calibration text
 SCOPES = ("layer", "global")
 ROWS = 128  # of calibration text, as in the papers

@@ -1,7 +1,4 @@
-"""Quantization after training: to nearest, and GPTQ (arXiv:2210.17323).
-
-The codes are symmetric: a weight is code * scale, and a scale is the largest magnitude of its group
-over 2^(bits - 1) - 0.5, so that the outermost codes are used fully.
+"""Quantization after training: to nearest, GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978).
 
 M matrices, I inputs, O outputs of a matrix, G groups of inputs of an output.
 """
@@ -10,12 +7,12 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import tree
-from jaxgpt.analysis.compression import calibration, column_sweep, matrices
+from jaxgpt.analysis.compression import awq, calibration, column_sweep, matrices, rounding
+from jaxgpt.analysis.compression.rounding import Codes
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.model import transformer
@@ -50,55 +47,13 @@ class Quantized(NamedTuple):
   Attributes:
     stored: The arrays to store, see `quantized_weights`.
     forms: How each quantized parameter is stored.
+    exponents: {matrices that read the same activations: the exponent of their scales in each
+      layer}, of AWQ.
   """
 
   stored: PyTree
   forms: dict[str, Form]
-
-
-class Codes(NamedTuple):
-  """A quantized matrix: integer codes [I, O] and their scales [G, O]."""
-
-  codes_IO: np.ndarray
-  scales_GO: np.ndarray
-
-  def weight(self) -> np.ndarray:
-    """The float32 weights that the codes stand for."""
-    inputs, outputs = self.codes_IO.shape
-    groups = self.codes_IO.reshape(len(self.scales_GO), -1, outputs).astype("float32")
-    return (groups * self.scales_GO[:, None]).reshape(inputs, outputs)
-
-
-def scale_of(weight: jax.Array, axis: int, bits: int) -> jax.Array:
-  """The scale of each group of weights. 1 for a group of zeros.
-
-  Args:
-    weight: Weights, of which those along `axis` share a scale.
-    axis: The axis, which is left out of the result.
-    bits: Bits of a code.
-  """
-  largest = jnp.abs(weight).max(axis)
-  return jnp.where(largest == 0, 1.0, largest / (2 ** (bits - 1) - 0.5))
-
-
-def codes_of(weight: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
-  """The nearest codes, as floats."""
-  top = 2 ** (bits - 1)
-  return jnp.clip(jnp.round(weight / scale), -top, top - 1)
-
-
-def nearest(weight_IO: np.ndarray, bits: int, groups: int) -> Codes:
-  """Rounds each weight to the nearest code.
-
-  Args:
-    weight_IO: The matrix.
-    bits: Bits of a code.
-    groups: G.
-  """
-  split = jnp.asarray(weight_IO).reshape(groups, -1, weight_IO.shape[1])
-  scales_GO = scale_of(split, 1, bits)
-  codes = codes_of(split, scales_GO[:, None], bits)
-  return Codes(np.asarray(codes).reshape(weight_IO.shape), np.asarray(scales_GO))
+  exponents: dict[str, list[float]]
 
 
 def gptq(weight_IO: np.ndarray, products_II: np.ndarray, bits: int, groups: int) -> Codes:
@@ -122,18 +77,18 @@ def gptq(weight_IO: np.ndarray, products_II: np.ndarray, bits: int, groups: int)
     replace=_rounded_to(bits),
   )
   split = swept.weight_IO.reshape(groups, group, -1)
-  codes = codes_of(split, swept.prepared[:, None], bits)
+  codes = rounding.codes_of(split, swept.prepared[:, None], bits)
   return Codes(np.asarray(codes).reshape(weight_IO.shape), np.asarray(swept.prepared))
 
 
 @functools.lru_cache(maxsize=4)
 def _scales_of(bits: int) -> column_sweep.Prepare:
-  return lambda group_GO, diagonal_G: scale_of(group_GO, 0, bits)
+  return lambda group_GO, diagonal_G: rounding.scale_of(group_GO, 0, bits)
 
 
 @functools.lru_cache(maxsize=4)
 def _rounded_to(bits: int) -> column_sweep.Replace:
-  return lambda weight_O, scale_O, index: codes_of(weight_O, scale_O, bits) * scale_O
+  return lambda weight_O, scale_O, index: rounding.codes_of(weight_O, scale_O, bits) * scale_O
 
 
 def quantize(run: load.Run, settings: Settings, batches: Sequence[PyTree] = ()) -> Quantized:
@@ -142,7 +97,7 @@ def quantize(run: load.Run, settings: Settings, batches: Sequence[PyTree] = ()) 
   Args:
     run: From `compressed_run.opened`.
     settings: What to quantize and how.
-    batches: Calibration text from `calibration.rows`, for GPTQ.
+    batches: Calibration text from `calibration.rows`, for GPTQ and AWQ.
 
   Raises:
     UserError: A pattern matches no parameter, or the settings do not suit one.
@@ -152,23 +107,28 @@ def quantize(run: load.Run, settings: Settings, batches: Sequence[PyTree] = ()) 
   paths = matrices.chosen(axes, run.params, settings.match)
   forms = {path: _form(path, of_model, settings) for path in paths}
   found: dict[str, list[Codes]] = {path: [] for path in paths}
+  exponents: dict[str, list[float]] = {}
+  named = calibration.flat(run.params)
   if settings.method == "gptq":
     _by_gptq(run, settings, forms, found, batches)
-  named = calibration.flat(run.params)
+  elif settings.method == "awq":
+    named = calibration.flat(_by_awq(run, forms, found, exponents, batches))
   if settings.method == "nearest":
     for path, form in forms.items():
       view_MIO = form.matrix.view(named[path])
-      found[path] = [nearest(w_IO, settings.bits, form.groups) for w_IO in view_MIO]
+      found[path] = [rounding.nearest(w_IO, settings.bits, form.groups) for w_IO in view_MIO]
   if settings.outside:
     for path, matrix in matrices.outside(axes, run.params).items():
       forms[path] = Form(matrix, settings.outside, 1)
-      found[path] = [nearest(w_IO, settings.outside, 1) for w_IO in matrix.view(named[path])]
+      found[path] = [
+        rounding.nearest(w_IO, settings.outside, 1) for w_IO in matrix.view(named[path])
+      ]
   for path, form in forms.items():
     del named[path]
     codes_MIO, scales_MGO = (np.stack(part) for part in zip(*found[path], strict=True))
     arrays = form.store(codes_MIO, scales_MGO)
     named |= {f"{path}/{name}": array for name, array in arrays.items()}
-  return Quantized(tree.unflatten(named), forms)
+  return Quantized(tree.unflatten(named), forms, exponents)
 
 
 def _form(path: str, of_model: Mapping[str, Matrix], settings: Settings) -> Form:
@@ -215,3 +175,34 @@ def _by_gptq(
     return tree.unflatten(params)
 
   calibration.walk(run, batches, visit, products=True)
+
+
+def _by_awq(
+  run: load.Run,
+  forms: Mapping[str, Form],
+  found: dict[str, list[Codes]],
+  exponents: dict[str, list[float]],
+  batches: Sequence[PyTree],
+) -> PyTree:
+  """Scales and rounds layer by layer. Adds to `found` and `exponents`, returns all parameters."""
+
+  def visit(seen: calibration.Seen) -> PyTree:
+    params = calibration.flat(seen.params)
+    here = {
+      name: forms[f"{seen.stack}/{name}"] for name in params if f"{seen.stack}/{name}" in forms
+    }
+    for link in awq.links(run.c.model, params):
+      if set(link.readers) & here.keys():
+        best = awq.search(link, params, here, seen)
+        params |= awq.folded(link, params, best.scale)
+        names = ",".join(f"{seen.stack}/{name}" for name in link.readers)
+        exponents.setdefault(names, []).append(best.exponent)
+    for name, form in here.items():
+      w = params[name]
+      matrix = form.matrix._replace(shape=(1, *w.shape))
+      codes = [rounding.nearest(x, form.bits, form.groups) for x in matrix.view(w[None])]
+      found[f"{seen.stack}/{name}"] += codes
+      params[name] = matrix.restored(np.stack([c.weight() for c in codes]))[0]
+    return tree.unflatten(params)
+
+  return calibration.walk(run, batches, visit, products=True)

@@ -59,7 +59,7 @@ def _sparse(method: str, sparsity: str, scope: str = "layer") -> Make:
 def _coarse(method: str, bits: int, group: int = 0, outside: int = 0) -> Make:
   settings = quantize.Settings(method, bits, group, (), outside)
   return lambda source, folder, text: compressed_run.quantized(
-    source, folder, settings, text if method == "gptq" else None
+    source, folder, settings, text if method in methods.CALIBRATED else None
   )
 
 

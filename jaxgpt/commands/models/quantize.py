@@ -22,8 +22,8 @@ class QuantizeOptions:
     "nearest",
     choices=methods.ROUNDING,
     selects={name: name for name in methods.ROUNDING},
-    help="round each weight to nearest, or let the weights that follow make up for its error "
-    "(GPTQ)",
+    help="round each weight to nearest; let the weights that follow make up for its error (GPTQ); "
+    "or scale inputs with large activations up first (AWQ)",
   )
   group: int | None = integer(
     None,
@@ -50,9 +50,9 @@ class QuantizeOptions:
     help="type of the activations in matmuls of the layers (model.quantize of the new run; needs "
     "jaxgpt[quant])",
   )
-  data: str | None = calibration.data(("gptq",))
-  split: str | None = calibration.split(("gptq",))
-  rows: int | None = calibration.rows(("gptq",))
+  data: str | None = calibration.data(("gptq", "awq"))
+  split: str | None = calibration.split(("gptq", "awq"))
+  rows: int | None = calibration.rows(("gptq", "awq"))
 
   def __post_init__(self) -> None:
     options.check(self)
@@ -79,7 +79,7 @@ def run(args: QuantizeOptions) -> None:
     args.workdir,
     args.to,
     settings,
-    text if args.method == "gptq" else None,
+    text if args.method in methods.CALIBRATED else None,
     bool(args.activations),
     args.step,
   )

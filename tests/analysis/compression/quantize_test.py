@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from jaxgpt.analysis.compression import calibration, column_sweep, compressed_run, quantize
+from jaxgpt.analysis.compression import (
+  calibration,
+  column_sweep,
+  compressed_run,
+  quantize,
+  rounding,
+)
 from jaxgpt.commands.models import quantize as command
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
@@ -29,7 +35,7 @@ def rounded(x, scale, bits):
 @pytest.mark.parametrize(("bits", "groups"), [(8, 1), (4, 1), (4, 3)])
 def test_nearest_equals_its_definition(problem, bits, groups):
   weight_IO, _ = problem
-  found, size = quantize.nearest(weight_IO, bits, groups), INPUTS // groups
+  found, size = rounding.nearest(weight_IO, bits, groups), INPUTS // groups
   for o in range(OUTPUTS):
     for i in range(INPUTS):
       group = weight_IO[i // size * size : (i // size + 1) * size, o]
@@ -61,14 +67,14 @@ def test_gptq_equals_its_definition(problem, bits, groups, block, monkeypatch):
   found = quantize.gptq(*problem, bits, groups)
   np.testing.assert_allclose(found.weight(), expected, atol=1e-4)
   error = lambda w: np.trace((w - problem[0]).T @ problem[1] @ (w - problem[0]))
-  assert error(found.weight()) < error(quantize.nearest(problem[0], bits, groups).weight())
+  assert error(found.weight()) < error(rounding.nearest(problem[0], bits, groups).weight())
 
 
 def test_qwix_rounds_to_the_same_codes(problem):
   qwix = pytest.importorskip("qwix")
 
   weight_IO, _ = problem
-  found = quantize.nearest(weight_IO, 4, 3)
+  found = rounding.nearest(weight_IO, 4, 3)
   theirs = qwix.quantize(weight_IO, "int4", channelwise_axes=(1,), tiled_axes={0: 8})
   np.testing.assert_array_equal(found.codes_IO, np.asarray(theirs.qvalue, "int8"))
   np.testing.assert_allclose(found.scales_GO, theirs.scale, rtol=1e-6)
