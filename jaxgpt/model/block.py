@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.model import layers, moe, ops, remat, self_attention
+from jaxgpt.model import layers, ops, remat, self_attention
+from jaxgpt.model.experts import moe
+from jaxgpt.model.experts import router as router_lib
 from jaxgpt.model.kv_cache import LayerCache
 from jaxgpt.model.layer_inputs import LayerInputs
 from jaxgpt.model.stacks import Kind
@@ -37,12 +39,12 @@ class PeriodOutput(NamedTuple):
 
   Attributes:
     caches: KV caches, or None.
-    routers: `moe.Statistics`, or None for dense blocks.
+    routers: `router_lib.Statistics`, or None for dense blocks.
     outputs: Outputs [B, T, D], or None if they were not asked for.
   """
 
   caches: tuple[LayerCache | None, ...]
-  routers: tuple[moe.Statistics | None, ...]
+  routers: tuple[router_lib.Statistics | None, ...]
   outputs: tuple[jax.Array | None, ...]
 
 
@@ -66,7 +68,7 @@ class Block(layers.Module):
   @nn.compact
   def __call__(
     self, x_BTD: jax.Array, inputs: LayerInputs, own: BlockInputs
-  ) -> tuple[jax.Array, tuple[LayerCache | None, moe.Statistics | None]]:
+  ) -> tuple[jax.Array, tuple[LayerCache | None, router_lib.Statistics | None]]:
     """Applies the block. Returns (x_BTD, (cache, router statistics))."""
     cfg = self.cfg
     kind, mlp = self.kind

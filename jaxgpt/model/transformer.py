@@ -16,10 +16,11 @@ import ml_collections
 import numpy as np
 
 from jaxgpt import tree
-from jaxgpt.model import layer_inputs, layers, moe, ops, remat, stacks
+from jaxgpt.model import layer_inputs, layers, ops, remat, stacks
 from jaxgpt.model import pipeline as pipeline_lib
 from jaxgpt.model.attention import paged, token_order
 from jaxgpt.model.block import BlockInputs, Period
+from jaxgpt.model.experts import router as router_lib
 from jaxgpt.model.kv_cache import LayerCache, Pools
 from jaxgpt.model.layer_inputs import LayerInputs
 from jaxgpt.parallel.sharding import DEFAULT, Rules
@@ -36,14 +37,14 @@ class Output(NamedTuple):
     logits: float32 [B, T, V], or [B, V] with `logits_at_B` and for heads that pool.
     hidden: Hidden states [B, T, D] after the final norm.
     cache: The KV cache with this call's tokens, or None.
-    router: Router statistics summed over the layers, see `moe.MoE`, None without experts.
+    router: Router statistics summed over the layers, see `experts.router`, None without experts.
     layers: Output of each block, [num_layers, B, T, D], if it was asked for, else None.
   """
 
   logits: Any
   hidden: jax.Array
   cache: Pools | None
-  router: moe.Statistics | None
+  router: router_lib.Statistics | None
   layers: jax.Array | None
 
 
@@ -169,7 +170,7 @@ class Transformer(layers.Module):
     cache: Pools | None,
     key: jax.Array | None,
     layer_outputs: bool,
-  ) -> tuple[jax.Array, Pools | None, moe.Statistics | None, jax.Array | None]:
+  ) -> tuple[jax.Array, Pools | None, router_lib.Statistics | None, jax.Array | None]:
     """Applies all stacks in order: (x, cache, router statistics, outputs of the blocks)."""
     cfg = self.cfg
     if inputs.call is not None:
@@ -231,7 +232,7 @@ class Transformer(layers.Module):
 
   def _pipelined(
     self, stack: stacks.Stack, own: tuple[BlockInputs, ...], x: jax.Array, inputs: LayerInputs
-  ) -> tuple[jax.Array, tuple[moe.Statistics | None, ...]]:
+  ) -> tuple[jax.Array, tuple[router_lib.Statistics | None, ...]]:
     """Applies a stack on a mesh with stages: (x, router statistics of each block of the period)."""
     period: Any = Period(self.cfg, self.rules, stack.kinds, False, parent=None)
 

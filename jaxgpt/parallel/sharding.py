@@ -82,10 +82,15 @@ def part(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
   return names[0] if len(names) == 1 else names or None
 
 
+def used(spec: P) -> tuple[str, ...]:
+  """The mesh axes that a PartitionSpec uses."""
+  entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+  return tuple(name for entry in entries for name in entry)
+
+
 def without(names: Iterable[str], spec: P) -> tuple[str, ...]:
   """Those of some mesh axes that a PartitionSpec does not use."""
-  used = {name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())}
-  return tuple(name for name in names if name not in used)
+  return tuple(name for name in names if name not in used(spec))
 
 
 FIXED = Rules(tuple((axis, rule.mesh_axes) for axis, rule in mesh_rules.FIXED.items()))

@@ -89,6 +89,19 @@ POOLED = _on(
   "model.head",
   "objective.name",
 )
+
+
+def _exchanges_tokens(c: Any) -> bool:
+  # A model that is compared by itself has no mesh either.
+  return c.model.moe.capacity == 0 and (not hasattr(c, "mesh") or c.mesh.expert != 1)
+
+
+EXCHANGED_TOKENS = _on(
+  "mesh.expert other than 1 and model.moe.capacity=0",
+  _exchanges_tokens,
+  "mesh.expert",
+  "model.moe.capacity",
+)
 LOCAL_LAYERS = _on(
   "a 'local' layer in model.attention_pattern, within model.num_layers",
   lambda c: "local" in attention_kinds(c.model),

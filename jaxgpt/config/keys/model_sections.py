@@ -146,6 +146,16 @@ MOE = Section(
       architecture=False,
       if_changed="tokens that experts drop in training",
     ),
+    buffer=Key(
+      0.0,
+      "Tokens that a device has room for when devices exchange tokens without a capacity, as a "
+      "multiple of its share under an even load. Tokens beyond it are dropped, and counted in "
+      "`dropped_share`. 0: room for all tokens that can come.",
+      interval=AT_LEAST_0,
+      needs=conditions.EXCHANGED_TOKENS,
+      architecture=False,
+      if_changed="tokens that experts drop in training",
+    ),
     balance_loss=Key(
       0.01,
       "Weight of the loss that spreads tokens evenly over the experts.",

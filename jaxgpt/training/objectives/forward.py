@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxgpt.config import user_code
-from jaxgpt.model import fixed_models, moe
+from jaxgpt.config.keys.layer_kinds import mlp_kinds
+from jaxgpt.model import fixed_models
 from jaxgpt.model.attention import token_order
+from jaxgpt.model.experts import router as router_lib
 from jaxgpt.model.transformer import Transformer
 from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, find
 from jaxgpt.tree import PyTree, map_named, merge
@@ -109,11 +111,18 @@ def router_terms(
   if stats is None:
     return 0.0, {}
   c_moe = model.cfg.moe
-  balance, z = moe.losses(stats)
+  balance, z = router_lib.losses(stats)
   dropped = stats["dropped"] / jnp.maximum(stats["tokens"] * c_moe.per_token, 1)
   extra = c_moe.balance_loss * balance + c_moe.z_loss * z
-  return extra * weight, {
-    "router_balance": balance * weight,
-    "router_z": z * weight,
-    "dropped_share": dropped * weight,
+  aux = {
+    "router_balance": balance,
+    "router_z": z,
+    "router_imbalance": router_lib.imbalance(stats),
+    "dropped_share": dropped,
   }
+  mesh = jax.sharding.get_abstract_mesh()
+  if not c_moe.capacity and not mesh.empty and model.rules.num_shards(mesh, "experts") > 1:
+    pair = 2 * model.cfg.width * model.dtype.itemsize  # there and back
+    layers = mlp_kinds(model.cfg).count("moe")
+    aux["expert_bytes"] = stats["sent"] * pair * layers / jnp.maximum(stats["tokens"], 1)
+  return extra * weight, {name: value * weight for name, value in aux.items()}

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.model import moe, ops
+from jaxgpt.model import ops
+from jaxgpt.model.experts import moe, router
 from jaxgpt.parallel import sharding
 
 B, T, D = 2, 6, 8
@@ -54,7 +55,7 @@ def mlp(x, gate, up, down):
 
 
 def by_definition(cfg, params, x):
-  """Every expert on every token, weighted by the router, independent of `moe.route`."""
+  """Every expert on every token, weighted by the router, independent of `router.route`."""
   c = cfg.moe
   logits = x @ params["router"]
   scores = jax.nn.softmax(logits) if c.router == "softmax" else jax.nn.sigmoid(logits)
@@ -97,11 +98,13 @@ def test_each_token_gets_its_experts_and_none_is_dropped(fields):
 
 def test_groups_limit_the_choice_of_experts():
   logits = jnp.array([[3.0, -9.0, 2.0, 1.5]])
-  pick = lambda **f: sorted(moe.route(logits, None, section(groups=2, top_groups=1, **f).moe)[1][0])
+  pick = lambda **f: sorted(
+    router.route(logits, None, section(groups=2, top_groups=1, **f).moe)[1][0]
+  )
   assert pick() == [0, 1]  # the group of the best expert
   bias = jnp.zeros(4)
   grouped = section(groups=2, top_groups=1, router="sigmoid").moe
-  assert sorted(moe.route(logits, bias, grouped)[1][0].tolist()) == [2, 3]  # of the best two
+  assert sorted(router.route(logits, bias, grouped)[1][0].tolist()) == [2, 3]  # of the best two
 
 
 def test_capacity_drops_the_last_tokens_of_a_row_and_counts_them():
@@ -147,10 +150,10 @@ def test_losses_agree_with_hugging_face():
   )
   total = None
   for x in jnp.asarray(logits):
-    _, experts, scores = moe.route(x, None, section().moe)
-    stats = moe.statistics(x, scores, experts, jnp.asarray(real))
+    _, experts, scores = router.route(x, None, section().moe)
+    stats = router.statistics(x, scores, experts, jnp.asarray(real))
     total = stats if total is None else jax.tree.map(jnp.add, total, stats)
-  balance, z = moe.losses(total)
+  balance, z = router.losses(total)
   np.testing.assert_allclose(balance, want, rtol=1e-5)
   log_z = np.log(np.exp(logits).sum(-1))[:, real]
   np.testing.assert_allclose(z, np.square(log_z).mean(), rtol=1e-5)
@@ -162,6 +165,6 @@ def test_activations_without_a_gate():
   params, x, y, _ = run(ml_collections.FrozenConfigDict(c))
   assert "gate" not in params
   one = lambda e: ops.ACTIVATIONS["silu"](x @ params["up"][e]) @ params["down"][e]
-  weights, experts, _ = moe.route(x @ params["router"], None, c.moe)
+  weights, experts, _ = router.route(x @ params["router"], None, c.moe)
   want = sum(jnp.where(experts == e, weights, 0).sum(-1)[..., None] * one(e) for e in range(4))
   np.testing.assert_allclose(y, want, atol=1e-5)
