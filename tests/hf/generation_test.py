@@ -88,3 +88,25 @@ def test_prompts_begin_as_the_documents_of_the_run_do(imported, tmp_path):
   assert Prompts(run).text("a")[0] == run.tokenizer.bos_id
   with pytest.raises(UserError, match="has no chat template"):
     Prompts(run).chat([{"role": "user", "content": "x"}])
+
+
+def test_a_prompt_has_its_row_s_tools_and_the_variables_of_the_template(imported):
+  _, run = imported
+  source = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}"
+    "{% if tools %}{{ tools | length }} tools {% endif %}"
+    "{% if add_generation_prompt %}a:{% if not think %}skip{% endif %}{% endif %}"
+  )
+  like = run._replace(generation=generation.Generation({"eos_token_id": [2]}, source, "tokenizer"))
+  text = lambda ids: run.tokenizer.decode(ids, specials=True).strip()
+  messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "the answer"}]
+  prompts = Prompts(like)
+  assert text(prompts.row({"messages": messages})) == "user:x a:skip"
+  full = {"messages": messages, "tools": [{}, {}], "chat_template_kwargs": {"think": True}}
+  assert text(prompts.row(full)) == "user:x 2 tools a:"
+  thinks = Prompts(like, {"think": True})
+  assert text(thinks.row({"messages": messages})) == "user:x a:"
+  own = {"messages": messages, "chat_template_kwargs": {"think": False}}
+  assert text(thinks.row(own)) == "user:x a:skip", "a conversation's own come first"
+  with pytest.raises(UserError, match="does not read the variable 'thnk'; it reads: think"):
+    _ = Prompts(like, {"thnk": True}).template

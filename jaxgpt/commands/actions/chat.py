@@ -9,7 +9,6 @@ from jaxgpt.commands.actions import backend, sampling
 from jaxgpt.commands.actions import engine as engine_options
 from jaxgpt.inference import chat, load
 from jaxgpt.inference.engine.requests import Request
-from jaxgpt.inference.prompts import Prompts
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -68,7 +67,7 @@ def run(args: Any) -> None:
   engine_options.check(args)
   backend.start()
   loaded = load.load(args.workdir, args.step, "generate")
-  prompts = Prompts(loaded)
+  prompts = engine_options.prompts(loaded, args)
   _ = prompts.template  # its absence is an error before anything is compiled
   draws, notices = sampling.settings(loaded, chosen)
   for line in notices:

@@ -1,15 +1,17 @@
 """The options of commands that run the decoding engine, and the engine that follows from them."""
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.config.options import Group, integer, option
+from jaxgpt.config.options import Group, flags, integer, key_value, option
 from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help should not
   from jaxgpt.inference import load
   from jaxgpt.inference.engine.engine import Engine
   from jaxgpt.inference.engine.requests import Stats
+  from jaxgpt.inference.prompts import Prompts
 
 _DRAFTS = Group("drafts that the model verifies (texts of the same distribution, faster)")
 _TOKENS = 4  # drafted at a time
@@ -41,14 +43,35 @@ class EngineOptions:
     unset="the run's compute dtype",
     help="dtype of cached keys and values; int8: with a scale for each vector, rounded",
   )
+  template_variables: tuple[tuple[str, Any], ...] = option(
+    (),
+    flag="template-variable",
+    metavar="NAME=VALUE",
+    parse=key_value(json.loads),
+    help="variable of the chat template for all conversations that do not set it, such as "
+    "enable_thinking=false",
+  )
 
 
 def check(args: EngineOptions) -> None:
   """Raises a UserError for options that have no effect."""
+  if args.template_variables and not getattr(args, "chat", True):
+    name, value = args.template_variables[0]
+    raise UserError(
+      f"--template-variable={name}={json.dumps(value)} needs --chat: add it, or leave "
+      "--template-variable out"
+    )
   if args.draft_tokens and not args.draft:
     raise UserError(
       f"--draft-tokens={args.draft_tokens} needs --draft: add it, or leave --draft-tokens out"
     )
+
+
+def check_none(args: EngineOptions, why: str) -> None:
+  """Raises a UserError for any of the options, none of which has an effect for the reason `why`."""
+  for flag, field in zip(flags(EngineOptions), dataclasses.fields(EngineOptions), strict=True):
+    if getattr(args, field.name):
+      raise UserError(f"{flag} has no effect here: {why}; leave it out")
 
 
 def make(run: "load.Run", args: EngineOptions, **sizes: Any) -> "Engine":
@@ -73,11 +96,23 @@ def make(run: "load.Run", args: EngineOptions, **sizes: Any) -> "Engine":
   return Engine(run, drafting=drafting, cache_dtype=args.cache_dtype, **sizes)
 
 
+def prompts(run: "load.Run", args: EngineOptions) -> "Prompts":
+  """The encoder of a run's prompts."""
+  from jaxgpt.inference.prompts import Prompts
+
+  return Prompts(run, dict(args.template_variables))
+
+
 def identity(args: EngineOptions) -> dict[str, Any]:
   """The options that texts depend on, as far as they are given."""
   drafts = {"draft": args.draft, "draft_tokens": args.draft_tokens or _TOKENS}
   cache = {"cache_dtype": args.cache_dtype}
-  return (drafts if args.draft else {}) | (cache if args.cache_dtype else {})
+  template = {"template_variables": dict(args.template_variables)}
+  return (
+    (drafts if args.draft else {})
+    | (cache if args.cache_dtype else {})
+    | (template if args.template_variables else {})
+  )
 
 
 def drafting_report(stats: "Stats") -> str | None:

@@ -23,7 +23,7 @@ from jaxgpt.tasks.predict.rows import Row
 def prompt(args: Any, text: str) -> None:
   """Continues one prompt on the terminal, as it is written if there is one sample."""
   run, draws = _loaded(args)
-  prompts = Prompts(run)
+  prompts = engine_options.prompts(run, args)
   ids = prompts.chat([{"role": "user", "content": text}]) if args.chat else prompts.text(text)
   engine = engine_options.make(run, args, max_rows=min(args.samples, args.batch_size))
   wanted = _requests(args, draws, ids, args.seed)
@@ -48,7 +48,7 @@ def file(args: Any) -> None:
   """Continues the prompts of --input, in order, to --output or standard output."""
   run, draws = _loaded(args)
   engine = engine_options.make(run, args, max_rows=args.batch_size)
-  prompts, clock = Prompts(run), _Clock()
+  prompts, clock = engine_options.prompts(run, args), _Clock()
   # A faulty form is the fault of no row.
   engine.check(Request((run.tokenizer.bos_id,), 1, constraint=constraint(args)))
 
@@ -125,12 +125,7 @@ def constraint(args: Any) -> Constraint | None:
 
 
 def _ids(prompts: Prompts, row: Row, chat: bool) -> list[int]:
-  if not chat:
-    return prompts.text(row.fields["text"])
-  messages = list(row.fields["messages"])
-  if messages and messages[-1].get("role") == "assistant":  # the answer to compare with
-    messages.pop()
-  return prompts.chat(messages)
+  return prompts.row(row.fields) if chat else prompts.text(row.fields["text"])
 
 
 def _prediction(texts: Sequence[tuple[str, str]]) -> Prediction:

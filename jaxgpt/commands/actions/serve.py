@@ -58,10 +58,14 @@ def model_of(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
   begin = time.monotonic()
   c = run_folder.read_config(args.workdir)
   if c.model.head in ("pooler", "none"):
+    engine_options.check_none(args, "the model gives embeddings and writes no text")
     loaded = load.load(args.workdir, args.step, "export")
     return served.embeds(loaded, name, embedder(loaded), args.rows + args.queue), None
   uses.check(c, "generate")
   loaded = load.load(args.workdir, args.step, "generate")
+  prompts = engine_options.prompts(loaded, args)
+  if args.template_variables:
+    _ = prompts.template  # one that does not read them is an error
   engine = engine_options.make(loaded, args, max_rows=args.rows, cache_tokens=args.cache_tokens)
   defaults, ignored = load.sampling_defaults(loaded)
   if ignored:
@@ -69,7 +73,7 @@ def model_of(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
   engine.compile()
   _report(f"loaded step {loaded.step} and compiled in {time.monotonic() - begin:.1f} s")
   worker = Worker(engine, args.rows + args.queue)
-  return served.writes(loaded, name, defaults, engine.check, worker.capacity), worker
+  return served.writes(loaded, name, prompts, defaults, engine.check, worker.capacity), worker
 
 
 def embedder(run: load.Run) -> Callable[[Sequence[str]], tuple[list[list[float]], int]]:

@@ -32,7 +32,10 @@ class Prompts(Protocol):
     ...
 
   def chat(
-    self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
   ) -> list[int]:
     """The ids of a conversation up to where the assistant's answer begins."""
     ...
@@ -146,6 +149,7 @@ _CHAT: dict[str, Reader] = {
   "top_logprobs": fields.integer(least=0, most=_MOST_LOGPROBS),
   "tools": read_tools,
   "tool_choice": fields.choice("auto", "none"),
+  "chat_template_kwargs": fields.mapping,  # variables of the template, a field of vLLM's
   "parallel_tool_calls": fields.unsupported("calls of tools are text", True),
   "functions": _empty("they are deprecated: describe tools in `tools`"),
   "function_call": fields.unsupported("it is deprecated: see `tool_choice`", "auto", "none"),
@@ -210,7 +214,9 @@ def read_chat(body: Mapping[str, Any], served: Served) -> Call:
     raise fields.refuse("tool_choice", found["tool_choice"], "there are no tools; leave it out")
   tools = found.get("tools") if found.get("tool_choice") != "none" else None
   try:
-    prompt = served.prompts.chat(found["messages"], tools=tools or None)
+    prompt = served.prompts.chat(
+      found["messages"], tools=tools or None, variables=found.get("chat_template_kwargs")
+    )
   except UserError as e:
     raise RequestError(f"messages: {e}", param="messages") from None
   logprobs = found.get("top_logprobs", 0) if found.get("logprobs") else None

@@ -14,18 +14,23 @@ from jaxgpt.text.tokenizers.base import Tokenizer
 
 
 def writes(
-  run: load.Run, name: str, defaults: Sampling, check: Callable[[Request], None], most_choices: int
+  run: load.Run,
+  name: str,
+  prompts: Prompts,
+  defaults: Sampling,
+  check: Callable[[Request], None],
+  most_choices: int,
 ) -> Served:
   """A model that writes text.
 
   Args:
     run: From `load.load`.
     name: Its name in the API.
+    prompts: Encodes its prompts.
     defaults: How tokens are drawn where a request does not say it.
     check: Raises a UserError for a request that the engine cannot run.
     most_choices: Most choices of one call.
   """
-  prompts = Prompts(run)
   return Served(
     name=name,
     fingerprint=f"step {run.step}",

@@ -37,10 +37,7 @@ class Texts:
     if self.kind == "seq2seq":
       return [tokenizer.bos_id, *tokenizer.encode(fields["input"] + "\n")]
     if self.kind == "chat":
-      messages = list(fields["messages"])
-      if messages and messages[-1].get("role") == "assistant":  # the answer to compare with
-        messages.pop()
-      return self._prompts.chat(messages)
+      return self._prompts.row(fields)
     return self._prompts.text(fields["text"])
 
   def __call__(

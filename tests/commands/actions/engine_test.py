@@ -3,6 +3,7 @@
 import pytest
 
 from jaxgpt.commands.actions import engine
+from jaxgpt.errors import UserError
 from jaxgpt.inference.engine.requests import Stats
 from tests.commands.main_test import refused
 
@@ -11,6 +12,17 @@ from tests.commands.main_test import refused
 def test_a_number_of_drafts_without_a_drafter_is_refused(capsys, command):
   message = refused(capsys, command, "--workdir=r", "--draft-tokens=3")
   assert "--draft-tokens=3 needs --draft" in message
+
+
+@pytest.mark.parametrize(
+  "given",
+  [{"draft": "ngram"}, {"cache_dtype": "int8"}, {"template_variables": (("think", True),)}],
+)
+def test_an_engine_that_does_not_run_has_no_options(given):
+  flag = "--" + next(iter(given)).replace("_", "-").removesuffix("s")
+  with pytest.raises(UserError, match=f"{flag} has no effect here: it writes no text; leave it"):
+    engine.check_none(engine.EngineOptions(**given), "it writes no text")
+  engine.check_none(engine.EngineOptions(), "it writes no text")
 
 
 def test_the_report_says_how_many_drafts_were_accepted():

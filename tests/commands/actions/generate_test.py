@@ -86,6 +86,7 @@ def test_a_text_of_a_prescribed_form(trained, capsys):
     (["--prompt=x", "--output=y"], "--output=y needs --input"),
     (["--regex=a", "--choice=b"], "--regex and --choice each prescribe the text"),
     (["--json-schema=@nothing"], "--json-schema=@nothing: "),
+    (["--template-variable=think=false"], "--template-variable=think=false needs --chat"),
     (["--draft=ngram", "--regex=a"], "--draft=ngram drafts no text of a prescribed form"),
   ],
 )

@@ -34,12 +34,14 @@ class FakePrompts:
   def text(self, prompt):
     return list(prompt.encode()) or [0]
 
-  def chat(self, messages, tools=None):
+  def chat(self, messages, tools=None, variables=None):
     if messages[-1]["content"] == "refuse":
       raise UserError("the chat template refuses a conversation")
     text = "\n".join(f"{m['role']}: {m.get('content')}" for m in messages)
     if tools:
       text += f"\ntools: {len(tools)}"
+    if variables:
+      text += f"\nvariables: {sorted(variables.items())}"
     return list(text.encode())
 
 

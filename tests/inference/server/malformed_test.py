@@ -95,6 +95,7 @@ CASES = [
   (*message(content="refuse"), "messages", "template refuses"),
   (*chat(tools=[{"type": "retrieval"}]), "tools[0]", "not a function"),
   (*chat(tool_choice="auto"), "tool_choice", "no tools"),
+  (*chat(chat_template_kwargs="x"), "chat_template_kwargs", "give an object"),
   (*chat(tool_choice={"type": "function"}), "tool_choice", "choose one of auto, none"),
   (*chat(response_format={"type": "xml"}), "type", "choose one of text, json_object"),
   (*chat(response_format={}), "response_format", "it is missing"),

@@ -185,6 +185,9 @@ def test_messages_reach_the_template(client, server):
   assert got == "system: be brief\nuser: ab\nassistant: None\ntool: 2\ntools: 1"
   client.chat.completions.create(model="fake", messages=messages, tools=[tool], tool_choice="none")
   assert "tools" not in bytes(last(server).prompt).decode()
+  more = {"chat_template_kwargs": {"enable_thinking": False}}
+  client.chat.completions.create(model="fake", messages=messages, extra_body=more)
+  assert "variables: [('enable_thinking', False)]" in bytes(last(server).prompt).decode()
 
 
 FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}}

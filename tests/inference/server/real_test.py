@@ -55,7 +55,9 @@ def real():
   """(a running server, its run, an engine apart from the server's)."""
   run = run_of(tiny_config())
   engine = engine_lib.Engine(run, max_rows=3, block_size=8)
-  model = served.writes(run, "tiny", Sampling(temperature=0.7), engine.check, 72)
+  model = served.writes(
+    run, "tiny", served.Prompts(run), Sampling(temperature=0.7), engine.check, 72
+  )
   server = Running(engine, model=model)
   yield server, run, engine_lib.Engine(run, max_rows=3, block_size=8)
   server.end()
