@@ -5,7 +5,7 @@ import dataclasses
 from jaxgpt.commands import Command
 from jaxgpt.commands.actions.processes import ProcessOptions
 from jaxgpt.config.options import option, overrides
-from jaxgpt.run.process import output, stop_signal
+from jaxgpt.run.process import launch, output, stop_signal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,15 @@ def _run(args: TrainOptions) -> int:
   backend.start(several=settings is not None)
   with distributed.joined(settings, args.join_timeout):
     c, origin = loaded or config.load(args.config, args.overrides)
-    outcome = loop.train(c, args.workdir, origin, WEIGHT_SOURCES, EVALUATORS, args.accept_changes)
+    outcome = loop.train(
+      c,
+      args.workdir,
+      origin,
+      WEIGHT_SOURCES,
+      EVALUATORS,
+      args.accept_changes,
+      launched=launch.launched(),
+    )
     is_first = distributed.is_first()
   stopped, result = outcome.stopped, outcome.result
   if stopped:

@@ -31,7 +31,7 @@ from jaxgpt import config
 from jaxgpt.config import installed, user_code
 from jaxgpt.config.keys import KEYS, lora_targets
 from jaxgpt.errors import UserError
-from jaxgpt.run import run_lock
+from jaxgpt.run import run_lock, throughput
 from jaxgpt.run.compression import record as record_lib
 from jaxgpt.run.provenance import environment, seal
 from jaxgpt.storage import atomic, buckets, strict_json
@@ -71,6 +71,7 @@ def enter(
   tokenizer: Tokenizer,
   step: int = 0,
   changes: Mapping[str, tuple[Any, Any]] | None = None,
+  timing: Mapping[str, Any] | None = None,
 ) -> list[str]:
   """Makes a run folder, or checks that the existing one belongs to this run, and records the start.
 
@@ -83,6 +84,7 @@ def enter(
     tokenizer: Tokenizer of the data, which is saved in the folder.
     step: Step from which this start goes on.
     changes: {flat key: (old, new value)} of changes to the config that the user asked for.
+    timing: Entries of the start's record for the account of wall time, see `timing`.
 
   Returns:
     Lines on files of the folder that are not as the run wrote them, but do not stop it. They are
@@ -120,7 +122,7 @@ def enter(
       if not before.exists():  # else no step was made with the config in between
         atomic.write(before, (folder / _CONFIG).read_text())
     record = _start(c, mesh, data_digest, code) | {"git": git, "environment": around, "step": step}
-    record["config_digest"] = digest_of(c)
+    record |= {"config_digest": digest_of(c), **(timing or {})}
     record |= {"changes": dict(changes)} if changes else {}
     _add_start(folder, record, damaged)
     if changes:
@@ -131,6 +133,18 @@ def enter(
       "choose another folder or change its permissions"
     ) from e
   return damaged
+
+
+def timing(launched: float, last_beat: float | None, repeats: int) -> dict[str, Any]:
+  """Entries of a start's record that tell the time outside of its own account.
+
+  Args:
+    launched: When the process was launched, in seconds since the epoch.
+    last_beat: The last sign of life of the start before, see `run_lock.last_beat`.
+    repeats: Steps that the start before did and this one repeats.
+  """
+  before = {} if last_beat is None else {"last_beat": throughput.utc(last_beat)}
+  return {"launched": throughput.utc(launched), **before, "repeats": max(repeats, 0)}
 
 
 def _check_seal(folder: epath.Path) -> list[str]:
@@ -389,6 +403,11 @@ def note_saved(folder: epath.PathLike, step: int, account: Mapping[str, Any] | N
   seal.note_checkpoint(folder, step)
 
 
+def note_ended(folder: epath.PathLike, account: Mapping[str, Any]) -> None:
+  """Records in the newest start that it ended with everything saved, and its whole account."""
+  _amend_start(folder, ended=True, account=account)
+
+
 def note_failed(folder: epath.PathLike, step: int) -> None:
   """Records in the newest start that a checkpoint could not be saved."""
   _amend_start(folder, failed=step)
@@ -396,7 +415,9 @@ def note_failed(folder: epath.PathLike, step: int) -> None:
 
 def note_start(folder: epath.PathLike, step: int) -> None:
   """Records in the newest start that it goes on from another step than the newest checkpoint's."""
-  _amend_start(folder, step=step, metrics=seal.metrics_prefix(folder, step))
+  newest = read_starts(folder)[-1]
+  repeats = newest.get("repeats", 0) + newest.get("step", step) - step
+  _amend_start(folder, step=step, repeats=repeats, metrics=seal.metrics_prefix(folder, step))
 
 
 def _amend_start(folder: epath.PathLike, **values: Any) -> None:

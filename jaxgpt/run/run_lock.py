@@ -5,6 +5,10 @@ that file. The kernel releases it when the process ends, however it ends, so a l
 its run. The file stays. On a network file system, the lock holds between hosts if the mount
 supports flock.
 
+The time of the file's last change is the run's last sign of life: the process that trains sets it
+twice a second, and nothing else does. It tells the next start how long a killed run went on after
+its last checkpoint.
+
 A bucket has no locks. There the file is in the cache on this machine (`buckets.cache_folder`), so
 two runs on one machine exclude each other, but not two machines.
 """
@@ -17,6 +21,7 @@ import json
 import os
 import pathlib
 import socket
+import threading
 import time
 from typing import Any, Self
 
@@ -28,6 +33,7 @@ from jaxgpt.storage import buckets, strict_json
 NAME = "train.lock"
 _TRIES = 5  # doctor looks at the lock for a moment, and a killed process may be about to go
 _SECONDS = 0.1  # between two tries
+_BEAT = 0.5  # seconds between two signs of life
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _held: set[int] = set()  # descriptors of the locks that this process holds
 
@@ -52,6 +58,8 @@ class RunLock:
     """Args: folder: The run folder, local or in a bucket. Nothing is locked yet."""
     self._folder, self._path = folder, _path(folder)
     self._descriptor: int | None = None
+    self._ended = threading.Event()
+    self._beating: threading.Thread | None = None
     self.problem: str | None = None
 
   def take(self, make: bool = True) -> None:
@@ -83,8 +91,24 @@ class RunLock:
     _held.add(descriptor)
     me = {"pid": os.getpid(), "host": socket.gethostname()}
     with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+      times = os.fstat(descriptor)
       os.ftruncate(descriptor, 0)
       os.pwrite(descriptor, (strict_json.dumps(me) + "\n").encode(), 0)
+      os.utime(descriptor, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+  def beat(self) -> None:
+    """Gives signs of life from now on until the lock is released. See `last_beat`."""
+    if self._descriptor is not None and self._beating is None:
+      self._beating = threading.Thread(target=self._beat, name="signs of life", daemon=True)
+      self._beating.start()
+
+  def _beat(self) -> None:
+    while True:
+      now = time.time()
+      with contextlib.suppress(OSError):
+        os.utime(self._path, (now, now))
+      if self._ended.wait(_BEAT):
+        return
 
   def _lock(self, descriptor: int) -> None:
     for left in reversed(range(_TRIES)):
@@ -107,6 +131,9 @@ class RunLock:
     return self
 
   def __exit__(self, *_: object) -> None:
+    if self._beating is not None:
+      self._ended.set()
+      self._beating.join()
     if self._descriptor is not None:
       _held.discard(self._descriptor)
       os.close(self._descriptor)
@@ -129,6 +156,14 @@ def holder(folder: epath.PathLike) -> str | None:
   finally:
     os.close(descriptor)
   return None
+
+
+def last_beat(folder: epath.PathLike) -> float | None:
+  """The last sign of life of a run's training, in seconds since the epoch, or None."""
+  try:
+    return _path(folder).stat().st_mtime
+  except OSError:
+    return None
 
 
 def _path(folder: epath.PathLike) -> pathlib.Path:

@@ -93,3 +93,26 @@ def test_the_lock_of_a_bucket_is_on_this_machine(tmp_path, monkeypatch):
   with run_lock.RunLock("s3://bucket/run") as lock:
     lock.take()
     assert run_lock.holder("s3://bucket/run/") and not run_lock.holder("s3://bucket/other")
+
+
+def test_the_last_sign_of_life_is_that_of_training(tmp_path, monkeypatch):
+  """A start that fails before it trains, and other holders of the lock, leave it as it was."""
+  monkeypatch.setattr(run_lock, "_BEAT", 0.01)
+  path = tmp_path / run_lock.NAME
+  assert run_lock.last_beat(tmp_path) is None
+  with run_lock.RunLock(tmp_path) as lock:
+    lock.take()
+    os.utime(path, (1000.0, 1000.0))
+    lock.beat()
+    while run_lock.last_beat(tmp_path) == 1000.0:
+      time.sleep(0.01)
+    before = run_lock.last_beat(tmp_path)
+    while run_lock.last_beat(tmp_path) == before:
+      time.sleep(0.01)
+  os.utime(path, (1000.0, 1000.0))
+  with run_lock.RunLock(tmp_path) as lock:
+    lock.take()
+    time.sleep(0.05)
+    assert run_lock.last_beat(tmp_path) == 1000.0
+  time.sleep(0.05)
+  assert run_lock.last_beat(tmp_path) == 1000.0

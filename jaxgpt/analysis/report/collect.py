@@ -140,7 +140,7 @@ def _run(name: str, folder: epath.Path, records: curves.Curves, most: int) -> Ru
     [environment.read(folder, start) for start in starts],
     series_lib.of(records, most),
     marks,
-    goodput.of(starts, records, _last_save(checkpoints)),
+    goodput.of_run(folder, records, _last_save(checkpoints)),
     data_card.of(c, starts[0]["data_digest"], records),
     checkpoints,
     ["its checkpoints are gone"] * bool(row.note)

@@ -1,20 +1,25 @@
 """The wall time of a run by activity, as far as its folder tells.
 
-Each start of a run keeps an account (`throughput.Timer.account`), which is written with each
-checkpoint. What is outside of it follows from the times of the starts:
+Each start of a run keeps an account from its launch on (`throughput.Timer.account`), which is
+written with each checkpoint and at a good end. The rest follows from the times of the starts and
+from the signs of life of the run (`run_lock.last_beat`), which the next start records:
 
-  start 1 entered ─ began ──── last checkpoint ╳       start 2 entered ─ began ── last checkpoint
-          └─start-up─┘└─ account of start 1 ─┘└─── between the starts ──┘└─start-up─┘└─ account ─┘
+  start 1 launched ──── last checkpoint ──── last sign of life ╳     start 2 launched ──── end
+          └─ account of start 1 ─┘└────────── lost ───────────┘└ between ┘└── its account ──┘
 
-The time between two starts is downtime, and work after the last checkpoint that was lost.
+Lost is the work after the last checkpoint of a killed start, or all of a start without one: the
+next start repeats its steps. A start that ends at a signal saves first and loses nothing. Steps
+count once as training steps, when they lead to a checkpoint.
 """
 
 import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from jaxgpt.analysis import curves
-from jaxgpt.run import throughput
+from jaxgpt.run import run_folder, run_lock, throughput
 
 _LABELS = {  # activity: (label, what it covers)
   throughput.STEPS: ("training steps", "the device computes steps"),
@@ -22,9 +27,11 @@ _LABELS = {  # activity: (label, what it covers)
   throughput.COMPILE: ("compiling", "the train step, at each start and stage"),
   throughput.EVALUATION: ("evaluation", "validation and tasks, compiling included"),
   throughput.SAVING: ("saving", "time for which checkpoints held up training"),
+  throughput.RESTORE: ("restoring", "first weights, or those of the last checkpoint"),
+  throughput.STARTUP: ("start-up", "from the launch of the process to the first compile; closing"),
 }
-_STARTUP = ("start-up", "from the entry in starts.jsonl to the first compile: data, weights")
-_BETWEEN = ("between starts", "not running, or repeated later: work after the last checkpoint")
+_LOST = ("lost", "work after the last checkpoint of a start that was killed")
+_BETWEEN = ("between starts", "not running")
 _REST = ("all else", "evaluation, saving, compiling, pauses: this run kept no account of them")
 
 
@@ -48,11 +55,13 @@ class Account(NamedTuple):
   Attributes:
     parts: Its parts, with those of no length left out.
     starts: Number of starts.
+    repeated: Steps that were done again after a kill, as far as their metrics were written.
     notes: What the account does not cover.
   """
 
   parts: list[Part]
   starts: int
+  repeated: int
   notes: list[str]
 
   @property
@@ -67,39 +76,85 @@ class Account(NamedTuple):
     return steps / self.seconds if self.seconds else None
 
 
-def of(starts: Sequence[Mapping[str, Any]], records: curves.Curves, until: float | None) -> Account:
+def of(
+  starts: Sequence[Mapping[str, Any]],
+  records: curves.Curves,
+  until: float | None,
+  last_beat: float | None = None,
+) -> Account:
   """The account of a run.
 
   Args:
     starts: The records of its starts, from `run_folder.read_starts`.
     records: Its metrics.
     until: When its last checkpoint was complete, in seconds since the epoch. None: unknown.
+    last_beat: Its last sign of life, see `run_lock.last_beat`. None: unknown.
   """
-  accounts = [start.get("account") for start in starts]
-  if not any(accounts):
+  if not any("account" in start or "launched" in start for start in starts):
     return _from_metrics(starts, records, until)
   spent = dict.fromkeys(throughput.ACTIVITIES, 0.0)
-  startup = between = 0.0
+  between = lost = 0.0
   notes = []
   ends: list[float] = []
-  for number, (start, account) in enumerate(zip(starts, accounts), 1):
-    entered = seconds_of(start.get("time", ""))
-    if ends and entered is not None:
-      between += max(entered - ends[-1], 0.0)
-    if not account:
+  for number, start in enumerate(starts, 1):
+    began = _began(start)
+    if ends and began is not None:
+      between += max(began - ends[-1], 0.0)
+    account = start.get("account")
+    end = began
+    if account:
+      spent[throughput.STARTUP] += _before_account(start)
+      for name, value in account["seconds"].items():
+        spent[name] = spent.get(name, 0.0) + value
+      end = (seconds_of(account["began"]) or began or 0.0) + sum(account["seconds"].values())
+    beat = _beat_after(starts[number:], last_beat)
+    if end is not None and beat is not None and beat > end and not start.get("ended"):
+      lost += beat - end
+      end = beat
+    elif not account and "launched" not in start:
       notes.append(f"start {number} ended before its first checkpoint was complete, or kept none")
-      ends += [entered] if entered is not None else []
-      continue
-    began = seconds_of(account["began"])
-    if began is not None and entered is not None:
-      startup += max(began - entered, 0.0)
-    for name, value in account["seconds"].items():
-      spent[name] = spent.get(name, 0.0) + value
-    ends += [(began or entered or 0.0) + sum(account["seconds"].values())]
+    ends += [end] if end is not None else []
   parts = [Part(_LABELS[name][0], spent[name], _LABELS[name][1]) for name in _LABELS]
-  parts += [Part(_STARTUP[0], startup, _STARTUP[1]), Part(_BETWEEN[0], between, _BETWEEN[1])]
-  notes.append("the account of each start ends with its last complete checkpoint")
-  return Account([part for part in parts if part.seconds > 0], len(starts), notes)
+  parts += [Part(_LOST[0], lost, _LOST[1]), Part(_BETWEEN[0], between, _BETWEEN[1])]
+  if not starts[-1].get("ended"):
+    notes.append("the account of the last start ends with its last complete checkpoint")
+  repeated = sum(start.get("repeats") or 0 for start in starts)
+  return Account([part for part in parts if part.seconds > 0], len(starts), repeated, notes)
+
+
+def of_run(
+  folder: epath.PathLike, records: curves.Curves | None = None, until: float | None = None
+) -> Account:
+  """The account of the run in a folder.
+
+  Args:
+    folder: The run folder.
+    records: Its metrics, if they have been read.
+    until: See `of`.
+
+  Raises:
+    UserError: The folder holds no run, or its record of starts is broken.
+  """
+  run_folder.require_run(folder)
+  records = curves.read(folder) if records is None else records
+  beat = run_lock.last_beat(folder)
+  return of(run_folder.read_starts(folder), records, until, beat)
+
+
+def _began(start: Mapping[str, Any]) -> float | None:
+  """When a start's process was launched. Of an earlier version: when it entered the folder."""
+  return seconds_of(start.get("launched", start.get("time", "")))
+
+
+def _before_account(start: Mapping[str, Any]) -> float:
+  """Seconds from the launch of a start to the beginning of its account, 0 in this version."""
+  began, account = _began(start), seconds_of(start["account"]["began"])
+  return max(account - began, 0.0) if began is not None and account is not None else 0.0
+
+
+def _beat_after(later: Sequence[Mapping[str, Any]], last_beat: float | None) -> float | None:
+  """The last sign of life of a start, which the next one recorded, or None."""
+  return seconds_of(later[0].get("last_beat", "")) if later else last_beat
 
 
 def _from_metrics(
@@ -125,7 +180,7 @@ def _from_metrics(
     Part(_REST[0], rest, f"{_REST[1]}; until the last checkpoint was complete"),
   ]
   note = "an earlier version trained this run: only the times of its steps were logged"
-  return Account([part for part in found if part.seconds > 0], len(starts), [note])
+  return Account([part for part in found if part.seconds > 0], len(starts), 0, [note])
 
 
 def seconds_of(time: str) -> float | None:

@@ -55,10 +55,11 @@ class Saver:
       folder: The run folder.
       checkpoints: Where to save.
       mesh: The device mesh.
-      account: Gives the wall time of this start, see `Timer.account`.
+      account: Gives the wall time of this start, see `Timer.account`. That of the moment at which a
+        save begins is recorded when it is complete: the steps since then would be lost.
     """
     self._c, self._folder, self._checkpoints = c_checkpoint, folder, checkpoints
-    self._account = account
+    self._account, self._saved_account = account, account()
     self._clock = distributed.Agreement(mesh) if c_checkpoint.every_minutes else None
     self._since = time.monotonic()  # when the last save began
     self._asked = self._answered = 0  # saves that the clock of process 0 asked for
@@ -102,6 +103,7 @@ class Saver:
     except checkpoints_lib.SaveError as e:
       self._failed(e)
     try:
+      self._saved_account = self._account()
       self._checkpoints.save(*content())
       self._retry_at = None
     except checkpoints_lib.SaveError as e:
@@ -131,6 +133,7 @@ class Saver:
     for tries in range(most_failures):
       try:
         self._note(self._checkpoints.wait())
+        self._saved_account = self._account()
         self._checkpoints.save(*content())
         self._note(self._checkpoints.wait())
         return
@@ -196,7 +199,8 @@ class Saver:
       output.warn(f"saved again: the checkpoint of step {step} is complete")
     self._failures, self._retry_at = 0, None
     if distributed.is_first():
-      self._record(lambda folder, step: run_folder.note_saved(folder, step, self._account()), step)
+      account = self._saved_account
+      self._record(lambda folder, step: run_folder.note_saved(folder, step, account), step)
 
   def _record(self, note: Callable[[epath.Path, int], None], step: int) -> None:
     """Writes to the run's record of starts. `resume` also goes by the checkpoints themselves."""

@@ -14,13 +14,13 @@ from etils import epath
 from jaxgpt import tree
 from jaxgpt.config import user_code
 from jaxgpt.data import stages
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.model import fixed_models, transformer
 from jaxgpt.parallel import distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import best as best_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import config_changes, init_from, label_names, run_lock
+from jaxgpt.run import config_changes, init_from, label_names, run_lock, throughput
 from jaxgpt.run import generation as generation_lib
 from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
@@ -44,6 +44,7 @@ def train(
   evaluator_makers: Sequence[evaluators_lib.EvaluatorMaker] = (),
   accept_changes: bool = False,
   until: int | None = None,
+  launched: float | None = None,
 ) -> steps.Outcome:
   """Trains from the first step, or from the newest checkpoint, until the last step or a signal.
 
@@ -56,12 +57,13 @@ def train(
     accept_changes: Whether the run may go on with another config than that in its folder, as far as
       the declarations of the keys allow (`Key.if_changed`).
     until: Step after which to save and end, as a signal would do. None: the run's last step.
+    launched: When the process was launched for this run, in seconds since the epoch. None: now.
 
   Raises:
     UserError: Bad input, a loss that is not finite, too little memory, or trouble that may pass.
       The exit code tells the last from the others.
   """
-  folder = epath.Path(folder)
+  folder, timer = epath.Path(folder), throughput.Timer(began=launched)
   with (
     output.lasting(),
     stop_signal.StopSignal(hangup=True) as stop,
@@ -100,8 +102,11 @@ def train(
       steps.tell(_not_evaluated(c, evaluators))
     last = min(c.train.steps, until or c.train.steps)
     setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators, last)
-    _enter(setup, origin, tokenizer, lock, changes)
-    return _train(setup, tokenizer, weight_sources, stop)
+    _enter(setup, origin, tokenizer, lock, changes, timer.began)
+    outcome = _train(setup, tokenizer, weight_sources, stop, timer)
+    if distributed.is_first():
+      _note_ended(folder, timer)
+    return outcome
 
 
 def _train(
@@ -109,6 +114,7 @@ def _train(
   tokenizer: Tokenizer,
   weight_sources: Sequence[init_from.WeightSource],
   stop: stop_signal.StopSignal,
+  timer: throughput.Timer,
 ) -> steps.Outcome:
   """Makes or restores the state, and trains it."""
   c, folder, mesh, parts = setup.c, setup.folder, setup.mesh, setup.parts
@@ -116,8 +122,9 @@ def _train(
     folder / run_folder_lib.CHECKPOINTS, c.checkpoint.keep, c.checkpoint.keep_every
   )
   with trouble.explaining(parts.state), jax.set_mesh(mesh), _closing(checkpoints):
-    state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
-    jax.block_until_ready(state)  # too little memory shows here
+    with timer.paused(throughput.RESTORE):
+      state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
+      jax.block_until_ready(state)  # too little memory shows here
     if c.objective.stored:
       first = state if checkpoints.latest() is None else None
       stored.before_training(c, folder, mesh, parts, first, weight_sources, steps.tell)
@@ -129,9 +136,17 @@ def _train(
         step = int(state["step"])
         kept = stack.enter_context(best_lib.keeper(folder, step))
         best = steps.BestCheckpoint(best_lib.of_run(folder, c.checkpoint.best, step), kept)
-      run = steps.Run(setup, state, means, checkpoints, stop, best)
+      run = steps.Run(setup, state, means, checkpoints, stop, best, timer)
       stack.enter_context(contextlib.closing(run))
       return run.run()
+
+
+def _note_ended(folder: epath.Path, timer: throughput.Timer) -> None:
+  """Records the whole account of a start that has ended well."""
+  try:
+    run_folder_lib.note_ended(folder, timer.account())
+  except (OSError, UserError) as e:
+    output.warn(f"starts.jsonl could not be written ({first_line(e)})")
 
 
 @contextlib.contextmanager
@@ -167,6 +182,7 @@ def _enter(
   tokenizer: Tokenizer,
   lock: run_lock.RunLock,
   changes: config_changes.Changes,
+  launched: float,
 ) -> None:
   """Makes or checks the run folder in the first process. All processes must agree on the run."""
   c, folder = setup.c, setup.folder
@@ -176,10 +192,12 @@ def _enter(
     resume = resume_lib.find(folder)
     generation, notices = generation_lib.of_training(c, tokenizer, folder)
     step = resume.step or 0
+    timing = run_folder_lib.timing(launched, run_lock.last_beat(folder), resume.reached - step)
     config_changes.check_length(c, step)
     damaged = run_folder_lib.enter(
-      folder, c, origin, setup.mesh, setup.data.digest, tokenizer, step, changes
+      folder, c, origin, setup.mesh, setup.data.digest, tokenizer, step, changes, timing
     )
+    lock.beat()
     steps.tell(config_changes.describe(changes, step))
     generation_lib.write(folder, generation)
     steps.tell([*damaged, *notices])

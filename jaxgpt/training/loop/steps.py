@@ -92,6 +92,7 @@ class Run:
     checkpoints: checkpoints_lib.Checkpoints,
     stop: stop_signal.StopSignal,
     best: BestCheckpoint | None,
+    timer: throughput.Timer,
   ):
     self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, *_ = setup
     self._evaluators, self._best, self._until = setup.evaluators, best, setup.until
@@ -105,9 +106,9 @@ class Run:
     self._batch_taken = False  # and its step is not done
     c, parts = setup.c, setup.parts
     peak = chips.peak_flops(setup.mesh.devices.flat[0].device_kind)
-    self._timer = throughput.Timer(
-      metrics_lib.flops_per_token(c.model, c.data.seq_len), peak and peak * setup.mesh.size
-    )
+    self._timer = timer
+    timer.flops_per_token = metrics_lib.flops_per_token(c.model, c.data.seq_len)
+    timer.peak_flops = peak and peak * setup.mesh.size
     self._saver = saving.Saver(
       c.checkpoint, setup.folder, checkpoints, setup.mesh, self._timer.account
     )
@@ -122,11 +123,14 @@ class Run:
     The state after the last completed step is saved before any error is raised, unless it is not
     finite or there are several processes.
     """
+    self._timer.turn_to(throughput.STEPS)
     try:
       return self._run()
     except BaseException as e:
       self._rescue(e)
       raise
+    finally:
+      self._timer.turn_to(throughput.STARTUP)
 
   def _run(self) -> Outcome:
     if self._step < self._until and not self._ends_early() and not self._stop_now():

@@ -38,6 +38,29 @@ def test_a_start_without_a_checkpoint_is_named():
   assert any("start 1 ended before its first checkpoint" in note for note in found.notes)
 
 
+def test_kills_lose_what_came_after_the_last_checkpoint_until_the_last_sign_of_life():
+  def launched(time, began=None, beat=None, **seconds):
+    beats = {"last_beat": f"2026-11-26T{beat}Z"} if beat else {}
+    return start(time, began, **seconds) | {"launched": f"2026-11-26T{time}Z", **beats}
+
+  starts = [
+    launched("10:00:00.000", "10:00:00", startup=10.0, steps=50.0),
+    launched("10:02:00.000", beat="10:01:30.500") | {"repeats": 7},
+    launched("10:03:00.000", "10:03:00", "10:02:40.000", startup=5.0, steps=25.0) | {"ended": True},
+  ]
+  found = goodput.of(starts, {}, None, last_beat=goodput.seconds_of("2026-11-26T10:03:31Z"))
+  assert {part.name: part.seconds for part in found.parts} == {
+    "training steps": 75.0,
+    "start-up": 15.0,
+    "lost": 30.5 + 40.0,
+    "between starts": 29.5 + 20.0,
+  }
+  assert found.seconds == 210.0 and found.repeated == 7 and not found.notes
+  killed = [starts[0], {**starts[2], "ended": False}]
+  found = goodput.of(killed, {}, None, last_beat=goodput.seconds_of("2026-11-26T10:04:00Z"))
+  assert {p.name: p.seconds for p in found.parts}["lost"] == 100.0 + 30.0
+
+
 def test_a_run_of_an_earlier_version_has_the_times_of_its_steps():
   record = {"kind": "train", "step_time": 2.0, "input_wait": 0.25}
   records = {("train", step): {**record, "step": step} for step in (10, 20)}
