@@ -31,6 +31,8 @@ ELSEWHERE = {
   "model.head": "nothing by itself: each objective takes one head, others are refused",
   "model.max_len": "the longest row and the longest generated text, unless positions are learned",
   "model.label_names": "the numbers of the classes in labelled data",
+  "model.moe.buffer": "rows of devices with experts, in tests/model/experts/dropless_test.py",
+  "optim.keep_zeros": "zeros in training, in tests/analysis/compression/compressed_run_test.py",
   "data.stream": "the training data, in tests/data/stream_test.py",
   "data.stream_field": "the column that a stream reads, in tests/data/stream_test.py",
   "data.stream_window": "the shuffling of a stream, in tests/data/stream_test.py",
@@ -117,6 +119,8 @@ PROFILES = {
   "int8": {"model.quantize": "int8"},
   "muon": {"optim.name": "muon", "schedule.name": "wsd", "optim.ema": 0.5},
   "adafactor": {"optim.name": "adafactor", "schedule.name": "constant", "model.dropout": 0.1},
+  "pruned": LLAMA | {"optim.prune.sparsity": 0.5, "optim.prune.every": 2},
+  "mup": LLAMA | {"model.mup.base_width": 4, "model.mup.base_depth": 1},
   "mixture": {"data.path": "two folders", "data.weights": (0.5, 0.5), "schedule.name": "linear"},
 }
 SMALL = {
