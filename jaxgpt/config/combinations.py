@@ -164,6 +164,11 @@ def scaled_parametrization(c: ml_collections.ConfigDict) -> None:
 
 def quantization(m: ml_collections.ConfigDict) -> None:
   """Checks the keys that change the precision of matmuls."""
+  if m.lora.rank and m.lora.base != "float32" and m.quantize != "none":
+    raise UserError(
+      f"model.lora.base={m.lora.base!r} multiplies with dequantized weights, model.quantize="
+      f"{m.quantize!r} with activations in eight bits: set one of them back to its default"
+    )
   if m.quantize_gradients and m.quantize == "none":
     raise UserError("model.quantize_gradients=True needs model.quantize='int8' or 'fp8'")
   if m.quantize != "none" and m.grad_dtype != "compute":

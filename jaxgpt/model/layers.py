@@ -13,8 +13,9 @@ import ml_collections
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config.remat import DOWN, GATE, UP
-from jaxgpt.model import lora, ops, quantized
+from jaxgpt.model import lora, ops
 from jaxgpt.model.attention import choose
+from jaxgpt.model.quantization import quantized, quantized_base
 from jaxgpt.model.scaling import mup
 from jaxgpt.parallel.sharding import Axes, Rules
 
@@ -84,10 +85,12 @@ class Module(nn.Module):
     """
     c_lora = self.cfg.lora
     # Parameters are always declared in the same order: it decides the PRNG key of each.
-    w = self.weight(name, shape, axes, std)
-    if self.cfg.quantize == "none":
-      y = self.times(x, w, num_in)
+    if quantized_base.bits_of(c_lora):
+      y = self._times_codes(name, x, shape, axes, std, num_in)
+    elif self.cfg.quantize == "none":
+      y = self.times(x, self.weight(name, shape, axes, std), num_in)
     else:
+      w = self.weight(name, shape, axes, std)
       y = quantized.times(x, w, num_in, self.cfg.quantize, self.cfg.quantize_gradients)
     if not lora.adapts(c_lora, name):
       return y
@@ -103,6 +106,24 @@ class Module(nn.Module):
       # The sum of the name's bytes gives each adapter of a layer its own key.
       x = ops.dropout(x, c_lora.dropout, jax.random.fold_in(key, sum(name.encode())))
     return y + self.times(self.times(x, a, num_in), b, 1) * (c_lora.alpha / c_lora.rank)
+
+  def _times_codes(
+    self, name: str, x: jax.Array, shape: Shape, axes: Axes, std: float, num_in: int
+  ) -> jax.Array:
+    """Multiplies x by a frozen weight that is kept as codes, see `quantized_base`."""
+    c_lora = self.cfg.lora
+    bits = quantized_base.bits_of(c_lora)
+    of_codes, of_scales = quantized_base.shapes(c_lora, name, shape, num_in)
+    std *= mup.factors(self.cfg, axes).init
+    init = lambda key, shape, dtype: quantized_base.initial(key, shape, bits)
+    codes = self._declare(name + quantized_base.CODES, of_codes, axes, init)
+    scale = nn.initializers.constant(quantized_base.initial_scale(std, bits))
+    scales = self._declare(name + quantized_base.SCALES, of_scales, (None, *axes[num_in:]), scale)
+    # Without the checkpoint, autodiff would keep the float32 weights of all layers.
+    times = lambda x, codes, scales: self.times(
+      x, quantized_base.weight(codes, scales, num_in), num_in
+    )
+    return jax.checkpoint(times)(x, codes, scales)
 
   def times(self, x: jax.Array, w: jax.Array, num_in: int, out_dtype: Any = None) -> jax.Array:
     """`ops.times` with the weight gradient in the dtype of `model.grad_dtype`."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxgpt import tree
+from jaxgpt.model.quantization import quantized_base
 from jaxgpt.tree import PyTree
 
 A, B = SUFFIXES = ("_lora_a", "_lora_b")  # follow the name of the adapted weight
@@ -43,7 +44,7 @@ def adapters(named: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Arra
 
 
 def merge(params: PyTree, c_lora: ml_collections.ConfigDict) -> PyTree:
-  """Adds the adapters to their weights: W + alpha / rank * A B.
+  """Adds the adapters to their weights: W + alpha / rank * A B. A quantized base becomes float32.
 
   Args:
     params: All parameters, including those of the adapters.
@@ -52,7 +53,7 @@ def merge(params: PyTree, c_lora: ml_collections.ConfigDict) -> PyTree:
   Returns:
     The parameters of the same model with `model.lora.rank` = 0.
   """
-  named = tree.flatten(params)
+  named = tree.flatten(quantized_base.numbers(params))
   found = adapters(named)
   # Parameters of a stack have a leading axis of layers, hence the vmap.
   product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1) * (c_lora.alpha / c_lora.rank))

@@ -16,6 +16,7 @@ from etils import epath
 from jaxgpt import tree
 from jaxgpt.config.architecture import architecture, same_value
 from jaxgpt.errors import UserError
+from jaxgpt.model.quantization import quantized_base
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder, source_heads
 from jaxgpt.run.compression import quantized_weights
@@ -107,6 +108,7 @@ def load(
   source = _source_of(folder, sources)
   inspected = source.inspect(epath.Path(folder))
   weights = source.load(epath.Path(folder), c_model, abstract)
+  _check_codes(folder, abstract, weights.params)
   old, new = architecture(inspected.c_model), architecture(c_model)
   report = {
     "source": str(folder),
@@ -195,23 +197,89 @@ class RunFolderSource:
       if not source_heads.passed_over(path, old.model, c_model)
     }
     _check_shapes(folder, trained | frozen, wanted)
+    as_codes = {path for path in forms if path + quantized_base.CODES in wanted}
+    _check_forms(folder, {path: forms[path] for path in as_codes}, c_model.lora)
     # Checkpoints are read whole. Parameters that the new run does not have go to one device.
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {
-      path: wanted.get(path, jax.ShapeDtypeStruct(shape, "float32", sharding=one))
+      path: wanted.get(
+        path,
+        jax.ShapeDtypeStruct(shape, quantized_base.dtype_of(path, old.model.lora), sharding=one),
+      )
       for path, shape in (trained | frozen).items()
     }
+    for path in as_codes:
+      of_codes = wanted[path + quantized_base.CODES].sharding
+      like[path] = jax.ShapeDtypeStruct(trained[path], "float32", sharding=of_codes)
     select = lambda paths: tree.unflatten({path: like[path] for path in paths})
     weights = select(trained)
     state, _ = checkpoints.restore({name: quantized_weights.stored_like(forms, weights)})
     checkpoints.close()
+    codes = _codes(as_codes, tree.flatten(state[name]), wanted)
+    weights = select(trained.keys() - as_codes)
     state[name] = quantized_weights.dequantized(forms, state[name], weights)
     if frozen:
       state |= checkpoints_lib.load_frozen(folder, {"frozen": select(frozen)})
-    found = tree.flatten(tree.merge(state[name], state.get("frozen")))
+    found = codes | tree.flatten(tree.merge(state[name], state.get("frozen")))
+    found = _as_numbers(found, wanted)
     return Weights(
       {path: array for path, array in found.items() if path in wanted},
       found.keys() - wanted.keys(),
+    )
+
+
+def _codes(
+  paths: Collection[str], stored: Mapping[str, jax.Array], wanted: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+  """Codes and scales of a quantized run in the shapes of a run whose base they are."""
+  out = {}
+  for path in paths:
+    for name, suffix in zip(
+      (quantized_weights.CODES, quantized_weights.SCALES), quantized_base.SUFFIXES, strict=True
+    ):
+      like = wanted[path + suffix]
+      shaped = jax.jit(lambda x, like=like: x.reshape(like.shape), out_shardings=like.sharding)
+      out[path + suffix] = shaped(stored[f"{path}/{name}"])
+  return out
+
+
+def _as_numbers(found: Mapping[str, jax.Array], wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Weights, with those that the source keeps as codes and the new run as numbers multiplied."""
+  out = dict(found)
+  for path in found:
+    name = path.removesuffix(quantized_base.CODES)
+    if name != path and name in wanted and path not in wanted:
+      # On the host: these codes are on one device, and the weight may be on all.
+      pair = {p: np.asarray(out.pop(p)) for p in (path, name + quantized_base.SCALES)}
+      with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], "one")):
+        weight = np.asarray(tree.flatten(quantized_base.numbers(pair))[name])
+      out[name] = jax.device_put(weight, wanted[name].sharding)
+  return out
+
+
+def _check_forms(
+  folder: epath.Path, forms: quantized_weights.Forms, c_lora: ml_collections.ConfigDict
+) -> None:
+  """Raises a UserError if codes of a run are not those that the new run wants."""
+  for path, form in forms.items():
+    group = form.matrix.inputs // form.groups if form.groups > 1 else 0
+    wanted = (quantized_base.bits_of(c_lora), c_lora.base_group % form.matrix.inputs)
+    if (form.bits, group) != wanted:
+      raise UserError(
+        f"init_from={str(folder)!r}: {path} has codes of {form.bits} bits with a scale for "
+        f"{f'{group} inputs' if group else 'all inputs of an output'}; set "
+        f"model.lora.base='int{form.bits}' and model.lora.base_group={group}"
+      )
+
+
+def _check_codes(folder: epath.PathLike, abstract: tree.PyTree, given: Collection[str]) -> None:
+  """Raises a UserError if a run wants codes that its source does not have."""
+  lacking = [p for p in tree.flatten(abstract) if quantized_base.is_code(p) and p not in given]
+  if lacking:
+    path = lacking[0].removesuffix(quantized_base.CODES).removesuffix(quantized_base.SCALES)
+    raise UserError(
+      f"init_from={str(folder)!r} has no codes of {path}, which model.lora.base needs: quantize "
+      "all matrices of the layers with jaxgpt quantize first, or set model.lora.base='float32'"
     )
 
 

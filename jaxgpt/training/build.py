@@ -14,6 +14,7 @@ from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.model import fixed_models, lora, remat, stacks, transformer
 from jaxgpt.model.attention import choose
+from jaxgpt.model.quantization import quantized_base
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from jaxgpt.run import metric_writers
@@ -191,7 +192,10 @@ def describe_trained(parts: Parts) -> list[str]:
   if cfg.lora.rank and "moe" in mlp_kinds(cfg):
     skipped = "; the routed experts have no adapters"
   count = tree.count(state["params"])
-  total = count + tree.count(frozen)
+  total = count + tree.count(jax.eval_shape(quantized_base.numbers, frozen))
+  if quantized_base.bits_of(cfg.lora):
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+    skipped += f"; the frozen ones take {size:,} bytes ({cfg.lora.base} in the layers)"
   return [f"training {count:,} of {total:,} parameters: {shown}{skipped}", *lines]
 
 

@@ -23,7 +23,9 @@ def flops_per_token(c_model: ml_collections.ConfigDict, seq_len: int) -> int:
     c_model: The config's `model` section, resolved.
     seq_len: Tokens per row.
   """
-  model = transformer.Transformer(ml_collections.FrozenConfigDict(c_model))
+  fields = c_model.to_dict()
+  fields["lora"] = fields["lora"] | dict(base="float32")  # a code is a weight
+  model = transformer.Transformer(ml_collections.FrozenConfigDict(fields))
   shapes, axes = transformer.abstract(model)
   axes = tree.flatten(axes, is_leaf=sharding.is_axes)
   lookups = {"pos_embed", "type_embed"}

@@ -23,6 +23,7 @@ from jaxgpt.config.keys import KEYS
 from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.model import lora
+from jaxgpt.model.quantization import quantized_base
 from jaxgpt.model.scaling import mup
 from jaxgpt.parallel import sharding
 from jaxgpt.training import kept_zeros
@@ -192,7 +193,11 @@ def trained(c_optim: ml_collections.ConfigDict, axes: PyTree, strict: bool = Tru
   Raises:
     UserError: A pattern matches no parameter, or no parameter is left to train.
   """
-  paths = set(tree.flatten(axes, is_leaf=sharding.is_axes))
+  paths = {
+    path
+    for path in tree.flatten(axes, is_leaf=sharding.is_axes)
+    if not quantized_base.is_code(path)  # integers have no gradient
+  }
   adapters = {path for path in paths if lora.is_adapter(path)}
   chosen = (
     {path for p in c_optim.trainable for path in _matching("trainable", p, paths)}

@@ -105,6 +105,7 @@ PROFILES = {
   "vectors": {"objective.name": "contrastive", "model.head": "none", "model.causal": False},
   "decoder": LLAMA | CLASSIFIER | {"model.pooling": "last"},
   "adapters": LLAMA | {"model.lora.rank": 2, "model.lora.targets": ("q", "up")},
+  "quantized base": LLAMA | {"model.lora.rank": 2, "model.lora.base": "int4"},
   "preference": {"objective.name": "preference", "model.lora.rank": 2},
   "all preferred": {"objective.name": "preference", "optim.ema": 0.5},
   "simpo": {"objective.name": "preference", "objective.loss": "simpo"},

@@ -238,6 +238,25 @@ LORA = Section(
       needs=above_0("model.lora.rank"),
       architecture=False,
     ),
+    base=Key(
+      "float32",
+      "Form in which the frozen weights of the layers are kept (QLoRA, arXiv:2305.14314). Codes are "
+      "multiplied by their scales when a layer is computed. Routed experts stay in float32.",
+      choices={
+        "float32": "numbers",
+        "int8": "codes of a run that `jaxgpt quantize --weights=int8` made",
+        "int4": "codes of 4 bits, two in a byte",
+      },
+      needs=above_0("model.lora.rank"),
+      architecture=False,
+    ),
+    base_group=Key(
+      0,
+      "Inputs that share a scale, as in `jaxgpt quantize --group`. 0: all inputs of an output.",
+      interval=AT_LEAST_0,
+      needs=one_of("model.lora.base", "int8", "int4"),
+      architecture=False,
+    ),
   ),
 )
 

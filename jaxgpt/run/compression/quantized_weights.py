@@ -188,11 +188,11 @@ def stored_like(forms: Forms, abstract: PyTree) -> PyTree:
       out[path] = leaf
       continue
     for name, (shape, dtype) in forms[path].shapes().items():
-      out[f"{path}/{name}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=_whole(leaf.sharding))
+      out[f"{path}/{name}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=whole(leaf.sharding))
   return tree.unflatten(out)
 
 
-def _whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+def whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
   """A copy on each device: the dimensions of codes are not those of the weight."""
   if isinstance(sharding, NamedSharding):
     return NamedSharding(sharding.mesh, PartitionSpec())

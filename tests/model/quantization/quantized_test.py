@@ -7,7 +7,7 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
-from jaxgpt.model import quantized
+from jaxgpt.model.quantization import quantized
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib

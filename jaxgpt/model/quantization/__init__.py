@@ -1,0 +1,1 @@
+"""Quantized matmuls, and frozen weights that are kept as codes."""
