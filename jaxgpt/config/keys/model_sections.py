@@ -240,7 +240,7 @@ LORA = Section(
     ),
     base=Key(
       "float32",
-      "Form in which the frozen weights of the layers are kept (QLoRA, arXiv:2305.14314). Codes are "
+      "Form of the frozen weights of the layers (QLoRA, arXiv:2305.14314). Codes are "
       "multiplied by their scales when a layer is computed. Routed experts stay in float32.",
       choices={
         "float32": "numbers",
