@@ -1,0 +1,152 @@
+"""The tuned lens (arXiv:2303.08112): predictions from each layer, through a trained translator.
+
+The logit lens reads a residual stream as if no layer came after it. Layers may still turn and shift
+it, so its predictions are often wrong where the stream has the answer. The tuned lens learns an
+affine map for each place, and leaves the model as it is:
+
+  logits of stream r = unembed(h + h A_r + b_r)
+  loss               = mean over tokens and streams of KL(model's prediction || that of the lens)
+
+A and b start at zero, which is the logit lens.
+
+B batch, T position, D model, V vocabulary, L layers.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt import config
+from jaxgpt.analysis.interpret import lens, taps
+from jaxgpt.errors import UserError
+from jaxgpt.model import transformer
+from jaxgpt.training import optimizers, schedules
+from jaxgpt.tree import PyTree
+
+_AXES = {"a": ("layers", "embed", "embed"), "b": ("layers", "embed")}
+
+
+class Translators(NamedTuple):
+  """The maps of the streams before each layer: A is [L, D, D], b is [L, D]."""
+
+  a: jax.Array
+  b: jax.Array
+
+
+class Scores(NamedTuple):
+  """Mean KL divergence of a lens from the model's prediction, in nats per token, [L] each.
+
+  Attributes:
+    logit: Of the logit lens.
+    tuned: Of the tuned lens.
+  """
+
+  logit: np.ndarray
+  tuned: np.ndarray
+
+
+def none(cfg: Any) -> Translators:
+  """Translators that change nothing. `cfg` is the config's `model` section."""
+  zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+  return Translators(
+    zeros((cfg.num_layers, cfg.width, cfg.width)), zeros((cfg.num_layers, cfg.width))
+  )
+
+
+def fit(
+  model: transformer.Transformer,
+  params: PyTree,
+  batches: Sequence[PyTree],
+  steps: int,
+  lr: float = 1e-2,
+  tell: Callable[[int, float], None] = lambda step, loss: None,
+) -> Translators:
+  """Trains the translators with AdamW and a linear decay. The model does not change.
+
+  Args:
+    model: From `taps.readable`.
+    params: All its parameters.
+    batches: Text, see `calibration.rows`. They are read in order, again and again.
+    steps: Number of steps, one batch each.
+    lr: Peak learning rate.
+    tell: Called with each step and its loss.
+
+  Raises:
+    UserError: The model does not predict tokens.
+  """
+  if model.cfg.head != "lm":
+    raise UserError(
+      f"model.head={model.cfg.head!r}: the tuned lens is for models that predict tokens"
+    )
+  c = config.base()
+  c.optim.update(dict(lr=lr, weight_decay=0.0))
+  c.schedule.update(dict(name="linear", warmup_steps=0, final_ratio=0.0))
+  c.train.steps = steps
+  depths = {"a": 0, "b": 0}
+  tx = optimizers.make(config.resolve(c), schedules.make(c), _AXES, depths)
+  start = none(model.cfg)._asdict()
+
+  @jax.jit
+  def step(weights: PyTree, state: PyTree, params: PyTree, batch: PyTree) -> Any:
+    loss = lambda weights: divergences(model, params, Translators(**weights), batch).mean()
+    value, grads = jax.value_and_grad(loss)(weights)
+    grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    updates, state = tx.update(grads, state, weights)
+    return optax.apply_updates(weights, updates), state, value
+
+  weights, state = start, tx.init(start)
+  for i in range(steps):
+    weights, state, value = step(weights, state, params, batches[i % len(batches)])
+    tell(i + 1, float(value))
+  return Translators(**weights)
+
+
+def divergences(
+  model: transformer.Transformer, params: PyTree, translators: Translators, batch: PyTree
+) -> jax.Array:
+  """[L]: mean KL(model || lens) over the tokens of a batch, without padding, in nats.
+
+  Args:
+    model: From `taps.readable`.
+    params: All its parameters.
+    translators: The maps.
+    batch: With `tokens`, `segment_ids` and `positions`, [B, T] each.
+  """
+  inputs = taps.Inputs(batch["tokens"], batch["segment_ids"], batch["positions"])
+  reading = taps.forward(model, params, inputs, ("resid_pre",), {})
+  real_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+  # The model's own prediction is what is to be learned, and has no gradient.
+  log_p = jax.lax.stop_gradient(jax.nn.log_softmax(reading.output.logits))
+
+  def one(stream: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    h_BTD, a_DD, b_D = stream
+    logits = lens.unembed(model, params, inputs, h_BTD + h_BTD @ a_DD + b_D)
+    kl_BT = (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits))).sum(-1)
+    return (kl_BT * real_BT).sum() / jnp.maximum(real_BT.sum(), 1.0)
+
+  streams = (jax.lax.stop_gradient(reading.at["resid_pre"]), *translators)
+  return jax.lax.map(jax.checkpoint(one), streams)  # the logits of one stream at a time
+
+
+def compare(
+  model: transformer.Transformer,
+  params: PyTree,
+  translators: Translators,
+  batches: Sequence[PyTree],
+) -> Scores:
+  """Measures the logit lens and the tuned lens on text that the latter was not trained on.
+
+  Args:
+    model: From `taps.readable`.
+    params: All its parameters.
+    translators: From `fit`.
+    batches: Text.
+  """
+  measure = jax.jit(functools.partial(divergences, model))
+  mean = lambda which: np.mean([np.asarray(measure(params, which, b)) for b in batches], axis=0)
+  return Scores(mean(none(model.cfg)), mean(translators))
