@@ -24,7 +24,7 @@ class NearestOptions:
 
 def run(args: NearestOptions) -> None:
   """Prints the documents and the longest passage that each shares with the text."""
-  from jaxgpt.commands.actions import nearest_documents
+  from jaxgpt.commands.actions.interpret import nearest_documents
 
   text = args.text if args.text is not None else nearest_documents.read(args.file or "")
   for line in nearest_documents.lines(args.path, args.split, text, args.size, args.top, args.chars):

@@ -26,7 +26,7 @@ class ExplainOptions:
 
 def run(args: ExplainOptions) -> None:
   """Writes the page and prints what it says in short."""
-  from jaxgpt.commands.actions import explain
+  from jaxgpt.commands.actions.interpret import explain
 
   explain.run(args)
 

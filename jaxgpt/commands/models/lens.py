@@ -23,7 +23,7 @@ class LensOptions:
 
 def run(args: LensOptions) -> None:
   """Trains, measures on the validation split and prints a table."""
-  from jaxgpt.commands.actions import tuned_lens
+  from jaxgpt.commands.actions.interpret import tuned_lens
 
   tuned_lens.run(args)
 
