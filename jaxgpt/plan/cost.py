@@ -42,6 +42,7 @@ _ATTENTION_MATMULS = (
   ("splash_mqa_dq", 3),
   ("splash_mqa_dkv", 4),
 )
+_FLOATS = ("bf16", "f16", "f32")
 _INLINE = ("fusion", "call", "conditional", "async-start")
 
 
@@ -67,7 +68,8 @@ class Cost:
     cycles: {'matmul': cycles, 'other': cycles}, as estimated by the compiler.
     flops: FLOPs of the matmuls in the program, recomputation included.
     calls: {call of a custom kernel: [runs, FLOPs]}. For attention kernels the FLOPs of all
-      query-key pairs, masked or not. For others 0.
+      query-key pairs, masked or not. For grouped matmuls those of all rows that there is room for.
+      For others 0.
     collectives: {(opcode, dtype, phase): [calls, bytes]}. The phase is 'exposed', 'overlapped', or
       'between' for those that go to other slices over the data center network.
     unhidden_bytes: Bytes of overlapped collectives beyond those that the compute of the same
@@ -244,9 +246,13 @@ class _Walk:
     heads = [
       a[0].dims
       for a in map(types.get, made.operands)
-      if a and len(a[0].dims) in (3, 4) and a[0].dtype in ("bf16", "f16", "f32")
+      if a and len(a[0].dims) in (3, 4) and a[0].dtype in _FLOATS
     ]
     call = Call(made.name, name, made.op_name)
+    if "gmm" in name:
+      # A grouped matmul [R, K] x [e, K, N], or for the weights' gradient [R, K] x [R, N].
+      floats = [a[0] for a in map(types.get, made.operands) if a and a[0].dtype in _FLOATS]
+      return call, 2 * math.prod(floats[0].dims) * made.arrays[0].dims[-1]
     if not matmuls or len(heads) < 2:
       return call, 0
     if "_dkv" in name and sum(len(a.dims) >= len(heads[0]) for a in made.arrays) > 2:

@@ -132,7 +132,8 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
     return Buffer(name, "saved", shape, each * width * size, keys)
 
   yield one("layers (input of each)", m.width / s.residual, itemsize)
-  names, widths = per_device.saved_names(m.remat), per_device.widths(m, padded=True)
+  names = per_device.saved_names(m.remat)
+  widths = per_device.widths(m, padded=True, room=per_device.expert_room(c, sizes))
   for name in names:
     if name == "down" and m.norm_placement == "pre":
       continue  # only added to the residual stream: no gradient needs it, and XLA drops it
@@ -211,15 +212,14 @@ def _layer_buffers(
 ) -> Iterator[Buffer]:
   """Buffers of one layer's backward pass: gathered weights, and activations with gradients."""
   m, s = c.model, per_device.share(c, sizes)
-  itemsize, w = per_device.itemsize(m), per_device.widths(m, padded=True)
-  # Without a capacity limit, a device gathers the weights of all experts.
-  cut = sizes if m.moe.capacity else dict(sizes) | {"expert": 1}
+  room = per_device.expert_room(c, sizes)
+  itemsize, w = per_device.itemsize(m), per_device.widths(m, padded=True, room=room)
   yield Buffer(
     "layers (gathered)",
     "layer",
     "one layer",
-    counts.of_layer(cut, m.num_layers) * itemsize,
-    "moe.capacity, mesh.tensor" if cut != sizes else "mesh.tensor",
+    counts.of_layer(sizes, m.num_layers) * itemsize,
+    "mesh.tensor, mesh.expert" if "moe" in m.mlp_pattern else "mesh.tensor",
   )
   # Queries, keys, values, the output of attention and the inside of the MLP, with gradients.
   inside = (

@@ -10,6 +10,7 @@ import ml_collections
 from jaxgpt import tree
 from jaxgpt.config.remat import ACTIVATIONS, ATTENTION, DOWN, QKV, activations
 from jaxgpt.model import transformer
+from jaxgpt.model.experts import dropless
 from jaxgpt.parallel import chips, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import optimizers
@@ -158,14 +159,35 @@ def itemsize(m: ml_collections.ConfigDict) -> int:
   return 2 if m.dtype == "bfloat16" else 4
 
 
-def widths(m: ml_collections.ConfigDict, padded: bool = False) -> dict[str, float]:
+def expert_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
+  """Rows that a device has room for where tokens are exchanged, over those of an even load.
+
+  1 for other models and meshes. See `model.experts.dropless`.
+  """
+  m, rules = c.model, sharding.rules(c.mesh)
+  if "moe" not in m.mlp_pattern or m.moe.capacity:
+    return 1.0
+  tokens = {*rules.mesh_axes("batch"), *rules.mesh_axes("length")}
+  shards = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
+  n = math.prod(sizes[axis] for axis in rules.mesh_axes("experts") if axis in tokens)
+  if n == 1:
+    return 1.0
+  N, X = math.ceil(share(c, sizes).tokens), m.moe.per_token
+  return dropless.rows_of_room(N, X, n, m.moe.experts // shards, m.moe.buffer) / (N * X)
+
+
+def widths(
+  m: ml_collections.ConfigDict, padded: bool = False, room: float = 1.0
+) -> dict[str, float]:
   """Numbers per token of each named activation.
 
   Args:
     m: The `model` section.
     padded: Counts heads as TPUs lay them out, padded to a multiple of 128.
+    room: From `expert_room`, where memory counts and not the work of an even load.
   """
-  used = m.moe.per_token * max(m.moe.capacity, 1) + m.moe.shared if "moe" in m.mlp_pattern else 1
+  routed = m.moe.per_token * max(m.moe.capacity, 1) * room
+  used = routed + m.moe.shared if "moe" in m.mlp_pattern else 1
   hidden = m.moe.width * used if "moe" in m.mlp_pattern else m.mlp_width
   if set(m.mlp_pattern) == {"none"}:
     hidden = 0

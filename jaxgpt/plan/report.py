@@ -112,7 +112,8 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
   """Figures from the schedule of the TPU compiler: seconds by kind, FLOPs, kernels, collectives."""
   cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
   share = time_estimate.visible_share(compiled.c, chip.attention_block, compiled.mesh.shape["seq"])
-  kernels = kernels_lib.of_step(cost.calls, chip, share)
+  room = per_device.expert_room(compiled.c, compiled.mesh.shape)
+  kernels = kernels_lib.of_step(cost.calls, chip, share, room)
   seconds = {
     "matmul": cost.cycles["matmul"] / chip.clock,
     "other": cost.cycles["other"] / chip.clock,
@@ -300,6 +301,10 @@ def _kernel_source(kernels: Sequence[Figures]) -> str:
   counted = sum(one["cycles"] for one in kernels)
   assumed = [one for one in kernels if one["source"] == kernels_lib.ASSUMED]
   text = f", {counted:.3g} cycles" if counted else ""
+  grouped = [one for one in kernels if one["source"] == kernels_lib.GROUPED]
+  if grouped:
+    text += f"; {sum(k['seconds'] for k in grouped):.4f} s of experts at an even load and "
+    text += f"{kernels_lib.GROUPED_RATE:.0%} of peak"
   if assumed:
     part = "" if len(assumed) == len(kernels) else f"{sum(k['seconds'] for k in assumed):.4f} s "
     text += f"; {part}assumed at {kernels_lib.ASSUMED_RATE:.0%} of peak: {assumed[0]['reason']}"

@@ -95,7 +95,7 @@ def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, i
   slice. In addition to fsdp and data, at most two axes are used at once.
   """
   m, within = c.model, topology.num_devices // topology.slices
-  experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if m.moe.capacity else [1]
+  experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if "moe" in m.mlp_pattern else [1]
   lengths = [n for n in _SEQS if c.data.seq_len % (_SEQ_UNIT * n) == 0 or n == 1]
   out = []
   stages = [n for n in _STAGES if m.num_layers % n == 0]

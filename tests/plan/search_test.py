@@ -36,7 +36,6 @@ def test_a_search_looks_at_all_axes_that_suit():
   experts = llama(
     "--config.model.mlp_pattern=('moe',)",
     "--config.model.moe.experts=4",
-    "--config.model.moe.capacity=1.0",
     "--config.data.seq_len=2048",
   )
   assert {sizes["expert"] for sizes in search.meshes(experts, t)} == {1, 2, 4}

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.model.experts import exchange
+from jaxgpt.model.experts import exchange, grouped
 from jaxgpt.parallel.sharding import Rules, part, used, without
 
 # f(multiply by the weight of this name) -> hidden activations of the experts
@@ -56,14 +56,14 @@ class Layout(NamedTuple):
     exchanged: Those of them that shard tokens too. The devices of the others hold the same tokens:
       each works on those of its experts, and results are summed.
     columns: Mesh axes that shard the columns of each expert. Results are summed over them.
-    ragged: Whether XLA has a ragged all-to-all for the devices.
+    platform: Platform of the devices, '' if it is not known.
   """
 
   tokens: P
   experts: dict[str, int]
   exchanged: tuple[str, ...]
   columns: tuple[str, ...]
-  ragged: bool
+  platform: str
 
   @property
   def devices(self) -> int:
@@ -80,8 +80,9 @@ def layout(rules: Rules, shape: tuple[int, ...], num_experts: int) -> Layout:
     num_experts: E. If the mesh does not divide them, each device has all.
   """
   mesh = jax.sharding.get_abstract_mesh()
+  platform = mesh.abstract_device.platform if mesh.abstract_device else ""
   if mesh.empty or mesh.size == 1:
-    return Layout(P(), {}, (), (), False)
+    return Layout(P(), {}, (), (), platform)
   tokens = rules.fitting_spec(mesh, shape, ("batch", "length"))
   shards = {axis: mesh.shape[axis] for axis in rules.mesh_axes("experts")}
   if num_experts % math.prod(shards.values()):
@@ -96,7 +97,7 @@ def layout(rules: Rules, shape: tuple[int, ...], num_experts: int) -> Layout:
     shards,
     tuple(axis for axis in shards if axis not in same_tokens),
     columns,
-    mesh.abstract_device is not None and mesh.abstract_device.platform != "cpu",
+    platform,
   )
 
 
@@ -193,19 +194,18 @@ def _on_experts(
   if n == 1:
     # A ragged matmul leaves rows after the last group undefined, in both directions.
     inside = (jnp.arange(key_P.size) < counts.sum())[:, None]
-    out = _multiplied(jnp.where(inside, rows, 0), counts[0], w, activated)
+    out = _multiplied(at, jnp.where(inside, rows, 0), counts[0], w, activated)
     none = jnp.zeros(())
     return _permuted(jnp.where(inside, out, 0), place, order), Counts(none, none)
-  most = x_ND.shape[0] * min(key_P.size // x_ND.shape[0], e)  # of a device, to one device
-  room = n * most
-  if c_moe.buffer:
-    room = min(room, math.ceil(c_moe.buffer * key_P.size))
-  group = exchange.Group(at.exchanged, at.ragged, min(most, room))
+  tokens, X = x_ND.shape[0], key_P.size // x_ND.shape[0]
+  most = tokens * min(X, e)  # of a device, to one device
+  room = rows_of_room(tokens, X, n, e, c_moe.buffer)
+  group = exchange.Group(at.exchanged, at.platform not in ("cpu", ""), min(most, room))
   plan = exchange.plan(group, counts, room)
   arrived = exchange.move(group, rows, plan.sent, plan.received, room)
   expert_R = _kinds(plan.counts, room)
   by_expert, back = _sorted(expert_R)
-  out = _multiplied(_permuted(arrived, by_expert, back), plan.counts.sum(0), w, activated)
+  out = _multiplied(at, _permuted(arrived, by_expert, back), plan.counts.sum(0), w, activated)
   out = exchange.move(group, _permuted(out, back, by_expert), plan.received, plan.sent, key_P.size)
   me = jax.lax.axis_index(group.axes)
   sent = plan.sent.size.sum() - plan.sent.size[me]
@@ -214,12 +214,26 @@ def _on_experts(
   )
 
 
+def rows_of_room(tokens: int, X: int, n: int, e: int, buffer: float) -> int:
+  """R, the rows that a device has room for.
+
+  Args:
+    tokens: N, tokens of a device.
+    X: Experts of a token.
+    n: Devices that exchange tokens.
+    e: Experts of a device.
+    buffer: `model.moe.buffer`, room as a multiple of N X, or 0 for the most that can come.
+  """
+  most = n * tokens * min(X, e)
+  return min(most, math.ceil(buffer * tokens * X)) if buffer else most
+
+
 def _multiplied(
-  rows: jax.Array, sizes: jax.Array, w: dict[str, jax.Array], activated: Activated
+  at: Layout, rows: jax.Array, sizes: jax.Array, w: dict[str, jax.Array], activated: Activated
 ) -> jax.Array:
   """The results of the experts on rows that are grouped by expert."""
-  h = activated(lambda name: jax.lax.ragged_dot(rows, w[name], sizes))
-  return jax.lax.ragged_dot(h, w["down"], sizes)
+  h = activated(lambda name: grouped.matmul(rows, w[name], sizes, at.platform))
+  return grouped.matmul(h, w["down"], sizes, at.platform)
 
 
 def _kinds(counts: jax.Array, room: int) -> jax.Array:

@@ -150,10 +150,10 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 
 @pytest.fixture
 def as_on_tpu(monkeypatch):
-  """Makes the exchange take its way for TPUs and GPUs."""
+  """Makes the exchange take its way for accelerators."""
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
   made = dropless.layout
-  monkeypatch.setattr(dropless, "layout", lambda *args: made(*args)._replace(ragged=True))
+  monkeypatch.setattr(dropless, "layout", lambda *args: made(*args)._replace(platform="gpu"))
 
 
 MESHES = [
@@ -276,3 +276,29 @@ def test_a_broken_exchange_would_be_seen(monkeypatch, broken):
     monkeypatch.setattr(dropless, "_kinds", lambda counts, n: kinds(jnp.roll(counts, 1, 0), n))
   with pytest.raises(AssertionError, match="y: "):
     assert_equals_definition(section(), mesh_of(expert=4, tensor=2))
+
+
+def test_a_device_gathers_only_its_own_experts():
+  """Memory of a compiled layer whose experts are much larger than its tokens."""
+  cfg = section(dict(width=4096), width=512)
+
+  def temporaries(n):
+    mesh = mesh_of(expert=n, fsdp=8 // n)
+    layer = moe.MoE(cfg, sharding.DEFAULT)
+    x = jax.ShapeDtypeStruct((B, T, 512), jnp.float32)
+    real = jax.ShapeDtypeStruct((B, T), bool)
+    boxes = jax.eval_shape(layer.init, jax.random.key(0), x, real)["params"]
+    is_box = lambda x: hasattr(x, "value")
+    axes = jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=is_box)
+    shapes = jax.tree.map(lambda box: box.value, boxes, is_leaf=is_box)
+    placed = sharding.params_shardings(axes, shapes, mesh, sharding.DEFAULT)
+    params = jax.tree.map(
+      lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, placed
+    )
+    with jax.set_mesh(mesh):
+      apply = jax.jit(lambda params, x, real: layer.apply({"params": params}, x, real)[0])
+      return apply.lower(params, x, real).compile().memory_analysis().temp_size_in_bytes
+
+  weights = 3 * E * 512 * 4096 * 4
+  for n in (1, 2, 4):
+    assert 0.9 * weights / n < temporaries(n) < 1.5 * weights / n, n
