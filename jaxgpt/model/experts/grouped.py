@@ -8,6 +8,7 @@ R rows, K and N sizes of a weight, e experts.
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import megablox
 
 from jaxgpt.parallel import chips
 
@@ -34,8 +35,6 @@ def matmul(
   R, K = rows_RK.shape
   if platform != "tpu" or K % chips.LANES or w_eKN.shape[-1] % chips.LANES:
     return jax.lax.ragged_dot(rows_RK, w_eKN, sizes_e)
-  from jax.experimental.pallas.ops.tpu import megablox  # imports the TPU's part of Pallas
-
   tile = _tile_of_rows(R)
   padded = jnp.pad(rows_RK, ((0, -R % tile), (0, 0)))
   out = megablox.gmm(padded, w_eKN, sizes_e, rows_RK.dtype, tiling, interpret=interpret)
