@@ -271,7 +271,7 @@ def test_there_and_back(name, tmp_path, corpus):
     check_greedy(run, theirs)
   if run.c.model.head == "lm":
     run, folder = trained(run, corpus, folder, tmp_path / "trained"), tmp_path / "trained"
-  family, _, certificate = import_export.export_run(folder, tmp_path / "out")
+  family, _, certificate, _ = import_export.export_run(folder, tmp_path / "out")
   assert family == theirs.config.model_type
   back = getattr(transformers, parity.AUTO[kind]).from_pretrained(tmp_path / "out")
   assert type(back) is type(theirs)
@@ -375,10 +375,10 @@ def test_old_config_keys_and_bare_models(llama, tmp_path, corpus):
 
 def test_export_in_bfloat16_and_in_shards(llama, tmp_path, corpus):
   import_export.import_model(llama[0], tmp_path / "run", tokenizer=corpus, dtype="bfloat16")
-  family, files, certificate = import_export.export_run(
+  family, files, certificate, notes = import_export.export_run(
     tmp_path / "run", tmp_path / "out", dtype="bfloat16", shard_bytes=30_000
   )
-  assert family == "llama" and "model-00002-of-00003.safetensors" in files
+  assert family == "llama" and not notes and "model-00002-of-00003.safetensors" in files
   back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
   assert back.dtype == torch.bfloat16
   assert certificate["logits"]["max_abs"] < 1e-4 and certificate["greedy"]["equal"]

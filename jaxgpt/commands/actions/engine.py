@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxgpt.config.options import Group, flags, integer, key_value, option
 from jaxgpt.errors import UserError
+from jaxgpt.storage import strict_json
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help should not
   from jaxgpt.inference import load
@@ -58,7 +59,7 @@ def check(args: EngineOptions) -> None:
   if args.template_variables and not getattr(args, "chat", True):
     name, value = args.template_variables[0]
     raise UserError(
-      f"--template-variable={name}={json.dumps(value)} needs --chat: add it, or leave "
+      f"--template-variable={name}={strict_json.dumps(value)} needs --chat: add it, or leave "
       "--template-variable out"
     )
   if args.draft_tokens and not args.draft:
