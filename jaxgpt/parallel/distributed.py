@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -247,13 +247,29 @@ def gather(value: Any) -> list[Any] | None:
   Raises:
     UserError: In process 0, if a process did not send its value in time.
   """
+  return gather_later()(value)
+
+
+def gather_later() -> Callable[[Any], list[Any] | None]:
+  """`gather` with a value that is not known yet. All processes must call it.
+
+  Returns:
+    A function to call once, with the value, in any thread and at any time. It returns and raises
+    as `gather` does.
+  """
   if jax.process_count() == 1:
-    return [value]
+    return lambda value: [value]
   key = f"jaxgpt/gather/{next(_numbers)}"
-  _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-  if not is_first():
-    return None
-  return [_received(f"{key}/{i}", i) for i in range(jax.process_count())]
+
+  def gathered(value: Any) -> list[Any] | None:
+    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    if not is_first():
+      return None
+    found = [_received(f"{key}/{i}", i) for i in range(jax.process_count())]
+    _client().key_value_delete(key)  # with all below it: a long run gathers often
+    return found
+
+  return gathered
 
 
 def _received(key: str, sender: int) -> Any:

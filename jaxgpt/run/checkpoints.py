@@ -31,7 +31,7 @@ from jaxgpt import tree
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.model import fixed_models
 from jaxgpt.parallel import distributed, peer_watch
-from jaxgpt.run import bucket_checkpoints, digests
+from jaxgpt.run import bucket_checkpoints, checkpoint_meta, digests
 from jaxgpt.run.provenance import saved as saved_lib
 from jaxgpt.storage import atomic, buckets, paths, strict_json
 
@@ -145,7 +145,7 @@ class Checkpoints:
     handlers = {name: ocp.StandardCheckpointHandler(**self._limit) for name in saved_lib.ITEMS}
     return ocp.CheckpointManager(
       self._mirror.folder if self._mirror else self.folder,
-      item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
+      item_handlers=handlers | {"meta": checkpoint_meta.MetaHandler()},
       options=self._options,
     )
 
@@ -183,9 +183,10 @@ class Checkpoints:
     }
     # Scalars go to `meta`, so that a reader of the weights needs no array of the optimizer.
     meta: dict[str, Any] = {name: int(state[name]) for name in _SCALARS} | {"extra": extra}
-    meta["digests"] = {name: digests.of(state[name]) for name in items}
-    meta = saved_lib.with_digest(meta)
-    self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+    copied = {name: digests.on_host(state[name]) for name in items}
+    content = checkpoint_meta.content(meta, copied)
+    save = ocp.args.Composite(meta=checkpoint_meta.MetaSave(content), **items)
+    self._manager.save(step, args=save)
     # Orbax saves in the background. The mirror waits for it in a thread of its own.
     if self._mirror:
       self._mirror.push(step, self._manager.wait_until_finished)
@@ -277,7 +278,7 @@ class Checkpoints:
     try:
       self._check_shapes(where, step, {name: abstract[name] for name in items})
       out = self._manager.restore(
-        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items)
+        step, args=ocp.args.Composite(meta=checkpoint_meta.MetaRestore(), **items)
       )
     except UserError:
       raise

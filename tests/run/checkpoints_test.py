@@ -1,7 +1,9 @@
 """Checkpoints that check themselves: damage of any kind is named, and never restored."""
 
+import errno
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.run import checkpoints as checkpoints_lib
+from jaxgpt.run import digests
 
 STEPS = (1, 2, 3)
 
@@ -100,12 +103,44 @@ def test_if_all_are_damaged_none_is_moved(run):
 
 
 def test_a_checkpoint_without_digests_is_restored(run, monkeypatch):
-  monkeypatch.setattr(checkpoints_lib.digests, "of", lambda arrays: {})
+  monkeypatch.setattr(digests, "text", lambda copied, parts: {})
   checkpoints = checkpoints_lib.Checkpoints(run / "checkpoints")
   checkpoints.save(state_of(4))
   checkpoints.close()
   monkeypatch.undo()
   same(restore(run)[0], state_of(4))
+
+
+def test_a_save_goes_on_in_training_and_counts_once_its_digests_are_written(tmp_path, monkeypatch):
+  go, sums = threading.Event(), digests.sums
+  monkeypatch.setattr(digests, "sums", lambda copied: go.wait(60) and sums(copied))
+  checkpoints = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
+  state = state_of(1)
+  checkpoints.save(state, {"note": 1})
+  assert checkpoints.finished() is None
+  assert checkpoints_lib.complete_steps(tmp_path / "checkpoints") == []
+  later = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
+  jax.block_until_ready(later)
+  go.set()
+  assert checkpoints.wait() == 1
+  checkpoints.close()
+  same(restore(tmp_path)[0], state_of(1))
+
+
+def test_a_failure_of_the_digests_is_one_of_the_save(tmp_path, monkeypatch):
+  def fail(copied):
+    raise OSError(errno.EIO, "digests")
+
+  monkeypatch.setattr(digests, "sums", fail)
+  checkpoints = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
+  checkpoints.save(state_of(1))
+  with pytest.raises(checkpoints_lib.SaveError, match="digests"):
+    checkpoints.wait()
+  monkeypatch.undo()
+  assert checkpoints.forget_failure() == 1
+  checkpoints.save(state_of(2))
+  checkpoints.close()
+  assert checkpoints_lib.complete_steps(tmp_path / "checkpoints") == [2]
 
 
 @pytest.mark.parametrize("seed", range(40))

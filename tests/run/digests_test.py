@@ -47,6 +47,36 @@ def test_a_digest_does_not_depend_on_the_sharding(dtype):
   assert digests.of({"x": x}) == digests.of({"x": sharded})
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5, 8), (3, 300), (1, 1, 700)])
+def test_the_host_computes_the_same(monkeypatch, dtype, shape):
+  monkeypatch.setattr(digests, "_PIECE", 64)  # pieces along each axis
+  arrays = {"b": array(dtype, shape), "a": {"c": np.asarray(array(dtype, shape))}}
+  copied = digests.on_host(arrays)
+  assert digests.text(copied, [digests.sums(copied)]) == digests.of(arrays)
+
+
+@pytest.mark.parametrize("spec", [("a", "b"), (None, "b"), ("b", None), (None, None)])
+def test_the_host_sums_each_shard_once(spec):
+  x = array("float32", (8, 12, 2))
+  mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  copied = digests.on_host({"x": jax.device_put(x, sharding)})
+  assert digests.text(copied, [digests.sums(copied)]) == digests.of({"x": x})
+  # As if each shard were of a process of its own.
+  parts = [{"x": copied["x"]._replace(shards=[shard])} for shard in copied["x"].shards]
+  assert digests.text(copied, [digests.sums(part) for part in parts]) == digests.of({"x": x})
+
+
+def test_the_host_has_the_values_from_before_a_donation():
+  add = jax.jit(lambda x: x + 1, donate_argnums=0)
+  x = add(array("float32", (64, 64)))
+  before = digests.of({"x": x})
+  copied = digests.on_host({"x": x})
+  jax.block_until_ready(add(add(x)))
+  assert digests.text(copied, [digests.sums(copied)]) == before
+
+
 def test_arrays_without_a_digest_or_in_another_dtype_are_passed_over():
   before = digests.of({"x": array("float32")})
   assert digests.changed({"y": array("int32")}, before) == []
