@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-__all__ = ["Constraint", "load"]
+__all__ = ["Beams", "Constraint", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -11,8 +11,8 @@ def __getattr__(name: str) -> object:
     from jaxgpt.tasks.api import load
 
     return load
-  if name == "Constraint":
-    from jaxgpt.inference.engine.requests import Constraint
+  if name in ("Beams", "Constraint"):
+    from jaxgpt.inference.engine import requests
 
-    return Constraint
+    return getattr(requests, name)
   raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")

@@ -4,7 +4,12 @@ import dataclasses
 
 from jaxgpt.commands import Command
 from jaxgpt.commands.actions.engine import EngineOptions
-from jaxgpt.commands.actions.sampling import SAMPLING, SamplingOptions, read_prompt
+from jaxgpt.commands.actions.sampling import (
+  SAMPLING,
+  BeamOptions,
+  SamplingOptions,
+  read_prompt,
+)
 from jaxgpt.config.options import Group, checkpoint_step, integer, option
 from jaxgpt.errors import UserError
 
@@ -12,7 +17,7 @@ _FORM = Group("form of the text (one of them; extra `guided`)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(SamplingOptions, EngineOptions):
+class GenerateOptions(SamplingOptions, BeamOptions, EngineOptions):
   workdir: str = option(help="run folder")
   step: int | str | None = checkpoint_step()
   prompt: str = option(

@@ -4,11 +4,12 @@ import dataclasses
 
 from jaxgpt.commands import Command
 from jaxgpt.commands.actions.processes import ProcessOptions
+from jaxgpt.commands.actions.sampling import BeamOptions
 from jaxgpt.config.options import checkpoint_step, integer, key_value, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictOptions(ProcessOptions):
+class PredictOptions(BeamOptions, ProcessOptions):
   workdir: str = option(help="run folder")
   step: int | str | None = checkpoint_step()
   input: str = option(

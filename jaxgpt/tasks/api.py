@@ -8,7 +8,7 @@ from etils import epath
 
 from jaxgpt.inference import load as load_lib
 from jaxgpt.inference import sampling
-from jaxgpt.inference.engine.requests import Constraint
+from jaxgpt.inference.engine.requests import Beams, Constraint
 from jaxgpt.parallel import mesh
 from jaxgpt.tasks.predict import job, registry, rows
 from jaxgpt.tasks.predict.protocol import Prediction, Predictor, Settings
@@ -42,6 +42,7 @@ class Model:
     temperature: float = 0.0,
     seed: int = 0,
     constraint: Constraint | None = None,
+    beams: Beams | None = None,
   ) -> list[Prediction]:
     """Predicts for texts, or for rows with columns. `jaxgpt predict` writes the same to a file.
 
@@ -54,6 +55,7 @@ class Model:
       seed: Seed of the draws.
       constraint: Form of generated texts: `jaxgpt.Constraint.of_schema({"type": "object"})`. None:
         any.
+      beams: Search for a likely text with several beams: `jaxgpt.Beams(4)`. None: draw tokens.
 
     Returns:
       A prediction for each, in their order. One that can't be predicted for is {'error': why}.
@@ -65,7 +67,7 @@ class Model:
       values = [values]
     values = [values] if isinstance(values, str) else values
     draws = sampling.Sampling(temperature=temperature)
-    settings = Settings(batch_size, max_new, draws, seed, constraint)
+    settings = Settings(batch_size, max_new, draws, seed, constraint, beams=beams)
     key = (kind, settings)
     if key not in self._predictors:
       self._predictors[key] = registry.make(self.run, kind, settings)

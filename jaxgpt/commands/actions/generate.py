@@ -25,7 +25,8 @@ def prompt(args: Any, text: str) -> None:
   run, draws = _loaded(args)
   prompts = engine_options.prompts(run, args)
   ids = prompts.chat([{"role": "user", "content": text}]) if args.chat else prompts.text(text)
-  engine = engine_options.make(run, args, max_rows=min(args.samples, args.batch_size))
+  rows = min(args.samples * (args.beams or 1), args.batch_size)
+  engine = engine_options.make(run, args, max_rows=rows)
   wanted = _requests(args, draws, ids, args.seed)
   clock = _Clock()
   engine.check(wanted[0])
@@ -49,8 +50,8 @@ def file(args: Any) -> None:
   run, draws = _loaded(args)
   engine = engine_options.make(run, args, max_rows=args.batch_size)
   prompts, clock = engine_options.prompts(run, args), _Clock()
-  # A faulty form is the fault of no row.
-  engine.check(Request((run.tokenizer.bos_id,), 1, constraint=constraint(args)))
+  # A faulty form is the fault of no row, nor are beams for which there is no room.
+  engine.check(_requests(args, draws, (run.tokenizer.bos_id,), args.seed)[0])
 
   def continued(some: Sequence[Row], chunk: int) -> list[Prediction]:
     found: list[Prediction] = [{"error": row.problem} for row in some]
@@ -90,19 +91,45 @@ def _loaded(args: Any) -> tuple[load.Run, Sampling]:
     raise UserError(
       f"--draft={args.draft} drafts no text of a prescribed form: leave it out, or the form"
     )
-  chosen = sampling.given(args)
+  chosen, search = sampling.given(args), sampling.beams(args)
+  _check_beams(args)
   backend.start()
   run = load.load(args.workdir, args.step, "generate")
-  draws, notices = sampling.settings(run, chosen)
+  draws, notices = (sampling.greedy if search else sampling.settings)(run, chosen)
   for line in notices:
     print(line, file=sys.stderr)
   return run, draws
 
 
+def _check_beams(args: Any) -> None:
+  """Refuses options that do not go with --beams, before the weights are read."""
+  if not args.beams:
+    return
+  if args.samples > 1:
+    raise UserError(
+      f"--samples={args.samples} would be one text {args.samples} times with --beams: leave it out"
+    )
+  if constraint(args):
+    raise UserError(f"--beams={args.beams} finds no text of a prescribed form: leave one out")
+  if args.draft:
+    raise UserError(f"--draft={args.draft} drafts nothing with --beams: leave one of them out")
+  if args.beams > args.batch_size:
+    raise UserError(
+      f"--beams={args.beams} needs a batch of at least {args.beams}: raise --batch-size, which is "
+      f"{args.batch_size}"
+    )
+
+
 def _requests(args: Any, draws: Sampling, ids: Sequence[int], seed: int) -> list[Request]:
   """A request for each sample of a prompt."""
   first = Request(
-    tuple(ids), args.max_new, draws, seed, tuple(args.stop), constraint=constraint(args)
+    tuple(ids),
+    args.max_new,
+    draws,
+    seed,
+    tuple(args.stop),
+    constraint=constraint(args),
+    beams=sampling.beams(args),
   )
   return [dataclasses.replace(first, seed=seed + i) for i in range(args.samples)]
 
@@ -140,13 +167,14 @@ def _identity(args: Any, run: load.Run, draws: Sampling) -> dict[str, Any]:
   c = run.c.copy_and_resolve_references()
   c.code_folder = ""  # depends on how the run folder is named
   names = ("chat", "samples", "max_new", "stop", "seed", "batch_size")
-  form = constraint(args)
+  form, search = constraint(args), sampling.beams(args)
   return {
     "config": user_code.digest(c.to_json()),
     "step": run.step,
     "sampling": draws._asdict(),
     **{name: getattr(args, name) for name in names},
     **({"constraint": [form.kind, form.value]} if form else {}),
+    **({"beams": dataclasses.asdict(search)} if search else {}),
     **engine_options.identity(args),
   }
 

@@ -1,6 +1,7 @@
 """What `jaxgpt predict` does."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxgpt.commands.actions import backend
+from jaxgpt.commands.actions import sampling as sampling_options
 from jaxgpt.config import options, user_code
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
@@ -20,7 +22,8 @@ from jaxgpt.training import train_step
 
 _STREAM = "-"
 _OF_DRAWS = ("top_p", "seed")
-_OF_TEXTS = ("max_new", "temperature", *_OF_DRAWS)
+_OF_BEAMS = ("beams", "length_penalty", "early_stopping")
+_OF_TEXTS = ("max_new", "temperature", *_OF_DRAWS, *_OF_BEAMS)
 
 
 def run(args: Any) -> None:
@@ -63,7 +66,8 @@ def _predict(
 ) -> None:
   loaded = load.load(args.workdir, args.step, devices=jax.local_devices())
   draws = sampling.Sampling(temperature=args.temperature, top_p=args.top_p)
-  settings = protocol.Settings(args.batch_size, args.max_new, draws, args.seed)
+  search = sampling_options.beams(args)
+  settings = protocol.Settings(args.batch_size, args.max_new, draws, args.seed, beams=search)
   made = registry.make(loaded, args.kind, settings)
   if not isinstance(made, texts.Texts):
     _refuse(args, _OF_TEXTS, "is for models that write text, and this one does not")
@@ -86,6 +90,7 @@ def _predict(
       "step": loaded.step,
       "kind": made.kind,
       "settings": [*settings[:2], list(draws), settings.seed],
+      **({"beams": dataclasses.asdict(search)} if search else {}),
     }
     account = job.run(predict, read(), args.output, identity, job.say)
   if not distributed.is_first():

@@ -1,6 +1,7 @@
 """The options of commands that draw texts, and the settings that follow from them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,11 @@ from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help should not
   from jaxgpt.inference import load
+  from jaxgpt.inference.engine.requests import Beams
   from jaxgpt.inference.sampling import Sampling
 
 SAMPLING = Group("how tokens are drawn")
+_BEAMS = Group("beam search")
 _MOST_BYTES = 64 << 20  # of a file with a prompt
 
 
@@ -61,6 +64,55 @@ class SamplingOptions:
     unset="the model's own, else 0.0",
     help="subtract this from a token's logit each time that the new text holds it",
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamOptions:
+  """Options of commands that can search for a likely text in place of drawing one."""
+
+  beams: int | None = integer(
+    None,
+    least=2,
+    group=_BEAMS,
+    unset="draw tokens",
+    help="search with this many beams for a likely text in place of drawing one; a beam takes the "
+    "place of a text in the batch",
+  )
+  length_penalty: float | None = option(
+    None,
+    group=_BEAMS,
+    unset="1.0 with --beams",
+    help="a text's score is the sum of its tokens' log-probabilities divided by their number to "
+    "this power; 0: the sum, which favors short texts",
+  )
+  early_stopping: bool = option(
+    False,
+    group=_BEAMS,
+    help="end a search when as many texts as beams have ended, although one that goes on could "
+    "still become better",
+  )
+
+
+def beams(args: BeamOptions) -> "Beams | None":
+  """The beam search that the options ask for.
+
+  Raises:
+    UserError: An option needs --beams, or a value is out of range.
+  """
+  from jaxgpt.inference.engine.requests import Beams
+
+  if args.beams:
+    penalty = 1.0 if args.length_penalty is None else args.length_penalty
+    if not math.isfinite(penalty):
+      raise UserError(f"--length-penalty={penalty} must be finite")
+    return Beams(args.beams, penalty, args.early_stopping)
+  for flag, value in (
+    ("--length-penalty", args.length_penalty),
+    ("--early-stopping", args.early_stopping or None),
+  ):
+    if value is not None:
+      raise UserError(f"{flag}={value} needs --beams: add it, or leave {flag} out")
+  return None
 
 
 def read_prompt(prompt: str, flag: str = "--prompt") -> str:
@@ -117,6 +169,27 @@ def settings(run: "load.Run", chosen: Mapping[str, Any]) -> "tuple[Sampling, lis
 
   own, ignored = load.sampling_defaults(run)
   return own._replace(**chosen), _notices(chosen, own, ignored)
+
+
+def greedy(run: "load.Run", chosen: Mapping[str, Any]) -> "tuple[Sampling, list[str]]":
+  """The settings of a search with beams, which draws nothing: as `settings`.
+
+  Raises:
+    UserError: A setting is given that has no effect then.
+  """
+  from jaxgpt.inference import load
+  from jaxgpt.inference.sampling import Sampling
+
+  search = Sampling(temperature=0.0)
+  for name, value in chosen.items():
+    if value != getattr(search, name):
+      flag = "--" + name.replace("_", "-")
+      raise UserError(f"{flag}={value} has no effect with --beams: nothing is drawn; leave it out")
+  own, ignored = load.sampling_defaults(run)
+  names = [name for name, value in own._asdict().items() if value != getattr(Sampling(), name)]
+  names += ignored
+  text = f"not followed of the model's generation_config.json: {', '.join(names)}"
+  return search, [text] if names else []
 
 
 def _notices(chosen: Mapping[str, Any], own: "Sampling", ignored: Sequence[str]) -> list[str]:

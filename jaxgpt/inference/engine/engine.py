@@ -22,8 +22,8 @@ import numpy as np
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
+from jaxgpt.inference.engine import beams, constraints, programs, requests, weights
 from jaxgpt.inference.engine import blocks as blocks_lib
-from jaxgpt.inference.engine import constraints, programs, requests, weights
 from jaxgpt.inference.engine.drafting.acceptance import Drafts
 from jaxgpt.inference.engine.drafting.drafter import Drafter, Drafting, make
 from jaxgpt.inference.engine.requests import Piece, Request, Stats, Token
@@ -77,8 +77,10 @@ class Engine:
     uses.check(run.c, "generate")
     self._run, self._context = run, run.c.data.seq_len
     size, rows = block_size, max_rows
-    tokens = cache_tokens or max(self._context, min(rows * self._context, CACHE_TOKENS))
-    self._blocks = blocks_lib.Blocks(-(-tokens // size), size)
+    if cache_tokens is None:
+      whole = -(-self._context // size) * size  # a row's blocks are its own
+      cache_tokens = max(whole, min(rows * whole, CACHE_TOKENS))
+    self._blocks = blocks_lib.Blocks(-(-cache_tokens // size), size)
     model, self._prepared = weights.prepare(run.parts.model)
     dtype = cache_dtype or model.cfg.dtype
     shape = programs.Size(rows, self._blocks.num + 1, size, dtype)
@@ -148,12 +150,18 @@ class Engine:
         f"the prompt has {len(request.prompt)} tokens, the model's context {self._context} "
         f"(data.seq_len): shorten it by at least {len(request.prompt) - self._context + 1}"
       )
-    if self._needed(request) > self._blocks.num:
-      raise UserError(
-        f"the prompt and max_new={request.max_new} need {self._most_tokens(request)} tokens of the "
-        f"cache, which has {self._blocks.num * self._blocks.size}: ask for fewer"
-      )
     most = programs.MOST_ALTERNATIVES
+    if request.beams:
+      few = min(most, self._run.tokenizer.vocab_size)
+      beams.check(request, len(self._rows), len(self._ends), few)
+    if self._needed(request) > self._blocks.num:
+      tokens = self._most_tokens(request)
+      if request.beams:
+        tokens = self._needed(request) * self._blocks.size
+      raise UserError(
+        f"the prompt and max_new={request.max_new} need {tokens} tokens of the cache, which has "
+        f"{self._blocks.num * self._blocks.size}: ask for fewer{' beams' * bool(request.beams)}"
+      )
     if request.logprobs is not None and not 0 <= request.logprobs <= most:
       raise UserError(f"logprobs={request.logprobs} must be from 0 to {most}")
     if not all(request.stop):
@@ -259,8 +267,13 @@ class Engine:
     return min(len(request.prompt) + request.max_new, self._context) - 1
 
   def _needed(self, request: Request) -> int:
-    """Blocks for all tokens of a request."""
-    return self._blocks.needed(self._most_tokens(request))
+    """Blocks for all tokens of a request, in each of its beams."""
+    one, beams = self._blocks.needed(self._most_tokens(request)), request.beams
+    return one + (beams.width - 1) * (one - self._full(request)) if beams else one
+
+  def _full(self, request: Request) -> int:
+    """Blocks that are full of a prompt's tokens when its last one is decoded."""
+    return (len(request.prompt) - 1) // self._blocks.size
 
   def _cancel(self) -> list[Piece]:
     pieces = list[Piece]()
@@ -297,9 +310,11 @@ class Engine:
 
   def _admit(self) -> Row | None:
     """Gives the next request a row and blocks, if there are any."""
-    if not self._queue or None not in self._rows:
+    if not self._queue:
       return None
     number, request = self._queue[0]
+    if self._idle() < (request.beams.width if request.beams else 1):
+      return None
     before = request.prompt[:-1]  # the last token is decoded
     if self._is_begun(before):
       return None
@@ -315,10 +330,12 @@ class Engine:
       self._blocks.release(found)
       return None
     self._queue.popleft()
+    blocks = found + fresh
+    own = self._blocks.needed(self._most_tokens(request))
     row = Row(
       number,
       request,
-      found + fresh,
+      blocks[:own],
       cached=len(found) * self._blocks.size,
       last=request.prompt[-1],
       text=Text(self._run.tokenizer, request.prompt, request.stop),
@@ -329,9 +346,21 @@ class Engine:
       row.allowed = row.matcher.mask()
     b = self._rows.index(None)
     self._rows[b] = row
+    if request.beams:
+      size = own - self._full(request)
+      spare = [blocks[start : start + size] for start in range(own, len(blocks), size)]
+      max_new = min(request.max_new, self._context - len(request.prompt))
+      search = beams.Search(request.beams, self._ends, max_new)
+      row.group = beams.Group(request, search, b, spare)
     self._reused += row.cached
     self._enter(b, request)
     return row
+
+  def _idle(self) -> int:
+    """Rows that a request may take: those that are free and not promised to beams."""
+    first = [row for b, row in enumerate(self._rows) if row and row.group and row.group.at[0] == b]
+    promised = sum(row.group.waiting for row in first if row.group)
+    return self._rows.count(None) - promised
 
   def _enter(self, b: int, request: Request) -> None:
     s = request.sampling
@@ -389,11 +418,13 @@ class Engine:
     for b, row in there:
       left = min(row.request.max_new - len(row.written), self._context - 1 - row.cached) - 1
       # What a form allows after a drafted token is not known before it is drawn.
-      room_B[b] = 0 if row.matcher else min(left, self._drafter.most)
+      room_B[b] = 0 if row.matcher or row.group else min(left, self._drafter.most)
     return self._drafter.draft(self._rows, room_B, (self._carried.prompts, self._carried.counts))
 
   def _advance(self, b: int, row: Row, found: Any) -> list[Piece]:
     """What a row's new tokens add to its text."""
+    if row.group:
+      return self._advance_beams(row.group, found) if row.group.at[0] == b else []
     released, finish = list[Token](), None
     for t in range(found.num[b]):
       row.cached += 1
@@ -407,6 +438,25 @@ class Engine:
     if not released and not finish:
       return []
     return [Piece(row.number, "".join(t.text for t in released), tuple(released), finish)]
+
+  def _advance_beams(self, group: beams.Group, found: Any) -> list[Piece]:
+    """Goes on with the best continuations of a request's beams, or ends it with its text."""
+    rows = [row for b in group.at if (row := self._rows[b])]
+    for row in rows:
+      row.cached += 1
+    self._decoded += len(rows)
+    best = found.best[group.at, 0], found.best_logprobs[group.at, 0]
+    if not (going := group.search.advance(*best)):
+      self._leave(group.at[0], rows[0])
+      return [group.piece(rows[0], self._ends)]
+    used = self._blocks.needed(rows[0].cached)
+    rows, copies = group.split(rows, going, self._full(rows[0].request), used)
+    for place, row in enumerate(rows):
+      if place == len(group.at):
+        group.at.append(self._rows.index(None))
+      self._rows[group.at[place]] = row
+    self._carried = self._programs.copy(self._carried, copies)
+    return []
 
   def _write(self, row: Row, token: Token) -> tuple[list[Token], str | None]:
     """Adds a token to a row's text: (tokens that are released, why the text ends or None)."""
@@ -435,8 +485,14 @@ class Engine:
     return ""
 
   def _leave(self, b: int, row: Row) -> None:
-    self._blocks.release(row.blocks)
-    self._rows[b] = None
+    places = row.group.at if row.group else [b]
+    blocks = row.blocks
+    if row.group:
+      rows = [other for place in places if (other := self._rows[place])]
+      blocks = row.group.blocks(rows, self._full(row.request))
+    self._blocks.release(blocks)
+    for place in places:
+      self._rows[place] = None
 
 
 def _token(b: int, t: int, logprobs: int | None, found: Any) -> Token:

@@ -8,7 +8,7 @@ B row, T token of a call, K drafted token, V vocabulary, W word of 32 tokens, A 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.inference import sampling
+from jaxgpt.inference.engine.blocks import SPARE
 from jaxgpt.inference.engine.drafting import acceptance
 from jaxgpt.inference.engine.drafting.acceptance import Drafts
 from jaxgpt.inference.sampling import Sampling
@@ -26,6 +27,7 @@ from jaxgpt.model.attention import paged
 from jaxgpt.tree import PyTree
 
 MOST_ALTERNATIVES = 20  # log-probabilities of other tokens that a request may ask for
+_COPIES = 16  # blocks that are copied in a call
 _ACCEPT, _DRAFT = 1, 2  # uses of random draws besides that of the tokens themselves
 
 # XLA's own loops multiply a few rows by a matrix twice as fast as the library that it calls, which
@@ -132,6 +134,7 @@ class Programs:
     propose: (weights, carried, `StepInputs`, (prompts, counts) of the engine's `Carried`) ->
       (carried, `Drafts`). Drafts K tokens of each row, where the call has room for K + 1.
     enter: (carried, row, prompt_V) -> carried. Begins the counts of a row with a penalty.
+    copy: (carried, [(from, to)]) -> carried. Copies blocks, into none that is copied from.
   """
 
   def __init__(
@@ -164,6 +167,15 @@ class Programs:
     self.prefill = jit(self._prefill, donate_argnums=1)
     self.decode, self.verify, self.propose = map(step, (self._decode, self._verify, self._propose))
     self.enter = jit(self._enter, donate_argnums=0)
+    self._copy_some = jit(self._copy, donate_argnums=0)
+
+  def copy(self, carried: Carried, pairs: Sequence[tuple[int, int]]) -> Carried:
+    for start in range(0, len(pairs), _COPIES):
+      some = list(pairs[start : start + _COPIES])
+      # One program for any number: the rest copies a block that nobody holds onto itself.
+      padded = some + [(SPARE, SPARE)] * (_COPIES - len(some))
+      carried = self._copy_some(carried, *np.array(padded, np.int32).T)
+    return carried
 
   def _empty(self) -> Carried:
     size, V = self._size, self._model.cfg.vocab_size
@@ -287,6 +299,10 @@ class Programs:
       tokens_KB.swapaxes(0, 1), jnp.full((B,), T - 1, jnp.int32), probs_KBV.swapaxes(0, 1)
     )
     return carried._replace(pools=out.cache), drafts
+
+  def _copy(self, carried: Carried, sources_N: jax.Array, targets_N: jax.Array) -> Carried:
+    one = lambda x: x.at[targets_N].set(x[sources_N])
+    return carried._replace(pools=jax.tree.map(one, carried.pools))
 
   def _own(self, logits: jax.Array) -> jax.Array:
     """Logits with -inf for ids that are never drawn, the last axis V."""

@@ -52,6 +52,23 @@ class Constraint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Beams:
+  """Beam search: see `engine.beams`.
+
+  Attributes:
+    width: Beams that go on from each step to the next.
+    length_penalty: The score of a text of L tokens is the sum of their log-probabilities divided by
+      L to this power. 0: the sum itself, which favors short texts.
+    early_stopping: End as soon as `width` texts have ended, without asking whether one that goes on
+      could still become better.
+  """
+
+  width: int
+  length_penalty: float = 1.0
+  early_stopping: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
   """A prompt to continue.
 
@@ -64,6 +81,8 @@ class Request:
     logprobs: None, or the number of alternatives whose log-probabilities are wanted for each
       token, next to the token's own.
     constraint: The form of the text, or None for any.
+    beams: Search for a likely text in place of drawing one. Its sampling is greedy, and its text
+      comes in one piece.
   """
 
   prompt: tuple[int, ...]
@@ -73,6 +92,7 @@ class Request:
   stop: tuple[str, ...] = ()
   logprobs: int | None = None
   constraint: Constraint | None = None
+  beams: Beams | None = None
 
 
 class Token(NamedTuple):

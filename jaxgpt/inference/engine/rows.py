@@ -5,6 +5,7 @@ B row, J block of a row, P pair of a row and a block, V vocabulary, W word of 32
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import ml_collections
 import numpy as np
@@ -16,6 +17,9 @@ from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.engine.text import Text
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model.attention import paged
+
+if TYPE_CHECKING:  # a group has rows
+  from jaxgpt.inference.engine.beams import Group
 
 
 @dataclasses.dataclass
@@ -33,6 +37,7 @@ class Row:
     large: Tokens of the prompt that are computed in large chunks, the first ones.
     matcher: How far the text is in its form, if the request prescribes one.
     allowed: uint32 [W], the tokens that may follow then.
+    group: The rows of its request, if that searches with beams.
   """
 
   number: int
@@ -45,6 +50,7 @@ class Row:
   large: int = 0
   matcher: Matcher | None = None
   allowed: np.ndarray | None = None
+  group: "Group | None" = None
 
   @property
   def is_prefilled(self) -> bool:
@@ -146,7 +152,7 @@ class Batch:
       for t, at in enumerate(range(row.cached, last + 1)):
         blocks[b, t], offsets[b, t] = row.blocks[at // S], at % S
       seeds[b] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
-      with_logprobs[b] = request.logprobs is not None
+      with_logprobs[b] = request.logprobs is not None or request.beams is not None
       settings[b] = request.sampling
       if row.allowed is not None:
         constrained[b], allowed[b] = True, row.allowed

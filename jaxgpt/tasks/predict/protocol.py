@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from jaxgpt.errors import UserError
-from jaxgpt.inference.engine.requests import Constraint
+from jaxgpt.inference.engine.requests import Beams, Constraint
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.tasks.predict.rows import Row
 from jaxgpt.tree import PyTree
@@ -21,6 +21,7 @@ class Settings(NamedTuple):
     sampling: How its tokens are drawn.
     seed: Seed of the draws.
     constraint: The form of the texts, or None for any.
+    beams: Search for a likely text in place of drawing one. Or None.
     keep_weights: Keep a copy of the weights, in the form that decoding reads, for further calls
       with them.
   """
@@ -31,6 +32,7 @@ class Settings(NamedTuple):
   seed: int = 0
   constraint: Constraint | None = None
   keep_weights: bool = True
+  beams: Beams | None = None
 
 
 class Predictor(Protocol):

@@ -24,8 +24,8 @@ class Texts:
     self._prompts = Prompts(run)
     rows = settings.rows * mesh_lib.num_batch_shards(run.mesh.shape)
     self._engine = Engine(run._replace(params=None), max_rows=rows)
-    # A faulty form is the fault of no row.
-    self._engine.check(Request((run.tokenizer.bos_id,), 1, constraint=settings.constraint))
+    # A faulty form is the fault of no row, nor are beams for which there is no room.
+    self._engine.check(self._request((run.tokenizer.bos_id,), settings.seed))
 
   def prompt_ids(self, fields: Any) -> list[int]:
     """The ids of a row's prompt, as the run's documents begin.
@@ -48,7 +48,7 @@ class Texts:
     for row, seed in zip(rows, _seeds(s.seed, chunk, len(rows)), strict=True):
       try:
         ids = tuple(self.prompt_ids(row.fields))
-        request = Request(ids, s.max_new, s.sampling, seed, constraint=s.constraint)
+        request = self._request(ids, seed)
         self._engine.check(request)
       except UserError as e:
         out.append(e)
@@ -60,6 +60,10 @@ class Texts:
     if not s.keep_weights:
       self._engine.use(None)
     return [answer if isinstance(answer, UserError) else {"text": next(texts)[0]} for answer in out]
+
+  def _request(self, ids: tuple[int, ...], seed: int) -> Request:
+    s = self._settings
+    return Request(ids, s.max_new, s.sampling, seed, constraint=s.constraint, beams=s.beams)
 
 
 def _seeds(seed: int, chunk: int, count: int) -> list[int]:

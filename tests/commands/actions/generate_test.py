@@ -79,6 +79,20 @@ def test_a_text_of_a_prescribed_form(trained, capsys):
   assert "regular expression: " in refused(capsys, *args, "--regex=(a")
 
 
+def test_a_search_with_beams(trained, tmp_path, capsys):
+  args = ["generate", f"--workdir={trained}", "--max-new=9", "--beams=3"]
+  code, out, _ = run(capsys, *args, "--prompt=the cat")
+  assert code == 0 and out.startswith("the cat") and len(out) > len("the cat") + 2
+  (tmp_path / "prompts.txt").write_text("the cat\ntwo\n")
+  code, lines, _ = run(capsys, *args, f"--input={tmp_path}/prompts.txt")
+  found = [json.loads(line)["text"] for line in lines.splitlines()]
+  assert code == 0 and "the cat" + found[0] + "\n" == out and len(found) == 2
+  words = ["predict", f"--workdir={trained}", f"--input={tmp_path}/prompts.txt", "--output=-"]
+  code, lines, _ = run(capsys, *words, "--max-new=9", "--beams=3")
+  assert code == 0 and [json.loads(line)["text"] for line in lines.splitlines()] == found
+  assert "beams draw nothing" in refused(capsys, *words, "--beams=3", "--temperature=0.5")
+
+
 @pytest.mark.parametrize(
   "more, message",
   [
@@ -88,6 +102,12 @@ def test_a_text_of_a_prescribed_form(trained, capsys):
     (["--json-schema=@nothing"], "--json-schema=@nothing: "),
     (["--template-variable=think=false"], "--template-variable=think=false needs --chat"),
     (["--draft=ngram", "--regex=a"], "--draft=ngram drafts no text of a prescribed form"),
+    (["--beams=2", "--regex=a"], "--beams=2 finds no text of a prescribed form"),
+    (["--beams=2", "--draft=ngram"], "--draft=ngram drafts nothing with --beams"),
+    (["--beams=2", "--samples=2"], "--samples=2 would be one text 2 times"),
+    (["--beams=9"], "--beams=9 needs a batch of at least 9"),
+    (["--length-penalty=0"], "--length-penalty=0.0 needs --beams"),
+    (["--early-stopping"], "--early-stopping=True needs --beams"),
   ],
 )
 def test_options_that_do_not_go_together(capsys, more, message):

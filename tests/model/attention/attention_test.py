@@ -84,8 +84,8 @@ def test_heads_that_do_not_divide_raise_an_error():
 @pytest.mark.parametrize(
   "fields",
   [
-    dict(causal=True),
     dict(causal=True, window=40, softcap=2.0, K=1),
+    pytest.param(dict(causal=True), marks=pytest.mark.slow),
     pytest.param(dict(causal=True, window=40), marks=pytest.mark.slow),
     pytest.param(dict(causal=False, window=40), marks=pytest.mark.slow),
     pytest.param(dict(causal=True, softcap=2.0, K=1), marks=pytest.mark.slow),

@@ -113,8 +113,8 @@ def test_large_queries_are_processed_in_groups_of_heads():
 @pytest.mark.parametrize(
   "fields",
   [
-    dict(causal=True, window=None),
     dict(causal=True, window=40, softcap=2.0),
+    pytest.param(dict(causal=True, window=None), marks=pytest.mark.slow),
     pytest.param(dict(causal=False, window=200), marks=pytest.mark.slow),
   ],
 )

@@ -52,7 +52,7 @@ def accepted(engine, requests):
 @pytest.mark.parametrize(
   "kind, draft",
   [
-    ("gpt2", "similar"),
+    pytest.param("gpt2", "similar", marks=pytest.mark.slow),
     ("gpt2", "ngram"),
     pytest.param("local", "ngram", marks=pytest.mark.slow),
   ],
