@@ -24,6 +24,7 @@ from jaxgpt.config.resolution import is_key
 from jaxgpt.errors import UserError, nearest
 
 SEED = "seed"  # the config key that the seeds of a sweep set
+CHOICE = "choice"  # the kind of a distribution over some values
 _DIGITS = 4  # of random values, which names of folders and commands repeat
 
 Setting = dict[str, Any]  # {flat config key: value}
@@ -45,16 +46,17 @@ class Distribution(NamedTuple):
 
   def draw(self, source: random_lib.Random) -> Any:
     """A random value. Numbers are rounded to four digits."""
-    if self.kind == "choice":
+    if self.kind == CHOICE:
       return source.choice(self.values)
     if self.kind == "integers":
       return source.randint(int(self.low), int(self.high))
     if self.kind == "uniform":
-      return _rounded(source.uniform(self.low, self.high))
-    return _rounded(math.exp(source.uniform(math.log(self.low), math.log(self.high))))
+      return rounded(source.uniform(self.low, self.high))
+    return rounded(math.exp(source.uniform(math.log(self.low), math.log(self.high))))
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+  """A number as names of folders and commands show it."""
   return float(f"{value:.{_DIGITS}g}")
 
 
@@ -79,7 +81,7 @@ def choice(*values: Any) -> Distribution:
   """One of some values."""
   if not values:
     raise UserError("choice(): name the values to choose from")
-  return Distribution("choice", values=values)
+  return Distribution(CHOICE, values=values)
 
 
 def _range(kind: str, low: float, high: float) -> Distribution:
@@ -105,6 +107,23 @@ class Halving:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TPE:
+  """Search: later settings follow from the results of earlier ones.
+
+  A tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for Hyper-Parameter
+  Optimization", section 4) models where good settings lie and where bad ones do. It is Optuna's:
+  the extra `optuna`.
+
+  Attributes:
+    startup: Random settings that it begins with.
+    batch: Settings of a round, which all train before the next ones are proposed.
+  """
+
+  startup: int = 8
+  batch: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
   """What a sweep file returns.
 
@@ -125,6 +144,8 @@ class Sweep:
     metric: Metric of the validation split that settings are compared by.
     maximize: The largest value is the best one. False: the smallest.
     halving: When to end the worst settings. None: all are trained to the end.
+    search: How settings of `random` follow from the results of earlier ones. None: all `samples`
+      are random.
   """
 
   base: str = ""
@@ -138,9 +159,10 @@ class Sweep:
   metric: str = "loss"
   maximize: bool = False
   halving: Halving | None = None
+  search: TPE | None = None
 
   def settings(self) -> list[Setting]:
-    """All settings, without those of `fixed`, in the order of the file.
+    """All settings, without those of `fixed`, in the order of the file. With a search the first.
 
     Raises:
       UserError: A part of the definition does not fit another, or two settings are equal.
@@ -163,15 +185,17 @@ class Sweep:
   def _draws(self) -> list[Setting]:
     """The random settings, all different."""
     source, found = random_lib.Random(self.random_seed), dict[str, Setting]()
-    for _ in range(100 * self.samples):
+    count = self.search.startup if self.search else self.samples
+    for _ in range(100 * count):
       draw = {key: values.draw(source) for key, values in self.random.items()}
       found.setdefault(repr(draw), draw)
-      if len(found) == self.samples:
+      if len(found) == count:
         return list(found.values())
-    if self.samples:
+    if count:
+      name = "search: startup" if self.search else "samples"
       raise UserError(
-        f"sweep: samples={self.samples}, but random={{…}} gives only {len(found)} different "
-        "settings; lower it, or list them in a grid"
+        f"sweep: {name}={count}, but random={{…}} gives only {len(found)} different settings; "
+        "lower it, or list them in a grid"
       )
     return []
 
@@ -195,6 +219,8 @@ class Sweep:
         raise UserError(f"sweep: grid: {wrong[0]!r} must have a value for each of {names!r}")
     if bool(self.random) != bool(self.samples):
       raise UserError("sweep: random={…} and samples=N go together; give both, or neither")
+    if self.search is not None:
+      self._check_search(self.search)
     if not self.seeds or len(set(self.seeds)) < len(self.seeds):
       raise UserError(f"sweep: seeds={self.seeds!r} must be one or more different numbers")
     if self.halving is not None:
@@ -203,6 +229,16 @@ class Sweep:
         raise UserError(f"sweep: halving: steps={self.halving.steps!r} must be rising, from 1 on")
       if not 0 < keep < 1:
         raise UserError(f"sweep: halving: keep={keep} must be above 0 and below 1")
+
+  def _check_search(self, search: TPE) -> None:
+    for name, values in (("points", self.points), ("grid", self.grid), ("halving", self.halving)):
+      if values:
+        raise UserError(f"sweep: search goes with random={{…}} alone; leave {name} out")
+    if search.batch < 1 or not 1 <= search.startup < self.samples:
+      raise UserError(
+        f"sweep: search: startup={search.startup} must be from 1 to below samples={self.samples}, "
+        f"and batch={search.batch} at least 1"
+      )
 
 
 def load(path: str | os.PathLike[str]) -> Sweep:

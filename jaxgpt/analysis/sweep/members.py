@@ -55,6 +55,12 @@ class Plan(NamedTuple):
   notes: list[str]
 
   @property
+  def missing(self) -> int:
+    """Settings that a search has not proposed yet."""
+    settings = len({member.number for member in self.members})
+    return max(0, self.sweep.samples - settings) if self.sweep.search else 0
+
+  @property
   def rungs(self) -> list[int]:
     """Steps at which settings are compared before the end."""
     return list(self.sweep.halving.steps) if self.sweep.halving else []
@@ -66,18 +72,25 @@ class Plan(NamedTuple):
     return _short_names(list(keys))
 
 
-def plan(sweep: Sweep, file: str, overrides: Sequence[str] = ()) -> Plan:
+def plan(
+  sweep: Sweep,
+  file: str,
+  overrides: Sequence[str] = (),
+  settings: Sequence[Setting] | None = None,
+) -> Plan:
   """The runs of a sweep. Each config is checked as `jaxgpt train` does, before anything runs.
 
   Args:
     sweep: The definition.
     file: Path of the sweep file.
     overrides: Flags for all runs, such as '--config.data.path=DIR'.
+    settings: All settings. None: those of the definition.
 
   Raises:
     UserError: A key does not exist, or the config of a run is refused. The message names the run.
   """
-  settings = sweep.settings()
+  if settings is None:
+    settings = sweep.settings()
   base = _base(sweep.base, file)
   varied = list(dict.fromkeys(key for setting in settings for key in setting))
   both = [o for o in overrides if _key(o) in (*varied, SEED, *sweep.fixed)]

@@ -38,9 +38,7 @@ class SweepOptions:
 def run(args: SweepOptions) -> int:
   """Trains, and prints the table. Returns 1 if a run failed."""
   with output.lasting(), stop_signal.ended_at_once():
-    from jaxgpt.analysis.sweep import definition, members
-
-    plan = members.plan(definition.load(args.config), args.config, args.overrides)
+    plan = _plan(args)
     output.tell(plan.notes)
     if args.list:
       return _list(plan)
@@ -51,7 +49,7 @@ def run(args: SweepOptions) -> int:
 
     with run_lock.RunLock(args.workdir) as lock:
       lock.take()
-      stopped = _train(plan, args)
+      plan, stopped = _train(plan, args)
     if stopped:
       output.tell(
         [f"stopped by {stopped.name}; everything is saved: run the same command to go on"]
@@ -60,16 +58,30 @@ def run(args: SweepOptions) -> int:
   return _finish(plan, args)
 
 
+def _plan(args: SweepOptions) -> Any:
+  """The runs of the sweep, as far as they are known."""
+  from jaxgpt.analysis.sweep import definition, members, proposals
+
+  sweep = definition.load(args.config)
+  if not sweep.search:
+    return members.plan(sweep, args.config, args.overrides)
+  if args.index is not None:
+    raise UserError("--index trains a run by its number, but a search proposes runs from results")
+  return proposals.plan(sweep, args.config, args.overrides, args.workdir)
+
+
 def _list(plan: Any) -> int:
   for i, member in enumerate(plan.members):
     print(printable(f"{i:>4}  {member.name}  {' '.join(member.overrides)}"))
+  if plan.missing:
+    print(f"{plan.missing} settings more follow from the results of these")
   return 0
 
 
 def _train(plan: Any, args: SweepOptions) -> Any:
-  """Trains all runs that are left. Returns the signal that stopped them, or None."""
+  """Trains all runs that are left. Returns (all runs, the signal that stopped them or None)."""
+  from jaxgpt.analysis.sweep import proposals, schedule, state
   from jaxgpt.analysis.sweep import queue as queue_lib
-  from jaxgpt.analysis.sweep import schedule, state
 
   states = schedule.read_states(plan, args.workdir)
   if args.retry_failed:
@@ -81,6 +93,7 @@ def _train(plan: Any, args: SweepOptions) -> Any:
   done = sum(states[m.name].value_at(m.steps) is not None for m in plan.members)
   counted = [f"{len(plan.members)} runs: {settings} settings, {seeds} seed{'s' * (seeds > 1)} each"]
   counted += [f"{done} of them are done"] if done else []
+  counted += [f"{plan.missing} settings more follow from results"] if plan.missing else []
   output.tell(["; ".join(counted)])
   ended = [0]
 
@@ -94,10 +107,16 @@ def _train(plan: Any, args: SweepOptions) -> Any:
   worker = [sys.executable, "-m", _WORKER]
   queue = queue_lib.Queue(plan, args.workdir, worker, args.workers, report)
   try:
-    schedule.run(plan, args.workdir, queue)
+    more = plan
+    while more and not queue.stopped:
+      plan = more
+      schedule.run(plan, args.workdir, queue)
+      if not queue.stopped:
+        grow = proposals.grown if plan.sweep.search else lambda *_: None
+        more = grow(plan, args.config, args.overrides, args.workdir)
   finally:
     queue.close()
-  return queue.stopped
+  return plan, queue.stopped
 
 
 def _one(plan: Any, args: SweepOptions) -> int:
@@ -161,7 +180,7 @@ def _finish(plan: Any, args: SweepOptions) -> int:
   strangers = _strangers(plan, folder)
   if strangers:
     output.tell([f"not runs of this sweep, so not in the table: {', '.join(strangers)}"])
-  if not table.is_complete:
+  if not table.is_complete or plan.missing:
     output.tell(["the sweep is not done: run it without --only-table to go on"])
   output.tell([f"wrote {', '.join(written)} in {args.workdir}"])
   broken = [name for name, f in table.failures.items() if f.kind == state_lib.BROKEN]
