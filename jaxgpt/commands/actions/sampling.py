@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxgpt.config.options import Group, integer, option
+from jaxgpt.config.options import Group, declared, integer, option
 from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help should not
@@ -106,12 +106,9 @@ def beams(args: BeamOptions) -> "Beams | None":
     if not math.isfinite(penalty):
       raise UserError(f"--length-penalty={penalty} must be finite")
     return Beams(args.beams, penalty, args.early_stopping)
-  for flag, value in (
-    ("--length-penalty", args.length_penalty),
-    ("--early-stopping", args.early_stopping or None),
-  ):
-    if value is not None:
-      raise UserError(f"{flag}={value} needs --beams: add it, or leave {flag} out")
+  for o in declared(BeamOptions):
+    if (value := getattr(args, o.name)) != o.default:
+      raise UserError(f"{o.label}={value} needs --beams: add it, or leave {o.label} out")
   return None
 
 
