@@ -126,7 +126,10 @@ def _spans(
   data: pipeline.Batches, origin: Sequence[tuple[int, int]]
 ) -> list[list[tuple[int, int, int, int]]]:
   return [
-    [(number, *map(int, span)) for span in layout.each(data.sources[number].pack.spans(row))]
+    [
+      (number, int(span[0]), int(span[1]), int(span[2]))
+      for span in layout.each(data.sources[number].pack.spans(row))
+    ]
     for number, row in origin
   ]
 

@@ -26,8 +26,9 @@ from jaxgpt.inference.engine import beams, constraints, programs, requests, weig
 from jaxgpt.inference.engine import blocks as blocks_lib
 from jaxgpt.inference.engine.drafting.acceptance import Drafts
 from jaxgpt.inference.engine.drafting.drafter import Drafter, Drafting, make
+from jaxgpt.inference.engine.limits import Limits
 from jaxgpt.inference.engine.requests import Piece, Request, Stats, Token
-from jaxgpt.inference.engine.rows import Batch, Row, windows
+from jaxgpt.inference.engine.rows import Batch, Group, Row, windows
 from jaxgpt.inference.engine.text import Text
 from jaxgpt.training import uses
 from jaxgpt.tree import PyTree
@@ -100,6 +101,7 @@ class Engine:
     self._cancelled = set[int]()
     self._next = self._prefilled = self._reused = self._decoded = 0
     self._drafted = self._accepted = 0
+    self._limits = Limits(run, rows, self._blocks, self._grammars)
     self.use(run.params)
 
   def use(self, params: PyTree | None) -> None:
@@ -135,39 +137,7 @@ class Engine:
 
   def check(self, request: Request) -> None:
     """Raises a UserError that names the first fault of a request."""
-    request.sampling.check()
-    if not request.prompt:
-      raise UserError("the prompt has no token: give at least one, such as the tokenizer's bos")
-    if request.max_new < 1:
-      raise UserError(f"max_new={request.max_new} must be at least 1")
-    self._run.tokenizer.check_rows(request.prompt, self._run.c.model.vocab_size)
-    if min(request.prompt) < 0:
-      raise UserError(
-        f"the prompt has the token id {min(request.prompt)}, which must be at least 0"
-      )
-    if len(request.prompt) >= self._context:
-      raise UserError(
-        f"the prompt has {len(request.prompt)} tokens, the model's context {self._context} "
-        f"(data.seq_len): shorten it by at least {len(request.prompt) - self._context + 1}"
-      )
-    most = programs.MOST_ALTERNATIVES
-    if request.beams:
-      few = min(most, self._run.tokenizer.vocab_size)
-      beams.check(request, len(self._rows), len(self._ends), few)
-    if self._needed(request) > self._blocks.num:
-      tokens = self._most_tokens(request)
-      if request.beams:
-        tokens = self._needed(request) * self._blocks.size
-      raise UserError(
-        f"the prompt and max_new={request.max_new} need {tokens} tokens of the cache, which has "
-        f"{self._blocks.num * self._blocks.size}: ask for fewer{' beams' * bool(request.beams)}"
-      )
-    if request.logprobs is not None and not 0 <= request.logprobs <= most:
-      raise UserError(f"logprobs={request.logprobs} must be from 0 to {most}")
-    if not all(request.stop):
-      raise UserError("a stop string is empty; leave it out")
-    if request.constraint:
-      self._grammars.matcher(request.constraint).mask()
+    self._limits.check(request)
 
   def add(self, request: Request) -> int:
     """Queues a request.
@@ -262,19 +232,6 @@ class Engine:
         found[piece.request - first] = before + piece.text, piece.finish or ""
     return found
 
-  def _most_tokens(self, request: Request) -> int:
-    """Tokens of a request in the cache at its end. The last one drawn does not enter it."""
-    return min(len(request.prompt) + request.max_new, self._context) - 1
-
-  def _needed(self, request: Request) -> int:
-    """Blocks for all tokens of a request, in each of its beams."""
-    one, beams = self._blocks.needed(self._most_tokens(request)), request.beams
-    return one + (beams.width - 1) * (one - self._full(request)) if beams else one
-
-  def _full(self, request: Request) -> int:
-    """Blocks that are full of a prompt's tokens when its last one is decoded."""
-    return (len(request.prompt) - 1) // self._blocks.size
-
   def _cancel(self) -> list[Piece]:
     pieces = list[Piece]()
     if self._cancelled:
@@ -325,13 +282,13 @@ class Engine:
     if extra := is_large and len(found) % (self._large // self._blocks.size):
       self._blocks.release(found[-extra:])
       del found[-extra:]
-    fresh = self._blocks.take(self._needed(request) - len(found))
+    fresh = self._blocks.take(self._limits.blocks(request) - len(found))
     if fresh is None:
       self._blocks.release(found)
       return None
     self._queue.popleft()
     blocks = found + fresh
-    own = self._blocks.needed(self._most_tokens(request))
+    own = self._blocks.needed(self._limits.most_tokens(request))
     row = Row(
       number,
       request,
@@ -347,11 +304,11 @@ class Engine:
     b = self._rows.index(None)
     self._rows[b] = row
     if request.beams:
-      size = own - self._full(request)
+      size = own - self._limits.full_blocks(request)
       spare = [blocks[start : start + size] for start in range(own, len(blocks), size)]
       max_new = min(request.max_new, self._context - len(request.prompt))
       search = beams.Search(request.beams, self._ends, max_new)
-      row.group = beams.Group(request, search, b, spare)
+      row.group = Group(request, search, b, spare)
     self._reused += row.cached
     self._enter(b, request)
     return row
@@ -439,7 +396,7 @@ class Engine:
       return []
     return [Piece(row.number, "".join(t.text for t in released), tuple(released), finish)]
 
-  def _advance_beams(self, group: beams.Group, found: Any) -> list[Piece]:
+  def _advance_beams(self, group: Group, found: Any) -> list[Piece]:
     """Goes on with the best continuations of a request's beams, or ends it with its text."""
     rows = [row for b in group.at if (row := self._rows[b])]
     for row in rows:
@@ -450,7 +407,7 @@ class Engine:
       self._leave(group.at[0], rows[0])
       return [group.piece(rows[0], self._ends)]
     used = self._blocks.needed(rows[0].cached)
-    rows, copies = group.split(rows, going, self._full(rows[0].request), used)
+    rows, copies = group.split(rows, going, self._limits.full_blocks(rows[0].request), used)
     for place, row in enumerate(rows):
       if place == len(group.at):
         group.at.append(self._rows.index(None))
@@ -489,7 +446,7 @@ class Engine:
     blocks = row.blocks
     if row.group:
       rows = [other for place in places if (other := self._rows[place])]
-      blocks = row.group.blocks(rows, self._full(row.request))
+      blocks = row.group.blocks(rows, self._limits.full_blocks(row.request))
     self._blocks.release(blocks)
     for place in places:
       self._rows[place] = None

@@ -4,22 +4,19 @@ B row, J block of a row, P pair of a row and a block, V vocabulary, W word of 32
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 import ml_collections
 import numpy as np
 
+from jaxgpt.inference.engine.beams import Search
 from jaxgpt.inference.engine.blocks import SPARE
 from jaxgpt.inference.engine.constraints import Matcher
 from jaxgpt.inference.engine.programs import StepInputs
-from jaxgpt.inference.engine.requests import Request
+from jaxgpt.inference.engine.requests import LENGTH, STOP, Piece, Request, Token
 from jaxgpt.inference.engine.text import Text
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model.attention import paged
-
-if TYPE_CHECKING:  # a group has rows
-  from jaxgpt.inference.engine.beams import Group
 
 
 @dataclasses.dataclass
@@ -56,6 +53,82 @@ class Row:
   def is_prefilled(self) -> bool:
     """Whether the prompt is in the cache, apart from its last token."""
     return self.cached >= len(self.request.prompt) - 1
+
+
+class Group:
+  """The rows of a request with beams: one while its prompt is computed, then W.
+
+  Attributes:
+    at: Their places in the batch, in the order of the beams.
+    search: The search.
+    waiting: Rows that it will need and does not have yet.
+  """
+
+  def __init__(self, request: Request, search: Search, place: int, spare: Sequence[list[int]]):
+    """Begins with one row.
+
+    Args:
+      request: The request.
+      search: Its search.
+      place: The row's place in the batch.
+      spare: For each further beam its blocks, for all tokens after the prompt's full blocks.
+    """
+    assert request.beams is not None
+    self.at, self.search = [place], search
+    self._width, self._spare = request.beams.width, list(spare)
+
+  @property
+  def waiting(self) -> int:
+    return self._width - len(self.at)
+
+  def blocks(self, rows: Sequence[Row], shared: int) -> list[int]:
+    """All blocks of the group. `shared`: see `split`."""
+    own = [row.blocks[shared:] for row in rows]
+    return rows[0].blocks[:shared] + [block for some in (*own, *self._spare) for block in some]
+
+  def split(
+    self, rows: Sequence[Row], going: Sequence[tuple[int, int]], shared: int, used: int
+  ) -> tuple[list[Row], list[tuple[int, int]]]:
+    """The rows of the next step.
+
+    Args:
+      rows: The rows, in the order of the beams.
+      going: (beam, its next token) of each new beam.
+      shared: Blocks at the beginning of each row that are full of the prompt's tokens.
+      used: Blocks of each row that hold tokens.
+
+    Returns:
+      (rows, blocks to be copied as (from, to)).
+    """
+    parents = {parent for parent, _ in going}
+    unused = [row.blocks[shared:] for i, row in enumerate(rows) if i not in parents] + self._spare
+    out, copies, kept = list[Row](), list[tuple[int, int]](), set[int]()
+    for parent, token in going:
+      row = rows[parent]
+      blocks = row.blocks
+      if parent in kept:
+        own = unused.pop()
+        copies += zip(blocks[shared:used], own)
+        blocks = blocks[:shared] + own
+      kept.add(parent)
+      new = dataclasses.replace(row, blocks=blocks, last=token, written=[*row.written, token])
+      out.append(new)
+    self._spare = unused
+    return out, copies
+
+  def piece(self, row: Row, ends: Iterable[int]) -> Piece:
+    """The best text, whole. `ends`: tokens that end a text."""
+    released, finish = list[Token](), LENGTH
+    for token in self.search.found[0].tokens:
+      stopped = token in ends
+      if not stopped:
+        some, stopped = row.text.add(Token(token, ""))
+        released += some
+      if stopped:
+        finish = STOP
+        break
+    released += row.text.end()
+    return Piece(row.number, "".join(token.text for token in released), tuple(released), finish)
 
 
 _GREEDY = Sampling(temperature=0.0)
