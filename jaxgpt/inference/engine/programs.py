@@ -36,9 +36,9 @@ _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vect
 
 
 @functools.cache
-def compiler_options() -> dict[str, str]:
-  """XLA options for decoding on the default backend, if this version of XLA knows them."""
-  if jax.default_backend() != "cpu":
+def compiler_options(platform: str) -> dict[str, str]:
+  """XLA options for decoding on a platform, such as 'cpu', if this version of XLA knows them."""
+  if platform != "cpu":
     return {}
   try:
     jax.jit(lambda x: x, compiler_options=_CPU_OPTIONS)(0)
@@ -161,7 +161,7 @@ class Programs:
       jax.jit,
       donate_argnums=1,
       out_shardings=(carried, whole),
-      compiler_options=compiler_options(),
+      compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     self.empty = jit(self._empty)
     self.prefill = jit(self._prefill, donate_argnums=1)

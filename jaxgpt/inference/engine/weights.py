@@ -17,7 +17,7 @@ _STRIDE, _MORE = 1024, 64  # columns; see `_columns`
 
 
 def prepare(
-  model: transformer.Transformer,
+  model: transformer.Transformer, platform: str | None = None
 ) -> tuple[transformer.Transformer, Callable[[PyTree], PyTree]]:
   """Prepares a model for decoding.
 
@@ -27,21 +27,22 @@ def prepare(
 
   Args:
     model: The model.
+    platform: The platform that decodes, such as 'tpu'. None: JAX's default backend.
 
   Returns:
     (model, compiled function from all parameters of the given model to weights for it).
   """
-  cfg = model.cfg
+  cfg, on_cpu = model.cfg, (platform or jax.default_backend()) == "cpu"
   fields = cfg.to_dict() | dict(
     remat="none", materialize="none", grad_dtype="compute", attention="reference", dropout=0.0
   )
   if cfg.lora.rank:
     fields["lora"] = fields["lora"] | dict(rank=0)
   # On CPUs a product with a transposed matrix is slow, so a tied head gets a matrix of its own.
-  untie = cfg.tie_embeddings and jax.default_backend() == "cpu"
+  untie = cfg.tie_embeddings and on_cpu
   if untie:
     fields["tie_embeddings"] = False
-  more = _columns(cfg.vocab_size) - cfg.vocab_size
+  more = _columns(cfg.vocab_size) - cfg.vocab_size if on_cpu else 0
   fields["vocab_size"] += more
   plain = model.clone(cfg=ml_collections.FrozenConfigDict(fields), pipeline=None)
   _, axes = transformer.abstract(plain)
@@ -69,8 +70,7 @@ def _columns(vocab_size: int) -> int:
   On CPUs a product with few rows is three times slower where the rows of the weight are a multiple
   of a page apart, so that they share few places of the caches.
   """
-  slow = jax.default_backend() == "cpu" and vocab_size % _STRIDE == 0
-  return vocab_size + _MORE if slow else vocab_size
+  return vocab_size + _MORE if vocab_size % _STRIDE == 0 else vocab_size
 
 
 def _widened(params: PyTree, more: int) -> PyTree:
