@@ -24,10 +24,12 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import run_folder
 from jaxgpt.run.compression import record as record_lib
+from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import metrics as metrics_lib
 from jaxgpt.training import objectives, stored, train_step
+from jaxgpt.training.loop import spikes
 
 
 class Example(NamedTuple):
@@ -128,11 +130,16 @@ class _Run:
     assert isinstance(first, pipeline.Batches)
     load.check_data(first, digest, c.data.path)
     self._compiled: dict[int, Any] = {}
+    self._left_out = rewinds_lib.left_out(rewinds_lib.of(run_folder.read_starts(folder)))
 
   def check(self, step: int) -> None:
     """Refuses a step that the run does not have."""
     if not 0 <= step < self._c.train.steps:
       raise UserError(f"--step={step}: the steps of this run are 0 to {self._c.train.steps - 1}")
+    if step in self._left_out:
+      raise UserError(
+        f"--step={step}: the run left this step out after a spike of the loss; name another one"
+      )
 
   def state_before(self, step: int) -> tuple[train_step.State, metrics_lib.Means, int]:
     """(state, means of its log window, its step), the nearest one before a step."""
@@ -169,19 +176,22 @@ class _Run:
     """Takes the state to the end of the log window that the step is in."""
     every, found = self._c.log.every, None
     for number in range(begun, self._c.train.steps):
-      batch = self._data.batch(number)
-      compiled, own, parts = self._compile(number)
-      on_devices = batches_lib.to_devices(batch, self.mesh)
-      if number == step:
-        examples = self._examples(parts, own, state, on_devices, step)
-        norms = self._norms(parts, own, state, on_devices)
-      state, metrics = compiled(state, on_devices)
-      values = {k: v.item() for k, v in jax.device_get(metrics).items()}
-      for name in ("nonfinite_step", "tokens_read"):
-        values.pop(name)
-      means.add(values)
-      if number == step:
-        found = values
+      if number in self._left_out:
+        state = spikes.passed(state)
+        means.add_skipped()
+      else:
+        compiled, own, parts = self._compile(number)
+        on_devices = batches_lib.to_devices(self._data.batch(number), self.mesh)
+        if number == step:
+          examples = self._examples(parts, own, state, on_devices, step)
+          norms = self._norms(parts, own, state, on_devices)
+        state, metrics = compiled(state, on_devices)
+        values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        for name in ("nonfinite_step", "tokens_read"):
+          values.pop(name)
+        means.add(values)
+        if number == step:
+          found = values
       if (number + 1) % every == 0 or number + 1 == self._c.train.steps:
         again = means.take()
         if found is not None:

@@ -14,6 +14,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.run import init_from, run_folder
 from jaxgpt.run.compression import record as record_lib
 from jaxgpt.run.provenance import environment
+from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.run.provenance import saved as saved_lib
 from jaxgpt.run.provenance.environment import Difference
 from jaxgpt.text.prepare import shards
@@ -138,7 +139,11 @@ def reproduce(
   c, origin, until = settings(folder, steps, data)
   if epath.Path(out).resolve() == epath.Path(folder).resolve():
     raise UserError(f"--out={out} is the run itself; name a new folder")
-  outcome = loop.train(c, out, origin, weight_sources, evaluator_makers, until=until)
+  # A repetition that goes on after a stop has them from its own record.
+  rewinds = () if run_folder.is_run(out) else rewinds_lib.of(run_folder.read_starts(folder))
+  outcome = loop.train(
+    c, out, origin, weight_sources, evaluator_makers, until=until, rewinds=rewinds
+  )
   if outcome.stopped:
     return outcome.stopped
   return compare(folder, out, until)
@@ -173,6 +178,11 @@ def compare(folder: epath.PathLike, out: epath.PathLike, steps: int) -> Reproduc
     )
   if any(0 < step <= steps for step in run_folder.changed_at(folder)):
     notes.append(f"the run's config changed at step {steps}: steps from there on were not repeated")
+  notes += [
+    f"both leave out the batches of {each.describe()}, as the run did after a spike of the loss"
+    for each in rewinds_lib.of(first)
+    if each.first < steps
+  ]
   if not common:
     notes.append("no step has a checkpoint in both: only the metrics were compared")
   return Reproduction(

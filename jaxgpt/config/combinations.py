@@ -293,6 +293,11 @@ def lengths(c: ml_collections.ConfigDict) -> None:
       f"optim.accumulate={c.optim.accumulate} does not divide data.batch_size={c.data.batch_size}"
     )
   stages(c)
+  if c.train.spike.factor and c.train.spike.window >= c.train.steps:
+    raise UserError(
+      f"train.spike.window={c.train.spike.window}: train.steps={c.train.steps} has no step after "
+      "as many losses, so no spike would be found; choose a shorter window"
+    )
   if c.schedule.warmup_steps > c.train.steps:
     raise UserError(
       f"schedule.warmup_steps={c.schedule.warmup_steps} is more than train.steps={c.train.steps}"

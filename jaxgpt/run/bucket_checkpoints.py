@@ -151,10 +151,18 @@ class Mirror:
   def _delete_old(self) -> None:
     # The mark goes first: from then on the checkpoint does not count, and a kill does no harm.
     for step in old_steps(self.steps(), self._keep, self._keep_every):
-      with buckets.named_errors(f"{self._address}/{step}", "deleted"):
-        self._filesystem.rm_file(f"{self._inside}/{step}{_COMPLETE}")
-        self._filesystem.rm(f"{self._inside}/{step}", recursive=True)
-      self._complete = {other: mark for other, mark in self._complete.items() if other != step}
+      self.delete(step)
+
+  def delete(self, step: int) -> None:
+    """Deletes a checkpoint in the bucket.
+
+    Raises:
+      UserError: The bucket cannot be written.
+    """
+    with buckets.named_errors(f"{self._address}/{step}", "deleted"):
+      self._filesystem.rm_file(f"{self._inside}/{step}{_COMPLETE}")
+      self._filesystem.rm(f"{self._inside}/{step}", recursive=True)
+    self._complete = {other: mark for other, mark in self._complete.items() if other != step}
 
   def is_at_work(self) -> bool:
     """Whether a `push` is going on."""

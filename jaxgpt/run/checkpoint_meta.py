@@ -11,7 +11,6 @@ A process that dies before the commit leaves a folder that does not count.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from etils import epath
 from jaxgpt.parallel import distributed
 from jaxgpt.run import digests
 from jaxgpt.run.provenance import saved as saved_lib
+from jaxgpt.storage import strict_json
 
 Content = Callable[[], dict[str, Any] | None]
 
@@ -64,7 +64,7 @@ class MetaHandler(ocp.JsonCheckpointHandler):
     async def write() -> None:
       found = args.content()
       if found is not None:
-        (directory / "metadata").write_text(json.dumps(found))
+        (directory / "metadata").write_text(strict_json.dumps(found))
 
     # It waits for the folder, which Orbax makes in the background too.
     return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="meta")]

@@ -33,7 +33,7 @@ from jaxgpt.model import fixed_models
 from jaxgpt.parallel import distributed, peer_watch
 from jaxgpt.run import bucket_checkpoints, checkpoint_meta, digests
 from jaxgpt.run.provenance import saved as saved_lib
-from jaxgpt.storage import atomic, buckets, paths, strict_json
+from jaxgpt.storage import atomic, buckets, paths
 
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 _CHUNK = 16 << 20  # bytes of an array that are written at a time if memory is short
@@ -338,6 +338,25 @@ class Checkpoints:
     self._manager.reload()
     return f"{why.reason}: it is in {target} now"
 
+  def delete_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps, the newest first. All processes must call it.
+
+    Raises:
+      UserError: The bucket cannot be written.
+    """
+    later = [s for s in sorted(self._steps(), reverse=True) if s > step]
+    if distributed.is_first():
+      for each in later:
+        if self._mirror:
+          self._mirror.delete(each)
+        here = self._manager.directory / str(each)
+        if here.exists() and not buckets.is_remote(self._manager.directory):
+          here = here.rename(here.with_name(f"{each}.orbax-checkpoint-tmp"))  # all at once
+        if here.exists():
+          here.rmtree()
+    distributed.barrier("checkpoints to delete")
+    self._manager.reload()
+
   def _fetch(self, step: int) -> None:
     """Copies the checkpoint from the bucket, if it is in one."""
     if self._mirror:
@@ -472,29 +491,3 @@ def _summary(e: BaseException) -> str:
 
 def _leaves(item: tree.PyTree) -> list[tuple[tuple[Any, ...], Any]]:
   return jax.tree_util.tree_flatten_with_path(item)[0]
-
-
-def dump(
-  folder: epath.PathLike,
-  state: Mapping[str, Any],
-  batch: Mapping[str, np.ndarray],
-  metrics: Mapping[str, float],
-) -> None:
-  """Writes the state, batch and metrics of a bad step for debugging. All processes must call it.
-
-  Args:
-    folder: The folder to write, made if needed.
-    state: The state of `train_step` after the step.
-    batch: The step's batch.
-    metrics: Its metrics.
-  """
-  folder = epath.Path(folder)
-  if distributed.is_first():
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = dict(batch)
-    with (folder / "batch.npz").open("wb") as f:
-      np.savez(f, **arrays)
-    (folder / "metrics.json").write_text(strict_json.dumps(metrics, indent=2))
-  checkpoints = Checkpoints(folder / "state")
-  checkpoints.save(state)
-  checkpoints.close()

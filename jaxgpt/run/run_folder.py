@@ -20,7 +20,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.run import run_lock, throughput
 from jaxgpt.run.compression import record as record_lib
 from jaxgpt.run.provenance import environment, seal
+from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.storage import atomic, buckets, strict_json
 from jaxgpt.text.tokenizers.base import Tokenizer
 
@@ -72,6 +73,7 @@ def enter(
   step: int = 0,
   changes: Mapping[str, tuple[Any, Any]] | None = None,
   timing: Mapping[str, Any] | None = None,
+  rewinds: Sequence[rewinds_lib.Rewind] = (),
 ) -> list[str]:
   """Makes a run folder, or checks that the existing one belongs to this run, and records the start.
 
@@ -85,6 +87,7 @@ def enter(
     step: Step from which this start goes on.
     changes: {flat key: (old, new value)} of changes to the config that the user asked for.
     timing: Entries of the start's record for the account of wall time, see `timing`.
+    rewinds: New ones, which come after those of earlier starts.
 
   Returns:
     Lines on files of the folder that are not as the run wrote them, but do not stop it. They are
@@ -124,6 +127,8 @@ def enter(
     record = _start(c, mesh, data_digest, code) | {"git": git, "environment": around, "step": step}
     record |= {"config_digest": digest_of(c), **(timing or {})}
     record |= {"changes": dict(changes)} if changes else {}
+    earlier = read_starts(folder) if (folder / _STARTS).exists() else []
+    record |= rewinds_lib.entry([*rewinds_lib.of(earlier), *rewinds])
     _add_start(folder, record, damaged)
     if changes:
       seal.replace(folder, _CONFIG, text)

@@ -15,9 +15,9 @@ late, so it has already dispatched the next step by then, and still finds the st
 Weights that an update from finite gradients made infinite stay: to take them back, the old and the
 new state would have to be in memory together, up to 12 bytes per parameter.
 
-With optim.skip_nonfinite = n, up to n such steps in a row are skipped instead: only `step` counts
-on, so that the next step takes its own batch and its own learning rate. The optimizer's own count,
-that of Adam's bias correction, does not.
+With optim.skip_nonfinite = n, up to n such steps in a row are skipped instead: only `step` and the
+schedule of the learning rate count on, so that the next step takes its own batch and its own
+learning rate. The optimizer's own count, that of Adam's bias correction, does not.
 """
 
 import math
@@ -286,7 +286,7 @@ def make(
     if c.optim.skip_nonfinite:
       in_row = -1 - first_bad  # skipped just before this step, if not negative
       skipped = ~finite & (first_bad < 0) & (in_row < c.optim.skip_nonfinite)
-      new["step"] = jnp.where(skipped, step + 1, new["step"])
+      new = passed_over(new, skipped)
       first_bad = jnp.where(skipped, first_bad - 1, jnp.where(fine, -1, first_bad))
       fine = fine | skipped
     new["nonfinite_step"] = jnp.where(fine | (first_bad >= 0), first_bad, step)
@@ -303,6 +303,22 @@ def make(
     return new | frozen, metrics
 
   return train_step
+
+
+def passed_over(state: State, skipped: jax.Array | bool = True) -> State:
+  """The state after a step that changes nothing: the next one has its own batch and learning rate.
+
+  Schedules of the learning rate count steps in the optimizer's state, so they count on too.
+
+  Args:
+    state: The state before the step.
+    skipped: A scalar. False: the state as it is.
+  """
+  is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)
+  on = lambda count: count + jnp.asarray(skipped, count.dtype)
+  counted = lambda node: node._replace(count=on(node.count)) if is_schedule(node) else node
+  opt = jax.tree.map(counted, state["opt"], is_leaf=is_schedule)
+  return {**state, "step": on(state["step"]), "opt": opt}
 
 
 def ema_share(c_optim: ml_collections.ConfigDict, step: jax.Array) -> jax.Array | float:

@@ -42,6 +42,11 @@ ELSEWHERE = {
   "objective.teacher_config": "the teacher, which training fills in from its folder",
   "objective.stored": "arrays of the batches, in tests/training/objectives/fixed_models_test.py",
   "objective.top_k": "arrays of the batches, in tests/training/objectives/distillation_test.py",
+  "train.spike.factor": "at which losses the run goes back, in tests/training/spikes_test.py",
+  "train.spike.window": "at which losses the run goes back, in tests/training/spikes_test.py",
+  "train.spike.patience": "at which losses the run goes back, in tests/training/spikes_test.py",
+  "train.spike.before": "the batches that are left out, in tests/training/spikes_test.py",
+  "train.spike.rewinds": "how often a run goes back, in tests/training/spikes_test.py",
   "train.steps": "the number of steps, and the schedules that fall towards the last one",
 }
 # Keys that act only for some values of others, in a way that no condition can say.

@@ -79,6 +79,7 @@ PHASES = {
   "metrics are written": "jaxgpt.run.metric_writers:Jsonl._append",
   "metrics are flushed": "jaxgpt.run.metric_writers:Jsonl.flush",
   "save begins": "jaxgpt.run.checkpoints:Checkpoints._save",
+  "digests, in the background": "jaxgpt.run.digests:sums",
   "save commits, in the background": f"{_ORBAX}.atomicity:AtomicRenameTemporaryPath.finalize",
   "save is recorded": "jaxgpt.run.run_folder:note_saved",
   "old checkpoint is deleted": f"{_ORBAX}.deleter:StandardCheckpointDeleter.delete",

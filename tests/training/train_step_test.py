@@ -166,6 +166,25 @@ def test_some_steps_in_a_row_that_are_not_finite_are_skipped(tiny):
   assert same == [True, True, False, True, True, True, True]
 
 
+def test_a_skipped_step_counts_in_the_schedule(tiny):
+  """The step after a skipped one has the learning rate that the metrics say."""
+  keys = dict(mesh__data=1, optim__name="lion", optim__weight_decay=0.0)
+  mesh, compiled, state, data = start(
+    tiny(schedule__warmup_steps=4, optim__skip_nonfinite=2, **keys)
+  )
+  nan = {"loss_weights": np.full((8, 32), np.nan, np.float32)}
+  moved = {}
+  for n in range(4):
+    before = np.asarray(state["params"]["embed"])
+    batch = data.batch(0) | (nan if n in (1, 2) else {})
+    state, metrics = compiled(state, batches_lib.to_devices(batch, mesh))
+    # Lion moves each weight by the rate itself.
+    moved[n] = np.abs(np.asarray(state["params"]["embed"]) - before).max() / float(metrics["lr"])
+  assert moved[1] == moved[2] == 0
+  assert moved[0] == pytest.approx(1, rel=1e-3)
+  assert moved[3] == pytest.approx(1, rel=1e-3), "without the count it is a half"
+
+
 def test_after_an_update_that_is_not_finite_nothing_is_changed(tiny):
   """Loss and gradient are fine, the new weights overflow: they stay, and so does what follows."""
   c = tiny(mesh__data=1, optim__lr=1e38, optim__weight_decay=1e6, schedule__warmup_steps=0)

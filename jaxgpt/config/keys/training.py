@@ -1,7 +1,7 @@
 """Config keys of training: data, objective, optimizer, schedule, evaluation, checkpoints."""
 
 from jaxgpt.config import checks
-from jaxgpt.config.keys import conditions
+from jaxgpt.config.keys import conditions, spike
 from jaxgpt.config.keys.conditions import (
   STARTS_FROM_WEIGHTS,
   WHOLE_WEIGHTS,
@@ -333,7 +333,8 @@ TRAIN = Section(
       "Optimizer steps.",
       interval=AT_LEAST_1,
       if_changed="the run ends at the new step, and schedules have the new length",
-    )
+    ),
+    spike=spike.SPIKE,
   ),
 )
 

@@ -6,6 +6,7 @@ restored), steps. What may differ between hosts, such as the newest checkpoint, 
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -26,6 +27,7 @@ from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import teacher as teacher_lib
 from jaxgpt.run.process import output, stop_signal
+from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.storage import atomic, strict_json
 from jaxgpt.text.tokenizers.tokenizer import Tokenizer
 from jaxgpt.training import batches as batches_lib
@@ -33,6 +35,7 @@ from jaxgpt.training import build as build_lib
 from jaxgpt.training import evaluators as evaluators_lib
 from jaxgpt.training import kept_zeros, stored, train_step
 from jaxgpt.training import metrics as metrics_lib
+from jaxgpt.training.loop import spikes as spikes_lib
 from jaxgpt.training.loop import steps, trouble
 
 
@@ -45,6 +48,7 @@ def train(
   accept_changes: bool = False,
   until: int | None = None,
   launched: float | None = None,
+  rewinds: Sequence[rewinds_lib.Rewind] = (),
 ) -> steps.Outcome:
   """Trains from the first step, or from the newest checkpoint, until the last step or a signal.
 
@@ -58,55 +62,87 @@ def train(
       the declarations of the keys allow (`Key.if_changed`).
     until: Step after which to save and end, as a signal would do. None: the run's last step.
     launched: When the process was launched for this run, in seconds since the epoch. None: now.
+    rewinds: For a new run, the steps that it leaves out: those of a run that it repeats.
 
   Raises:
     UserError: Bad input, a loss that is not finite, too little memory, or trouble that may pass.
       The exit code tells the last from the others.
   """
-  folder, timer = epath.Path(folder), throughput.Timer(began=launched)
+  folder, new = epath.Path(folder), list(rewinds)
   with (
     output.lasting(),
     stop_signal.StopSignal(hangup=True) as stop,
     run_lock.RunLock(folder) as lock,
   ):
-    if distributed.is_first():
-      lock.take(make=False)  # a run that is being trained is refused at once
-    # Mistakes in the config are reported before data is read, and those that the mesh reveals
-    # before the run folder is made.
-    resumed = run_folder_lib.is_run(folder)
-    build_lib.check(c)
-    steps.tell(build_lib.check_settings(c, origin, resumed=resumed))
-    tokenizer, c = batches_lib.load_tokenizer_and_config(c)
-    c, notes = label_names.settle(c, folder, weight_sources)
-    c, more = teacher_lib.settle(c, weight_sources, tokenizer=tokenizer, folder=folder)
-    notes += more
-    if c.init_from and not resumed:
-      notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
-    mesh = mesh_lib.make(c.mesh)
-    parts = build_lib.build(c, mesh, resumed=resumed)
-    changes = config_changes.find(folder, c) if accept_changes and resumed else {}
-    if changes:
-      before = build_lib.build(run_folder_lib.read_config(folder), mesh, resumed=True)
-      config_changes.check_state(changes, before.state, parts.state)
-    for _, own in stages.configs(c)[:-1]:
-      build_lib.build(own, mesh, resumed=True)  # the mesh may not divide another batch size
-    data = batches_lib.training_data(c)
-    held_out = batches_lib.validation(c)
-    for check in data.host_checks():
-      distributed.check_same(*check)
-    notes += build_lib.describe_trained(parts)
-    steps.tell([*notes, *data.describe(sharding.host_slice(mesh)[1])])
-    context = evaluators_lib.Context(c, folder, mesh, parts, tokenizer, data.digest)
-    evaluators = [found for make in evaluator_makers if (found := make(context)) is not None]
-    if held_out is None:
-      steps.tell(_not_evaluated(c, evaluators))
-    last = min(c.train.steps, until or c.train.steps)
-    setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators, last)
-    _enter(setup, origin, tokenizer, lock, changes, timer.began)
-    outcome = _train(setup, tokenizer, weight_sources, stop, timer)
-    if distributed.is_first():
-      _note_ended(folder, timer)
-    return outcome
+    while True:
+      asked = Asked(origin, weight_sources, evaluator_makers, accept_changes, until, new)
+      try:
+        return _start(c, folder, asked, stop, lock, throughput.Timer(began=launched))
+      except spikes_lib.RewindError as e:
+        new, launched, accept_changes = [e.rewind], None, False
+
+
+class Asked(NamedTuple):
+  """What the caller of `train` asks for besides the config. Attributes as there."""
+
+  origin: Mapping[str, str]
+  weight_sources: Sequence[init_from.WeightSource]
+  evaluator_makers: Sequence[evaluators_lib.EvaluatorMaker]
+  accept_changes: bool
+  until: int | None
+  rewinds: Sequence[rewinds_lib.Rewind]
+
+
+def _start(
+  c: ml_collections.ConfigDict,
+  folder: epath.Path,
+  asked: Asked,
+  stop: stop_signal.StopSignal,
+  lock: run_lock.RunLock,
+  timer: throughput.Timer,
+) -> steps.Outcome:
+  """One start of a run. A spike of the loss ends it with a `RewindError`."""
+  origin, weight_sources = asked.origin, asked.weight_sources
+  if distributed.is_first():
+    lock.take(make=False)  # a run that is being trained is refused at once
+  # Mistakes in the config are reported before data is read, and those that the mesh reveals
+  # before the run folder is made.
+  resumed = run_folder_lib.is_run(folder)
+  build_lib.check(c)
+  steps.tell(build_lib.check_settings(c, origin, resumed=resumed))
+  tokenizer, c = batches_lib.load_tokenizer_and_config(c)
+  c, notes = label_names.settle(c, folder, weight_sources)
+  c, more = teacher_lib.settle(c, weight_sources, tokenizer=tokenizer, folder=folder)
+  notes += more
+  if c.init_from and not resumed:
+    notes += init_from.check_tokenizer(c, tokenizer, weight_sources)
+  mesh = mesh_lib.make(c.mesh)
+  parts = build_lib.build(c, mesh, resumed=resumed)
+  changes = config_changes.find(folder, c) if asked.accept_changes and resumed else {}
+  if changes:
+    before = build_lib.build(run_folder_lib.read_config(folder), mesh, resumed=True)
+    config_changes.check_state(changes, before.state, parts.state)
+  for _, own in stages.configs(c)[:-1]:
+    build_lib.build(own, mesh, resumed=True)  # the mesh may not divide another batch size
+  data = batches_lib.training_data(c)
+  held_out = batches_lib.validation(c)
+  for check in data.host_checks():
+    distributed.check_same(*check)
+  notes += build_lib.describe_trained(parts)
+  steps.tell([*notes, *data.describe(sharding.host_slice(mesh)[1])])
+  context = evaluators_lib.Context(c, folder, mesh, parts, tokenizer, data.digest)
+  evaluators = [found for make in asked.evaluator_makers if (found := make(context)) is not None]
+  if held_out is None:
+    steps.tell(_not_evaluated(c, evaluators))
+  last = min(c.train.steps, asked.until or c.train.steps)
+  setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators, last)
+  _enter(setup, asked, tokenizer, lock, changes, timer.began)
+  rewinds = rewinds_lib.of(run_folder_lib.read_starts(folder))
+  setup = setup._replace(rewinds=rewinds)
+  outcome = _train(setup, tokenizer, weight_sources, stop, timer)
+  if distributed.is_first():
+    _note_ended(folder, timer)
+  return outcome
 
 
 def _train(
@@ -123,7 +159,7 @@ def _train(
   )
   with trouble.explaining(parts.state), jax.set_mesh(mesh), _closing(checkpoints):
     with timer.paused(throughput.RESTORE):
-      state, means = _first_state(setup, checkpoints, tokenizer, weight_sources)
+      state, progress = _first_state(setup, checkpoints, tokenizer, weight_sources)
       jax.block_until_ready(state)  # too little memory shows here
     if c.objective.stored:
       first = state if checkpoints.latest() is None else None
@@ -136,9 +172,41 @@ def _train(
         step = int(state["step"])
         kept = stack.enter_context(best_lib.keeper(folder, step))
         best = steps.BestCheckpoint(best_lib.of_run(folder, c.checkpoint.best, step), kept)
-      run = steps.Run(setup, state, means, checkpoints, stop, best, timer)
+      run = steps.Run(setup, state, progress, checkpoints, stop, best, timer)
       stack.enter_context(contextlib.closing(run))
-      return run.run()
+      try:
+        return run.run()
+      except spikes_lib.RewindError as e:
+        _go_back(setup, checkpoints, e.rewind)
+        raise
+
+
+def _go_back(
+  setup: steps.Setup, checkpoints: checkpoints_lib.Checkpoints, rewind: rewinds_lib.Rewind
+) -> None:
+  """Deletes the checkpoints from the spike on, so that the next start begins before it.
+
+  A kill before that start has recorded the rewind does no harm: the run then finds the same spike
+  again, since the losses that it saw are in the checkpoint.
+
+  Raises:
+    UserError: There is no checkpoint before the spike from which the run may go on.
+  """
+  c, folder = setup.c, setup.folder
+  with contextlib.suppress(checkpoints_lib.SaveError):
+    checkpoints.wait()
+  there = distributed.share(checkpoints_lib.complete_steps(checkpoints.folder))
+  least = max(distributed.share(run_folder_lib.changed_at(folder)), default=0)
+  good = [step for step in there if least <= step <= rewind.first]
+  if (there or least) and not good:
+    after = f" after the change of the config at step {least}" if least else ""
+    raise spikes_lib.SpikeError(
+      f"a spike of the loss at {rewind.describe()}, and no checkpoint before it{after} is left to "
+      f"go back to; lower checkpoint.every={c.checkpoint.every} or raise "
+      f"checkpoint.keep={c.checkpoint.keep}, and repeat the run in another --workdir"
+    )
+  steps.tell([spikes_lib.describe(rewind, len(setup.rewinds) + 1, c.train.spike.rewinds)])
+  checkpoints.delete_after(rewind.first)
 
 
 def _note_ended(folder: epath.Path, timer: throughput.Timer) -> None:
@@ -178,7 +246,7 @@ def _not_evaluated(
 
 def _enter(
   setup: steps.Setup,
-  origin: Mapping[str, str],
+  asked: Asked,
   tokenizer: Tokenizer,
   lock: run_lock.RunLock,
   changes: config_changes.Changes,
@@ -195,7 +263,16 @@ def _enter(
     timing = run_folder_lib.timing(launched, run_lock.last_beat(folder), resume.reached - step)
     config_changes.check_length(c, step)
     damaged = run_folder_lib.enter(
-      folder, c, origin, setup.mesh, setup.data.digest, tokenizer, step, changes, timing
+      folder,
+      c,
+      asked.origin,
+      setup.mesh,
+      setup.data.digest,
+      tokenizer,
+      step,
+      changes,
+      timing,
+      asked.rewinds,
     )
     lock.beat()
     steps.tell(config_changes.describe(changes, step))
@@ -232,11 +309,11 @@ def _first_state(
   checkpoints: checkpoints_lib.Checkpoints,
   tokenizer: Tokenizer,
   weight_sources: Sequence[init_from.WeightSource],
-) -> tuple[train_step.State, metrics_lib.Means]:
-  """The state of the newest checkpoint, or the one before step 0, and the means of the log window.
+) -> tuple[train_step.State, steps.Progress]:
+  """The state of the newest checkpoint, or the one before step 0, and what the loop has seen.
 
-  A checkpoint holds the means because a run may stop inside a log window: the resumed run then logs
-  the same numbers as one that never stopped. Frozen parameters are saved once, apart.
+  A checkpoint holds the means of the log window because a run may stop inside one: the resumed run
+  then logs the same numbers as one that never stopped. Frozen parameters are saved once, apart.
   """
   c, parts, folder = setup.c, setup.parts, setup.folder
   if distributed.share(checkpoints.latest()) is not None:
@@ -246,14 +323,18 @@ def _first_state(
       run_folder_lib.note_start(folder, int(state["step"]))
     if setup.data.state_key is not None:
       setup.data.set_state(extra[setup.data.state_key], **batches_lib.host_share(setup.mesh))
-    means = metrics_lib.Means(**extra["means"])
-    return state | checkpoints_lib.load_frozen(folder, parts.state), means
+    spikes = spikes_lib.Spikes(c.train.spike, setup.rewinds, extra.get("spikes"))
+    steps.tell(spikes.describe(int(state["step"])))
+    progress = steps.Progress(metrics_lib.Means(**extra["means"]), spikes)
+    return state | checkpoints_lib.load_frozen(folder, parts.state), progress
   given = _initial_weights(setup, tokenizer, weight_sources) if c.init_from else None
   wanted = fixed_models.split(parts.state.get("frozen"))[1].get(fixed_models.TEACHER)
   teacher = None if wanted is None else teacher_lib.load(c, wanted, weight_sources)
   state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state, given, teacher)
   checkpoints_lib.save_frozen(folder, state)
-  return state, metrics_lib.Means()
+  spikes = spikes_lib.Spikes(c.train.spike, setup.rewinds, None)
+  steps.tell(spikes.describe(0))
+  return state, steps.Progress(metrics_lib.Means(), spikes)
 
 
 def _initial_weights(

@@ -28,12 +28,14 @@ from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import throughput
 from jaxgpt.run.process import output, profile, stop_signal, watchdog
+from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import compiled_step, evaluation, train_step
 from jaxgpt.training import evaluators as evaluators_lib
 from jaxgpt.training import metrics as metrics_lib
 from jaxgpt.training.loop import saving, trouble
+from jaxgpt.training.loop import spikes as spikes_lib
 
 
 class Outcome(NamedTuple):
@@ -66,12 +68,20 @@ class Setup(NamedTuple):
   held_out: pipeline.Batches | None
   evaluators: Sequence[evaluators_lib.Evaluator]
   until: int  # the step after which this call ends, at most the run's last one
+  rewinds: Sequence[rewinds_lib.Rewind] = ()
 
 
 def tell(lines: Sequence[str]) -> None:
   """Prints lines in the first process."""
   if distributed.is_first():
     output.tell(lines)
+
+
+class Progress(NamedTuple):
+  """What the loop has seen of the losses, besides the state: a checkpoint holds it too."""
+
+  means: metrics_lib.Means
+  spikes: spikes_lib.Spikes
 
 
 class BestCheckpoint(NamedTuple):
@@ -88,7 +98,7 @@ class Run:
     self,
     setup: Setup,
     state: train_step.State,
-    means: metrics_lib.Means,
+    progress: Progress,
     checkpoints: checkpoints_lib.Checkpoints,
     stop: stop_signal.StopSignal,
     best: BestCheckpoint | None,
@@ -96,13 +106,14 @@ class Run:
   ):
     self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, *_ = setup
     self._evaluators, self._best, self._until = setup.evaluators, best, setup.until
-    self._state, self._means, self._stop = state, means, stop
+    self._state, self._stop = state, stop
+    self._means, self._spikes = progress
     self._config_digest = run_folder_lib.digest_of(setup.c)
     self._agreement = distributed.Agreement(setup.mesh)
     self._stopped: signal.Signals | None = None
     self._told_ema = False
     self._step = self._start = int(state["step"])
-    self._in_flight: tuple[int, train_step.Metrics] | None = None
+    self._in_flight: tuple[int, train_step.Metrics | None] | None = None  # None: left out
     self._batch_taken = False  # and its step is not done
     c, parts = setup.c, setup.parts
     peak = chips.peak_flops(setup.mesh.devices.flat[0].device_kind)
@@ -154,7 +165,10 @@ class Run:
   def _rescue(self, error: BaseException) -> None:
     """Saves the state after the last completed step, if an error left it as it was, and says so."""
     wants_out = isinstance(error, KeyboardInterrupt) and self._stop.received  # the second Ctrl-C
-    said = (trouble.NotFiniteError, trouble.UnwrittenError, checkpoints_lib.SaveError)
+    said = (
+      *(trouble.NotFiniteError, trouble.UnwrittenError, checkpoints_lib.SaveError),
+      *(spikes_lib.SpikeError, spikes_lib.RewindError),
+    )
     if wants_out or isinstance(error, said) or self._step == self._start:
       return
     newest = self._saver.newest
@@ -231,7 +245,11 @@ class Run:
         with self._timer.waiting():
           batch = next(batches)
         self._batch_taken = True
-        self._state, metrics = compiled(self._state, batches_lib.to_devices(batch, self._mesh))
+        metrics = None
+        if self._spikes.leaves_out(self._step):
+          self._state = spikes_lib.passed(self._state)
+        else:
+          self._state, metrics = compiled(self._state, batches_lib.to_devices(batch, self._mesh))
         self._step += 1
         self._batch_taken = False
         # The device now works on this step, while the host reports the previous one.
@@ -272,9 +290,21 @@ class Run:
       return
     step, on_devices = self._in_flight
     self._in_flight = None
-    metrics = {k: v.item() for k, v in jax.device_get(on_devices).items()}
+    if on_devices is None:
+      self._timer.step_done(0)
+      self._means.add_skipped()
+    else:
+      self._add_metrics(step, {k: v.item() for k, v in jax.device_get(on_devices).items()})
+    if step % self._c.log.every == 0 or step == self._c.train.steps:
+      epochs = {f"epochs/{name}": n for name, n in self._data.epochs(step).items()}
+      found = self._means.take() | self._timer.take() | epochs | self._spikes.metrics(step)
+      self._writers.write(step, "train", found)
+
+  def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds the metrics of a step to the log window, or ends the start for them."""
     nonfinite_step = int(metrics.pop("nonfinite_step"))
     if nonfinite_step >= 0:
+      self._spikes.check_not_finite(nonfinite_step)
       self._stop_at_nonfinite(nonfinite_step, metrics)
     self._timer.step_done(metrics.pop("tokens_read"))
     if nonfinite_step < -1:
@@ -282,10 +312,8 @@ class Run:
       most = self._c.optim.skip_nonfinite
       tell([f"{_not_finite(step - 1, metrics)}: skipped, {-1 - nonfinite_step} of at most {most}"])
     else:
+      self._spikes.check(step - 1, metrics["loss"])
       self._means.add(metrics)
-    if step % self._c.log.every == 0 or step == self._c.train.steps:
-      epochs = {f"epochs/{name}": n for name, n in self._data.epochs(step).items()}
-      self._writers.write(step, "train", self._means.take() | self._timer.take() | epochs)
 
   def _evaluate(self, limit: int) -> evaluation.Result | None:
     """The validation metrics of this step.
@@ -374,7 +402,7 @@ class Run:
   def _content(self) -> tuple[train_step.State, dict[str, object]]:
     """The state, and what else a checkpoint holds."""
     extra = {"means": self._means.state(), "config": self._config_digest}
-    return self._state, extra | self._data_state()
+    return self._state, extra | self._spikes.state() | self._data_state()
 
   def _data_state(self) -> dict[str, object]:
     """The batch source's entry in a checkpoint, empty if the batch is a function of the step."""
@@ -392,7 +420,7 @@ class Run:
       side = "before" if int(self._state["step"]) == step else "after"
     try:
       with jax.transfer_guard("allow"):
-        checkpoints_lib.dump(where, self._state, self._data.batch(step), metrics)
+        trouble.dump(where, self._state, self._data.batch(step), metrics)
       evidence = f"{where} has the state {side} it, its batch and its metrics"
     except (OSError, UserError) as e:
       evidence = f"the state {side} it could not be saved ({e})"

@@ -8,14 +8,18 @@ traceback.
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from jaxgpt.errors import UserError, first_line
-from jaxgpt.parallel import peer_watch, sharding
+from jaxgpt.parallel import distributed, peer_watch, sharding
 from jaxgpt.parallel.chips import GIB
+from jaxgpt.run import checkpoints as checkpoints_lib
+from jaxgpt.storage import strict_json
 from jaxgpt.tree import PyTree
 
 # Troubles of disks and networks that may pass.
@@ -95,3 +99,29 @@ def _transient(error: BaseException) -> OSError | None:
       return seen
     seen = seen.__cause__
   return None
+
+
+def dump(
+  folder: epath.PathLike,
+  state: Mapping[str, Any],
+  batch: Mapping[str, np.ndarray],
+  metrics: Mapping[str, float],
+) -> None:
+  """Writes the state, batch and metrics of a bad step for debugging. All processes must call it.
+
+  Args:
+    folder: The folder to write, made if needed.
+    state: The state of `train_step` after the step.
+    batch: The step's batch.
+    metrics: Its metrics.
+  """
+  folder = epath.Path(folder)
+  if distributed.is_first():
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = dict(batch)
+    with (folder / "batch.npz").open("wb") as f:
+      np.savez(f, **arrays)
+    (folder / "metrics.json").write_text(strict_json.dumps(metrics, indent=2))
+  checkpoints = checkpoints_lib.Checkpoints(folder / "state")
+  checkpoints.save(state)
+  checkpoints.close()
