@@ -14,6 +14,7 @@ from jaxgpt.run import run_folder
 from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.training import loop
 from jaxgpt.training.loop import spikes
+from tests.parallel import distributed_test as several
 
 TIMES = ("tokens_per_second", "step_time", "input_wait")
 # Step 12 destroys the weights of a run that takes it, so the loss of step 13 is high.
@@ -112,6 +113,21 @@ def test_without_a_checkpoint_before_it_the_run_ends(spiking, tmp_path):
   with pytest.raises(spikes.SpikeError, match="no checkpoint before it is left to go back to"):
     train(c, tmp_path / "run")
   assert checkpoints_lib.complete_steps(tmp_path / "run" / "checkpoints") == [13]
+
+
+@pytest.mark.slow
+def test_several_processes_go_back_together(tmp_path, corpus):
+  text = several.CONFIG.replace("c.train.steps = 8", "c.train.steps = 18")
+  text = text.replace("c.schedule.warmup_steps = 2", "c.schedule.warmup_steps = 0")
+  spike = 'c.schedule.name = "broken.py:Broken"; c.train.spike.update(dict(factor=50.0, window=6))'
+  (tmp_path / "c.py").write_text(text.replace("  c.eval.update", f"  {spike}\n  c.eval.update"))
+  (tmp_path / "broken.py").write_text(SCHEDULE.format(at=[12], high="1e3"))
+  (tmp_path / "data").symlink_to(corpus)
+  done = several.train(tmp_path, "run", 2)
+  assert [code for code, _, _ in done] == [0, 0], done
+  assert rewinds(tmp_path / "run") == [(12, 14)]
+  losses = [line.get("loss") for line in several.lines(tmp_path, "run", "train")]
+  assert losses[12:14] == [None, None] and max(losses[:12] + losses[14:]) < 6
 
 
 def limit(losses, factor):
