@@ -32,6 +32,11 @@ MODELS = {
 
 def resolved(model, **mesh):
   """A config of four small layers, on the axes given and no others."""
+  return resolved_of(MODELS[model], **mesh)
+
+
+def resolved_of(fields, **mesh):
+  """As `resolved`, of fields of the config's `model` section."""
   c = config.base()
   c.model.update(
     dict(
@@ -47,7 +52,7 @@ def resolved(model, **mesh):
       bias=False,
       init_std=0.1,
     )
-    | MODELS[model]
+    | fields
   )
   c.data.update(dict(seq_len=LENGTH, batch_size=ROWS))
   c.optim.lr = 1e-2

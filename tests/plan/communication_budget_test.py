@@ -34,6 +34,12 @@ AXES = {
   "fsdp": ("llama2_7b", {"mesh.fsdp": 4}, "embed"),
   "tensor": ("llama2_7b", {"mesh.fsdp": 2, "mesh.tensor": 2, "model.mlp_width": 1536}, "mlp"),
   "expert": ("mixtral_8x7b", EXPERTS | {"mesh.fsdp": 2, "mesh.expert": 2}, "experts"),
+  "exchange": (
+    "mixtral_8x7b",
+    EXPERTS
+    | {"model.moe.capacity": 0.0, "model.moe.width": 1536, "mesh.fsdp": 2, "mesh.expert": 2},
+    "experts",
+  ),
   "seq": ("llama2_7b", {"mesh.fsdp": 2, "mesh.seq": 2, "data.seq_len": 512}, "length"),
 }
 
