@@ -28,7 +28,7 @@ SMALL = {
   "data.seq_len": 256,
   "data.batch_size": 8,
 }
-EXPERTS = {"model.moe.experts": 4, "model.moe.capacity": 1.25, "model.moe.width": 512}
+EXPERTS = {"model.moe.experts": 4, "model.moe.capacity": 1.25}
 # axis -> (preset, overrides, the rule that is taken away)
 AXES = {
   "fsdp": ("llama2_7b", {"mesh.fsdp": 4}, "embed"),
@@ -36,8 +36,7 @@ AXES = {
   "expert": ("mixtral_8x7b", EXPERTS | {"mesh.fsdp": 2, "mesh.expert": 2}, "experts"),
   "exchange": (
     "mixtral_8x7b",
-    EXPERTS
-    | {"model.moe.capacity": 0.0, "model.moe.width": 1536, "mesh.fsdp": 2, "mesh.expert": 2},
+    {"model.moe.experts": 8, "mesh.fsdp": 2, "mesh.expert": 2},
     "experts",
   ),
   "seq": ("llama2_7b", {"mesh.fsdp": 2, "mesh.seq": 2, "data.seq_len": 512}, "length"),

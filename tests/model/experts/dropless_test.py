@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
@@ -17,30 +16,10 @@ from jaxgpt.model.experts import dropless, exchange, moe
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from tests import quick
+from tests.model.experts.layer_config import section
 
 B, T, D, E = 8, 4, 8, 8
 LIMIT = 1e-5  # of the largest value of an array
-
-
-def section(moe=None, **fields):
-  c = config.base()
-  c.model.update(
-    dict(
-      vocab_size=5,
-      max_len=T,
-      width=D,
-      num_heads=2,
-      activation="silu",
-      gated=True,
-      bias=False,
-      mlp_pattern=("moe",),
-      init_std=0.5,
-      moe=dict(experts=E, width=12) | (moe or {}),
-    )
-    | fields
-  )
-  c.data.seq_len = T
-  return ml_collections.FrozenConfigDict(config.resolve(c).model)
 
 
 def mesh_of(**axes):

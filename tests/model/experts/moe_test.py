@@ -6,32 +6,17 @@ import ml_collections
 import numpy as np
 import pytest
 
-from jaxgpt import config
 from jaxgpt.model import ops
 from jaxgpt.model.experts import moe, router
 from jaxgpt.parallel import sharding
+from tests.model.experts import layer_config
 
 B, T, D = 2, 6, 8
 
 
 def section(**fields):
-  c = config.base()
-  c.model.update(
-    dict(
-      vocab_size=5,
-      max_len=T,
-      width=D,
-      num_heads=2,
-      activation="silu",
-      gated=True,
-      bias=False,
-      mlp_pattern=("moe",),
-      init_std=0.5,
-      moe=dict(experts=4, width=12) | fields,
-    )
-  )
-  c.data.seq_len = T
-  return ml_collections.FrozenConfigDict(config.resolve(c).model)
+  """The `model` section of a layer with four experts and these fields of `model.moe`."""
+  return layer_config.section(dict(experts=4) | fields)
 
 
 def run(cfg, real=None, seed=0):
