@@ -72,6 +72,8 @@ class Cost:
       For others 0.
     collectives: {(opcode, dtype, phase): [calls, bytes]}. The phase is 'exposed', 'overlapped', or
       'between' for those that go to other slices over the data center network.
+    unestimated: {kind: [runs, bytes, FLOPs]} of instructions without an estimate of the compiler,
+      see `hlo.Instruction.unestimated`. The bytes are those of their results, read and written.
     unhidden_bytes: Bytes of overlapped collectives beyond those that the compute of the same
       computation can hide.
   """
@@ -80,6 +82,7 @@ class Cost:
   flops: float = 0.0
   calls: dict[Call, list[float]] = dataclasses.field(default_factory=dict)
   collectives: dict[tuple[str, str, str], list[float]] = dataclasses.field(default_factory=dict)
+  unestimated: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   unhidden_bytes: float = 0.0
 
   def add(self, other: "Cost", times: int = 1) -> None:
@@ -97,6 +100,19 @@ class Cost:
         entry = mine.setdefault(key, [0, 0.0])
         entry[0] += calls * times
         entry[1] += size * times
+    for kind, sums in other.unestimated.items():
+      self._add_unestimated(kind, [value * times for value in sums])
+
+  def _add_unestimated(self, kind: str, sums: Sequence[float]) -> None:
+    before = self.unestimated.get(kind, (0.0,) * len(sums))
+    self.unestimated[kind] = [a + b for a, b in zip(before, sums, strict=True)]
+
+  def unestimated_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+    """Seconds of the instructions without an estimate: a roofline of their bytes and FLOPs."""
+    return sum(
+      max(size / bytes_per_second, flops / flops_per_second)
+      for _, size, flops in self.unestimated.values()
+    )
 
   @property
   def kernels(self) -> dict[str, list[float]]:
@@ -199,6 +215,8 @@ class _Walk:
         entry[0] += 1
         entry[1] += work
       cost.cycles["matmul" if flops else "other"] += made.cycles
+      if made.unestimated and not kernels and not parts:
+        cost._add_unestimated(made.unestimated, [1, 2 * _result_bytes(made), flops])
       for channel, part in parts:
         channels.setdefault(channel, []).append(part)
     for pieces in channels.values():
@@ -282,6 +300,13 @@ class _Walk:
         ]
       self._sums[name] = flops, kernels, parts
     return self._sums[name]
+
+
+def _result_bytes(made: hlo.Instruction) -> float:
+  """Bytes of a result. Where a call starts, its type has the operands and a counter as well."""
+  if not made.opcode.endswith("-start"):
+    return made.bytes
+  return next((a.bytes for a in reversed(made.arrays) if a.dims), 0.0)
 
 
 def _total(sums: Iterable[_Sums]) -> _Sums:

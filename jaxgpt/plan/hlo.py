@@ -42,6 +42,7 @@ _ARRAY = re.compile(r"\b(" + "|".join(DTYPE_BYTES) + r")\[([\d,]*)\]")
 _HEAD = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 _LINE = re.compile(r"  (ROOT )?%?([^\s=]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
+_NO_ESTIMATE = 2**63 - 1  # the cycles that libtpu writes where its cost model has no figure
 _UNKNOWN_TRIPS = 1  # for a loop whose trip count is not found
 
 
@@ -110,7 +111,20 @@ class Instruction(NamedTuple):
   def cycles(self) -> int:
     """The TPU compiler's estimate of cycles, or 0 without an estimate."""
     found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-    return int(found[1]) if found else 0
+    return int(found[1]) if found and int(found[1]) != _NO_ESTIMATE else 0
+
+  @property
+  def unestimated(self) -> str:
+    """Its kind if it takes time that the TPU compiler does not estimate, or ''.
+
+    These are work that is offloaded to the SparseCore, sorts, and instructions whose estimate is
+    the largest integer. Custom kernels and collectives are counted elsewhere.
+    """
+    if self.opcode in ("call-start", "async-start") and '"sparsecore"' in self.attributes:
+      return f"{self.op_name.split('/')[-1] or self.opcode} on the SparseCore"
+    if self.opcode == "sort" or f'"estimated_cycles":"{_NO_ESTIMATE}"' in self.attributes:
+      return self.op_name.split("/")[-1] or self.opcode
+    return ""
 
 
 class Program(NamedTuple):

@@ -40,7 +40,7 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
   seconds = took["seconds"]
   # `unhidden` is a difference of two estimates, so the figure of merit leaves it out.
-  merit = sum(seconds[kind] for kind in ("matmul", "other", "exposed", "between"))
+  merit = sum(seconds[kind] for kind in ("matmul", "other", "unestimated", "exposed", "between"))
   step = sum(seconds.values())
   tokens_per_device = tokens / topology.num_devices
   chip_hours = c.train.steps * step * topology.num_chips / 3600
@@ -117,6 +117,7 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
   seconds = {
     "matmul": cost.cycles["matmul"] / chip.clock,
     "other": cost.cycles["other"] / chip.clock,
+    "unestimated": cost.unestimated_seconds(chip.hbm_bandwidth, chip.clocked_flops),
     "kernels": sum(one.seconds for one in kernels),
     "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
     "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
@@ -126,6 +127,7 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
     "estimate": "schedule",
     "seconds": seconds,
     "cycles": dict(cost.cycles),
+    "unestimated": {kind: runs for kind, (runs, _, _) in sorted(cost.unestimated.items())},
     "matmul_flops": cost.flops,
     "kernel_flops": sum(one.flops for one in kernels),
     "kernels": {name: calls for name, (calls, _) in sorted(cost.kernels.items())},
@@ -146,7 +148,7 @@ def _by_roofline(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figure
   roof = roofline.of_program(program, chip, hosts)
   return {
     "estimate": "roofline",
-    "seconds": roof.seconds | {"between": 0.0},
+    "seconds": roof.seconds | {"between": 0.0, "unestimated": 0.0},
     "between_bytes": 0.0,
     "memory_traffic": roof.traffic,
     "matmul_flops": roof.flops,
@@ -281,6 +283,12 @@ def _time_lines(f: Figures) -> Iterator[str]:
       else f"{f['memory_traffic']:.3g} bytes read and written"
     )
   )
+  if s["unestimated"]:
+    kinds = ", ".join(f"{runs:g} x {kind}" for kind, runs in f["unestimated"].items())
+    yield (
+      f"  {'no estimate':<14} {s['unestimated']:>8.4f}     {kinds}: libtpu estimates no cycles, "
+      "assumed at the peak rates of memory and MXU, and may be wrong"
+    )
   kernels = ", ".join(f"{calls:g} x {name}" for name, calls in f["kernels"].items()) or "none"
   rate = _kernel_source(f["kernel_calls"]) if by_schedule else ""
   yield f"  {'kernels':<14} {s['kernels']:>8.4f}     {kernels}{rate}"

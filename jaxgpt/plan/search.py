@@ -356,6 +356,7 @@ def verdict(result: Result) -> str:
 _LOST_BY = {
   "matmul": "slower or recomputed matmuls",
   "other": "more work outside matmuls",
+  "unestimated": "more work without an estimate",
   "kernels": "attention kernels run more often",
   "exposed": "more exposed collectives",
   "unhidden": "gathers longer than the compute that overlaps them",

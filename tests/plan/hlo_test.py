@@ -58,6 +58,29 @@ def test_a_loop_runs_as_often_as_its_counter_says():
   assert cost.of_program(hlo.parse(counting_down)).cycles["other"] == 20  # 14, 11
 
 
+def test_work_without_an_estimate_is_named_and_not_added_as_cycles():
+  absurd = LOOP.replace(CYCLES % 10, CYCLES % (2**63 - 1)).replace(
+    "calls=%fused, ", 'calls=%fused, metadata={op_name="jit(step)/ragged_dot"}, '
+  )
+  found = cost.of_program(hlo.parse(absurd))
+  assert found.cycles["other"] == 0
+  assert found.unestimated == {"ragged_dot": [4, 4 * 2 * 16, 0]}
+  assert found.unestimated_seconds(64.0, 1.0) == 2.0
+  offloaded = LOOP.replace(
+    "  %y = f32[4] fusion",
+    """  %started = ((f32[9], s32[4]), f32[4], u32[]{:S(8)}) call-start(%x, %i.1), \
+async_execution_thread="sparsecore", to_apply=%fused, metadata={op_name="jit(step)/gather"}
+  %sorted = f32[4] sort(%x), dimensions={0}
+  %y = f32[4] fusion""",
+  )
+  found = cost.of_program(hlo.parse(offloaded))
+  assert found.cycles["other"] == 40
+  assert found.unestimated == {
+    "gather on the SparseCore": [4, 4 * 2 * 16, 0],
+    "sort": [4, 4 * 2 * 16, 0],
+  }
+
+
 def test_names_of_arguments_are_read():
   assert hlo.parse(LOOP).find("main", "a").op_name == "state['params']['embed']"
 
