@@ -7,13 +7,18 @@ Within each row, C slots per expert are filled in the order of the tokens. For X
     place in the queue    0   0   1   2   1     t3 finds expert 1 full: it is dropped
     slots      expert 0: [t1 t4]   expert 1: [t0 t2]
 
-dispatch: scatter tokens to [B, E, C, D], sharded over experts (an all-to-all)
-combine:  gather results by slot, weight by the router, sum over X
+dispatch: gather tokens by slot to [B, E, C, D], sharded over experts (an all-to-all)
+combine:  gather results by token and choice, weight by the router, sum over X
+
+TPUs with a SparseCore gather rows there, without cycles of the TensorCore, but do not scatter them
+(docs/log.md). So the gradients of both steps are gathers too: only the numbers of the tokens in the
+slots are scattered.
 
 B batch, T position, D model, F feed-forward of an expert, E experts, X experts of a token, C slots
-of an expert in a row (capacity).
+of an expert in a row (capacity), S = E C slots of a row.
 """
 
+import functools
 import math
 
 import jax
@@ -66,18 +71,91 @@ def apply(
   place = whole(as_here(place))
   wanted = real_BT[..., None] & jnp.ones((X,), bool)
   fits = wanted & (place < C)
-  slot = jnp.where(fits, experts * C + place, E * C)  # slot E * C is discarded
-
-  def scatter(x_TD, slot_TX):
-    copies = jnp.broadcast_to(x_TD[:, None], (T, X, D)).reshape(-1, D)
-    return jnp.zeros((E * C + 1, D), x_TD.dtype).at[slot_TX.reshape(-1)].set(copies)[:-1]
-
-  sent = jax.vmap(scatter)(x_BTD, slot).reshape(B, E, C, D)
+  slot_BTX = jnp.where(fits, experts * C + place, E * C)  # slot E * C does not exist
+  pair_BS = jax.vmap(_pairs, (0, None))(slot_BTX, E * C)
+  sent = _dispatched(x_BTD, slot_BTX, pair_BS).reshape(B, E, C, D)
   sent = constrain(sent, "expert_batch", "experts", None, "act_embed")
   h = activated(lambda name: jnp.einsum("BECD,EDF->BECF", sent, w[name]))
   h = constrain(h, "expert_batch", "experts", None, "act_mlp")
   out = jnp.einsum("BECF,EFD->BECD", h, w["down"])
   out = constrain(out, "batch", None, None, "act_embed").reshape(B, E * C, D)
-  picked = jax.vmap(lambda out, at: out.at[at].get(mode="fill", fill_value=0))(out, slot)
-  y = jnp.einsum("BTXD,BTX->BTD", picked, weights.astype(picked.dtype))
+  y = _combined(out, weights.astype(out.dtype), slot_BTX, pair_BS)
   return y, (wanted & ~fits).sum().astype(jnp.float32)
+
+
+def _pairs(slot_TX: jax.Array, num_slots: int) -> jax.Array:
+  """[S]: the pair t * X + x in each slot of a row, or T X in an empty slot."""
+  size = slot_TX.size
+  return (
+    jnp.full((num_slots,), size, jnp.int32)
+    .at[slot_TX.reshape(-1)]
+    .set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+  )
+
+
+def _rows(x: jax.Array, at_BM: jax.Array) -> jax.Array:
+  """x[b, at[b, m]] for each b and m. An index beyond the end gives the last row."""
+  return jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(x, at_BM)
+
+
+@jax.custom_vjp
+def _dispatched(x_BTD: jax.Array, slot_BTX: jax.Array, pair_BS: jax.Array) -> jax.Array:
+  """[B, S, D]: the token in each slot. An empty slot has the last token, which nobody reads."""
+  return _rows(x_BTD, pair_BS // slot_BTX.shape[-1])
+
+
+def _dispatched_forward(x_BTD, slot_BTX, pair_BS):
+  return _dispatched(x_BTD, slot_BTX, pair_BS), (slot_BTX, pair_BS)
+
+
+def _dispatched_backward(saved, g_BSD):
+  slot_BTX, pair_BS = saved
+  ones = (slot_BTX < pair_BS.shape[1]).astype(g_BSD.dtype)
+  return _weighted(g_BSD, ones, slot_BTX), None, None
+
+
+_dispatched.defvjp(_dispatched_forward, _dispatched_backward)
+
+
+def _weighted(out_BSD: jax.Array, weights_BTX: jax.Array, slot_BTX: jax.Array) -> jax.Array:
+  """Sums over the slots of each token, in float32. Slots that do not exist must weigh nothing."""
+  # One gather for each choice: a gather of [B, T, X, D] is not left to the SparseCore.
+  choices = [
+    _rows(out_BSD, slot_BTX[..., x]).astype(jnp.float32) * weights_BTX[..., x, None]
+    for x in range(slot_BTX.shape[-1])
+  ]
+  return functools.reduce(jnp.add, choices).astype(out_BSD.dtype)
+
+
+@jax.custom_vjp
+def _combined(
+  out_BSD: jax.Array, weights_BTX: jax.Array, slot_BTX: jax.Array, pair_BS: jax.Array
+) -> jax.Array:
+  """[B, T, D]: the weighted sum of a token's slots."""
+  fits = slot_BTX < out_BSD.shape[1]
+  return _weighted(out_BSD, jnp.where(fits, weights_BTX, 0), slot_BTX)
+
+
+def _combined_forward(out_BSD, weights_BTX, slot_BTX, pair_BS):
+  y = _combined(out_BSD, weights_BTX, slot_BTX, pair_BS)
+  return y, (out_BSD, weights_BTX, slot_BTX, pair_BS)
+
+
+def _combined_backward(saved, g_BTD):
+  out_BSD, weights_BTX, slot_BTX, pair_BS = saved
+  B, T, X = slot_BTX.shape
+  g_BSD = _rows(g_BTD, pair_BS // X)  # of the token in each slot
+  full = pair_BS < T * X
+  weight_BS = jnp.where(full, _rows(weights_BTX.reshape(B, -1), pair_BS), 0)
+  slope_BS = jnp.einsum("BSD,BSD->BS", g_BSD, out_BSD, preferred_element_type=jnp.float32)
+  slope_BTX = _rows(slope_BS, slot_BTX.reshape(B, -1)).reshape(B, T, X)
+  slope_BTX = jnp.where(slot_BTX < out_BSD.shape[1], slope_BTX, 0)
+  return (
+    g_BSD * weight_BS[..., None].astype(g_BSD.dtype),
+    slope_BTX.astype(weights_BTX.dtype),
+    None,
+    None,
+  )
+
+
+_combined.defvjp(_combined_forward, _combined_backward)

@@ -1,5 +1,7 @@
 """Experts against their definition, capacity, and the router losses."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -9,6 +11,7 @@ import pytest
 from jaxgpt.model import ops
 from jaxgpt.model.experts import moe, router
 from jaxgpt.parallel import sharding
+from tests import quick
 from tests.model.experts import layer_config
 
 B, T, D = 2, 6, 8
@@ -110,6 +113,35 @@ def test_padding_takes_no_slot_and_is_not_counted():
   _, _, y, stats = run(cfg, real)
   assert stats["tokens"] == 4 + T == stats["chosen"].sum()
   np.testing.assert_array_equal(y[0, 4:], 0)
+
+
+@pytest.mark.parametrize("capacity, padded", quick.first([(0.6, True), (1.0, False), (4.0, True)]))
+def test_gradients_with_a_capacity_are_those_of_the_definition(capacity, padded):
+  real = jnp.arange(T) < jnp.array([[4], [T]]) if padded else jnp.ones((B, T), bool)
+  cfg = section(capacity=capacity)
+  params, x, _, stats = run(cfg, real)
+  assert (stats["dropped"] > 0) == (capacity < 4)
+  slots = min(math.ceil(capacity * T * 2 / 4), T)
+  _, experts, _ = router.route(x @ params["router"], None, cfg.moe)
+  kept, queue = np.zeros((B, T, 2)), np.zeros((B, 4), int)
+  for b, t, i in np.ndindex(B, T, 2):
+    e = int(experts[b, t, i])
+    kept[b, t, i] = real[b, t] and queue[b, e] < slots
+    queue[b, e] += int(real[b, t])
+
+  def definition(params, x):
+    weights, experts, _ = router.route(x @ params["router"], None, cfg.moe)
+    every = jax.vmap(mlp, (None, 0, 0, 0))(x, params["gate"], params["up"], params["down"])
+    hot = jax.nn.one_hot(experts, 4)
+    return jnp.einsum("BTX,BTX,BTXE,EBTD->BTD", weights, kept, hot, every)
+
+  layer = moe.MoE(cfg, sharding.DEFAULT)
+  g = jax.random.normal(jax.random.key(2), x.shape)
+  of = lambda apply: jax.jit(jax.grad(lambda params, x: (apply(params, x) * g).sum(), (0, 1)))
+  got = of(lambda params, x: layer.apply({"params": params}, x, real)[0])(params, x)
+  want = of(definition)(params, x)
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 def test_gradients_reach_the_router_and_every_expert():
