@@ -86,7 +86,10 @@ def test_each_gradient_on_each_triple_of_axes_is_that_of_one_device(model, one, 
   "broken, rules",
   [
     ("a sum over devices that is missing", {}),
-    ("axes of the experts in the wrong order", dict(experts="expert,tensor", mlp="none")),
+    (
+      "axes of the experts in the wrong order",
+      dict(experts="expert,tensor", mlp="none", act_mlp="none"),
+    ),
   ],
 )
 def test_a_broken_rule_or_a_missing_sum_is_seen(monkeypatch, broken, rules):
