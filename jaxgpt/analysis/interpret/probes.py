@@ -67,7 +67,9 @@ def probe(
   Raises:
     UserError: There are fewer than two classes, or too few examples.
   """
-  x, y = np.asarray(activations_MD, np.float32), np.asarray(labels_M)
+  x = np.asarray(activations_MD, np.float32)
+  # Numbers without gaps: the control task has as many classes as occur.
+  y = np.unique(np.asarray(labels_M), return_inverse=True)[1]
   classes, rng = int(y.max()) + 1, np.random.default_rng(seed)
   cut = round(len(y) * held_out)
   if len(set(y.tolist())) < 2 or not 0 < cut < len(y) - 1:

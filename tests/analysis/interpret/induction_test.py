@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.analysis.interpret import explain, gradients, heads, patching, taps
+from jaxgpt.analysis.interpret import explain, gradients, heads, patching, probes, taps
 from jaxgpt.inference import load
 from jaxgpt.text.prepare import prepare
 from tests.trained import train
@@ -69,6 +69,19 @@ def test_without_the_induction_heads_nothing_is_copied(model, found):
   assert copied(model, tokens, patching.ablate_heads(model.model.cfg, found)) < 0.1
   others = [head for head in every if head not in found]
   assert copied(model, tokens, patching.ablate_heads(model.model.cfg, others)) > 0.9
+
+
+def test_a_probe_reads_the_letter_before_and_not_a_control_task(model):
+  tokens = texts(model, 200, 5)
+  read = taps.read(model.model, model.params, taps.Inputs(jnp.asarray(tokens)), ("resid_pre",))
+  upper = np.isin(tokens, model.tokenizer.encode(string.ascii_uppercase))
+  here, before = tokens[:, 2:].ravel(), tokens[:, 1:-1].ravel()
+  embeddings, first = (
+    probes.probe(np.asarray(x)[:, 2:].reshape(len(here), -1), upper[:, 1:-1].ravel(), types)
+    for x, types in zip(read.at["resid_pre"], [here * 1000 + before] * 2)
+  )
+  assert first.accuracy > 0.95 and first.selectivity > 0.3
+  assert embeddings.accuracy < 0.65
 
 
 @pytest.fixture(scope="module")
