@@ -54,6 +54,14 @@ def profile_steps(key: str, value: Any) -> None:
     )
 
 
+def texts(key: str, value: Any) -> None:
+  """Raises a UserError unless the value is a tuple of one or more texts."""
+  if not value or not all(isinstance(text, str) for text in value):
+    raise UserError(
+      f"{key}={value!r}: must be one or more texts; write --config.{key}=\"('one', 'two')\""
+    )
+
+
 def label_names(key: str, value: Any) -> None:
   """Raises a UserError unless the value is a tuple of different strings."""
   strings = all(isinstance(name, str) and name for name in value)

@@ -12,8 +12,9 @@ from typing import Any
 METRICS = ("tokens_per_second", "step_time", "input_wait", "mfu")
 # The parts of an account. The rest of the time is "steps".
 COMPILE, INPUT, EVALUATION, SAVING = "compile", "input", "evaluation", "saving"
+SAMPLING = "sampling"
 STEPS, STARTUP, RESTORE = "steps", "startup", "restore"
-ACTIVITIES = (STEPS, INPUT, COMPILE, EVALUATION, SAVING, RESTORE, STARTUP)
+ACTIVITIES = (STEPS, INPUT, COMPILE, EVALUATION, SAMPLING, SAVING, RESTORE, STARTUP)
 
 
 class Timer:

@@ -1,4 +1,4 @@
-"""Metrics of tasks in the evaluations of a training run: the config's `task` and `eval.tasks`."""
+"""Metrics of tasks and samples of a training run: `task`, `eval.tasks`, `log.samples`."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
 from jaxgpt.parallel import distributed
 from jaxgpt.run import generation
+from jaxgpt.run.metric_writers import Sample
 from jaxgpt.tasks import harness, scoring, task
-from jaxgpt.tasks.predict import job, protocol, registry, rows
+from jaxgpt.tasks.predict import job, protocol, registry, rows, texts
 from jaxgpt.text.readers import documents
 from jaxgpt.training import evaluators, uses
 from jaxgpt.tree import PyTree
@@ -94,6 +95,39 @@ def make_harness(context: evaluators.Context) -> evaluators.Evaluator | None:
   return harness.in_training(_run(context), tasks, c.eval.tasks_path or None, limit)
 
 
+def make_sampler(context: evaluators.Context) -> evaluators.Sampler | None:
+  """The sampler of `log.samples`, or None without one.
+
+  Raises:
+    UserError: The model writes no text, or a prompt is too long for it.
+  """
+  s = context.c.log.samples
+  if not s.every:
+    return None
+  uses.check(context.c, "generate")
+  settings = protocol.Settings(
+    len(s.prompts),
+    s.max_new,
+    sampling.Sampling(temperature=s.temperature),
+    context.c.seed,
+    keep_weights=False,  # training needs the memory
+  )
+  writer = texts.Texts(_run(context), "text", settings)
+  given = [rows.Row(f"log.samples.prompts[{i}]", {"text": t}) for i, t in enumerate(s.prompts)]
+  for row in given:
+    try:
+      writer.request(row, 0)
+    except UserError as e:
+      raise UserError(f"{row.where}={row.fields['text']!r}: {e}") from e
+
+  def sample(params: PyTree) -> list[Sample]:
+    found = writer(params, given)
+    written = [str(one) if isinstance(one, UserError) else one["text"] for one in found]
+    return [Sample(*pair) for pair in zip(s.prompts, written, strict=True)]
+
+  return evaluators.Sampler(s.every, sample)
+
+
 def _check(found: task.Task, given: list[rows.Row], data: str) -> None:
   """Refuses rows of which none can be scored, before the first step."""
   try:
@@ -102,4 +136,4 @@ def _check(found: task.Task, given: list[rows.Row], data: str) -> None:
     raise UserError(f"task.data={data!r}: {e}") from e
 
 
-EVALUATORS: tuple[evaluators.EvaluatorMaker, ...] = (make, make_harness)
+EVALUATORS: tuple[evaluators.EvaluatorMaker, ...] = (make, make_harness, make_sampler)

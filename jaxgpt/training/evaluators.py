@@ -1,4 +1,5 @@
 """Evaluators: further metrics of a run's evaluations, such as a task's, given to the loop.
+Samplers: texts that the model writes as training goes on.
 
 The loop calls each of them in all processes, with the weights of the step, wherever it evaluates.
 Commands pass their makers to `loop.train`, since the packages that define them come after this one.
@@ -11,6 +12,7 @@ import jax
 import ml_collections
 from etils import epath
 
+from jaxgpt.run.metric_writers import Sample
 from jaxgpt.text.tokenizers.tokenizer import Tokenizer
 from jaxgpt.training import build
 from jaxgpt.tree import PyTree
@@ -36,7 +38,20 @@ class Context(NamedTuple):
   data_digest: str
 
 
+class Sampler(NamedTuple):
+  """Writes texts as training goes on.
+
+  Attributes:
+    every: Steps between them.
+    sample: f(all weights) -> the texts, the same in all processes.
+  """
+
+  every: int
+  sample: Callable[[PyTree], list[Sample]]
+
+
 # f(all weights) -> {metric: value}, the same in all processes.
 Evaluator: TypeAlias = Callable[[PyTree], Mapping[str, float]]
-# Makes an evaluator, or None if the config asks for none. Raises a UserError for a bad setting.
-EvaluatorMaker: TypeAlias = Callable[[Context], Evaluator | None]
+# Makes an evaluator or a sampler, or None if the config asks for none. Raises a UserError for a bad
+# setting.
+EvaluatorMaker: TypeAlias = Callable[[Context], Evaluator | Sampler | None]

@@ -225,6 +225,28 @@ def test_mlflow_gives_back_every_number(tmp_path):
   assert found == {(s, f"{k}/{n}"): v for s, k, metrics in LOGGED for n, v in metrics.items()}
 
 
+SAMPLES = [metric_writers.Sample("one", "<b>two</b>\nthree"), metric_writers.Sample("", "four")]
+
+
+def test_trackers_take_samples(tmp_path, monkeypatch):
+  pytest.importorskip("mlflow", reason="pip install -e '.[mlflow]'")
+  pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.setenv("WANDB_SILENT", "true")
+  uri = f"file:{tmp_path}/mlruns"
+  writers = metric_writers.make(
+    resolved(tensorboard=True, mlflow=uri, wandb="a-project"), tmp_path, 0
+  )
+  writers.write_samples(3, SAMPLES)
+  writers.close()
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"samples/0" in events.read_bytes() and b"    <b>two</b>\n    three" in events.read_bytes()
+  (text,) = (tmp_path / "mlruns").rglob("samples/3.md")
+  assert "    <b>two</b>\n    three" in text.read_text() and "    four" in text.read_text()
+  (table,) = (tmp_path / "wandb").rglob("*.table.json")
+  assert json.loads(table.read_text())["data"] == [list(one) for one in SAMPLES]
+
+
 def leveldb_records(data):
   """The records of a log in LevelDB's format, whose file has a header of 7 bytes."""
   at, parts = 7, b""

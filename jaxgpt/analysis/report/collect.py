@@ -9,6 +9,7 @@ from etils import epath
 
 from jaxgpt.analysis import checkpoint_files, compare_runs, curves, run_table
 from jaxgpt.analysis.report import data_card, goodput
+from jaxgpt.analysis.report import samples as samples_lib
 from jaxgpt.analysis.report import series as series_lib
 from jaxgpt.errors import UserError
 from jaxgpt.run import run_folder
@@ -36,6 +37,7 @@ class Run(NamedTuple):
     account: Its wall time.
     data: Its data.
     checkpoints: Its checkpoints.
+    samples: The texts that it wrote as training went on, and notes, see `samples.of_run`.
     damages: Lines on files that are not as the run wrote them.
     difference: How it differs from the first run. None: it is the first.
   """
@@ -53,6 +55,7 @@ class Run(NamedTuple):
   data: data_card.DataCard
   checkpoints: list[checkpoint_files.Entry]
   damages: list[str]
+  samples: tuple[list[dict[str, Any]], list[str]]
   difference: compare_runs.Comparison | None = None
 
 
@@ -145,6 +148,7 @@ def _run(name: str, folder: epath.Path, records: curves.Curves, most: int) -> Ru
     checkpoints,
     ["its checkpoints are gone"] * bool(row.note)
     + [f"{damage.file} {damage.problem}" for damage in seal.check(folder)],
+    samples_lib.of_run(folder),
   )
 
 

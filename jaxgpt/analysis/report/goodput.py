@@ -26,6 +26,7 @@ _LABELS = {  # activity: (label, what it covers)
   throughput.INPUT: ("waiting for data", "the next batch was not ready"),
   throughput.COMPILE: ("compiling", "the train step, at each start and stage"),
   throughput.EVALUATION: ("evaluation", "validation and tasks, compiling included"),
+  throughput.SAMPLING: ("sampling", "texts that the model writes as training goes on"),
   throughput.SAVING: ("saving", "time for which checkpoints held up training"),
   throughput.RESTORE: ("restoring", "first weights, or those of the last checkpoint"),
   throughput.STARTUP: ("start-up", "from the launch of the process to the first compile; closing"),

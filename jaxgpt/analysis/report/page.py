@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxgpt import __version__
 from jaxgpt.analysis.report import results as results_lib
+from jaxgpt.analysis.report import samples as samples_lib
 from jaxgpt.analysis.report import sections, tags
 from jaxgpt.analysis.report import series as series_lib
 from jaxgpt.analysis.report.collect import Run
@@ -60,6 +61,8 @@ def make(runs: Sequence[Run], given: Sequence[results_lib.Table] = (), title: st
     ("curves", "Curves", _curves(runs, charts)),
     ("time", "Where the time went", sections.per_run(runs, sections.account)),
     ("results", "Evaluations and results", sections.evaluations(runs, given)),
+    *[("samples", "Samples as training went on", sections.per_run(runs, _samples))]
+    * any(any(run.samples) for run in runs),
     ("data", "Data", sections.per_run(runs, sections.data)),
     ("config", "Config", sections.per_run(runs, sections.config)),
     ("checkpoints", "Checkpoints", sections.per_run(runs, sections.checkpoints)),
@@ -74,6 +77,10 @@ def make(runs: Sequence[Run], given: Sequence[results_lib.Table] = (), title: st
       f"{MOST_BYTES / 1e6:.0f} MB; name fewer runs"
     )
   return page
+
+
+def _samples(run: Run) -> Html:
+  return samples_lib.section(*run.samples)
 
 
 def _document(title: str, parts: Sequence[tuple[str, str, Html]], data: Html) -> str:

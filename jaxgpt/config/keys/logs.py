@@ -1,8 +1,32 @@
 """Config keys of logs: metric writers, traces, hangs."""
 
 from jaxgpt.config import checks
+from jaxgpt.config.keys.conditions import above_0
 from jaxgpt.config.keys.training import user_options
 from jaxgpt.config.schema import AT_LEAST_0, AT_LEAST_1, Key, Section
+
+_SAMPLES = Section(
+  "Texts that the model writes as training goes on: samples.jsonl of the run folder, and trackers.",
+  dict(
+    every=Key(0, "Steps between samples. 0: none.", interval=AT_LEAST_0),
+    prompts=Key(
+      ("",),
+      "The texts to continue, one sample each. An empty one is the beginning of a document.",
+      check=checks.texts,
+      needs=above_0("log.samples.every"),
+    ),
+    max_new=Key(
+      64, "Most tokens of a sample.", interval=AT_LEAST_1, needs=above_0("log.samples.every")
+    ),
+    temperature=Key(
+      0.8,
+      "Divides the logits. 0: always the likeliest token. The seed is that of the run, the same "
+      "at each step.",
+      interval=AT_LEAST_0,
+      needs=above_0("log.samples.every"),
+    ),
+  ),
+)
 
 LOG = Section(
   "Metrics during training.",
@@ -34,6 +58,7 @@ LOG = Section(
       "TensorBoard and Perfetto. (): none.",
       check=checks.profile_steps,
     ),
+    samples=_SAMPLES,
     options=user_options("metric writer"),
   ),
   free_on_resume=True,

@@ -5,8 +5,9 @@ on. docs/extending.md shows how to add one. Writers get metrics in the order of 
 """
 
 # isort: off
-from jaxgpt.run.metric_writers.writer import WRITERS, Entry, MetricWriter, Run
+from jaxgpt.run.metric_writers.writer import WRITERS, Entry, MetricWriter, Run, Sample
 from jaxgpt.run.metric_writers.files import CSV, JSONL, Csv, Jsonl, kept_until, read, record
+from jaxgpt.run.metric_writers.samples import SAMPLES, Samples, read_samples
 from jaxgpt.run.metric_writers.trackers import MLflow, TensorBoard, WandB
 from jaxgpt.run.metric_writers.terminal import Terminal
 from jaxgpt.run.metric_writers.opening import Writers, check_options, make
@@ -15,6 +16,7 @@ from jaxgpt.run.metric_writers.opening import Writers, check_options, make
 __all__ = [
   "CSV",
   "JSONL",
+  "SAMPLES",
   "WRITERS",
   "Csv",
   "Entry",
@@ -22,6 +24,8 @@ __all__ = [
   "MLflow",
   "MetricWriter",
   "Run",
+  "Sample",
+  "Samples",
   "TensorBoard",
   "Terminal",
   "WandB",
@@ -30,5 +34,6 @@ __all__ = [
   "kept_until",
   "make",
   "read",
+  "read_samples",
   "record",
 ]

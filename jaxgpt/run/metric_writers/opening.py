@@ -1,6 +1,6 @@
 """The writers that a config turns on, opened and driven as one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -9,7 +9,14 @@ from etils import epath
 from jaxgpt.errors import UserError, first_line, nearest
 from jaxgpt.parallel import distributed
 from jaxgpt.run.metric_writers.files import Jsonl
-from jaxgpt.run.metric_writers.writer import WRITERS, Entry, Metrics, MetricWriter, Run
+from jaxgpt.run.metric_writers.writer import (
+  WRITERS,
+  Entry,
+  Metrics,
+  MetricWriter,
+  Run,
+  Sample,
+)
 from jaxgpt.run.process import output
 
 
@@ -26,6 +33,10 @@ class Writers(MetricWriter):
       if works and writer in self._failing:
         self._failing.remove(writer)
         output.warn(f"the metric writer {type(writer).__name__} works again")
+
+  def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+    for writer in self._writers:
+      self._try(writer, lambda w: w.write_samples(step, samples))
 
   def _try(self, writer: MetricWriter, call: Callable[[MetricWriter], None]) -> bool:
     try:

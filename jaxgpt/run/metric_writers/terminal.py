@@ -1,9 +1,13 @@
 """The metric writer for the terminal: a live line, or plain lines in a pipe or a file."""
 
+from collections.abc import Sequence
+
 from rich import console
 
-from jaxgpt.run.metric_writers.writer import WRITERS, Entry, Metrics, MetricWriter, Run
+from jaxgpt.run.metric_writers.writer import WRITERS, Entry, Metrics, MetricWriter, Run, Sample
 from jaxgpt.run.process import live_line
+
+_WIDTH = 100  # characters of a sample
 
 
 class Terminal(MetricWriter):
@@ -24,6 +28,12 @@ class Terminal(MetricWriter):
     if kind == "train" and metrics.get("step_time"):
       eta = f"  ETA {_clock((self._total - step) * metrics['step_time'])}"
     self._console.print(f"{kind:<10} step {step}/{self._total}  {text}{eta}")
+
+  def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+    for sample in samples:
+      text = repr(sample.prompt + sample.text)
+      shown = text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
+      self._console.print(f"{'sample':<10} step {step}/{self._total}  {shown}", markup=False)
 
   def close(self) -> None:
     """Leaves the terminal as it was."""

@@ -4,10 +4,11 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Sequence
 
 from jaxgpt import config
 from jaxgpt.errors import optional
-from jaxgpt.run.metric_writers.writer import WRITERS, Entry, Metrics, MetricWriter, Run
+from jaxgpt.run.metric_writers.writer import WRITERS, Entry, Metrics, MetricWriter, Run, Sample
 
 _EXPERIMENT = "jaxgpt"  # of MLflow
 _MOST_PARAMS, _LONGEST_PARAM = 100, 500  # of MLflow: in a request, in characters
@@ -45,6 +46,10 @@ class TensorBoard(MetricWriter):
     for name, value in metrics.items():
       self._writer.add_scalar(f"{kind}/{name}", value, step)
 
+  def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+    for i, sample in enumerate(samples):
+      self._writer.add_text(f"samples/{i}", _markdown(sample), step)
+
   def close(self) -> None:
     self._writer.close()
 
@@ -59,9 +64,9 @@ class WandB(MetricWriter):
   """
 
   def __init__(self, run: Run):
-    wandb = optional("wandb", "wandb", f"log.wandb={run.c.log.wandb!r}")
+    self._wandb = optional("wandb", "wandb", f"log.wandb={run.c.log.wandb!r}")
     where = hashlib.sha256(os.path.abspath(run.folder).encode()).hexdigest()[:16]
-    self._run = wandb.init(
+    self._run = self._wandb.init(
       project=run.c.log.wandb,
       name=run.folder.name,
       id=where,  # the same for all starts of the run
@@ -73,6 +78,10 @@ class WandB(MetricWriter):
 
   def write(self, step: int, kind: str, metrics: Metrics) -> None:
     self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in metrics.items()}})
+
+  def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+    table = self._wandb.Table(columns=["prompt", "text"], data=[list(one) for one in samples])
+    self._run.log({"step": step, "samples": table})
 
   def close(self) -> None:
     self._run.finish()
@@ -109,8 +118,18 @@ class MLflow(MetricWriter):
     ]
     self._client.log_batch(self._id, metrics=entries)
 
+  def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+    text = "\n\n".join(_markdown(sample) for sample in samples)
+    self._client.log_text(self._id, text, f"samples/{step}.md")
+
   def close(self) -> None:
     self._client.set_terminated(self._id)
 
 
 WRITERS.add("mlflow", Entry(MLflow, wanted=lambda c: bool(c.log.mlflow)))
+
+
+def _markdown(sample: Sample) -> str:
+  """Prompt and text, indented as code, so that no character of them is markup."""
+  code = lambda text: "\n".join(f"    {line}" for line in text.split("\n"))
+  return f"prompt:\n\n{code(sample.prompt)}\n\ntext:\n\n{code(sample.text)}"

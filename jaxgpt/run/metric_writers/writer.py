@@ -12,6 +12,18 @@ from jaxgpt.config.registry import Registry
 Metrics: TypeAlias = Mapping[str, float]
 
 
+class Sample(NamedTuple):
+  """A text that the model wrote during training.
+
+  Attributes:
+    prompt: The text that it continues.
+    text: What it wrote.
+  """
+
+  prompt: str
+  text: str
+
+
 class Run(NamedTuple):
   """The facts about a start of a run that writers need."""
 
@@ -36,6 +48,14 @@ class MetricWriter:
       metrics: {name: value}, such as 'loss' or 'tokens_per_second'.
     """
     raise NotImplementedError
+
+  def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+    """Takes texts that the model wrote. A writer that has no place for them does nothing.
+
+    Args:
+      step: Updates so far.
+      samples: One for each of `log.samples.prompts`.
+    """
 
   def newest(self, step: int, kind: str) -> dict[str, Any] | None:
     """The metrics stored for a step, if the writer can read them back, else None."""

@@ -40,6 +40,16 @@ class Texts:
       return self._prompts.row(fields)
     return self._prompts.text(fields["text"])
 
+  def request(self, row: Row, seed: int) -> Request:
+    """What the engine is asked for a row.
+
+    Raises:
+      UserError: The prompt does not fit the model.
+    """
+    found = self._request(tuple(self.prompt_ids(row.fields)), seed)
+    self._engine.check(found)
+    return found
+
   def __call__(
     self, params: PyTree, rows: Sequence[Row], chunk: int = 0
   ) -> list[Prediction | UserError]:
@@ -47,9 +57,7 @@ class Texts:
     requests = list[Request]()
     for row, seed in zip(rows, _seeds(s.seed, chunk, len(rows)), strict=True):
       try:
-        ids = tuple(self.prompt_ids(row.fields))
-        request = self._request(ids, seed)
-        self._engine.check(request)
+        request = self.request(row, seed)
       except UserError as e:
         out.append(e)
       else:

@@ -131,11 +131,13 @@ def _start(
   notes += build_lib.describe_trained(parts)
   steps.tell([*notes, *data.describe(sharding.host_slice(mesh)[1])])
   context = evaluators_lib.Context(c, folder, mesh, parts, tokenizer, data.digest)
-  evaluators = [found for make in asked.evaluator_makers if (found := make(context)) is not None]
+  made = [found for make in asked.evaluator_makers if (found := make(context)) is not None]
+  samplers = [one for one in made if isinstance(one, evaluators_lib.Sampler)]
+  evaluators = [one for one in made if not isinstance(one, evaluators_lib.Sampler)]
   if held_out is None:
     steps.tell(_not_evaluated(c, evaluators))
   last = min(c.train.steps, asked.until or c.train.steps)
-  setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators, last)
+  setup = steps.Setup(c, folder, mesh, parts, data, held_out, evaluators, samplers, last)
   _enter(setup, asked, tokenizer, lock, changes, timer.began)
   rewinds = rewinds_lib.of(run_folder_lib.read_starts(folder))
   setup = setup._replace(rewinds=rewinds)

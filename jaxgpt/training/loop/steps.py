@@ -67,6 +67,7 @@ class Setup(NamedTuple):
   data: BatchSource
   held_out: pipeline.Batches | None
   evaluators: Sequence[evaluators_lib.Evaluator]
+  samplers: Sequence[evaluators_lib.Sampler]
   until: int  # the step after which this call ends, at most the run's last one
   rewinds: Sequence[rewinds_lib.Rewind] = ()
 
@@ -106,6 +107,7 @@ class Run:
   ):
     self._c, self._folder, self._mesh, self._parts, self._data, self._held_out, *_ = setup
     self._evaluators, self._best, self._until = setup.evaluators, best, setup.until
+    self._samplers = setup.samplers
     self._state, self._stop = state, stop
     self._means, self._spikes = progress
     self._config_digest = run_folder_lib.digest_of(setup.c)
@@ -255,6 +257,7 @@ class Run:
         # The device now works on this step, while the host reports the previous one.
         self._read_metrics()
         self._in_flight = (self._step, metrics)
+        self._sample()  # before the save, so that no start goes on behind samples it lacks
         self._saver.poll()
         if self._saver.is_due(self._step):
           self._save()
@@ -314,6 +317,15 @@ class Run:
     else:
       self._spikes.check(step - 1, metrics["loss"])
       self._means.add(metrics)
+
+  def _sample(self) -> None:
+    """Writes the texts that are due at this step."""
+    for sampler in self._samplers:
+      if self._is_due(sampler.every):
+        self._read_metrics()
+        with self._timer.paused(throughput.SAMPLING), jax.transfer_guard("allow"):
+          found = sampler.sample(train_step.own_weights(self._state))
+          self._writers.write_samples(self._step, found)
 
   def _evaluate(self, limit: int) -> evaluation.Result | None:
     """The validation metrics of this step.
