@@ -3,9 +3,12 @@
 import math
 import re
 
+import jax
 import pytest
 
+from jaxgpt.commands.actions import import_export
 from jaxgpt.hf import parity
+from jaxgpt.inference import load
 
 NEAR, FAR = ({"max_abs": x, "mean_abs": 0.0, "scale": 5.0} for x in (1e-5, 1e-2))
 GOOD = {
@@ -36,3 +39,15 @@ def test_equal_or_unchecked_is_none():
   assert parity.problems(GOOD) == []
   assert parity.problems(GOOD | {"tokenizer": {"equal": None, "why_not": "x"}}) == []
   assert parity.problems({"checked": False, "why_not": "y", "tokenizer": {"equal": None}}) == []
+
+
+def test_a_model_trained_with_eight_bit_products_is_compared_without_them(trained, tmp_path):
+  pytest.importorskip("qwix", reason="pip install -e '.[quant]'")
+  pytest.importorskip("transformers", reason="pip install -e '.[bench]'")
+  import_export.export_run(trained, tmp_path / "hf", certify=False)
+  run = load.load(trained, devices=jax.local_devices()[:1])
+  run.c.model.quantize = "int8"
+  with jax.set_mesh(run.mesh):
+    found = parity.certify(tmp_path / "hf", run.c.model, run.params, run.tokenizer, "float32")
+  assert found["checked"] and found["logits"]["max_abs"] <= parity.NEAR * found["logits"]["scale"]
+  assert found["greedy"]["equal"]
