@@ -187,9 +187,11 @@ class _Run:
           norms = self._norms(parts, own, state, on_devices)
         state, metrics = compiled(state, on_devices)
         values = {k: v.item() for k, v in jax.device_get(metrics).items()}
-        for name in ("nonfinite_step", "tokens_read"):
-          values.pop(name)
-        means.add(values)
+        del values["tokens_read"]
+        if int(values.pop("nonfinite_step")) < -1:  # skipped
+          means.add_skipped()
+        else:
+          means.add(values)
         if number == step:
           found = values
       if (number + 1) % every == 0 or number + 1 == self._c.train.steps:

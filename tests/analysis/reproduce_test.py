@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt import config
 from jaxgpt.analysis import curves, replay, reproduce
 from jaxgpt.errors import UserError
 from jaxgpt.run import run_folder
 from jaxgpt.run.provenance import environment
-from jaxgpt.training import schedules
+from jaxgpt.training import batches as batches_lib
+from jaxgpt.training import loop, schedules
 
 
 def test_it_is_identical_to_the_bit(trained, tmp_path, capsys):
@@ -72,6 +74,25 @@ def test_a_replay_has_the_logged_metrics(trained, step):
   differs = step._replace(logged=logged | {"loss": 0.0})
   assert differs.unequal() == ["loss"]
   assert "DIFFERS" in "\n".join(replay.lines(differs, trained))
+
+
+def test_a_replay_leaves_out_a_step_that_was_skipped(tiny, tmp_path, monkeypatch):
+  """The metrics of step 3, whose loss is not finite, are in no mean of the log."""
+  make, taken = batches_lib.to_devices, []
+
+  def to_devices(batch, mesh):
+    taken.append(1)
+    if len(taken) == 4:
+      batch = batch | {"loss_weights": np.full_like(batch["loss_weights"], np.nan)}
+    return make(batch, mesh)
+
+  monkeypatch.setattr(batches_lib, "to_devices", to_devices)
+  c = tiny(optim__skip_nonfinite=1, log__every=3, train__steps=6)
+  loop.train(c, tmp_path / "run", config.flatten(c))
+  taken.clear()
+  found = replay.replay(tmp_path / "run", 4)
+  text = "\n".join(replay.lines(found, tmp_path / "run"))
+  assert "identical to the bit" in text and "DIFFERS" not in text, text
 
 
 def test_a_replay_has_the_loss_of_each_document(step):
