@@ -371,7 +371,7 @@ def why(result: Result, best: Result) -> str:
   if not result.fits or result.figures is None or best.figures is None:
     return "too much memory"
   a, b = best.figures, result.figures
-  per_token = lambda f, key: f["seconds"][key] / f["batch_size"] * 1e6
+  per_token = lambda f, key: f["seconds"].get(key, 0.0) / f["batch_size"] * 1e6
   key = max(_LOST_BY, key=lambda k: per_token(b, k) - per_token(a, k))
   return f"{b['merit_with_kernels'] / a['merit_with_kernels'] - 1:+.1%}: {_LOST_BY[key]}"
 

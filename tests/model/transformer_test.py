@@ -13,6 +13,7 @@ from jaxgpt import config, tree
 from jaxgpt.config import presets
 from jaxgpt.model import kv_cache, stacks, transformer
 from jaxgpt.model.attention import paged
+from tests import quick
 
 STYLES = {
   "gpt2": dict(norm="layernorm", position="learned", activation="gelu", bias=True),
@@ -221,7 +222,7 @@ def reads(style, segments=None, positions=None, **fields):
   return np.asarray(jnp.abs(logits[1:] - logits[0]).max(-1)).T > 1e-5
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", quick.first(STYLES, 3))
 def test_no_token_reads_the_future(style):
   np.testing.assert_array_equal(reads(style), np.tril(np.ones((12, 12), bool)))
 
@@ -325,7 +326,7 @@ def test_packed_documents_do_not_read_each_other():
   np.testing.assert_array_equal(seen, want)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", quick.first(STYLES, 4))
 def test_a_packed_document_is_computed_as_if_alone(style):
   model, params = make(**STYLES[style])
   tokens, _ = tokens_and_positions(batch=1)
@@ -336,7 +337,7 @@ def test_a_packed_document_is_computed_as_if_alone(style):
   np.testing.assert_allclose(packed[:, 5:], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", quick.first(STYLES, 4))
 def test_prefill_and_decode_equal_the_full_forward(style):
   model, params = make(**STYLES[style])
   tokens, positions = tokens_and_positions()

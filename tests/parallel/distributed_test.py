@@ -164,6 +164,7 @@ def assert_same(site, got, want="one", steps=8):
   )
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(site, alone):
   assert_same(site, "two")
 
@@ -195,6 +196,7 @@ def test_sigterm_on_one_process_stops_all_after_the_same_step_and_the_rerun_is_e
   assert lines(site, "stopped", "validation") == lines(site, "two", "validation")
 
 
+@pytest.mark.slow
 def test_an_error_that_all_have_is_printed_once_and_one_that_one_has_is_named(site):
   wrong = start(site, "x", 2, args=lambda i: ["--config.data.batch_size=7"])
   other = start(site, "y", 2, args=lambda i: [f"--config.seed={i}"])

@@ -122,7 +122,7 @@ def assert_equal_to_serial(model, mesh=None, **axes):
       ("moe", "fsdp expert stage", dict(stage_microbatches=2)),
       ("moe with capacity", "seq tensor expert", {}),
     ],
-    1,
+    0,
   ),
 )
 def test_three_axes_together_compute_what_one_device_does(model, axes, more):

@@ -79,5 +79,5 @@ def test_the_account_has_all_of_the_time(clock):
   times = {"steps": 5.0, "input": 1.0, "compile": 30.0, "evaluation": 4.0, "saving": 0.25}
   assert timer.account() == {
     "began": "1970-01-01T00:00:52.500Z",
-    "seconds": {**times, "restore": 3.0, "startup": 9.5},
+    "seconds": {**times, "sampling": 0.0, "restore": 3.0, "startup": 9.5},
   }

@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import signal
+import socket
 import threading
 
 import pytest
@@ -22,43 +23,44 @@ from jaxgpt.text.prepare import shards
 
 fsspec = pytest.importorskip("fsspec")
 
-PORTS = {"s3": 9471, "gs": 9472}
-
 
 @pytest.fixture(scope="module", params=["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def bucket(request, tmp_path_factory):
   """The address of an empty bucket of a server on this machine."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAXGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    url = f"http://localhost:{PORTS[request.param]}"
-    server = {"s3": _s3_server, "gs": _gs_server}[request.param](patch, url)
+    server = {"s3": _s3_server, "gs": _gs_server}[request.param](patch)
     _forget_servers()
     yield f"{request.param}://bucket"
     _forget_servers()
     server.stop()
 
 
-def _s3_server(patch, url):
+def _s3_server(patch):
   pytest.importorskip("s3fs")
   moto = pytest.importorskip("moto.server")
   boto3 = pytest.importorskip("boto3")
+  logging.getLogger("werkzeug").setLevel(logging.WARNING)
+  # A free port: another process of the suite may run the same server.
+  server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+  server.start()
   for name, value in {
-    "AWS_ENDPOINT_URL": url,
+    "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
     "AWS_ACCESS_KEY_ID": "a",
     "AWS_SECRET_ACCESS_KEY": "b",
     "AWS_DEFAULT_REGION": "us-east-1",
   }.items():
     patch.setenv(name, value)
-  logging.getLogger("werkzeug").setLevel(logging.WARNING)
-  server = moto.ThreadedMotoServer(port=PORTS["s3"], verbose=False)
-  server.start()
   boto3.client("s3").create_bucket(Bucket="bucket")
   return server
 
 
-def _gs_server(patch, url):
+def _gs_server(patch):
   pytest.importorskip("gcsfs")
   emulator = pytest.importorskip("gcp_storage_emulator.server")
+  with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+  url = f"http://localhost:{port}"
   for name, value in {
     "STORAGE_EMULATOR_HOST": url,
     "TENSORSTORE_GCS_HTTP_URL": url,
@@ -82,7 +84,7 @@ def _gs_server(patch, url):
   patch.setattr("http.server.BaseHTTPRequestHandler.log_message", lambda *_: None)
   # One thread would wait for ever for a connection that its client keeps in reserve.
   patch.setattr("http.server.HTTPServer", http.server.ThreadingHTTPServer)
-  server = emulator.create_server("localhost", PORTS["gs"], in_memory=True, default_bucket="bucket")
+  server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
   server.start()
   return server
 

@@ -90,6 +90,7 @@ def load(path, step, *flags):
   return compiled_step.load(str(step), lowered, mesh, c.mesh.compiler_options)
 
 
+@pytest.mark.slow
 def test_another_step_is_compiled_and_the_reason_is_told(saved, capsys):
   _, _, train = saved
   _, compiled = train("other", "--config.optim.lr=0.5")

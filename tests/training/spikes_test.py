@@ -61,6 +61,7 @@ def rewinds(folder):
   return [(x.first, x.end) for x in rewinds_lib.of(run_folder.read_starts(folder))]
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_and_equals_one_that_never_took_the_batches(spiking, tmp_path, capsys):
   c = spiking()
   run, straight, stopped = (tmp_path / name for name in ("run", "straight", "stopped"))

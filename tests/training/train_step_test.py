@@ -56,7 +56,7 @@ def _reference(make):
 
 @pytest.mark.parametrize(
   "data, fsdp, accumulate",
-  quick.first([(2, 2, 4), (8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 2), (1, 1, 4)]),
+  quick.first([(2, 2, 2), (2, 2, 4), (8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 4)]),
 )
 def test_the_mesh_and_accumulation_do_not_change_the_losses(tiny, data, fsdp, accumulate):
   want = _reference(tiny)
@@ -67,6 +67,7 @@ def test_the_mesh_and_accumulation_do_not_change_the_losses(tiny, data, fsdp, ac
   assert want[-1, 0] < want[0, 0] - 0.5, "it learns"
 
 
+@pytest.mark.slow
 def test_heads_columns_and_experts_are_sharded(tiny):
   c = tiny(data__batch_size=8, mesh__data=1, mesh__expert=2, mesh__tensor=2)
   c.model.update(mlp_pattern=("moe",), moe=dict(experts=4, width=32))
@@ -112,7 +113,7 @@ def test_golden_metrics_of_one_step(tiny):
   assert got == pytest.approx(GOLDEN, rel=1e-4), got
 
 
-@pytest.mark.parametrize("name", quick.first(["adamw", "muon", "lion", "adafactor"], 2))
+@pytest.mark.parametrize("name", quick.first(["muon", "adamw", "lion", "adafactor"]))
 def test_every_optimizer_learns(tiny, name):
   lr = {"adamw": 1e-2, "lion": 3e-3, "adafactor": 1e-1, "muon": 1e-2}[name]
   losses, _ = trajectory(tiny(mesh__data=1, optim__name=name, optim__lr=lr, train__steps=STEPS))
@@ -199,6 +200,7 @@ def test_after_an_update_that_is_not_finite_nothing_is_changed(tiny):
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
 
 
+@pytest.mark.slow
 def test_old_and_new_state_are_not_held_together(tiny):
   """Temporaries stay within the gradients and one matrix: a second state would be 12 bytes more."""
   c = tiny(

@@ -63,6 +63,7 @@ def test_prompts_of_a_file_are_continued_in_order_and_a_second_start_goes_on(
   assert "tokens/s" not in err, "nothing was drawn again"
 
 
+@pytest.mark.slow
 def test_a_draft_model_changes_nothing_but_the_speed(trained, capsys):
   args = ["generate", f"--workdir={trained}", "--prompt=the cat", "--max-new=9", "--temperature=0"]
   _, plain, _ = run(capsys, *args)

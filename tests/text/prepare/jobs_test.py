@@ -14,6 +14,7 @@ import pytest
 
 from jaxgpt.errors import UserError
 from jaxgpt.text.prepare import executors, jobs, monitor, prepare, run_job
+from tests import quick
 
 # Runs prepare in a child that kills itself at its Nth operation on a file of the work, for each N.
 _CRASH_MATRIX = """
@@ -191,7 +192,7 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
   assert digests(tmp_path / "local") == digests(tmp_path / "process")
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("delay", quick.first([0.3, 0.0, 1.0]))
 def test_ctrl_c_is_one_line_whoever_hears_it(tmp_path, delay):
   pytest.importorskip("datatrove")
   write_corpus(tmp_path / "in", files=4, documents=2000, words=200)
@@ -233,7 +234,7 @@ def test_killing_the_main_process_alone_leaves_no_lock_behind(tmp_path):
   assert digests(tmp_path / "out") == digests(tmp_path / "again")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", quick.first([1, 2]))
 def test_a_full_disk_is_one_message_and_the_run_goes_on(tmp_path, workers):
   """A limit on the size of files stands in for it."""
   pytest.importorskip("datatrove")

@@ -21,6 +21,7 @@ from jaxgpt.data import layouts, packing, source
 from jaxgpt.model import transformer
 from jaxgpt.training import objectives
 from jaxgpt.training.objectives import forward
+from tests import quick
 from tests.data.layouts_test import T as BYTES
 from tests.data.layouts_test import write
 
@@ -221,7 +222,7 @@ def batch_of(example, rows):
   return jax.tree.map(lambda x: x[np.argsort(order)], made)
 
 
-@pytest.mark.parametrize("name, causal", CASES)
+@pytest.mark.parametrize("name, causal", quick.first(CASES[::2] + CASES[1::2], 4))
 def test_the_loss_and_its_gradients_are_those_of_the_equation(name, causal, folder):
   example = case(name, causal, folder)
   (total, (weight, aux)), grads = example.loss(

@@ -111,6 +111,7 @@ def test_loss_and_gradient_are_those_of_the_equation(setup, loss):
     assert float(aux["kl"]) == pytest.approx(kl, rel=1e-4) and kl > 0.01
 
 
+@pytest.mark.slow
 def test_other_pairs_of_a_batch_change_no_pairs_loss(setup):
   params, frozen, batch, _ = setup
   of_rows = lambda rows: jax.tree.map(lambda x: x[np.array(rows)], batch)

@@ -1,6 +1,5 @@
 """What `jaxgpt features` does."""
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxgpt.commands.actions import backend
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError, first_line, printable
 from jaxgpt.inference import load
-from jaxgpt.storage import atomic
+from jaxgpt.storage import atomic, strict_json
 from jaxgpt.text.tokenizers import base
 
 HELD_OUT = 32  # rows of the validation split
@@ -48,7 +47,7 @@ def run(args: Any) -> None:
       features.record(f, scores.density[f], of, list(_passages(data, run.tokenizer, of)))
       for f, of in enumerate(best)
     )
-    atomic.write(out / "features.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    atomic.write(out / "features.jsonl", "".join(strict_json.dumps(r) + "\n" for r in records))
     arrays: dict[str, Any] = {key: np.asarray(x) for key, x in found._asdict().items()}
     with (out / "autoencoder.npz").open("wb") as file:
       np.savez(file, **arrays)
