@@ -47,6 +47,6 @@ def test_texts_are_those_of_transformers(name, tmp_path, corpus):
     ]
     asked = [Request(tuple(ids), 20, Sampling(temperature=0.0), beams=beams) for ids in PROMPTS]
     got = {p.request: [t.id for t in p.tokens] for p in engine.run(asked) if p.finish}
-    assert [got[n] for n in sorted(got)] == [
-      [t for t in text if t not in ends and t] for text in want
-    ], beams
+    assert [got[n] for n in sorted(got)] == [[t for t in text if t not in ends] for text in want], (
+      beams
+    )
