@@ -12,6 +12,7 @@ Hardware:  2 CPU cores, about 2 minutes.
 
 from jaxgpt import config
 from jaxgpt.analysis.sweep import TPE, Halving, Sweep, log_uniform, uniform
+from jaxgpt.errors import UserError
 
 
 def get_config():
@@ -43,6 +44,8 @@ def get_sweep(arg=""):
       samples=12,
       search=TPE(startup=6, batch=3),
     )
+  if arg:
+    raise UserError(f"lr_sweep.py:{arg}: the argument is search, or none")
   return Sweep(
     grid={"optim.lr": (1e-3, 4e-3, 16e-3, 64e-3)},
     seeds=(0, 1, 2),

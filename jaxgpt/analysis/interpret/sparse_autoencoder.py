@@ -139,7 +139,10 @@ def _unit(x_FD: jax.Array) -> jax.Array:
 def _left_by_dead(
   rest_MD: jax.Array, raw_MF: jax.Array, dead_F: jax.Array, decoder_FD: jax.Array
 ) -> jax.Array:
-  """Mean square of what dead features, at most D / 2 of them at a token, leave of a rest."""
+  """Mean squared error with which dead features reconstruct the error of the others.
+
+  At most D / 2 of them are active at a token.
+  """
   most = min(max(rest_MD.shape[1] // 2, 1), raw_MF.shape[1])
   z_MF = _largest(jnp.where(dead_F, raw_MF, -jnp.inf), most)
   return jnp.square(rest_MD - z_MF @ decoder_FD).mean()

@@ -111,6 +111,10 @@ def _check_beams(args: Any) -> None:
     )
   if constraint(args):
     raise UserError(f"--beams={args.beams} finds no text of a prescribed form: leave one out")
+  if args.seed:
+    raise UserError(
+      f"--seed={args.seed} has no effect with --beams: nothing is drawn; leave it out"
+    )
   if args.draft:
     raise UserError(f"--draft={args.draft} drafts nothing with --beams: leave one of them out")
   if args.beams > args.batch_size:

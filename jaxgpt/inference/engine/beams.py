@@ -24,11 +24,11 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference.engine.requests import Beams, Request
 
 
-class Found(NamedTuple):
-  """A text that has ended.
+class Scored(NamedTuple):
+  """A text.
 
   Attributes:
-    score: See `Beams.length_penalty`.
+    score: The sum of its tokens' log-probabilities. If it has ended, see `Beams.length_penalty`.
     tokens: Its tokens. An end token is the last one.
   """
 
@@ -46,8 +46,8 @@ class Search:
   def __init__(self, beams: Beams, ends: Iterable[int], max_new: int):
     """Args: beams: Settings. ends: Tokens that end a text. max_new: Most tokens of a text."""
     self._beams, self._ends, self._max_new = beams, frozenset(ends), max_new
-    self._running = [Found(np.float32(0), ())]
-    self.found = list[Found]()
+    self._running = [Scored(np.float32(0), ())]
+    self.found = list[Scored]()
 
   def advance(self, ids_WA: np.ndarray, logprobs_WA: np.ndarray) -> list[tuple[int, int]]:
     """Chooses the beams of the next step.
@@ -62,12 +62,12 @@ class Search:
     scores_WA = np.array([beam.score for beam in self._running], np.float32)[:, None] + logprobs_WA
     width, length = self._beams.width, len(self._running[0].tokens) + 1
     order = np.argsort(-scores_WA, axis=None, kind="stable")
-    going, ended = list[tuple[int, int]](), list[Found]()
-    running = list[Found]()
+    going, ended = list[tuple[int, int]](), list[Scored]()
+    running = list[Scored]()
     for rank, flat in enumerate(order):
       i, a = divmod(int(flat), scores_WA.shape[1])
       token = int(ids_WA[i, a])
-      text = Found(scores_WA[i, a], (*self._running[i].tokens, token))
+      text = Scored(scores_WA[i, a], (*self._running[i].tokens, token))
       if token in self._ends or length == self._max_new:
         if rank < width:
           ended.append(text._replace(score=self._score(text.score, length)))
@@ -115,8 +115,8 @@ def check(request: Request, max_rows: int, ends: int, most: int) -> None:
     )
   if beams.width > max_rows:
     raise UserError(
-      f"beams={beams.width} need a row each, of {max_rows}: give more rows (batch_size), or fewer "
-      "beams"
+      f"beams={beams.width} need {beams.width} rows of the batch, which has {max_rows}: raise "
+      "batch_size, or take fewer beams"
     )
   if not np.isfinite(beams.length_penalty):
     raise UserError(f"length_penalty={beams.length_penalty} must be finite")

@@ -106,6 +106,7 @@ def test_a_search_with_beams(trained, tmp_path, capsys):
     (["--beams=2", "--regex=a"], "--beams=2 finds no text of a prescribed form"),
     (["--beams=2", "--draft=ngram"], "--draft=ngram drafts nothing with --beams"),
     (["--beams=2", "--samples=2"], "--samples=2 would be one text 2 times"),
+    (["--beams=2", "--seed=5"], "--seed=5 has no effect with --beams"),
     (["--beams=9"], "--beams=9 needs a batch of at least 9"),
     (["--length-penalty=0"], "--length-penalty=0.0 needs --beams"),
     (["--early-stopping"], "--early-stopping=True needs --beams"),

@@ -135,7 +135,7 @@ def test_a_search_that_waits_is_cancelled_or_cut_leaves_nothing():
   ("changes", "message"),
   [
     (dict(beams=Beams(19)), "beams=19 must be from 1 to 12"),
-    (dict(beams=Beams(4)), "beams=4 need a row each, of 3"),
+    (dict(beams=Beams(4)), "beams=4 need 4 rows of the batch, which has 3"),
     (dict(beams=Beams(2, length_penalty=float("nan"))), "length_penalty=nan must be finite"),
     (dict(sampling=Sampling(temperature=0.5)), "beams draw nothing: .*temperature=0.5"),
     (dict(sampling=GREEDY._replace(repetition_penalty=1.2)), "repetition_penalty=1.2"),
