@@ -15,8 +15,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgpt import config
+from jaxgpt.config import installed
 from jaxgpt.data import layouts
-from jaxgpt.errors import UserError
+from jaxgpt.errors import UserError, first_line
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from jaxgpt.plan import topology as topology_lib
@@ -172,6 +173,25 @@ def compile_step(
     parts.model.cfg.attention,
     time.monotonic() - began,
   )
+
+
+def text(compiled: Compiled) -> str:
+  """The text of a compiled program, for `hlo.parse`.
+
+  Raises:
+    UserError: JAX is older than the compiler and cannot read the program.
+  """
+  try:
+    return compiled.executable.as_text() or ""
+  except jax.errors.JaxRuntimeError as e:
+    if "async-update instruction should have" not in str(e):
+      raise
+    libtpu = installed.version("libtpu")
+    raise UserError(
+      f"JAX {jax.__version__} cannot read a program that libtpu {libtpu} compiled with "
+      f"gathers on the SparseCore ({first_line(e, 200)}); install a newer JAX, 0.12 can (Python "
+      "3.12 or later): pip install -U 'jax[tpu]'"
+    ) from e
 
 
 def batch_bytes(batch: PyTree, mesh: jax.sharding.Mesh) -> int:

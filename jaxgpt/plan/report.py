@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 from jaxgpt.model import stacks
 from jaxgpt.parallel.chips import GIB, Chip
 from jaxgpt.plan import cost as cost_lib
-from jaxgpt.plan import hlo, memory_estimate, per_device, roofline, time_estimate
+from jaxgpt.plan import hlo, lower, memory_estimate, per_device, roofline, time_estimate
 from jaxgpt.plan.lower import Compiled
 from jaxgpt.plan.schedule import kernels as kernels_lib
 from jaxgpt.plan.topology import Topology
@@ -27,10 +27,13 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
     A dict for `json.dump`. Times are in seconds and sizes in bytes, per device unless the name says
     otherwise. 'estimate' is 'schedule' for TPUs, whose compiler estimates cycles, and 'roofline'
     for GPUs.
+
+  Raises:
+    UserError: See `lower.text`.
   """
   c, chip = compiled.c, topology.chip
   assert chip is not None, "figures need a chip from the table"
-  program = hlo.parse(compiled.executable.as_text() or "")
+  program = hlo.parse(lower.text(compiled))
   took = (_by_roofline if chip.gpu else _by_cycles)(program, compiled, chip)
   memory = _by_kind(compiled) | {
     "limit": chip.hbm_limit,

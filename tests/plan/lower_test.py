@@ -1,11 +1,13 @@
 """Compilation of a step: its batch, its memory, and what a plan needs."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jaxgpt import config
+from jaxgpt.commands.actions import plan
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh, sharding
 from jaxgpt.plan import (
@@ -53,3 +55,30 @@ def test_memory_of_a_step_on_fake_devices():
 def test_a_plan_needs_a_vocabulary_but_no_data():
   with pytest.raises(UserError, match=r"--config\.model\.vocab_size=N"):
     lower.resolve(config.base())
+
+
+def _program_that_raises(message):
+  """A compiled step whose program JAX cannot read."""
+
+  class Executable:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError(message)
+
+  return SimpleNamespace(executable=Executable())
+
+
+def test_a_program_that_jax_cannot_read_is_an_error_with_a_way_out(monkeypatch):
+  # JAX 0.10.2 raises this for programs of libtpu 0.0.52 that gather on the SparseCore.
+  message = (
+    "INTERNAL: RET_CHECK failure (external/xla/xla/hlo/ir/hlo_instruction.cc:390) "
+    "proto.operand_ids_size() == *arity async-update instruction should have 1 operands but sees 4"
+  )
+  monkeypatch.setattr(lower, "compile_step", lambda *_, **__: _program_that_raises(message))
+  with pytest.raises(UserError, match=r"gathers on the SparseCore .* but sees 4.*jax\[tpu\]") as e:
+    plan.plan(LLAMA, SMALL, "v6e-8")
+  assert jax.__version__ in str(e.value) and "\n" not in str(e.value)
+
+
+def test_other_errors_of_a_program_keep_their_traceback():
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: other"):
+    lower.text(_program_that_raises("INTERNAL: other"))

@@ -62,8 +62,8 @@ def plan(
     The exit code: 0, or 1 if the program does not fit or exceeds its budget.
 
   Raises:
-    UserError: See `config.load`, `topology.parse` and `lower.compile_step`. Also if a step for GPUs
-      is to be saved on a machine without them, or the budget does not exist.
+    UserError: See `config.load`, `topology.parse`, `lower.compile_step` and `lower.text`. Also if a
+      step for GPUs is to be saved on a machine without them, or the budget does not exist.
   """
   if outputs.golden:
     communication_budget.check_exists(outputs.golden)
@@ -78,11 +78,11 @@ def plan(
   except lower.OutOfMemory as e:
     _explain(e, c, where)
     return 1
-  text = compiled.executable.as_text() or ""
-  if outputs.program:
-    _write(outputs.program, text)
   if outputs.step:
     _save(outputs.step, compiled)
+  text = lower.text(compiled)
+  if outputs.program:
+    _write(outputs.program, text)
   found = report.figures(compiled, where, price)
   print("\n".join(report.table(found)), flush=True)
   if top:
@@ -157,10 +157,10 @@ def here(
     c, topology_lib.parse(topology_lib.HERE), use_cache=not outputs.step
   )
   print("\n".join(report.of_this_machine(compiled)), flush=True)
-  if outputs.program:
-    _write(outputs.program, compiled.executable.as_text() or "")
   if outputs.step:
     _save(outputs.step, compiled)
+  if outputs.program:
+    _write(outputs.program, lower.text(compiled))
   return 0
 
 
