@@ -42,6 +42,7 @@ _ATTENTION_MATMULS = (
   ("splash_mqa_dq", 3),
   ("splash_mqa_dkv", 4),
 )
+_ATTENTION_DKV = ("splash_mha_dkv", "splash_mqa_dkv")
 _FLOATS = ("bf16", "f16", "f32")
 _INLINE = ("fusion", "call", "conditional", "async-start")
 
@@ -273,7 +274,8 @@ class _Walk:
       return call, 2 * math.prod(floats[0].dims) * made.arrays[0].dims[-1]
     if not matmuls or len(heads) < 2:
       return call, 0
-    if "_dkv" in name and sum(len(a.dims) >= len(heads[0]) for a in made.arrays) > 2:
+    results = sum(len(a.dims) >= len(heads[0]) for a in made.arrays)
+    if results > 2 and any(kernel in name for kernel in _ATTENTION_DKV):
       matmuls += 1  # fused: the gradient of the queries too
     # Queries [..., N, T, H] and keys [..., K, S, H] are the first arrays of heads.
     (*rows, queries, size), keys = heads[0], heads[1][-2]

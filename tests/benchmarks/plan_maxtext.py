@@ -4,9 +4,10 @@
 
 Needs libtpu, but no TPU. MaxText's tuned recipes are compiled by the same compiler if `pip
 install 'maxtext[tpu]==0.2.5'` (Python 3.12) is in the same environment; else its column is empty.
-Each of up to twelve programs takes minutes. The figure is (cycles / clock + exposed bytes /
-interconnect) divided by the tokens of a chip. Attention kernels carry no estimate and are left
-out on both sides.
+Each of up to twelve programs takes minutes. A figure is (cycles / clock + exposed bytes /
+interconnect) divided by the tokens of a chip, without attention kernels and with them. Their time
+comes from the schedules that libtpu writes, on both sides. `--only=maxtext`, `--only=same` and
+`--only=best` compile one program of a workload. `--keep=DIR` keeps MaxText's program and schedules.
 """
 
 import importlib.util
@@ -23,8 +24,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from jaxgpt import config
+from jaxgpt.model.attention.masks import Band
 from jaxgpt.parallel import chips
 from jaxgpt.plan import cost, hlo, lower, topology
+from jaxgpt.plan.schedule import dump, kernels
 
 # Flags of the recipes; for v5p without those that libtpu refuses ("continuation fusion").
 _COMMON = (
@@ -115,15 +118,51 @@ train_compile.main(["", base, *arguments])
 """
 
 
-def merit(text, where, tokens):
-  """Returns chip-µs per token, from the text of a compiled program."""
+class Merit(NamedTuple):
+  """Chip-microseconds per token.
+
+  Attributes:
+    plain: Without kernels.
+    whole: With kernels.
+    assumed: The part of kernels whose schedule was not found or not understood.
+    kernels: Names of the kernels and their calls per step.
+  """
+
+  plain: float
+  whole: float
+  assumed: float
+  kernels: str
+
+  def __str__(self):
+    doubt = f" ({self.assumed:.1f} of them assumed)" if self.assumed else ""
+    return f"{self.plain:.1f} µs without kernels, {self.whole:.1f} with{doubt}: {self.kernels}"
+
+
+def merit(text, where, tokens, elsewhere=None):
+  """The figures of a compiled program.
+
+  Args:
+    text: The program.
+    where: Topology.
+    tokens: Tokens of a chip.
+    elsewhere: The schedules and the mask of a program of another process.
+  """
+  chip = where.chip
   found = cost.of_program(hlo.parse(text))
-  seconds = sum(found.cycles.values()) / where.chip.clock
-  return (seconds + found.bytes("exposed") / where.chip.ici_bandwidth) / tokens * 1e6
+  seconds = sum(found.cycles.values()) / chip.clock + found.bytes("exposed") / chip.ici_bandwidth
+  seconds += found.unestimated_seconds(chip.hbm_bandwidth, chip.clocked_flops)
+  parts = kernels.of_step(found.calls, chip, 0.5, elsewhere=elsewhere)
+  names = ", ".join(f"{one.calls:g} x {one.name} {one.seconds:.4f} s" for one in parts)
+  return Merit(
+    seconds / tokens * 1e6,
+    (seconds + sum(one.seconds for one in parts)) / tokens * 1e6,
+    sum(one.seconds for one in parts if one.source == kernels.ASSUMED) / tokens * 1e6,
+    names,
+  )
 
 
 def ours(work, rows, remat, tensor=1):
-  """Compiles our step: (chip-µs per token, GiB)."""
+  """Compiles our step: (merit, GiB)."""
   where = topology.parse(work.where)
   overrides = {
     "data.seq_len": work.length,
@@ -144,56 +183,89 @@ def ours(work, rows, remat, tensor=1):
   )
 
 
-def maxtext(work):
-  """Compiles MaxText's step: chip-µs per token. None if MaxText is not installed."""
-  if not importlib.util.find_spec("maxtext"):
-    return None
-  rows, remat = work.theirs
-  flags = _V5E if work.where.startswith("v5e") else _V5P
-  with tempfile.TemporaryDirectory() as folder:
-    out = pathlib.Path(folder, "step.txt")
-    subprocess.run(
+def run_maxtext(where, model, rows, length, arguments, flags, folder):
+  """Compiles MaxText's step in a process of its own.
+
+  Args:
+    where: Topology.
+    model: MaxText's name of the model.
+    rows: Rows of a chip.
+    length: Tokens of a row, all of which a token may attend to if they are before it.
+    arguments: Further arguments of MaxText, 'name=value'.
+    flags: libtpu's flags.
+    folder: Where program and schedules are written.
+
+  Returns:
+    The `Merit`.
+  """
+  folder = pathlib.Path(folder).absolute()
+  schedules, out = folder / "schedules", folder / "step.txt"
+  schedules.mkdir(parents=True, exist_ok=True)
+  with open(folder / "log.txt", "w") as log:
+    done = subprocess.run(
       [
         sys.executable,
         "-c",
         _RUN_MAXTEXT,
         str(out),
-        f"compile_topology={work.where}",
+        f"compile_topology={where.name}",
         "compile_topology_num_slices=1",
         "run_name=plan",
         f"base_output_directory={folder}",
         "dataset_type=synthetic",
         "enable_checkpointing=false",
         "use_iota_embed=true",
-        f"model_name={work.preset.replace('_', '-')}",
-        f"remat_policy={remat}",
+        f"model_name={model}",
         f"per_device_batch_size={rows}",
-        f"max_target_length={work.length}",
+        f"max_target_length={length}",
+        *arguments,
       ],
-      env=os.environ | {"LIBTPU_INIT_ARGS": " ".join(flags)},
+      env=os.environ | {"LIBTPU_INIT_ARGS": " ".join((*flags, *dump.flags(schedules)))},
       cwd=folder,
-      check=True,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
+      stdout=log,
+      stderr=subprocess.STDOUT,
     )
-    return merit(out.read_text(), topology.parse(work.where), rows * work.length)
+  if done.returncode or not out.exists():
+    sys.exit(f"MaxText failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
+  elsewhere = kernels.Elsewhere(schedules, kernels.Mask(Band(causal=True), length, length))
+  return merit(out.read_text(), where, rows * length, elsewhere)
 
 
-def main(names):
+def maxtext(work, keep):
+  """Compiles MaxText's step: `Merit`, or None if MaxText is not installed."""
+  if not importlib.util.find_spec("maxtext"):
+    return None
+  rows, remat = work.theirs
+  flags = _V5E if work.where.startswith("v5e") else _V5P
+  model, where = work.preset.replace("_", "-"), topology.parse(work.where)
+  with tempfile.TemporaryDirectory() as folder:
+    return run_maxtext(
+      where, model, rows, work.length, [f"remat_policy={remat}"], flags, keep or folder
+    )
+
+
+def main(arguments):
   if not importlib.util.find_spec("libtpu"):
     print("libtpu is not installed here, nothing was compiled: pip install 'jaxgpt[tpu]' (Linux)")
     return
+  options = dict(a.removeprefix("--").split("=", 1) for a in arguments if a.startswith("--"))
+  names = [a for a in arguments if not a.startswith("--")]
+  parts = [options["only"]] if "only" in options else ["maxtext", "same", "best"]
   for name in names or WORKLOADS:
-    work = WORKLOADS[name]
-    theirs = maxtext(work)
-    if theirs is None:
-      print("MaxText is not installed here: pip install 'maxtext[tpu]==0.2.5' (Python 3.12)")
-    else:
-      print(f"{name}: MaxText, {work.theirs[0]} rows, {work.theirs[1]}: {theirs:.1f} µs")
+    work, theirs = WORKLOADS[name], None
+    if "maxtext" in parts:
+      theirs = maxtext(work, options.get("keep"))
+      if theirs is None:
+        print("MaxText is not installed here: pip install 'maxtext[tpu]==0.2.5' (Python 3.12)")
+      else:
+        print(f"{name}: MaxText, {work.theirs[0]} rows, {work.theirs[1]}: {theirs}", flush=True)
     for word, plan in (("same", (work.theirs[0], work.same)), ("best", work.ours)):
-      took, memory = ours(work, *plan)
-      ratio = f", {took / theirs:.3f} of MaxText's" if theirs else ""
-      print(f"{name}: ours, {word}, {plan}: {took:.1f} µs, {memory:.1f} GiB{ratio}", flush=True)
+      if word in parts:
+        took, memory = ours(work, *plan)
+        print(f"{name}: ours, {word}, {plan}, {memory:.1f} GiB: {took}", flush=True)
+        if theirs:
+          plain, whole = took.plain / theirs.plain, took.whole / theirs.whole
+          print(f"{name}: {word}: {plain:.3f} of MaxText's without kernels, {whole:.3f} with")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,14 @@ from collections.abc import Iterable, Iterator
 
 _VARIABLE = "LIBTPU_INIT_ARGS"
 _TO = "--xla_jf_dump_to="
-_FLAGS = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+_WHAT = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
 _ENDING = "final_bundles.txt"
 _folder: pathlib.Path | None = None
+
+
+def flags(folder: pathlib.Path) -> tuple[str, ...]:
+  """The flags with which libtpu writes schedules to a folder."""
+  return f"{_TO}{folder}", *_WHAT
 
 
 @contextlib.contextmanager
@@ -35,8 +40,8 @@ def requested() -> Iterator[None]:
   elif _folder is None:
     _folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt_schedules_"))
     atexit.register(shutil.rmtree, _folder, ignore_errors=True)
-  flags = _FLAGS if given else (f"{_TO}{_folder}", *_FLAGS)
-  os.environ[_VARIABLE] = " ".join((*([before] if before else []), *flags))
+  added = _WHAT if given else flags(_folder)
+  os.environ[_VARIABLE] = " ".join((*([before] if before else []), *added))
   try:
     yield
   finally:
@@ -53,14 +58,15 @@ def clear() -> None:
       path.unlink(missing_ok=True)
 
 
-def of_kernels(names: Iterable[str]) -> dict[str, str]:
+def of_kernels(names: Iterable[str], folder: pathlib.Path | None = None) -> dict[str, str]:
   """Texts of the latest schedules by the name of their instruction.
 
   Args:
     names: Names of instructions in the compiled program, such as 'splash_mha_fwd.3'.
+    folder: Where another process wrote its schedules. None: the folder of this one.
   """
-  wanted, out = set(names), {}
-  for path in sorted(_folder.glob(f"*{_ENDING}")) if _folder and wanted else ():
+  wanted, out, folder = set(names), {}, folder or _folder
+  for path in sorted(folder.glob(f"*{_ENDING}")) if folder and wanted else ():
     # TIME-INSTRUCTION-PASS-final_bundles.txt; the analysis of a schedule has another pass name.
     found = re.fullmatch(r"\d+-(.+)-\d+-" + re.escape(_ENDING), path.name)
     if found and found[1] in wanted:

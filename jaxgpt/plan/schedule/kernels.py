@@ -16,6 +16,8 @@ Memory traffic runs beside the bundles, so the longer of the two counts.
 
 import dataclasses
 import math
+import pathlib
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,6 +31,8 @@ from jaxgpt.plan.schedule.bundles import NotUnderstood, Schedule, Window
 
 _FLOATS = ("bf16", "f16", "f32")
 _SUBLANES = 8  # rows of the small arrays with one value for each key (`fwd`, `dq`) or query (`dkv`)
+# MaxText's names go on with the block sizes of all kernels, such as block_q_dq.
+_KIND = re.compile(rf"splash_m[hq]a_({grid.FORWARD}|{grid.DQ}|{grid.DKV})")
 
 
 class Mask(NamedTuple):
@@ -85,7 +89,8 @@ def of_schedule(name: str, found: Schedule, mask: Mask, chip: Chip) -> Counted:
   if (length, keys) != (mask.T, mask.S):
     raise NotUnderstood(f"operands of {length} x {keys} tokens, a mask of {mask.T} x {mask.S}")
   outputs = [w for w in found.windows if w.kind == "output"]
-  kernel = next((k for k in (grid.FORWARD, grid.DQ, grid.DKV) if f"_{k}" in name), grid.FORWARD)
+  kind = _KIND.search(name)
+  kernel = kind[1] if kind else grid.FORWARD
   if kernel == grid.DKV and len(outputs) > 2:
     kernel = grid.FUSED
   call = grid.Call(math.prod(rows), heads, kv_heads, length, keys, q.whole.dims[-1], mask.band)
@@ -148,8 +153,24 @@ class Kernel(NamedTuple):
   reason: str = ""
 
 
+class Elsewhere(NamedTuple):
+  """Of a program that was not compiled here: the schedules and the mask of its kernels.
+
+  Attributes:
+    folder: The folder with its schedules.
+    mask: The mask of attention kernels whose instruction does not name it.
+  """
+
+  folder: pathlib.Path
+  mask: Mask
+
+
 def of_step(
-  calls: Mapping[Call, list[float]], chip: Chip, share: float, room: float = 1.0
+  calls: Mapping[Call, list[float]],
+  chip: Chip,
+  share: float,
+  room: float = 1.0,
+  elsewhere: Elsewhere | None = None,
 ) -> list[Kernel]:
   """The kernels of a compiled step, one for each call in the program.
 
@@ -159,8 +180,10 @@ def of_step(
     share: Fraction of the pairs of blocks that attention kernels compute, for those whose
       mask is not in the program.
     room: Rows that grouped matmuls have room for, over those of an even load.
+    elsewhere: For a program of another process.
   """
-  texts = dump.of_kernels(call.instruction for call in calls)
+  folder, mask = elsewhere or (None, None)
+  texts = dump.of_kernels((call.instruction for call in calls), folder)
   # libtpu writes one schedule for equal instructions: same kernel, same mask, same size.
   alike = lambda call: (call.name, masks.read_label(call.op_name), calls[call][1] / calls[call][0])
   twins = {alike(call): texts[call.instruction] for call in calls if call.instruction in texts}
@@ -168,7 +191,7 @@ def of_step(
   return [
     _grouped(call, runs, flops / room, chip)
     if "gmm" in call.name
-    else _of_call(call, runs, flops, text_of(call), chip, share)
+    else _of_call(call, runs, flops, text_of(call), chip, share, mask)
     for call, (runs, flops) in calls.items()
   ]
 
@@ -180,10 +203,16 @@ def _grouped(call: Call, runs: float, flops: float, chip: Chip) -> Kernel:
 
 
 def _of_call(
-  call: Call, runs: float, flops: float, text: str | None, chip: Chip, share: float
+  call: Call,
+  runs: float,
+  flops: float,
+  text: str | None,
+  chip: Chip,
+  share: float,
+  mask: Mask | None,
 ) -> Kernel:
   """The `Kernel` of a call, from its schedule if there is one."""
-  label = masks.read_label(call.op_name)
+  label = masks.read_label(call.op_name) or mask
   reason = _NO_SCHEDULE if text is None else "its mask is not known"
   if label and text is not None:
     mask = Mask(*label)

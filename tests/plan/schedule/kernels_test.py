@@ -79,3 +79,22 @@ def test_kernels_of_a_step_say_where_their_seconds_come_from(tmp_path, monkeypat
   assert twin.source == kernels.SCHEDULE and twin.seconds == 3 * alone.seconds  # equal to the first
   assert assumed.source == kernels.ASSUMED and assumed.reason.startswith("libtpu wrote no schedule")
   assert assumed.seconds == 0.5e12 / (V6E.clocked_flops / 2)
+
+
+def test_kernels_of_another_process_are_counted_under_the_given_mask(tmp_path):
+  # MaxText's kernels carry their block sizes in the name, and no mask.
+  name = "splash_mha_fwd_segmented_residuals_block_q_512.7"
+  (tmp_path / f"17-{name}-01-final_bundles.txt").write_text(text("v6e_512_fwd"))
+  calls = {Call(name, name.removesuffix(".7"), "jit(step)/fwd"): [2, 1e12]}
+  elsewhere = kernels.Elsewhere(tmp_path, CAUSAL)
+  (found,) = kernels.of_step(calls, V6E, share=0.5, elsewhere=elsewhere)
+  alone = kernels.count("splash_mha_fwd", text("v6e_512_fwd"), CAUSAL, V6E)
+  assert found.source == kernels.SCHEDULE and found.seconds == 2 * alone.seconds
+  (found,) = kernels.of_step(calls, V6E, share=0.5)
+  assert found.source == kernels.ASSUMED and "no schedule" in found.reason
+
+
+def test_a_kernel_is_told_by_the_start_of_its_name():
+  plain = kernels.count("splash_mha_dkv", text("v6e_512_dkv"), CAUSAL, V6E)
+  name = "splash_mha_dkv_no_residuals_block_kv_dq_512_block_q_dq_512"
+  assert kernels.count(name, text("v6e_512_dkv"), CAUSAL, V6E) == plain
