@@ -118,6 +118,7 @@ def _stream(c: ml_collections.ConfigDict, layout: str) -> BatchSource:
     batching(c),
     field=d.stream_field,
     window=d.stream_window,
+    readers=d.stream_readers,
   )
 
 

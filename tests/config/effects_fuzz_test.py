@@ -36,6 +36,7 @@ ELSEWHERE = {
   "data.stream": "the training data, in tests/data/stream_test.py",
   "data.stream_field": "the column that a stream reads, in tests/data/stream_test.py",
   "data.stream_window": "the shuffling of a stream, in tests/data/stream_test.py",
+  "data.stream_readers": "who reads which file of a stream, in tests/data/stream_test.py",
   "data.overlap": "the windows of long passages, in tests/text/tokenizers/passages_test.py",
   "data.stages": "the shapes of the batches, in tests/data/stages_test.py",
   "objective.teacher": "the teacher's weights, which are read from a folder",

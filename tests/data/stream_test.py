@@ -42,7 +42,8 @@ def folder(texts, tmp_path_factory):
 
 
 def make(folder, corpus, **overrides):
-  own = {"window": 20} | {k: overrides.pop(k) for k in ("window", "field") if k in overrides}
+  names = overrides.keys() & {"window", "field", "readers"}
+  own = {"window": 20} | {name: overrides.pop(name) for name in names}
   batching = Batching(**{"seq_len": SEQ_LEN, "batch_size": 4, "seed": 1} | overrides)
   return stream.make(str(folder), corpus, tokenizer_lib.load(corpus), batching, **own)
 
@@ -154,6 +155,29 @@ def test_it_goes_on_exactly_from_any_step(folder, corpus):
   assert saved.count("invalid json") and account[0] == make_account(folder, corpus, steps)
 
 
+def test_other_numbers_of_hosts_go_on_with_the_same_readers(folder, corpus):
+  """The global batches of 1, 2 and 4 hosts are equal, whichever of them went on from whichever."""
+  hosts, saved, steps = [1, 2, 4, 1, 4, 2, 1], None, 8
+  got, whole = [], make(folder, corpus, readers=4).iterate()
+  want = [next(whole)["tokens"].tolist() for _ in range(steps * len(hosts))]
+  whole.close()
+  for number, count in enumerate(hosts):
+    parts, states = [], []
+    for host in range(count):
+      s = make(folder, corpus, readers=4 * (number % 2 == 0))
+      if saved is not None:
+        s.set_state(json.loads(saved), host, count)
+      iterator = s.iterate(number * steps, host_index=host, host_count=count)
+      parts.append([next(iterator)["tokens"].tolist() for _ in range(steps)])
+      iterator.close()
+      states.append(s.get_state())
+      assert s.epochs((number + 1) * steps).keys() == {"stream"}
+    got += [[row for rows in step for row in rows] for step in zip(*parts)]
+    saved = json.dumps(s.merge_states(states))
+  assert got == want
+  assert len({json.dumps(rows) for rows in want}) > len(want) / 2
+
+
 def make_account(folder, corpus, steps):
   s = make(folder, corpus)
   iterator = s.iterate()
@@ -234,21 +258,29 @@ def test_other_files_are_refused(folder, corpus, tmp_path, change, words):
   copy.mkdir()
   for path in folder.iterdir():
     (copy / path.name).write_bytes(path.read_bytes())
-  saved = make(folder, corpus).merge_states([None])
+  saved = make(folder, corpus).merge_states([[None]])
   make(copy, corpus).set_state(saved, 0, 1)  # the same files, moved
   change(copy)
   with pytest.raises(UserError, match=words):
     make(copy, corpus).set_state(saved, 0, 1)
 
 
-def test_another_number_of_hosts_is_refused(folder, corpus):
-  s = make(folder, corpus)
-  with pytest.raises(UserError, match="on 2 hosts and can't go on with it on 1"):
-    s.set_state(s.merge_states([None, None]), 0, 1)
-  with pytest.raises(UserError, match="23 files for 24 hosts"):
+def test_hosts_that_can_not_share_the_readers_are_refused(folder, corpus):
+  saved = make(folder, corpus).merge_states([list("ab"), list("cd")])
+  with pytest.raises(UserError, match="data.stream_readers=4 does not split evenly over 8 hosts"):
+    make(folder, corpus).set_state(saved, 0, 8)
+  with pytest.raises(UserError, match="stream_readers=2, but .* positions of 4; set it to 4"):
+    make(folder, corpus, readers=2).set_state(saved, 0, 2)
+  with pytest.raises(UserError, match="23 files for 24 readers"):
     make(folder, corpus, batch_size=24).iterate(host_count=24)
+  with pytest.raises(UserError, match="23 files for 24 readers"):
+    make(folder, corpus, batch_size=24, readers=24).iterate()
   with pytest.raises(UserError, match="batch_size=4 does not split evenly over 3"):
-    s.iterate(host_count=3)
+    make(folder, corpus).iterate(host_count=3)
+  with pytest.raises(
+    UserError, match="batch_size=4 does not split evenly .* data.stream_readers=3"
+  ):
+    make(folder, corpus, readers=3).iterate()
 
 
 def test_files_without_a_text_are_one_message(corpus, tmp_path):

@@ -104,12 +104,15 @@ def test_prepared_data_on_all_topologies_both_ways(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_streams_on_other_numbers_of_devices(site, processes):
-  """The number of processes stays: each reads its own files."""
+@pytest.mark.parametrize("start", [(1, 1), (4, 2)])
+def test_streams_on_all_topologies_both_ways(site, start):
+  """Four readers: from the config, or since the run begins on four processes."""
+  readers = 4 if start == (1, 1) else 0
   args = [f"--config.data.stream={site}/raw", "--config.data.stream_window=24"]
-  path = [t for t in TOPOLOGIES if t[0] == processes]
-  still, name = f"stream-still-{processes}", f"stream-{processes}"
-  want = moved(site, still, path[:1], args)
+  args += [f"--config.data.stream_readers={readers}"] * bool(readers)
+  first = TOPOLOGIES.index(start)
+  path = [*TOPOLOGIES[first:], *TOPOLOGIES[:first]]
+  still, name = f"stream-still-{start[0]}", f"stream-{start[0]}"
+  want = moved(site, still, [start], args)
   assert moved(site, name, [*path, *path[::-1][1:]], args) == want
   assert largest_gap(site, name, still) < TOLERANCE

@@ -58,8 +58,15 @@ DATA = Section(
     ),
     stream_window=Key(
       512,
-      "Streams: rows per host that are packed and shuffled together.",
+      "Streams: rows of a reader that are packed and shuffled together.",
       interval=AT_LEAST_1,
+      needs=set_to_something("data.stream"),
+    ),
+    stream_readers=Key(
+      0,
+      "Streams: readers that share the files and the rows of each batch. A run goes on with each "
+      "number of hosts that divides them. 0 means one for each host on which the run begins.",
+      interval=AT_LEAST_0,
       needs=set_to_something("data.stream"),
     ),
     seq_len=Key(

@@ -140,8 +140,9 @@ def test_a_client_that_reads_nothing_stalls_nobody(serve, monkeypatch):
   for i in range(5):
     assert ask(server, {"prompt": f"quick {i}"})[1]["choices"][0]["text"] == want(f"quick {i}")
   assert time.monotonic() - begin < 5
-  until(lambda: server.worker.jobs == 0, 20)
-  assert sorted(server.engine.cancelled) == [1, 2, 3, 4], "it is ended, not kept in memory"
+  # It is ended, not kept in memory: the places are free at once, the rows after the engine's step.
+  until(lambda: sorted(server.engine.cancelled) == [1, 2, 3, 4], 20)
+  assert server.worker.jobs == 0
   slow.settimeout(20)
   rest = b""
   while part := slow.recv(1 << 20):
