@@ -76,6 +76,7 @@ def test_a_replay_has_the_logged_metrics(trained, step):
   assert "DIFFERS" in "\n".join(replay.lines(differs, trained))
 
 
+@pytest.mark.slow
 def test_a_replay_leaves_out_a_step_that_was_skipped(tiny, tmp_path, monkeypatch):
   """The metrics of step 3, whose loss is not finite, are in no mean of the log."""
   make, taken = batches_lib.to_devices, []

@@ -15,6 +15,7 @@ def check(found):
   assert not bad, "\n".join(corruption.summary(found))
 
 
+@pytest.mark.slow
 def test_damage_is_never_silent(site):
   found = corruption.cases(site, len(corruption.KINDS), seed=1)  # one of each kind
   check(found)

@@ -41,6 +41,7 @@ def test_equal_or_unchecked_is_none():
   assert parity.problems({"checked": False, "why_not": "y", "tokenizer": {"equal": None}}) == []
 
 
+@pytest.mark.slow
 def test_a_model_trained_with_eight_bit_products_is_compared_without_them(trained, tmp_path):
   pytest.importorskip("qwix", reason="pip install -e '.[quant]'")
   pytest.importorskip("transformers", reason="pip install -e '.[bench]'")

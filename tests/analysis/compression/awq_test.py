@@ -113,6 +113,7 @@ def test_scaled_activations_compute_the_same(tiny, name):
   )
 
 
+@pytest.mark.slow
 def test_large_activations_are_kept(opened, text):
   run = opened._replace(params=with_outliers(opened.params))
   assert distance(opened, run.params, text) < 1e-8  # the same function

@@ -29,6 +29,7 @@ def written(capsys, workdir, out, *more):
   return code, found, said.out + said.err
 
 
+@pytest.mark.slow
 def test_the_page_of_a_language_model(trained, tmp_path, capsys):
   out = tmp_path / "page.html"
   code, found, said = written(

@@ -116,6 +116,7 @@ def test_examples_are_the_largest_activations_of_documents_that_hold_the_token(s
       assert len({(e.doc, e.token) for e in found[f]}) == len(found[f])
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_reconstruction_and_writes_every_feature(trained, tmp_path, capsys):
   options = dict(workdir=str(trained), layer=0, features=64, k=8, rows=16, steps=60, top=2, show=2)
   command.run(command.FeaturesOptions(**options, out=str(tmp_path / "sae")))

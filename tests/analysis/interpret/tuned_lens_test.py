@@ -40,6 +40,7 @@ def test_without_training_it_is_the_logit_lens(small):
     assert float(got[layer]) == pytest.approx(kl, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_training_brings_it_to_the_model_on_other_text(small):
   model, params, batches, held_out = small
   losses = []

@@ -80,6 +80,7 @@ def test_a_text_of_a_prescribed_form(trained, capsys):
   assert "regular expression: " in refused(capsys, *args, "--regex=(a")
 
 
+@pytest.mark.slow
 def test_a_search_with_beams(trained, tmp_path, capsys):
   args = ["generate", f"--workdir={trained}", "--max-new=9", "--beams=3"]
   code, out, _ = run(capsys, *args, "--prompt=the cat")

@@ -60,6 +60,7 @@ def int4(trained, tmp_path_factory):
   return made(trained, tmp_path_factory.mktemp("int4") / "run", 4, 16)
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_codes(int4, tmp_path, capsys):
   export_model.run(
     export_model.ExportOptions(

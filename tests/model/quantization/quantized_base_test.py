@@ -63,6 +63,7 @@ def test_weights_are_codes_times_scales(bits, num_in, groups):
   np.testing.assert_array_equal(found, expected.reshape(shape))
 
 
+@pytest.mark.slow
 def test_only_adapters_train_and_the_base_stays_to_the_bit(int4, adapted, trained):
   folder, said = adapted
   base, run = base_of(folder), load.load(folder)
@@ -128,6 +129,7 @@ def test_adapters_get_the_gradients_that_they_get_on_dequantized_weights(adapted
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), err_msg=path)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(adapted, int4):
   after, before = (load.evaluate_run(load.load(f))["loss"] for f in (adapted[0], int4))
   assert after < before

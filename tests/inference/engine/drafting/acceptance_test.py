@@ -9,7 +9,6 @@ import pytest
 
 from jaxgpt.inference.engine.drafting import acceptance
 from jaxgpt.inference.sampling import Sampling
-from tests import quick
 from tests.inference.sampling_test import definition, in_rows, is_likely
 
 V, K, B, LENGTH = 6, 2, 50_000, 2  # 1e5 tokens are drawn
@@ -60,7 +59,8 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("is_certain", quick.first([False, True], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("is_certain", [False, True])
 def test_texts_have_the_model_s_distribution(is_certain):
   for i, (rules, room) in enumerate(RULES[2 * is_certain :]):
     s = Sampling(1.0)._replace(**rules)
