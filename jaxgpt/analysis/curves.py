@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 from etils import epath
 
 from jaxgpt.run import metric_writers, throughput
+from jaxgpt.run.process import memory
 
 # {(kind, step): record}, in the order of the steps
 Curves: TypeAlias = dict[tuple[str, int], dict[str, Any]]
@@ -78,7 +79,7 @@ def lazily(folder: epath.PathLike) -> Iterator[dict[str, Any]]:
 
 def is_exact(metric: str) -> bool:
   """Whether a metric follows from the numbers of a run, not from its speed or its machine."""
-  return metric not in (*_PLACE, *throughput.METRICS)
+  return metric not in (*_PLACE, *throughput.METRICS, *memory.METRICS)
 
 
 def compare(first: Curves, second: Curves, until: int | None = None) -> Comparison:

@@ -35,6 +35,10 @@ def test_the_first_difference_of_metrics():
 
   a = records(3.0, 2.0, 1.0, tokens_per_second=1)
   assert curves.compare(a, records(3.0, 2.0, tokens_per_second=2)).first_difference is None
+  a = records(3.0, 2.0, host_memory=1, device_memory=1)
+  b = records(3.0, 2.0, host_memory=2, device_memory=2)
+  assert curves.compare(a, b).first_difference is None
+  a = records(3.0, 2.0, 1.0)
   found = curves.compare(a, records(3.0, 2.5, 0.0))
   assert (found.first_difference.step, found.before, found.largest) == (2, 1, (3, 1.0))
   assert found.first_difference.describe().endswith("2.0 and 2.5, a difference of 5.00e-01")

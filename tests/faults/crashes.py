@@ -37,12 +37,14 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxgpt.commands import main as commands
+from jaxgpt.run import throughput
+from jaxgpt.run.process import memory
 from tests import xla_flags
 
 STEPS, EVERY, MIDDLE = 12, 4, 6  # steps, between checkpoints, where the run "from the middle" is
 LIMIT = 300  # seconds of a process
 STARTS = 5  # after which a run that is not done counts as stuck
-TIMES = ("tokens_per_second", "step_time", "input_wait")  # of a metric line: by the clock
+MEASURED = (*throughput.METRICS, *memory.METRICS)  # of a metric line: by the machine
 
 CONFIG = {
   "model.num_layers": 2,
@@ -269,7 +271,7 @@ class Site:
 
 def _metrics(run: pathlib.Path) -> list[dict[str, Any]]:
   lines = (run / "metrics.jsonl").read_text().splitlines()
-  return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+  return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def _apart(found: list[dict[str, Any]], want: list[dict[str, Any]]) -> str:

@@ -15,19 +15,20 @@ from etils import epath
 from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import metric_writers, resume, run_folder
+from jaxgpt.run import metric_writers, resume, run_folder, throughput
+from jaxgpt.run.process import memory
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import evaluation, loop, train_step
 from jaxgpt.training.loop import saving, trouble
 
-TIMES = ("tokens_per_second", "step_time", "input_wait")
+MEASURED = (*throughput.METRICS, *memory.METRICS)
 
 
 def lines(folder):
   """What the run reported, without what a clock said."""
   text = (folder / metric_writers.JSONL).read_text()
   return [
-    {k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()
+    {k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in text.splitlines()
   ]
 
 

@@ -18,21 +18,21 @@ from jaxgpt.inference import load
 from jaxgpt.inference.sampler import Sampler
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import metric_writers, run_folder, run_lock
-from jaxgpt.run.process import stop_signal
+from jaxgpt.run import metric_writers, run_folder, run_lock, throughput
+from jaxgpt.run.process import memory, stop_signal
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import evaluation, loop, train_step
 from tests import quick
 
-TIMES = ("tokens_per_second", "step_time", "input_wait")
+MEASURED = (*throughput.METRICS, *memory.METRICS)
 
 
 def lines(folder):
   """What the run reported, without what a clock said."""
   out = []
   for line in (epath.Path(folder) / metric_writers.JSONL).read_text().splitlines():
-    out.append({k: v for k, v in json.loads(line).items() if k not in TIMES})
+    out.append({k: v for k, v in json.loads(line).items() if k not in MEASURED})
   return out
 
 
@@ -66,7 +66,8 @@ def test_a_run_reports_what_it_did(finished):
   assert {"bits_per_byte", "perplexity"} <= record[-1].keys()
   assert record[-1]["bits_per_byte"] < record[2]["bits_per_byte"] < 9
   raw = json.loads((folder / metric_writers.JSONL).read_text().splitlines()[0])
-  assert all(raw[name] >= 0 for name in TIMES)
+  assert all(raw[name] >= 0 for name in ("tokens_per_second", "step_time", "input_wait"))
+  assert raw["host_memory"] > 10e6
   saved = run_folder.read_config(folder)
   assert saved.optim.lr == c.optim.lr and saved.model.vocab_size == 264
   (start,) = run_folder.read_starts(folder)

@@ -10,13 +10,14 @@ from jaxgpt import config
 from jaxgpt.analysis import replay, reproduce
 from jaxgpt.errors import UserError
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import run_folder
+from jaxgpt.run import run_folder, throughput
+from jaxgpt.run.process import memory
 from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.training import loop
 from jaxgpt.training.loop import spikes
 from tests.parallel import distributed_test as several
 
-TIMES = ("tokens_per_second", "step_time", "input_wait")
+MEASURED = (*throughput.METRICS, *memory.METRICS)
 # Step 12 destroys the weights of a run that takes it, so the loss of step 13 is high.
 SCHEDULE = """import jax.numpy as jnp
 
@@ -52,7 +53,7 @@ def train(c, folder, **asked):
 def result(folder):
   """The metrics that no clock made, and the digests of the last arrays."""
   lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-  metrics = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+  metrics = [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
   (meta,) = (json.loads(p.read_text()) for p in folder.glob("checkpoints/18/meta/metadata"))
   return metrics, meta["digests"]
 

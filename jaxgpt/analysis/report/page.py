@@ -21,12 +21,15 @@ from jaxgpt.errors import UserError
 from jaxgpt.storage import strict_json
 
 MOST_BYTES = 5_000_000
-_MAIN = 4  # charts that are shown at once; the others unfold
+_MAIN = 6  # charts that are shown at once; the others unfold
 _CHARTS = {  # metric: (title, unit), in the order of the page
   "loss": ("Loss", "nats per token"),
   "lr": ("Learning rate", ""),
   "grad_norm": ("Gradient norm", "before clipping"),
   "tokens_per_second": ("Throughput", "tokens per second"),
+  "host_memory": ("Host memory", "bytes, of the first process"),
+  "device_memory": ("Device memory", "bytes in use on the fullest device"),
+  "device_memory_peak": ("Device memory, peak", "bytes, since the start of the process"),
   "bits_per_byte": ("Bits per byte", "of the validation split"),
   "perplexity": ("Perplexity", ""),
   "accuracy": ("Accuracy", ""),

@@ -27,7 +27,7 @@ from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.run import metric_writers as metric_writers_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import throughput
-from jaxgpt.run.process import output, profile, stop_signal, watchdog
+from jaxgpt.run.process import memory, output, profile, stop_signal, watchdog
 from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
@@ -301,6 +301,7 @@ class Run:
     if step % self._c.log.every == 0 or step == self._c.train.steps:
       epochs = {f"epochs/{name}": n for name, n in self._data.epochs(step).items()}
       found = self._means.take() | self._timer.take() | epochs | self._spikes.metrics(step)
+      found |= memory.used(self._mesh.local_devices)
       self._writers.write(step, "train", found)
 
   def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:

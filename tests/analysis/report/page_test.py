@@ -62,6 +62,7 @@ def test_every_logged_metric_has_a_chart_and_every_key_a_row(text, runs):
   logged = {name for run in runs for s in run.series.values() for name in s.metrics}
   assert set(figures(text)) == logged - {"tokens"}
   assert figures(text)[:4] == ["loss", "lr", "grad_norm", "tokens_per_second"]
+  assert "host_memory" in figures(text)[:6]  # those that are not folded
   for key in ("optim.lr", "data.path", "model.num_layers"):
     assert f'<th scope="row">{key}</th>' in text
   assert "Documents dropped, by rule" in text or "No document was dropped" in text
