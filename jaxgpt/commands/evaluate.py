@@ -130,23 +130,35 @@ def _check(args: EvaluateOptions) -> None:
 
 
 def _lines_of_tasks(args: EvaluateOptions) -> list[str]:
+  from jaxgpt.commands.actions import progress
   from jaxgpt.inference import load
+  from jaxgpt.parallel import distributed
   from jaxgpt.storage import strict_json
   from jaxgpt.tasks import harness
 
   harness.check()
   found = load.load(args.workdir, args.step, "generate", args.weights)
   names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-  results = harness.evaluate(
-    found, names, args.include_path, args.limit, args.num_fewshot, args.chat, args.batch_size
-  )
+  with progress.Live("requests", compiles=True, shown=distributed.is_first()) as live:
+    results = harness.evaluate(
+      found,
+      names,
+      args.include_path,
+      args.limit,
+      args.num_fewshot,
+      args.chat,
+      args.batch_size,
+      show=lambda done, total: live.count(done, total, "tasks"),
+    )
   if args.json:
     return [strict_json.dumps({"step": found.step, "tasks": results}, indent=1)]
   return harness.table(results)
 
 
 def _lines(args: EvaluateOptions) -> list[str]:
+  from jaxgpt.commands.actions import progress
   from jaxgpt.inference import breakdown, evaluate, load, scoring
+  from jaxgpt.parallel import distributed
   from jaxgpt.run import run_folder
   from jaxgpt.storage import strict_json
   from jaxgpt.training import evaluation, train_step
@@ -160,15 +172,21 @@ def _lines(args: EvaluateOptions) -> list[str]:
       )
   found = load.load(args.workdir, args.step, "evaluate", args.weights)
   source = evaluate.Source(args.data, args.split, args.kind, args.fields)
-  with evaluate.opened(found, args.workdir, source, args.batch_size) as data:
-    result, scores = evaluate.evaluate(found, data, args.batches, args.stride)
+  with (
+    evaluate.opened(found, args.workdir, source, args.batch_size) as data,
+    progress.Live("batches", compiles=True, shown=distributed.is_first()) as live,
+  ):
+    show = lambda done, total: live.count(done, total, "evaluate")
+    result, scores = evaluate.evaluate(found, data, args.batches, args.stride, show)
+    live.clear()
     tables = scores.tables() if scores and (args.tables or args.json) else {}
     if args.contamination and scores:
       tables["contamination"] = evaluate.by_contamination(found, data, scores, args.contamination)
     if args.gap:
       limit = args.batches or data.batches.steps_per_epoch
+      show = lambda done, total: live.count(done, total, "train split")
       result |= evaluate.gap(
-        found, args.workdir, result["loss"], limit, args.stride, args.batch_size
+        found, args.workdir, result["loss"], limit, args.stride, args.batch_size, show
       )
   if args.json:
     head: dict[str, Any] = {"split": data.where, "step": found.step}

@@ -3,8 +3,8 @@
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import ml_collections
@@ -20,6 +20,9 @@ from jaxgpt.run import run_folder
 from jaxgpt.text.filters import decontaminate
 from jaxgpt.text.prepare import prepare, shards
 from jaxgpt.training import evaluation, objectives
+
+# (batches done, batches in all) -> None
+Show: TypeAlias = Callable[[int, int], None]
 
 
 class Source(NamedTuple):
@@ -136,7 +139,11 @@ def _prepare(run: load.Run, workdir: epath.PathLike, source: Source, out: str) -
 
 
 def evaluate(
-  run: load.Run, data: Opened, limit: int = 0, stride: int | None = None
+  run: load.Run,
+  data: Opened,
+  limit: int = 0,
+  stride: int | None = None,
+  show: Show = lambda done, total: None,
 ) -> tuple[dict[str, Any], Breakdown | None]:
   """Evaluates a run on all devices and processes.
 
@@ -146,6 +153,7 @@ def evaluate(
     limit: Number of batches. 0: all.
     stride: Most predictions that a window scores after the first of a document, see `data.strided`.
       None: rows are packed as in training.
+    show: Called with the number of batches done so far, and of all.
 
   Returns:
     (metrics, the scores behind them). The second is None for an objective whose predictions cannot
@@ -157,16 +165,39 @@ def evaluate(
   c, batches = data.c, data.batches
   if stride is not None:
     batches = _strided(c, batches, stride)
+  total = _num_batches(batches, limit, by_source=not scoring.has_scores(c))
   if not scoring.has_scores(c):
-    step = evaluation.make_step(run.parts.objective)
+    step, begun = evaluation.make_step(run.parts.objective), itertools.count()
+
+    def goes_on() -> bool:
+      show(next(begun), total)
+      return True
+
     with jax.set_mesh(run.mesh):
-      result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.weights, limit)
+      result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.weights, limit, goes_on)
     return {**result, "data_digest": batches.digest}, None
   found = Breakdown(batches)
-  for rows, scores in score(run, c, batches, limit):
+  show(0, total)
+  for number, (rows, scores) in enumerate(score(run, c, batches, limit), 1):
     found.add(rows, scores)
+    show(number, total)
   result = found.result(evaluation.bytes_per_token(batches))
   return {**result, "data_digest": batches.digest}, found
+
+
+def _num_batches(batches: pipeline.Batches, limit: int, by_source: bool) -> int:
+  """Batches of an evaluation.
+
+  Args:
+    batches: The data.
+    limit: As in `evaluate`.
+    by_source: Whether the sources of a mixture are evaluated one after another.
+  """
+  if 0 < limit < batches.steps_per_epoch:
+    return limit
+  if not by_source:
+    return batches.steps_per_epoch
+  return sum(-(-s.pack.num_rows // batches.batch_size) for s in batches.sources)
 
 
 def score(
@@ -220,6 +251,7 @@ def gap(
   limit: int,
   stride: int | None = None,
   batch_size: int | None = None,
+  show: Show = lambda done, total: None,
 ) -> dict[str, float]:
   """The generalization gap of a run.
 
@@ -229,6 +261,7 @@ def gap(
     loss: Its loss on the data that was evaluated.
     limit: Batches of the training split to compare with.
     stride, batch_size: Those with which the data was evaluated.
+    show: See `evaluate`.
 
   Returns:
     {'train_loss', 'gap': loss minus train_loss}.
@@ -242,7 +275,7 @@ def gap(
       "out"
     )
   with opened(run, workdir, Source(split="train"), batch_size) as data:
-    result, _ = evaluate(run, data, limit, stride)
+    result, _ = evaluate(run, data, limit, stride, show)
   return {"train_loss": result["loss"], "gap": loss - result["loss"]}
 
 

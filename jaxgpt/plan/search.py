@@ -210,6 +210,7 @@ def search(
   keep_batch: bool = False,
   say: Callable[[str], None] = print,
   run: Callable[[Candidate, Topology], Result] | None = None,
+  show: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> list[Result]:
   """Compiles the most promising candidates.
 
@@ -220,6 +221,8 @@ def search(
     keep_batch: See `candidates`.
     say: Receives lines on the progress.
     run: Compiles a candidate. None: `compiled`.
+    show: Called before each candidate is compiled, with the number of those that are done, of all
+      that are known by now, and a description of it.
 
   Returns:
     The results that fit, the best first, then the others.
@@ -245,21 +248,47 @@ def search(
       f"attention kernels are ranked at {ASSUMED_RATE:.0%} of peak in {len(assumed)} of these: no "
       "blocks are measured for this chip, or for these heads and lengths"
     )
-  results = []
-  for one in chosen + ([beyond] if beyond else []):
-    results.append(run(one, topology))
-    say(f"  {describe(one.changes)}: {verdict(results[-1])}")
-  best = min(results, key=_rank)
+  work = _Work(topology, say, show, run)
+  first = chosen + ([beyond] if beyond else [])
+  for number, one in enumerate(first, 1):
+    work.compile(one, len(first) - number + len(_MATERIALIZE) - 1)
+  best = min(work.results, key=_rank)
   if best.fits:  # which of these suits a chip is not known before compiling
     for value in _MATERIALIZE:
       if value != best.candidate.c.model.materialize:
         changes = best.candidate.changes | {"model.materialize": value}
         one = best.candidate._replace(c=changed(best.candidate.c, changes), changes=changes)
-        results.append(run(one, topology))
-        say(f"  {describe(changes)}: {verdict(results[-1])}")
-  if not any(r.fits for r in results):
-    results += _retreat(found, results, topology, say, run)
-  return sorted(results, key=_rank)
+        work.compile(one)
+  if not any(r.fits for r in work.results):
+    _retreat(found, work)
+  return sorted(work.results, key=_rank)
+
+
+class _Work:
+  """Compiles candidates one after another, and tells of it.
+
+  Attributes:
+    results: The results so far.
+  """
+
+  def __init__(
+    self,
+    topology: Topology,
+    say: Callable[[str], None],
+    show: Callable[[int, int, str], None],
+    run: Callable[[Candidate, Topology], Result],
+  ):
+    """Args as in `search`."""
+    self._topology, self._say, self._show, self._run = topology, say, show, run
+    self.results: list[Result] = []
+
+  def compile(self, one: Candidate, more: int = 0) -> Result:
+    """Compiles a candidate. `more` is the number of those that come after it."""
+    done = len(self.results)
+    self._show(done, done + 1 + more, describe(one.changes))
+    self.results.append(self._run(one, self._topology))
+    self._say(f"  {describe(one.changes)}: {verdict(self.results[-1])}")
+    return self.results[-1]
 
 
 def _limit(topology: Topology) -> int:
@@ -274,23 +303,12 @@ def _rank(result: Result) -> tuple[bool, float]:
   return (True, result.candidate.merit)
 
 
-def _retreat(
-  found: Sequence[Candidate],
-  results: Sequence[Result],
-  topology: Topology,
-  say: Callable[[str], None],
-  run: Callable[[Candidate, Topology], Result],
-  tries: int = 3,
-) -> list[Result]:
+def _retreat(found: Sequence[Candidate], work: _Work, tries: int = 3) -> None:
   """Compiles smaller candidates until one fits, where the arithmetic was too optimistic."""
-  least = min((r.candidate.bytes for r in results), default=0)
-  out: list[Result] = []
+  least = min((r.candidate.bytes for r in work.results), default=0)
   for one in [o for o in found if o.bytes < 0.93 * least][:tries]:
-    out.append(run(one, topology))
-    say(f"  {describe(one.changes)}: {verdict(out[-1])}")
-    if out[-1].fits:
+    if work.compile(one).fits:
       break
-  return out
 
 
 def remedies(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[Candidate]]:

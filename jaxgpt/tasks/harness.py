@@ -33,6 +33,7 @@ def evaluate(
   num_fewshot: int | None = None,
   chat: bool = False,
   batch_size: int | None = None,
+  show: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
   """Runs tasks of the harness.
 
@@ -44,6 +45,7 @@ def evaluate(
     num_fewshot: Examples in a prompt. None: as each task says.
     chat: Write prompts in the run's chat template.
     batch_size: See `Requests`.
+    show: See `Requests.show`. A task has requests of its own.
 
   Returns:
     {task: {metric: value}}, with the standard errors as 'METRIC_stderr'.
@@ -53,6 +55,7 @@ def evaluate(
       run is not a causal language model.
   """
   lm = model(run, batch_size)  # says if lm-eval is not installed
+  lm.requests.show = show
   found = _results(
     lm,
     tasks,

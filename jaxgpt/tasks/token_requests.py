@@ -31,6 +31,7 @@ class Requests:
     run: The run.
     context: Its longest row, in tokens.
     params: The weights. They may be replaced, as training goes on.
+    show: Called with the requests answered so far, and their number.
   """
 
   def __init__(self, run: load.Run, batch_size: int | None = None):
@@ -43,6 +44,7 @@ class Requests:
     """
     self.run, self.context = run, run.c.data.seq_len
     self.params = run.params
+    self.show: Callable[[int, int], None] = lambda done, total: None
     shards = mesh_lib.num_batch_shards(run.mesh.shape)
     rows = batch_size or run.c.eval.batch_size
     self._rows = -(-rows // shards) * shards
@@ -74,6 +76,8 @@ class Requests:
       rows.append([*context, *continuation][-(self.context + 1) :])
       counts.append(min(len(continuation), len(rows[-1]) - 1))
     out: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+    answered = 0
+    self.show(answered, len(rows))
     for numbers, scores in self._scored(rows):
       for i, number in enumerate(numbers):
         end = len(rows[number]) - 1
@@ -82,6 +86,8 @@ class Requests:
           -float(scores.nll[i, here].sum(dtype=np.float64)),
           bool(scores.correct[i, here].all()),
         )
+      answered += len(numbers)
+      self.show(answered, len(rows))
     return out
 
   def _scored(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], scoring.Scores]]:
@@ -143,7 +149,8 @@ class Requests:
       )
     if self._engine is None:
       self._engine = Engine(self.run._replace(params=None), max_rows=self._rows)
-    engine, found = self._engine, dict[int, list[int]]()
+    engine, found, answered = self._engine, dict[int, list[int]](), 0
+    self.show(answered, len(prompts))
     engine.use(self.params)
     wanted = (
       Request(tuple(prompt[-room:]), max_new, settings, seed + i)
@@ -153,6 +160,9 @@ class Requests:
       new = found.setdefault(piece.request, [])
       looked = len(new) // _LOOK
       new += [token.id for token in piece.tokens]
+      if piece.finish is not None:
+        answered += 1
+        self.show(answered, len(prompts))
       if piece.finish is None and len(new) // _LOOK > looked and is_done(new):
         engine.cancel(piece.request)
     engine.use(None)  # training needs the memory

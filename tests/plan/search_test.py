@@ -77,7 +77,11 @@ def test_a_search_compiles_the_best_with_other_barriers_too(monkeypatch, few_axe
     )
 
   monkeypatch.setattr(search, "compiled", compiled)
-  results = search.search(c, t, finalists=2, say=lambda _: None)
+  shown = []
+  show = lambda *given: shown.append(given)
+  results = search.search(c, t, finalists=2, say=lambda _: None, show=show)
+  assert [given[:2] for given in shown] == [(n, 4) for n in range(4)]
+  assert shown[-1][2].endswith("materialize gradients")
   assert len(seen) == 4 and [r.fits for r in results] == [True, True, True, False]
   assert results[0].candidate.changes["model.materialize"] == "gradients"
   assert results[0].candidate.c.model.remat == results[1].candidate.c.model.remat

@@ -9,6 +9,7 @@ import ml_collections
 from etils import epath
 
 from jaxgpt import config
+from jaxgpt.commands.actions import progress
 from jaxgpt.errors import UserError
 from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.parallel import chips
@@ -207,9 +208,15 @@ def search(
   c = _load(path, overrides)
   where = topology_lib.parse(topology)
   topology_lib.devices(where)  # raises once, not for each plan, if there is no compiler
-  results = search_lib.search(
-    c, where, finalists, keep_batch, say=lambda line: print(line, flush=True)
-  )
+  with progress.Live("programs") as live:
+    results = search_lib.search(
+      c,
+      where,
+      finalists,
+      keep_batch,
+      say=lambda line: print(line, flush=True),
+      show=lambda done, total, name: live.count(done, total, "compile", detail=name),
+    )
   print("\n".join(search_lib.table(results)), flush=True)
   if out:
     _write(

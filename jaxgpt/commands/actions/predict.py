@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from jaxgpt.commands.actions import backend
+from jaxgpt.commands.actions import backend, progress
 from jaxgpt.commands.actions import sampling as sampling_options
 from jaxgpt.config import options, user_code
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
 from jaxgpt.parallel import cluster, distributed
-from jaxgpt.storage import files, strict_json
+from jaxgpt.storage import buckets, files, strict_json
 from jaxgpt.tasks import scoring, task
 from jaxgpt.tasks.predict import job, protocol, registry, rows, texts
 from jaxgpt.text.readers import documents
@@ -40,8 +40,14 @@ def run(args: Any) -> None:
   with (
     distributed.joined(settings, args.join_timeout),
     inputs(args.input, args.format) as (listed, form),
+    progress.Live("rows", compiles=True, shown=_has_room(args.output)) as live,
   ):
-    _predict(args, listed, form, found)
+    _predict(args, listed, form, found, live)
+
+
+def _has_room(output: str) -> bool:
+  """Whether a terminal may show the work: in the first process, if no predictions go there."""
+  return distributed.is_first() and not (output == _STREAM and sys.stdout.isatty())
 
 
 @contextlib.contextmanager
@@ -62,12 +68,19 @@ def _refuse(args: Any, names: Sequence[str], why: str) -> None:
 
 
 def _predict(
-  args: Any, listed: list[files.File], form: str | None, scored: task.Task | None
+  args: Any,
+  listed: list[files.File],
+  form: str | None,
+  scored: task.Task | None,
+  live: progress.Live,
 ) -> None:
   loaded = load.load(args.workdir, args.step, devices=jax.local_devices())
   draws = sampling.Sampling(temperature=args.temperature, top_p=args.top_p)
   search = sampling_options.beams(args)
-  settings = protocol.Settings(args.batch_size, args.max_new, draws, args.seed, beams=search)
+  shown = progress.OfChunks(live)
+  settings = protocol.Settings(
+    args.batch_size, args.max_new, draws, args.seed, beams=search, tell=shown.share
+  )
   made = registry.make(loaded, args.kind, settings)
   if not isinstance(made, texts.Texts):
     _refuse(args, _OF_TEXTS, "is for models that write text, and this one does not")
@@ -79,7 +92,13 @@ def _predict(
     job.say(note)
   reading = dict(fields=dict(args.field), form=form, encoding=args.encoding)
   read = lambda: rows.read(listed, made.kind, **reading)
-  predict = lambda chunk, number: job.predict_rows(made, loaded.params, chunk, number)
+  if live.shown and not any(buckets.is_remote(file.address) for file in listed):
+    shown.total = sum(1 for _ in read())
+
+  def predict(chunk: Sequence[rows.Row], number: int) -> list[protocol.Prediction]:
+    shown.begin(number * job.CHUNK, len(chunk))
+    return job.predict_rows(made, loaded.params, chunk, number)
+
   if args.output == _STREAM:
     account = job.stream(predict, read(), sys.stdout)
   else:
@@ -92,7 +111,9 @@ def _predict(
       "settings": [*settings[:2], list(draws), settings.seed],
       **({"beams": dataclasses.asdict(search)} if search else {}),
     }
-    account = job.run(predict, read(), args.output, identity, job.say)
+    count = (lambda done: None) if live.shown else None
+    account = job.run(predict, read(), args.output, identity, job.say, count)
+  live.clear()
   if not distributed.is_first():
     return
   for line in account.lines():

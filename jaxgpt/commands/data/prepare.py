@@ -44,11 +44,12 @@ class DataOptions(Options):
 
 def run(args: DataOptions) -> None:
   """Prepares a folder and says how to train on it."""
+  from jaxgpt.commands.actions import progress
   from jaxgpt.storage import malloc
-  from jaxgpt.text.prepare import executors, prepare, progress
+  from jaxgpt.text.prepare import executors, prepare
 
   malloc.give_back()
-  with progress.Terminal() as report:
+  with progress.OfPreparation() as report:
     prepare.prepare(
       args.paths,
       args.out,

@@ -159,6 +159,7 @@ class Encoder(abc.ABC):
     pack, _ = self._layout.index(split, "one_per_row", longest)
     lengths = np.add.reduceat(pack.length, pack.row_offsets[:-1]).tolist()
     out: list[Any] = [None] * len(lengths)
+    done = 0
     with jax.set_mesh(self._devices.mesh):
       for step in batching.steps(lengths, s.rows, self._devices.shards, longest):
         batches = [
@@ -171,6 +172,8 @@ class Encoder(abc.ABC):
           for place, i in enumerate(numbers):
             at = shard * s.rows + place
             out[i] = Part(pack.spans(i), jax.tree.map(lambda x, at=at: x[at], result))
+        done += sum(map(len, step.batches))
+        s.tell(done / len(lengths))
     return out
 
 

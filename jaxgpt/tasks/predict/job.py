@@ -113,6 +113,7 @@ def run(
   output: epath.PathLike,
   job: Mapping[str, Any],
   report: Callable[[str], None] = lambda text: None,
+  count: Callable[[int], None] | None = None,
 ) -> Account:
   """Writes the predictions for all rows. All processes must call it.
 
@@ -122,6 +123,7 @@ def run(
     output: The file to write.
     job: Everything besides the rows that the predictions depend on, as plain JSON.
     report: Called with a line on the progress.
+    count: Called with the rows done so far. None: `report` gets a line on them.
 
   Returns:
     The account, in the first process. Others get one of no rows.
@@ -133,7 +135,8 @@ def run(
   folder = output.with_name(output.name + PARTS)
   try:
     _enter(folder, output, job, report)
-    names = _fill(predict, rows, folder, report)
+    count = count or (lambda rows: report(f"{rows:,} rows"))
+    names = _fill(predict, rows, folder, count)
     distributed.check_same("the digest of the input", digest(names), "give all the same input")
     distributed.barrier("predictions")
     account = Account(0, 0, [])
@@ -181,21 +184,21 @@ def _fill(
   predict: Callable[[Sequence[Row], int], list[Prediction]],
   rows: Iterable[Row],
   folder: epath.Path,
-  report: Callable[[str], None],
+  count: Callable[[int], None],
 ) -> list[str]:
   """Computes this process's parts that are not there yet: the names of all parts."""
-  me, count = jax.process_index(), jax.process_count()
+  me, processes = jax.process_index(), jax.process_count()
   names, done = list[str](), 0
   there = {path.name for path in folder.iterdir()}
   for number, chunk in enumerate(chunks(rows)):
     names.append(f"{number:06}-{digest(map(identity, chunk))[:16]}.jsonl")
     done += len(chunk)
-    if number % count == me and names[-1] not in there:
+    if number % processes == me and names[-1] not in there:
       found = predict(chunk, number)
       atomic.write(
         folder / names[-1], "".join(line(r, p) for r, p in zip(chunk, found, strict=True))
       )
-      report(f"{done:,} rows")
+      count(done)
   return names
 
 

@@ -1,6 +1,6 @@
 """The protocol of predictors: rows in, predictions out, with the weights given at each call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from jaxgpt.errors import UserError
@@ -22,6 +22,7 @@ class Settings(NamedTuple):
     seed: Seed of the draws.
     constraint: The form of the texts, or None for any.
     beams: Search for a likely text in place of drawing one. Or None.
+    tell: Called with the share of a chunk that is done, from 0 to 1.
     keep_weights: Keep a copy of the weights, in the form that decoding reads, for further calls
       with them.
   """
@@ -33,6 +34,7 @@ class Settings(NamedTuple):
   constraint: Constraint | None = None
   keep_weights: bool = True
   beams: Beams | None = None
+  tell: Callable[[float], None] = lambda share: None
 
 
 class Predictor(Protocol):

@@ -1,6 +1,6 @@
 """Texts that a causal language model writes after a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine.engine import Engine
-from jaxgpt.inference.engine.requests import Request
+from jaxgpt.inference.engine.requests import Piece, Request
 from jaxgpt.inference.prompts import Prompts
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.tasks.predict.protocol import Prediction, Settings
@@ -63,8 +63,17 @@ class Texts:
       else:
         out.append({})
         requests.append(request)
+
+    def told(pieces: Iterable[Piece]) -> Iterator[Piece]:
+      ended = 0
+      for piece in pieces:
+        if piece.finish is not None:
+          ended += 1
+          s.tell(ended / len(requests))
+        yield piece
+
     self._engine.use(params)
-    texts = iter(self._engine.texts(requests))
+    texts = iter(self._engine.texts(requests, told))
     if not s.keep_weights:
       self._engine.use(None)
     return [answer if isinstance(answer, UserError) else {"text": next(texts)[0]} for answer in out]
