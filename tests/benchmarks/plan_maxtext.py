@@ -138,20 +138,21 @@ class Merit(NamedTuple):
     return f"{self.plain:.1f} µs without kernels, {self.whole:.1f} with{doubt}: {self.kernels}"
 
 
-def merit(text, where, tokens, elsewhere=None):
+def merit(text, where, tokens, mask=None, folder=None):
   """The figures of a compiled program.
 
   Args:
     text: The program.
     where: Topology.
     tokens: Tokens of a chip.
-    elsewhere: The schedules and the mask of a program of another process.
+    mask: The mask of kernels that do not name it.
+    folder: The folder with the schedules, if another process compiled the program.
   """
   chip = where.chip
   found = cost.of_program(hlo.parse(text))
   seconds = sum(found.cycles.values()) / chip.clock + found.bytes("exposed") / chip.ici_bandwidth
   seconds += found.unestimated_seconds(chip.hbm_bandwidth, chip.clocked_flops)
-  parts = kernels.of_step(found.calls, chip, 0.5, elsewhere=elsewhere)
+  parts = kernels.of_step(found.calls, chip, 0.5, mask=mask, folder=folder)
   names = ", ".join(f"{one.calls:g} x {one.name} {one.seconds:.4f} s" for one in parts)
   return Merit(
     seconds / tokens * 1e6,
@@ -227,8 +228,8 @@ def run_maxtext(where, model, rows, length, arguments, flags, folder):
     )
   if done.returncode or not out.exists():
     sys.exit(f"MaxText failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
-  elsewhere = kernels.Elsewhere(schedules, kernels.Mask(Band(causal=True), length, length))
-  return merit(out.read_text(), where, rows * length, elsewhere)
+  mask = kernels.Mask(Band(causal=True), length, length)
+  return merit(out.read_text(), where, rows * length, mask, schedules)
 
 
 def maxtext(work, keep):

@@ -17,6 +17,8 @@ _VARIABLE = "LIBTPU_INIT_ARGS"
 _TO = "--xla_jf_dump_to="
 _WHAT = ("--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles")
 _ENDING = "final_bundles.txt"
+# libtpu cuts a long name, and writes a number of at least 15 digits after it.
+_FILE = re.compile(rf"\d+-((.+)-\d{{15,}}|.+)-\d+-{re.escape(_ENDING)}")
 _folder: pathlib.Path | None = None
 
 
@@ -68,7 +70,10 @@ def of_kernels(names: Iterable[str], folder: pathlib.Path | None = None) -> dict
   wanted, out, folder = set(names), {}, folder or _folder
   for path in sorted(folder.glob(f"*{_ENDING}")) if folder and wanted else ():
     # TIME-INSTRUCTION-PASS-final_bundles.txt; the analysis of a schedule has another pass name.
-    found = re.fullmatch(r"\d+-(.+)-\d+-" + re.escape(_ENDING), path.name)
-    if found and found[1] in wanted:
-      out[found[1]] = path.read_text(errors="replace")
+    found = _FILE.fullmatch(path.name)
+    if not found:
+      continue
+    for name in wanted:
+      if name == found[1] or (found[2] and name.startswith(found[2])):
+        out[name] = path.read_text(errors="replace")
   return out

@@ -153,24 +153,13 @@ class Kernel(NamedTuple):
   reason: str = ""
 
 
-class Elsewhere(NamedTuple):
-  """Of a program that was not compiled here: the schedules and the mask of its kernels.
-
-  Attributes:
-    folder: The folder with its schedules.
-    mask: The mask of attention kernels whose instruction does not name it.
-  """
-
-  folder: pathlib.Path
-  mask: Mask
-
-
 def of_step(
   calls: Mapping[Call, list[float]],
   chip: Chip,
   share: float,
   room: float = 1.0,
-  elsewhere: Elsewhere | None = None,
+  mask: Mask | None = None,
+  folder: pathlib.Path | None = None,
 ) -> list[Kernel]:
   """The kernels of a compiled step, one for each call in the program.
 
@@ -180,9 +169,9 @@ def of_step(
     share: Fraction of the pairs of blocks that attention kernels compute, for those whose
       mask is not in the program.
     room: Rows that grouped matmuls have room for, over those of an even load.
-    elsewhere: For a program of another process.
+    mask: The mask of attention kernels whose instruction does not name it.
+    folder: The folder with the schedules, if another process compiled the program.
   """
-  folder, mask = elsewhere or (None, None)
   texts = dump.of_kernels((call.instruction for call in calls), folder)
   # libtpu writes one schedule for equal instructions: same kernel, same mask, same size.
   alike = lambda call: (call.name, masks.read_label(call.op_name), calls[call][1] / calls[call][0])

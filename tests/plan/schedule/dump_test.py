@@ -39,3 +39,10 @@ def test_own_schedules_of_earlier_programs_are_deleted(monkeypatch):
   pathlib.Path(dump._folder, "1-f-01-final_bundles.txt").write_text("old")
   dump.clear()
   assert dump.of_kernels(["f"]) == {}
+
+
+def test_a_name_that_libtpu_cuts_is_found_by_its_start(tmp_path):
+  name = "splash_mha_fwd_block_kv_512_k_layout_1_q_layout_1.1"
+  path = tmp_path / "17-splash_mha_fwd_block_kv_512_k_layo-112369707191869586-01-final_bundles.txt"
+  path.write_text("cut")
+  assert dump.of_kernels([name, "splash_mha_dq.1"], tmp_path) == {name: "cut"}

@@ -86,11 +86,10 @@ def test_kernels_of_another_process_are_counted_under_the_given_mask(tmp_path):
   name = "splash_mha_fwd_segmented_residuals_block_q_512.7"
   (tmp_path / f"17-{name}-01-final_bundles.txt").write_text(text("v6e_512_fwd"))
   calls = {Call(name, name.removesuffix(".7"), "jit(step)/fwd"): [2, 1e12]}
-  elsewhere = kernels.Elsewhere(tmp_path, CAUSAL)
-  (found,) = kernels.of_step(calls, V6E, share=0.5, elsewhere=elsewhere)
+  (found,) = kernels.of_step(calls, V6E, share=0.5, mask=CAUSAL, folder=tmp_path)
   alone = kernels.count("splash_mha_fwd", text("v6e_512_fwd"), CAUSAL, V6E)
   assert found.source == kernels.SCHEDULE and found.seconds == 2 * alone.seconds
-  (found,) = kernels.of_step(calls, V6E, share=0.5)
+  (found,) = kernels.of_step(calls, V6E, share=0.5, mask=CAUSAL)
   assert found.source == kernels.ASSUMED and "no schedule" in found.reason
 
 

@@ -1,0 +1,160 @@
+"""Estimated against measured step times: recipes that others have run on real pods.
+
+  python tests/benchmarks/plan_published.py [--arithmetic] [NAME...]    (needs jaxgpt[tpu], no TPU)
+
+Compiles the equivalent of each recipe in jaxgpt, with its rows and its saved activations, and
+compares the estimated step with the time that the recipe's page reports. A program takes minutes.
+`--arithmetic` compiles nothing and compares the seconds by which a search ranks plans.
+The measurements are lines of MaxText's log in the README files of AI-Hypercomputer/tpu-recipes
+(training/trillium), with JAX 0.5.2 and 0.6.1, so older compilers than the one of the estimate.
+"""
+
+import pathlib
+import sys
+from typing import NamedTuple
+
+from jaxgpt.plan import environment
+
+environment.prepare()
+
+from jaxgpt import config
+from jaxgpt.errors import UserError
+from jaxgpt.parallel import chips, mesh
+from jaxgpt.plan import lower, memory_estimate, per_device, report, time_estimate, topology
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Recipe(NamedTuple):
+  """A published result.
+
+  Attributes:
+    preset: Our preset of the model.
+    where: Topology.
+    rows: Rows of a chip.
+    length: Tokens of a row.
+    seconds: Measured seconds of a step.
+    source: Folder in tpu-recipes/training/trillium.
+    changes: {config key: value} of the equivalent.
+  """
+
+  preset: str
+  where: str
+  rows: int
+  length: int
+  seconds: float
+  source: str
+  changes: dict
+
+
+# The recipes move these and the layer's input to the host's memory. Ours keeps the input.
+_OFFLOADED = {"model.remat": "offload:q,k,v,o"}
+_QKV_OFFLOADED = {"model.remat": "offload:q,k,v"}
+# Where the logits of all rows, which the layer's inputs leave no room for, would not fit.
+_CHUNKED = _OFFLOADED | {"objective.loss_chunk": 2048}
+
+RECIPES = {
+  "8b_256": Recipe(
+    "llama31_8b", "v6e-256", 4, 8192, 4.546, "Llama3.1-8B-MaxText/v6e-256", _OFFLOADED
+  ),
+  "8b_128": Recipe(
+    "llama31_8b", "v6e-128", 4, 8192, 4.602, "Llama3.1-8B-MaxText/v6e-128", _OFFLOADED
+  ),
+  "8b_32": Recipe("llama31_8b", "v6e-32", 3, 8192, 3.495, "Llama3.1-8B-MaxText/v6e-32", _OFFLOADED),
+  "8b_8": Recipe("llama31_8b", "v6e-8", 3, 8192, 3.443, "Llama3.1-8B-MaxText/v6e-8", _CHUNKED),
+  "mistral": Recipe(
+    "mistral_7b_v03",
+    "v6e-8",
+    6,
+    8192,
+    6.320,
+    "Mistral-7B-MaxText",
+    _CHUNKED | {"model.vocab_size": 32000},
+  ),
+  "70b_256": Recipe(
+    "llama31_70b", "v6e-256", 5, 8192, 42.656, "Llama3.1-70B-MaxText/v6e-256", _QKV_OFFLOADED
+  ),
+  "70b_64": Recipe(
+    "llama31_70b", "v6e-64", 2, 8192, 18.688, "Llama3.1-70B-MaxText/v6e-64", _QKV_OFFLOADED
+  ),
+  # The recipe's page says 3 rows of a chip, its log has the tokens of 2.
+  "llama2_70b": Recipe(
+    "llama2_70b", "v6e-256", 2, 4096, 9.052, "Llama2-70B-MaxText", _QKV_OFFLOADED
+  ),
+  "mixtral": Recipe(
+    "mixtral_8x7b",
+    "v6e-256",
+    12,
+    4096,
+    13.484,
+    "Mixtral-8x7B-MaxText",
+    _OFFLOADED | {"model.moe.capacity": 1.25},
+  ),
+  "8x22b": Recipe(
+    "mixtral_8x22b",
+    "v6e-256",
+    8,
+    4096,
+    24.706,
+    "Mixtral-8x22B-MaxText",
+    _OFFLOADED | {"model.moe.capacity": 1.25, "mesh.expert": 4},
+  ),
+}
+
+
+def resolved(recipe, where):
+  """The config of the equivalent of a recipe."""
+  changes = {
+    "data.seq_len": recipe.length,
+    "data.batch_size": recipe.rows * where.num_devices,
+    **recipe.changes,
+  }
+  loaded, _ = config.load(
+    f"{ROOT}/configs/llama3_8b.py:{recipe.preset}",
+    [f"--config.{key}={value}" for key, value in changes.items()],
+  )
+  return lower.resolve(loaded)
+
+
+def by_schedule(recipe):
+  """Compiles the equivalent of a recipe: ({kind: seconds}, GiB)."""
+  where = topology.parse(recipe.where)
+  f = report.figures(lower.compile_step(resolved(recipe, where), where), where)
+  return {k: s for k, s in f["seconds"].items() if k != "step"}, f["memory"]["total"] / chips.GIB
+
+
+def by_arithmetic(recipe):
+  """The same without compiling."""
+  where = topology.parse(recipe.where)
+  c = resolved(recipe, where)
+  sizes, counts = mesh.axis_sizes(c.mesh, where.num_devices), per_device.count(c)
+  memory = memory_estimate.peak(memory_estimate.buffers(c, sizes, counts, where.chip))
+  return time_estimate.seconds(c, sizes, counts, where), memory / chips.GIB
+
+
+def main(arguments):
+  names = [a for a in arguments if not a.startswith("--")] or RECIPES
+  estimate = by_arithmetic if "--arithmetic" in arguments else by_schedule
+  errors = []
+  for name in names:
+    recipe = RECIPES[name]
+    try:
+      seconds, memory = estimate(recipe)
+    except (lower.OutOfMemory, UserError) as e:
+      print(f"{name}: {e}", flush=True)
+      continue
+    step = sum(seconds.values())
+    error = step / recipe.seconds - 1
+    errors.append(abs(error))
+    parts = ", ".join(f"{kind} {value:.3f}" for kind, value in seconds.items())
+    print(
+      f"{name}: {step:.3f} s estimated, {recipe.seconds:.3f} measured: {error:+.1%} "
+      f"({recipe.source}; {memory:.1f} GiB; {parts})",
+      flush=True,
+    )
+  if errors:
+    print(f"mean absolute error of {len(errors)}: {sum(errors) / len(errors):.1%}")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
