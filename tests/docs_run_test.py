@@ -49,7 +49,9 @@ SEQUENCES = {
 }
 NEEDS = {"plan": "libtpu", "buckets": "moto", "models": "transformers", "inference": "openai"}
 # Commands without which a page's own have nothing to start from.
-BEFORE = {"inference": "jaxgpt demo"}
+BEFORE = {"inference": "jaxgpt demo", "interpret": "jaxgpt demo"}
+# Beginnings of commands that print samples of the corpus, and the indent of these.
+SAMPLES = {"jaxgpt data ": "  ", "jaxgpt features ": "    "}
 # Beginnings of commands that are not run, and why.
 NOT_RUN = {
   "make demo": "trains for five minutes",
@@ -121,8 +123,8 @@ def missing(command: Command, done: Done) -> list[str]:
   """Lines of a page that do not appear in the command's output, in this order."""
   if " generate " in command.text:
     return []
-  # Indented lines of `jaxgpt data` are samples of the corpus, which changes with every version.
-  samples = "  " if command.text.startswith("jaxgpt data ") else None
+  # Samples of the corpus change with every version.
+  samples = next((x for start, x in SAMPLES.items() if command.text.startswith(start)), None)
   got = iter(done.output.replace("\r", "\n").splitlines())
   out = []
   for line in command.output.splitlines():

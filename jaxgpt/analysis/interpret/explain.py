@@ -13,7 +13,16 @@ import ml_collections
 import numpy as np
 
 from jaxgpt import tree
-from jaxgpt.analysis.interpret import attribution, gradients, heads, lens, patching, taps
+from jaxgpt.analysis.interpret import (
+  attribution,
+  gradients,
+  heads,
+  lens,
+  lens_file,
+  patching,
+  taps,
+  tuned_lens,
+)
 from jaxgpt.errors import UserError
 from jaxgpt.inference.load import Run
 from jaxgpt.inference.prompts import Prompts
@@ -133,7 +142,13 @@ def names_of(tokenizer: base.Tokenizer, size: int) -> Callable[[int], str]:
   return name
 
 
-def explain(run: Run, prompt: str, corrupted: str | None = None, top: int = 8) -> dict[str, Any]:
+def explain(
+  run: Run,
+  prompt: str,
+  corrupted: str | None = None,
+  top: int = 8,
+  tuned: lens_file.Found | None = None,
+) -> dict[str, Any]:
   """Explains the predictions for a prompt.
 
   Args:
@@ -141,6 +156,7 @@ def explain(run: Run, prompt: str, corrupted: str | None = None, top: int = 8) -
     prompt: The prompt.
     corrupted: A second prompt with as many tokens, for causal tracing, or None.
     top: Number of alternatives to a prediction.
+    tuned: A tuned lens of the run, to show next to the logit lens.
 
   Returns:
     A dict for JSON, which `page.render` shows. Entries that make no sense for the model are None,
@@ -175,6 +191,7 @@ def explain(run: Run, prompt: str, corrupted: str | None = None, top: int = 8) -
     "attention": _maps(reading.at["pattern"]),
     "predictions": None,
     "lens": None,
+    "tuned_lens": None,
     "components": None,
     "gradients": None,
     "scores": None,
@@ -187,7 +204,11 @@ def explain(run: Run, prompt: str, corrupted: str | None = None, top: int = 8) -
     )
     return page
   page["predictions"] = _predictions(m.kind, reading.output.logits[0], ids, choice, top)
-  page["lens"] = _lens(m, inputs, reading, choice)
+  streams = lens.streams(reading.at)
+  page["lens"] = _lens(m, inputs, streams, choice)
+  if tuned is not None:
+    streams = tuned_lens.translated(streams, tuned.translators)
+    page["tuned_lens"] = _lens(m, inputs, streams, choice) | {"file": str(tuned.path)}
   explained = _explained(m, ids, reading.output.logits[0])
   if why_not:
     left_out.append(f"Attribution to components: {why_not}.")
@@ -263,8 +284,8 @@ def _predictions(
   return out
 
 
-def _lens(m: Model, inputs: taps.Inputs, reading: taps.Reading, choice: Any) -> dict[str, Any]:
-  found = lens.logit_lens(m.model, m.params, inputs, lens.streams(reading.at), k=3)
+def _lens(m: Model, inputs: taps.Inputs, streams: jax.Array, choice: Any) -> dict[str, Any]:
+  found = lens.logit_lens(m.model, m.params, inputs, streams, k=3)
   names, p = np.asarray(found.ids[:, 0]), np.asarray(found.probabilities[:, 0])
   if m.kind == "rows":
     names, p = names[:, None], p[:, None]

@@ -9,7 +9,7 @@ affine map for each place, and leaves the model as it is:
 
 A and b start at zero, which is the logit lens.
 
-B batch, T position, D model, V vocabulary, L layers.
+B batch, T position, D model, V vocabulary, L layers, R residual streams.
 """
 
 import functools
@@ -104,6 +104,19 @@ def fit(
     weights, state, value = step(weights, state, params, batches[i % len(batches)])
     tell(i + 1, float(value))
   return Translators(**weights)
+
+
+def translated(streams_RBTD: jax.Array, translators: Translators) -> jax.Array:
+  """Streams as the lens reads them: translated before each layer, the last one as it is.
+
+  Args:
+    streams_RBTD: From `lens.streams`, R = L + 1.
+    translators: The maps.
+  """
+  h_LBTD = streams_RBTD[:-1]
+  moved = h_LBTD + jnp.einsum("lbtd,lde->lbte", h_LBTD, translators.a)
+  moved += translators.b[:, None, None]
+  return jnp.concatenate([moved, streams_RBTD[-1:]])
 
 
 def divergences(

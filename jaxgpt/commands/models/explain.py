@@ -22,6 +22,12 @@ class ExplainOptions:
     "prompt restore its answer",
   )
   top: int = integer(8, least=1, help="alternatives to each prediction")
+  lens: str | None = option(
+    None,
+    metavar="FILE",
+    unset="WORKDIR/tuned_lens/STEP.npz, if it is there",
+    help="tuned lens to show next to the logit lens, from `jaxgpt lens`",
+  )
 
 
 def run(args: ExplainOptions) -> None:

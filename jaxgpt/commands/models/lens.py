@@ -17,12 +17,15 @@ class LensOptions:
   rows: int = integer(64, least=1, help="rows of the training split to train on")
   lr: float = option(1e-2, above=0, help="peak learning rate, which falls to 0")
   out: str | None = option(
-    None, metavar="FILE", unset="only printed", help="NPZ file to write: a [L, D, D] and b [L, D]"
+    None,
+    metavar="FILE",
+    unset="WORKDIR/tuned_lens/STEP.npz, where `jaxgpt explain` finds it",
+    help="NPZ file to write: a [L, D, D], b [L, D], and a digest of the weights they belong to",
   )
 
 
 def run(args: LensOptions) -> None:
-  """Trains, measures on the validation split and prints a table."""
+  """Trains, measures on the validation split, prints a table and writes the maps."""
   from jaxgpt.commands.actions.interpret import tuned_lens
 
   tuned_lens.run(args)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.analysis.interpret import explain, page
+from jaxgpt.analysis.interpret import explain, lens, lens_file, page, taps, tuned_lens
 from jaxgpt.commands import main
 from jaxgpt.inference import load
 from jaxgpt.model import transformer
@@ -29,17 +29,33 @@ def written(capsys, workdir, out, *more):
   return code, found, said.out + said.err
 
 
+def random_maps(cfg):
+  """Translators that change a stream a little."""
+  keys = jax.random.split(jax.random.key(0))
+  zeros = tuned_lens.none(cfg)
+  draw = lambda key, like: 0.05 * jax.random.normal(key, like.shape)
+  return tuned_lens.Translators(*map(draw, keys, zeros))
+
+
 @pytest.mark.slow
 def test_the_page_of_a_language_model(trained, tmp_path, capsys):
   out = tmp_path / "page.html"
+  run = load.load(trained, devices=jax.local_devices()[:1])
+  moves = random_maps(run.parts.model.cfg)
+  lens_file.write(tmp_path / "lens.npz", moves, run)
   code, found, said = written(
-    capsys, trained, out, "--prompt=the cat</script>", "--corrupted=the dog</script>", "--top=3"
+    capsys,
+    trained,
+    out,
+    "--prompt=the cat</script>",
+    "--corrupted=the dog</script>",
+    "--top=3",
+    f"--lens={tmp_path}/lens.npz",
   )
   assert code == 0 and f"wrote {out}" in said and "causal tracing" in said
   T, L, N = 17, 2, 4
   assert found["tokens"][1:5] == ["t", "h", "e", " "] and len(found["tokens"]) == T
   # Compared with the model itself; the numbers of each analysis have tests of their own.
-  run = load.load(trained, devices=jax.local_devices()[:1])
   m = explain.of_run(run)
   ids = np.asarray([explain.encode(run, "the cat</script>")])
   logits = m.model.apply({"params": m.params}, ids, np.arange(T)[None]).logits[0]
@@ -57,6 +73,14 @@ def test_the_page_of_a_language_model(trained, tmp_path, capsys):
   assert len(found["lens"]["top"]) == L + 1 and final == [
     at["top"][0] for at in found["predictions"]
   ]
+  assert found["tuned_lens"]["file"] == f"{tmp_path}/lens.npz" and "tuned lens (" in said
+  assert found["tuned_lens"]["top"][-1] == found["lens"]["top"][-1]  # the model itself
+  inputs = taps.Inputs(ids)
+  h_LBTD = taps.read(m.model, m.params, inputs, ("resid_pre",)).at["resid_pre"]
+  for layer, (a, b, top) in enumerate(zip(*moves, found["tuned_lens"]["top"][:-1], strict=True)):
+    logits_BTV = lens.unembed(m.model, m.params, inputs, h_LBTD[layer] + h_LBTD[layer] @ a + b)
+    p_T = np.asarray(jax.nn.softmax(logits_BTV[0]).max(-1))
+    np.testing.assert_allclose([at[0][1] for at in top], p_T, rtol=2e-3)
   np.testing.assert_allclose(
     np.sum(found["components"]["values"], 0), np.asarray(logits.max(-1)), atol=1e-2
   )

@@ -70,3 +70,15 @@ def test_a_model_without_tokens_to_predict_is_refused(small):
   pooled = model.clone(cfg=ml_collections.FrozenConfigDict(model.cfg.to_dict() | {"head": "none"}))
   with pytest.raises(UserError, match="the tuned lens is for models that predict tokens"):
     tuned_lens.fit(pooled, params, batches, 1)
+
+
+def test_streams_are_translated_before_each_layer_and_not_after_the_last():
+  rng = np.random.default_rng(0)
+  streams_RBTD, a, b = (
+    rng.normal(size=size).astype(np.float32) for size in ((3, 2, 5, 4), (2, 4, 4), (2, 4))
+  )
+  found = np.asarray(tuned_lens.translated(streams_RBTD, tuned_lens.Translators(a, b)))
+  for layer in range(2):
+    h = streams_RBTD[layer]
+    np.testing.assert_allclose(found[layer], h + h @ a[layer] + b[layer], rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(found[2], streams_RBTD[2])

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt.analysis.interpret import explain, page
+from jaxgpt.analysis.interpret import explain, lens_file, page
 from jaxgpt.commands.actions import backend
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
@@ -19,11 +19,16 @@ def run(args: Any) -> None:
     raise UserError(f"--out={out}: give the name of a file in a folder that exists")
   backend.start()
   loaded = load.load(args.workdir, args.step, devices=jax.local_devices()[:1])
+  tuned, note = (
+    (lens_file.read(args.lens, loaded, args.workdir), "")
+    if args.lens
+    else lens_file.find(args.workdir, loaded)
+  )
   with jax.set_mesh(loaded.mesh):
-    found = explain.explain(loaded, args.prompt, args.corrupted, args.top)
+    found = explain.explain(loaded, args.prompt, args.corrupted, args.top, tuned)
   text = page.render(found)
   atomic.write(out, text)
-  for line in lines(found):
+  for line in [*lines(found), *([note] if note else [])]:
     print(line)
   print(f"wrote {out} ({len(text.encode()) / 1e3:,.0f} kB)")
 
@@ -39,8 +44,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     where, at = _place(found)
     top = ", ".join(f"{name!r} {p:.1%}" for name, p in found["predictions"][at]["top"][:3])
     out.append(f"{where}: {top}")
-    steps = [f"{of[at][0][0]!r} {of[at][0][1]:.0%}" for of in found["lens"]["top"]]
-    out.append("lens, from embeddings to the last layer: " + ", ".join(steps))
+    out.append(f"lens, from embeddings to the last layer: {_through(found['lens'], at)}")
+    if found["tuned_lens"]:
+      out.append(f"tuned lens ({found['tuned_lens']['file']}): {_through(found['tuned_lens'], at)}")
   if found["components"]:
     out.append(f"components sum to the logits within {found['components']['gap']}")
   if g := found["gradients"]:
@@ -57,6 +63,11 @@ def lines(found: dict[str, Any]) -> list[str]:
       f"difference between {t['right']!r} and {t['wrong']!r}"
     )
   return [*out, *(f"left out: {words}" for words in found["left_out"])]
+
+
+def _through(found: dict[str, Any], at: int) -> str:
+  """The likeliest token of each layer of a lens at a position."""
+  return ", ".join(f"{of[at][0][0]!r} {of[at][0][1]:.0%}" for of in found["top"])
 
 
 def _place(found: dict[str, Any]) -> tuple[str, int]:

@@ -4,10 +4,9 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxgpt.analysis.compression import calibration
-from jaxgpt.analysis.interpret import explain, tuned_lens
+from jaxgpt.analysis.interpret import explain, lens_file, tuned_lens
 from jaxgpt.commands.actions import backend
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
@@ -37,7 +36,6 @@ def run(args: Any) -> None:
   print("| before layer | KL of the logit lens | KL of the tuned lens |\n|---|---|---|")
   for layer, (plain, tuned) in enumerate(zip(scores.logit, scores.tuned, strict=True)):
     print(f"| {layer} | {plain:.4f} | {tuned:.4f} |")
-  if out:
-    with out.open("wb") as f:
-      np.savez(f, a=np.asarray(found.a), b=np.asarray(found.b))
-    print(f"wrote {out}")
+  where = out or lens_file.path_of(args.workdir, run.step)
+  lens_file.write(where, found, run)
+  print(f"wrote {where}")
