@@ -183,21 +183,9 @@ def explain(
     if m.kind in ("rows", "tokens")
     else name
   )
-  page: dict[str, Any] = {
-    "model": _about(m, run),
-    "prompt": prompt,
-    "tokens": [name(i) for i in ids],
-    "kind": m.kind,
-    "attention": _maps(reading.at["pattern"]),
-    "predictions": None,
-    "lens": None,
-    "tuned_lens": None,
-    "components": None,
-    "gradients": None,
-    "scores": None,
-    "trace": None,
-    "left_out": left_out,
-  }
+  page = _begun(m, run, prompt, [name(i) for i in ids])
+  page["attention"] = _maps(reading.at["pattern"])
+  page["left_out"] = left_out
   if m.kind == "none" or _is_regression(m.c):
     left_out.append(
       "Predictions, lens and attributions: this model gives no choice between tokens or classes."
@@ -228,6 +216,16 @@ def explain(
     page["trace"] = _trace(m, corrupted_inputs, readings, explained, name, choice)
     page["trace"]["differ"] = [t for t, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b]
   return page
+
+
+def _begun(m: Model, run: Run, prompt: str, tokens: list[str]) -> dict[str, Any]:
+  """A page without its parts."""
+  parts = (
+    *("attention", "predictions", "lens", "tuned_lens"),
+    *("components", "gradients", "scores", "trace", "left_out"),
+  )
+  about = {"model": _about(m, run), "prompt": prompt, "tokens": tokens, "kind": m.kind}
+  return about | dict.fromkeys(parts)
 
 
 def _is_regression(c: ml_collections.ConfigDict) -> bool:
