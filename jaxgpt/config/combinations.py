@@ -18,6 +18,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   latent_attention(c.model)
   lora_targets.check_match(c.model)
   scaled_parametrization(c)
+  qk_clip(c)
   quantization(c.model)
   pooler(c.model)
   classes(c.model)
@@ -159,6 +160,25 @@ def scaled_parametrization(c: ml_collections.ConfigDict) -> None:
     raise UserError(
       f"model.mup.base_depth={mup.base_depth} has no rule for model.norm_placement='post', which "
       "normalizes the residual stream; choose 'pre', or set it to 0"
+    )
+
+
+def qk_clip(c: ml_collections.ConfigDict) -> None:
+  """Checks that QK-clip can bound attention logits by the weights of queries and keys."""
+  m, clip = c.model, f"optim.qk_clip={c.optim.qk_clip}"
+  if not c.optim.qk_clip:
+    return
+  for has_no_effect, why in (
+    (m.qk_norm != "none", f"model.qk_norm={m.qk_norm!r} undoes the scale of queries and keys"),
+    (m.attn_softcap, f"model.attn_softcap={m.attn_softcap} bounds the logits already"),
+    (m.lora.rank, f"model.lora.rank={m.lora.rank} leaves the weights of queries and keys as is"),
+  ):
+    if has_no_effect:
+      raise UserError(f"{clip} cannot take effect: {why}; leave one of them out")
+  if c.objective.name not in ("causal_lm", "masked_lm"):
+    raise UserError(
+      f"{clip} needs objective.name='causal_lm' or 'masked_lm', not {c.objective.name!r}; leave it "
+      "out"
     )
 
 

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config.remat import QKV, O
 from jaxgpt.model import lora, rope
-from jaxgpt.model.attention import attention, paged
+from jaxgpt.model.attention import attention, paged, qk_clip
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.model.kv_cache import LayerCache
 from jaxgpt.model.layer_inputs import KindInputs, LayerInputs
@@ -69,6 +69,10 @@ class Attention(Module):
     else:
       make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
       q, k, v = make(x_BTD, here, lora_key)
+      if self.is_mutable_collection(qk_clip.LARGEST) and not self.is_initializing():
+        q_now, k_now = jax.lax.stop_gradient((q, k))
+        logits_N = qk_clip.largest(q_now, k_now, inputs.segments, spec)
+        self.sow(qk_clip.LARGEST, qk_clip.LARGEST, logits_N)
       out = self.mix(q, k, v, here.mask, inputs.segments, spec)
     out = self.tap("heads", out)
     _, _, N, H = out.shape

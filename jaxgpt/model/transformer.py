@@ -18,7 +18,7 @@ import numpy as np
 from jaxgpt import tree
 from jaxgpt.model import layer_inputs, layers, ops, remat, stacks
 from jaxgpt.model import pipeline as pipeline_lib
-from jaxgpt.model.attention import paged, token_order
+from jaxgpt.model.attention import paged, qk_clip, token_order
 from jaxgpt.model.block import BlockInputs, Period
 from jaxgpt.model.experts import router as router_lib
 from jaxgpt.model.kv_cache import LayerCache, Pools
@@ -39,6 +39,8 @@ class Output(NamedTuple):
     cache: The KV cache with this call's tokens, or None.
     router: Router statistics summed over the layers, see `experts.router`, None without experts.
     layers: Output of each block, [num_layers, B, T, D], if it was asked for, else None.
+    largest_logits: {path of an attention layer: largest logits of its heads [L, N]} for QK-clip,
+      which `objectives.apply` fills in, else None.
   """
 
   logits: Any
@@ -46,6 +48,7 @@ class Output(NamedTuple):
   cache: Pools | None
   router: router_lib.Statistics | None
   layers: jax.Array | None
+  largest_logits: dict[str, jax.Array] | None = None
 
 
 class Transformer(layers.Module):
@@ -55,10 +58,12 @@ class Transformer(layers.Module):
     cfg: The config's `model` section, resolved and frozen.
     pipeline: The pipeline that whole batches go through, or None.
     rules: Logical axis rules, which say how the mesh shards activations.
+    largest_logits: Whether `objectives.apply` asks for the largest attention logits.
   """
 
   pipeline: pipeline_lib.Pipeline | None = None
   rules: Rules = DEFAULT
+  largest_logits: bool = False
 
   @nn.compact
   def __call__(
@@ -271,7 +276,7 @@ class Transformer(layers.Module):
     """`Period`, scanned over the layers of a stack."""
     return nn.scan(
       Period,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, qk_clip.LARGEST: 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast, 0),
       length=stack.repeats,

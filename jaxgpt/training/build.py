@@ -126,6 +126,7 @@ def build(
     optimizers.check_rates(c.optim, depths)
     optimizers.find(c).check_trained(c.optim, select(axes, sharding.is_axes))
   tx = optimizers.make(c, schedule, select(axes, sharding.is_axes), depths)
+  _check_qk_clip(c, mesh, set(tree.flatten(shapes)) - set(trained))
   fixed = _fixed_models(c, mesh, trained)
   state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh, fixed)
   for one in filter(None, (model, fixed.teacher)):
@@ -157,7 +158,27 @@ def _transformer(c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> trans
     ml_collections.FrozenConfigDict(fields),
     stacks.pipeline_of(c, mesh.shape),
     sharding.rules(c.mesh),
+    largest_logits=c.optim.qk_clip > 0,
   )
+
+
+def _check_qk_clip(
+  c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, frozen: Collection[str]
+) -> None:
+  """Refuses a mesh with which QK-clip cannot work, and frozen weights of queries or keys."""
+  if not c.optim.qk_clip:
+    return
+  for axis in ("seq", "stage"):
+    if mesh.shape[axis] > 1:
+      raise UserError(
+        f"optim.qk_clip={c.optim.qk_clip} does not work with mesh.{axis}={mesh.shape[axis]}, which "
+        "divides the rows or the layers; set one of them to its default"
+      )
+  if held := sorted(path for path in frozen if path.endswith(("attn/q", "attn/k"))):
+    raise UserError(
+      f"optim.qk_clip={c.optim.qk_clip} cannot take effect: optim.trainable or optim.frozen keep "
+      f"{held[0]} as it is; train it, or set optim.qk_clip=0"
+    )
 
 
 def _fixed_models(

@@ -33,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import tree
 from jaxgpt.model import fixed_models, transformer
+from jaxgpt.model.attention import qk_clip
 from jaxgpt.parallel import sharding
 from jaxgpt.training import objectives, xla_options
 from jaxgpt.training.objectives import Aux, Batch, LossFn, microbatches
@@ -238,7 +239,8 @@ def make(
     objective: A loss function, see `objectives`.
     tx: An optimizer from `optimizers.make`.
     schedule: Step -> fraction of the peak learning rate.
-    c: A resolved config, of which `seed`, `optim` and the name of the objective are read.
+    c: A resolved config, of which `seed`, `optim`, the name of the objective and, for QK-clip,
+      `model` are read.
 
   Returns:
     train_step(state, batch) -> (state, metrics). The loss and the gradient are sums over the global
@@ -250,18 +252,19 @@ def make(
 
   # lax.cond of two branches rather than a select of two states: XLA then writes the new state over
   # the old one on every backend.
-  def update(state: State, grads: PyTree) -> tuple[State, jax.Array]:
+  def update(state: State, grads: PyTree, largest: qk_clip.Largest) -> tuple[State, jax.Array]:
     updates, opt = tx.update(grads, state["opt"], state["params"])
-    new = dict(
-      state, params=optax.apply_updates(state["params"], updates), opt=opt, step=state["step"] + 1
-    )
+    params = optax.apply_updates(state["params"], updates)
+    if largest:
+      params = qk_clip.clip(params, largest, c.model, c.optim.qk_clip)
+    new = dict(state, params=params, opt=opt, step=state["step"] + 1)
     if c.optim.ema:
       share = ema_share(c.optim, state["step"])
       new["ema"] = optax.incremental_update(new["params"], state["ema"], share)
     return new, optax.tree.norm(new["params"])
 
-  def left_alone(state: State, grads: PyTree) -> tuple[State, jax.Array]:
-    del grads
+  def left_alone(state: State, grads: PyTree, largest: qk_clip.Largest) -> tuple[State, jax.Array]:
+    del grads, largest
     return dict(state), optax.tree.norm(state["params"])
 
   def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -272,6 +275,7 @@ def make(
     # The key is a function of (seed, step), so that a resumed run draws the same dropout masks.
     key = jax.random.fold_in(jax.random.key(c.seed), step)
     (loss, weight, aux), grads = gradients(state["params"], frozen.get("frozen"), batch, key)
+    sums, largest = qk_clip.split(aux)
     mean = 1 / jnp.maximum(weight, 1e-9)
     grads = jax.tree.map(lambda g: g * mean, grads)
     norm = optax.tree.norm(grads)
@@ -281,7 +285,7 @@ def make(
     first_bad = state["nonfinite_step"]
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     applied = finite & (first_bad < 0)
-    new, param_norm = jax.lax.cond(applied, update, left_alone, state, grads)
+    new, param_norm = jax.lax.cond(applied, update, left_alone, state, grads, largest)
     fine = applied & jnp.isfinite(param_norm)
     if c.optim.skip_nonfinite:
       in_row = -1 - first_bad  # skipped just before this step, if not negative
@@ -292,7 +296,7 @@ def make(
     new["nonfinite_step"] = jnp.where(fine | (first_bad >= 0), first_bad, step)
     metrics = {
       "loss": loss * mean,
-      **{k: v * mean for k, v in aux.items()},
+      **{k: v * mean for k, v in sums.items()},
       "tokens": weight,
       "tokens_read": real_tokens(batch, weight),
       "grad_norm": norm,
@@ -300,7 +304,7 @@ def make(
       "lr": c.optim.lr * schedule(step),
       "nonfinite_step": new["nonfinite_step"],
     }
-    return new | frozen, metrics
+    return new | frozen, metrics | qk_clip.metrics(largest, c.optim.qk_clip)
 
   return train_step
 
@@ -406,11 +410,14 @@ def accumulated(objective: LossFn, num_microbatches: int) -> GradientFn:
   ) -> tuple[tuple[jax.Array, jax.Array, Aux], PyTree]:
     micro = microbatches.split(batch, num_microbatches)
 
+    def combined(path: str, x: jax.Array, y: jax.Array) -> jax.Array:
+      return jnp.maximum(x, y) if qk_clip.LARGEST in path.split("/") else x + y
+
     def body(total, xs):
       i, rows = xs
       rows = microbatches.pinned(rows)
       more = value_and_grad(params, frozen, rows, jax.random.fold_in(key, i))
-      return jax.tree.map(jnp.add, total, more), None
+      return tree.map_named(combined, total, more), None
 
     shapes = jax.eval_shape(
       value_and_grad, params, frozen, jax.tree.map(lambda x: x[0], micro), key

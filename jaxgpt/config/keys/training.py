@@ -205,6 +205,13 @@ OPTIM = Section(
       interval=AT_LEAST_0,
       if_changed="clipping of gradients",
     ),
+    qk_clip=Key(
+      0.0,
+      "QK-clip (MuonClip, arXiv:2507.20534): after a step, weights of queries and keys of heads "
+      "whose largest attention logit was above this are scaled down to it. 0: no clipping.",
+      interval=AT_LEAST_0,
+      if_changed="QK-clip",
+    ),
     skip_nonfinite=Key(
       0,
       "Steps in a row that are skipped at most if their loss or gradient is not finite. The run "

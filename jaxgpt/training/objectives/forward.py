@@ -1,5 +1,6 @@
 """The forward pass as the loss functions call it, and the making of a config's loss function."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,11 @@ import ml_collections
 from jaxgpt.config import user_code
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.model import fixed_models
-from jaxgpt.model.attention import token_order
+from jaxgpt.model.attention import qk_clip, token_order
 from jaxgpt.model.experts import router as router_lib
 from jaxgpt.model.transformer import Transformer
 from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, find
-from jaxgpt.tree import PyTree, map_named, merge
+from jaxgpt.tree import PyTree, flatten, map_named, merge
 
 
 def make(
@@ -81,9 +82,11 @@ def apply(
     project: Replaces the head's product: (hidden states, weight, bias) -> `logits` of the result.
 
   Returns:
-    The model's output, with `logits` (float32) and `router` (statistics for `router_terms`).
+    The model's output, with `logits` (float32) and `router` (statistics for `router_terms`), and
+    with `largest_logits` if the model has them.
   """
-  return model.apply(
+  run = functools.partial(
+    model.apply,
     {"params": fixed_models.split(merge(params, frozen))[0]},
     batch["tokens"],
     batch["positions"],
@@ -93,6 +96,12 @@ def apply(
     balanced=True,
     project=project,
   )
+  if not model.largest_logits:
+    return run()
+  out, sown = run(mutable=[qk_clip.LARGEST])
+  # A layer sows a tuple of one array: 'layers/attn/largest_logits/0'.
+  of_layers = {path.rsplit("/", 2)[0]: x for path, x in flatten(sown[qk_clip.LARGEST]).items()}
+  return out._replace(largest_logits=of_layers)
 
 
 def router_terms(

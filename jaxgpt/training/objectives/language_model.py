@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from jaxgpt.model.attention import qk_clip
 from jaxgpt.model.transformer import Transformer
 from jaxgpt.training import chunked_loss, losses
 from jaxgpt.training.objectives.forward import apply, router_terms
@@ -25,7 +26,8 @@ def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) 
   arXiv:1810.04805). Layers of experts add their router losses.
 
   Returns:
-    A loss function. Its aux has 'nll', the loss without other terms, and sums of the router.
+    A loss function. Its aux has 'nll', the loss without other terms, sums of the router, and the
+    largest attention logits for QK-clip.
   """
 
   def sums(
@@ -59,6 +61,8 @@ def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) 
     weight = batch["loss_weights"].sum()
     loss, nll, out = sums(params, frozen, batch, key)
     extra, aux = router_terms(model, out.router, weight)
+    if out.largest_logits is not None:
+      aux = {**aux, qk_clip.LARGEST: out.largest_logits}
     return loss + extra, weight, {"nll": nll} | aux
 
   return loss_fn
