@@ -10,6 +10,7 @@ from rich import console as rich_console
 from jaxgpt.commands import main
 from jaxgpt.commands.actions import progress
 from jaxgpt.text.prepare.monitor import Status
+from tests import terminal as terminal_lib
 
 
 class Clock:
@@ -66,7 +67,7 @@ def terminal(is_terminal=True):
 
 
 def plain(out):
-  return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+  return terminal_lib.plain(out.getvalue())
 
 
 def test_a_terminal_shows_names_that_are_no_markup():
@@ -108,18 +109,13 @@ def test_rows_of_chunks_count_those_before():
   assert "1,024/2,500 rows" in plain(out) and "1,524/2,500 rows" in plain(out)
 
 
-class Terminal(io.StringIO):
-  def isatty(self):
-    return True
-
-
 def test_an_evaluation_shows_its_batches_and_prints_the_same(trained, monkeypatch, capsys):
   words = ["evaluate", f"--workdir={trained}"]
   assert main.main(words) == 0
   before = capsys.readouterr()
-  screen = Terminal()
+  screen = terminal_lib.Terminal()
   monkeypatch.setattr(sys, "stderr", screen)
   monkeypatch.setenv("TERM", "xterm")
   assert main.main(words) == 0
   assert capsys.readouterr().out == before.out and "batches" not in before.err
-  assert "evaluate" in plain(screen) and re.search(r"1/\d+ batches", plain(screen))
+  assert "evaluate" in screen.text and re.search(r"1/\d+ batches", screen.text)

@@ -25,6 +25,7 @@ from jaxgpt.tasks.predict.protocol import Settings
 from jaxgpt.text.prepare import prepare
 from jaxgpt.text.tokenizers.base import ByteTokenizer
 from jaxgpt.training import loop
+from tests import terminal
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "München", "and", "saw"]
 TEXTS = [" ".join(WORDS[(i * j) % 9] for j in range(1 + i % 5)) for i in range(1, 40)]
@@ -83,8 +84,9 @@ def ids_of(run, text):
 def test_classes_have_the_models_probabilities_whatever_the_batch():
   c = encoder(head="classifier", pooling="mean", num_labels=3, label_names=("a", "b", "c"))
   c.objective.name = "classification"
-  run = run_of(c)
-  found = predict(run, TEXTS)
+  run, shares = run_of(c), []
+  found = predict(run, TEXTS, tell=shares.append)
+  assert len(shares) > 1 and shares == sorted(shares) and shares[-1] == 1
   for text, got in list(zip(TEXTS, found, strict=True))[::13]:
     want = np.exp(direct(run, ids_of(run, text)))
     assert list(got["probabilities"].values()) == pytest.approx(want / want.sum(), abs=2e-6)
@@ -167,8 +169,9 @@ def test_embeddings_of_queries_and_passages():
 
 def test_texts_of_prompts_in_a_batch_are_those_of_each_alone():
   c = encoder(causal=True, head="lm")
-  run = run_of(c)
-  found = predict(run, [*TEXTS[:9], "x" * 60], max_new=6)
+  run, shares = run_of(c), []
+  found = predict(run, [*TEXTS[:9], "x" * 60], max_new=6, tell=shares.append)
+  assert shares == pytest.approx([i / 9 for i in range(1, 10)])
   sampler = Sampler(run)
   greedy = load.Sampling(temperature=0.0)
   for text, got in list(zip(TEXTS, found[:9], strict=False))[::3]:
@@ -232,7 +235,9 @@ def test_a_runs_evaluations_have_the_metrics_of_its_task(trained):
   assert found[1]["task/accuracy"] == pytest.approx(same)
 
 
-def test_the_command_writes_what_the_interface_gives_and_scores_it(trained, tmp_path, capsys):
+def test_the_command_writes_what_the_interface_gives_and_scores_it(
+  trained, tmp_path, capsys, monkeypatch
+):
   run, path = trained
   out = tmp_path / "out.jsonl"
   args = ["predict", f"--workdir={run}", f"--input={path}"]
@@ -246,8 +251,12 @@ def test_the_command_writes_what_the_interface_gives_and_scores_it(trained, tmp_
     assert line["label"] == want["label"]
     assert line["probabilities"]["long"] == pytest.approx(want["probabilities"]["long"], abs=2e-6)
   assert lines[117]["row"] == "rows.jsonl:118" and "error" in lines[117]
+  screen = terminal.Terminal()
+  monkeypatch.setattr(sys, "stderr", screen)
+  monkeypatch.setenv("TERM", "xterm")
   assert main([*args, "--output=-", "--batch-size=4"]) == 0
   assert capsys.readouterr().out == out.read_text()
+  assert "0/119 rows  compiling …" in screen.text and "119/119 rows" in screen.text
   best = jaxgpt.load(run, "best").run.step
   assert best in (2, 4)
 
