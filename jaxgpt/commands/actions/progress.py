@@ -174,12 +174,13 @@ class Live:
     if not self.shown:
       return
     fields: dict[str, Any] = {"rate": rate, "detail": printable(detail)}
-    if self._task is None or name != self._name or done < self._done:
+    if begins := self._task is None or name != self._name or done < self._done:
       self.clear()
       self._name, self._pace = name, self._make_pace()
-      self._task = self._bar.add_task(printable(name), total=total, pace=self._pace, **fields)
     self._done = done
     self._pace.count(done, total)
+    if begins or self._task is None:
+      self._task = self._bar.add_task(printable(name), total=total, pace=self._pace, **fields)
     self._bar.update(self._task, completed=done, total=total, **fields)
     self._bar.refresh()
 
