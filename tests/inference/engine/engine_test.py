@@ -5,6 +5,7 @@ that prompts of a few tokens have several chunks, and its cache is small, so tha
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -33,16 +34,18 @@ GREEDY = Sampling(temperature=0.0)
 
 
 @functools.cache
-def made(kind):
-  """(run, its engine)."""
+def made(kind, **sizes):
+  """(run, its engine) on one device, or on a mesh of these sizes."""
   c = config.base()
+  c.mesh.update(sizes)
   c.model.update(
     dict(vocab_size=300, max_len=CONTEXT, num_layers=2, width=32, num_heads=4, init_std=0.3)
     | KINDS[kind]
   )
   c.data.update(dict(seq_len=CONTEXT, path=""))
   c = config.resolve(c)
-  mesh, parts = load.place(c, jax.devices()[:1])
+  mesh, parts = load.place(c, jax.devices()[: math.prod(sizes.values())])
+  assert all(mesh.shape[axis] == size for axis, size in sizes.items())
 
   @jax.jit
   def initial():
@@ -127,6 +130,23 @@ def test_greedy_texts_are_the_most_likely_tokens_of_full_forwards(kind):
   ended = [f for tokens, _, f in got]
   assert ended == [
     "stop" if len(w) < min(14, CONTEXT - n) else "length" for w, n in zip(want, lengths)
+  ]
+
+
+MESHES = [dict(tensor=2, fsdp=2, data=2), dict(tensor=2, fsdp=1, data=1), dict(fsdp=4, data=2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_on_a_mesh_are_those_of_one_device(kind, sizes):
+  prompts = [prompt(n, n) for n in (1, 5, 17, 40, 33)]
+  asked = [Request(ids, 10, GREEDY) for ids in prompts]
+  asked += [Request(ids, 10, Sampling(1.3, top_k=20, top_p=0.9), seed=3) for ids in prompts]
+  (_, alone), (_, shared) = made(kind), made(kind, **sizes)
+  want, got = answers(alone, asked), answers(shared, asked)
+  assert [[t.id for t in tokens] for tokens, _, _ in got] == [
+    [t.id for t in tokens] for tokens, _, _ in want
   ]
 
 
