@@ -51,7 +51,11 @@ NEEDS = {"plan": "libtpu", "buckets": "moto", "models": "transformers", "inferen
 # Commands without which a page's own have nothing to start from.
 BEFORE = {"inference": "jaxgpt demo", "interpret": "jaxgpt demo"}
 # Beginnings of commands that print samples of the corpus, and the indent of these.
-SAMPLES = {"jaxgpt data ": "  ", "jaxgpt features ": "    "}
+SAMPLES = {
+  "jaxgpt data ": "  ",
+  "jaxgpt features ": "    ",
+  "jaxgpt replay ": ("  jaxgpt/", "  docs/"),
+}
 # Beginnings of commands that are not run, and why.
 NOT_RUN = {
   "make demo": "trains for five minutes",
