@@ -61,7 +61,7 @@ def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) 
     weight = batch["loss_weights"].sum()
     loss, nll, out = sums(params, frozen, batch, key)
     extra, aux = router_terms(model, out.router, weight)
-    if out.largest_logits is not None:
+    if model.largest_logits:
       aux = {**aux, qk_clip.LARGEST: out.largest_logits}
     return loss + extra, weight, {"nll": nll} | aux
 

@@ -34,6 +34,7 @@ class Bigram:
   """A model that compiles in no time: the logits are a row of a table, the sum of two."""
 
   cfg = config.base().model
+  largest_logits = False
 
   def apply(self, variables, tokens_BT, positions_BT, segment_ids_BT, **unused):
     """As `Transformer.apply`."""

@@ -65,6 +65,7 @@ def test_preferences_are_learned_by_adapters(tiny, data, tmp_path):
 def test_a_regression_is_a_squared_error():
   class Model:
     cfg = config.base().model
+    largest_logits = False
 
     def apply(self, params, tokens, *args, **kwargs):
       del params, args, kwargs
