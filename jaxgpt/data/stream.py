@@ -145,7 +145,8 @@ class Stream:
       "  a stream promises less than a prepared folder, since it has no random access: it is "
       f"shuffled only by file and within {self._reading.window} rows, the documents of a step "
       "can't be looked up, and the run resumes exactly only with the same files and on a number of "
-      f"hosts that divides its {self._readers or host_count} readers (data.stream_readers)",
+      "hosts that divides its readers (data.stream_readers, or as many as the hosts on which it "
+      "began)",
       *([f"  passed over: {self._passed_over}"] if self._passed_over else []),
     ]
 

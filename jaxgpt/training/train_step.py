@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import tree
 from jaxgpt.model import fixed_models, transformer
 from jaxgpt.model.attention import qk_clip
+from jaxgpt.model.attention.masks import MASKED
 from jaxgpt.parallel import sharding
 from jaxgpt.training import objectives, xla_options
 from jaxgpt.training.objectives import Aux, Batch, LossFn, microbatches
@@ -410,8 +411,9 @@ def accumulated(objective: LossFn, num_microbatches: int) -> GradientFn:
   ) -> tuple[tuple[jax.Array, jax.Array, Aux], PyTree]:
     micro = microbatches.split(batch, num_microbatches)
 
-    def combined(path: str, x: jax.Array, y: jax.Array) -> jax.Array:
-      return jnp.maximum(x, y) if qk_clip.LARGEST in path.split("/") else x + y
+    is_largest = lambda path: qk_clip.LARGEST in path.split("/")
+    combined = lambda path, x, y: jnp.maximum(x, y) if is_largest(path) else x + y
+    least = lambda path, s: jnp.full(s.shape, MASKED if is_largest(path) else 0, s.dtype)
 
     def body(total, xs):
       i, rows = xs
@@ -422,8 +424,8 @@ def accumulated(objective: LossFn, num_microbatches: int) -> GradientFn:
     shapes = jax.eval_shape(
       value_and_grad, params, frozen, jax.tree.map(lambda x: x[0], micro), key
     )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, (jnp.arange(num_microbatches), micro))[0]
+    begin = tree.map_named(least, shapes)
+    return jax.lax.scan(body, begin, (jnp.arange(num_microbatches), micro))[0]
 
   return f
 

@@ -173,6 +173,19 @@ def test_neither_microbatches_nor_the_mesh_change_it(tiny):
       np.testing.assert_allclose(tree.flatten(got[1])[path], x, atol=2e-4, err_msg=path)
 
 
+def test_microbatches_keep_the_largest_of_negative_logits():
+  def objective(params, frozen, batch, key):
+    del frozen, key
+    largest = {"layers/attn": batch["x"].max(keepdims=True)}
+    return (params * batch["x"]).sum(), jnp.float32(len(batch["x"])), {qk_clip.LARGEST: largest}
+
+  batch = {"x": jnp.array([-3.0, -2.0, -5.0, -4.0])}
+  f = train_step.accumulated(objective, 4)
+  (loss, weight, aux), gradient = f(jnp.ones(()), None, batch, jax.random.key(0))
+  assert aux[qk_clip.LARGEST]["layers/attn"] == -2
+  assert (loss, weight, gradient) == (-14, 4, -14)
+
+
 def test_a_limit_that_no_head_reaches_changes_no_bit(tiny):
   free, held = (one_step(resolved(tiny, {}, optim__qk_clip=limit)) for limit in (0.0, 1e6))
   jax.tree.map(np.testing.assert_array_equal, free[1], held[1])
