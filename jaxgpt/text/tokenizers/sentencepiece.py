@@ -13,6 +13,9 @@ import sentencepiece
 from jaxgpt.errors import UserError
 from jaxgpt.text.tokenizers import base, word_cache
 
+# The same on all machines: the model file records the number, so that otherwise the digest of
+# prepared data would depend on the cores. The scores of 'unigram' are sums over threads too.
+_TRAINING_THREADS = 2
 _SPACE_MARK = "▁"  # U+2581: SentencePiece writes it for a space and can't distinguish the two
 _CUT = re.compile("(?<=[^ ]) ")  # a text may be cut before a run of spaces, see `word_cache`
 MODEL = "tokenizer.model"
@@ -293,7 +296,7 @@ def train_sentencepiece(
       split_by_unicode_script=False,
       max_sentencepiece_length=24,
       max_sentence_length=1 << 24,
-      num_threads=base.threads(),
+      num_threads=_TRAINING_THREADS,
       minloglevel=3,
     )
   except (RuntimeError, ValueError) as e:  # ValueError: more than its 32 bits hold

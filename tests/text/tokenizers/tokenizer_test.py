@@ -133,6 +133,15 @@ def test_each_digit_is_a_token():
   assert len(t.encode("2024")) == 4
 
 
+@pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
+def test_the_model_file_is_the_same_on_a_machine_with_other_cores(monkeypatch, model_type):
+  made = []
+  for cores in (1, 3):
+    monkeypatch.setattr(base, "threads", lambda cores=cores: cores)
+    made.append(tokenizer.train_sentencepiece([CODE], vocab_size=400, model_type=model_type))
+  assert made[0].files() == made[1].files()
+
+
 def test_training_gives_the_same_tokenizer_each_time():
   a, b = (tokenizer.train_sentencepiece([CODE], vocab_size=500) for _ in range(2))
   assert a.digest == b.digest
