@@ -7,7 +7,7 @@ Start from a run, which may be imported, by naming its folder: configs/tasks/sen
 must then have its tokenizer: jaxgpt data --tokenizer=RUN/tokenizer ...
 
 Size:      from scratch 131 thousand parameters and the vocabulary,
-           800 steps of 64 rows of 64 tokens.
+           1,200 steps of 64 rows of 64 tokens.
 """
 
 from jaxgpt.tasks import recipes
@@ -17,7 +17,7 @@ def get_config(arg=""):
   c = recipes.encoder(arg)
   if not arg:
     c.optim.lr = 2e-3
-    c.train.steps = 800
+    c.train.steps = 1200
   c.model.update(dict(head="classifier", head_transform="none", num_labels=2))
   c.model.pooling = "last" if c.model.causal else "mean"
   c.model.label_names = ()
