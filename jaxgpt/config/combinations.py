@@ -171,15 +171,10 @@ def qk_clip(c: ml_collections.ConfigDict) -> None:
   for has_no_effect, why in (
     (m.qk_norm != "none", f"model.qk_norm={m.qk_norm!r} undoes the scale of queries and keys"),
     (m.attn_softcap, f"model.attn_softcap={m.attn_softcap} bounds the logits already"),
-    (m.lora.rank, f"model.lora.rank={m.lora.rank} leaves the weights of queries and keys as is"),
+    (m.lora.rank, f"model.lora.rank={m.lora.rank} leaves queries' and keys' weights as they are"),
   ):
     if has_no_effect:
       raise UserError(f"{clip} cannot take effect: {why}; leave one of them out")
-  if c.objective.name not in ("causal_lm", "masked_lm"):
-    raise UserError(
-      f"{clip} needs objective.name='causal_lm' or 'masked_lm', not {c.objective.name!r}; leave it "
-      "out"
-    )
 
 
 def quantization(m: ml_collections.ConfigDict) -> None:

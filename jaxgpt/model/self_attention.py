@@ -71,7 +71,7 @@ class Attention(Module):
       q, k, v = make(x_BTD, here, lora_key)
       if self.is_mutable_collection(qk_clip.LARGEST) and not self.is_initializing():
         q_now, k_now = jax.lax.stop_gradient((q, k))
-        logits_N = qk_clip.largest(q_now, k_now, inputs.segments, spec)
+        logits_N = qk_clip.largest_logits(q_now, k_now, inputs.segments, spec)
         self.sow(qk_clip.LARGEST, qk_clip.LARGEST, logits_N)
       out = self.mix(q, k, v, here.mask, inputs.segments, spec)
     out = self.tap("heads", out)

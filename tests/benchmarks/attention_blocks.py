@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from jaxgpt.model.attention.blocks import choose, measured
+from jaxgpt.model.attention.blocks import choose, grid, measured
+from jaxgpt.model.attention.masks import Band
 from jaxgpt.parallel import chips
 from jaxgpt.plan import topology
 from jaxgpt.plan.schedule import bundles, dump
@@ -35,32 +36,45 @@ CASES = [(128, size, fused) for size in SIZES for fused in (True, False) if fuse
 CASES += [(256, (512, 512, 512), False), (256, (1024, 1024, 512), True)]
 
 
-def compiled(chip, width, size, fused):
-  """Compiles a case: {kernel: schedule}."""
-  where = topology.parse(f"{chip.name}-{4 * chip.cores}")
+def compile_layer(splash, where, call, blocks):
+  """Compiles the attention kernels of a layer, forward and backward, for a chip.
+
+  Args:
+    splash: A module of splash attention: JAX's, or MaxText's.
+    where: The topology.
+    call: A `grid.Call`: rows, heads and lengths.
+    blocks: `choose.Blocks`.
+  """
   mesh = jax.sharding.Mesh(np.array(topology.devices(where)[:1]), ("x",))
-  blocks = splash.BlockSizes(**choose.Blocks(size, size, fused).of_kernel())
-  mask = masks.MultiHeadMask([masks.CausalMask((LENGTH, LENGTH))] * HEADS)
+  sizes = splash.BlockSizes(**blocks.of_kernel())
+  mask = masks.MultiHeadMask([masks.CausalMask((call.T, call.S))] * call.heads)
 
   def step(q, k, v, ids, dout):
-    kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(q=ids, kv=ids))
     out, vjp = jax.vjp(lambda q, k, v: jax.vmap(one)(q, k, v, ids), q, k, v)
     return out, vjp(dout)
 
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   of = lambda heads: jax.ShapeDtypeStruct(
-    (ROWS, heads, LENGTH, width), jnp.bfloat16, sharding=whole
+    (call.rows, heads, call.T, call.width), jnp.bfloat16, sharding=whole
   )
-  ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=whole)
+  ids = jax.ShapeDtypeStruct((call.rows, call.T), jnp.int32, sharding=whole)
+  queries, keys = of(call.heads), of(call.kv_heads)
   dump.clear()
-  lowered = jax.jit(step).lower(of(HEADS), of(KV_HEADS), of(KV_HEADS), ids, of(HEADS))
+  return xla_options.compile(jax.jit(step).lower(queries, keys, keys, ids, queries), mesh)
+
+
+def compiled(chip, width, size, fused):
+  """Compiles a case: {kernel: schedule}."""
+  where = topology.parse(f"{chip.name}-{4 * chip.cores}")
+  call = grid.Call(ROWS, HEADS, KV_HEADS, LENGTH, LENGTH, width, Band(causal=True))
   names = [
     f"splash_mha_{kind}_segmented_{residuals}.{n}"
     for n in range(9)
     for kind, residuals in (("fwd", "residuals"), ("dq", "no_residuals"), ("dkv", "no_residuals"))
   ]
-  xla_options.compile(lowered, mesh)
+  compile_layer(splash, where, call, choose.Blocks(size, size, fused))
   found = dump.of_kernels(names)
   kinds = {name.split("_")[2]: bundles.parse(text) for name, text in found.items()}
   if fused:

@@ -15,19 +15,15 @@ from jaxgpt.plan import environment
 
 environment.prepare()
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import attention_blocks
 import plan_maxtext
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as jax_splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from jaxgpt.config import presets
 from jaxgpt.model.attention.blocks import choose, grid
 from jaxgpt.model.attention.masks import Band
 from jaxgpt.plan import cost, hlo, per_device, topology
-from jaxgpt.plan.schedule import dump, kernels
-from jaxgpt.training import xla_options
+from jaxgpt.plan.schedule import kernels
 
 WIDTH = 128  # of a head
 BLOCK = 512  # MaxText's default for all blocks, with separate backward kernels
@@ -73,25 +69,7 @@ def sides(work):
 def seconds(side, where, splash):
   """Compiles the kernels of a layer: [`Kernel`]."""
   call, chip = side.call, where.chip
-  mesh = jax.sharding.Mesh(np.array(topology.devices(where)[:1]), ("x",))
-  blocks = splash.BlockSizes(**side.blocks.of_kernel())
-  mask = masks.MultiHeadMask([masks.CausalMask((call.T, call.S))] * call.heads)
-
-  def step(q, k, v, ids, dout):
-    kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
-    one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(q=ids, kv=ids))
-    out, vjp = jax.vjp(lambda q, k, v: jax.vmap(one)(q, k, v, ids), q, k, v)
-    return out, vjp(dout)
-
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  of = lambda heads: jax.ShapeDtypeStruct(
-    (call.rows, heads, call.T, WIDTH), jnp.bfloat16, sharding=whole
-  )
-  ids = jax.ShapeDtypeStruct((call.rows, call.T), jnp.int32, sharding=whole)
-  queries, keys = of(call.heads), of(call.kv_heads)
-  dump.clear()
-  lowered = jax.jit(step).lower(queries, keys, keys, ids, queries)
-  compiled = xla_options.compile(lowered, mesh)
+  compiled = attention_blocks.compile_layer(splash, where, call, side.blocks)
   calls = cost.of_program(hlo.parse(compiled.as_text())).calls
   return kernels.of_step(calls, chip, 0.5, mask=kernels.Mask(call.band, call.T, call.S))
 

@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 
+import train_loop
+
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 0.01  # of a step
 SETUPS = {  # name: keys of `log` that are on; None: no writer at all
@@ -38,25 +40,12 @@ def demo_step(folder):
   import jax
 
   from jaxgpt import config
-  from jaxgpt.parallel import mesh as mesh_lib
-  from jaxgpt.training import batches as batches_lib
-  from jaxgpt.training import build as build_lib
-  from jaxgpt.training import train_step
 
   texts = [str(ROOT / name) for name in ("docs", "jaxgpt", "README.md")]
   words = [sys.executable, "-m", "jaxgpt", "data", *texts, f"--out={folder}/data"]
   subprocess.run([*words, "--tokenizer=sentencepiece:4096"], check=True, capture_output=True)
   c, _ = config.load(ROOT / "configs" / "demo.py", [f"--config.data.path={folder}/data"])
-  _, c = batches_lib.load_tokenizer_and_config(c)
-  mesh = mesh_lib.make(c.mesh)
-  parts = build_lib.build(c, mesh)
-  data = batches_lib.training_data(c)
-  shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data.batch(0).items()}
-  step_fn = train_step.make(parts.objective, parts.tx, parts.schedule, c)
-  compiled = train_step.compile(step_fn, parts.state, shapes, mesh, c.mesh.compiler_options)
-  with jax.set_mesh(mesh):
-    state = train_step.first_state(parts.model, parts.tx, 0, parts.state)
-  batch = batches_lib.to_devices(data.batch(0), mesh)
+  c, mesh, compiled, state, batch = train_loop.first_step(c)
 
   def step():
     nonlocal state

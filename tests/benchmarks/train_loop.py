@@ -35,8 +35,8 @@ def _config(folder, width, steps):
   return c
 
 
-def _bare(c):
-  """A function that runs a chunk of bare steps and returns their seconds per step."""
+def first_step(c):
+  """(config, mesh, compiled step, state, batch) of a config before its first step."""
   import jax
 
   from jaxgpt.parallel import mesh as mesh_lib
@@ -53,7 +53,14 @@ def _bare(c):
   compiled = train_step.compile(step_fn, parts.state, shapes, mesh, c.mesh.compiler_options)
   with jax.set_mesh(mesh):
     state = train_step.first_state(parts.model, parts.tx, 0, parts.state)
-  batch = batches_lib.to_devices(data.batch(0), mesh)
+  return c, mesh, compiled, state, batches_lib.to_devices(data.batch(0), mesh)
+
+
+def _bare(c):
+  """A function that runs a chunk of bare steps and returns their seconds per step."""
+  import jax
+
+  _, _, compiled, state, batch = first_step(c)
 
   def chunk():
     nonlocal state

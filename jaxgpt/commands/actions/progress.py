@@ -36,8 +36,7 @@ class Pace:
 
     Args:
       unit: What is counted, in the plural.
-      compiles: The work begins with a compilation, so that the time of what is done first says
-        nothing about the rest.
+      compiles: The time of the first count includes a compilation, and is left out of the rate.
       clock: Seconds from any start.
     """
     self._unit, self._compiles, self._clock = unit, compiles, clock

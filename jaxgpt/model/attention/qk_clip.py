@@ -37,7 +37,9 @@ Largest: TypeAlias = Mapping[str, jax.Array]  # {path of an attention layer: [L,
 _ROWS = 128  # queries whose logits exist at a time
 
 
-def largest(q_BTNH: jax.Array, k_BSKH: jax.Array, segments_BT: jax.Array, spec: Spec) -> jax.Array:
+def largest_logits(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, segments_BT: jax.Array, spec: Spec
+) -> jax.Array:
   """max over the rows and all visible pairs (t, s) of scale * q_t k_s, [N] in float32.
 
   Kernels of attention do not return it, so the products of queries and keys are formed once more,

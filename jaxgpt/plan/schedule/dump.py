@@ -73,7 +73,8 @@ def of_kernels(names: Iterable[str], folder: pathlib.Path | None = None) -> dict
     found = _FILE.fullmatch(path.name)
     if not found:
       continue
-    for name in wanted:
-      if name == found[1] or (found[2] and name.startswith(found[2])):
-        out[name] = path.read_text(errors="replace")
+    fits = [n for n in wanted if n == found[1] or (found[2] and n.startswith(found[2]))]
+    # A cut name may fit several kernels. Only copies of one, such as f.1 and f.2, share a schedule.
+    if len({name.rsplit(".", 1)[0] for name in fits}) == 1:
+      out |= dict.fromkeys(fits, path.read_text(errors="replace"))
   return out

@@ -62,6 +62,12 @@ def check(c: ml_collections.ConfigDict, for_training: bool = True) -> None:
       f"objective.loss_chunk={o.loss_chunk} is for {names}, not for objective.name={o.name!r}; set "
       "it to 0"
     )
+  if c.optim.qk_clip and not objective.qk_clip:
+    names = " and ".join(name for name, entry in OBJECTIVES.items() if entry.qk_clip)
+    raise UserError(
+      f"optim.qk_clip={c.optim.qk_clip} is for {names}, not for objective.name={o.name!r}; set it "
+      "to 0"
+    )
   if c.data.stream and objective.layout != "causal_lm":
     raise UserError(
       f"data.stream={c.data.stream!r} is for objective.name='causal_lm', not {o.name!r}; prepare "

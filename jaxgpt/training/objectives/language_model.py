@@ -70,9 +70,21 @@ def _language_model(model: Transformer, c_objective: ml_collections.ConfigDict) 
 
 OBJECTIVES.add(
   "causal_lm",
-  Objective(_language_model, causal=True, loss_chunk=True, summary="predict the next token"),
+  Objective(
+    _language_model,
+    causal=True,
+    loss_chunk=True,
+    qk_clip=True,
+    summary="predict the next token",
+  ),
 )
 OBJECTIVES.add(
   "masked_lm",
-  Objective(_language_model, layout="masked_lm", loss_chunk=True, summary="predict masked tokens"),
+  Objective(
+    _language_model,
+    layout="masked_lm",
+    loss_chunk=True,
+    qk_clip=True,
+    summary="predict masked tokens",
+  ),
 )

@@ -53,6 +53,7 @@ class Objective:
     head: The `model.head` that it needs, such as 'lm', or several to choose from.
     causal: Whether it needs `model.causal`.
     loss_chunk: Whether it implements `objective.loss_chunk`.
+    qk_clip: Whether its aux has the largest attention logits that `optim.qk_clip` needs.
     whole_batch: Whether its loss compares the rows of a batch. It then gets all rows of a step at
       once, and `loss_fn` the number of microbatches, as the keyword `microbatches`. See
       `objectives.microbatches.mapped`.
@@ -69,6 +70,7 @@ class Objective:
   head: str | tuple[str, ...] = "lm"
   causal: bool = False
   loss_chunk: bool = False
+  qk_clip: bool = False
   whole_batch: bool = False
   fixed: Callable[[ml_collections.ConfigDict], tuple[str, ...]] = lambda c: ()
   stored: Stored | None = None

@@ -35,13 +35,15 @@ def test_the_largest_logits_are_those_of_visible_pairs(causal, window):
   # The largest products lie where no token may look: in other documents, later tokens, padding.
   q[0, 10], k[0, 80], k[0, 299], q[1, 20], k[1, 21 + 45] = 9, 9, 9, 9, 9
   spec = Spec(scale=0.3, causal=causal, window=window)
-  got = qk_clip.largest(*(jnp.asarray(x, jnp.float32) for x in (q, k)), jnp.asarray(segments), spec)
+  got = qk_clip.largest_logits(
+    *(jnp.asarray(x, jnp.float32) for x in (q, k)), jnp.asarray(segments), spec
+  )
   np.testing.assert_allclose(got, by_definition(q, k, jnp.asarray(segments), spec), rtol=1e-5)
 
 
 def test_a_batch_of_padding_has_none():
   q = jnp.ones((1, 4, 2, 8))
-  got = qk_clip.largest(q, q, jnp.zeros((1, 4), jnp.int32), Spec(scale=1.0))
+  got = qk_clip.largest_logits(q, q, jnp.zeros((1, 4), jnp.int32), Spec(scale=1.0))
   assert (np.asarray(got) == np.float32(masks.MASKED)).all()
 
 
@@ -187,11 +189,17 @@ def test_a_limit_that_no_head_reaches_changes_no_bit(tiny):
   [
     (dict(model__qk_norm="head"), "model.qk_norm='head' undoes the scale"),
     (dict(model__attn_softcap=30.0), "model.attn_softcap=30.0 bounds the logits"),
-    (dict(model__lora__rank=2, init_from="x"), "model.lora.rank=2 leaves the weights"),
+    (
+      dict(model__lora__rank=2, init_from="x"),
+      "model.lora.rank=2 leaves queries'",
+    ),
     (dict(mesh__seq=2), "does not work with mesh.seq=2"),
     (dict(mesh__stage=2), "does not work with mesh.stage=2"),
     (dict(optim__frozen=("layers/attn/k",)), "keep layers/attn/k as it is"),
-    (dict(objective__name="distillation"), "needs objective.name='causal_lm' or 'masked_lm'"),
+    (
+      dict(objective__name="distillation"),
+      "is for causal_lm and masked_lm, not for objective.name='dist",
+    ),
   ],
 )
 def test_what_it_can_not_work_with_is_refused(tiny, keys, words):

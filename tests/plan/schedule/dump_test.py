@@ -46,3 +46,6 @@ def test_a_name_that_libtpu_cuts_is_found_by_its_start(tmp_path):
   path = tmp_path / "17-splash_mha_fwd_block_kv_512_k_layo-112369707191869586-01-final_bundles.txt"
   path.write_text("cut")
   assert dump.of_kernels([name, "splash_mha_dq.1"], tmp_path) == {name: "cut"}
+  copy, other = name[:-1] + "2", name[:-3] + "2.1"
+  assert dump.of_kernels([name, copy], tmp_path) == {name: "cut", copy: "cut"}
+  assert dump.of_kernels([name, other], tmp_path) == {}, "which of the two it is is not known"
