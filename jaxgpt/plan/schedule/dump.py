@@ -67,7 +67,8 @@ def of_kernels(names: Iterable[str], folder: pathlib.Path | None = None) -> dict
     names: Names of instructions in the compiled program, such as 'splash_mha_fwd.3'.
     folder: Where another process wrote its schedules. None: the folder of this one.
   """
-  wanted, out, folder = set(names), {}, folder or _folder
+  wanted, folder = set(names), folder or _folder
+  out: dict[str, str] = {}
   for path in sorted(folder.glob(f"*{_ENDING}")) if folder and wanted else ():
     # TIME-INSTRUCTION-PASS-final_bundles.txt; the analysis of a schedule has another pass name.
     found = _FILE.fullmatch(path.name)
