@@ -22,9 +22,11 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "gpt2_124m": (124_475_904, None),
   "induction": (50_560, 264),
   "llama3_8b": (8_030_261_248, None),
+  "lr_sensitivity": (41_632, 264),
   "lr_sweep": (33_184, 264),
   "masked_lm": (1_100_296, 264),
   "mup_transfer": (33_184, 264),
+  "muon_or_adamw": (461_440, 264),
   "preference": (10_945_536, 264),  # without a run to start from: the base config
   "tasks/chat": (558_720, 264),
   "tasks/generated_answers": (558_720, 264),
