@@ -213,8 +213,9 @@ def _span(
 ) -> Iterator[str]:
   """Lines about one span: its document, its text and the targets that the loss counts."""
   doc, start, length = span
+  last = start + length if is_shifted else start + length - 1  # a shifted row has a target more
   yield (
-    f"  {name}: {split.source_name(doc)} (document {doc}), tokens {start} to {start + length} "
+    f"  {name}: {split.source_name(doc)} (document {doc}), tokens {start} to {last} "
     f"of {split.lengths[doc] + 1}"
   )
   has_weight = arrays["loss_weights"] > 0
@@ -286,7 +287,7 @@ def _tagged(
   doc, start, length = span
   yield (
     f"  segment {number}: {split.source_name(doc)} (document {doc}), tokens {start} to "
-    f"{start + length} of {split.lengths[doc] + 1}"
+    f"{start + length - 1} of {split.lengths[doc] + 1}"
   )
   firsts = np.flatnonzero(arrays["loss_weights"] > 0)
   words = []
