@@ -129,3 +129,20 @@ def test_a_file_of_the_name_of_a_command(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     main.main(["data", "inspect", "--help"])
   assert "jaxgpt data inspect" in capsys.readouterr().out
+
+
+def test_a_text_in_words_ends_at_its_last_token(tmp_path, capsys):
+  (tmp_path / "words.conll").write_text("Ada B-PER\nlived O\n")
+  folder = str(tmp_path / "out")
+  assert (
+    main.main(
+      ["data", str(tmp_path / "words.conll"), f"--out={folder}", "--kind=tagging"]
+      + ["--tokenizer=bytes", "--validation=0", "--test=0"]
+    )
+    == 0
+  )
+  capsys.readouterr()
+  code, out = command(capsys, "show", folder, "--rows=1", "--seq-len=32")
+  assert code == 0
+  # Nine bytes, and the beginning and the end of the text. A row of tags has no shifted targets.
+  assert "tokens 0 to 10 of 11\n    | Ada [B-PER] lived [O]" in out.out
