@@ -154,6 +154,12 @@ def data(bucket, web):
   return f"{bucket}/data"
 
 
+def steps_and_losses(folder):
+  """(step, kind, loss) of each line of a run's metrics."""
+  lines = (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()
+  return [(r["step"], r["kind"], r.get("loss", 0)) for r in map(json.loads, lines)]
+
+
 @pytest.mark.slow
 def test_the_whole_way(bucket, data, config, tmp_path, capsys, monkeypatch):
   train = ("train", f"--config={config}", f"--config.data.path={data}")
@@ -172,10 +178,6 @@ def test_the_whole_way(bucket, data, config, tmp_path, capsys, monkeypatch):
     assert run(capsys, *train, f"--workdir={bucket}/run")[0] == 128 + signal.SIGTERM
   assert run(capsys, *train, f"--workdir={bucket}/run")[0] == 0
 
-  def steps_and_losses(folder):
-    lines = (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [(r["step"], r["kind"], r["loss"]) for r in map(json.loads, lines)]
-
   assert steps_and_losses(f"{bucket}/run") == steps_and_losses(tmp_path / "local")
   checkpoints = checkpoints_lib.Checkpoints(f"{bucket}/run/checkpoints", read_only=True)
   assert checkpoints.latest() == 6
@@ -191,6 +193,29 @@ def test_the_whole_way(bucket, data, config, tmp_path, capsys, monkeypatch):
     for folder in (f"{bucket}/run", tmp_path / "local")
   ]
   assert said[0][0] == 0 and said[0][1] == said[1][1]
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_from_a_spike(bucket, data, config, tmp_path, capsys):
+  # Step 7 destroys the weights, so the loss of step 8 is high. The checkpoint of step 6 is whole.
+  (config.parent / "broken.py").write_text("""import jax.numpy as jnp
+
+from jaxgpt.training.schedules import Schedule
+
+Broken = Schedule(lambda c_schedule, steps: lambda step: jnp.where(step == 7, 1e3, 1.0))
+""")
+  spike = ("factor=50.0", "window=4", "rewinds=1")
+  keys = ("schedule.name=broken.py:Broken", "schedule.warmup_steps=0", "train.steps=10")
+  flags = [f"--config.{key}" for key in (*keys, *(f"train.spike.{key}" for key in spike))]
+  train = ("train", f"--config={config}", f"--config.data.path={data}", *flags)
+  for folder in (f"{bucket}/spike", tmp_path / "local"):
+    code, out, err = run(capsys, *train, f"--workdir={folder}")
+    assert code == 0, err
+    assert "leaves out the batches of steps 7 to 8 " in out and "resumes at step 6 of 10" in out
+  assert steps_and_losses(f"{bucket}/spike") == steps_and_losses(tmp_path / "local")
+  assert all(loss < 6 for _, _, loss in steps_and_losses(f"{bucket}/spike"))
+  # The server that stands for gs:// sometimes fails in a save, which the run then repeats.
+  assert max(checkpoints_lib.complete_steps(f"{bucket}/spike/checkpoints")) == 10
 
 
 def test_shards_are_fetched_when_they_are_needed_and_checked(data, tmp_path, monkeypatch):
