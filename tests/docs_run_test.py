@@ -50,10 +50,11 @@ SEQUENCES = {
 NEEDS = {"plan": "libtpu", "buckets": "moto", "models": "transformers", "inference": "openai"}
 # Commands without which a page's own have nothing to start from.
 BEFORE = {"inference": "jaxgpt demo", "interpret": "jaxgpt demo"}
-# Beginnings of commands that print samples of the corpus, and the indent of these.
+# Beginnings of commands that print samples of the corpus or of a trained model, and their indent.
 SAMPLES = {
   "jaxgpt data ": "  ",
   "jaxgpt features ": "    ",
+  "jaxgpt prune ": "  layer ",  # two layers may change places from version to version
   "jaxgpt replay ": ("  jaxgpt/", "  docs/"),
 }
 # Beginnings of commands that are not run, and why.

@@ -37,14 +37,13 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxgpt.commands import main as commands
-from jaxgpt.parallel import distributed
 from jaxgpt.run import throughput
 from jaxgpt.run.process import memory
 from tests import xla_flags
 
 STEPS, EVERY, MIDDLE = 12, 4, 6  # steps, between checkpoints, where the run "from the middle" is
 LIMIT = 300  # seconds of a process
-JOIN = 60  # seconds that a process waits for the others at its start, 300 outside of this program
+JOIN = 60  # seconds that a process waits for the others at its start
 STARTS = 5  # after which a run that is not done counts as stuck
 MEASURED = (*throughput.METRICS, *memory.METRICS)  # of a metric line: by the machine
 
@@ -205,7 +204,9 @@ class Site:
 
   def start(self, run: pathlib.Path, prepared: Callable[[], Any] = lambda: None, **env: str) -> int:
     """Starts `jaxgpt train` in a process of its own, and returns its id."""
-    words = ["train", f"--config={self.folder}/config.py", f"--workdir={run}"]
+    # A peer that is struck before all have joined leaves the others waiting for that long.
+    join = f"--join-timeout={JOIN}"
+    words = ["train", f"--config={self.folder}/config.py", f"--workdir={run}", join]
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -217,8 +218,6 @@ class Site:
       with open(f"{run}.log", "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-      # A peer that is struck before all have joined leaves the others waiting for that long.
-      distributed.joined = functools.partial(distributed.joined, seconds=JOIN)
       prepared()
       code = commands.main(words)
       sys.stdout.flush()
