@@ -1,6 +1,8 @@
 """Metrics of tasks and samples of a training run: `task`, `eval.tasks`, `log.samples`."""
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
@@ -14,6 +16,7 @@ from jaxgpt.training import evaluators, uses
 from jaxgpt.tree import PyTree
 
 PREFIX = "task/"  # of the metrics' names
+T = TypeVar("T")
 
 
 def make(context: evaluators.Context) -> evaluators.Evaluator | None:
@@ -39,12 +42,8 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
   predictor = registry.make(run, None, settings)
   found.check_kind(predictor.kind)
   listed = documents.find(c.task.data.split(","))
-  given: list[rows.Row] = []
   fields = dict(field.split("=", 1) for field in c.task.fields)
-  for row in rows.read(listed, predictor.kind, fields, c.task.format or None):
-    given.append(row)
-    if len(given) == c.task.rows:
-      break
+  given = sample(rows.read(listed, predictor.kind, fields, c.task.format or None), c.task.rows)
   _check(found, given, c.task.data)
   distributed.check_same(
     f"the rows of task.data={c.task.data!r}",
@@ -62,6 +61,24 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
     return {PREFIX + name: value for name, value in values.items()}
 
   return evaluate
+
+
+def sample(items: Iterable[T], count: int) -> list[T]:
+  """A random sample in the order of the items, always the same. Files may be sorted by class.
+
+  Algorithm R of https://doi.org/10.1145/3147.3165.
+
+  Args:
+    items: The items.
+    count: Size of the sample. 0, or more than there are: all items.
+  """
+  draw, kept = random.Random(0), list[tuple[int, T]]()
+  for i, item in enumerate(items):
+    if not count or i < count:
+      kept.append((i, item))
+    elif (at := draw.randint(0, i)) < count:
+      kept[at] = i, item
+  return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
 def _run(context: evaluators.Context) -> load.Run:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxgpt.tasks import in_training
 from jaxgpt.text.prepare import prepare
 from tests.parallel import distributed_test
 
@@ -26,6 +27,14 @@ def get_config(kind):
     c.objective.name, c.task.name = kind, "sentiment"
   return c
 """
+
+
+def test_a_sample_is_drawn_from_all_rows_and_stays_in_order():
+  items = [(i, "neg" if i < 500 else "pos") for i in range(1000)]  # sorted by class
+  found = in_training.sample(items, 100)
+  assert len(set(found)) == 100 and found == sorted(found) == in_training.sample(iter(items), 100)
+  assert 35 <= sum(name == "neg" for _, name in found) <= 65
+  assert in_training.sample(items, 0) == in_training.sample(items, 2000) == items
 
 
 @pytest.mark.slow  # two runs in processes of their own

@@ -425,7 +425,7 @@ TASK = Section(
     ),
     rows=Key(
       500,
-      "Rows per evaluation, the first of the files. 0: all.",
+      "Rows per evaluation, a random sample of the files that is always the same. 0: all.",
       interval=AT_LEAST_0,
       needs=set_to_something("task.name"),
     ),
