@@ -7,7 +7,7 @@ Start from a run, which may be imported, by naming its folder: configs/tasks/tra
 DATA must then have its tokenizer: jaxgpt data --tokenizer=RUN/tokenizer ...
 
 Size:      from scratch 525 thousand parameters and the vocabulary,
-           800 steps of 32 rows of 128 tokens.
+           500 steps of 32 rows of 128 tokens.
 """
 
 from jaxgpt.tasks import recipes
@@ -16,7 +16,7 @@ from jaxgpt.tasks import recipes
 def get_config(arg=""):
   c = recipes.decoder(arg)
   if not arg:
-    c.train.steps = 800
+    c.train.steps = 500
   c.data.seq_len = min(512, c.model.max_len) if arg else 128
   c.data.batch_size = 16 if arg else 32
   c.eval.every = 200
