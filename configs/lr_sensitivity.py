@@ -6,7 +6,7 @@
 
 Size:      two layers of width 16 to 128 with four heads, 150 steps of 1,024 bytes. Three variants,
            four widths, five learning rates, two seeds: 120 runs.
-Source:    figures 1 and 3 of arXiv:2309.14322, in miniature (docs/experiments/lr-sensitivity.md).
+Source:    figures 1 and 3 of arXiv:2309.14322, in miniature.
 """
 
 from jaxgpt import config

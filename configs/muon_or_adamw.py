@@ -6,8 +6,7 @@
 
 Size:      two layers of width 128, 300 steps of 1,024 bytes. Two optimizers, six learning rates,
            three seeds: 36 runs.
-Source:    the claim of "Muon is scalable" (arXiv:2502.16982), in miniature
-           (docs/experiments/muon-or-adamw.md).
+Source:    the claim of "Muon is scalable" (arXiv:2502.16982), in miniature.
 """
 
 from jaxgpt import config

@@ -1,7 +1,7 @@
 """Metrics of tasks and samples of a training run: `task`, `eval.tasks`, `log.samples`."""
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from jaxgpt.errors import UserError
@@ -9,6 +9,7 @@ from jaxgpt.inference import load, sampling
 from jaxgpt.parallel import distributed
 from jaxgpt.run import generation
 from jaxgpt.run.metric_writers import Sample
+from jaxgpt.run.process import output
 from jaxgpt.tasks import harness, scoring, task
 from jaxgpt.tasks.predict import job, protocol, registry, rows, texts
 from jaxgpt.text.readers import documents
@@ -43,7 +44,11 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
   found.check_kind(predictor.kind)
   listed = documents.find(c.task.data.split(","))
   fields = dict(field.split("=", 1) for field in c.task.fields)
-  given = sample(rows.read(listed, predictor.kind, fields, c.task.format or None), c.task.rows)
+  there = list(rows.read(listed, predictor.kind, fields, c.task.format or None))
+  given = sample(there, c.task.rows)
+  if len(given) < len(there) and distributed.is_first():
+    drawn = f"a sample of {len(given):,} of {len(there):,} rows"
+    output.tell([f"metrics of {c.task.name} are of {drawn} of {c.task.data} (task.rows)"])
   _check(found, given, c.task.data)
   distributed.check_same(
     f"the rows of task.data={c.task.data!r}",
@@ -63,22 +68,16 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
   return evaluate
 
 
-def sample(items: Iterable[T], count: int) -> list[T]:
+def sample(items: Sequence[T], count: int) -> list[T]:
   """A random sample in the order of the items, always the same. Files may be sorted by class.
-
-  Algorithm R of https://doi.org/10.1145/3147.3165.
 
   Args:
     items: The items.
     count: Size of the sample. 0, or more than there are: all items.
   """
-  draw, kept = random.Random(0), list[tuple[int, T]]()
-  for i, item in enumerate(items):
-    if not count or i < count:
-      kept.append((i, item))
-    elif (at := draw.randint(0, i)) < count:
-      kept[at] = i, item
-  return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
+  if not count or count >= len(items):
+    return list(items)
+  return [items[i] for i in sorted(random.Random(0).sample(range(len(items)), count))]
 
 
 def _run(context: evaluators.Context) -> load.Run:

@@ -21,7 +21,7 @@ import pathlib
 import statistics
 import sys
 
-from jaxgpt.analysis.sweep import plot
+from jaxgpt.analysis.sweep import plot, state
 from jaxgpt.analysis.sweep.table import Row, Table
 
 RATE, WIDTH = "optim.lr", "model.width"
@@ -30,8 +30,7 @@ RATE, WIDTH = "optim.lr", "model.width"
 def capped(row, start):
   """A row of the table, whose losses are at most `start`."""
   values = {
-    seed: min(float(loss), start) if loss is not None and math.isfinite(float(loss)) else start
-    for seed, loss in row["values"].items()
+    seed: start if loss is None else min(loss, start) for seed, loss in row["values"].items()
   }
   of = values.values()
   return Row(**row | dict(values=values, median=statistics.median(of), low=min(of), high=max(of)))
@@ -68,7 +67,10 @@ def main():
   parser.add_argument("--vocabulary", type=int, default=264)
   args = parser.parse_args()
   read = json.loads((args.folder / "table.json").read_text())
-  del read["complete"]
+  if not read.pop("complete"):
+    sys.exit(f"{args.folder}: not all runs are trained; repeat the command of the sweep")
+  if failed := [name for name, f in read["failures"].items() if f["kind"] != state.DIVERGED]:
+    sys.exit(f"{args.folder}: {', '.join(failed)} failed; see the table for the reasons")
   rows = [capped(row, math.log(args.vocabulary)) for row in read["rows"]]
   print("| setting | sensitivity | of the seeds | best rate of each seed |\n|---|---|---|---|")
   for rest, (values, best) in sensitivities(rows).items():

