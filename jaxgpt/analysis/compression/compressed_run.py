@@ -122,7 +122,7 @@ def pruned(
   record = {
     "method": settings.method,
     "sparsity": str(settings.sparsity),
-    "scope": settings.scope if settings.method == "magnitude" else "output",
+    "scope": settings.compared,
     "match": list(settings.match),
     "calibration": text,
     "zeros": {path: list(counts) for path, counts in found.zeros.items()},

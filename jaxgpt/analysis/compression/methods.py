@@ -4,5 +4,7 @@ PRUNING = ("magnitude", "wanda", "sparsegpt")
 STRUCTURED = ("layers", "heads", "columns")
 ROUNDING = ("nearest", "gptq", "awq")
 CALIBRATED = ("wanda", "sparsegpt", *STRUCTURED, "gptq", "awq")  # they read calibration text
-SCOPES = ("layer", "global")
+# Weights that are compared with one another, the usual choice first: those of an output, of each
+# matrix of a layer, or of all matrices.
+SCOPES = {"magnitude": ("layer", "global"), "wanda": ("output", "layer")}
 ROWS = 128  # of calibration text, as in the papers

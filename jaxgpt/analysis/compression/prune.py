@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import tree
-from jaxgpt.analysis.compression import calibration, column_sweep, masks, matrices
+from jaxgpt.analysis.compression import calibration, column_sweep, masks, matrices, methods
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.model import transformer
@@ -38,24 +38,35 @@ class Settings(NamedTuple):
   Attributes:
     method: One of `methods.PRUNING`.
     sparsity: How much of it.
-    scope: One of `methods.SCOPES`, of method 'magnitude' without a pattern: compare weights within
-      each matrix of a layer, or all that are pruned.
+    scope: One of `methods.SCOPES` of the method, which compares weights within it. None: the first.
     match: Patterns of parameters. (): the matrices of the layers.
   """
 
   method: str
   sparsity: masks.Sparsity
-  scope: str = "layer"
+  scope: str | None = None
   match: tuple[str, ...] = ()
+
+  @property
+  def compared(self) -> str | None:
+    """The scope that takes effect, or None with a pattern and for SparseGPT."""
+    if self.sparsity.group or self.method not in methods.SCOPES:
+      return None
+    return self.scope or methods.SCOPES[self.method][0]
 
   def check(self) -> None:
     """Raises a UserError if two settings contradict each other."""
-    if self.scope == "global" and (self.method != "magnitude" or self.sparsity.group):
-      other = f"--sparsity={self.sparsity}" if self.sparsity.group else f"--method={self.method}"
+    if self.scope is None:
+      return
+    if self.sparsity.group:
       raise UserError(
-        f"--scope=global has no effect with {other}, which compares the weights of each output; "
-        "leave it out"
+        f"--scope={self.scope} has no effect with --sparsity={self.sparsity}, which compares the "
+        "weights of each group; leave it out"
       )
+    known = methods.SCOPES.get(self.method, ())
+    if self.scope not in known:
+      way = f"choose {' or '.join(known)}" if known else "leave it out"
+      raise UserError(f"--method={self.method} has no --scope={self.scope}; {way}")
 
 
 def prune(run: load.Run, settings: Settings, batches: Sequence[PyTree] = ()) -> Pruned:
@@ -100,7 +111,7 @@ def _by_magnitude(
   named = tree.flatten(params)
   new = {path: np.asarray(named[path]) for path in paths}
   sparsity = settings.sparsity
-  if settings.scope == "global":
+  if settings.compared == "global":
     whole = np.concatenate([np.abs(w).ravel() for w in new.values()])
     kept = masks.largest(whole, sparsity.share)
     start = 0
@@ -144,20 +155,21 @@ def _by_calibration(
       read = calibration.require(seen, path, settings.method, "magnitude")
       matrix = of_model[f"{seen.stack}/{path}"]._replace(shape=(1, *w.shape))
       rule: Any = _sparsegpt if uses_products else _wanda
-      prune_one = functools.partial(rule, read=read, sparsity=settings.sparsity)
+      prune_one = functools.partial(rule, read=read, settings=settings)
       params[path] = _each(matrix, w[None], prune_one)[0]
     return tree.unflatten(params)
 
   return calibration.walk(run, batches, visit, products=uses_products)
 
 
-def _wanda(weight_IO: np.ndarray, read: np.ndarray, sparsity: masks.Sparsity) -> np.ndarray:
+def _wanda(weight_IO: np.ndarray, read: np.ndarray, settings: Settings) -> np.ndarray:
   scores_IO = masks.wanda_scores(weight_IO, read)
-  return np.where(masks.by_scores(scores_IO, sparsity, per_output=True), weight_IO, 0)
+  per_output = settings.compared == "output"
+  return np.where(masks.by_scores(scores_IO, settings.sparsity, per_output), weight_IO, 0)
 
 
-def _sparsegpt(weight_IO: np.ndarray, read: np.ndarray, sparsity: masks.Sparsity) -> np.ndarray:
-  return np.asarray(sparsegpt(jnp.asarray(weight_IO), jnp.asarray(read), sparsity))
+def _sparsegpt(weight_IO: np.ndarray, read: np.ndarray, settings: Settings) -> np.ndarray:
+  return np.asarray(sparsegpt(jnp.asarray(weight_IO), jnp.asarray(read), settings.sparsity))
 
 
 def sparsegpt(weight_IO: jax.Array, products_II: jax.Array, sparsity: masks.Sparsity) -> jax.Array:

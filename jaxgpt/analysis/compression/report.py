@@ -48,7 +48,7 @@ class Row(NamedTuple):
   generated: float | None
 
 
-def _sparse(method: str, sparsity: str, scope: str = "layer") -> Make:
+def _sparse(method: str, sparsity: str, scope: str | None = None) -> Make:
   settings = prune.Settings(method, parse(sparsity), scope)
   calibrated = method != "magnitude"
   return lambda source, folder, text: compressed_run.pruned(
@@ -66,7 +66,8 @@ def _coarse(method: str, bits: int, group: int = 0, outside: int = 0) -> Make:
 for _method in methods.PRUNING:
   VARIANTS.add(f"{_method}-50", _sparse(_method, "0.5"))
   VARIANTS.add(f"{_method}-2:4", _sparse(_method, "2:4"))
-VARIANTS.add("magnitude-global-50", _sparse("magnitude", "0.5", "global"))
+for _method, (_, _other) in methods.SCOPES.items():
+  VARIANTS.add(f"{_method}-{_other}-50", _sparse(_method, "0.5", _other))
 VARIANTS.add("int8", _coarse("nearest", 8))
 VARIANTS.add("int8-all", _coarse("nearest", 8, outside=8))
 for _method in methods.ROUNDING:

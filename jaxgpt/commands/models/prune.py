@@ -41,10 +41,10 @@ class PruneOptions:
   )
   scope: str | None = option(
     None,
-    choices=methods.SCOPES,
-    unset="layer",
-    modes=("magnitude",),
-    help="compare the weights of each matrix of a layer, or of all layers",
+    choices=tuple(dict.fromkeys(s for some in methods.SCOPES.values() for s in some)),
+    unset=", ".join(f"{some[0]} for {method}" for method, some in methods.SCOPES.items()),
+    modes=tuple(methods.SCOPES),
+    help="compare the weights of each output, of each matrix of a layer, or of all layers",
   )
   match: tuple[str, ...] = option(
     (),
@@ -82,7 +82,7 @@ def run(args: PruneOptions) -> None:
         print(f"  layer {name}: influence {score:.4f}{removed}")
   else:
     sparsity = compressed_run.sparsity_of(args.sparsity)
-    settings = prune.Settings(args.method, sparsity, args.scope or "layer", args.match)
+    settings = prune.Settings(args.method, sparsity, args.scope, args.match)
     zeros = compressed_run.pruned(
       args.workdir, args.to, settings, text if args.method in _CALIBRATED else None, args.step
     )

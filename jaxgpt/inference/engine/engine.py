@@ -11,11 +11,20 @@ prompt in the cache draws a token, or several with a drafter:
 A request gets blocks for all tokens that it may have when it enters. So it waits when there are not
 enough, and is never interrupted. A chunk has room for some blocks: what the first prompt leaves,
 the next ones fill.
+
+The device does not wait for the host. A step begins the next call for rows whose tokens are still
+being drawn, and then reads those:
+
+    host      step 1: begin a    step 2: begin b, read a    step 3: begin c, read b
+    device    a a a a a a a a a a a b b b b b b b b b b b b b b b c c c c c c c c c
+
+A row whose text turns out to have ended is in one call too many, which nobody reads. Where the next
+call depends on the tokens themselves (a prescribed form, beams, drafts), they are read first.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +44,18 @@ from jaxgpt.tree import PyTree
 
 BLOCK = 64  # tokens of a block
 CACHE_TOKENS = 8192  # that the cache holds unless the caller says otherwise, or one context
+
+
+class _Call(NamedTuple):
+  """A call whose tokens are not read yet.
+
+  Attributes:
+    rows: (place, row) of each row that draws.
+    drawn: What they draw.
+  """
+
+  rows: list[tuple[int, Row]]
+  drawn: programs.Drawn
 
 
 class Engine:
@@ -99,6 +120,7 @@ class Engine:
     self._rows: list[Row | None] = [None] * rows
     self._queue = deque[tuple[int, Request]]()
     self._cancelled = set[int]()
+    self._unread: _Call | None = None
     self._next = self._prefilled = self._reused = self._decoded = 0
     self._drafted = self._accepted = 0
     self._limits = Limits(run, rows, self._blocks, self._grammars)
@@ -119,6 +141,7 @@ class Engine:
     if params is self._params:
       return
     self._params = self._weights = self._carried = None  # makes room for the new ones
+    self._unread = None
     self._blocks = blocks_lib.Blocks(self._blocks.num, self._blocks.size)
     if params is not None:
       with jax.set_mesh(self._run.mesh):
@@ -177,15 +200,25 @@ class Engine:
     )
 
   def step(self) -> list[Piece]:
-    """Cancels, admits, computes a chunk of prompts and draws tokens for each row."""
+    """Cancels, admits, computes a chunk of prompts, begins the next tokens and reads the last."""
     pieces = self._cancel()
     with jax.set_mesh(self._run.mesh):
+      if not self._runs_ahead():
+        pieces += self._read()
       # The more rows idle, the more tokens of prompts before the others go on.
       left = self._small * (1 + sum(row is None or not row.is_prefilled for row in self._rows))
       while left > 0 and (parts := self._parts()):
         left -= self._prefill(parts)
-      if any(row and row.is_prefilled for row in self._rows):
-        pieces += self._decode()
+      there = [
+        (b, row)
+        for b, row in enumerate(self._rows)
+        if row and row.is_prefilled and not self._draws_last(row)
+      ]
+      call = self._begin(there) if there else None
+      pieces += self._read()
+      self._unread = call
+      if not self._runs_ahead():
+        pieces += self._read()
     return pieces
 
   def run(self, requests: Iterable[Request]) -> Iterator[Piece]:
@@ -351,20 +384,51 @@ class Engine:
         self._blocks.publish(row.request.prompt[:before], row.blocks, row.large)
     return length
 
-  def _decode(self) -> list[Piece]:
-    """Draws tokens for each row that is prefilled."""
-    there = [(b, row) for b, row in enumerate(self._rows) if row and row.is_prefilled]
+  def _runs_ahead(self) -> bool:
+    """Whether the next call can begin before the tokens of the last one are read."""
+    rows = [row for row in self._rows if row]
+    return (
+      self._drafter is None
+      and not any(row.matcher or row.group for row in rows)
+      # A request that waits for a row gets it as soon as one is free.
+      and not (self._queue and any(self._draws_last(row) for row in rows))
+    )
+
+  def _draws_last(self, row: Row) -> bool:
+    """Whether a row's token that is not read is the last one for which it has room."""
+    return row.unread > 0 and row.left(self._context) == row.unread
+
+  def _begin(self, there: list[tuple[int, Row]]) -> _Call:
+    """Begins to draw tokens for some rows."""
     drafts = self._draft(there)
     if drafts is None:
-      inputs = self._batch.step(self._rows)
+      inputs = self._batch.step(there)
       self._carried, drawn = self._programs.decode(self._weights, self._carried, inputs)
     else:
       assert self._drafter is not None
-      inputs = self._batch.step(self._rows, np.asarray(drafts.num), self._drafter.most)
+      inputs = self._batch.step(there, np.asarray(drafts.num), self._drafter.most)
       self._carried, drawn = self._programs.verify(self._weights, self._carried, inputs, drafts)
       self._drafted += int(np.sum(drafts.num))
+    for _, row in there:
+      row.cached += 1  # more are added when it is known how many drafts were accepted
+      row.unread += 1
+    return _Call(there, drawn)
+
+  def _read(self) -> list[Piece]:
+    """Reads the tokens of the last call, if that is not done."""
+    if self._unread is None:
+      return []
+    (rows, drawn), self._unread = self._unread, None
+    # Others were cancelled, or ended by the token before.
+    there = [(b, row) for b, row in rows if self._rows[b] is row]
+    if not there:
+      return []
     found = jax.device_get(drawn)
-    self._accepted += sum(int(found.num[b]) - 1 for b, _ in there)
+    for b, row in there:
+      row.unread -= 1
+      more = int(found.num[b]) - 1
+      row.cached += more
+      self._accepted += more
     return [piece for b, row in there for piece in self._advance(b, row, found)]
 
   def _draft(self, there: Sequence[tuple[int, Row]]) -> Drafts | None:
@@ -373,10 +437,10 @@ class Engine:
       return None
     room_B = np.zeros(len(self._rows), np.int32)
     for b, row in there:
-      left = min(row.request.max_new - len(row.written), self._context - 1 - row.cached) - 1
       # What a form allows after a drafted token is not known before it is drawn.
+      left = row.left(self._context) - 1
       room_B[b] = 0 if row.matcher or row.group else min(left, self._drafter.most)
-    return self._drafter.draft(self._rows, room_B, (self._carried.prompts, self._carried.counts))
+    return self._drafter.draft(there, room_B, (self._carried.prompts, self._carried.counts))
 
   def _advance(self, b: int, row: Row, found: Any) -> list[Piece]:
     """What a row's new tokens add to its text."""
@@ -384,7 +448,6 @@ class Engine:
       return self._advance_beams(row.group, found) if row.group.at[0] == b else []
     released, finish = list[Token](), None
     for t in range(found.num[b]):
-      row.cached += 1
       self._decoded += 1
       some, finish = self._write(row, _token(b, t, row.request.logprobs, found))
       released += some
@@ -399,8 +462,6 @@ class Engine:
   def _advance_beams(self, group: Group, found: Any) -> list[Piece]:
     """Goes on with the best continuations of a request's beams, or ends it with its text."""
     rows = [row for b in group.at if (row := self._rows[b])]
-    for row in rows:
-      row.cached += 1
     self._decoded += len(rows)
     best = found.best[group.at, 0], found.best_logprobs[group.at, 0]
     if not (going := group.search.advance(*best)):
@@ -427,7 +488,7 @@ class Engine:
       return released, requests.STOP
     if problem:
       return released, requests.ERROR + problem
-    if len(row.written) == row.request.max_new or row.cached + 1 >= self._context:
+    if not row.left(self._context):
       return released, requests.LENGTH
     return released, None
 

@@ -54,11 +54,13 @@ class Carried(NamedTuple):
     pools: The cache.
     prompts: bool [B, V], tokens of the prompt of each row that has a penalty.
     counts: int32 [B, V], how often each token was drawn in the row.
+    tokens: int32 [B], the token that the last call of `decode` drew in the row.
   """
 
   pools: kv_cache.Pools
   prompts: jax.Array
   counts: jax.Array
+  tokens: jax.Array
 
 
 class StepInputs(NamedTuple):
@@ -66,6 +68,7 @@ class StepInputs(NamedTuple):
 
   Attributes:
     tokens: int32 [B].
+    unread: bool [B], rows whose token is the one in `Carried.tokens`. Only `decode` allows them.
     positions: int32 [B].
     call: Where it is in the cache, and drafted ones that follow it.
     sampling: Settings [B].
@@ -76,6 +79,7 @@ class StepInputs(NamedTuple):
   """
 
   tokens: np.ndarray
+  unread: np.ndarray
   positions: np.ndarray
   call: paged.Step
   sampling: Sampling
@@ -155,7 +159,7 @@ class Programs:
     spec = lambda x: model.rules.fitting_spec(mesh, x.shape, axes[: x.ndim])
     of_pool = lambda x: NamedSharding(mesh, spec(x))
     pools = jax.tree.map(of_pool, jax.eval_shape(self._empty).pools)
-    carried = Carried(pools, whole, whole)
+    carried = Carried(pools, whole, whole, whole)
     jit = functools.partial(jax.jit, out_shardings=carried)
     step = functools.partial(
       jax.jit,
@@ -180,7 +184,8 @@ class Programs:
   def _empty(self) -> Carried:
     size, V = self._size, self._model.cfg.vocab_size
     pools = kv_cache.pools(self._model.cfg, size.blocks, size.block_size, size.dtype)
-    return Carried(pools, jnp.zeros((size.rows, V), bool), jnp.zeros((size.rows, V), jnp.int32))
+    B, zeros = size.rows, jnp.zeros
+    return Carried(pools, zeros((B, V), bool), zeros((B, V), jnp.int32), zeros((B,), jnp.int32))
 
   def _prefill(
     self,
@@ -204,7 +209,7 @@ class Programs:
     B = x.tokens.shape[0]
     out: Any = self._model.apply(
       {"params": weights},
-      x.tokens[:, None],
+      jnp.where(x.unread, carried.tokens, x.tokens)[:, None],
       x.positions[:, None],
       cache=carried.pools,
       call=x.call,
@@ -216,7 +221,7 @@ class Programs:
     scores_BV = _scores(logits_BV, less, x, 1)
     tokens_B = sampling.sample(scores_BV, _uniform(x.seeds, x.positions), s)
     counts = carried.counts.at[jnp.arange(B), tokens_B].add(1)
-    carried = carried._replace(pools=out.cache, counts=counts)
+    carried = carried._replace(pools=out.cache, counts=counts, tokens=tokens_B)
     return carried, _drawn(logits_BV, tokens_B[:, None], jnp.ones_like(tokens_B), x)
 
   def _verify(

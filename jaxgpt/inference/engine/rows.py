@@ -27,8 +27,9 @@ class Row:
     number: The request's number.
     request: The request.
     blocks: Its blocks of the cache, for all tokens that it may have.
-    cached: Tokens in the cache.
-    last: The token that is decoded next.
+    cached: Tokens in the cache, with those that a call writes which has begun.
+    last: The token that is decoded next, if `unread` is 0.
+    unread: Calls that have begun and draw a token of the row which is not read yet.
     text: Its text.
     written: Its tokens after the prompt.
     large: Tokens of the prompt that are computed in large chunks, the first ones.
@@ -48,6 +49,12 @@ class Row:
   matcher: Matcher | None = None
   allowed: np.ndarray | None = None
   group: "Group | None" = None
+  unread: int = 0
+
+  def left(self, context: int) -> int:
+    """Tokens that may follow those that were read. `context`: longest context in tokens."""
+    request = self.request
+    return min(request.max_new, context - len(request.prompt)) - len(self.written)
 
   @property
   def is_prefilled(self) -> bool:
@@ -195,33 +202,29 @@ class Batch:
 
   def step(
     self,
-    rows: Sequence[Row | None],
+    rows: Iterable[tuple[int, Row]],
     drafted_B: Sequence[int] | np.ndarray | None = None,
     most: int = 0,
   ) -> StepInputs:
-    """The next token of each row that is prefilled, and drafted ones. Other rows are not read.
+    """The next token of some rows, and drafted ones.
 
     Args:
-      rows: The rows.
+      rows: (place, row) of each. Their prompts are in the cache.
       drafted_B: How many drafted tokens follow each row's own. None: none.
       most: K, the most of them that a call has room for.
     """
     B, S = self._num_rows, self._size
     more_B = np.zeros(B, np.int32) if drafted_B is None else drafted_B
-    there = [
-      (b, row, row.cached + int(more_B[b]))
-      for b, row in enumerate(rows)
-      if row is not None and row.is_prefilled
-    ]
+    there = [(b, row, row.cached + int(more_B[b])) for b, row in rows]
     tokens, positions = np.zeros((2, B), np.int32)
     blocks, offsets = np.zeros((2, B, 1 + most), np.int32)
     seeds = np.zeros((B, 2), np.uint32)
-    with_logprobs, constrained = np.zeros((2, B), bool)
+    unread, with_logprobs, constrained = np.zeros((3, B), bool)
     allowed = np.zeros((B, self._num_words), np.uint32)
     settings = [_GREEDY] * B
     for b, row, last in there:
       request = row.request
-      tokens[b], positions[b] = row.last, row.cached
+      tokens[b], unread[b], positions[b] = row.last, row.unread > 0, row.cached
       for t, at in enumerate(range(row.cached, last + 1)):
         blocks[b, t], offsets[b, t] = row.blocks[at // S], at % S
       seeds[b] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
@@ -238,7 +241,9 @@ class Batch:
       )
     )
     call = paged.Step(blocks, offsets, pairs, self._context)
-    return StepInputs(tokens, positions, call, draws, seeds, with_logprobs, constrained, allowed)
+    return StepInputs(
+      tokens, unread, positions, call, draws, seeds, with_logprobs, constrained, allowed
+    )
 
   def _pairs(self, there: Sequence[tuple[int, Row, int]], window: int | None) -> paged.Pairs:
     """The blocks that hold what each row's tokens see. The last one's position is the third."""

@@ -53,7 +53,7 @@ def test_the_inputs_of_matrices_are_those_of_the_model(opened, text):
   assert 0 < seen[0].similarity < 1
 
 
-@pytest.mark.parametrize("scope", methods.SCOPES)
+@pytest.mark.parametrize("scope", methods.SCOPES["magnitude"])
 def test_magnitude_removes_the_smallest_of_a_matrix_or_of_all(opened, scope):
   found = prune.prune(opened, prune.Settings("magnitude", HALF, scope))
   before, after = weights_of(opened), calibration.flat(found.params)
@@ -93,6 +93,19 @@ def test_wanda_keeps_the_best_of_every_group(trained, opened, text, wanda):
   assert made["made_by"] == "jaxgpt prune" and made["source"] == str(trained)
   assert made["calibration"]["rows"] == 16 and made["sparsity"] == "2:4"
   assert load.evaluate_run(run)["loss"] > 0
+
+
+@pytest.mark.parametrize("scope", methods.SCOPES["wanda"])
+def test_wanda_compares_within_an_output_or_a_matrix(opened, text, scope):
+  found = prune.prune(opened, prune.Settings("wanda", HALF, scope), text)
+  before, after = weights_of(opened), calibration.flat(found.params)
+  reads = []
+  calibration.walk(opened, text, lambda s: reads.append(s.inputs) or s.params)
+  weight_IO = before["layers/attn/q"][0].reshape(32, -1)
+  kept_IO = after["layers/attn/q"][0].reshape(32, -1) != 0
+  scores_IO = np.abs(weight_IO) * np.sqrt(reads[0]["attn/q"])[:, None]
+  limit = np.median(scores_IO, axis=0 if scope == "output" else None)
+  np.testing.assert_array_equal(kept_IO, scores_IO > limit)
 
 
 @pytest.mark.slow
@@ -151,6 +164,10 @@ def test_what_cannot_be_pruned_is_refused(trained, opened, wanda, tmp_path):
     settings("wanda", HALF, match=("embed",))
   with pytest.raises(UserError, match="--scope=global has no effect with --sparsity=2:4"):
     settings("magnitude", masks.parse("2:4"), "global")
+  with pytest.raises(UserError, match="--method=wanda has no --scope=global; choose output or lay"):
+    settings("wanda", HALF, "global")
+  with pytest.raises(UserError, match="--method=sparsegpt has no --scope=layer; leave it out"):
+    settings("sparsegpt", HALF, "layer")
   with pytest.raises(UserError, match="--to=.* exists"):
     compressed_run.pruned(trained, wanda[0], prune.Settings("magnitude", HALF))
   with pytest.raises(UserError, match="--rows has no effect with --method=magnitude"):

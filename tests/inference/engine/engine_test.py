@@ -16,6 +16,8 @@ from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine import engine as engine_lib
+from jaxgpt.inference.engine.beams import Beams
+from jaxgpt.inference.engine.constraints import Constraint
 from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model import transformer
@@ -326,13 +328,53 @@ def test_a_faulty_request_is_refused(engine, fault, message):
   assert not engine.busy
 
 
+def order(engine, monkeypatch, requests):
+  """'b' and 'r' for each call that begins or is read while requests are continued, in order."""
+  done = ""
+
+  def noted(letter, method):
+    def call(*args):
+      nonlocal done
+      done += letter
+      return method(*args)
+
+    return call
+
+  decode, read = engine._programs.decode, jax.device_get
+  monkeypatch.setattr(engine._programs, "decode", noted("b", decode))
+  monkeypatch.setattr(jax, "device_get", noted("r", read))
+  found = answers(engine, requests)
+  monkeypatch.undo()
+  return done, found
+
+
+def test_a_call_begins_before_the_tokens_of_the_last_are_read(engine, monkeypatch):
+  done, _ = order(engine, monkeypatch, [Request(prompt(5), 4, GREEDY)])
+  assert done == "bbrbrbrr", "and none after the last token"
+  # A text that ends by itself is in one call more, which nobody waits for.
+  (tokens, _, _), *_ = answers(engine, [Request(prompt(5), 9, GREEDY)])
+  text = "".join(t.text for t in tokens[:3])
+  done, found = order(engine, monkeypatch, [Request(prompt(5), 9, GREEDY, stop=(text,))])
+  assert found[0][1:] == ("", "stop") and done == "bbrbrbr"
+  # The next request gets the row in the step after the last token, as it would without.
+  done, _ = order(engine, monkeypatch, [Request(prompt(5), 2, GREEDY)] * 4)
+  assert done == "bbrrbbrr"
+
+
+def test_tokens_are_read_first_where_the_next_call_depends_on_them(engine, monkeypatch):
+  beams = Request(prompt(5), 3, GREEDY, beams=Beams(2))
+  assert order(engine, monkeypatch, [beams])[0] == "br" * 3
+  form = Request(prompt(5), 3, GREEDY, constraint=Constraint.of_regex("[a-z]{3}"))
+  assert order(engine, monkeypatch, [form])[0] == "br" * 3
+
+
 def test_the_cache_is_not_copied(engine):
   """The two programs update it in place: no copy of a pool in the compiled text."""
   run, _ = made("gpt2")
   shape = engine._carried.pools[0]["k"].entries.shape
   pool = f"f32[{','.join(map(str, shape))}]"
   with jax.set_mesh(run.mesh):
-    step = engine._batch.step(engine._rows)
+    step = engine._batch.step([])
     lowered = engine._programs.decode.lower(engine._weights, engine._carried, step)
   text = lowered.compile().as_text()
   assert pool in text

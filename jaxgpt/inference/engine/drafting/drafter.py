@@ -68,12 +68,12 @@ class Drafter(Protocol):
     ...
 
   def draft(
-    self, rows: Sequence[Row | None], room_B: np.ndarray, seen: tuple[jax.Array, jax.Array]
+    self, rows: Sequence[tuple[int, Row]], room_B: np.ndarray, seen: tuple[jax.Array, jax.Array]
   ) -> Drafts | None:
-    """Drafts tokens for the rows that are prefilled.
+    """Drafts tokens for some rows.
 
     Args:
-      rows: The engine's rows.
+      rows: (place, row) of each. Their prompts are in the cache.
       room_B: Most tokens of each row.
       seen: The engine's `Carried.prompts` and `Carried.counts`.
 

@@ -43,7 +43,7 @@ class Model:
       self._carried = self._programs.prefill(self._weights, self._carried, *chunk)
 
   def draft(
-    self, rows: Sequence[Row | None], room_B: np.ndarray, seen: tuple[jax.Array, jax.Array]
+    self, rows: Sequence[tuple[int, Row]], room_B: np.ndarray, seen: tuple[jax.Array, jax.Array]
   ) -> Drafts | None:
     """See `drafter.Drafter`."""
     with jax.set_mesh(self._mesh):

@@ -31,13 +31,14 @@ class Ngrams:
     """See `drafter.Drafter`."""
 
   def draft(
-    self, rows: Sequence[Row | None], room_B: np.ndarray, seen: tuple[jax.Array, jax.Array]
+    self, rows: Sequence[tuple[int, Row]], room_B: np.ndarray, seen: tuple[jax.Array, jax.Array]
   ) -> Drafts | None:
     """See `drafter.Drafter`."""
     del seen
-    tokens_BK, num_B = np.zeros((len(rows), self.most), np.int32), np.zeros(len(rows), np.int32)
-    for b, row in enumerate(rows):
-      if row is not None and room_B[b]:
+    B = self._num_rows
+    tokens_BK, num_B = np.zeros((B, self.most), np.int32), np.zeros(B, np.int32)
+    for b, row in rows:
+      if room_B[b]:
         found = following([*row.request.prompt, *row.written], int(room_B[b]))
         tokens_BK[b, : len(found)], num_B[b] = found, len(found)
     # With several rows the same program runs whether any has a draft or not: a row's bits must not

@@ -140,7 +140,7 @@ def test_a_text_alone_needs_no_wide_call_where_nothing_is_drafted():
   engine = engine_lib.Engine(
     run, drafting=Drafting(K), chunk_blocks=(2, 2), **SIZES | dict(max_rows=1)
   )
-  assert engine._drafter.draft([None], np.zeros(1, np.int32), ()) is None
+  assert engine._drafter.draft([], np.zeros(1, np.int32), ()) is None
 
 
 def test_draft_models_that_do_not_fit_are_refused():
