@@ -169,6 +169,13 @@ def test_files_in_the_text_exist(page):
   assert not [p for p in paths if not (ROOT / p).exists()]
 
 
+def test_the_family_that_the_page_of_models_shows_is_that_of_the_package():
+  text = read("docs/models.md").partition("## Add a family")[2]
+  family, *presets = re.findall(r"```python\n(.*?)```", text, re.S)[:3]
+  assert family in (ROOT / "jaxgpt/hf/families.py").read_text()
+  assert all(block in (ROOT / "jaxgpt/config/presets.py").read_text() for block in presets)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_no_output_is_left_to_fill_in(page):
   assert not re.search(r"@@(?!TEXT)", read(page))

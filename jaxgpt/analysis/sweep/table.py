@@ -169,7 +169,7 @@ def lines(table: Table) -> list[str]:
   else:
     out.append(f"{table.metric}: of one seed, so there is no interval; add seeds=(0, 1, 2)")
   if table.flags:
-    out.append(f"best: jaxgpt train --config={table.base} {' '.join(table.flags)}")
+    out.append(f"best: jaxgpt train --config={table.base} {' '.join(table.flags)} --workdir=RUN")
   return out
 
 
