@@ -1,5 +1,6 @@
 """The documentation: links, commands, named keys and files exist. `docs_run_test` runs them."""
 
+import ast
 import pathlib
 import re
 import shlex
@@ -171,9 +172,13 @@ def test_files_in_the_text_exist(page):
 
 def test_the_family_that_the_page_of_models_shows_is_that_of_the_package():
   text = read("docs/models.md").partition("## Add a family")[2]
-  family, *presets = re.findall(r"```python\n(.*?)```", text, re.S)[:3]
-  assert family in (ROOT / "jaxgpt/hf/families.py").read_text()
-  assert all(block in (ROOT / "jaxgpt/config/presets.py").read_text() for block in presets)
+  family, preset, sizes = re.findall(r"```python\n(.*?)```", text, re.S)[:3]
+  families, presets = (
+    (ROOT / "jaxgpt" / name).read_text() for name in ("hf/families.py", "config/presets.py")
+  )
+  parsed = lambda code: [ast.dump(node) for node in ast.parse(code).body]
+  assert parsed(family)[0] in parsed(families) and parsed(preset)[0] in parsed(presets)
+  assert sizes in presets
 
 
 @pytest.mark.parametrize("page", PAGES)
