@@ -22,8 +22,8 @@ class Pool(NamedTuple):
   """Vectors of tokens.
 
   Attributes:
-    entries: [M, K, S, H].
-    scales: float32 [M, K, S], which the entries are multiplied with, or None.
+    entries: [K, M, S, H], heads first, as attention kernels read them.
+    scales: float32 [K, M, S], which the entries are multiplied with, or None.
   """
 
   entries: jax.Array
@@ -61,7 +61,7 @@ def pools(
     heads = {"latent": (1, cfg.latent.kv_rank + cfg.latent.rope_dim + int(cfg.qkv_bias))}
 
   def pool(K: int, H: int) -> Pool:
-    shape = num_blocks, K, block_size
+    shape = K, num_blocks, block_size
     scales = jnp.zeros(shape, jnp.float32) if dtype == INT8 else None
     return Pool(jnp.zeros((*shape, H), dtype), scales)
 

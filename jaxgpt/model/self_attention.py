@@ -145,12 +145,14 @@ class Attention(Module):
     q, k, v = self._qkv(x_BTD, inputs.kinds[self.kind], None)
     cache = {name: paged.write(cache[name], x, inputs.call) for name, x in (("k", k), ("v", v))}
     cache = jax.tree.map(self._pinned, cache)
-    out = paged.attend(q, cache["k"], cache["v"], inputs.call, self.kind, inputs.positions, spec)
+    at = inputs.call, self.kind, inputs.positions
+    with_kernel = self.form == "splash"
+    out = paged.attend(q, cache["k"], cache["v"], *at, spec, with_kernel=with_kernel)
     return out, cache
 
   def _pinned(self, x: jax.Array) -> jax.Array:
     """An array of a pool, sharded by heads as keys and values are."""
-    return self.rules.constrain(x, None, "act_heads", *[None] * (x.ndim - 2))
+    return self.rules.constrain(x, "act_heads", *[None] * (x.ndim - 1))
 
   def _normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
     """RMSNorm over each head, or over all heads together (OLMo 2)."""

@@ -53,7 +53,7 @@ def compiled(args):
   blocks = args.rows * args.context // BLOCK + 1
   size = programs.Size(args.rows, blocks, BLOCK, c.model.dtype)
   made = programs.Programs(model, c.model.vocab_size, size, mesh)
-  batch = rows.Batch(args.rows, BLOCK, args.context, rows.windows(model.cfg), 1)
+  batch = rows.Batch(args.rows, BLOCK, args.context, rows.windows(model.cfg), 1, "tpu")
 
   def shapes(function, *values):
     placed = function.lower(*values).compile().output_shardings
@@ -62,7 +62,7 @@ def compiled(args):
 
   with jax.set_mesh(mesh):
     given, carried = shapes(prepared, params), shapes(made.empty)
-    step = made.decode.lower(given, carried, batch.step([None] * args.rows)).compile()
+    step = made.decode.lower(given, carried, batch.step([])).compile()
   return step, given, carried.pools
 
 
@@ -163,7 +163,7 @@ def main():
   began = time.monotonic()
   step, given, pools = compiled(args)
   pairs = args.rows * args.context // BLOCK
-  turns = -(-pairs // paged.pairs_per_turn(args.rows))
+  turns = -(-pairs // paged.pairs_per_turn(args.rows, "tpu"))
   pool = jax.tree.leaves(pools)[0]
   traffic = Traffic(step.as_text(), turns, math.prod(pool.sharding.shard_shape(pool.shape)))
   entry, loops = traffic.of()

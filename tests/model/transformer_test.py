@@ -359,7 +359,9 @@ def test_prefill_and_decode_equal_the_full_forward(style):
     of_rows = np.array([[0, 1, 2, 8], [3, 4, 5, 8]], np.int32)
     pairs = paged.Pairs(*map(pad, (numbers, tables[:, :3].ravel(), starts)), of_rows, np.int32(6))
     kinds = dict.fromkeys(model.cfg.attention_pattern, pairs)
-    call = paged.Step(tables[:, 2:3].astype(np.int32), np.full((2, 1), t - 8, np.int32), kinds, 16)
+    call = paged.Step(
+      tables[:, 2:3].astype(np.int32), np.full((2, 1), t - 8, np.int32), kinds, 16, 2
+    )
     at = np.s_[:, t : t + 1]
     out = apply(model, params, tokens[at], positions[at], cache=cache, call=call)
     cache = out.cache

@@ -116,7 +116,9 @@ class Engine:
     self._small, self._large = (blocks * size for blocks in chunk_blocks)
     self._ends = frozenset(run.generation.end_ids)
     self._grammars = constraints.Grammars(run.tokenizer, self._ends)
-    self._batch = Batch(rows, size, self._context, windows(model.cfg), self._grammars.num_words)
+    platform = run.mesh.devices.flat[0].platform
+    of_model = windows(model.cfg), self._grammars.num_words, platform
+    self._batch = Batch(rows, size, self._context, *of_model)
     self._rows: list[Row | None] = [None] * rows
     self._queue = deque[tuple[int, Request]]()
     self._cancelled = set[int]()

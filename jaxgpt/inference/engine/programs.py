@@ -155,7 +155,7 @@ class Programs:
     self._model, self._vocab_size, self._size = model, vocab_size, size
     # Each process reads what was drawn, so it is on all devices.
     whole: Any = NamedSharding(mesh, P())
-    axes = (None, "act_heads", None, None)
+    axes = ("act_heads", None, None, None)
     spec = lambda x: model.rules.fitting_spec(mesh, x.shape, axes[: x.ndim])
     of_pool = lambda x: NamedSharding(mesh, spec(x))
     pools = jax.tree.map(of_pool, jax.eval_shape(self._empty).pools)
@@ -306,7 +306,7 @@ class Programs:
     return carried._replace(pools=out.cache), drafts
 
   def _copy(self, carried: Carried, sources_N: jax.Array, targets_N: jax.Array) -> Carried:
-    one = lambda x: x.at[targets_N].set(x[sources_N])
+    one = lambda x: x.at[:, targets_N].set(x[:, sources_N])
     return carried._replace(pools=jax.tree.map(one, carried.pools))
 
   def _own(self, logits: jax.Array) -> jax.Array:

@@ -156,6 +156,7 @@ class Batch:
     context: int,
     windows: Mapping[str, int | None],
     num_words: int,
+    platform: str,
   ):
     """Prepares for a model.
 
@@ -165,13 +166,14 @@ class Batch:
       context: Longest context in tokens.
       windows: See `windows`.
       num_words: W.
+      platform: Of the devices, such as 'cpu'.
     """
     self._num_words = num_words
     self._num_rows, self._size, self._context = num_rows, block_size, context
     self._windows = windows
     self._per_row = -(-context // block_size)
-    turn = paged.pairs_per_turn(num_rows)
-    self._most_pairs = -(-num_rows * self._per_row // turn) * turn
+    self._turn = paged.pairs_per_turn(num_rows, platform)
+    self._most_pairs = -(-num_rows * self._per_row // self._turn) * self._turn
 
   def chunk(
     self, parts: Sequence[tuple[Row, int]], length: int
@@ -240,7 +242,7 @@ class Batch:
         for name, column in zip(Sampling._fields, columns, strict=True)
       )
     )
-    call = paged.Step(blocks, offsets, pairs, self._context)
+    call = paged.Step(blocks, offsets, pairs, self._context, self._turn)
     return StepInputs(
       tokens, unread, positions, call, draws, seeds, with_logprobs, constrained, allowed
     )

@@ -19,6 +19,8 @@ compiler, so one program serves all lengths:
 A row's result does not depend on the other rows, to the last bit: a pair is computed in a shape
 that does not change, and what a row merges for the pairs it lacks is zero.
 
+On TPUs a kernel computes the next token of each row where it can (`paged_kernel`).
+
 M block of the pool, S slot of a block, B row, T query, N heads, K key/value heads, G = N / K, H
 head size, J block of a row, P pair of a row and a block, W pair of a turn, Q query head of a token,
 C block of a chunk.
@@ -32,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.model import kv_cache, ops
+from jaxgpt.model.attention import paged_kernel
 from jaxgpt.model.attention.masks import MASKED
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.model.kv_cache import Pool
@@ -68,12 +71,14 @@ class Step:
     offsets: int32 [B, T], its slot in the block.
     pairs: {kind of attention: the blocks that they read}, their own among them.
     context: Longest context of a row, in tokens.
+    turn: W, pairs that a turn of the loop computes. It divides P.
   """
 
   blocks: Array
   offsets: Array
   pairs: dict[str, Pairs]
   context: int = dataclasses.field(metadata=dict(static=True))
+  turn: int = dataclasses.field(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -112,13 +117,13 @@ def write(pool: Pool, new_BTKH: jax.Array, call: Call) -> Pool:
 
 
 def _written(x: jax.Array, new: jax.Array, call: Call) -> jax.Array:
-  """Entries [M, K, S, H] or scales [M, K, S] with new ones [B, T, K, H] or [B, T, K]."""
+  """Entries [K, M, S, H] or scales [K, M, S] with new ones [B, T, K, H] or [B, T, K]."""
+  new = jnp.moveaxis(new, 2, 0)
   if isinstance(call, Step):
-    return x.at[call.blocks, :, call.offsets].set(new)
-  _, K, S, *H = x.shape
-  filled = new.reshape(-1, S, K, *H).swapaxes(1, 2)
+    return x.at[:, call.blocks, call.offsets].set(new)
+  K, _, S, *H = x.shape
   blocks = jnp.take_along_axis(call.tables, call.numbers[:, None], axis=1)[:, 0]
-  return x.at[blocks].set(filled)
+  return x.at[:, blocks].set(new.reshape(K, -1, S, *H))
 
 
 def attend(
@@ -131,6 +136,7 @@ def attend(
   spec: Spec,
   *,
   v_size: int | None = None,
+  with_kernel: bool = False,
 ) -> jax.Array:
   """Attends to the tokens of each query's own row up to the query's position.
 
@@ -143,13 +149,18 @@ def attend(
     positions_BT: Positions of the queries.
     spec: Options. `causal` is not read.
     v_size: See `v`.
+    with_kernel: Whether a step may use the kernel for TPUs.
 
   Returns:
     [B, T, N, size of the values] in q's dtype. The softmax is computed in float32.
   """
   pools = _Pools(k, v, v_size)
   if isinstance(call, Step):
-    return _step(q_BTNH, pools, call.pairs[kind], positions_BT, spec)
+    pairs = call.pairs[kind]
+    if with_kernel and v is not None and paged_kernel.supports(q_BTNH, k, v, spec):
+      tables_BJ = jnp.asarray(pairs.blocks)[jnp.minimum(pairs.table, len(pairs.blocks) - 1)]
+      return paged_kernel.attend(q_BTNH, k, v, tables_BJ, positions_BT, spec)
+    return _step(q_BTNH, pools, pairs, positions_BT, spec, call.turn)
   return _chunk(q_BTNH, pools, call, positions_BT[0], spec)
 
 
@@ -161,11 +172,11 @@ class _Pools(NamedTuple):
   v_size: int | None
 
   def read(self, blocks: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of some blocks, without their scales."""
-    k = self.k.entries[blocks].astype(dtype)
+    """Keys and values [K, blocks, S, H], without their scales."""
+    k = self.k.entries[:, blocks].astype(dtype)
     if self.v is None:
       return k, k[..., : self.v_size]
-    return k, self.v.entries[blocks].astype(dtype)
+    return k, self.v.entries[:, blocks].astype(dtype)
 
   def key_scaled(self, products: jax.Array, blocks: jax.Array) -> jax.Array:
     """Products with keys of some blocks, times the keys' scales."""
@@ -181,13 +192,13 @@ class _Pools(NamedTuple):
     return self.v.entries.shape[-1] if self.v is not None else self.v_size or 0
 
 
-def _scaled(x: jax.Array, scales_MKS: jax.Array | None, blocks: jax.Array) -> jax.Array:
-  """x [..., K, any, S], times the scales of some blocks [...] if there are any."""
-  if scales_MKS is None:
+def _scaled(x: jax.Array, scales_KMS: jax.Array | None, blocks: jax.Array) -> jax.Array:
+  """x [K, blocks, any, S], times the scales of some blocks if there are any."""
+  if scales_KMS is None:
     return x
-  *outer, K, S = scales_MKS[blocks].shape
-  inner = (1,) * (x.ndim - len(outer) - 2)
-  return x * scales_MKS[blocks].reshape(*outer, K, *inner, S)
+  scales = scales_KMS[:, blocks]
+  inner = (1,) * (x.ndim - scales.ndim)
+  return x * scales.reshape(*scales.shape[:-1], *inner, scales.shape[-1])
 
 
 def _visible(q_at: jax.Array, k_at: jax.Array, window: int | None) -> jax.Array:
@@ -197,16 +208,16 @@ def _visible(q_at: jax.Array, k_at: jax.Array, window: int | None) -> jax.Array:
 
 
 def _step(
-  q_BTNH: jax.Array, pools: _Pools, pairs: Pairs, positions_BT: jax.Array, spec: Spec
+  q_BTNH: jax.Array, pools: _Pools, pairs: Pairs, positions_BT: jax.Array, spec: Spec, W: int
 ) -> jax.Array:
   """Attention of a token of each row, or of a few. See the drawing above.
 
   Q is T * G: the queries of a row that read the same keys.
   """
   B, T, N, H = q_BTNH.shape
-  _, K, S, _ = pools.k.entries.shape
-  G, P, W = N // K, len(pairs.rows), pairs_per_turn(B)
-  q_BKQH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
+  K, _, S, _ = pools.k.entries.shape
+  G, P = N // K, len(pairs.rows)
+  q_KBQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 2, 0).reshape(K, B, T * G, H)
   position_BQ = jnp.repeat(positions_BT, G, axis=1)
 
   def turn(i, carry):
@@ -215,40 +226,44 @@ def _step(
       jax.lax.dynamic_slice_in_dim(x, at, W) for x in (pairs.rows, pairs.blocks, pairs.starts)
     )
     k, v = pools.read(blocks, q_BTNH.dtype)
-    logits = jnp.einsum("WKQH,WKSH->WKQS", q_BKQH[rows], k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("KWQH,KWSH->KWQS", q_KBQH[:, rows], k, preferred_element_type=jnp.float32)
     logits = ops.softcap(pools.key_scaled(logits * spec.scale, blocks), spec.softcap)
     at_WS = starts[:, None] + jnp.arange(S)
-    seen = _visible(position_BQ[rows][..., None], at_WS[:, None], spec.window)[:, None]
+    seen = _visible(position_BQ[rows][..., None], at_WS[:, None], spec.window)
     logits = jnp.where(seen, logits, MASKED)
     most = logits.max(-1)
     weights = jnp.where(seen, jnp.exp(logits - most[..., None]), 0)
     out = jnp.einsum(
-      "WKQS,WKSH->WKQH",
+      "KWQS,KWSH->KWQH",
       pools.value_scaled(weights, blocks).astype(v.dtype),
       v,
       preferred_element_type=jnp.float32,
     )
-    put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
+    put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 1)
     return tuple(map(put, carry, (most, weights.sum(-1), out)))
 
   # One entry more stays as it is, for rows that have fewer pairs than others.
   start = (
-    jnp.full((P + 1, K, T * G), MASKED, jnp.float32),
-    jnp.zeros((P + 1, K, T * G), jnp.float32),
-    jnp.zeros((P + 1, K, T * G, pools.size), jnp.float32),
+    jnp.full((K, P + 1, T * G), MASKED, jnp.float32),
+    jnp.zeros((K, P + 1, T * G), jnp.float32),
+    jnp.zeros((K, P + 1, T * G, pools.size), jnp.float32),
   )
   turns = (pairs.num + W - 1) // W
-  most_BJ, sums_BJ, out_BJ = (x[pairs.table] for x in jax.lax.fori_loop(0, turns, turn, start))
-  share_BJ = jnp.exp(most_BJ - most_BJ.max(1, keepdims=True))
-  total = (share_BJ * sums_BJ).sum(1)
-  out = (share_BJ[..., None] * out_BJ).sum(1) / jnp.maximum(total, 1e-30)[..., None]
-  out_BTNH = out.reshape(B, K, T, G, -1).swapaxes(1, 2).reshape(B, T, N, -1)
+  found = jax.lax.fori_loop(0, turns, turn, start)
+  most_KBJ, sums_KBJ, out_KBJ = (x[:, pairs.table] for x in found)
+  share_KBJ = jnp.exp(most_KBJ - most_KBJ.max(2, keepdims=True))
+  total = (share_KBJ * sums_KBJ).sum(2)
+  out = (share_KBJ[..., None] * out_KBJ).sum(2) / jnp.maximum(total, 1e-30)[..., None]
+  out_BTNH = jnp.moveaxis(out.reshape(K, B, T, G, -1), 0, 2).reshape(B, T, N, -1)
   return out_BTNH.astype(q_BTNH.dtype)
 
 
-def pairs_per_turn(num_rows: int) -> int:
-  """W, the pairs that one turn of a step's loop computes. The size of `Pairs` is a multiple."""
-  return max(num_rows, 2)
+def pairs_per_turn(num_rows: int, platform: str) -> int:
+  """W, the pairs that one turn of a step's loop computes on a platform, such as 'cpu'.
+
+  A turn costs some ten microseconds on accelerators, however little it computes.
+  """
+  return max(num_rows, 2 if platform == "cpu" else 64)
 
 
 def _chunk(
@@ -259,24 +274,24 @@ def _chunk(
   Blocks of rows that need fewer turns than others see nothing in the last ones.
   """
   _, T, N, H = q_BTNH.shape
-  _, K, S, _ = pools.k.entries.shape
+  K, _, S, _ = pools.k.entries.shape
   C, G = len(call.numbers), N // K
-  q_CKGTH = q_BTNH[0].reshape(C, S, K, G, H).transpose(0, 2, 3, 1, 4)
+  q_KCGTH = q_BTNH[0].reshape(C, S, K, G, H).transpose(2, 0, 3, 1, 4)
   positions_CT = positions_T.reshape(C, S)
 
   def turn(j, carry):
     most, total, out = carry
     blocks = jnp.asarray(call.tables)[:, j]
     k, v = pools.read(blocks, q_BTNH.dtype)
-    logits = jnp.einsum("CKGTH,CKSH->CKGTS", q_CKGTH, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("KCGTH,KCSH->KCGTS", q_KCGTH, k, preferred_element_type=jnp.float32)
     logits = ops.softcap(pools.key_scaled(logits * spec.scale, blocks), spec.softcap)
-    seen = _visible(positions_CT[..., None], j * S + jnp.arange(S), spec.window)[:, None, None]
+    seen = _visible(positions_CT[..., None], j * S + jnp.arange(S), spec.window)[:, None]
     logits = jnp.where(seen, logits, MASKED)
     now = jnp.maximum(most, logits.max(-1))
     weights = jnp.where(seen, jnp.exp(logits - now[..., None]), 0)
     fade = jnp.exp(most - now)
     part = jnp.einsum(
-      "CKGTS,CKSH->CKGTH",
+      "KCGTS,KCSH->KCGTH",
       pools.value_scaled(weights, blocks).astype(v.dtype),
       v,
       preferred_element_type=jnp.float32,
@@ -287,10 +302,10 @@ def _chunk(
   if spec.window is not None:
     first = jnp.maximum(positions_T.min() - spec.window + 1, 0) // S
   start = (
-    jnp.full((C, K, G, S), MASKED, jnp.float32),
-    jnp.zeros((C, K, G, S), jnp.float32),
-    jnp.zeros((C, K, G, S, pools.size), jnp.float32),
+    jnp.full((K, C, G, S), MASKED, jnp.float32),
+    jnp.zeros((K, C, G, S), jnp.float32),
+    jnp.zeros((K, C, G, S, pools.size), jnp.float32),
   )
   _, total, out = jax.lax.fori_loop(first, call.numbers.max() + 1, turn, start)
   out = out / jnp.maximum(total, 1e-30)[..., None]
-  return out.transpose(0, 3, 1, 2, 4).reshape(1, T, N, -1).astype(q_BTNH.dtype)
+  return out.transpose(1, 3, 0, 2, 4).reshape(1, T, N, -1).astype(q_BTNH.dtype)

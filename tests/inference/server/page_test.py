@@ -154,7 +154,10 @@ def test_stop_keeps_what_is_there_and_frees_the_engine(serve, visit):
     way()
     assert finished(page).startswith(f"{fake.script(b'user: tokens=4000')[0]}") or before
     assert "stopped" in page.locator("article.assistant .foot").last.inner_text()
-    page.wait_for_timeout(200)
+    for _ in range(100):  # the page says so at once, the server when it notices
+      if len(server.engine.cancelled) > before:
+        break
+      page.wait_for_timeout(50)
     assert len(server.engine.cancelled) == before + 1
 
 

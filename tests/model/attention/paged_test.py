@@ -1,13 +1,18 @@
 """Attention over a paged cache next to its definition, with entries in float32 and in int8."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from jaxgpt.model.attention import paged
+from jaxgpt import config
+from jaxgpt.model.attention import paged, paged_kernel
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.model.kv_cache import Pool
+from jaxgpt.parallel import mesh as mesh_lib
 
 B, T, N, K, H, S, J = 2, 3, 4, 2, 8, 4, 4
 LENGTHS = np.array([15, 13])  # of each row; a step has the last T tokens
@@ -43,7 +48,7 @@ def step_of(at_BT):
     pad(np.repeat(np.arange(B), J)), pad(TABLES.ravel()), pad(starts), table, np.int32(B * J)
   )
   return paged.Step(
-    np.take_along_axis(TABLES, at_BT // S, axis=1), at_BT % S, {"local": pairs}, J * S
+    np.take_along_axis(TABLES, at_BT // S, axis=1), at_BT % S, {"local": pairs}, J * S, 2
   )
 
 
@@ -54,11 +59,11 @@ def test_a_cache_is_attended_to_by_definition(dtype, v_size):
   k, v = rng.normal(size=(2, B, J * S, K, H)).astype(np.float32)
   q = rng.normal(size=(B, J * S, N, H)).astype(np.float32)
   rows, at_BT = np.arange(B)[:, None], LENGTHS[:, None] - np.arange(T, 0, -1)
-  scales = np.zeros((9, K, S), np.float32) if dtype == "int8" else None
+  scales = np.zeros((K, 9, S), np.float32) if dtype == "int8" else None
 
   @jax.jit
   def found(q, k, v):
-    pools, chunks = [Pool(np.zeros((9, K, S, H), dtype), scales)] * 2, []
+    pools, chunks = [Pool(np.zeros((K, 9, S, H), dtype), scales)] * 2, []
     pools = jax.tree.map(jnp.asarray, pools)
 
     def attend(q, call, at):
@@ -96,3 +101,44 @@ def test_a_cache_is_attended_to_by_definition(dtype, v_size):
   if dtype == "int8":  # the tolerance tells it from the cache that is not rounded
     exact = by_definition(q[b, at], k[b], k[b][..., :v_size] if v_size else v[b], at[0])
     assert 1e-4 < np.abs(steps[b] - exact).max() < 0.05
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(tensor=2, data=2)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_kernel_for_tpus_computes_what_the_definition_says(softcap, sizes):
+  K, N, H, S, M = 2, 8, 128, 16, 12
+  rng = np.random.default_rng(0)
+  pools = [Pool(jnp.asarray(rng.normal(size=(K, M, S, H)), "bfloat16")) for _ in "kv"]
+  q = jnp.asarray(rng.normal(size=(3, 1, N, H)), "bfloat16")
+  at_BT = np.array([[5], [63], [0]], np.int32)  # the last row is idle
+  table = np.array([[0, 8, 8, 8], [1, 2, 3, 4], [8, 8, 8, 8]], np.int32)
+  blocks = np.array([7, 1, 9, 4, 2, 0, 0, 0], np.int32)
+  starts = np.array([0, 0, 16, 32, 48, 0, 0, 0], np.int32)
+  pairs = paged.Pairs(np.array([0, 1, 1, 1, 1, 0, 0, 0]), blocks, starts, table, np.int32(5))
+  call = jax.tree.map(jnp.asarray, paged.Step(at_BT, at_BT, {"global": pairs}, 64, 2))
+  spec = Spec(scale=0.1, softcap=softcap)
+  c = config.base()
+  c.mesh.update(dict(data=1, fsdp=1) | sizes)
+  mesh = mesh_lib.make(c.mesh, jax.devices()[: math.prod(sizes.values())])
+
+  def attend(with_kernel):
+    run = lambda *args: paged.attend(*args, spec, with_kernel=with_kernel)
+    return np.asarray(jax.jit(run, static_argnums=4)(q, *pools, call, "global", at_BT), "float32")
+
+  with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
+    assert paged_kernel.supports(q, *pools, spec)
+    found, want = attend(True), attend(False)
+  np.testing.assert_allclose(found[:2], want[:2], atol=0.02)
+  assert np.abs(want[:2]).max() > 0.5 and np.isfinite(found).all()
+
+
+def test_the_kernel_leaves_other_calls_to_the_definition():
+  pool = Pool(jnp.zeros((2, 3, 16, 128), "bfloat16"))
+  q = jnp.zeros((3, 1, 4, 128), "bfloat16")
+  spec = Spec(scale=1.0)
+  fits = lambda q=q, k=pool, v=pool, spec=spec: paged_kernel.supports(q, k, v, spec)
+  assert fits()
+  assert not fits(spec=spec._replace(window=8)) and not fits(v=None)
+  assert not fits(q=jnp.zeros((3, 2, 4, 128), "bfloat16"))
+  assert not fits(k=Pool(jnp.zeros((2, 3, 16, 128), "float32")))
+  assert not fits(k=Pool(pool.entries.astype("int8"), jnp.zeros((2, 3, 16))))

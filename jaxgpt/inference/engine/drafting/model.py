@@ -31,7 +31,8 @@ class Model:
     self.most, self._mesh = most, run.mesh
     model, prepared = weights.prepare(run.parts.model)
     self._programs = programs.Programs(model, vocab_size, size, run.mesh)
-    self._batch = Batch(size.rows, size.block_size, context, windows(model.cfg), 1)
+    platform = run.mesh.devices.flat[0].platform
+    self._batch = Batch(size.rows, size.block_size, context, windows(model.cfg), 1, platform)
     with jax.set_mesh(run.mesh):
       self._weights = prepared(run.params)
       self._carried = self._programs.empty()
