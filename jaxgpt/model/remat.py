@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxgpt.config.remat import ATTENTION, QKV, activations
-from jaxgpt.model.attention import cudnn
+from jaxgpt.model.attention.kernels import cudnn
 
 # Memory kind that activations are offloaded to, which devices access directly.
 HOST_MEMORY = "pinned_host"

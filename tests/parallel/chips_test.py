@@ -6,8 +6,9 @@ import math
 import jax
 import pytest
 
-from jaxgpt.model.attention import masks, spec, splash
+from jaxgpt.model.attention import masks, spec
 from jaxgpt.model.attention.blocks.grid import Call
+from jaxgpt.model.attention.kernels import splash
 from jaxgpt.parallel import chips
 from jaxgpt.training import xla_options
 

@@ -24,7 +24,7 @@ call depends on the tokens themselves (a prescribed form, beams, drafts), they a
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,25 +37,13 @@ from jaxgpt.inference.engine.drafting.acceptance import Drafts
 from jaxgpt.inference.engine.drafting.drafter import Drafter, Drafting, make
 from jaxgpt.inference.engine.limits import Limits
 from jaxgpt.inference.engine.requests import Piece, Request, Stats, Token
-from jaxgpt.inference.engine.rows import Batch, Group, Row, windows
+from jaxgpt.inference.engine.rows import Batch, Group, Row, Unread, windows
 from jaxgpt.inference.engine.text import Text
 from jaxgpt.training import uses
 from jaxgpt.tree import PyTree
 
 BLOCK = 64  # tokens of a block
 CACHE_TOKENS = 8192  # that the cache holds unless the caller says otherwise, or one context
-
-
-class _Call(NamedTuple):
-  """A call whose tokens are not read yet.
-
-  Attributes:
-    rows: (place, row) of each row that draws.
-    drawn: What they draw.
-  """
-
-  rows: list[tuple[int, Row]]
-  drawn: programs.Drawn
 
 
 class Engine:
@@ -122,7 +110,7 @@ class Engine:
     self._rows: list[Row | None] = [None] * rows
     self._queue = deque[tuple[int, Request]]()
     self._cancelled = set[int]()
-    self._unread: _Call | None = None
+    self._unread: Unread | None = None
     self._next = self._prefilled = self._reused = self._decoded = 0
     self._drafted = self._accepted = 0
     self._limits = Limits(run, rows, self._blocks, self._grammars)
@@ -214,7 +202,7 @@ class Engine:
       there = [
         (b, row)
         for b, row in enumerate(self._rows)
-        if row and row.is_prefilled and not self._draws_last(row)
+        if row and row.is_prefilled and not row.draws_last(self._context)
       ]
       call = self._begin(there) if there else None
       pieces += self._read()
@@ -393,14 +381,10 @@ class Engine:
       self._drafter is None
       and not any(row.matcher or row.group for row in rows)
       # A request that waits for a row gets it as soon as one is free.
-      and not (self._queue and any(self._draws_last(row) for row in rows))
+      and not (self._queue and any(row.draws_last(self._context) for row in rows))
     )
 
-  def _draws_last(self, row: Row) -> bool:
-    """Whether a row's token that is not read is the last one for which it has room."""
-    return row.unread > 0 and row.left(self._context) == row.unread
-
-  def _begin(self, there: list[tuple[int, Row]]) -> _Call:
+  def _begin(self, there: list[tuple[int, Row]]) -> Unread:
     """Begins to draw tokens for some rows."""
     drafts = self._draft(there)
     if drafts is None:
@@ -414,7 +398,7 @@ class Engine:
     for _, row in there:
       row.cached += 1  # more are added when it is known how many drafts were accepted
       row.unread += 1
-    return _Call(there, drawn)
+    return Unread(there, drawn)
 
   def _read(self) -> list[Piece]:
     """Reads the tokens of the last call, if that is not done."""
@@ -451,7 +435,7 @@ class Engine:
     released, finish = list[Token](), None
     for t in range(found.num[b]):
       self._decoded += 1
-      some, finish = self._write(row, _token(b, t, row.request.logprobs, found))
+      some, finish = self._write(row, found.token(b, t, row.request.logprobs))
       released += some
       if finish:
         released += row.text.end()
@@ -513,11 +497,3 @@ class Engine:
     self._blocks.release(blocks)
     for place in places:
       self._rows[place] = None
-
-
-def _token(b: int, t: int, logprobs: int | None, found: Any) -> Token:
-  """Row b's t-th new token, without its text."""
-  if logprobs is None:
-    return Token(int(found.tokens[b, t]), "")
-  best = zip(found.best[b, t, :logprobs].tolist(), found.best_logprobs[b, t, :logprobs].tolist())
-  return Token(int(found.tokens[b, t]), "", float(found.logprobs[b, t]), tuple(best))

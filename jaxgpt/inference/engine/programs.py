@@ -21,6 +21,7 @@ from jaxgpt.inference import sampling
 from jaxgpt.inference.engine.blocks import SPARE
 from jaxgpt.inference.engine.drafting import acceptance
 from jaxgpt.inference.engine.drafting.acceptance import Drafts
+from jaxgpt.inference.engine.requests import Token
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model import kv_cache, transformer
 from jaxgpt.model.attention import paged
@@ -105,6 +106,14 @@ class Drawn(NamedTuple):
   logprobs: jax.Array
   best: jax.Array
   best_logprobs: jax.Array
+
+  def token(self, b: int, t: int, logprobs: int | None) -> Token:
+    """Row b's t-th token, without its text, from arrays of the host. `logprobs`: as asked for."""
+    one = int(self.tokens[b, t])
+    if logprobs is None:
+      return Token(one, "")
+    best = zip(self.best[b, t, :logprobs].tolist(), self.best_logprobs[b, t, :logprobs].tolist())
+    return Token(one, "", float(self.logprobs[b, t]), tuple(best))
 
 
 class Size(NamedTuple):

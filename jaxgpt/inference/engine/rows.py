@@ -5,6 +5,7 @@ B row, J block of a row, P pair of a row and a block, V vocabulary, W word of 32
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from jaxgpt.inference.engine.beams import Search
 from jaxgpt.inference.engine.blocks import SPARE
 from jaxgpt.inference.engine.constraints import Matcher
-from jaxgpt.inference.engine.programs import StepInputs
+from jaxgpt.inference.engine.programs import Drawn, StepInputs
 from jaxgpt.inference.engine.requests import LENGTH, STOP, Piece, Request, Token
 from jaxgpt.inference.engine.text import Text
 from jaxgpt.inference.sampling import Sampling
@@ -56,10 +57,26 @@ class Row:
     request = self.request
     return min(request.max_new, context - len(request.prompt)) - len(self.written)
 
+  def draws_last(self, context: int) -> bool:
+    """Whether the token that is not read is the last one for which there is room. See `left`."""
+    return self.unread > 0 and self.left(context) == self.unread
+
   @property
   def is_prefilled(self) -> bool:
     """Whether the prompt is in the cache, apart from its last token."""
     return self.cached >= len(self.request.prompt) - 1
+
+
+class Unread(NamedTuple):
+  """A call whose tokens are not read yet.
+
+  Attributes:
+    rows: (place, row) of each row that draws.
+    drawn: What they draw.
+  """
+
+  rows: list[tuple[int, Row]]
+  drawn: Drawn
 
 
 class Group:

@@ -33,8 +33,10 @@ def prepare(
     (model, compiled function from all parameters of the given model to weights for it).
   """
   cfg, on_cpu = model.cfg, (platform or jax.default_backend()) == "cpu"
+  # Where training has the kernel for TPUs, decoding has the one for a paged cache.
+  form = "splash" if cfg.attention == "splash" else "reference"
   fields = cfg.to_dict() | dict(
-    remat="none", materialize="none", grad_dtype="compute", attention="reference", dropout=0.0
+    remat="none", materialize="none", grad_dtype="compute", attention=form, dropout=0.0
   )
   if cfg.lora.rank:
     fields["lora"] = fields["lora"] | dict(rank=0)

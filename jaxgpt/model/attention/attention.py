@@ -15,14 +15,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config.remat import ATTENTION
-from jaxgpt.model.attention import (
-  batched,
-  context_parallel,
-  cudnn,
-  reference,
-  splash,
-  token_order,
-)
+from jaxgpt.model.attention import batched, context_parallel, reference, token_order
+from jaxgpt.model.attention.kernels import cudnn, splash
 from jaxgpt.model.attention.spec import Spec
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.model import ops
-from jaxgpt.model.attention import splash
+from jaxgpt.model.attention.kernels import splash
 from jaxgpt.model.attention.masks import MASKED, Band
 from jaxgpt.model.attention.spec import Block, BlockOutput, ContextParallel, Spec
 

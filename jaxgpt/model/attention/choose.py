@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxgpt.errors import UserError
-from jaxgpt.model.attention import cudnn, splash
+from jaxgpt.model.attention.kernels import cudnn, splash
 
 FORMS = ("reference", "batched", "splash", "cudnn")
 KERNELS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}  # and the platforms that they run on

@@ -10,7 +10,8 @@ import functools
 
 import jax
 
-from jaxgpt.model.attention import cudnn, ring
+from jaxgpt.model.attention import ring
+from jaxgpt.model.attention.kernels import cudnn
 from jaxgpt.model.attention.spec import ContextParallel, Spec
 from jaxgpt.parallel import sharding
 

@@ -19,7 +19,7 @@ compiler, so one program serves all lengths:
 A row's result does not depend on the other rows, to the last bit: a pair is computed in a shape
 that does not change, and what a row merges for the pairs it lacks is zero.
 
-On TPUs a kernel computes the next token of each row where it can (`paged_kernel`).
+On TPUs a kernel computes the next token of each row where it can (`kernels.paged`).
 
 M block of the pool, S slot of a block, B row, T query, N heads, K key/value heads, G = N / K, H
 head size, J block of a row, P pair of a row and a block, W pair of a turn, Q query head of a token,
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.model import kv_cache, ops
-from jaxgpt.model.attention import paged_kernel
+from jaxgpt.model.attention.kernels import paged as paged_kernel
 from jaxgpt.model.attention.masks import MASKED
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.model.kv_cache import Pool

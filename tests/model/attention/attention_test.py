@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
-from jaxgpt.model.attention import attention, batched, masks, reference, splash
+from jaxgpt.model.attention import attention, batched, masks, reference
+from jaxgpt.model.attention.kernels import splash
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.parallel import mesh as mesh_lib
 from tests import quick

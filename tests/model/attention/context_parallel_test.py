@@ -14,12 +14,12 @@ from jaxgpt.model.attention import (
   attention,
   blockwise,
   context_parallel,
-  cudnn,
   masks,
   reference,
   ring,
   token_order,
 )
+from jaxgpt.model.attention.kernels import cudnn
 from jaxgpt.model.attention.spec import BlockOutput, Spec
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding

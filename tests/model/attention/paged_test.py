@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxgpt import config
-from jaxgpt.model.attention import paged, paged_kernel
+from jaxgpt.model.attention import paged
+from jaxgpt.model.attention.kernels import paged as paged_kernel
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.model.kv_cache import Pool
 from jaxgpt.parallel import mesh as mesh_lib

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.model.attention import masks, reference, splash
+from jaxgpt.model.attention import masks, reference
 from jaxgpt.model.attention.blocks import choose, grid
 from jaxgpt.model.attention.blocks.choose import Blocks
 from jaxgpt.model.attention.blocks.grid import DKV, DQ, FORWARD, FUSED, Call
+from jaxgpt.model.attention.kernels import splash
 from jaxgpt.model.attention.masks import Band
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.parallel.chips import CHIPS
