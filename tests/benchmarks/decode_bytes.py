@@ -70,7 +70,7 @@ class Traffic:
   """What a program reads from HBM and writes to it.
 
   Attributes:
-    copies: Instructions that make an array of the size of a pool of the cache.
+    copies: Instructions that make an array of the size of a pool of the cache in HBM.
   """
 
   def __init__(self, text, turns, pool):
@@ -109,7 +109,9 @@ class Traffic:
     if op in _FREE or op.endswith("-done"):
       return 0
     if op in ("copy", "copy-start") and any(math.prod(a.dims) == self._pool for a in made.arrays):
-      self.copies.append(made.name)
+      _, to_hbm = self._sizes[made.name][0]
+      if to_hbm:  # into VMEM it is the read itself, which small pools allow
+        self.copies.append(made.name)
     if op == "copy-start":  # (result, operand, …)
       return sum(size for size, is_there in self._sizes[made.name][:2] if is_there)
     if op.endswith("slice-start"):  # (operand, result, …)
