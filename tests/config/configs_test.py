@@ -28,6 +28,7 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "mup_transfer": (33_184, 264),
   "muon_or_adamw": (461_440, 264),
   "preference": (10_945_536, 264),  # without a run to start from: the base config
+  "shallow": (2_622_720, 4096),
   "tasks/chat": (558_720, 264),
   "tasks/generated_answers": (558_720, 264),
   "tasks/multi_label": (148_418, 264),
