@@ -34,7 +34,7 @@ class Engine(Protocol):
     ...
 
   def step(self) -> list[Piece]:
-    """Draws a token of each running request."""
+    """Begins the next tokens of the requests, and returns what was read of those before."""
     ...
 
   @property

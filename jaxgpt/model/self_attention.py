@@ -145,9 +145,16 @@ class Attention(Module):
     q, k, v = self._qkv(x_BTD, inputs.kinds[self.kind], None)
     cache = {name: paged.write(cache[name], x, inputs.call) for name, x in (("k", k), ("v", v))}
     cache = jax.tree.map(self._pinned, cache)
-    at = inputs.call, self.kind, inputs.positions
-    with_kernel = self.form == "splash"
-    out = paged.attend(q, cache["k"], cache["v"], *at, spec, with_kernel=with_kernel)
+    out = paged.attend(
+      q,
+      cache["k"],
+      cache["v"],
+      inputs.call,
+      self.kind,
+      inputs.positions,
+      spec,
+      with_kernel=self.form == "splash",
+    )
     return out, cache
 
   def _pinned(self, x: jax.Array) -> jax.Array:

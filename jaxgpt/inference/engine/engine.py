@@ -19,7 +19,8 @@ being drawn, and then reads those:
     device    a a a a a a a a a a a b b b b b b b b b b b b b b b c c c c c c c c c
 
 A row whose text turns out to have ended is in one call too many, which nobody reads. Where the next
-call depends on the tokens themselves (a prescribed form, beams, drafts), they are read first.
+call depends on the tokens themselves (a prescribed form, beams, drafts), or when a request waits
+and a row draws its last token, they are read first.
 """
 
 from collections import deque
@@ -37,7 +38,7 @@ from jaxgpt.inference.engine.drafting.acceptance import Drafts
 from jaxgpt.inference.engine.drafting.drafter import Drafter, Drafting, make
 from jaxgpt.inference.engine.limits import Limits
 from jaxgpt.inference.engine.requests import Piece, Request, Stats, Token
-from jaxgpt.inference.engine.rows import Batch, Group, Row, Unread, windows
+from jaxgpt.inference.engine.rows import Batch, Group, InFlight, Row, windows
 from jaxgpt.inference.engine.text import Text
 from jaxgpt.training import uses
 from jaxgpt.tree import PyTree
@@ -104,13 +105,13 @@ class Engine:
     self._small, self._large = (blocks * size for blocks in chunk_blocks)
     self._ends = frozenset(run.generation.end_ids)
     self._grammars = constraints.Grammars(run.tokenizer, self._ends)
-    platform = run.mesh.devices.flat[0].platform
-    of_model = windows(model.cfg), self._grammars.num_words, platform
-    self._batch = Batch(rows, size, self._context, *of_model)
+    kinds, platform = windows(model.cfg), run.mesh.devices.flat[0].platform
+    num_words = self._grammars.num_words
+    self._batch = Batch(rows, size, self._context, kinds, num_words, platform)
     self._rows: list[Row | None] = [None] * rows
     self._queue = deque[tuple[int, Request]]()
     self._cancelled = set[int]()
-    self._unread: Unread | None = None
+    self._in_flight = deque[InFlight]()
     self._next = self._prefilled = self._reused = self._decoded = 0
     self._drafted = self._accepted = 0
     self._limits = Limits(run, rows, self._blocks, self._grammars)
@@ -131,7 +132,7 @@ class Engine:
     if params is self._params:
       return
     self._params = self._weights = self._carried = None  # makes room for the new ones
-    self._unread = None
+    self._in_flight.clear()
     self._blocks = blocks_lib.Blocks(self._blocks.num, self._blocks.size)
     if params is not None:
       with jax.set_mesh(self._run.mesh):
@@ -193,22 +194,21 @@ class Engine:
     """Cancels, admits, computes a chunk of prompts, begins the next tokens and reads the last."""
     pieces = self._cancel()
     with jax.set_mesh(self._run.mesh):
-      if not self._runs_ahead():
-        pieces += self._read()
+      if not self._runs_ahead():  # a request that waits may take a row that ends now
+        pieces += self._read(0)
       # The more rows idle, the more tokens of prompts before the others go on.
       left = self._small * (1 + sum(row is None or not row.is_prefilled for row in self._rows))
       while left > 0 and (parts := self._parts()):
         left -= self._prefill(parts)
-      there = [
+      drawing = [
         (b, row)
         for b, row in enumerate(self._rows)
-        if row and row.is_prefilled and not row.draws_last(self._context)
+        if row and row.is_prefilled and not row.draws_its_last(self._context)
       ]
-      call = self._begin(there) if there else None
-      pieces += self._read()
-      self._unread = call
-      if not self._runs_ahead():
-        pieces += self._read()
+      if drawing:
+        self._begin(drawing)
+      # A request that entered in this step may need its tokens before the next call.
+      pieces += self._read(1 if drawing and self._runs_ahead() else 0)
     return pieces
 
   def run(self, requests: Iterable[Request]) -> Iterator[Piece]:
@@ -333,7 +333,6 @@ class Engine:
       search = beams.Search(request.beams, self._ends, max_new)
       row.group = Group(request, search, b, spare)
     self._reused += row.cached
-    self._enter(b, request)
     return row
 
   def _idle(self) -> int:
@@ -381,52 +380,54 @@ class Engine:
       self._drafter is None
       and not any(row.matcher or row.group for row in rows)
       # A request that waits for a row gets it as soon as one is free.
-      and not (self._queue and any(row.draws_last(self._context) for row in rows))
+      and not (self._queue and any(row.draws_its_last(self._context) for row in rows))
     )
 
-  def _begin(self, there: list[tuple[int, Row]]) -> Unread:
+  def _begin(self, drawing: list[tuple[int, Row]]) -> None:
     """Begins to draw tokens for some rows."""
-    drafts = self._draft(there)
+    for b, row in drawing:
+      if not (row.written or row.unread):
+        self._enter(b, row.request)  # not before: each call counts a token for all rows
+    drafts = self._draft(drawing)
     if drafts is None:
-      inputs = self._batch.step(there)
+      inputs = self._batch.step(drawing)
       self._carried, drawn = self._programs.decode(self._weights, self._carried, inputs)
     else:
       assert self._drafter is not None
-      inputs = self._batch.step(there, np.asarray(drafts.num), self._drafter.most)
+      inputs = self._batch.step(drawing, np.asarray(drafts.num), self._drafter.most)
       self._carried, drawn = self._programs.verify(self._weights, self._carried, inputs, drafts)
       self._drafted += int(np.sum(drafts.num))
-    for _, row in there:
+    for _, row in drawing:
       row.cached += 1  # more are added when it is known how many drafts were accepted
       row.unread += 1
-    return Unread(there, drawn)
+    self._in_flight.append(InFlight(drawing, drawn))
 
-  def _read(self) -> list[Piece]:
-    """Reads the tokens of the last call, if that is not done."""
-    if self._unread is None:
-      return []
-    (rows, drawn), self._unread = self._unread, None
-    # Others were cancelled, or ended by the token before.
-    there = [(b, row) for b, row in rows if self._rows[b] is row]
-    if not there:
-      return []
-    found = jax.device_get(drawn)
-    for b, row in there:
-      row.unread -= 1
-      more = int(found.num[b]) - 1
-      row.cached += more
-      self._accepted += more
-    return [piece for b, row in there for piece in self._advance(b, row, found)]
+  def _read(self, most: int) -> list[Piece]:
+    """Reads the tokens of the oldest calls in flight, until at most some are left."""
+    pieces = list[Piece]()
+    while len(self._in_flight) > most:
+      call = self._in_flight[0]
+      # Rows that were cancelled or have ended since are left out.
+      drawing = [(b, row) for b, row in call.rows if self._rows[b] is row]
+      found = jax.device_get(call.drawn) if drawing else None
+      self._in_flight.popleft()  # not before: an interrupted wait must lose no token
+      for b, row in drawing:
+        row.unread -= 1
+        row.cached += int(found.num[b]) - 1
+        self._accepted += int(found.num[b]) - 1
+      pieces += [piece for b, row in drawing for piece in self._advance(b, row, found)]
+    return pieces
 
-  def _draft(self, there: Sequence[tuple[int, Row]]) -> Drafts | None:
+  def _draft(self, drawing: Sequence[tuple[int, Row]]) -> Drafts | None:
     """Tokens that may follow those of some rows, or None without a drafter."""
     if self._drafter is None:
       return None
     room_B = np.zeros(len(self._rows), np.int32)
-    for b, row in there:
+    for b, row in drawing:
       # What a form allows after a drafted token is not known before it is drawn.
       left = row.left(self._context) - 1
       room_B[b] = 0 if row.matcher or row.group else min(left, self._drafter.most)
-    return self._drafter.draft(there, room_B, (self._carried.prompts, self._carried.counts))
+    return self._drafter.draft(drawing, room_B, (self._carried.prompts, self._carried.counts))
 
   def _advance(self, b: int, row: Row, found: Any) -> list[Piece]:
     """What a row's new tokens add to its text."""

@@ -55,7 +55,8 @@ class Carried(NamedTuple):
     pools: The cache.
     prompts: bool [B, V], tokens of the prompt of each row that has a penalty.
     counts: int32 [B, V], how often each token was drawn in the row.
-    tokens: int32 [B], the token that the last call of `decode` drew in the row.
+    tokens: int32 [B], the token that the last call of `decode` drew in the row. Rows that were not
+      in the call hold garbage.
   """
 
   pools: kv_cache.Pools
@@ -69,7 +70,8 @@ class StepInputs(NamedTuple):
 
   Attributes:
     tokens: int32 [B].
-    unread: bool [B], rows whose token is the one in `Carried.tokens`. Only `decode` allows them.
+    unread: bool [B], rows whose token is the one in `Carried.tokens`. Only `decode` reads it; in
+      other calls all are False.
     positions: int32 [B].
     call: Where it is in the cache, and drafted ones that follow it.
     sampling: Settings [B].
@@ -109,11 +111,11 @@ class Drawn(NamedTuple):
 
   def token(self, b: int, t: int, logprobs: int | None) -> Token:
     """Row b's t-th token, without its text, from arrays of the host. `logprobs`: as asked for."""
-    one = int(self.tokens[b, t])
+    token_id = int(self.tokens[b, t])
     if logprobs is None:
-      return Token(one, "")
+      return Token(token_id, "")
     best = zip(self.best[b, t, :logprobs].tolist(), self.best_logprobs[b, t, :logprobs].tolist())
-    return Token(one, "", float(self.logprobs[b, t]), tuple(best))
+    return Token(token_id, "", float(self.logprobs[b, t]), tuple(best))
 
 
 class Size(NamedTuple):
@@ -193,8 +195,8 @@ class Programs:
   def _empty(self) -> Carried:
     size, V = self._size, self._model.cfg.vocab_size
     pools = kv_cache.pools(self._model.cfg, size.blocks, size.block_size, size.dtype)
-    B, zeros = size.rows, jnp.zeros
-    return Carried(pools, zeros((B, V), bool), zeros((B, V), jnp.int32), zeros((B,), jnp.int32))
+    prompts = jnp.zeros((size.rows, V), bool)
+    return Carried(pools, prompts, prompts.astype(jnp.int32), jnp.zeros((size.rows,), jnp.int32))
 
   def _prefill(
     self,

@@ -141,7 +141,7 @@ class Stats(NamedTuple):
     blocks_used: Those that running requests hold.
     prefilled: Tokens of prompts that were computed.
     reused: Tokens of prompts that were found in the cache.
-    decoded: Tokens drawn.
+    decoded: Tokens drawn and read.
     drafted: Tokens that a drafter guessed.
     accepted: Those of them that the model took.
   """

@@ -28,9 +28,9 @@ class Row:
     number: The request's number.
     request: The request.
     blocks: Its blocks of the cache, for all tokens that it may have.
-    cached: Tokens in the cache, with those that a call writes which has begun.
+    cached: Tokens in the cache, including those that a call in flight writes.
     last: The token that is decoded next, if `unread` is 0.
-    unread: Calls that have begun and draw a token of the row which is not read yet.
+    unread: Calls in flight that draw a token of this row.
     text: Its text.
     written: Its tokens after the prompt.
     large: Tokens of the prompt that are computed in large chunks, the first ones.
@@ -57,9 +57,9 @@ class Row:
     request = self.request
     return min(request.max_new, context - len(request.prompt)) - len(self.written)
 
-  def draws_last(self, context: int) -> bool:
-    """Whether the token that is not read is the last one for which there is room. See `left`."""
-    return self.unread > 0 and self.left(context) == self.unread
+  def draws_its_last(self, context: int) -> bool:
+    """Whether the calls in flight draw all tokens for which there is room. See `left`."""
+    return 0 < self.left(context) <= self.unread
 
   @property
   def is_prefilled(self) -> bool:
@@ -67,8 +67,8 @@ class Row:
     return self.cached >= len(self.request.prompt) - 1
 
 
-class Unread(NamedTuple):
-  """A call whose tokens are not read yet.
+class InFlight(NamedTuple):
+  """A call that has begun, and whose tokens are not read yet.
 
   Attributes:
     rows: (place, row) of each row that draws.

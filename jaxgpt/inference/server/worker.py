@@ -32,7 +32,7 @@ class Engine(Protocol):
     ...
 
   def step(self) -> list[Piece]:
-    """Draws a token of each running request."""
+    """Begins the next tokens of the requests, and returns what was read of those before."""
     ...
 
   @property
@@ -157,7 +157,8 @@ class Worker:
         if self._engine.busy:
           pieces = self._engine.step()
           self._post(pieces)
-          failures = 0
+          if any(piece.tokens for piece in pieces):  # a step may begin what fails at the read
+            failures = 0
         self.stats = self._engine.stats()
       except Exception as e:  # a bug, or the device is out of memory
         failures += 1

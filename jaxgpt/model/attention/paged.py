@@ -157,7 +157,8 @@ def attend(
   pools = _Pools(k, v, v_size)
   if isinstance(call, Step):
     pairs = call.pairs[kind]
-    if with_kernel and v is not None and paged_kernel.supports(q_BTNH, k, v, spec):
+    # Entries beyond a row's pairs name the spare block, with which the pairs end.
+    if with_kernel and v is not None and paged_kernel.supports(q_BTNH, k, v, pairs.table, spec):
       tables_BJ = jnp.asarray(pairs.blocks)[jnp.minimum(pairs.table, len(pairs.blocks) - 1)]
       return paged_kernel.attend(q_BTNH, k, v, tables_BJ, positions_BT, spec)
     return _step(q_BTNH, pools, pairs, positions_BT, spec, call.turn)
@@ -261,7 +262,8 @@ def _step(
 def pairs_per_turn(num_rows: int, platform: str) -> int:
   """W, the pairs that one turn of a step's loop computes on a platform, such as 'cpu'.
 
-  A turn costs some ten microseconds on accelerators, however little it computes.
+  A turn costs some ten microseconds on accelerators, however little it computes, so that the cost
+  of a step there follows the cache in units of 64 blocks.
   """
   return max(num_rows, 2 if platform == "cpu" else 64)
 

@@ -189,6 +189,17 @@ def test_a_text_does_not_depend_on_who_shares_the_batch(kind):
   assert bits(answers(engine, [mine[0]])[0]) == alone[0], "with its prompt found in the cache"
 
 
+def test_a_penalty_counts_no_token_of_the_steps_in_which_the_prompt_was_computed():
+  run, _ = made("gpt2")
+  engine = engine_lib.Engine(run, max_rows=3, block_size=8, cache_tokens=144, chunk_blocks=(1, 1))
+  mine = Request(prompt(40, 1), 6, Sampling(0.0, frequency_penalty=3.0, repetition_penalty=2.0))
+  alone = bits(answers(engine, [mine])[0])
+  engine.use(None)
+  engine.use(run.params)  # nothing of the prompt is found
+  others = [Request(prompt(3, n), 30, GREEDY) for n in (8, 9)]
+  assert bits(answers(engine, [*others, mine])[2]) == alone
+
+
 def test_seeds_draw_different_texts_and_equal_seeds_equal_ones(engine):
   ask = lambda seed: Request(prompt(9), 12, Sampling(1.0), seed=seed)
   texts = [text for _, text, _ in answers(engine, [ask(s) for s in (1, 2, 1 + (1 << 32), 1)])]
@@ -248,7 +259,7 @@ def test_a_stop_string_ends_a_text_and_its_row(engine):
   before = engine.stats().decoded
   ((_, got, finish),) = answers(engine, [ask(stop=("not in it", stop))])
   assert (got, finish) == (text[: text.index(stop)], "stop")
-  assert engine.stats().decoded - before < len(tokens), "no token is drawn after it"
+  assert engine.stats().decoded - before < len(tokens), "no token is read after it"
 
 
 def test_several_texts_of_a_prompt_share_its_blocks(engine):
@@ -359,6 +370,53 @@ def test_a_call_begins_before_the_tokens_of_the_last_are_read(engine, monkeypatc
   # The next request gets the row in the step after the last token, as it would without.
   done, _ = order(engine, monkeypatch, [Request(prompt(5), 2, GREEDY)] * 4)
   assert done == "bbrrbbrr"
+
+
+def test_an_interrupted_wait_loses_no_token(engine, monkeypatch):
+  request = Request(prompt(5), 6, GREEDY)
+  want = bits(answers(engine, [request])[0])
+  read, calls = jax.device_get, 0
+
+  def interrupted(x):
+    nonlocal calls
+    calls += 1
+    if calls in (2, 3, 6):
+      raise KeyboardInterrupt
+    return read(x)
+
+  monkeypatch.setattr(jax, "device_get", interrupted)
+  engine.add(request)
+  tokens = []
+  while engine.busy:
+    try:
+      for piece in engine.step():
+        tokens += piece.tokens
+    except KeyboardInterrupt:
+      pass
+  assert bits((tokens, want[1], want[2])) == want and calls > 6
+
+
+def test_requests_that_need_their_tokens_enter_beside_others(engine):
+  others = [Request(prompt(3, n), 9, GREEDY) for n in (8, 9)]
+  for special in (
+    Request(prompt(12, 4), 5, GREEDY, constraint=Constraint.of_regex("[a-z]{5}")),
+    Request(prompt(12, 4), 5, GREEDY, stop=("zz",)),
+  ):
+    alone = [bits(answers(engine, [request])[0]) for request in (*others, special)]
+    assert [bits(answer) for answer in answers(engine, [*others, special])] == alone
+
+
+def test_a_row_can_be_cancelled_with_a_call_in_flight(engine):
+  mine, other = Request(prompt(5), 8, GREEDY), Request(prompt(9, 3), 8, GREEDY)
+  want = bits(answers(engine, [mine])[0])
+  gone, number = engine.add(other), engine.add(mine)
+  pieces = engine.step() + engine.step()
+  engine.cancel(gone)
+  while engine.busy:
+    pieces += engine.step()
+  tokens = [t for p in pieces if p.request == number for t in p.tokens]
+  assert bits((tokens, *want[1:])) == want
+  assert [p.finish for p in pieces if p.request == gone][-1] == "cancelled"
 
 
 def test_tokens_are_read_first_where_the_next_call_depends_on_them(engine, monkeypatch):

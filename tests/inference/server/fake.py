@@ -91,7 +91,10 @@ class FakeEngine:
     for number, row in list(self._running.items())[: self.rows]:
       request, tokens, i = row
       prompt = bytes(request.prompt)
-      if b"breaks" in prompt:
+      if b"breaks" in prompt:  # as a call does that fails on the device: when it is read
+        row[2] += 1
+        if row[2] < 2:
+          continue
         raise RuntimeError("the device is gone")
       if b"fails" in prompt:
         out.append(Piece(number, "", (), "error: no block is free"))

@@ -105,9 +105,10 @@ def test_a_cache_is_attended_to_by_definition(dtype, v_size):
 
 
 @pytest.mark.parametrize("sizes", [{}, dict(tensor=2, data=2)], ids=str)
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_the_kernel_for_tpus_computes_what_the_definition_says(softcap, sizes):
-  K, N, H, S, M = 2, 8, 128, 16, 12
+@pytest.mark.parametrize("softcap, N", [(None, 8), (5.0, 16)])
+def test_the_kernel_for_tpus_computes_what_the_definition_says(softcap, N, sizes, monkeypatch):
+  monkeypatch.setattr(paged_kernel, "_TOKENS", 32)  # two turns for the longest row
+  K, H, S, M = 2, 128, 16, 12
   rng = np.random.default_rng(0)
   pools = [Pool(jnp.asarray(rng.normal(size=(K, M, S, H)), "bfloat16")) for _ in "kv"]
   q = jnp.asarray(rng.normal(size=(3, 1, N, H)), "bfloat16")
@@ -127,7 +128,7 @@ def test_the_kernel_for_tpus_computes_what_the_definition_says(softcap, sizes):
     return np.asarray(jax.jit(run, static_argnums=4)(q, *pools, call, "global", at_BT), "float32")
 
   with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
-    assert paged_kernel.supports(q, *pools, spec)
+    assert paged_kernel.supports(q, *pools, table, spec)
     found, want = attend(True), attend(False)
   np.testing.assert_allclose(found[:2], want[:2], atol=0.02)
   assert np.abs(want[:2]).max() > 0.5 and np.isfinite(found).all()
@@ -137,9 +138,14 @@ def test_the_kernel_leaves_other_calls_to_the_definition():
   pool = Pool(jnp.zeros((2, 3, 16, 128), "bfloat16"))
   q = jnp.zeros((3, 1, 4, 128), "bfloat16")
   spec = Spec(scale=1.0)
-  fits = lambda q=q, k=pool, v=pool, spec=spec: paged_kernel.supports(q, k, v, spec)
+  table = np.zeros((3, 4), np.int32)
+  fits = lambda q=q, k=pool, v=pool, table=table, spec=spec: paged_kernel.supports(
+    q, k, v, table, spec
+  )
   assert fits()
   assert not fits(spec=spec._replace(window=8)) and not fits(v=None)
   assert not fits(q=jnp.zeros((3, 2, 4, 128), "bfloat16"))
   assert not fits(k=Pool(jnp.zeros((2, 3, 16, 128), "float32")))
+  assert not fits(k=Pool(jnp.zeros((2, 3, 8, 128), "bfloat16")))
+  assert not fits(table=np.zeros((256, 2048), np.int32))
   assert not fits(k=Pool(pool.entries.astype("int8"), jnp.zeros((2, 3, 16))))

@@ -1,14 +1,15 @@
 """JAX's Pallas kernel for the next token of each row over a paged cache, on TPUs.
 
-It copies the blocks of a row from HBM while it computes those before, so its time is that of
-reading the cache once. By definition (`paged`) each turn of a loop costs some ten microseconds
-more.
+It copies the blocks of a row from HBM while it computes those before, up to 1,024 tokens at a time.
+With long contexts its time is that of reading the cache once. The loop of `attention.paged` takes
+some ten microseconds more for each turn.
 
-B row, N heads, K key/value heads, H head size, M block of the pool, S slot of a block, J block of a
-row, P pair of a row and a block.
+B row, T query, N heads, K key/value heads, H head size, M block of the pool, S slot of a block, J
+block of a row.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,18 @@ from jaxgpt.model.kv_cache import Pool
 from jaxgpt.parallel import chips
 
 _TOKENS = 1024  # of a row that the kernel computes at a time, at most
+_MOST_ENTRIES = 65_536  # of the table, which lies in scalar memory
+_ROWS_OF_TILE = 16  # of bfloat16: the kernel copies whole tiles
 
 
-def supports(q_BTNH: jax.Array, k: Pool, v: Pool | None, spec: Spec) -> bool:
+def supports(q_BTNH: jax.Array, k: Pool, v: Pool | None, tables_BJ: Any, spec: Spec) -> bool:
   """Whether the kernel computes a call, on the mesh that `jax.set_mesh` has set.
 
   It reads pools in bfloat16 with heads of a multiple of 128, for one token of each row and without
   a window. A device that holds some query heads must hold their key heads.
   """
+  if tables_BJ.size > _MOST_ENTRIES or k.entries.shape[2] % _ROWS_OF_TILE:
+    return False
   _, T, N, H = q_BTNH.shape
   bf16 = jnp.bfloat16
   if T != 1 or v is None or spec.window is not None or H % chips.LANES:
@@ -83,7 +88,7 @@ def attend(
     local = jax.shard_map(
       local, in_specs=(q, pool, pool, whole, whole), out_specs=q, check_vma=False
     )
-  # The kernel has no factor on the logits.
-  q_BNH = (q_BTNH[:, 0] * spec.scale).astype(q_BTNH.dtype)
+  # The kernel has no factor on the logits, and sums in the dtype of the queries.
+  q_BNH = q_BTNH[:, 0].astype(jnp.float32) * spec.scale
   lengths_B = positions_BT[:, 0].astype(jnp.int32) + 1
   return local(q_BNH, k.entries, v.entries, lengths_B, tables_BJ)[:, None].astype(q_BTNH.dtype)
