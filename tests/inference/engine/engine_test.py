@@ -192,12 +192,18 @@ def test_a_text_does_not_depend_on_who_shares_the_batch(kind):
 def test_a_penalty_counts_no_token_of_the_steps_in_which_the_prompt_was_computed():
   run, _ = made("gpt2")
   engine = engine_lib.Engine(run, max_rows=3, block_size=8, cache_tokens=144, chunk_blocks=(1, 1))
-  mine = Request(prompt(40, 1), 6, Sampling(0.0, frequency_penalty=3.0, repetition_penalty=2.0))
-  alone = bits(answers(engine, [mine])[0])
-  engine.use(None)
-  engine.use(run.params)  # nothing of the prompt is found
-  others = [Request(prompt(3, n), 30, GREEDY) for n in (8, 9)]
-  assert bits(answers(engine, [*others, mine])[2]) == alone
+  for request in (
+    Request(prompt(3, 8), 30, GREEDY),
+    Request(prompt(3, 9), 30, GREEDY),
+    Request(prompt(40, 1), 6, Sampling(0.0, frequency_penalty=1.0)),
+  ):
+    engine.add(request)
+  steps = 0
+  while not (row := engine._rows[2]) or not row.written:
+    engine.step()
+    steps += 1
+  assert steps > 3, "others drew tokens while the prompt was computed"
+  assert engine._carried.counts[2].sum() == len(row.written) + row.unread
 
 
 def test_seeds_draw_different_texts_and_equal_seeds_equal_ones(engine):
