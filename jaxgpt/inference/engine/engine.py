@@ -409,7 +409,7 @@ class Engine:
       call = self._in_flight[0]
       # Rows that were cancelled or have ended since are left out.
       drawing = [(b, row) for b, row in call.rows if self._rows[b] is row]
-      found = jax.device_get(call.drawn) if drawing else None
+      found: Any = jax.device_get(call.drawn) if drawing else None
       self._in_flight.popleft()  # not before: an interrupted wait must lose no token
       for b, row in drawing:
         row.unread -= 1
