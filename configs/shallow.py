@@ -6,7 +6,6 @@
   jaxgpt sweep --config=configs/shallow.py --workdir=DIR
 
 Size:      two layers of width 256, 150 steps of 2,048 tokens. Two settings, three seeds: 6 runs.
-Result:    docs/compress.md.
 """
 
 from jaxgpt import config
