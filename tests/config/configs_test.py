@@ -1,5 +1,6 @@
 """Every file in configs/ builds and has the expected number of parameters."""
 
+import functools
 import pathlib
 
 import jax
@@ -7,6 +8,7 @@ import ml_collections
 import pytest
 
 from jaxgpt import config, tree
+from jaxgpt.analysis.sweep import definition
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh
 from jaxgpt.training import build as build_lib
@@ -28,7 +30,6 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "mup_transfer": (33_184, 264),
   "muon_or_adamw": (461_440, 264),
   "preference": (10_945_536, 264),  # without a run to start from: the base config
-  "shallow": (2_622_720, 4096),
   "tasks/chat": (558_720, 264),
   "tasks/generated_answers": (558_720, 264),
   "tasks/multi_label": (148_418, 264),
@@ -40,11 +41,12 @@ SIZES = {  # (parameters, vocabulary where the config leaves it to the tokenizer
   "tasks/translation": (558_720, 264),
 }
 FILES = sorted(CONFIGS.rglob("*.py"))
+SWEEPS = ("shallow",)  # files whose runs start from another config
 
 
 def test_every_config_is_listed():
   found = {p.relative_to(CONFIGS).with_suffix("").as_posix() for p in FILES}
-  assert found == SIZES.keys()
+  assert found == SIZES.keys() | set(SWEEPS)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -78,7 +80,20 @@ def test_a_config_builds_and_has_its_size(name):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_the_header_gives_the_command(path):
   head = path.read_text().split('"""')[1]
-  assert "jaxgpt train --config=configs/" in head or "make demo" in head
+  command = "sweep" if path.stem in SWEEPS else "train"
+  assert f"jaxgpt {command} --config=configs/" in head or "make demo" in head
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_settings_of_a_sweep_are_configs(name):
+  sweep = definition.load(CONFIGS / f"{name}.py")
+  for setting in sweep.settings():
+    values = dict(sweep.fixed) | setting
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    c, _ = config.load(CONFIGS / sweep.base, flags)
+    found = c.to_dict()
+    for key, value in values.items():
+      assert functools.reduce(lambda section, name: section[name], key.split("."), found) == value
 
 
 @pytest.mark.parametrize("name", ["sentiment", "multi_label", "tagging", "question_answering"])

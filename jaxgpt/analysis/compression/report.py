@@ -66,8 +66,9 @@ def _coarse(method: str, bits: int, group: int = 0, outside: int = 0) -> Make:
 for _method in methods.PRUNING:
   VARIANTS.add(f"{_method}-50", _sparse(_method, "0.5"))
   VARIANTS.add(f"{_method}-2:4", _sparse(_method, "2:4"))
-for _method, (_, _other) in methods.SCOPES.items():
-  VARIANTS.add(f"{_method}-{_other}-50", _sparse(_method, "0.5", _other))
+for _method, (_, *_others) in methods.SCOPES.items():  # the usual scope is in the names above
+  for _other in _others:
+    VARIANTS.add(f"{_method}-{_other}-50", _sparse(_method, "0.5", _other))
 VARIANTS.add("int8", _coarse("nearest", 8))
 VARIANTS.add("int8-all", _coarse("nearest", 8, outside=8))
 for _method in methods.ROUNDING:

@@ -9,10 +9,10 @@ block of a row.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.sharding import PartitionSpec
 
@@ -25,7 +25,9 @@ _MOST_ENTRIES = 65_536  # of the table, which lies in scalar memory
 _ROWS_OF_TILE = 16  # of bfloat16: the kernel copies whole tiles
 
 
-def supports(q_BTNH: jax.Array, k: Pool, v: Pool | None, tables_BJ: Any, spec: Spec) -> bool:
+def supports(
+  q_BTNH: jax.Array, k: Pool, v: Pool | None, tables_BJ: jax.Array | np.ndarray, spec: Spec
+) -> bool:
   """Whether the kernel computes a call, on the mesh that `jax.set_mesh` has set.
 
   It reads pools in bfloat16 with heads of a multiple of 128, for one token of each row and without
