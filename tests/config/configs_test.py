@@ -9,6 +9,7 @@ import pytest
 
 from jaxgpt import config, tree
 from jaxgpt.analysis.sweep import definition
+from jaxgpt.config import effects
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh
 from jaxgpt.training import build as build_lib
@@ -90,7 +91,8 @@ def test_the_settings_of_a_sweep_are_configs(name):
   for setting in sweep.settings():
     values = dict(sweep.fixed) | setting
     flags = [f"--config.{key}={value}" for key, value in values.items()]
-    c, _ = config.load(CONFIGS / sweep.base, flags)
+    c, overrides = config.load(CONFIGS / sweep.base, flags)
+    assert effects.check(c, overrides) == []
     found = c.to_dict()
     for key, value in values.items():
       assert functools.reduce(lambda section, name: section[name], key.split("."), found) == value

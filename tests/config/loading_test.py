@@ -1,7 +1,6 @@
 """Loading, overriding and refusing configs."""
 
 import json
-import pathlib
 
 import pytest
 
@@ -13,8 +12,6 @@ from jaxgpt.errors import UserError
 from jaxgpt.model import ops
 from jaxgpt.model import remat as policies
 from jaxgpt.model.attention import choose
-
-CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
 
 def write(tmp_path, body):
