@@ -45,19 +45,30 @@ class Distribution(NamedTuple):
   values: tuple[Any, ...] = ()
 
   def draw(self, source: random_lib.Random) -> Any:
-    """A random value. Numbers are rounded to four digits."""
+    """A random value, see `settled`."""
     if self.kind == CHOICE:
       return source.choice(self.values)
     if self.kind == "integers":
       return source.randint(int(self.low), int(self.high))
     if self.kind == "uniform":
-      return rounded(source.uniform(self.low, self.high))
-    return rounded(math.exp(source.uniform(math.log(self.low), math.log(self.high))))
+      return self.settled(source.uniform(self.low, self.high))
+    return self.settled(math.exp(source.uniform(math.log(self.low), math.log(self.high))))
+
+  def settled(self, value: float) -> float:
+    """A number with few digits, as names of folders and commands show it, within the range.
+
+    It has four significant digits. If numbers are equally likely in a narrow range, such as 0.999
+    to 0.9999, its distance from the ends has about as many.
+    """
+    digits = _decimals(value)
+    if self.kind == "uniform":
+      digits = max(digits, _decimals(self.high - self.low))
+    return min(max(round(value, digits), self.low), self.high)
 
 
-def rounded(value: float) -> float:
-  """A number as names of folders and commands show it."""
-  return float(f"{value:.{_DIGITS}g}")
+def _decimals(value: float) -> int:
+  """The decimal places of a number with `_DIGITS` significant digits."""
+  return _DIGITS - 1 - math.floor(math.log10(abs(value))) if value else _DIGITS
 
 
 def uniform(low: float, high: float) -> Distribution:

@@ -29,6 +29,7 @@ class Member(NamedTuple):
     seed: Its seed.
     overrides: Flags that turn the base config into its config.
     steps: Its `train.steps`.
+    config: Its config, resolved.
   """
 
   name: str
@@ -37,6 +38,7 @@ class Member(NamedTuple):
   seed: int
   overrides: tuple[str, ...]
   steps: int = 0
+  config: ml_collections.ConfigDict | None = None
 
 
 class Plan(NamedTuple):
@@ -109,8 +111,11 @@ def plan(
     for number, setting in enumerate(settings)
     for seed in sweep.seeds
   ]
-  steps, notes = _checked(base, members, sweep)
-  members = [member._replace(steps=own) for member, own in zip(members, steps, strict=True)]
+  configs, notes = _checked(base, members, sweep)
+  members = [
+    member._replace(steps=c.train.steps, config=c)
+    for member, c in zip(members, configs, strict=True)
+  ]
   return Plan(sweep, base, members, notes)
 
 
@@ -146,9 +151,11 @@ def _name(values: Mapping[str, Any]) -> str:
   return name
 
 
-def _checked(base: str, members: Sequence[Member], sweep: Sweep) -> tuple[list[int], list[str]]:
-  """(steps of each run, notes). Checks the config of every run, without building a model."""
-  steps, notes = list[int](), dict[str, None]()
+def _checked(
+  base: str, members: Sequence[Member], sweep: Sweep
+) -> tuple[list[ml_collections.ConfigDict], list[str]]:
+  """(config of each run, notes). Checks all configs, without building a model."""
+  configs, notes = list[ml_collections.ConfigDict](), dict[str, None]()
   vocabularies: dict[str, int | None] = {}
   for member in members:
     try:
@@ -162,17 +169,18 @@ def _checked(base: str, members: Sequence[Member], sweep: Sweep) -> tuple[list[i
       _check_compared(c, sweep)
     except UserError as e:
       raise UserError(f"run {member.name}: {e}") from e
-    steps.append(c.train.steps)
-  if sweep.halving and len(set(steps)) > 1:
+    configs.append(c)
+  steps = sorted({c.train.steps for c in configs})
+  if sweep.halving and len(steps) > 1:
     raise UserError(
-      f"sweep: halving compares settings at equal steps, but train.steps takes "
-      f"{sorted(set(steps))}; use one value"
+      f"sweep: halving compares settings at equal steps, but train.steps takes {steps}; "
+      "use one value"
     )
   if sweep.halving and sweep.halving.steps[-1] >= steps[0]:
     raise UserError(
       f"sweep: halving: steps={tuple(sweep.halving.steps)} must be below train.steps={steps[0]}"
     )
-  return steps, list(notes)
+  return configs, list(notes)
 
 
 def _check_compared(c: ml_collections.ConfigDict, sweep: Sweep) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.analysis.report.tags import Html, number, tag
-from jaxgpt.analysis.sweep.table import ENDED, Row, Table
+from jaxgpt.analysis.sweep.table import Row, Table
 from jaxgpt.errors import UserError
 
 _SIZE = (720, 440)
@@ -84,9 +84,7 @@ def svg(table: Table, key: str) -> str:
     key: The key of the horizontal axis, from `axis_key`.
   """
   shown = [
-    row
-    for row in table.rows
-    if row.median is not None and math.isfinite(row.median) and ENDED not in row.note
+    row for row in table.rows if row.at_end and row.median is not None and math.isfinite(row.median)
   ]
   groups: dict[str, list[Row]] = {}
   for row in shown:
@@ -97,8 +95,8 @@ def svg(table: Table, key: str) -> str:
   if shown:
     xs = sorted({float(row.setting[key]) for row in shown})
     x = _axis(xs, left, right, xs)
-    ends = [v for row in shown for v in (row.low, row.high) if v is not None]
-    y = _axis(ends, bottom, top)
+    ends = [v for row in shown for v in (row.low, row.high, row.median) if v is not None]
+    y = _axis([v for v in ends if math.isfinite(v)], bottom, top)
     parts += _frame(x, y)
     for i, (name, rows) in enumerate(groups.items()):
       parts += _series(rows, key, x, y, _COLORS[i % len(_COLORS)])
@@ -166,7 +164,8 @@ def _series(rows: Sequence[Row], key: str, x: Axis, y: Axis, color: str) -> list
     at = round(x.at(float(row.setting[key])), 1)
     points.append((at, round(y.at(median), 1)))
     if row.low is not None and row.high is not None and row.low < row.high:
-      low, high = round(y.at(row.low), 1), round(y.at(row.high), 1)
+      # The bar of a setting some of whose runs diverged ends with the axis.
+      low, high = (round(y.at(min(max(v, y.low), y.high)), 1) for v in (row.low, row.high))
       bar = f"M{at} {low}V{high}M{at - 4} {low}h8M{at - 4} {high}h8"
       out.append(tag("path", d=bar, class_="line", stroke=color))
   path = "M" + "L".join(f"{px} {py}" for px, py in points)

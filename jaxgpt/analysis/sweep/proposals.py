@@ -20,7 +20,7 @@ from etils import epath
 
 from jaxgpt.analysis.sweep import members as members_lib
 from jaxgpt.analysis.sweep import state
-from jaxgpt.analysis.sweep.definition import CHOICE, Setting, Sweep, rounded
+from jaxgpt.analysis.sweep.definition import CHOICE, Setting, Sweep
 from jaxgpt.analysis.sweep.members import Plan
 from jaxgpt.errors import UserError, optional
 from jaxgpt.storage import atomic, strict_json
@@ -29,7 +29,7 @@ RECORD = "proposals.json"
 
 
 class Result(NamedTuple):
-  """A setting, and the median of its metric over the seeds, or None if its runs failed."""
+  """A setting, and the median of its metric over the seeds, or None if a run failed."""
 
   setting: Setting
   value: float | None
@@ -162,7 +162,7 @@ def _decoded(sweep: Sweep, numbers: dict[str, Any]) -> Setting:
     elif own.kind == "integers":
       out[key] = int(value)
     else:
-      out[key] = min(max(rounded(value), own.low), own.high)
+      out[key] = own.settled(value)
   return out
 
 
@@ -171,7 +171,9 @@ def _results(plan: Plan, workdir: epath.PathLike) -> list[Result]:
   for number in dict.fromkeys(member.number for member in plan.members):
     members = [member for member in plan.members if member.number == number]
     states = [state.read(workdir, member, plan.sweep.metric) for member in members]
-    found = [s.value_at(m.steps) for s, m in zip(states, members, strict=True)]
+    found = [
+      s.compared_at(m.steps, plan.sweep.maximize) for s, m in zip(states, members, strict=True)
+    ]
     known = [value for value in found if value is not None]
     whole = len(known) == len(found)
     out.append(Result(members[0].setting, statistics.median(known) if whole else None))

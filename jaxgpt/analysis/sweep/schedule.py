@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from jaxgpt.analysis.sweep import state as state_lib
-from jaxgpt.analysis.sweep.members import Member, Plan
+from jaxgpt.analysis.sweep.members import Member, Plan, folder_of
 from jaxgpt.analysis.sweep.queue import Job, Queue
+from jaxgpt.errors import UserError
+from jaxgpt.run import label_names, run_folder, teacher
 
 States = Mapping[str, state_lib.State]  # {name of the run: state}
 
@@ -25,6 +27,32 @@ def read_states(plan: Plan, workdir: epath.PathLike) -> dict[str, state_lib.Stat
   """The states of all runs."""
   metric = plan.sweep.metric
   return {member.name: state_lib.read(workdir, member, metric) for member in plan.members}
+
+
+def check_runs(members: Sequence[Member], workdir: epath.PathLike) -> None:
+  """Refuses runs that were trained with another config than the sweep gives them now.
+
+  The name of a run follows from its setting and its seed. So a folder may hold a run of an earlier
+  version of the sweep, with other values that all runs share.
+
+  Raises:
+    UserError: It names the first such run, the keys with both values, and the ways out.
+  """
+  found = {}
+  for member in members:
+    folder = folder_of(workdir, member)
+    if member.config is not None and run_folder.is_run(folder):
+      c = label_names.settle(member.config, folder).c
+      c = teacher.settle(c, folder=folder).c
+      if changes := run_folder.changes(folder, c, {}):
+        found[folder] = changes
+  if found:
+    first, *others = found
+    more = f" (and {len(others)} other runs)" if others else ""
+    raise UserError(
+      f"{first}{more} was trained with another config than this sweep gives it: {found[first]}; "
+      "take another --workdir, give the old values, or remove the folder to train it again"
+    )
 
 
 def run(plan: Plan, workdir: epath.PathLike, queue: Queue) -> None:
@@ -71,15 +99,15 @@ def going_on(plan: Plan, states: States) -> list[list[int]]:
 
 
 def ranked(plan: Plan, states: States, settings: Sequence[int], step: int) -> list[int]:
-  """Settings from the best to the worst at a step. Those that failed come last."""
-  sign = -1 if plan.sweep.maximize else 1
+  """Settings from the best to the worst at a step. Runs that diverged or failed count as worst."""
+  maximize = plan.sweep.maximize
 
   def rank(number: int) -> tuple[float, int]:
-    signed = []
+    values = []
     for member in plan.members:
       if member.number == number:
-        value = states[member.name].value_at(step)
-        signed.append(math.inf if value is None or math.isnan(value) else sign * value)
-    return statistics.median(signed), number
+        value = states[member.name].compared_at(step, maximize)
+        values.append(state_lib.WORST[maximize] if value is None else value)
+    return (-1 if maximize else 1) * statistics.median(values), number
 
   return sorted(settings, key=rank)

@@ -19,6 +19,7 @@ from jaxgpt.storage import atomic, strict_json
 
 FAILED = "failed"  # folder of the records of failures
 DIVERGED, BROKEN = "diverged", "failed"
+WORST = {False: math.inf, True: -math.inf}  # by whether the largest value is the best
 
 
 class Failure(NamedTuple):
@@ -50,6 +51,17 @@ class State(NamedTuple):
     """The metric at a step that is saved, or None if the run is not there yet."""
     return self.values.get(step) if self.step >= step else None
 
+  def compared_at(self, step: int, maximize: bool) -> float | None:
+    """The value by which the run is compared with others at a step.
+
+    It is the worst one, +-inf, if the run diverged before or its metric is not finite. None: it is
+    not there yet, or it failed for a reason that says nothing about its setting.
+    """
+    value = self.value_at(step)
+    if value is None and (self.failure is None or self.failure.kind != DIVERGED):
+      return None
+    return value if value is not None and math.isfinite(value) else WORST[maximize]
+
 
 def read(workdir: epath.PathLike, member: Member, metric: str) -> State:
   """The state of a run.
@@ -64,17 +76,17 @@ def read(workdir: epath.PathLike, member: Member, metric: str) -> State:
   if not run_folder.is_run(folder):
     return State(0, {}, failure)
   records: dict[Any, dict[str, Any]] = curves.read(folder)
+  found = {step: record for (kind, step), record in records.items() if kind == "validation"}
+  names = sorted({name for record in found.values() for name in record} - {"kind", "step"})
+  if found and metric not in names:
+    raise UserError(
+      f"sweep: metric={metric!r}: {nearest(metric, names)}evaluations of {folder} have "
+      f"{', '.join(names)}"
+    )
   values = {}
-  for (kind, step), record in records.items():
-    if kind != "validation":
-      continue
-    if metric not in record:
-      names = sorted(name for name in record if name not in ("kind", "step"))
-      raise UserError(
-        f"sweep: metric={metric!r}: {nearest(metric, names)}evaluations of {folder} have "
-        f"{', '.join(names)}"
-      )
-    values[step] = math.nan if record[metric] is None else float(record[metric])
+  for step, record in found.items():  # a task leaves out a metric that is not a number
+    value = record.get(metric)
+    values[step] = math.nan if value is None else float(value)
   saved = checkpoints.complete_steps(folder / run_folder.CHECKPOINTS)
   return State(max(saved, default=0), values, failure)
 

@@ -8,6 +8,7 @@ table says the probability.
 """
 
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,9 +29,12 @@ class Row(NamedTuple):
   Attributes:
     setting: Its values.
     step: Step of the values: the last one that all its runs reached, as far as they did not fail.
-    values: The metric of each seed, None for runs that failed or are not there.
+    values: The metric of each seed, +-inf for runs that diverged, None for runs that failed or are
+      not there.
     median: Their median, or None without a value.
     low, high: Its interval.
+    coverage: Probability that the interval holds the median of all seeds.
+    at_end: Whether the step is the last one of the runs.
     note: What kept runs from the end, or ''.
   """
 
@@ -40,6 +44,8 @@ class Row(NamedTuple):
   median: float | None
   low: float | None
   high: float | None
+  coverage: float
+  at_end: bool
   note: str
 
 
@@ -50,7 +56,7 @@ class Table(NamedTuple):
     metric: The metric of the validation split.
     maximize: Whether the largest is the best.
     names: {key: its name as the head of a column}.
-    coverage: Probability that an interval holds the median of all seeds.
+    coverage: Probability that an interval holds the median of all seeds, if no run failed.
     rows: Best first: those that trained to the end, then those that ended early.
     failures: {name of a run: why it will not go on}.
     flags: Flags of `jaxgpt train` that give the best setting.
@@ -100,7 +106,7 @@ def make(plan: Plan, states: schedule.States) -> Table:
     rung = max(i for i, settings in enumerate(alive) if number in settings)
     rows.append(_row(plan, states, members, rung))
     row = rows[-1]
-    worst = row.median is None or math.isnan(row.median)
+    worst = row.median is None or not math.isfinite(row.median)
     sign = -1 if plan.sweep.maximize else 1
     order[len(rows) - 1] = (-row.step, worst, 0 if worst else sign * (row.median or 0.0), number)
   best = min(order, key=lambda i: order[i])
@@ -116,7 +122,7 @@ def make(plan: Plan, states: schedule.States) -> Table:
       for member in plan.members
       if (failure := states[member.name].failure) is not None
     },
-    [] if rows[best].median is None else list(first.overrides[:-1]),
+    list(first.overrides[:-1]) if math.isfinite(rows[best].median or math.nan) else [],
     plan.base,
   )
 
@@ -130,11 +136,9 @@ def _row(plan: Plan, states: schedule.States, members: Sequence[Member], rung: i
   ):
     reached -= 1
   step = schedule.target(plan, members[0], reached)
-  values = {
-    m.seed: None if states[m.name].failure else states[m.name].value_at(step) for m in members
-  }
+  values = {m.seed: states[m.name].compared_at(step, plan.sweep.maximize) for m in members}
   there = [value for value in values.values() if value is not None]
-  low, high, _ = interval(there) if there else (None, None, 0.0)
+  low, high, coverage = interval(there) if there else (None, None, 0.0)
   median = statistics.median(there) if there else None
   notes = [] if rung == len(plan.rungs) else [ENDED]
   wanted = schedule.target(plan, members[0], rung)
@@ -142,7 +146,12 @@ def _row(plan: Plan, states: schedule.States, members: Sequence[Member], rung: i
     notes = [f"{left} {WAITING}"]
   kinds = [failure.kind for m in members if (failure := states[m.name].failure)]
   notes += [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
-  return Row(members[0].setting, step, values, median, low, high, ", ".join(notes))
+  if there and len(there) < len(members) > 1:
+    notes.append(f"probability {coverage:.0%}")
+  at_end = reached == len(plan.rungs)
+  return Row(
+    members[0].setting, step, values, median, low, high, coverage, at_end, ", ".join(notes)
+  )
 
 
 def lines(table: Table) -> list[str]:
@@ -153,8 +162,8 @@ def lines(table: Table) -> list[str]:
       *(str(row.setting.get(key, "")) for key in table.names),
       row.step,
       sum(value is not None for value in row.values.values()),
-      "" if row.median is None else f"{row.median:.4f}",
-      "" if row.low is None else f"[{row.low:.4f}, {row.high:.4f}]",
+      "" if row.median is None else _value(row.median),
+      "" if row.low is None or row.high is None else f"[{_value(row.low)}, {_value(row.high)}]",
       row.note,
     )
     for row in table.rows
@@ -169,8 +178,14 @@ def lines(table: Table) -> list[str]:
   else:
     out.append(f"{table.metric}: of one seed, so there is no interval; add seeds=(0, 1, 2)")
   if table.flags:
-    out.append(f"best: jaxgpt train --config={table.base} {' '.join(table.flags)} --workdir=RUN")
+    command = shlex.join(["jaxgpt", "train", f"--config={table.base}", *table.flags])
+    out.append(f"best: {command} --workdir=RUN")
   return out
+
+
+def _value(value: float) -> str:
+  """A metric as text. Runs that diverged, and metrics that are no number, have no finite one."""
+  return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def to_json(table: Table) -> dict[str, Any]:

@@ -42,6 +42,10 @@ def run(args: SweepOptions) -> int:
     output.tell(plan.notes)
     if args.list:
       return _list(plan)
+    from jaxgpt.analysis.sweep import schedule
+
+    own = plan.members if args.index is None else plan.members[args.index : args.index + 1]
+    schedule.check_runs(own, args.workdir)
   if args.index is not None:
     return _one(plan, args)
   if not args.only_table:
@@ -114,6 +118,7 @@ def _train(plan: Any, args: SweepOptions) -> Any:
       if not queue.stopped:
         grow = proposals.grown if plan.sweep.search else lambda *_: None
         more = grow(plan, args.config, args.overrides, args.workdir)
+        schedule.check_runs(more.members if more else [], args.workdir)
   finally:
     queue.close()
   return plan, queue.stopped
@@ -145,6 +150,8 @@ def _one(plan: Any, args: SweepOptions) -> int:
   end, message = answer["end"], answer.get("message", "")
   if end in (state.DIVERGED, state.BROKEN):
     state.fail(args.workdir, member, state.Failure(end, message))
+  elif end == "done":  # it may have failed before
+    state.forget_failure(args.workdir, member)
   if end != "done":
     output.tell([printable(f"{member.name}: {end}: {message}")])
   return {"done": 0, "diverged": 0, "stopped": 143, "again": 75}.get(end, 1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -153,7 +154,12 @@ def test_table_and_plot():
   plan, states = plan_of(losses, halving=Halving(steps=(4,), keep=0.6))
   found = table.make(plan, states)
   first, second, third = found.rows
-  assert (first.median, first.low, first.high, first.note) == (0.625, 0.5, 0.75, "1 failed")
+  assert (first.median, first.low, first.high, first.note) == (
+    0.625,
+    0.5,
+    0.75,
+    "1 failed, probability 50%",
+  )
   assert (second.median, second.low, second.high, second.note) == (2.0, 1.0, 3.0, "")
   assert (third.median, third.step, third.note) == (7.0, 4, table.ENDED)
   assert found.is_complete and found.flags == ["lr=1"] and found.coverage == 0.75
@@ -167,9 +173,69 @@ def test_table_and_plot():
   assert not found.is_complete and "1 not done" in [row.note for row in found.rows]
   key = plot.axis_key(found)
   root = ET.fromstring(plot.svg(found, key))
-  assert len(root.findall(".//{*}circle")) == 2 and key == "optim.lr"
+  assert len(root.findall(".//{*}circle")) == 1 and key == "optim.lr", "that of the end"
   with pytest.raises(UserError, match="--x=seed: not a key of this sweep"):
     plot.axis_key(found, "seed")
+
+
+def test_runs_that_diverge_and_metrics_that_are_no_number_count_as_the_worst():
+  """In the table as in the ranking of halving, and in whatever order the seeds come."""
+  diverged = State(2, {}, Failure(state.DIVERGED, "step 3 is not finite"))
+  steady = [{8: 3.0}, {8: 3.1}, {8: 3.2}]
+  for lucky in ([{8: 2.9}, diverged, diverged], [{8: math.nan}, {8: 2.9}, {8: math.nan}]):
+    plan, states = plan_of([lucky, steady])
+    found = table.make(plan, states)
+    assert [row.median for row in found.rows] == [3.1, math.inf]
+    assert found.flags == ["lr=1"] and schedule.ranked(plan, states, [0, 1], 8) == [1, 0]
+    assert "[2.9000, not finite]" in table.lines(found)[2]
+  one, other = ({8: 0.5}, {8: math.nan}, {8: 0.3}), ({8: math.nan}, {8: 0.5}, {8: 0.3})
+  for maximize, median in ((False, 0.5), (True, 0.3)):
+    plan, states = plan_of([one, other], maximize=maximize)
+    rows = table.make(plan, states).rows
+    assert [row.median for row in rows] == [median] * 2 and rows[0].low == rows[1].low
+    root = ET.fromstring(plot.svg(table.make(plan, states), "optim.lr"))
+    assert len(root.findall(".//{*}circle")) == 2, "intervals without an end do not hinder it"
+  plan, states = plan_of([[diverged] * 2])
+  assert (
+    not table.make(plan, states).flags and "not finite" in table.lines(table.make(plan, states))[1]
+  )
+
+
+def test_the_plot_compares_settings_at_the_end():
+  waiting = State(4, {4: 1.0}, None)
+  plan, states = plan_of(
+    [[{4: 3.0, 8: 2.0}], [{4: 4.0, 8: 3.0}], [waiting]], halving=Halving(steps=(4,), keep=1.0)
+  )
+  found = plot.svg(table.make(plan, states), "optim.lr")
+  assert len(ET.fromstring(found).findall(".//{*}circle")) == 2 and "1 settings without" in found
+
+
+def test_the_command_of_the_best_setting_can_be_pasted():
+  plan, states = plan_of([[{8: 1.0}]])
+  flag = "--config.model.attention_pattern=('global',)"
+  plan = plan._replace(members=[plan.members[0]._replace(overrides=(flag, "seed"))])
+  command = table.lines(table.make(plan, states))[-1].removeprefix("best: ")
+  assert shlex.split(command)[3] == flag
+
+
+def test_random_values_stay_in_their_range_and_differ():
+  narrow = Sweep(random={"optim.b2": uniform(0.999, 0.99999)}, samples=50).settings()
+  assert all(0.999 <= s["optim.b2"] <= 0.99999 for s in narrow)
+  assert all(len(str(s["optim.b2"])) <= 9 for s in narrow), "and have few digits"
+
+
+def test_an_evaluation_without_the_metric_has_no_number_there(tmp_path):
+  member = Member("lr=1", {}, 0, 0, (), 8)
+  folder = members.folder_of(tmp_path, member)
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text("{}")
+  records = [{"step": 4, "kind": "validation", "loss": 1.0}]
+  records += [{"step": 8, "kind": "validation", "loss": 1.0, "accuracy": 0.5}]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+  values = state.read(tmp_path, member, "accuracy").values
+  assert math.isnan(values[4]) and values[8] == 0.5
+  with pytest.raises(UserError, match="metric='acuracy': did you mean 'accuracy'"):
+    state.read(tmp_path, member, "acuracy")
 
 
 @pytest.mark.parametrize(

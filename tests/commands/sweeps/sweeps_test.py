@@ -47,6 +47,22 @@ def test_runs_by_index_and_a_table(sweep, trained, tmp_path, capsys):
   assert "not in the table: old" in run(capsys, *sweep, "--only-table")[1]
 
 
+def test_a_run_of_another_config_is_no_run_of_the_sweep(sweep, trained, tmp_path, capsys):
+  shutil.copytree(trained, tmp_path / "out" / "runs" / "b1=0.9,seed=0")
+  for args in ((), ("--only-table",), ("--index=1",)):
+    code, _, err = run(capsys, *sweep, *args, "--config.optim.b2=0.6")
+    assert code == 2 and "optim.b2 was" in err and "is 0.6; take another --workdir" in err
+  assert run(capsys, *sweep, "--only-table", "--config.log.every=1")[0] == 0, "it changes no result"
+
+
+def test_a_run_that_is_done_after_all_has_not_failed(sweep, trained, tmp_path, capsys):
+  shutil.copytree(trained, tmp_path / "out" / "runs" / "b1=0.9,seed=0")
+  record = tmp_path / "out" / "failed" / "b1=0.9,seed=0.json"
+  record.parent.mkdir()
+  record.write_text('{"kind": "failed", "message": "disk full"}')
+  assert run(capsys, *sweep, "--index=1")[0] == 0 and not record.exists()
+
+
 def test_mistakes_are_refused_before_anything_runs(sweep, tmp_path, capsys):
   for args, words in (
     (("--index=2",), "--index=2: the sweep has runs 0 to 1"),
