@@ -52,6 +52,7 @@ NEEDS = {"plan": "libtpu", "buckets": "moto", "models": "transformers", "inferen
 BEFORE = {"inference": "jaxgpt demo", "interpret": "jaxgpt demo"}
 # Beginnings of commands that print samples of the corpus or of a trained model, and their indent.
 SAMPLES = {
+  "jaxgpt checkpoint diff ": "opt/",
   "jaxgpt data ": "  ",
   "jaxgpt features ": "    ",
   "jaxgpt prune ": "  layer ",  # two layers may change places from version to version
