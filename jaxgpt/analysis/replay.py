@@ -66,6 +66,8 @@ class Replay(NamedTuple):
     window: (first step, last step) that the logged record covers, as numbers of steps.
     logged: The record of metrics.jsonl, or None if there is none.
     again: The same record, computed again.
+    changed: The step within the window from which the config is another one, or None. The record
+      is then of both configs, so there is nothing to compare with.
   """
 
   step: int
@@ -76,6 +78,7 @@ class Replay(NamedTuple):
   window: tuple[int, int]
   logged: dict[str, Any] | None
   again: dict[str, float]
+  changed: int | None = None
 
   def unequal(self) -> list[str]:
     """The metrics that differ from the logged ones. [] without a record."""
@@ -109,8 +112,10 @@ class _Run:
     self._folder = folder
     c = ml_collections.ConfigDict(run_folder.read_config(folder, step))
     c.data.path = data or c.data.path
+    starts = run_folder.read_starts(folder)
+    self._starts = starts
     self._c = c
-    digest = run_folder.read_starts(folder)[0]["data_digest"]
+    digest = starts[0]["data_digest"]
     if not digest:
       raise UserError(f"{folder} was imported: it has no training steps to replay")
     if made := record_lib.has_no_steps(folder):
@@ -130,7 +135,14 @@ class _Run:
     assert isinstance(first, pipeline.Batches)
     load.check_data(first, digest, c.data.path)
     self._compiled: dict[int, Any] = {}
-    self._left_out = rewinds_lib.left_out(rewinds_lib.of(run_folder.read_starts(folder)))
+    self._left_out = rewinds_lib.left_out(rewinds_lib.of(starts))
+    self._changed = min((s for s in run_folder.changed_at(folder) if s > step), default=None)
+
+  def _ends_window(self, step: int) -> bool:
+    """Whether the run logged a record after a step. Each start may have its own `log.every`."""
+    made_by = [start for start in self._starts if start.get("step", 0) <= step]
+    every = (made_by or self._starts)[-1].get("config", {}).get("log.every", self._c.log.every)
+    return (step + 1) % every == 0 or step + 1 == self._c.train.steps
 
   def check(self, step: int) -> None:
     """Refuses a step that the run does not have."""
@@ -174,7 +186,7 @@ class _Run:
     self, state: train_step.State, means: metrics_lib.Means, begun: int, step: int
   ) -> Replay:
     """Takes the state to the end of the log window that the step is in."""
-    every, found = self._c.log.every, None
+    found = None
     for number in range(begun, self._c.train.steps):
       if number in self._left_out:
         state = spikes.passed(state)
@@ -194,14 +206,17 @@ class _Run:
           means.add(values)
         if number == step:
           found = values
-      if (number + 1) % every == 0 or number + 1 == self._c.train.steps:
+      whole = self._ends_window(number)
+      if whole or number + 1 == self._changed:
         again = means.take()
         if found is not None:
           break
     assert found is not None
-    first = number // every * every
-    logged = curves.read(self._folder).get(("train", number + 1))
-    return Replay(step, begun, found, examples, norms, (first, number), logged, again)
+    first, changed = number, None if whole else self._changed
+    while first and not self._ends_window(first - 1):
+      first -= 1
+    logged = None if changed else curves.read(self._folder).get(("train", number + 1))
+    return Replay(step, begun, found, examples, norms, (first, number), logged, again, changed)
 
   def _compile(self, step: int) -> tuple[Any, ml_collections.ConfigDict, build_lib.Parts]:
     """The compiled train step, the config and the parts of the stage that a step is in."""
@@ -300,7 +315,12 @@ def lines(found: Replay, folder: epath.PathLike) -> Iterator[str]:
   yield f"  loss {m['loss']:.6f}  grad norm {m['grad_norm']:.6f}  lr {m['lr']:.4e}"
   first, last = found.window
   which = f"step {first}" if first == last else f"steps {first} to {last}"
-  if found.logged is None:
+  if found.changed:
+    yield (
+      f"  the config changed at step {found.changed}, before the end of the log window that begins "
+      f"at step {first}: its record is of both configs, so there is nothing to compare with"
+    )
+  elif found.logged is None:
     yield f"  metrics.jsonl has no record of {which} to compare with"
   elif unequal := found.unequal():
     name = unequal[0]
@@ -309,4 +329,6 @@ def lines(found: Replay, folder: epath.PathLike) -> Iterator[str]:
       f"{found.logged[name]!r}, is {found.again[name]!r}"
     )
   else:
-    yield f"  identical to the bit to the record of {which}: loss {found.again['loss']!r}"
+    loss = found.again.get("loss")  # a window of steps that were all skipped has none
+    value = "all of it was skipped" if loss is None else f"loss {loss!r}"
+    yield f"  identical to the bit to the record of {which}: {value}"

@@ -5,13 +5,15 @@ import signal
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import ml_collections
 from etils import epath
 
 from jaxgpt.analysis import checkpoint_files, curves
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
-from jaxgpt.run import init_from, run_folder
+from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.run import init_from, resume, run_folder
 from jaxgpt.run.compression import record as record_lib
 from jaxgpt.run.provenance import environment
 from jaxgpt.run.provenance import rewinds as rewinds_lib
@@ -139,6 +141,8 @@ def reproduce(
   c, origin, until = settings(folder, steps, data)
   if epath.Path(out).resolve() == epath.Path(folder).resolve():
     raise UserError(f"--out={out} is the run itself; name a new folder")
+  _check_out(folder, out, mesh_lib.make(c.mesh))
+  done = resume.find(out).step or 0
   # A repetition that goes on after a stop has them from its own record.
   rewinds = () if run_folder.is_run(out) else rewinds_lib.of(run_folder.read_starts(folder))
   outcome = loop.train(
@@ -146,7 +150,28 @@ def reproduce(
   )
   if outcome.stopped:
     return outcome.stopped
-  return compare(folder, out, until)
+  found = compare(folder, out, until)
+  if done:
+    note = f"{out} had {min(done, until)} of these steps already: they were not trained now"
+    found = found._replace(notes=[note, *found.notes])
+  return found
+
+
+def _check_out(folder: epath.PathLike, out: epath.PathLike, mesh: jax.sharding.Mesh) -> None:
+  """Refuses a folder that is no repetition, or one that other code or another machine trained."""
+  saved_lib.all_of(out)  # it must be on this machine to be compared
+  if not run_folder.is_run(out):
+    return
+  starts = run_folder.read_starts(out)
+  if starts[0] == run_folder.read_starts(folder)[0]:
+    raise UserError(f"--out={out} is a copy of the run, not a repetition; name a new folder")
+  now = environment.collect(mesh)
+  if found := environment.differences(environment.read(out, starts[-1]), now):
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    raise UserError(
+      f"--out={out} was trained in another environment than this one "
+      f"({found[0].describe()}{more}), about which it says nothing; name a new folder"
+    )
 
 
 def compare(folder: epath.PathLike, out: epath.PathLike, steps: int) -> Reproduction:

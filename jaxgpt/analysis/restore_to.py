@@ -17,7 +17,8 @@ def restore_to(folder: epath.PathLike, step: int) -> list[str]:
   """Takes a run back to a checkpoint: the next start goes on from there.
 
   What is later moves to RUN/set_aside/TIME: the checkpoints, the best one if it is later, and a
-  copy of the whole metrics.jsonl. The checkpoint is verified first.
+  copy of the whole metrics.jsonl. The checkpoint is verified first. If the config changed after the
+  step, the run gets back the config that made it.
 
   Args:
     folder: The run folder.
@@ -51,11 +52,13 @@ def _move(folder: epath.Path, step: int, later: list[saved_lib.Saved]) -> list[s
   metrics = folder / metric_writers.JSONL
   before = metric_writers.read(metrics) if metrics.exists() else ""
   kept, text = metric_writers.kept_until(before, step)
-  if not later and text == before:
+  changed = [s for s in run_folder.changed_at(folder) if s > step]
+  if not later and text == before and not changed:
     return [f"{folder} is at step {step} already: nothing is later"]
   aside = _new_folder(folder / FOLDER)
   lines = []
-  # A kill in between leaves a run that goes on from a checkpoint in between, with its metrics.
+  # A kill in between leaves a run that goes on from a checkpoint in between, with its metrics. If
+  # that is before a change of the config, the next start is refused, and this command finishes.
   if text != before:
     atomic.write(aside / metric_writers.JSONL, before)
     lines.append(f"{metrics}: {len(kept)} lines up to step {step}; all of it is in {aside}")
@@ -64,9 +67,28 @@ def _move(folder: epath.Path, step: int, later: list[saved_lib.Saved]) -> list[s
     saved.path.rename(aside / saved.folder / str(saved.step))
     lines.append(f"{saved.folder}/{saved.step} is in {aside / saved.folder} now")
   run_folder.note_start(folder, step)
+  if changed:
+    lines.append(_old_config(folder, step, changed, aside))
   if text != before:
     atomic.write(metrics, text)
   return [*lines, f"the run is at step {step}: the next start goes on from there"]
+
+
+def _old_config(folder: epath.Path, step: int, changed: list[int], aside: epath.Path) -> str:
+  """Makes the config that a step was made with the run's config again, and says so."""
+  name = run_folder.config_path(folder).name
+  old = run_folder.config_path(folder, step).read_text()
+  if not (aside / name).exists():
+    atomic.write(aside / name, (folder / name).read_text())
+  seal.replace(folder, name, old)
+  names = [run_folder.config_path(folder, s - 1).name for s in sorted(changed)]
+  seal.forget(folder, names)
+  for later in reversed(names):  # the earliest one, which is the config of the step, comes last
+    (folder / later).rename(aside / later)
+  return (
+    f"{name} is the config from before the change at step {min(changed)} again; the later one is "
+    f"in {aside}: to change it once more, add --accept-changes"
+  )
 
 
 def _new_folder(parent: epath.Path) -> epath.Path:

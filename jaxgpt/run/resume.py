@@ -91,5 +91,9 @@ def _known_checkpoint(folder: epath.Path, reached: int) -> int:
   noted = max([start.get(key) or 0 for start in starts for key in ("step", "saved")], default=0)
   if any("failed" in start for start in starts):
     return noted
-  every = run_folder.read_config(folder).checkpoint.every
-  return max(noted, every if every and reached > 2 * every else 0)
+  # It may differ from start to start, and config.json has that of the first one.
+  all_of = [start.get("config", {}).get("checkpoint.every") for start in starts]
+  all_of = [value for value in all_of if value is not None]
+  every = max(all_of) if all_of else run_folder.read_config(folder).checkpoint.every
+  never = not every or 0 in all_of
+  return max(noted, every if not never and reached > 2 * every else 0)

@@ -422,12 +422,15 @@ def note_start(folder: epath.PathLike, step: int) -> None:
   """Records in the newest start that it goes on from another step than the newest checkpoint's."""
   newest = read_starts(folder)[-1]
   repeats = newest.get("repeats", 0) + newest.get("step", step) - step
-  _amend_start(folder, step=step, repeats=repeats, metrics=seal.metrics_prefix(folder, step))
+  values = {"step": step, "repeats": repeats, "metrics": seal.metrics_prefix(folder, step)}
+  if "changes" in newest and step < newest.get("step", step):  # they are not from this step on
+    values |= {"changes": None, "changes_undone": newest["changes"]}
+  _amend_start(folder, **values)
 
 
 def _amend_start(folder: epath.PathLike, **values: Any) -> None:
   starts = read_starts(folder)
-  starts[-1] = seal.new(starts[-1] | values)
+  starts[-1] = seal.new({k: v for k, v in (starts[-1] | values).items() if v is not None})
   atomic.write(epath.Path(folder) / _STARTS, seal.sign(starts))
 
 

@@ -48,6 +48,20 @@ def test_it_names_the_first_step_and_array_that_differ(trained, tmp_path, monkey
   assert "code: jaxgpt/training/schedules.py differs" in text
 
 
+def test_a_repetition_of_other_code_proves_nothing(trained, tmp_path, monkeypatch):
+  found = reproduce.reproduce(trained, tmp_path / "again", steps=2)
+  assert found.is_identical and not any("already" in note for note in found.notes)
+  found = reproduce.reproduce(trained, tmp_path / "again", steps=2)
+  assert "had 2 of these steps already: they were not trained now" in found.notes[0]
+  shutil.copytree(trained, tmp_path / "copy")
+  with pytest.raises(UserError, match="is a copy of the run"):
+    reproduce.reproduce(trained, tmp_path / "copy", steps=2)
+  sources = environment._sources() | {"jaxgpt/training/schedules.py": "0"}
+  monkeypatch.setattr(environment, "_sources", lambda: sources)
+  with pytest.raises(UserError, match="another environment than this one .*schedules.py"):
+    reproduce.reproduce(trained, tmp_path / "again", steps=2)
+
+
 def test_what_cannot_be_reproduced_is_refused(trained, tmp_path):
   with pytest.raises(UserError, match="the run has done 8 steps"):
     reproduce.settings(trained, 9)
@@ -74,6 +88,19 @@ def test_a_replay_has_the_logged_metrics(trained, step):
   differs = step._replace(logged=logged | {"loss": 0.0})
   assert differs.unequal() == ["loss"]
   assert "DIFFERS" in "\n".join(replay.lines(differs, trained))
+
+
+def test_a_replay_knows_the_log_windows_of_each_start(tiny, tmp_path):
+  run = tmp_path / "run"
+  for every, until in ((1, 2), (4, 4)):
+    c = tiny(log__every=every, checkpoint__every=2, train__steps=4, optim__lr=0.01 / every)
+    loop.train(c, run, config.flatten(c), until=until, accept_changes=True)
+  for step, window in ((1, (1, 1)), (3, (2, 3))):
+    found = replay.replay(run, step)
+    assert found.window == window and found.unequal() == [] and found.logged
+  (run / "config_before_2.json").rename(run / "config_before_3.json")  # within a window
+  text = "\n".join(replay.lines(replay.replay(run, 2), run))
+  assert "the config changed at step 3, before the end of the log window" in text
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """Going on with another config: each key is classified, and a change is recorded."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
 from etils import epath
 
 from jaxgpt import config
+from jaxgpt.analysis import curves, restore_to, verify_run
 from jaxgpt.config.keys import KEYS, SECTIONS
 from jaxgpt.config.resolution import is_free_on_resume
 from jaxgpt.errors import UserError
@@ -74,6 +76,36 @@ def test_a_finished_run_goes_on_with_more_steps_and_a_lower_rate(finished, tmp_p
   assert before["optim"]["lr"] == 0.01 and run_folder.read_config(folder).optim.lr == 0.001
   assert train(longer, folder).step == 6, "the same command again, as a launcher gives it"
   assert "changes" not in run_folder.read_starts(folder)[-1]
+
+
+def test_a_run_goes_back_across_a_change_with_the_config_of_then(tiny, tmp_path):
+  first = tiny(train__steps=4, schedule__name="constant", checkpoint__keep=10, checkpoint__every=2)
+  second = changed(first, train__steps=6, optim__lr=1e-3)
+  done = tmp_path / "done"
+  train(first, done)
+  train(second, done)
+  damaged = epath.Path(shutil.copytree(done, tmp_path / "damaged"))
+  for step in (4, 6):
+    for path in pathlib.Path(damaged, "checkpoints", str(step), "params").rglob("*"):
+      if path.is_file():
+        path.write_bytes(b"")
+  with pytest.raises(UserError, match=r"changed at step 4, but .* is of step 2; .*restore-to"):
+    train(second, damaged, accept=False)
+  for folder in (damaged, epath.Path(shutil.copytree(done, tmp_path / "run"))):
+    lines = restore_to.restore_to(folder, 2)
+    assert any("config from before the change at step 4" in line for line in lines)
+    assert run_folder.changed_at(folder) == [] and not any(
+      report.problems for report in verify_run.verify(folder)
+    )
+    assert run_folder.read_config(folder).optim.lr == 0.01
+    starts = [(s["step"], "changes" in s) for s in run_folder.read_starts(folder)]
+    assert starts[-1] == (2, False)
+    with pytest.raises(UserError, match=r"optim.lr was 0.01, is 0.001.*add --accept-changes"):
+      train(second, folder, accept=False)
+  train(second, damaged)
+  assert [run_folder.read_config(damaged, step).optim.lr for step in (1, 3)] == [0.01, 1e-3]
+  rates = {step: r["lr"] for (kind, step), r in curves.read(damaged).items() if kind == "train"}
+  assert rates[2] == pytest.approx(1e-2) and rates[3] == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(run, metrics, starts):
     resume.find(folder)
 
 
+def test_the_interval_of_checkpoints_may_have_grown(run):
+  """A start with more steps between checkpoints was killed before its first one."""
+  starts = [{"config": {"checkpoint.every": every}} for every in (10, 100)]
+  assert resume.find(run((), (21,), starts)).step is None
+
+
 def said(folder):
   """The findings of doctor on a run folder, by status."""
   return {finding.status: finding.text for finding in workdir.run_folder(folder, Known())}

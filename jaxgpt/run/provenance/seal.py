@@ -134,6 +134,15 @@ def replace(folder: epath.PathLike, name: str, text: str) -> None:
   _write(folder, sealed | {"files": sealed["files"] | {name: new}})
 
 
+def forget(folder: epath.PathLike, names: Iterable[str]) -> None:
+  """Takes files out of the seal, before they are moved away."""
+  folder = epath.Path(folder)
+  if (sealed := _read(folder)) is not None:
+    gone = set(names)
+    files = {name: digest for name, digest in sealed["files"].items() if name not in gone}
+    _write(folder, sealed | {"files": files})
+
+
 def note_checkpoint(folder: epath.PathLike, step: int) -> None:
   """Seals the files of a complete checkpoint of a local run, and files that are new."""
   folder = epath.Path(folder)

@@ -322,6 +322,8 @@ def _first_state(
     state, extra, damaged = checkpoints.restore_newest(parts.state)
     if damaged and distributed.is_first():
       steps.tell(damaged)
+    _check_config_of(folder, int(state["step"]))
+    if damaged and distributed.is_first():
       run_folder_lib.note_start(folder, int(state["step"]))
     if setup.data.state_key is not None:
       setup.data.set_state(extra[setup.data.state_key], **batches_lib.host_share(setup.mesh))
@@ -337,6 +339,17 @@ def _first_state(
   spikes = spikes_lib.Spikes(c.train.spike, setup.rewinds, None)
   steps.tell(spikes.describe(0))
   return state, steps.Progress(metrics_lib.Means(), spikes)
+
+
+def _check_config_of(folder: epath.Path, step: int) -> None:
+  """Refuses to train steps before a change of the config with the config after it."""
+  changed = max(distributed.share(run_folder_lib.changed_at(folder)), default=0)
+  if step < changed:
+    raise UserError(
+      f"--workdir={folder}: the config changed at step {changed}, but the newest checkpoint that "
+      f"is whole is of step {step}; `jaxgpt checkpoint restore-to {folder} --step={step}` takes "
+      "the config back to that of this step, from which the run can go on"
+    )
 
 
 def _initial_weights(
