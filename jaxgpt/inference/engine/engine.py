@@ -39,7 +39,7 @@ from jaxgpt.inference.engine.drafting.drafter import Drafter, Drafting, make
 from jaxgpt.inference.engine.limits import Limits
 from jaxgpt.inference.engine.requests import Piece, Request, Stats, Token
 from jaxgpt.inference.engine.rows import Batch, Group, InFlight, Row, windows
-from jaxgpt.inference.engine.text import Text
+from jaxgpt.inference.engine.text import Text, Vocabulary
 from jaxgpt.training import uses
 from jaxgpt.tree import PyTree
 
@@ -105,9 +105,9 @@ class Engine:
     self._small, self._large = (blocks * size for blocks in chunk_blocks)
     self._ends = frozenset(run.generation.end_ids)
     self._grammars = constraints.Grammars(run.tokenizer, self._ends)
+    self._vocabulary = Vocabulary(run.tokenizer)
     kinds, platform = windows(model.cfg), run.mesh.devices.flat[0].platform
-    num_words = self._grammars.num_words
-    self._batch = Batch(rows, size, self._context, kinds, num_words, platform)
+    self._batch = Batch(rows, size, self._context, kinds, self._grammars.num_words, platform)
     self._rows: list[Row | None] = [None] * rows
     self._queue = deque[tuple[int, Request]]()
     self._cancelled = set[int]()
@@ -318,7 +318,7 @@ class Engine:
       blocks[:own],
       cached=len(found) * self._blocks.size,
       last=request.prompt[-1],
-      text=Text(self._run.tokenizer, request.prompt, request.stop),
+      text=Text(self._vocabulary, request.prompt, request.stop),
       large=large,
     )
     if request.constraint:

@@ -68,7 +68,10 @@ def _huggingface(tokenizer: base.Tokenizer) -> Iterator[tuple[int, bytes]]:
     vocab = {token: i for i, (token, _) in enumerate(vocab)}
   if "ByteLevel" in steps:
     of_char = byte_level_alphabet()
-    convert = lambda token: bytes(of_char[c] for c in token)
+    # A token with other characters is not in the alphabet, but as it is.
+    convert = lambda token: (
+      bytes(of_char[c] for c in token) if of_char.keys() >= set(token) else token.encode()
+    )
   elif steps & {"Metaspace", "Replace", "ByteFallback"}:
     convert = lambda token: _with_spaces(token, "ByteFallback" in steps)
   else:
