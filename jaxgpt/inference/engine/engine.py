@@ -112,6 +112,7 @@ class Engine:
     self._queue = deque[tuple[int, Request]]()
     self._cancelled = set[int]()
     self._in_flight = deque[InFlight]()
+    self._pieces = list[Piece]()  # that the next step returns
     self._next = self._prefilled = self._reused = self._decoded = 0
     self._drafted = self._accepted = 0
     self._limits = Limits(run, rows, self._blocks, self._grammars)
@@ -174,7 +175,7 @@ class Engine:
   @property
   def busy(self) -> bool:
     """Whether a request is queued or running."""
-    return bool(self._queue) or any(self._rows)
+    return bool(self._queue or self._pieces) or any(self._rows)
 
   def stats(self) -> Stats:
     """The present state, and totals since the start."""
@@ -192,10 +193,10 @@ class Engine:
 
   def step(self) -> list[Piece]:
     """Cancels, admits, computes a chunk of prompts, begins the next tokens and reads the last."""
-    pieces = self._cancel()
+    self._pieces += self._cancel()
     with jax.set_mesh(self._run.mesh):
       if not self._runs_ahead():  # a request that waits may take a row that ends now
-        pieces += self._read(0)
+        self._read(0)
       # The more rows idle, the more tokens of prompts before the others go on.
       left = self._small * (1 + sum(row is None or not row.is_prefilled for row in self._rows))
       while left > 0 and (parts := self._parts()):
@@ -208,7 +209,8 @@ class Engine:
       if drawing:
         self._begin(drawing)
       # A request that entered in this step may need its tokens before the next call.
-      pieces += self._read(1 if drawing and self._runs_ahead() else 0)
+      self._read(1 if drawing and self._runs_ahead() else 0)
+    pieces, self._pieces = self._pieces, []
     return pieces
 
   def run(self, requests: Iterable[Request]) -> Iterator[Piece]:
@@ -402,9 +404,8 @@ class Engine:
       row.unread += 1
     self._in_flight.append(InFlight(drawing, drawn))
 
-  def _read(self, most: int) -> list[Piece]:
+  def _read(self, most: int) -> None:
     """Reads the tokens of the oldest calls in flight, until at most some are left."""
-    pieces = list[Piece]()
     while len(self._in_flight) > most:
       call = self._in_flight[0]
       # Rows that were cancelled or have ended since are left out.
@@ -415,8 +416,7 @@ class Engine:
         row.unread -= 1
         row.cached += int(found.num[b]) - 1
         self._accepted += int(found.num[b]) - 1
-      pieces += [piece for b, row in drawing for piece in self._advance(b, row, found)]
-    return pieces
+      self._pieces += [piece for b, row in drawing for piece in self._advance(b, row, found)]
 
   def _draft(self, drawing: Sequence[tuple[int, Row]]) -> Drafts | None:
     """Tokens that may follow those of some rows, or None without a drafter."""
