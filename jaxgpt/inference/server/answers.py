@@ -158,16 +158,24 @@ class Writer:
     return {
       "tokens": [token.text or name(token.id) for token in part.tokens],
       "token_logprobs": [token.logprob for token in part.tokens],
+      # The drawn token is there too where it is not among the most likely.
       "top_logprobs": [
-        {name(i): logprob for i, logprob in token.alternatives} for token in part.tokens
+        {name(i): logprob for i, logprob in token.alternatives if i != token.id}
+        | {_text(token, token.id, name): token.logprob}
+        for token in part.tokens
       ],
       "text_offset": offsets,
     }
 
 
+def _text(token: Token, i: int, name: Callable[[int], str]) -> str:
+  """The text of one of a token's alternatives. The token itself has the text that it adds."""
+  return (token.text if i == token.id else "") or name(i)
+
+
 def _chat_logprob(token: Token, name: Callable[[int], str]) -> dict[str, Any]:
   def entry(i: int, logprob: float | None) -> dict[str, Any]:
-    text = (token.text if i == token.id else "") or name(i)
+    text = _text(token, i, name)
     data = None if _BROKEN in text else list(text.encode())
     return {"token": text, "logprob": logprob, "bytes": data}
 

@@ -332,7 +332,7 @@ def _call(
     prompt_tokens=sum(map(len, prompts)),
     stream=bool(found.get("stream")),
     usage=bool(found.get("stream_options")),
-    logprobs=found.get("logprobs") not in (None, False),
+    logprobs=found.get("logprobs", False) is not False,  # 0: those of the drawn tokens alone
     prompts=len(prompts),
     keep=found.get("n", 1),
   )

@@ -157,6 +157,22 @@ def test_log_probabilities_of_a_streamed_completion(client):
   assert sum(len(part.tokens) for part in found) == 8
 
 
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_log_probabilities_of_a_completion_are_those_of_the_drawn_token_too(client, most):
+  out = client.completions.create(model="fake", prompt="one", logprobs=most, max_tokens=2)
+  found = out.choices[0].logprobs
+  assert found.tokens == fake.script(b"one")[:2] and found.token_logprobs == [-0.5, -0.51]
+  others = {"<65>": -0.5} if most else {}  # the second of two is the drawn one
+  assert found.top_logprobs[0] == {**others, found.tokens[0]: -0.5}
+  (streamed,) = [
+    chunk.choices[0].logprobs
+    for chunk in client.completions.create(
+      model="fake", prompt="one", logprobs=most, max_tokens=1, stream=True
+    )
+  ]
+  assert streamed.top_logprobs == found.top_logprobs[:1]
+
+
 def test_the_best_of_several(client, server):
   out = client.completions.create(model="fake", prompt="seeded", best_of=3, n=2, seed=1)
   drawn = sorted((request.seed % 7, request.seed) for request in server.engine.requests[-3:])
