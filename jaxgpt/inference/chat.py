@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxgpt.errors import UserError, nearest, printable
-from jaxgpt.inference.engine.requests import ERROR, LENGTH, Piece, Request
+from jaxgpt.inference.engine.requests import LENGTH, Piece, Request, problem
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.run.process.stop_signal import StopSignal
 
@@ -189,8 +189,8 @@ class Chat:
       while self._engine.busy:  # what was cancelled leaves the engine
         self._engine.step()
     self._terminal.write("\n")
-    if finish.startswith(ERROR):
-      raise UserError(finish.removeprefix(ERROR))
+    if why := problem(finish):
+      raise UserError(why)
     self.messages.append({"role": "assistant", "content": text})
     self._terminal.note(_facts(count, time.monotonic() - first, finish))
     if stop.received and stop.received.name == "SIGTERM":

@@ -12,7 +12,7 @@ from jaxgpt.commands.actions.predict import inputs
 from jaxgpt.config import user_code
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
-from jaxgpt.inference.engine.requests import JSON, Constraint, Piece, Request, Stats
+from jaxgpt.inference.engine.requests import JSON, Constraint, Piece, Request, Stats, problem
 from jaxgpt.inference.prompts import Prompts
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.tasks.predict import job, rows
@@ -21,28 +21,36 @@ from jaxgpt.tasks.predict.rows import Row
 
 
 def prompt(args: Any, text: str) -> None:
-  """Continues one prompt on the terminal, as it is written if there is one sample."""
+  """Continues one prompt on the terminal, as it is written if there is one sample.
+
+  Raises:
+    UserError: A text cannot go on in the form that is asked for.
+  """
   run, draws = _loaded(args)
   prompts = engine_options.prompts(run, args)
   ids = prompts.chat([{"role": "user", "content": text}]) if args.chat else prompts.text(text)
   rows = min(args.samples * (args.beams or 1), args.batch_size)
   engine = engine_options.make(run, args, max_rows=rows)
   wanted = _requests(args, draws, ids, args.seed)
-  clock = _Clock()
+  clock, why = _Clock(), ""
   engine.check(wanted[0])
   if args.samples == 1:
     print("" if args.chat else text, end="", flush=True)
     for piece in clock.timed(engine.run(wanted)):
       print(piece.text, end="", flush=True)
+      why = problem(piece.finish)
     print(flush=True)
   else:
     texts = [""] * args.samples
     for piece in clock.timed(engine.run(wanted)):
       texts[piece.request] += piece.text
+      why = why or problem(piece.finish)
     for i, one in enumerate(texts):
       print(f"--- sample {i + 1} of {args.samples}")
       print(one if args.chat else text + one, flush=True)
   clock.report(engine.stats())
+  if why:
+    raise UserError(why)
 
 
 def file(args: Any) -> None:
@@ -160,7 +168,12 @@ def _ids(prompts: Prompts, row: Row, chat: bool) -> list[int]:
 
 
 def _prediction(texts: Sequence[tuple[str, str]]) -> Prediction:
-  """A line of the output: {'text', 'finish'}, or {'texts', 'finishes'} of several samples."""
+  """A line of the output: {'text', 'finish'}, or {'texts', 'finishes'} of several samples.
+
+  {'error'} if one of them failed.
+  """
+  if why := next(filter(None, (problem(finish) for _, finish in texts)), ""):
+    return {"error": why}
   if len(texts) == 1:
     return {"text": texts[0][0], "finish": texts[0][1]}
   return {"texts": [text for text, _ in texts], "finishes": [why for _, why in texts]}

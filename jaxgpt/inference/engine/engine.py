@@ -245,7 +245,7 @@ class Engine:
       watched: Passes the pieces on as they come.
 
     Returns:
-      (text, why it ended) of each, in their order.
+      (text, why it ended) of each, in their order. See `requests.problem` for those that failed.
 
     Raises:
       UserError: See `check`.
@@ -473,11 +473,9 @@ class Engine:
     problem = self._constrain(row)
     if stopped or (row.matcher and row.matcher.is_complete):
       return released, requests.STOP
-    if problem:
-      return released, requests.ERROR + problem
     if not row.left(self._context):
       return released, requests.LENGTH
-    return released, None
+    return released, requests.ERROR + problem if problem else None
 
   def _constrain(self, row: Row) -> str:
     """Goes on in the form of a row's text. Returns the reason why that is not possible, or ''."""

@@ -14,6 +14,11 @@ _USUAL = Sampling()
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error: "
 
 
+def problem(finish: str | None) -> str:
+  """The reason why a request failed, or '' if it did not. `finish`: see `Piece`."""
+  return finish.removeprefix(ERROR) if finish and finish.startswith(ERROR) else ""
+
+
 JSON, REGEX, CHOICE = "JSON schema", "regular expression", "choices"  # values of `Constraint.kind`
 
 

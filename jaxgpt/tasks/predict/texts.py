@@ -8,7 +8,7 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine.engine import Engine
-from jaxgpt.inference.engine.requests import Piece, Request
+from jaxgpt.inference.engine.requests import Piece, Request, problem
 from jaxgpt.inference.prompts import Prompts
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.tasks.predict.protocol import Prediction, Settings
@@ -76,11 +76,16 @@ class Texts:
     texts = iter(self._engine.texts(requests, told))
     if not s.keep_weights:
       self._engine.use(None)
-    return [answer if isinstance(answer, UserError) else {"text": next(texts)[0]} for answer in out]
+    return [answer if isinstance(answer, UserError) else _answer(*next(texts)) for answer in out]
 
   def _request(self, ids: tuple[int, ...], seed: int) -> Request:
     s = self._settings
     return Request(ids, s.max_new, s.sampling, seed, constraint=s.constraint, beams=s.beams)
+
+
+def _answer(text: str, finish: str) -> Prediction | UserError:
+  why = problem(finish)
+  return UserError(why) if why else {"text": text}
 
 
 def _seeds(seed: int, chunk: int, count: int) -> list[int]:

@@ -6,7 +6,10 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
+from jaxgpt.inference.engine.requests import Constraint
+from jaxgpt.tasks import api
 from jaxgpt.tasks.predict import job
+from jaxgpt.text.tokenizers import token_bytes
 from jaxgpt.training import loop
 from tests.commands.main_test import refused, run
 
@@ -78,6 +81,28 @@ def test_a_text_of_a_prescribed_form(trained, capsys):
   code, out, _ = run(capsys, *args, "--choice= sat", "--choice= saw")
   assert code == 0 and out in ("the cat sat\n", "the cat saw\n")
   assert "regular expression: " in refused(capsys, *args, "--regex=(a")
+
+
+@pytest.fixture
+def without_z(monkeypatch):
+  """A vocabulary in which no token goes on with a text that needs a Z."""
+  of = token_bytes.of
+  monkeypatch.setattr(token_bytes, "of", lambda t: [b"" if d == b"Z" else d for d in of(t)])
+
+
+def test_a_form_that_cannot_go_on_is_an_error(trained, without_z, tmp_path, capsys):
+  pytest.importorskip("llguidance", reason="needs the extra [guided]")
+  args = ["generate", f"--workdir={trained}", "--regex=abZcd"]
+  why = "the text's form: no token of the vocabulary goes on with it"
+  for samples in (1, 2):
+    code, out, err = run(capsys, *args, "--prompt=the cat", f"--samples={samples}")
+    assert code == 2 and "the catab\n" in out and why in err
+  (tmp_path / "prompts.txt").write_text("the cat\n")
+  code, out, err = run(capsys, *args, f"--input={tmp_path}/prompts.txt")
+  assert code == 0 and json.loads(out)["error"] == why and "1 rows without one" in err
+  form = Constraint.of_regex("abZcd")
+  (found,) = api.load(trained).predict(["the cat"], constraint=form)
+  assert found == {"error": why}
 
 
 @pytest.mark.slow

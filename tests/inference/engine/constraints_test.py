@@ -13,7 +13,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine import constraints, weights
 from jaxgpt.inference.engine import engine as engine_lib
-from jaxgpt.inference.engine.requests import Constraint, Request
+from jaxgpt.inference.engine.requests import Constraint, Request, problem
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.model import transformer
 from jaxgpt.run import generation
@@ -112,6 +112,13 @@ def test_a_regular_expression_choices_and_free_texts_share_a_batch():
   assert engine().texts(alone) == [found[2]], "a free text is that without company"
   ((text, finish),) = texts(Constraint.of_regex("[ab]{90}"), max_new=20)
   assert finish == "length" and re.fullmatch("[ab]{20}", text)
+
+
+def test_a_form_that_cannot_go_on_fails_unless_the_text_has_its_last_token():
+  form = Constraint.of_regex("abJ")
+  assert texts(form, max_new=2) == [("ab", "length")]
+  ((text, finish),) = texts(form, max_new=3)
+  assert text == "ab" and "no token of the vocabulary goes on with it" in problem(finish)
 
 
 def test_the_most_likely_token_of_those_allowed_is_drawn_and_log_probabilities_are_the_model_s():
