@@ -70,10 +70,16 @@ def model_of(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
   defaults, ignored = load.sampling_defaults(loaded)
   if ignored:
     _report(f"not followed of the model's generation_config.json: {', '.join(ignored)}")
+  longest = engine.limits.longest
+  if longest < loaded.c.data.seq_len:
+    _report(
+      f"--cache-tokens={args.cache_tokens} is less than the model's context: a prompt and its "
+      f"answer have at most {longest:,} tokens together, not {loaded.c.data.seq_len:,}"
+    )
   engine.compile()
   _report(f"loaded step {loaded.step} and compiled in {time.monotonic() - begin:.1f} s")
   worker = Worker(engine, args.rows + args.queue)
-  return served.writes(loaded, name, prompts, defaults, engine.check, worker.capacity), worker
+  return served.writes(loaded, name, prompts, defaults, engine.limits, worker.capacity), worker
 
 
 def embedder(run: load.Run) -> Callable[[Sequence[str]], tuple[list[list[float]], int]]:

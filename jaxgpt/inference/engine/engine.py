@@ -51,6 +51,9 @@ class Engine:
   """Continues prompts. Synchronous: use it from one thread.
 
   On a mesh of several processes each must make the same calls with the same arguments.
+
+  Attributes:
+    limits: What a request may ask.
   """
 
   def __init__(
@@ -110,12 +113,11 @@ class Engine:
     self._batch = Batch(rows, size, self._context, kinds, self._grammars.num_words, platform)
     self._rows: list[Row | None] = [None] * rows
     self._queue = deque[tuple[int, Request]]()
-    self._cancelled = set[int]()
-    self._in_flight = deque[InFlight]()
+    self._cancelled, self._in_flight = set[int](), deque[InFlight]()
     self._pieces = list[Piece]()  # that the next step returns
     self._next = self._prefilled = self._reused = self._decoded = 0
     self._drafted = self._accepted = 0
-    self._limits = Limits(run, rows, self._blocks, self._grammars)
+    self.limits = Limits(run, rows, self._blocks, self._grammars)
     self.use(run.params)
 
   def use(self, params: PyTree | None) -> None:
@@ -143,7 +145,7 @@ class Engine:
 
   def compile(self) -> None:
     """Compiles the programs, and runs each once, where else the first requests wait for it."""
-    room = min(self._context - 1, self._blocks.num * self._blocks.size)
+    room = self.limits.longest - 1
     asked = [Request((0,) * min(self._large + self._small + 1, room), 1)]
     if self._drafter and room > 4:
       asked.append(Request((0,) * 3, 3))  # n-grams find something here
@@ -152,7 +154,7 @@ class Engine:
 
   def check(self, request: Request) -> None:
     """Raises a UserError that names the first fault of a request."""
-    self._limits.check(request)
+    self.limits.check(request)
 
   def add(self, request: Request) -> int:
     """Queues a request.
@@ -307,13 +309,13 @@ class Engine:
     if extra := is_large and len(found) % (self._large // self._blocks.size):
       self._blocks.release(found[-extra:])
       del found[-extra:]
-    fresh = self._blocks.take(self._limits.blocks(request) - len(found))
+    fresh = self._blocks.take(self.limits.blocks(request) - len(found))
     if fresh is None:
       self._blocks.release(found)
       return None
     self._queue.popleft()
     blocks = found + fresh
-    own = self._blocks.needed(self._limits.most_tokens(request))
+    own = self._blocks.needed(self.limits.most_tokens(request))
     row = Row(
       number,
       request,
@@ -329,7 +331,7 @@ class Engine:
     b = self._rows.index(None)
     self._rows[b] = row
     if request.beams:
-      size = own - self._limits.full_blocks(request)
+      size = own - self.limits.full_blocks(request)
       spare = [blocks[start : start + size] for start in range(own, len(blocks), size)]
       max_new = min(request.max_new, self._context - len(request.prompt))
       search = beams.Search(request.beams, self._ends, max_new)
@@ -455,7 +457,7 @@ class Engine:
       self._leave(group.at[0], rows[0])
       return [group.piece(rows[0], self._ends)]
     used = self._blocks.needed(rows[0].cached)
-    rows, copies = group.split(rows, going, self._limits.full_blocks(rows[0].request), used)
+    rows, copies = group.split(rows, going, self.limits.full_blocks(rows[0].request), used)
     for place, row in enumerate(rows):
       if place == len(group.at):
         group.at.append(self._rows.index(None))
@@ -492,7 +494,7 @@ class Engine:
     blocks = row.blocks
     if row.group:
       rows = [other for place in places if (other := self._rows[place])]
-      blocks = row.group.blocks(rows, self._limits.full_blocks(row.request))
+      blocks = row.group.blocks(rows, self.limits.full_blocks(row.request))
     self._blocks.release(blocks)
     for place in places:
       self._rows[place] = None

@@ -10,13 +10,19 @@ from jaxgpt.inference.engine.requests import Request
 
 
 class Limits:
-  """The limits of an engine."""
+  """The limits of an engine.
+
+  Attributes:
+    longest: Most tokens of a prompt and its continuation together: the context, or what the cache
+      holds if that is less.
+  """
 
   def __init__(self, run: load.Run, rows: int, blocks: Blocks, grammars: Grammars):
     """Args: run: The run. rows: Of a batch. blocks: Of the cache. grammars: For forms of texts."""
     self._tokenizer, self._context = run.tokenizer, run.c.data.seq_len
     self._vocab_size, self._ends = run.c.model.vocab_size, len(set(run.generation.end_ids))
     self._rows, self._num, self._size, self._grammars = rows, blocks.num, blocks.size, grammars
+    self.longest = min(self._context, self._num * self._size + 1)  # the last one does not enter it
 
   def check(self, request: Request) -> None:
     """Raises a UserError that names the first fault of a request."""

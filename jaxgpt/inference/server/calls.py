@@ -48,7 +48,8 @@ class Served(NamedTuple):
     name: Its name in the API.
     fingerprint: What the answers follow from besides the request: the run and its step.
     created: When the run's checkpoint was written, in seconds since 1970.
-    context: Most tokens of a prompt and its continuation together. 0: it writes no text.
+    context: Most tokens of a prompt and its continuation together, for which the cache has room. 0:
+      it writes no text.
     vocab_size: Token ids are below it.
     chats: Whether there is a chat template.
     prompts: Encodes prompts. None: the model writes no text.
@@ -307,7 +308,7 @@ def _call(
     room = served.context - len(prompt)
     if room < 1:
       raise RequestError(
-        f"{name}: it has {len(prompt):,} tokens, the model's context {served.context:,}, and the "
+        f"{name}: it has {len(prompt):,} tokens, the context here {served.context:,}, and the "
         f"answer needs at least one; shorten it by {1 - room:,} or more",
         param=name,
         code="context_length_exceeded",

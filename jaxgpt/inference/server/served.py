@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
-from jaxgpt.inference.engine.requests import Request
+from jaxgpt.inference.engine.limits import Limits
 from jaxgpt.inference.prompts import Prompts
 from jaxgpt.inference.sampling import Sampling
 from jaxgpt.inference.server.calls import Served
@@ -18,7 +18,7 @@ def writes(
   name: str,
   prompts: Prompts,
   defaults: Sampling,
-  check: Callable[[Request], None],
+  limits: Limits,
   most_choices: int,
 ) -> Served:
   """A model that writes text.
@@ -28,20 +28,20 @@ def writes(
     name: Its name in the API.
     prompts: Encodes its prompts.
     defaults: How tokens are drawn where a request does not say it.
-    check: Raises a UserError for a request that the engine cannot run.
+    limits: Of its engine.
     most_choices: Most choices of one call.
   """
   return Served(
     name=name,
     fingerprint=f"step {run.step}",
     created=int(time.time()),
-    context=run.c.data.seq_len,
+    context=limits.longest,
     vocab_size=run.tokenizer.vocab_size,
     chats=_chats(prompts),
     prompts=prompts,
     defaults=defaults,
     token_text=token_text(run.tokenizer),
-    check=check,
+    check=limits.check,
     most_choices=most_choices,
   )
 

@@ -21,7 +21,7 @@ from jaxgpt.inference import load
 from jaxgpt.inference.engine import engine as engine_lib
 from jaxgpt.inference.engine.requests import Request
 from jaxgpt.inference.sampling import Sampling
-from jaxgpt.inference.server import served
+from jaxgpt.inference.server import calls, fields, served
 from jaxgpt.model import transformer
 from jaxgpt.run import generation
 from jaxgpt.tasks import api
@@ -56,7 +56,7 @@ def real():
   run = run_of(tiny_config())
   engine = engine_lib.Engine(run, max_rows=3, block_size=8)
   model = served.writes(
-    run, "tiny", served.Prompts(run), Sampling(temperature=0.7), engine.check, 72
+    run, "tiny", served.Prompts(run), Sampling(temperature=0.7), engine.limits, 72
   )
   server = Running(engine, model=model)
   yield server, run, engine_lib.Engine(run, max_rows=3, block_size=8)
@@ -106,6 +106,19 @@ def test_a_chat_with_log_probabilities(real):
     assert entry.top_logprobs[0].token == entry.token
     assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob, abs=1e-5)
     assert entry.logprob >= entry.top_logprobs[1].logprob
+
+
+def test_a_cache_that_is_smaller_than_the_context_is_the_context(real):
+  _, run, _ = real
+  engine = engine_lib.Engine(run._replace(params=None), max_rows=3, block_size=8, cache_tokens=40)
+  model = served.writes(run, "tiny", served.Prompts(run), Sampling(), engine.limits, 72)
+  hi = [{"role": "user", "content": "hi"}]
+  (request,) = calls.read_chat({"messages": hi}, model).requests
+  assert len(request.prompt) + request.max_new == 41, "the last token does not enter the cache"
+  (request,) = calls.read_completion({"prompt": "a", "max_tokens": 1000}, model).requests
+  assert len(request.prompt) + request.max_new == 41
+  with pytest.raises(fields.RequestError, match="the context here 41"):
+    calls.read_completion({"prompt": "a" * 50}, model)
 
 
 def test_an_answer_of_a_prescribed_form(real):
