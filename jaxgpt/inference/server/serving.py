@@ -21,7 +21,7 @@ from jaxgpt.inference.server.fields import RequestError
 from jaxgpt.inference.server.worker import Worker
 from jaxgpt.storage import strict_json
 
-HEADER_SECONDS = 30.0  # for a client to send the head of its first request
+HEADER_SECONDS = 30.0  # for a client to send the head of a request
 _MOST_HEADERS = 32 << 10  # bytes
 _MOST_CONNECTIONS = 1024
 
@@ -41,12 +41,19 @@ class Connection(H11Protocol):
   def connection_made(self, transport: Any) -> None:
     """See `asyncio.Protocol`."""
     super().connection_made(transport)
-    self._head_timer = self.loop.call_later(HEADER_SECONDS, self._abort_without_request)
+    self._head_timer = self.loop.call_later(HEADER_SECONDS, self._abort)
+
+  def data_received(self, data: bytes) -> None:
+    """Gives the client a time to send the rest of a head."""
+    super().data_received(data)
+    if self.cycle and not self.cycle.response_complete:  # a request is there
+      self._end_head_timer()
+    elif not self._head_timer:  # more data gives no more time
+      self._head_timer = self.loop.call_later(HEADER_SECONDS, self._abort)
 
   def connection_lost(self, exc: Exception | None) -> None:
     """See `asyncio.Protocol`."""
-    if self._head_timer:
-      self._head_timer.cancel()
+    self._end_head_timer()
     super().connection_lost(exc)
 
   def on_response_complete(self) -> None:
@@ -58,9 +65,10 @@ class Connection(H11Protocol):
   def _abort(self) -> None:
     self.transport.abort()
 
-  def _abort_without_request(self) -> None:
-    if self.cycle is None:
-      self._abort()
+  def _end_head_timer(self) -> None:
+    if self._head_timer:
+      self._head_timer.cancel()
+      self._head_timer = None
 
   def _abort_unread(self, cycle: Any) -> None:
     if cycle is self.cycle and self.transport.get_write_buffer_size():

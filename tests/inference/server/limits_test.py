@@ -250,6 +250,28 @@ def test_clients_that_do_not_send_are_cut_off(serve, monkeypatch):
   assert answer.startswith(b"HTTP/1.1 408") and b"send it faster" in answer
 
 
+def test_clients_that_do_not_send_a_second_request_are_cut_off(serve, monkeypatch):
+  monkeypatch.setattr(serving, "HEADER_SECONDS", 0.4)
+  server = serve(fake.FakeEngine(seconds=0.1))
+  connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+  for _ in range(2):  # a pause between requests is no head that does not come
+    connection.request("GET", "/health")
+    assert connection.getresponse().read() == b'{"status":"ok"}'
+    time.sleep(0.6)
+  begin = time.monotonic()
+  connection.sock.settimeout(0.05)
+  with contextlib.suppress(ConnectionError):
+    while time.monotonic() < begin + 10:
+      connection.sock.sendall(b"G")  # each byte in time, but never all
+      with contextlib.suppress(TimeoutError):
+        if connection.sock.recv(1) == b"":
+          break
+  connection.close()
+  assert time.monotonic() < begin + 5
+  status, out, _ = ask(server, {"prompt": "p"})
+  assert status == 200 and out["choices"][0]["text"] == want("p"), "an answer may take longer"
+
+
 def test_the_key(serve):
   server = serve(settings=app.Settings(api_key="s3cret"))
   for headers in (
