@@ -40,7 +40,7 @@ class Sampling(NamedTuple):
     """Raises a UserError that names the first value out of range."""
     for name, ok, valid in (
       ("temperature", self.temperature >= 0, "at least 0"),
-      ("top_k", self.top_k >= 0, "at least 0"),
+      ("top_k", 0 <= self.top_k < 2**31, "at least 0, below 2^31"),
       ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
       ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
       ("repetition_penalty", self.repetition_penalty > 0, "above 0"),

@@ -117,6 +117,8 @@ def test_settings():
     ("/temperature -1", "temperature=-1"),
     ("/top-p 2", "in (0, 1]"),
     ("/top-k 1.5", "not a number"),
+    ("/top-k 3000000000", "below 2^31"),
+    ("/top-k " + "9" * 400, "below 2^31"),
     ("/seed -1", "at least 0"),
     ("/edit", "no message yet"),
     ("/edit 2 x", "no message yet"),
