@@ -8,6 +8,7 @@ B row, T token of a call, K drafted token, V vocabulary, W word of 32 tokens, A 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -115,7 +116,9 @@ class Drawn(NamedTuple):
     if logprobs is None:
       return Token(token_id, "")
     best = zip(self.best[b, t, :logprobs].tolist(), self.best_logprobs[b, t, :logprobs].tolist())
-    return Token(token_id, "", float(self.logprobs[b, t]), tuple(best))
+    # A small tokenizer has fewer ids than alternatives. Others are never drawn.
+    some = tuple(pair for pair in best if math.isfinite(pair[1]))
+    return Token(token_id, "", float(self.logprobs[b, t]), some)
 
 
 class Size(NamedTuple):

@@ -27,6 +27,7 @@ from jaxgpt.inference.server.calls import Call, Served
 from jaxgpt.inference.server.client import Disconnected, Inbox, Stream, collect, server_error
 from jaxgpt.inference.server.fields import RequestError
 from jaxgpt.inference.server.metrics import CONTENT_TYPE, Metrics
+from jaxgpt.storage import strict_json
 
 _log = logging.getLogger(__name__)
 _BODY_SECONDS = 30.0  # for a client to send its request
@@ -229,7 +230,8 @@ class App:
     writer = Writer(call, self._served)
     if call.stream:
       return Stream(inbox, writer, done)
-    return JSONResponse(await collect(inbox, writer, request.receive))
+    whole = strict_json.dumps(await collect(inbox, writer, request.receive), ensure_ascii=False)
+    return Response(whole, media_type="application/json")
 
   async def _embeddings(
     self,

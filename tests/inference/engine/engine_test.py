@@ -16,6 +16,7 @@ from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.engine import engine as engine_lib
+from jaxgpt.inference.engine import programs
 from jaxgpt.inference.engine.beams import Beams
 from jaxgpt.inference.engine.constraints import Constraint
 from jaxgpt.inference.engine.requests import Request
@@ -376,6 +377,14 @@ def test_a_call_begins_before_the_tokens_of_the_last_are_read(engine, monkeypatc
   # The next request gets the row in the step after the last token, as it would without.
   done, _ = order(engine, monkeypatch, [Request(prompt(5), 2, GREEDY)] * 4)
   assert done == "bbrrbbrr"
+
+
+def test_ids_that_are_never_drawn_are_no_alternatives():
+  logprobs = np.array([[[-0.5, -1.0, -np.inf, -np.inf]]], np.float32)
+  drawn = programs.Drawn(
+    np.array([[7]]), np.ones(1), logprobs[..., 0], np.arange(4)[None, None], logprobs
+  )
+  assert drawn.token(0, 0, 4).alternatives == ((0, -0.5), (1, -1.0))
 
 
 def test_an_interrupted_wait_loses_no_token(engine, monkeypatch):

@@ -173,6 +173,24 @@ def test_log_probabilities_of_a_completion_are_those_of_the_drawn_token_too(clie
   assert streamed.top_logprobs == found.top_logprobs[:1]
 
 
+class Impossible(fake.FakeEngine):
+  """Draws tokens of probability 0."""
+
+  def _piece(self, *row):
+    found = super()._piece(*row)
+    return found._replace(tokens=tuple(t._replace(logprob=float("-inf")) for t in found.tokens))
+
+
+def test_a_log_probability_that_is_no_number_of_json_is_null(serve):
+  server = serve(Impossible())
+  client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+  ask = dict(model="fake", prompt="é", logprobs=0, max_tokens=1)
+  whole = client.completions.create(**ask).choices[0]
+  (streamed,) = [chunk.choices[0] for chunk in client.completions.create(**ask, stream=True)]
+  assert whole.text == streamed.text == fake.script("é".encode())[0]
+  assert whole.logprobs.token_logprobs == streamed.logprobs.token_logprobs == [None]
+
+
 def test_the_best_of_several(client, server):
   out = client.completions.create(model="fake", prompt="seeded", best_of=3, n=2, seed=1)
   drawn = sorted((request.seed % 7, request.seed) for request in server.engine.requests[-3:])
