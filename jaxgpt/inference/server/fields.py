@@ -15,6 +15,7 @@ from jaxgpt.errors import nearest
 Reader: TypeAlias = Callable[[str, Any], Any]  # (name of the field, value) -> value
 
 _SHOWN = 60  # characters of a value in a message
+_DEEPEST = 100  # levels of a body; what reads it may recurse into each
 INVALID = "invalid_request_error"
 
 
@@ -58,19 +59,34 @@ def parse(body: bytes) -> dict[str, Any]:
   """The JSON object in a request's body.
 
   Raises:
-    RequestError: It is not a JSON object in UTF-8, or one of its keys stands there twice.
+    RequestError: It is not a JSON object in UTF-8, one of its keys stands there twice, or it is
+      nested too deeply.
   """
+  too_deep = RequestError("the body is nested too deeply; send a flatter JSON object")
   try:
     value = json.loads(
       body.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_constant
     )
   except RecursionError:
-    raise RequestError("the body is nested too deeply; send a flatter JSON object") from None
+    raise too_deep from None
   except ValueError as e:  # UnicodeDecodeError and JSONDecodeError are two
     raise RequestError(f"the body is not JSON in UTF-8 ({e}); send a JSON object") from None
   if not isinstance(value, dict):
     raise RequestError(f"the body is a JSON {_kind(value)}, not an object; send {{…}}")
+  if not _is_flat(value):
+    raise too_deep
   return value
+
+
+def _is_flat(value: dict[str, Any]) -> bool:
+  """Whether a JSON object has at most `_DEEPEST` levels."""
+  level: list[Any] = [value]
+  for _ in range(_DEEPEST):
+    inner = (one.values() if isinstance(one, dict) else one for one in level)
+    level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    if not level:
+      return True
+  return False
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

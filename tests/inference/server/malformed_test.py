@@ -32,6 +32,11 @@ def message(**fields):
   return CHAT, {"messages": [{"role": "user", "content": "hi", **fields}]}
 
 
+def deep(levels):
+  """A body with an array of so many levels in it."""
+  return b'{"prompt": "p", "guided_json": ' + b"[" * levels + b"]" * levels + b"}"
+
+
 NAMELESS = {"type": "json_schema", "json_schema": {"name": "a"}}
 # (path, body, field, a word of the message)
 CASES = [
@@ -41,6 +46,8 @@ CASES = [
   (TEXT, b"[]", None, "array, not an object"),
   (TEXT, b'"p"', None, "string, not an object"),
   (TEXT, b"[" * 100_000, None, "too deeply"),
+  *((TEXT, deep(n), None, "too deeply") for n in (100, 600, 950, 990)),
+  (TEXT, deep(99), "guided_json", "give an object"),
   (TEXT, b'{"prompt": "p", "temperature": NaN}', None, "NaN is not a JSON number"),
   (TEXT, b'{"prompt": "p", "prompt": "q"}', None, "'prompt' stands twice"),
   (TEXT, b'{"prompt": "\\ud800"}', "prompt", "surrogate"),
