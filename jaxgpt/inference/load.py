@@ -8,6 +8,7 @@ import ml_collections
 from etils import epath
 
 from jaxgpt import config, tree
+from jaxgpt.config import user_code
 from jaxgpt.data import pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.inference.sampling import Sampling
@@ -55,6 +56,13 @@ class Run(NamedTuple):
   def weights(self) -> PyTree:
     """All weights that the loss function reads: the model's and those of fixed models."""
     return tree.merge(self.params, self.fixed)
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What its answers depend on besides the request, as plain JSON: its config and its step."""
+    c = self.c.copy_and_resolve_references()
+    c.code_folder = ""  # depends on how the run folder is named
+    return {"config": user_code.digest(c.to_json()), "step": self.step}
 
 
 def load(

@@ -72,7 +72,8 @@ def run(args: Any) -> None:
   draws, notices = sampling.settings(loaded, chosen)
   for line in notices:
     terminal.note(line)
-  engine = engine_options.make(loaded, args, max_rows=1)
+  drafting = engine_options.drafting_of(args)
+  engine = engine_options.make(loaded, args, drafting, max_rows=1)
   warm_up = Request(prompt=(loaded.tokenizer.bos_id,) * 2, max_new=2, sampling=draws)
   for _piece in engine.run([warm_up]):
     pass

@@ -10,6 +10,7 @@ from jaxgpt.storage import strict_json
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help should not
   from jaxgpt.inference import load
+  from jaxgpt.inference.engine.drafting.drafter import Drafting
   from jaxgpt.inference.engine.engine import Engine
   from jaxgpt.inference.engine.requests import Stats
   from jaxgpt.inference.prompts import Prompts
@@ -75,25 +76,37 @@ def check_none(args: EngineOptions, why: str) -> None:
       raise UserError(f"{flag} has no effect here: {why}; leave it out")
 
 
-def make(run: "load.Run", args: EngineOptions, **sizes: Any) -> "Engine":
+def drafting_of(args: EngineOptions) -> "Drafting | None":
+  """How tokens are drafted, or None if they are not. Loads the draft model.
+
+  Raises:
+    UserError: There is no such model.
+  """
+  from jaxgpt.inference import load
+  from jaxgpt.inference.engine.drafting import drafter
+
+  if not args.draft:
+    return None
+  draft = None if args.draft == drafter.NGRAM else load.load(args.draft, None, "generate")
+  return drafter.Drafting(args.draft_tokens or _TOKENS, draft)
+
+
+def make(
+  run: "load.Run", args: EngineOptions, drafting: "Drafting | None", **sizes: Any
+) -> "Engine":
   """The engine of a run.
 
   Args:
     run: From `load.load`.
     args: The options.
+    drafting: From `drafting_of`.
     **sizes: Further arguments of `Engine`.
 
   Raises:
-    UserError: The draft model cannot draft for the run, or does not exist.
+    UserError: The draft model cannot draft for the run.
   """
-  from jaxgpt.inference import load
-  from jaxgpt.inference.engine.drafting import drafter
   from jaxgpt.inference.engine.engine import Engine
 
-  drafting = None
-  if args.draft:
-    draft = None if args.draft == drafter.NGRAM else load.load(args.draft, None, "generate")
-    drafting = drafter.Drafting(args.draft_tokens or _TOKENS, draft)
   return Engine(run, drafting=drafting, cache_dtype=args.cache_dtype, **sizes)
 
 
@@ -104,9 +117,11 @@ def prompts(run: "load.Run", args: EngineOptions) -> "Prompts":
   return Prompts(run, dict(args.template_variables))
 
 
-def identity(args: EngineOptions) -> dict[str, Any]:
-  """The options that texts depend on, as far as they are given."""
+def identity(args: EngineOptions, drafting: "Drafting | None") -> dict[str, Any]:
+  """The options that texts depend on, as far as they are given. `drafting`: see `drafting_of`."""
   drafts = {"draft": args.draft, "draft_tokens": args.draft_tokens or _TOKENS}
+  if drafting and drafting.run:
+    drafts["draft_run"] = drafting.run.identity
   cache = {"cache_dtype": args.cache_dtype}
   template = {"template_variables": dict(args.template_variables)}
   return (

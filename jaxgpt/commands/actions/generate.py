@@ -9,9 +9,9 @@ from typing import Any
 from jaxgpt.commands.actions import backend, sampling
 from jaxgpt.commands.actions import engine as engine_options
 from jaxgpt.commands.actions.predict import inputs
-from jaxgpt.config import user_code
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
+from jaxgpt.inference.engine.drafting.drafter import Drafting
 from jaxgpt.inference.engine.requests import JSON, Constraint, Piece, Request, Stats, problem
 from jaxgpt.inference.prompts import Prompts
 from jaxgpt.inference.sampling import Sampling
@@ -30,7 +30,7 @@ def prompt(args: Any, text: str) -> None:
   prompts = engine_options.prompts(run, args)
   ids = prompts.chat([{"role": "user", "content": text}]) if args.chat else prompts.text(text)
   rows = min(args.samples * (args.beams or 1), args.batch_size)
-  engine = engine_options.make(run, args, max_rows=rows)
+  engine = engine_options.make(run, args, engine_options.drafting_of(args), max_rows=rows)
   wanted = _requests(args, draws, ids, args.seed)
   clock, why = _Clock(), ""
   engine.check(wanted[0])
@@ -56,7 +56,8 @@ def prompt(args: Any, text: str) -> None:
 def file(args: Any) -> None:
   """Continues the prompts of --input, in order, to --output or standard output."""
   run, draws = _loaded(args)
-  engine = engine_options.make(run, args, max_rows=args.batch_size)
+  drafting = engine_options.drafting_of(args)
+  engine = engine_options.make(run, args, drafting, max_rows=args.batch_size)
   prompts, clock = engine_options.prompts(run, args), _Clock()
   # A faulty form is the fault of no row, nor are beams for which there is no room.
   engine.check(_requests(args, draws, (run.tokenizer.bos_id,), args.seed)[0])
@@ -86,7 +87,8 @@ def file(args: Any) -> None:
     if not args.output:
       account = job.stream(continued, read, sys.stdout)
     else:
-      account = job.run(continued, read, args.output, _identity(args, run, draws), job.say)
+      identity = _identity(args, run, draws, drafting)
+      account = job.run(continued, read, args.output, identity, job.say)
   for line in account.lines():
     job.say(line)
   clock.report(engine.stats())
@@ -179,20 +181,19 @@ def _prediction(texts: Sequence[tuple[str, str]]) -> Prediction:
   return {"texts": [text for text, _ in texts], "finishes": [why for _, why in texts]}
 
 
-def _identity(args: Any, run: load.Run, draws: Sampling) -> dict[str, Any]:
+def _identity(
+  args: Any, run: load.Run, draws: Sampling, drafting: Drafting | None
+) -> dict[str, Any]:
   """Everything besides the rows that the texts depend on."""
-  c = run.c.copy_and_resolve_references()
-  c.code_folder = ""  # depends on how the run folder is named
   names = ("chat", "samples", "max_new", "stop", "seed", "batch_size")
   form, search = constraint(args), sampling.beams(args)
   return {
-    "config": user_code.digest(c.to_json()),
-    "step": run.step,
+    **run.identity,
     "sampling": draws._asdict(),
     **{name: getattr(args, name) for name in names},
     **({"constraint": [form.kind, form.value]} if form else {}),
     **({"beams": dataclasses.asdict(search)} if search else {}),
-    **engine_options.identity(args),
+    **engine_options.identity(args, drafting),
   }
 
 

@@ -10,7 +10,7 @@ import jax
 
 from jaxgpt.commands.actions import backend, progress
 from jaxgpt.commands.actions import sampling as sampling_options
-from jaxgpt.config import options, user_code
+from jaxgpt.config import options
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
 from jaxgpt.parallel import cluster, distributed
@@ -102,11 +102,8 @@ def _predict(
   if args.output == _STREAM:
     account = job.stream(predict, read(), sys.stdout)
   else:
-    c = loaded.c.copy_and_resolve_references()
-    c.code_folder = ""  # depends on how the run folder is named
     identity = {
-      "config": user_code.digest(c.to_json()),
-      "step": loaded.step,
+      **loaded.identity,
       "kind": made.kind,
       "settings": [*settings[:2], list(draws), settings.seed],
       **({"beams": dataclasses.asdict(search)} if search else {}),

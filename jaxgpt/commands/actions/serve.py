@@ -66,7 +66,10 @@ def model_of(args: Any, name: str) -> tuple[calls.Served, Worker | None]:
   prompts = engine_options.prompts(loaded, args)
   if args.template_variables:
     _ = prompts.template  # one that does not read them is an error
-  engine = engine_options.make(loaded, args, max_rows=args.rows, cache_tokens=args.cache_tokens)
+  drafting = engine_options.drafting_of(args)
+  engine = engine_options.make(
+    loaded, args, drafting, max_rows=args.rows, cache_tokens=args.cache_tokens
+  )
   defaults, ignored = load.sampling_defaults(loaded)
   if ignored:
     _report(f"not followed of the model's generation_config.json: {', '.join(ignored)}")

@@ -2,8 +2,11 @@
 
 import pytest
 
+from jaxgpt import config
 from jaxgpt.commands.actions import engine
 from jaxgpt.errors import UserError
+from jaxgpt.inference import load
+from jaxgpt.inference.engine.drafting import drafter
 from jaxgpt.inference.engine.requests import Stats
 from tests.commands.main_test import refused
 
@@ -23,6 +26,21 @@ def test_an_engine_that_does_not_run_has_no_options(given):
   with pytest.raises(UserError, match=f"{flag} has no effect here: it writes no text; leave it"):
     engine.check_none(engine.EngineOptions(**given), "it writes no text")
   engine.check_none(engine.EngineOptions(), "it writes no text")
+
+
+def test_texts_depend_on_the_step_and_the_config_of_the_draft_model():
+  nothing = None
+
+  def found(step, **model):
+    c = config.base()
+    c.model.update(model)
+    run = load.Run(c, nothing, nothing, nothing, step, nothing, "", nothing)
+    options = engine.EngineOptions(draft="runs/small")
+    return engine.identity(options, drafter.Drafting(4, run))
+
+  assert found(3) == found(3)
+  assert found(3) != found(4) and found(3) != found(3, width=48)
+  assert engine.identity(engine.EngineOptions(), None) == {}
 
 
 def test_the_report_says_how_many_drafts_were_accepted():
