@@ -46,8 +46,9 @@ class Served(NamedTuple):
 
   Attributes:
     name: Its name in the API.
-    fingerprint: What the answers follow from besides the request: the run and its step.
-    created: When the run's checkpoint was written, in seconds since 1970.
+    fingerprint: What the answers follow from besides the request: the run's step and the digest of
+      its config.
+    created: When the server started, in seconds since 1970.
     context: Most tokens of a prompt and its continuation together, for which the cache has room. 0:
       it writes no text.
     vocab_size: Token ids are below it.

@@ -33,7 +33,7 @@ def writes(
   """
   return Served(
     name=name,
-    fingerprint=f"step {run.step}",
+    fingerprint=_fingerprint(run),
     created=int(time.time()),
     context=limits.longest,
     vocab_size=run.tokenizer.vocab_size,
@@ -55,7 +55,7 @@ def embeds(
   """A model that gives embeddings. For the arguments see `writes` and `Served`."""
   return Served(
     name=name,
-    fingerprint=f"step {run.step}",
+    fingerprint=_fingerprint(run),
     created=int(time.time()),
     context=0,
     vocab_size=run.tokenizer.vocab_size,
@@ -67,6 +67,10 @@ def embeds(
     most_choices=most_choices,
     embed=embed,
   )
+
+
+def _fingerprint(run: load.Run) -> str:
+  return f"step {run.step}, config {run.identity['config'][:8]}"
 
 
 def _chats(prompts: Prompts) -> bool:

@@ -108,6 +108,16 @@ def test_a_chat_with_log_probabilities(real):
     assert entry.logprob >= entry.top_logprobs[1].logprob
 
 
+def test_the_fingerprint_is_that_of_the_step_and_the_config(real):
+  _, run, engine = real
+  other = run._replace(step=4), run._replace(c=config.resolve(tiny_config(num_layers=2), 300))
+  found = [
+    served.writes(each, "tiny", served.Prompts(each), Sampling(), engine.limits, 72).fingerprint
+    for each in (run, run, *other)
+  ]
+  assert found[0] == found[1] and len(set(found)) == 3
+
+
 def test_a_cache_that_is_smaller_than_the_context_is_the_context(real):
   _, run, _ = real
   engine = engine_lib.Engine(run._replace(params=None), max_rows=3, block_size=8, cache_tokens=40)
