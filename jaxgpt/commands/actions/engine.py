@@ -119,7 +119,7 @@ def prompts(run: "load.Run", args: EngineOptions) -> "Prompts":
 
 def identity(args: EngineOptions, drafting: "Drafting | None") -> dict[str, Any]:
   """The options that texts depend on, as far as they are given. `drafting`: see `drafting_of`."""
-  drafts = {"draft": args.draft, "draft_tokens": args.draft_tokens or _TOKENS}
+  drafts: dict[str, Any] = {"draft": args.draft, "draft_tokens": args.draft_tokens or _TOKENS}
   if drafting and drafting.run:
     drafts["draft_run"] = drafting.run.identity
   cache = {"cache_dtype": args.cache_dtype}
