@@ -230,8 +230,9 @@ class App:
     writer = Writer(call, self._served)
     if call.stream:
       return Stream(inbox, writer, done)
-    whole = strict_json.dumps(await collect(inbox, writer, request.receive), ensure_ascii=False)
-    return Response(whole, media_type="application/json")
+    found = await collect(inbox, writer, request.receive)
+    text = strict_json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+    return Response(text, media_type="application/json")
 
   async def _embeddings(
     self,
