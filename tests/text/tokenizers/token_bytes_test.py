@@ -66,6 +66,16 @@ def test_the_bytes_of_a_text_s_tokens_are_the_text(make):
   assert not any(found[i] for i in tokenizer.special_ids.values())
 
 
+def test_a_token_outside_the_byte_level_alphabet_is_its_own_text():
+  tokenizers = pytest.importorskip("tokenizers")
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "日 x": 1, "Ġx": 2}, []))
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  inner.add_special_tokens(["</s>"])
+  tokenizer = huggingface.HuggingFaceTokenizer({"tokenizer.json": inner.to_str().encode()})
+  assert token_bytes.of(tokenizer) == [b"", "日 x".encode(), b" x"]
+  assert tokenizer.decode([1, 2]) == "日 x x"
+
+
 def test_words_without_their_bytes_are_refused():
   tokenizers = pytest.importorskip("tokenizers")
   tokenizer = with_fallback(tokenizers.decoders.WordPiece())
