@@ -6,6 +6,7 @@ import re
 import types
 from collections.abc import Iterable
 
+EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 # Control characters, line separators, marks that reverse the writing direction, lone surrogates.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -17,7 +18,7 @@ class UserError(ValueError):
   `exit_code`. Any other exception is a bug and keeps its traceback.
 
   Attributes:
-    exit_code: 2, or 75 if the same command may succeed later.
+    exit_code: 2, or `EXIT_AGAIN`.
   """
 
   def __init__(self, message: str, exit_code: int = 2):

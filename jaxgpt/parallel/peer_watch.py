@@ -30,7 +30,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-EXIT_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
+from jaxgpt.errors import EXIT_AGAIN
+
+EXIT_LOST = EXIT_AGAIN
 _GRACE = 1.5  # seconds for processes to reach the same error on their own
 _CONNECT = 30  # seconds to connect
 # Notices a machine that vanished without closing its connections, after about a minute.

@@ -35,7 +35,7 @@ from jaxgpt.run import run_lock, throughput
 from jaxgpt.run.compression import record as record_lib
 from jaxgpt.run.provenance import environment, seal
 from jaxgpt.run.provenance import rewinds as rewinds_lib
-from jaxgpt.storage import atomic, buckets, strict_json
+from jaxgpt.storage import atomic, buckets, os_errors, strict_json
 from jaxgpt.text.tokenizers.base import Tokenizer
 
 CHECKPOINTS = seal.CHECKPOINTS
@@ -43,6 +43,7 @@ _CONFIG = "config.json"
 _STARTS = seal.STARTS
 _TOKENIZER = "tokenizer"
 _CODE = "code"
+_ANOTHER = "choose another folder or change its permissions"
 _CHANGES = 5  # changed keys to show with their values, and without
 # config.json is written last. A start that was killed before leaves only these.
 _BEFORE_CONFIG = {_TOKENIZER, _CODE, environment.FOLDER, seal.FILE, run_lock.NAME}
@@ -133,10 +134,7 @@ def enter(
     if changes:
       seal.replace(folder, _CONFIG, text)
   except OSError as e:
-    raise UserError(
-      f"--workdir={folder} can't be written ({e.strerror or e}); "
-      "choose another folder or change its permissions"
-    ) from e
+    raise os_errors.user_error(f"--workdir={folder} can't be written", e, _ANOTHER) from e
   return damaged
 
 
@@ -200,10 +198,7 @@ def check_free(folder: epath.PathLike) -> None:
   try:
     is_free = is_run(folder) or not holds_something_else(folder)
   except OSError as e:
-    raise UserError(
-      f"--workdir={folder} can't be written ({e.strerror or e}); choose another folder or change "
-      "its permissions"
-    ) from e
+    raise os_errors.user_error(f"--workdir={folder} can't be written", e, _ANOTHER) from e
   if not is_free:
     raise UserError(
       f"--workdir={folder} is not empty and holds no run ({_CONFIG} is missing); "
@@ -359,6 +354,8 @@ def read_config(folder: epath.PathLike, step: int | None = None) -> ml_collectio
   except UserError as e:
     raise UserError(f"{path}: {e}") from e
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    if (cause := os_errors.passing(e)) is not None:
+      raise os_errors.user_error(f"{path} can't be read", cause, "") from e
     raise UserError(
       f"{path} is broken ({type(e).__name__}: {e}); restore it, or start over in another folder"
     ) from e

@@ -28,7 +28,7 @@ from typing import Any, Self
 from etils import epath
 
 from jaxgpt.errors import UserError
-from jaxgpt.storage import buckets, strict_json
+from jaxgpt.storage import buckets, os_errors, strict_json
 
 NAME = "train.lock"
 _TRIES = 5  # doctor looks at the lock for a moment, and a killed process may be about to go
@@ -78,9 +78,10 @@ class RunLock:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as e:
-      raise UserError(
-        f"--workdir={self._folder} can't be written ({e.strerror or e}); choose another folder or "
-        "change its permissions"
+      raise os_errors.user_error(
+        f"--workdir={self._folder} can't be written",
+        e,
+        "choose another folder or change its permissions",
       ) from e
     try:
       self._lock(descriptor)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jaxgpt.errors import UserError
-from jaxgpt.storage import files
+from jaxgpt.storage import files, os_errors
 from jaxgpt.storage.paths import sha256
 
 UNFINISHED = "unfinished"  # name of a file that marks a remote folder as being written
@@ -117,7 +117,8 @@ class Files:
     except OSError as e:
       raise UserError(
         f"{path} can't be written ({e.strerror or e}): copies of remote data are kept "
-        "there; make room, or set JAXGPT_CACHE to another folder"
+        "there; make room, or set JAXGPT_CACHE to another folder",
+        exit_code=os_errors.exit_code(e),
       ) from e
     return path
 

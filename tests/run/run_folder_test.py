@@ -1,11 +1,17 @@
-"""Run folders of earlier versions are read as what they are."""
+"""Run folders of earlier versions, and of disks that fail."""
 
+import errno
 import json
+import os
 
 import pytest
+from etils import epath
 
 from jaxgpt import config
-from jaxgpt.run import run_folder
+from jaxgpt.errors import UserError
+from jaxgpt.run import run_folder, run_lock
+from jaxgpt.run.metric_writers import files
+from jaxgpt.run.metric_writers.writer import Run
 
 
 @pytest.mark.parametrize(
@@ -30,3 +36,36 @@ def test_a_setting_without_effect_does_not_keep_a_run_from_being_read(tmp_path):
   c["model"]["window"], c["model"]["rope"]["factor"] = 16, 8.0
   (tmp_path / "config.json").write_text(json.dumps({"config": c, "origin": {}}))
   assert run_folder.read_config(tmp_path).model.window == 16
+
+
+@pytest.mark.parametrize(
+  "code, exit_code, cure",
+  [
+    (errno.ENOSPC, 75, r"\); make room, then run the same command again$"),
+    (errno.EIO, 75, r"\); this may pass: run the same command again$"),
+    (errno.ESTALE, 75, r"\); this may pass: run the same command again$"),
+    (errno.EACCES, 2, r"change its permissions$"),
+  ],
+)
+def test_a_start_that_meets_a_failing_disk_tells_a_launcher_to_try_again(
+  tmp_path, monkeypatch, code, exit_code, cure
+):
+  def failing(*_, **__):
+    raise OSError(code, os.strerror(code))
+
+  c = config.resolve(config.base(), 8)
+  (tmp_path / "config.json").write_text("{}")
+  lock, run = run_lock.RunLock(tmp_path / "run"), Run(c, epath.Path(tmp_path), 0)
+  monkeypatch.setattr(run_lock.os, "open", failing)
+  monkeypatch.setattr(run_folder, "holds_something_else", failing)
+  monkeypatch.setattr(run_folder, "_check_same_run", failing)
+  monkeypatch.setattr(files.io, "FileIO", failing)
+  for start in (
+    lock.take,
+    lambda: run_folder.check_free(tmp_path / "run"),
+    lambda: run_folder.enter(tmp_path, c, {}, None, "", None),
+    lambda: files.Jsonl(run),
+  ):
+    with pytest.raises(UserError, match=cure) as caught:
+      start()
+    assert caught.value.exit_code == exit_code

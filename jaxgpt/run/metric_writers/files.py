@@ -15,9 +15,10 @@ from etils import epath
 
 from jaxgpt.errors import UserError
 from jaxgpt.run.metric_writers.writer import WRITERS, Entry, Metrics, MetricWriter, Run
-from jaxgpt.storage import atomic, buckets, strict_json
+from jaxgpt.storage import atomic, buckets, os_errors, strict_json
 
 JSONL, CSV = "metrics.jsonl", "metrics.csv"
+_CURE = "free some space or change its permissions"
 _REMOTE_SECONDS = 10.0  # between two writes of the file to a bucket
 
 
@@ -35,12 +36,14 @@ class Jsonl(MetricWriter):
     self._file: io.FileIO | None = None
     self._size = self.unwritten = 0  # bytes of whole lines in the local file; lines not on disk
     self._written = time.monotonic()
-    with self._named_errors():
+    try:
       if self._path.exists():
         self._drop_lines_after(run.start)
       if not buckets.is_remote(self._path):
         self._file = io.FileIO(self._path, "ab")
         self._size = self._file.seek(0, os.SEEK_END)
+    except OSError as e:
+      raise os_errors.user_error(f"{self._path} cannot be written", e, _CURE) from e
 
   def _drop_lines_after(self, start: int) -> None:
     """Drops lines of steps that will be repeated, since the checkpoint is older than they are."""
@@ -96,10 +99,7 @@ class Jsonl(MetricWriter):
     try:
       yield
     except OSError as e:
-      raise UserError(
-        f"{self._path} cannot be written ({e.strerror or e}); free some space or change its "
-        "permissions"
-      ) from e
+      raise UserError(f"{self._path} cannot be written ({e.strerror or e}); {_CURE}") from e
 
 
 def read(path: epath.Path) -> str:

@@ -7,7 +7,6 @@ traceback.
 """
 
 import contextlib
-import errno
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,14 +18,8 @@ from jaxgpt.errors import UserError, first_line
 from jaxgpt.parallel import distributed, peer_watch, sharding
 from jaxgpt.parallel.chips import GIB
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.storage import strict_json
+from jaxgpt.storage import os_errors, strict_json
 from jaxgpt.tree import PyTree
-
-# Troubles of disks and networks that may pass.
-_TRANSIENT = (
-  *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EAGAIN, errno.ENOLCK, errno.EMFILE),
-  *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENFILE),
-)
 
 
 class NotFiniteError(UserError):
@@ -72,7 +65,7 @@ def explained(error: BaseException, state: PyTree) -> UserError | None:
       "mesh.fsdp on more devices, set optim.first_dtype='bfloat16' or make the model smaller. "
       '"jaxgpt plan" with the same --config lists the largest arrays'
     )
-  if (cause := _transient(error)) is not None:
+  if (cause := os_errors.passing(error)) is not None:
     return UserError(
       f"{type(cause).__name__}: {first_line(cause, 300)}; this may pass: run the same command "
       "again to continue",
@@ -87,18 +80,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
   )
   return of_device or isinstance(error, MemoryError)
-
-
-def _transient(error: BaseException) -> OSError | None:
-  """The trouble of a disk or a network behind an error, or None."""
-  seen: BaseException | None = error
-  while seen is not None:
-    if isinstance(seen, (ConnectionError, TimeoutError)):
-      return seen
-    if isinstance(seen, OSError) and seen.errno in _TRANSIENT:
-      return seen
-    seen = seen.__cause__
-  return None
 
 
 def dump(
