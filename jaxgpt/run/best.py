@@ -102,13 +102,9 @@ def keeper(folder: epath.PathLike, step: int) -> Iterator[checkpoints.Checkpoint
     step: Step at which this start begins. Checkpoints of later steps are deleted: the run repeats
       these steps, and Orbax saves no step below the newest.
   """
-  where = epath.Path(folder) / FOLDER
-  if distributed.is_first() and where.exists():
-    for later in (s for s in checkpoints.complete_steps(where) if s > step):
-      (where / str(later)).rmtree()
-  distributed.barrier("best checkpoint")
-  kept = checkpoints.Checkpoints(where, keep=1)
+  kept = checkpoints.Checkpoints(epath.Path(folder) / FOLDER, keep=1)
   try:
+    kept.delete_after(step)
     yield kept
   finally:
     kept.close()

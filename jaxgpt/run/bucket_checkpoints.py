@@ -8,6 +8,7 @@ STEP.complete holds a random string and is written after all files of STEP/. A c
 does not count. The local copy is valid if its mark holds the same string.
 """
 
+import contextlib
 import pathlib
 import secrets
 import shutil
@@ -161,7 +162,8 @@ class Mirror:
     """
     with buckets.named_errors(f"{self._address}/{step}", "deleted"):
       self._filesystem.rm_file(f"{self._inside}/{step}{_COMPLETE}")
-      self._filesystem.rm(f"{self._inside}/{step}", recursive=True)
+      with contextlib.suppress(FileNotFoundError):  # an earlier version may have left the mark
+        self._filesystem.rm(f"{self._inside}/{step}", recursive=True)
     self._complete = {other: mark for other, mark in self._complete.items() if other != step}
 
   def is_at_work(self) -> bool:

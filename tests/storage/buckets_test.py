@@ -9,6 +9,8 @@ import signal
 import socket
 import threading
 
+import jax
+import jax.numpy as jnp
 import pytest
 from etils import epath
 from etils.epath import backend
@@ -16,6 +18,7 @@ from etils.epath import backend
 from jaxgpt.commands import main
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
+from jaxgpt.run import best as best_lib
 from jaxgpt.run import bucket_checkpoints, run_folder
 from jaxgpt.run import checkpoints as checkpoints_lib
 from jaxgpt.storage import buckets
@@ -216,6 +219,24 @@ Broken = Schedule(lambda c_schedule, steps: lambda step: jnp.where(step == 7, 1e
   assert all(loss < 6 for _, _, loss in steps_and_losses(f"{bucket}/spike"))
   # The server that stands for gs:// sometimes fails in a save, which the run then repeats.
   assert max(checkpoints_lib.complete_steps(f"{bucket}/spike/checkpoints")) == 10
+
+
+def test_a_best_checkpoint_of_a_step_to_come_is_replaced(bucket, monkeypatch, tmp_path):
+  monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path))
+  folder = f"{bucket}/best"
+  saved = lambda step: {"step": step, "nonfinite_step": -1, "params": {"a": jnp.full(2, step)}}
+  with best_lib.keeper(folder, 0) as kept:
+    kept.save(saved(30))
+  # Killed, and the run goes on from step 20. A mark alone is what an earlier version left.
+  (epath.Path(folder) / best_lib.FOLDER / "40.complete").write_text("a mark")
+  with best_lib.keeper(folder, 20) as kept:
+    assert kept.latest() is None
+    kept.save(saved(25))
+  assert checkpoints_lib.complete_steps(f"{folder}/{best_lib.FOLDER}") == [25]
+  there = checkpoints_lib.Checkpoints(best_lib.check(folder), read_only=True)
+  abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+                          {"params": saved(25)["params"]})  # fmt: skip
+  assert there.restore(abstract)[0]["params"]["a"][0] == 25
 
 
 def test_shards_are_fetched_when_they_are_needed_and_checked(data, tmp_path, monkeypatch):
