@@ -288,11 +288,13 @@ def make(
     applied = finite & (first_bad < 0)
     new, param_norm = jax.lax.cond(applied, update, left_alone, state, grads, largest)
     fine = applied & jnp.isfinite(param_norm)
+    in_row = -1 - first_bad  # skipped just before this step, if not negative
+    # Also without skip_nonfinite: the state may be that of a start which skipped its last step.
+    first_bad = jnp.where(fine, -1, first_bad)
     if c.optim.skip_nonfinite:
-      in_row = -1 - first_bad  # skipped just before this step, if not negative
       skipped = ~finite & (first_bad < 0) & (in_row < c.optim.skip_nonfinite)
       new = passed_over(new, skipped)
-      first_bad = jnp.where(skipped, first_bad - 1, jnp.where(fine, -1, first_bad))
+      first_bad = jnp.where(skipped, first_bad - 1, first_bad)
       fine = fine | skipped
     new["nonfinite_step"] = jnp.where(fine | (first_bad >= 0), first_bad, step)
     metrics = {

@@ -167,6 +167,17 @@ def test_some_steps_in_a_row_that_are_not_finite_are_skipped(tiny):
   assert same == [True, True, False, True, True, True, True]
 
 
+def test_without_skipping_a_state_saved_after_a_skipped_step_goes_on(tiny):
+  mesh, compiled, state, data = start(tiny(mesh__data=1, optim__skip_nonfinite=0))
+  skipped = jax.device_put(np.full((), -2, np.int32), state["nonfinite_step"].sharding)
+  state, nan = state | {"nonfinite_step": skipped}, np.full((8, 32), np.nan, np.float32)
+  said = []
+  for batch in (data.batch(0), data.batch(1) | {"loss_weights": nan}):
+    state, metrics = compiled(state, batches_lib.to_devices(batch, mesh))
+    said.append(int(metrics["nonfinite_step"]))
+  assert said == [-1, 1]
+
+
 def test_a_skipped_step_counts_in_the_schedule(tiny):
   """The step after a skipped one has the learning rate that the metrics say."""
   keys = dict(mesh__data=1, optim__name="lion", optim__weight_decay=0.0)
