@@ -21,7 +21,7 @@ FOLDER = "best"
 ITEMS = ("params", "ema", "step", "nonfinite_step")  # of the state that a best checkpoint has
 KIND = "validation"  # of the records in metrics.jsonl
 _LOWER = ("loss", "perplexity", "bits_per_byte", "mse", "mae")  # metrics of which less is better
-_NOT_METRICS = ("step", "kind", "tokens")
+_NOT_METRICS = ("step", "kind", "tokens", "batches")
 
 
 def less_is_better(metric: str) -> bool:

@@ -129,6 +129,11 @@ def bytes_per_token(data: pipeline.Batches) -> float | None:
   return data.bytes / data.predictions if data.predicts_all else None
 
 
+def is_part(data: pipeline.Batches, limit: int) -> bool:
+  """Whether an evaluation of `limit` batches leaves out some of a split. 0: all of them."""
+  return 0 < limit < data.steps_per_epoch
+
+
 def held_out_batches(
   data: pipeline.Batches,
   mesh: jax.sharding.Mesh,
@@ -146,7 +151,7 @@ def held_out_batches(
   """
   share = batches_lib.host_share(mesh)
   reading = {"threads": c_data.threads, "prefetch": c_data.prefetch}
-  if 0 < limit < data.steps_per_epoch:
+  if is_part(data, limit):
     batches = data.iterate(0, stop_step=limit, **share, **reading)
   else:
     batches = data.epoch_batches(**share, **reading)
@@ -183,7 +188,7 @@ def evaluate_on(
     per_byte, per_token = bytes_per_token(data), data.layout.predicts_tokens
     return evaluate(step, params, batches, per_byte, per_token), per_byte
 
-  if len(data.sources) == 1 or 0 < limit < data.steps_per_epoch:
+  if len(data.sources) == 1 or is_part(data, limit):
     return run(data)[0]
   return combined({name: run(source) for name, source in data.by_source().items()})
 

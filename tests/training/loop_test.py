@@ -89,6 +89,17 @@ def test_running_a_finished_run_again_trains_no_step(finished):
   assert lines(folder) == before
 
 
+def test_an_evaluation_of_some_batches_is_not_the_result_of_the_whole_split(tiny, tmp_path):
+  """train.steps is lowered to a step that the run has reached, and evaluated in part."""
+  keys = dict(eval__every=2, eval__batches=1)
+  loop.train(tiny(**keys), tmp_path, config.flatten(tiny(**keys)), until=2)
+  c = tiny(train__steps=2, **keys)
+  whole = [loop.train(c, tmp_path, config.flatten(c), accept_changes=True).result for _ in range(2)]
+  found = [r for r in lines(tmp_path) if r["kind"] == "validation"]
+  assert [r.get("batches") for r in found] == [1, None], "and not a third time"
+  assert whole[0]["tokens"] == whole[1]["tokens"] > found[0]["tokens"]
+
+
 @pytest.mark.parametrize("stop_after", quick.first([3, 1, 4, 5]))
 def test_a_signal_at_any_step_changes_no_later_number(finished, tmp_path, monkeypatch, stop_after):
   """Stops inside a log window, at its end, and at an evaluation; then the same call goes on."""

@@ -38,7 +38,6 @@ _CHARTS = {  # metric: (title, unit), in the order of the page
   "input_wait": ("Input wait", "share of the time"),
   "param_norm": ("Weight norm", ""),
 }
-_LEFT_OUT = ("tokens",)  # counts that say nothing about a run
 _ICON = (
   "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect "
   "width='16' height='16' rx='4' fill='%233553c4'/%3E%3Cpath d='M3 4c2 7 4 8 10 8' fill='none' "
@@ -156,7 +155,7 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, str]]:
     name for run in runs for series in run.series.values() for name in series.metrics
   )
   order = [name for name in _CHARTS if name in there]
-  order += sorted(name for name in there if name not in _CHARTS and name not in _LEFT_OUT)
+  order += sorted(name for name in there if name not in _CHARTS and name not in sections.COUNTS)
   return [
     {
       "metric": name,

@@ -14,6 +14,7 @@ from jaxgpt.config.keys import KEYS
 from jaxgpt.run.process import text_table
 from jaxgpt.storage import strict_json
 
+COUNTS = ("tokens", "batches")  # metrics that say nothing about a run
 _MOST_ROWS = 40  # of long tables of data and environments
 _UNKNOWN = "unknown"
 
@@ -274,7 +275,7 @@ def evaluations(runs: Sequence[Run], given: Sequence[results_lib.Table]) -> Html
   for run in runs:
     found = run.series.get("validation")
     for name, points in found.metrics.items() if found else ():
-      if found and points.newest is not None and name != "tokens":
+      if found and points.newest is not None and name not in COUNTS:
         least, greatest = float(np.nanmin(points.low)), float(np.nanmax(points.high))
         rows.append((run.name, name, points.newest, least, greatest, found.records))
   parts = []

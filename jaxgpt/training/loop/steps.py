@@ -37,6 +37,8 @@ from jaxgpt.training import metrics as metrics_lib
 from jaxgpt.training.loop import saving, trouble
 from jaxgpt.training.loop import spikes as spikes_lib
 
+_PART = "batches"  # in the metrics of an evaluation that left out some of the split
+
 
 class Outcome(NamedTuple):
   """The end of a call of `train`.
@@ -153,7 +155,7 @@ class Run:
     if self._step < self._c.train.steps and not early:
       self._finish()
       return Outcome(self._step, None, self._stopped)
-    last = self._evaluate(limit=0)
+    last = self._evaluate(self._c.eval.batches if early else 0)
     self._finish()
     is_complete = last is not None or self._held_out is None
     found = None
@@ -332,7 +334,8 @@ class Run:
     """The validation metrics of this step.
 
     None if there is no validation split, or if a signal ended the evaluation. A step that metrics
-    were written for is not evaluated again.
+    were written for is not evaluated again, unless they are of a part of the split and all of it
+    is asked for: train.steps was then lowered to a step that the run had reached.
 
     Args:
       limit: Number of batches. 0: the whole split.
@@ -341,7 +344,7 @@ class Run:
     if self._held_out is None:
       return None
     result = distributed.share(self._writers.newest(self._step, "validation"))
-    if result is None:
+    if result is None or (_PART in result and not limit):
       with self._timer.paused(throughput.EVALUATION), jax.transfer_guard("allow"):
         self._stop_now()  # evaluation batches take another time than steps
         result = evaluation.evaluate_on(
@@ -358,6 +361,8 @@ class Run:
         weights = train_step.own_weights(self._state)
         for evaluator in self._evaluators:
           result |= evaluator(weights)
+        if evaluation.is_part(self._held_out, limit):
+          result[_PART] = limit
         result = distributed.share(result)
         self._writers.write(self._step, "validation", result)
         note = train_step.ema_note(self._c.optim, self._step)
