@@ -9,7 +9,11 @@ from the signs of life of the run (`run_lock.last_beat`), which the next start r
 
 Lost is the work after the last checkpoint of a killed start, or all of a start without one: the
 next start repeats its steps. A start that ends at a signal saves first and loses nothing. Steps
-count once as training steps, when they lead to a checkpoint.
+count once as training steps, when they lead to a checkpoint. While a run goes on, those since its
+last checkpoint are not saved yet.
+
+A process that goes back from a spike lives on, and so do its signs of life: the start that it ends
+is over when the next one begins.
 """
 
 import datetime
@@ -32,6 +36,7 @@ _LABELS = {  # activity: (label, what it covers)
   throughput.STARTUP: ("start-up", "from the launch of the process to the first compile; closing"),
 }
 _LOST = ("lost", "work after the last checkpoint of a start that was killed")
+_UNSAVED = ("not saved yet", "work since the last checkpoint of a run that is going on")
 _BETWEEN = ("between starts", "not running")
 _REST = ("all else", "evaluation, saving, compiling, pauses: this run kept no account of them")
 
@@ -82,6 +87,7 @@ def of(
   records: curves.Curves,
   until: float | None,
   last_beat: float | None = None,
+  goes_on: bool = False,
 ) -> Account:
   """The account of a run.
 
@@ -90,11 +96,12 @@ def of(
     records: Its metrics.
     until: When its last checkpoint was complete, in seconds since the epoch. None: unknown.
     last_beat: Its last sign of life, see `run_lock.last_beat`. None: unknown.
+    goes_on: A process is training it.
   """
   if not any("account" in start or "launched" in start for start in starts):
     return _from_metrics(starts, records, until)
   spent = dict.fromkeys(throughput.ACTIVITIES, 0.0)
-  between = lost = 0.0
+  between = lost = unsaved = 0.0
   notes = []
   ends: list[float] = []
   for number, start in enumerate(starts, 1):
@@ -110,13 +117,17 @@ def of(
       end = (seconds_of(account["began"]) or began or 0.0) + sum(account["seconds"].values())
     beat = _beat_after(starts[number:], last_beat)
     if end is not None and beat is not None and beat > end and not start.get("ended"):
-      lost += beat - end
+      if goes_on and number == len(starts):
+        unsaved = beat - end
+      else:
+        lost += beat - end
       end = beat
     elif not account and "launched" not in start:
       notes.append(f"start {number} ended before its first checkpoint was complete, or kept none")
     ends += [end] if end is not None else []
   parts = [Part(_LABELS[name][0], spent[name], _LABELS[name][1]) for name in _LABELS]
-  parts += [Part(_LOST[0], lost, _LOST[1]), Part(_BETWEEN[0], between, _BETWEEN[1])]
+  others = ((_LOST, lost), (_UNSAVED, unsaved), (_BETWEEN, between))
+  parts += [Part(name, seconds, meaning) for (name, meaning), seconds in others]
   if not starts[-1].get("ended"):
     notes.append("the account of the last start ends with its last complete checkpoint")
   repeated = sum(start.get("repeats") or 0 for start in starts)
@@ -139,7 +150,8 @@ def of_run(
   run_folder.require_run(folder)
   records = curves.read(folder) if records is None else records
   beat = run_lock.last_beat(folder)
-  return of(run_folder.read_starts(folder), records, until, beat)
+  goes_on = run_lock.holder(folder) is not None
+  return of(run_folder.read_starts(folder), records, until, beat, goes_on)
 
 
 def _began(start: Mapping[str, Any]) -> float | None:
@@ -154,8 +166,14 @@ def _before_account(start: Mapping[str, Any]) -> float:
 
 
 def _beat_after(later: Sequence[Mapping[str, Any]], last_beat: float | None) -> float | None:
-  """The last sign of life of a start, which the next one recorded, or None."""
-  return seconds_of(later[0].get("last_beat", "")) if later else last_beat
+  """The last sign of life of a start, which the next one recorded, or None.
+
+  It is not later than the beginning of the next one, see the top of this file.
+  """
+  if not later:
+    return last_beat
+  beat, began = seconds_of(later[0].get("last_beat", "")), _began(later[0])
+  return beat if beat is None or began is None else min(beat, began)
 
 
 def _from_metrics(

@@ -3,6 +3,7 @@
 import pytest
 
 from jaxgpt.analysis.report import goodput
+from jaxgpt.run import run_lock
 
 
 def start(time, began=None, **seconds):
@@ -59,6 +60,37 @@ def test_kills_lose_what_came_after_the_last_checkpoint_until_the_last_sign_of_l
   killed = [starts[0], {**starts[2], "ended": False}]
   found = goodput.of(killed, {}, None, last_beat=goodput.seconds_of("2026-11-26T10:04:00Z"))
   assert {p.name: p.seconds for p in found.parts}["lost"] == 100.0 + 30.0
+
+
+def launched(time, **seconds):
+  return start(time, time, **seconds) | {"launched": f"2026-11-26T{time}Z"}
+
+
+def test_a_start_that_a_rewind_ends_is_over_when_the_next_one_begins():
+  """The process lives on, and its signs of life with it."""
+  first = launched("10:00:00", startup=10.0, steps=50.0)
+  second = launched("10:01:30", startup=20.0, steps=40.0)
+  second |= {"last_beat": "2026-11-26T10:01:50Z", "ended": True}
+  found = goodput.of([first, second], {}, None)
+  assert {part.name: part.seconds for part in found.parts} == {
+    "training steps": 90.0,
+    "start-up": 30.0,
+    "lost": 30.0,
+  }
+
+
+def test_work_of_a_run_that_goes_on_is_not_lost(tmp_path, monkeypatch):
+  began = launched("10:00:00", startup=10.0, steps=50.0)
+  monkeypatch.setattr(goodput.run_folder, "require_run", lambda folder: folder)
+  monkeypatch.setattr(goodput.run_folder, "read_starts", lambda folder: [began])
+  beat = goodput.seconds_of("2026-11-26T10:02:00Z")
+  monkeypatch.setattr(goodput.run_lock, "last_beat", lambda folder: beat)
+  of_parts = lambda: {part.name: part.seconds for part in goodput.of_run(tmp_path).parts}
+  known = {"training steps": 50.0, "start-up": 10.0}
+  with run_lock.RunLock(tmp_path) as lock:
+    lock.take()
+    assert of_parts() == known | {"not saved yet": 60.0}
+  assert of_parts() == known | {"lost": 60.0}
 
 
 def test_a_run_of_an_earlier_version_has_the_times_of_its_steps():
