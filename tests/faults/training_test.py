@@ -283,6 +283,19 @@ def test_too_little_memory_is_answered_in_keys(whole, tmp_path, monkeypatch):
   assert caught.value.exit_code == 2
 
 
+def test_the_evidence_is_that_of_the_last_time_a_step_was_not_finite(tmp_path):
+  """A run that goes on with a lower rate may end at the same step again."""
+  for value in (1.0, 2.0):
+    weights = jax.numpy.full((2,), value)
+    state = {"step": 3, "nonfinite_step": 3, "params": {"a": weights}}
+    trouble.dump(tmp_path, state, {"tokens": np.full(2, value)}, {"loss": value})
+  abstract = {"params": {"a": jax.ShapeDtypeStruct((2,), "float32", sharding=weights.sharding)}}
+  saved, _ = checkpoints_lib.Checkpoints(tmp_path / "state").restore(abstract)
+  assert saved["params"]["a"].tolist() == [2.0, 2.0]
+  assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": 2.0}
+  assert np.load(tmp_path / "batch.npz")["tokens"].tolist() == [2.0, 2.0]
+
+
 def test_bugs_keep_their_traceback():
   state = {"a": jax.ShapeDtypeStruct((2,), np.float32)}
   assert trouble.explained(TypeError("a bug"), state) is None

@@ -91,7 +91,7 @@ def dump(
   """Writes the state, batch and metrics of a bad step for debugging. All processes must call it.
 
   Args:
-    folder: The folder to write, made if needed.
+    folder: The folder to write, made if needed. What it holds is replaced.
     state: The state of `train_step` after the step.
     batch: The step's batch.
     metrics: Its metrics.
@@ -104,5 +104,6 @@ def dump(
       np.savez(f, **arrays)
     (folder / "metrics.json").write_text(strict_json.dumps(metrics, indent=2))
   checkpoints = checkpoints_lib.Checkpoints(folder / "state")
+  checkpoints.delete_after(-1)  # of an earlier time that the run came to this step
   checkpoints.save(state)
   checkpoints.close()
