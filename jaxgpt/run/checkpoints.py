@@ -385,6 +385,8 @@ class Checkpoints:
     saved = self._manager.item_metadata(step)
     for name, item in abstract.items():
       if saved.get(name) is None:
+        if saved_lib.was_saved(self._manager.directory / str(step), name):
+          raise DamagedError(f"checkpoint {where} is damaged: {name} is missing")
         raise UserError(
           f"checkpoint {where} has no {name!r}; was the run made with other settings (optim.ema)?"
         )

@@ -93,6 +93,24 @@ def test_a_changed_value_is_named_and_the_checkpoint_before_is_restored(run, nam
   assert restore(run)[2] == []
 
 
+@pytest.mark.parametrize("lost", [("params",), ("opt",), ("opt", "meta")])
+def test_a_checkpoint_that_lost_an_item_is_damaged(run, lost):
+  for name in lost:
+    shutil.rmtree(run / "checkpoints" / "3" / name)
+  state, _, damaged = restore(run)
+  same(state, state_of(2))
+  assert f"checkpoints/3 is damaged: {lost[0]} is missing: it is in" in damaged[0]
+  assert (run / "damaged" / "3").is_dir()
+
+
+def test_an_item_that_was_never_saved_is_no_damage(run):
+  checkpoints = checkpoints_lib.Checkpoints(run / "checkpoints")
+  with pytest.raises(UserError, match=r"checkpoints/3 has no 'ema'; .* settings \(optim.ema\)"):
+    checkpoints.restore_newest(abstract() | {"ema": abstract()["params"]})
+  checkpoints.close()
+  assert not (run / "damaged").exists()
+
+
 def test_if_all_are_damaged_none_is_moved(run):
   for step in STEPS:
     shutil.rmtree(run / "checkpoints" / str(step) / "params")

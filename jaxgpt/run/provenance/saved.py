@@ -163,6 +163,22 @@ def problems(saved: Saved) -> list[str]:
   return out
 
 
+def was_saved(checkpoint: epath.Path, item: str) -> bool:
+  """Whether an item was saved with a checkpoint, as far as its `meta` tells.
+
+  Args:
+    checkpoint: The folder of the checkpoint.
+    item: 'params', 'opt' or 'ema'.
+
+  Returns:
+    True also if `meta` is broken, as no whole checkpoint's is.
+  """
+  try:
+    return item in json.loads((checkpoint / META).read_text()).get("digests", {})
+  except (OSError, ValueError, AttributeError, TypeError):
+    return True
+
+
 def array_digests(saved: Saved, item: str) -> dict[str, str]:
   """Digests of the arrays of an item as they are now, see `run.digests`.
 
