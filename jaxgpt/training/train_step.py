@@ -288,11 +288,9 @@ def make(
     applied = finite & (first_bad < 0)
     new, param_norm = jax.lax.cond(applied, update, left_alone, state, grads, largest)
     fine = applied & jnp.isfinite(param_norm)
-    in_row = -1 - first_bad  # skipped just before this step, if not negative
-    # Also without skip_nonfinite: the state may be that of a start which skipped its last step.
-    first_bad = jnp.where(fine, -1, first_bad)
+    first_bad = jnp.where(fine, -1, first_bad)  # perhaps an earlier start skipped its last step
     if c.optim.skip_nonfinite:
-      skipped = ~finite & (first_bad < 0) & (in_row < c.optim.skip_nonfinite)
+      skipped = ~finite & (first_bad < 0) & (first_bad >= -c.optim.skip_nonfinite)
       new = passed_over(new, skipped)
       first_bad = jnp.where(skipped, first_bad - 1, first_bad)
       fine = fine | skipped
