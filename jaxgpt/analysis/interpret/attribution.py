@@ -124,7 +124,7 @@ def attribute(
   components = jnp.concatenate([terms, constant_BT[None]])
   heads = None
   if cfg.norm_placement == "pre":
-    o_LNHD = of_layers(cfg, params, "attn", "o").astype(jnp.float32)
+    o_LNHD = of_layers(cfg, params, "attn", "o").astype(jnp.float32) * cfg.residual_scale
     heads = jnp.einsum("LBTNH,LNHD,BTD->LNBT", at["heads"], o_LNHD, u_BTD)
   total = components.sum(0)
   return Attribution(components, heads, total, _gap(cfg, reading, total, target_BT, contrast_BT))

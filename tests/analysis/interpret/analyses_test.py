@@ -57,8 +57,12 @@ def test_maps_and_lens_equal_those_of_transformers(pair):
   assert (np.diff(found.probabilities, axis=-1) <= 0).all()
 
 
-def test_a_logit_is_the_sum_of_its_components(pair):
-  model, params, _, reading, _ = pair
+@pytest.mark.parametrize("scale", [1.0, 0.22])
+def test_a_logit_is_the_sum_of_its_components(pair, scale):
+  model, params, inputs, _, _ = pair
+  fields = model.cfg.to_dict() | {"residual_scale": scale}
+  model = model.clone(cfg=ml_collections.FrozenConfigDict(fields))
+  reading = taps.read(model, params, inputs, NAMES)
   target = reading.output.logits.argmax(-1)
   contrast = (target + 1) % V
   at = lambda ids: jnp.take_along_axis(reading.output.logits, ids[..., None], -1)[..., 0]
@@ -70,7 +74,7 @@ def test_a_logit_is_the_sum_of_its_components(pair):
   bias = params["layers"]["attn"]["o_bias"]
   without = jax.tree.map(jnp.array, params)
   without["layers"]["attn"]["o_bias"] = bias * 0
-  rest = reading.at["attn_out"] - bias[:, None, None]
+  rest = reading.at["attn_out"] - scale * bias[:, None, None]
   plain = reading._replace(at=reading.at | {"attn_out": rest})
   attn = attribution.attribute(model, without, plain, target, contrast).components[1 : L + 1]
   np.testing.assert_allclose(found.heads.sum(1), attn, atol=1e-3)
