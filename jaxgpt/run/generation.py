@@ -47,6 +47,10 @@ class Generation(NamedTuple):
     """Ids of the tokens that end a text."""
     return tuple(self.values[_EOS])
 
+  def without_ends(self) -> "Generation":
+    """The same for texts that no token ends."""
+    return self._replace(values=self.values | {_EOS: []})
+
 
 def read(folder: epath.PathLike, tokenizer: Tokenizer) -> Generation:
   """Reads what a run folder, or a folder in Hugging Face's format, says.

@@ -1,11 +1,16 @@
 """The table of a run and its variants."""
 
+import itertools
+import types
+
+import jax
 import pytest
 
 from jaxgpt.analysis.compression import report
 from jaxgpt.commands.main import main
 from jaxgpt.commands.models import compress as command
 from jaxgpt.errors import UserError
+from jaxgpt.inference import load
 
 
 @pytest.mark.slow
@@ -36,6 +41,19 @@ def test_settings_without_an_effect_are_refused(trained, tmp_path):
     command.CompressOptions(runs=("a", "b"), rows=3)
   with pytest.raises(UserError, match="one RUN alone"):
     command.CompressOptions(runs=("a",))
+
+
+def test_speeds_count_the_tokens_that_were_generated(trained, monkeypatch):
+  monkeypatch.setattr(
+    report, "time", types.SimpleNamespace(perf_counter=itertools.count().__next__)
+  )  # a second passes at each call
+  run = load.load(trained, devices=jax.local_devices()[:1])
+  every = range(run.c.model.vocab_size)
+  ends = run.generation._replace(values={"eos_token_id": list(every)})
+  assert report._speed(run._replace(generation=ends), 12) == 12
+  # Bytes that are no text: each would be three tokens if its text were encoded again.
+  noise = 0.3 * jax.random.normal(jax.random.key(3), run.params["embed"].shape)
+  assert report._speed(run._replace(params=run.params | {"embed": noise}), 12) == 12
 
 
 def test_names_tell_the_runs_apart():
