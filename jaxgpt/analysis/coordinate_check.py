@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from jaxgpt.analysis import token_rows
 from jaxgpt.analysis.interpret import taps
 from jaxgpt.data import pipeline, stages
 from jaxgpt.errors import UserError
@@ -121,13 +122,19 @@ def check(
     grow: For widths: 'num_heads' of the same size, or 'head_dim'.
 
   Raises:
-    UserError: A size does not suit the model, or its training is not finite.
+    UserError: A size does not suit the model, its objective reads pairs of texts, or its training
+      is not finite.
   """
   if len(at) < 2 or list(at) != sorted(set(at)):
     raise UserError(f"{over}s {', '.join(map(str, at))}: give at least two, rising")
   configs = {size: _sized(c, over, size, grow) for size in at}
   for own in configs.values():  # mistakes are reported before anything is trained
-    batches_lib.load_tokenizer_and_config(own)
+    _, resolved = batches_lib.load_tokenizer_and_config(own)
+    if problem := token_rows.obstacle(resolved):
+      raise UserError(
+        f"{problem}, which a coordinate check reads; set objective.name=causal_lm and data.path to "
+        "a folder of text"
+      )
   readings = [
     _measured(own, seeds, steps, f"{over} {size}", _TAPS[over]) for size, own in configs.items()
   ]

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from jaxgpt.analysis import coordinate_check
+from jaxgpt.errors import UserError
 from jaxgpt.model.scaling import mup
 from jaxgpt.parallel import mesh
 
@@ -38,6 +39,11 @@ def check(tiny, monkeypatch):
 
 def failing(found):
   return {row.name.split(",")[0] for row in found.rows if row.problem}
+
+
+def test_pairs_are_refused(check, pairs):
+  with pytest.raises(UserError, match="chosen, rejected.* set objective.name=causal_lm"):
+    check(dict(objective__name="preference", data__path=pairs), at=(32, 64))
 
 
 @pytest.mark.slow

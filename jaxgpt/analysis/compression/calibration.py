@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from jaxgpt import tree
+from jaxgpt.analysis import token_rows
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.model import stacks, transformer
@@ -77,9 +78,9 @@ def rows(
     (batches, digest of the data).
 
   Raises:
-    UserError: See `load.open_split`.
+    UserError: See `token_rows.open_split`.
   """
-  c, batches = load.open_split(run, split, batch_size, data)
+  c, batches = token_rows.open_split(run, split, batch_size, data)
   limit = -(-count // batches.batch_size)
   return list(evaluation.held_out_batches(batches, run.mesh, c.data, limit)), batches.digest
 

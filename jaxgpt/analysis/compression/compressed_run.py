@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from jaxgpt import config
+from jaxgpt.analysis import token_rows
 from jaxgpt.analysis.compression import calibration, masks, methods, prune, quantize, structured
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
@@ -62,7 +63,7 @@ def opened(folder: epath.PathLike, step: int | str | None = None) -> load.Run:
     params = lora.merge(params, c.model.lora)
     c.model.lora.rank = 0
   if objectives.find(c).fixed(c):
-    c.objective.update(dict(name="causal_lm", teacher="", teacher_config="", stored=""))
+    c = token_rows.as_causal_lm(c)
   c.optim.update(dict(ema=0.0, trainable=(), frozen=()))
   c.checkpoint.best = ""
   c.init_from = str(folder)
@@ -83,7 +84,7 @@ def calibrated(run: load.Run, calibration_text: Calibration) -> tuple[list[PyTre
   """The batches of a calibration, and its entry in the record.
 
   Raises:
-    UserError: See `load.open_split`.
+    UserError: See `token_rows.open_split`.
   """
   data, split, rows = calibration_text
   batches, digest = calibration.rows(run, data, split, rows)

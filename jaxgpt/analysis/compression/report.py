@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from jaxgpt import tree
+from jaxgpt.analysis import token_rows
 from jaxgpt.analysis.compression import compressed_run, methods, prune, quantize
 from jaxgpt.analysis.compression.masks import parse
 from jaxgpt.config.registry import Registry
@@ -144,10 +145,10 @@ def measure(
     batches: Batches to evaluate. 0: the whole split.
 
   Raises:
-    UserError: See `load.load` and `load.open_split`.
+    UserError: See `load.load` and `token_rows.open_data`.
   """
-  run = load.load(folder, use="evaluate")
-  c, text = load.open_split(run, split, data=data)
+  run = token_rows.reading(load.load(folder, use="evaluate"), data)
+  c, text = token_rows.open_data(run, split, data=data)
   step = evaluation.make_step(run.parts.objective)
   with jax.set_mesh(run.mesh):
     score = lambda limit: evaluation.evaluate_on(text, run.mesh, c.data, step, run.weights, limit)

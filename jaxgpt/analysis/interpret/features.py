@@ -109,7 +109,7 @@ def rows(data: pipeline.Batches, count: int) -> Iterator[Rows]:
   """Batches of a split, shuffled, or all of it in order if it is no larger than asked for.
 
   Args:
-    data: From `load.open_split`.
+    data: From `token_rows.open_split`.
     count: Number of rows, rounded up to whole batches.
   """
   limit = -(-count // data.batch_size)

@@ -58,6 +58,12 @@ def none(cfg: Any) -> Translators:
   )
 
 
+def check(cfg: Any) -> None:
+  """Raises a UserError if a model does not predict tokens. `cfg` is the `model` section."""
+  if cfg.head != "lm":
+    raise UserError(f"model.head={cfg.head!r}: the tuned lens is for models that predict tokens")
+
+
 def fit(
   model: transformer.Transformer,
   params: PyTree,
@@ -79,10 +85,7 @@ def fit(
   Raises:
     UserError: The model does not predict tokens.
   """
-  if model.cfg.head != "lm":
-    raise UserError(
-      f"model.head={model.cfg.head!r}: the tuned lens is for models that predict tokens"
-    )
+  check(model.cfg)
   c = config.base()
   c.optim.update(dict(lr=lr, weight_decay=0.0))
   c.schedule.update(dict(name="linear", warmup_steps=0, final_ratio=0.0))

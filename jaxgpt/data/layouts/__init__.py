@@ -6,13 +6,22 @@ An objective names the layout that it reads (`Objective.layout`). Each layout is
 
 from jaxgpt.data.layouts.language_model import packed
 from jaxgpt.data.layouts.layout import Batch, Item, Layout
-from jaxgpt.data.layouts.registry import LAYOUTS, Inputs, LayoutEntry, blank, make, of_kind
+from jaxgpt.data.layouts.registry import (
+  LAYOUTS,
+  Inputs,
+  KindError,
+  LayoutEntry,
+  blank,
+  make,
+  of_kind,
+)
 
 __all__ = [
   "LAYOUTS",
   "Batch",
   "Inputs",
   "Item",
+  "KindError",
   "Layout",
   "LayoutEntry",
   "blank",

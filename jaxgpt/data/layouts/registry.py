@@ -50,6 +50,24 @@ class LayoutEntry(NamedTuple):
   predicts_text: bool = False
 
 
+class KindError(UserError):
+  """A layout cannot take data of a kind.
+
+  Attributes:
+    source: Name of the data.
+    kind: Its kind.
+    kinds: Kinds that the layout takes, the usual one first.
+  """
+
+  def __init__(self, layout: str, source: str, kind: str):
+    self.source, self.kind, self.kinds = source, kind, LAYOUTS[layout].kinds
+    super().__init__(
+      f"objective.name={layout!r} takes data of kind {' or '.join(self.kinds)}, but "
+      f"{source!r} is of kind {kind}: set objective.name to {' or '.join(of_kind(kind))}, or "
+      f"prepare it with --kind={self.kinds[0]}"
+    )
+
+
 LAYOUTS: Registry[LayoutEntry] = Registry("layout")
 LAYOUTS.add(
   "causal_lm",
@@ -143,17 +161,14 @@ def make(
     inputs: Values that the layout needs. The classes of the splits replace `has_classes`.
 
   Raises:
-    UserError: The layout can't take a split's kind of data, or the splits have different classes.
+    UserError: The layout can't take a split's kind of data (`KindError`), or the splits have
+      different classes.
   """
   entry = LAYOUTS[name]
   first_name, first = splits[0]
   for other, split in splits:
     if split.kind not in entry.kinds:
-      raise UserError(
-        f"objective.name={name!r} takes data of kind {' or '.join(entry.kinds)}, but "
-        f"{other!r} is of kind {split.kind}: set objective.name to "
-        f"{' or '.join(of_kind(split.kind))}, or prepare it with --kind={entry.kinds[0]}"
-      )
+      raise KindError(name, other, split.kind)
     if split.label_names != first.label_names:
       raise UserError(
         f"{other!r} and {first_name!r} have different classes: {', '.join(split.label_names)} "

@@ -156,6 +156,20 @@ def test_a_compressed_run_is_no_training_run(trained, wanda, tiny, tmp_path):
     train(tiny(optim__keep_zeros=True), tmp_path / "new")
 
 
+def test_calibration_needs_text(trained, opened, on_pairs, corpus):
+  calibrated = compressed_run.calibrated
+  run = on_pairs(load.load(trained))
+  with pytest.raises(UserError, match="objective.name='preference': .* --data=DIR"):
+    calibrated(run, TEXT)  # the objectives without a reference stay
+  assert calibrated(run, TEXT._replace(data=str(corpus)))[0][0]["tokens"].shape == (8, 32)
+  c = opened.c.copy_and_resolve_references()
+  c.data.path = run.c.data.path  # a run that had a reference
+  with pytest.raises(UserError, match="the run's data .* is of kind preference.* --data=DIR"):
+    calibrated(opened._replace(c=c), TEXT)
+  batches, record_of = calibrated(opened._replace(c=c), TEXT._replace(data=str(corpus)))
+  assert record_of["data"] == str(corpus) and sum(len(b["tokens"]) for b in batches) == 16
+
+
 def test_what_cannot_be_pruned_is_refused(trained, opened, wanda, tmp_path):
   settings = lambda *args, **more: prune.prune(opened, prune.Settings(*args, **more))
   with pytest.raises(UserError, match="--match=layers/atn/q: matches no parameter; did you mean"):

@@ -56,6 +56,17 @@ def test_speeds_count_the_tokens_that_were_generated(trained, monkeypatch):
   assert report._speed(run._replace(params=run.params | {"embed": noise}), 12) == 12
 
 
+def test_a_run_on_pairs_is_measured_on_text(trained, on_pairs, corpus, monkeypatch):
+  run = load.load(trained, use="evaluate")
+  paired = on_pairs(run)
+  monkeypatch.setattr(load, "load", lambda *_, **__: paired)
+  row = report.measure(trained, "run", "validation", str(corpus), 0, 1)
+  monkeypatch.setattr(load, "load", lambda *_, **__: run)
+  assert row == report.measure(trained, "run", "validation", None, 0, 1)._replace(
+    evaluated=row.evaluated
+  )
+
+
 def test_names_tell_the_runs_apart():
   assert report.names_of(["/x/run", "/x/v/int8"]) == ["run", "int8"]
   assert report.names_of(["/x/run", "/y/run"]) == ["x/run", "y/run"]

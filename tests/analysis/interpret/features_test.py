@@ -116,6 +116,13 @@ def test_examples_are_the_largest_activations_of_documents_that_hold_the_token(s
       assert len({(e.doc, e.token) for e in found[f]}) == len(found[f])
 
 
+def test_a_run_on_pairs_needs_text(trained, on_pairs, monkeypatch):
+  run = on_pairs(load.load(trained, devices=jax.local_devices()[:1]))
+  monkeypatch.setattr(load, "load", lambda *_, **__: run)
+  with pytest.raises(UserError, match="objective.name='preference': .* --data=DIR"):
+    command.run(command.FeaturesOptions(workdir=str(trained), rows=8, steps=1))
+
+
 @pytest.mark.slow
 def test_the_command_prints_the_reconstruction_and_writes_every_feature(trained, tmp_path, capsys):
   options = dict(workdir=str(trained), layer=0, features=64, k=8, rows=16, steps=60, top=2, show=2)

@@ -65,6 +65,17 @@ def test_the_command_prints_a_row_for_each_layer(trained, tmp_path, capsys):
     command.run(command.LensOptions(workdir=str(trained), out=str(tmp_path / "no" / "x.npz")))
 
 
+def test_a_run_on_pairs_needs_text(trained, on_pairs, corpus, tmp_path, monkeypatch):
+  run = on_pairs(load.load(trained, devices=jax.local_devices()[:1]))
+  monkeypatch.setattr(load, "load", lambda *_, **__: run)
+  options = dict(workdir=str(trained), steps=1, rows=4, out=str(tmp_path / "lens.npz"))
+  with pytest.raises(UserError, match=r"pairs \(chosen, rejected\).* of text .* --data=DIR"):
+    command.run(command.LensOptions(**options))
+  with pytest.raises(UserError, match="--data=.* is of kind preference, and data of kind text or"):
+    command.run(command.LensOptions(**options, data=run.c.data.path))
+  command.run(command.LensOptions(**options, data=str(corpus)))
+
+
 def test_a_model_without_tokens_to_predict_is_refused(small):
   model, params, batches, _ = small
   pooled = model.clone(cfg=ml_collections.FrozenConfigDict(model.cfg.to_dict() | {"head": "none"}))

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from jaxgpt.analysis import token_rows
 from jaxgpt.analysis.interpret import explain, features, sparse_autoencoder
 from jaxgpt.commands.actions import backend
 from jaxgpt.data import pipeline
@@ -28,9 +29,9 @@ def run(args: Any) -> None:
   layer = m.c.model.num_layers // 2 if args.layer is None else args.layer
   place = features.Place(args.tap, layer)
   features.check(m, place)
-  _, data = load.open_split(run, "train", data=args.data)
-  train = list(features.rows(data, args.rows))
-  held_out = list(features.rows(load.open_split(run, "validation", data=args.data)[1], HELD_OUT))
+  _, data = token_rows.open_split(run, "train", data=args.data)
+  _, other = token_rows.open_split(run, "validation", data=args.data)
+  train, held_out = list(features.rows(data, args.rows)), list(features.rows(other, HELD_OUT))
   with jax.set_mesh(run.mesh):
     found = _fit(args, features.activations(m, train, place))
     scores = features.measure(m, found, held_out, place)

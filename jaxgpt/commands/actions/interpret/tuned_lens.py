@@ -21,6 +21,7 @@ def run(args: Any) -> None:
     raise UserError(f"--out={out}: give the name of a file in a folder that exists")
   backend.start()
   run = load.load(args.workdir, args.step, devices=jax.local_devices()[:1])
+  tuned_lens.check(run.c.model)
   m = explain.of_run(run)
   train, _ = calibration.rows(run, args.data, "train", args.rows)
   held_out, _ = calibration.rows(run, args.data, "validation", HELD_OUT)
