@@ -7,6 +7,7 @@ errors of earlier layers are known to later ones (as in arXiv:2210.17323 and arX
 B batch, T position, D model, I inputs of a matrix.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -109,8 +110,7 @@ def walk(run: load.Run, batches: Sequence[PyTree], visit: Visit, products: bool 
       for i in range(stack.repeats):
         own = _own(cfg, done, len(stack.kinds))
         period = stacks.repeat_of(params[stack.name], i)
-        sums = [step(period, rows.x_BTD, rows.inputs, own)[1] for rows in moving]
-        total = jax.device_get(jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *sums))
+        total = _totals(step, period, moving, own)
         count = int(total["tokens"])
         similarity = float(total["similarity"]) / max(count, 1)
         mean = {path: x / max(count, 1) for path, x in total["magnitudes"].items()}
@@ -165,29 +165,40 @@ def _before_layers(
 def _period_step(
   model: transformer.Transformer, kinds: tuple[stacks.Kind, ...], products: bool
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
-  """The compiled function (params, x, inputs, own) -> (x after the period, sums over tokens)."""
+  """The compiled function (params, x, inputs, own) -> (x after the period, sums over tokens).
+
+  Sums of inputs are named after all matrices that read them: 'attn/k,attn/q,attn/v'.
+  """
   period: Any = Period(model.cfg, model.rules, kinds, False, parent=None)
 
   @jax.jit
   def step(
     params: PyTree, x_BTD: jax.Array, inputs: LayerInputs, own: tuple[BlockInputs, ...]
   ) -> tuple[jax.Array, dict[str, Any]]:
-    sums: dict[str, jax.Array] = {}
-    magnitudes: dict[str, jax.Array] = {}
+    reads: list[tuple[jax.Array, int, list[str]]] = []  # array, inputs, matrices that read it
     real = inputs.real.astype(jnp.float32)
 
     def spy(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
       if context.method_name == "linear":
         name, read = args[:2]
-        size = math.prod(read.shape[read.ndim - kwargs.get("num_in", 1) :])
-        read = read.astype(jnp.float32).reshape(*real.shape, size) * real[..., None]
         path = "/".join((*context.module.path, name))
-        sums[path] = jnp.einsum("bti,btj->ij" if products else "bti,bti->i", read, read)
-        magnitudes[path] = jnp.abs(read).sum((0, 1))
+        for known, _, paths in reads:  # queries, keys and values read the same array
+          if known is read:
+            paths.append(path)
+            break
+        else:
+          size = math.prod(read.shape[read.ndim - kwargs.get("num_in", 1) :])
+          reads.append((read, size, [path]))
       return call(*args, **kwargs)
 
     with nn.intercept_methods(spy):
       y_BTD, _ = period.apply({"params": params}, x_BTD, inputs, own)
+    sums, magnitudes = {}, {}
+    for read, size, paths in reads:
+      x = read.astype(jnp.float32).reshape(*real.shape, size) * real[..., None]
+      name = ",".join(paths)
+      sums[name] = jnp.einsum("bti,btj->ij" if products else "bti,bti->i", x, x)
+      magnitudes[name] = jnp.abs(x).sum((0, 1))
     cosine = _cosine(x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32))
     return y_BTD, {
       "inputs": sums,
@@ -197,6 +208,25 @@ def _period_step(
     }
 
   return step
+
+
+# In the memory of the first, since products of a wide matrix's inputs are large.
+_added = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
+
+
+def _totals(
+  step: Callable[..., tuple[jax.Array, dict[str, Any]]],
+  params: PyTree,
+  moving: Sequence[_Rows],
+  own: tuple[BlockInputs, ...],
+) -> dict[str, Any]:
+  """The sums of a period over all batches, on the host, by the paths of the matrices."""
+  of_batch = lambda rows: step(params, rows.x_BTD, rows.inputs, own)[1]
+  add = lambda total, rows: _added(total, of_batch(rows))
+  host: dict[str, Any] = jax.device_get(functools.reduce(add, moving[1:], of_batch(moving[0])))
+  for name in ("inputs", "magnitudes"):
+    host[name] = {path: x for paths, x in host[name].items() for path in paths.split(",")}
+  return host
 
 
 def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:

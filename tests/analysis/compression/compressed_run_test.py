@@ -53,6 +53,27 @@ def test_the_inputs_of_matrices_are_those_of_the_model(opened, text):
   assert 0 < seen[0].similarity < 1
 
 
+def test_products_of_one_batch_are_on_the_device_at_a_time(opened, corpus, monkeypatch):
+  batches = calibration.rows(opened, str(corpus), "train", 40)[0]
+  counts, make = [], calibration._period_step
+
+  def held():
+    counts.append(sum(x.shape == (64, 64) for x in jax.live_arrays()))
+
+  def counting(*args):
+    step = make(*args)
+    return lambda *args: (held(), step(*args))[1]
+
+  monkeypatch.setattr(calibration, "_period_step", counting)
+  held()
+  seen = []
+  calibration.walk(opened, batches, lambda s: (held(), seen.append(s), s.params)[2], products=True)
+  assert len(batches) == 5 and max(counts) <= counts[0] + 1
+  of = seen[0].inputs
+  assert of["mlp/down"].shape == (64, 64)  # the only one of this size
+  assert of["attn/q"] is of["attn/k"] is of["attn/v"] and of["mlp/gate"] is of["mlp/up"]
+
+
 @pytest.mark.parametrize("scope", methods.SCOPES["magnitude"])
 def test_magnitude_removes_the_smallest_of_a_matrix_or_of_all(opened, scope):
   found = prune.prune(opened, prune.Settings("magnitude", HALF, scope))
