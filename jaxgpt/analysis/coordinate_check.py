@@ -132,8 +132,8 @@ def check(
     _, resolved = batches_lib.load_tokenizer_and_config(own)
     if problem := token_rows.obstacle(resolved):
       raise UserError(
-        f"{problem}, which a coordinate check reads; set objective.name=causal_lm and data.path to "
-        "a folder of text"
+        f"objective.name={c.objective.name!r}: {problem}, which a coordinate check reads; set it "
+        "to causal_lm and data.path to a folder of text"
       )
   readings = [
     _measured(own, seeds, steps, f"{over} {size}", _TAPS[over]) for size, own in configs.items()

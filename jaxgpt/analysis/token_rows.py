@@ -6,6 +6,7 @@ Their models read other text as `causal_lm` lays it out.
 
 import ml_collections
 
+from jaxgpt.analysis.compression.methods import UnsuitableError
 from jaxgpt.data import layouts, pipeline
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
@@ -19,7 +20,7 @@ def obstacle(c: ml_collections.ConfigDict) -> str:
   names = layouts.blank(objectives.find(c).layout, 1, 1, c.model.num_labels or 2)
   if "tokens" in names:
     return ""
-  return f"objective.name={c.objective.name!r}: its rows are pairs ({', '.join(names)}), not texts"
+  return f"its rows are pairs ({', '.join(names)}), not texts"
 
 
 def as_causal_lm(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -88,9 +89,9 @@ def open_split(
   """
   run = reading(run, data)
   if problem := obstacle(run.c):
+    name = f"objective.name={run.c.objective.name!r}"
     if run.c.model.head == "lm" and run.c.model.causal:
-      raise UserError(f"{problem}; name {_TEXT} with --data=DIR")
-    raise UserError(
-      f"{problem}, and the model reads no others; use a method that reads no data, or another run"
-    )
+      raise UserError(f"{name}: {problem}; name {_TEXT} with --data=DIR")
+    reason = f"{problem}, and the model reads no others"
+    raise UnsuitableError(name, reason, "use a method that reads no text")
   return open_data(run, split, batch_size, data)

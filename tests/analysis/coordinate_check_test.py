@@ -42,7 +42,9 @@ def failing(found):
 
 
 def test_pairs_are_refused(check, pairs):
-  with pytest.raises(UserError, match="chosen, rejected.* set objective.name=causal_lm"):
+  with pytest.raises(
+    UserError, match="objective.name='preference'.*chosen, rejected.* causal_lm and"
+  ):
     check(dict(objective__name="preference", data__path=pairs), at=(32, 64))
 
 

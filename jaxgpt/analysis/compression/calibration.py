@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxgpt import tree
 from jaxgpt.analysis import token_rows
-from jaxgpt.errors import UserError
+from jaxgpt.analysis.compression.methods import UnsuitableError
 from jaxgpt.inference import load
 from jaxgpt.model import stacks, transformer
 from jaxgpt.model.block import BlockInputs, Period
@@ -244,14 +244,15 @@ def require(seen: Seen, path: str, method: str, other: str) -> np.ndarray:
     other: Name of a method that does not need the inputs.
 
   Raises:
-    UserError: Its inputs cannot be seen, as those of routed experts.
+    UnsuitableError: Its inputs cannot be seen, as those of routed experts.
   """
   if path not in seen.inputs:
     there = ", ".join(f"{seen.stack}/{name}" for name in sorted(seen.inputs))
-    raise UserError(
-      f"--method={method}: the inputs of {seen.stack}/{path} can't be measured (routed experts "
-      f"read tokens of their own); there are {there}: choose among them "
-      f"with --match, or use --method={other}"
+    raise UnsuitableError(
+      f"--method={method}",
+      f"the inputs of {seen.stack}/{path} can't be measured (routed experts read tokens of their "
+      "own)",
+      f"there are {there}: choose among them with --match, or use --method={other}",
     )
   return seen.inputs[path]
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxgpt.analysis.compression.methods import UnsuitableError
 from jaxgpt.errors import UserError
 
 
@@ -102,10 +103,12 @@ def wanda_scores(weight_IO: np.ndarray, squares_I: np.ndarray) -> np.ndarray:
 
 
 def check_groups(path: str, inputs: int, sparsity: Sparsity) -> None:
-  """Raises a UserError if a pattern does not divide the inputs of a matrix."""
+  """Raises an UnsuitableError if a pattern does not divide the inputs of a matrix."""
   if sparsity.group and inputs % sparsity.group:
     fitting = math.gcd(inputs, sparsity.group)
-    raise UserError(
-      f"--sparsity={sparsity}: {path} has {inputs} inputs, which {sparsity.group} does not divide "
-      f"(their common divisor is {fitting}); choose another pattern, or leave it out with --match"
+    raise UnsuitableError(
+      f"--sparsity={sparsity}",
+      f"{path} has {inputs} inputs, which {sparsity.group} does not divide (their common divisor "
+      f"is {fitting})",
+      "choose another pattern, or leave it out with --match",
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxgpt import tree
 from jaxgpt.analysis.compression import awq, calibration, column_sweep, matrices, rounding
+from jaxgpt.analysis.compression.methods import UnsuitableError
 from jaxgpt.analysis.compression.rounding import Codes
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
@@ -140,9 +141,10 @@ def _form(path: str, of_model: Mapping[str, Matrix], settings: Settings) -> Form
   matrix = of_model[path]
   group = settings.group or matrix.inputs
   if matrix.inputs % group:
-    raise UserError(
-      f"--group={group}: {path} has {matrix.inputs} inputs, which {group} does not divide; choose "
-      "another group, or leave --group out"
+    raise UnsuitableError(
+      f"--group={group}",
+      f"{path} has {matrix.inputs} inputs, which {group} does not divide",
+      "choose another group, or leave --group out",
     )
   return Form(matrix, settings.bits, matrix.inputs // group)
 
@@ -163,9 +165,10 @@ def _by_gptq(
       if path not in forms:
         continue
       if (zeros := float((w == 0).mean())) > _MANY_ZEROS:
-        raise UserError(
-          f"--method=gptq: {zeros:.0%} of {path} are zero, and GPTQ would fill them in; use "
-          "--method=nearest for a pruned run"
+        raise UnsuitableError(
+          "--method=gptq",
+          f"{zeros:.0%} of {path} are zero, and GPTQ would fill them in",
+          "use --method=nearest for a pruned run",
         )
       products_II = calibration.require(seen, name, settings.method, "nearest")
       matrix = forms[path].matrix._replace(shape=(1, *w.shape))

@@ -83,7 +83,7 @@ VARIANTS.add("int4-gptq-32-all", _coarse("gptq", 4, 32, outside=8))
 def make(
   source: epath.PathLike,
   folder: epath.PathLike,
-  names: Sequence[str],
+  names: Sequence[str] | None,
   text: compressed_run.Calibration,
   tell: Callable[[str], None],
 ) -> list[epath.Path]:
@@ -92,25 +92,36 @@ def make(
   Args:
     source: The run folder.
     folder: The folder of the variants.
-    names: Entries of `VARIANTS`.
+    names: Entries of `VARIANTS`. None: all that suit the model.
     text: Calibration text.
-    tell: Reports each variant.
+    tell: Reports each variant, and each that does not suit the model.
 
   Returns:
     The run folders.
 
   Raises:
-    UserError: A name is unknown, or a folder holds another run, or a variant of another step.
+    UserError: A name is unknown, or a variant does not suit the model, or the run has no
+      checkpoint, or a folder holds another run, a variant of another step or an unfinished one.
   """
-  entries = {name: VARIANTS.find(name) for name in names}
-  newest = max(checkpoints_lib.complete_steps(epath.Path(source) / run_folder.CHECKPOINTS))
+  entries = {name: VARIANTS.find(name) for name in (VARIANTS if names is None else names)}
+  newest = _newest(epath.Path(source))
+  if newest is None:
+    raise UserError(f"no checkpoint in {source}; train first, or name another run")
   made = []
   for name, entry in entries.items():
     target = epath.Path(folder) / name.replace(":", "of")
     if target.exists():
       found = record_lib.read(target)
       if found is None or found["source"] != str(source):
-        raise UserError(f"{target} exists and was not made from {source}; choose another --to")
+        raise UserError(
+          f"{target} exists and was not made from {source}; choose another --to, or remove it if a "
+          "start left it that was killed"
+        )
+      if _newest(target) is None:
+        raise UserError(
+          f"{target} is unfinished: it was made from {source}, but its weights are not saved; "
+          "remove it, and run the same command again"
+        )
       if found["source_step"] != newest:
         raise UserError(
           f"{target} was made from step {found['source_step']} of {source}, which is at step "
@@ -124,11 +135,22 @@ def make(
     else:
       try:
         entry(source, target, text)
+      except methods.UnsuitableError as e:
+        if names is not None:
+          raise UserError(f"--variants={name}: {e.reason}; leave it out of --variants") from e
+        tell(f"left out {name}: {e.reason}")
+        continue
       except UserError as e:
-        raise UserError(f"--variants={name}: {e}") from e
+        which = f"variant {name}" if names is None else f"--variants={name}"
+        raise UserError(f"{which}: {e}") from e
       tell(f"made {target}")
     made.append(target)
   return made
+
+
+def _newest(folder: epath.Path) -> int | None:
+  """The step of a run's newest complete checkpoint, or None."""
+  return max(checkpoints_lib.complete_steps(folder / run_folder.CHECKPOINTS), default=None)
 
 
 def measure(

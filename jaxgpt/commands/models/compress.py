@@ -20,7 +20,7 @@ class CompressOptions:
   variants: str | None = option(
     None,
     metavar="A,B",
-    unset="all",
+    unset="all that suit the model",
     help="with --to: the variants to make, such as wanda-50,int4-gptq-32",
   )
   rows: int | None = integer(
@@ -61,9 +61,9 @@ def run(args: CompressOptions) -> None:
   report.check_runs(args.runs)
   folders = [str(folder) for folder in args.runs]
   if args.to is not None:
-    names = [name.strip() for name in args.variants.split(",")] if args.variants else []
+    names = [name.strip() for name in args.variants.split(",")] if args.variants else None
     text = compressed_run.Calibration(args.data, "train", args.rows or methods.ROWS)
-    made = report.make(folders[0], args.to, names or list(report.VARIANTS), text, print)
+    made = report.make(folders[0], args.to, names, text, print)
     folders += [str(folder) for folder in made]
   rows, lines = list[report.Row](), list[str]()
   for folder, name in zip(folders, report.names_of(folders), strict=True):

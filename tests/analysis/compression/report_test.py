@@ -1,14 +1,17 @@
 """The table of a run and its variants."""
 
 import itertools
+import shutil
 import types
 
 import jax
+import numpy as np
 import pytest
 
-from jaxgpt.analysis.compression import report
+from jaxgpt.analysis.compression import calibration, methods, report
 from jaxgpt.commands.main import main
 from jaxgpt.commands.models import compress as command
+from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 
@@ -41,6 +44,45 @@ def test_settings_without_an_effect_are_refused(trained, tmp_path):
     command.CompressOptions(runs=("a", "b"), rows=3)
   with pytest.raises(UserError, match="one RUN alone"):
     command.CompressOptions(runs=("a",))
+
+
+@pytest.fixture
+def few(monkeypatch):
+  """Two variants, the first of which does not suit the tiny model."""
+  variants = Registry("variants")
+  variants.add("int4-12", report._coarse("nearest", 4, 12))
+  variants.add("int8", report._coarse("nearest", 8))
+  monkeypatch.setattr(report, "VARIANTS", variants)
+
+
+def test_variants_that_do_not_suit_the_model_are_left_out_by_name(trained, few, tmp_path):
+  told = []
+  made = report.make(trained, tmp_path / "v", None, None, told.append)
+  assert made == [tmp_path / "v" / "int8"]
+  why = "layers/attn/k has 32 inputs, which 12 does not divide"
+  assert told == [f"left out int4-12: {why}", f"made {tmp_path}/v/int8"]
+  with pytest.raises(UserError) as e:
+    report.make(trained, tmp_path / "w", ["int4-12"], None, print)
+  assert str(e.value) == f"--variants=int4-12: {why}; leave it out of --variants"
+
+
+def test_a_method_that_reads_experts_does_not_suit():
+  seen = calibration.Seen("layers", 0, {}, {"attn/q": np.ones(4)}, {}, 0.5, 1)
+  with pytest.raises(methods.UnsuitableError, match="--method=wanda.* use --method=magnitude") as e:
+    calibration.require(seen, "mlp/up", "wanda", "magnitude")
+  assert e.value.reason.startswith("the inputs of layers/mlp/up can't be measured")
+  assert "--" not in e.value.reason  # options that `jaxgpt compress` does not have
+
+
+def test_runs_and_variants_without_a_checkpoint_say_so(trained, few, tmp_path):
+  (tmp_path / "run").mkdir()
+  shutil.copy(trained / "config.json", tmp_path / "run")
+  with pytest.raises(UserError, match="no checkpoint in .*; train first, or name another run"):
+    report.make(tmp_path / "run", tmp_path / "v", ["int8"], None, print)
+  (made,) = report.make(trained, tmp_path / "w", ["int8"], None, print)
+  shutil.rmtree(made / "checkpoints" / "8")  # as a kill leaves it
+  with pytest.raises(UserError, match="int8 is unfinished: .* remove it, and run the same command"):
+    report.make(trained, tmp_path / "w", None, None, lambda line: None)
 
 
 def test_speeds_count_the_tokens_that_were_generated(trained, monkeypatch):
