@@ -96,7 +96,10 @@ def fit(
 
   @jax.jit
   def step(weights: PyTree, state: PyTree, params: PyTree, batch: PyTree) -> Any:
-    loss = lambda weights: divergences(model, params, Translators(**weights), batch).mean()
+    def loss(weights: PyTree) -> jax.Array:
+      sums_L, tokens = divergences(model, params, Translators(**weights), batch)
+      return (sums_L / jnp.maximum(tokens, 1.0)).mean()
+
     value, grads = jax.value_and_grad(loss)(weights)
     grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
     updates, state = tx.update(grads, state, weights)
@@ -124,14 +127,17 @@ def translated(streams_RBTD: jax.Array, translators: Translators) -> jax.Array:
 
 def divergences(
   model: transformer.Transformer, params: PyTree, translators: Translators, batch: PyTree
-) -> jax.Array:
-  """[L]: mean KL(model || lens) over the tokens of a batch, without padding, in nats.
+) -> tuple[jax.Array, jax.Array]:
+  """KL(model || lens), summed over the tokens of a batch without padding, in nats.
 
   Args:
     model: From `taps.readable`.
     params: All its parameters.
     translators: The maps.
     batch: With `tokens`, `segment_ids` and `positions`, [B, T] each.
+
+  Returns:
+    (sums [L], number of tokens).
   """
   inputs = taps.Inputs(batch["tokens"], batch["segment_ids"], batch["positions"])
   reading = taps.forward(model, params, inputs, ("resid_pre",), {})
@@ -143,10 +149,11 @@ def divergences(
     h_BTD, a_DD, b_D = stream
     logits = lens.unembed(model, params, inputs, h_BTD + h_BTD @ a_DD + b_D)
     kl_BT = (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits))).sum(-1)
-    return (kl_BT * real_BT).sum() / jnp.maximum(real_BT.sum(), 1.0)
+    return (kl_BT * real_BT).sum()
 
   streams = (jax.lax.stop_gradient(reading.at["resid_pre"]), *translators)
-  return jax.lax.map(jax.checkpoint(one), streams)  # the logits of one stream at a time
+  # The logits of one stream at a time.
+  return jax.lax.map(jax.checkpoint(one), streams), real_BT.sum()
 
 
 def compare(
@@ -164,5 +171,12 @@ def compare(
     batches: Text.
   """
   measure = jax.jit(functools.partial(divergences, model))
-  mean = lambda which: np.mean([np.asarray(measure(params, which, b)) for b in batches], axis=0)
+
+  def mean(which: Translators) -> np.ndarray:
+    sums_L, tokens = np.zeros(model.cfg.num_layers), 0.0
+    for batch in batches:
+      of_batch_L, count = measure(params, which, batch)
+      sums_L, tokens = sums_L + np.asarray(of_batch_L), tokens + float(count)
+    return sums_L / max(tokens, 1.0)
+
   return Scores(mean(none(model.cfg)), mean(translators))

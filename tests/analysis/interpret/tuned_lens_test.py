@@ -29,15 +29,28 @@ def test_without_training_it_is_the_logit_lens(small):
   found = lens.logit_lens(model, params, inputs, lens.streams(reading.at), k=model.cfg.vocab_size)
   log_p = np.asarray(jax.nn.log_softmax(reading.output.logits), np.float64)
   real = np.asarray(batch["segment_ids"]) > 0
-  got = jax.jit(lambda p, b: tuned_lens.divergences(model, p, tuned_lens.none(model.cfg), b))(
-    params, batch
-  )
+  sums, tokens = jax.jit(
+    lambda p, b: tuned_lens.divergences(model, p, tuned_lens.none(model.cfg), b)
+  )(params, batch)
+  assert tokens == real.sum()
   for layer in range(model.cfg.num_layers):
     ids = np.asarray(found.ids[layer])
     log_q = np.log(np.asarray(found.probabilities[layer], np.float64))
     of_ids = np.take_along_axis(log_p, ids, -1)
     kl = (np.exp(of_ids) * (of_ids - log_q)).sum(-1)[real].mean()
-    assert float(got[layer]) == pytest.approx(kl, rel=1e-3)
+    assert float(sums[layer] / tokens) == pytest.approx(kl, rel=1e-3)
+
+
+def test_every_token_counts_the_same_whatever_its_batch(small):
+  model, params, batches, _ = small
+  row = {name: x[:1] for name, x in batches[0].items()}
+  short = {**row, "segment_ids": row["segment_ids"].at[:, 4:].set(0)}
+  maps = tuned_lens.none(model.cfg)
+  alone = [tuned_lens.compare(model, params, maps, [batch]).tuned for batch in (row, short)]
+  tokens = [int((batch["segment_ids"] > 0).sum()) for batch in (row, short)]
+  assert tokens[1] == 4 < tokens[0]
+  both = tuned_lens.compare(model, params, maps, [row, short]).tuned
+  np.testing.assert_allclose(both, np.average(alone, axis=0, weights=tokens), rtol=1e-5)
 
 
 @pytest.mark.slow
