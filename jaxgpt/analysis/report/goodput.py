@@ -24,6 +24,7 @@ from etils import epath
 
 from jaxgpt.analysis import curves
 from jaxgpt.run import run_folder, run_lock, throughput
+from jaxgpt.run.compression import record as record_lib
 
 _LABELS = {  # activity: (label, what it covers)
   throughput.STEPS: ("training steps", "the device computes steps"),
@@ -39,6 +40,7 @@ _LOST = ("lost", "work after the last checkpoint of a start that was killed")
 _UNSAVED = ("not saved yet", "work since the last checkpoint of a run that is going on")
 _BETWEEN = ("between starts", "not running")
 _REST = ("all else", "evaluation, saving, compiling, pauses: this run kept no account of them")
+_UNKNOWN = "nothing is known of its time: it has no metrics"
 
 
 class Part(NamedTuple):
@@ -145,13 +147,23 @@ def of_run(
     until: See `of`.
 
   Raises:
-    UserError: The folder holds no run, or its record of starts is broken.
+    UserError: The folder holds no run, or its record of starts or of its making is broken.
   """
   run_folder.require_run(folder)
+  starts = run_folder.read_starts(folder)
+  if why := _without_training(folder):
+    return Account([], len(starts), 0, [why])
   records = curves.read(folder) if records is None else records
   beat = run_lock.last_beat(folder)
   goes_on = run_lock.holder(folder) is not None
-  return of(run_folder.read_starts(folder), records, until, beat, goes_on)
+  return of(starts, records, until, beat, goes_on)
+
+
+def _without_training(folder: epath.PathLike) -> str:
+  """The reason why a run took no time to train, or ''."""
+  if made := record_lib.has_no_steps(folder):
+    return f"{made}: nothing trained it"
+  return "a published model was imported: nothing trained it" * run_folder.is_imported(folder)
 
 
 def _began(start: Mapping[str, Any]) -> float | None:
@@ -199,7 +211,8 @@ def _from_metrics(
     Part(_REST[0], rest, f"{_REST[1]}; until the last checkpoint was complete"),
   ]
   note = "an earlier version trained this run: only the times of its steps were logged"
-  return Account([part for part in found if part.seconds > 0], len(starts), 0, [note])
+  parts = [part for part in found if part.seconds > 0]
+  return Account(parts, len(starts), 0, [note if parts else _UNKNOWN])
 
 
 def seconds_of(time: str) -> float | None:

@@ -97,7 +97,7 @@ def account(run: Run) -> Html:
   """The wall time of a run, as a bar and as a table."""
   found = run.account
   if not found.parts:
-    return notes(["nothing is known of its time: it has no metrics"])
+    return notes(found.notes)
   total = found.seconds
   width = 1000
   x, rects = 0.0, []

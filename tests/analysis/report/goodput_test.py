@@ -1,9 +1,12 @@
 """The account of wall time: all of it is in a part, and nothing is in two."""
 
+import json
+
 import pytest
 
 from jaxgpt.analysis.report import goodput
 from jaxgpt.run import run_lock
+from jaxgpt.run.compression import record
 
 
 def start(time, began=None, **seconds):
@@ -104,4 +107,20 @@ def test_a_run_of_an_earlier_version_has_the_times_of_its_steps():
     "all else": 60.0,
   }
   assert "only the times of its steps were logged" in found.notes[0]
-  assert goodput.of([start("?")], {}, None).goodput is None
+  nothing = goodput.of([start("?")], {}, None)
+  assert nothing.goodput is None and nothing.notes == [
+    "nothing is known of its time: it has no metrics"
+  ]
+
+
+def test_a_run_that_was_made_or_imported_says_that_nothing_trained_it(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  starts = tmp_path / "starts.jsonl"
+  starts.write_text(json.dumps(start("10:00:00") | {"data_digest": ""}) + "\n")
+  found = goodput.of_run(tmp_path, {}, goodput.seconds_of("2026-11-26T10:00:20Z"))
+  assert found == ([], 1, 0, ["a published model was imported: nothing trained it"])
+  starts.write_text(json.dumps(start("10:00:00") | {"data_digest": "1234"}) + "\n")
+  record.write(tmp_path, {"made_by": "jaxgpt prune", "source": "runs/large"})
+  found = goodput.of_run(tmp_path, {}, goodput.seconds_of("2026-11-26T10:00:20Z"))
+  why = f"{tmp_path} was made by jaxgpt prune from runs/large: nothing trained it"
+  assert found == ([], 1, 0, [why]) and found.goodput is None
