@@ -21,7 +21,7 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from jaxgpt.errors import UserError, optional, printable
+from jaxgpt.errors import EXIT_AGAIN, UserError, optional, printable
 from jaxgpt.storage.passed_over import PassedOver
 
 COMPRESSED = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
@@ -39,6 +39,7 @@ _VERSIONS = (
   "created",
 )
 
+_OF_A_NETWORK = ("Connection", "Timeout")  # in the names of services' exceptions that may pass
 _WAYS_OUT = {
   "s3": "check the address, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and "
   "AWS_ENDPOINT_URL if the service is not AWS; FSSPEC_S3_ANON=true reads public ones",
@@ -417,7 +418,9 @@ def remote_error(address: str, error: BaseException, verb: str = "reached") -> U
     else f" can't be {verb} ({type(error).__name__}: {str(error)[:300]})"
   )
   way_out = _WAYS_OUT.get({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme), "check the address")
-  return UserError(f"{address!r}{problem}; {way_out}")
+  kinds = (kind.__name__ for kind in type(error).__mro__)
+  may_pass = any(word in kind for kind in kinds for word in _OF_A_NETWORK)
+  return UserError(f"{address!r}{problem}; {way_out}", EXIT_AGAIN if may_pass else 2)
 
 
 def _expand_remote(given: str, suffixes: Collection[str]) -> Iterator[_Found]:
