@@ -30,7 +30,9 @@ def run(args: GoodputOptions) -> None:
     (part.name, f"{part.seconds:,.1f}", f"{part.seconds / total:.1%}", part.meaning)
     for part in found.parts
   ]
-  cells.append(("wall time", f"{total:,.1f}", "", f"{found.starts} start{'s' * (found.starts > 1)}"))
+  cells.append(
+    ("wall time", f"{total:,.1f}", "", f"{found.starts} start{'s' * (found.starts > 1)}")
+  )
   for line in text_table.lines(("part", "seconds", "share", "covers"), cells, last_left=True):
     print(line)
   if found.repeated:
