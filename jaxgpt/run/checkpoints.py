@@ -36,6 +36,7 @@ from jaxgpt.run.provenance import saved as saved_lib
 from jaxgpt.storage import atomic, buckets, paths
 
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
+_DELETED = ".deleted"  # end of the name of a folder that is being deleted
 _CHUNK = 16 << 20  # bytes of an array that are written at a time if memory is short
 _FROZEN = "frozen"  # part of the state, and its folder in the run folder
 DAMAGED = "damaged"  # folder in the run folder
@@ -139,6 +140,9 @@ class Checkpoints:
       cleanup_tmp_directories=not read_only,
     )
     self._manager = self._open()
+    if not read_only and distributed.is_first() and not buckets.is_remote(self._manager.directory):
+      for left in self._manager.directory.glob(f"*{_DELETED}"):  # by a deletion that was killed
+        left.rmtree()
     self._unsure: int | None = None  # step of a save that is not known to be complete
 
   def _open(self) -> ocp.CheckpointManager:
@@ -351,7 +355,7 @@ class Checkpoints:
           self._mirror.delete(each)
         here = self._manager.directory / str(each)
         if here.exists() and not buckets.is_remote(self._manager.directory):
-          here = here.rename(here.with_name(f"{each}.orbax-checkpoint-tmp"))  # all at once
+          here = here.rename(here.with_name(f"{each}{_DELETED}"))  # all at once
         if here.exists():
           here.rmtree()
     distributed.barrier("checkpoints to delete")

@@ -241,7 +241,7 @@ def test_after_failed_saves_metrics_are_no_proof_of_a_lost_checkpoint(whole, tmp
   text = json.loads((run / "config.json").read_text())
   text["config"]["checkpoint"]["every"] = 2
   (run / "config.json").write_text(json.dumps(text))
-  start = run_folder.read_starts(folder)[0] | {"saved": 0}
+  start = run_folder.read_starts(folder)[0] | {"saved": 0, "config": {"checkpoint.every": 2}}
   for record, is_refused in ((start, True), (start | {"failed": 2}, False)):
     (run / "starts.jsonl").write_text(json.dumps(record) + "\n")
     if is_refused:

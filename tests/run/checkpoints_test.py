@@ -111,6 +111,22 @@ def test_an_item_that_was_never_saved_is_no_damage(run):
   assert not (run / "damaged").exists()
 
 
+def test_a_deletion_that_was_killed_is_finished_by_the_next_start(run, monkeypatch):
+  """Orbax clears folders of its own in the background, so they have another name than ours."""
+  first = checkpoints_lib.Checkpoints(run / "checkpoints")
+  monkeypatch.setattr(type(first.folder), "rmtree", lambda path: None)
+  first.delete_after(2)
+  first.close()
+  left = run / "checkpoints" / "3.deleted"
+  assert left.is_dir() and not (run / "checkpoints" / "3").exists()
+  monkeypatch.undo()
+  again = checkpoints_lib.Checkpoints(run / "checkpoints")
+  assert not left.exists() and again.latest() == 2
+  again.save(state_of(3), {})
+  again.close()
+  assert (run / "checkpoints" / "3").is_dir()
+
+
 def test_if_all_are_damaged_none_is_moved(run):
   for step in STEPS:
     shutil.rmtree(run / "checkpoints" / str(step) / "params")
