@@ -90,6 +90,7 @@ def test_a_replay_has_the_logged_metrics(trained, step):
   assert "DIFFERS" in "\n".join(replay.lines(differs, trained))
 
 
+@pytest.mark.slow
 def test_a_replay_knows_the_log_windows_of_each_start(tiny, tmp_path):
   run = tmp_path / "run"
   for every, until in ((1, 2), (4, 4)):

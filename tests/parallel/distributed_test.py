@@ -176,6 +176,7 @@ def test_two_processes_save_by_the_clock_of_the_first_at_the_same_steps(site, al
   assert len(saved) > 4 and saved[-1] == 8, saved
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes_and_prints(site, alone):
   (_, first, _), (_, second, _) = alone
   assert "done:" in first and "step 8/8" in first
