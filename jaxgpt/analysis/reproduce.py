@@ -5,7 +5,6 @@ import signal
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import ml_collections
 from etils import epath
 
@@ -141,7 +140,7 @@ def reproduce(
   c, origin, until = settings(folder, steps, data)
   if epath.Path(out).resolve() == epath.Path(folder).resolve():
     raise UserError(f"--out={out} is the run itself; name a new folder")
-  _check_out(folder, out, mesh_lib.make(c.mesh))
+  _check_out(folder, out, c.mesh)
   done = resume.find(out).step or 0
   # A repetition that goes on after a stop has them from its own record.
   rewinds = () if run_folder.is_run(out) else rewinds_lib.of(run_folder.read_starts(folder))
@@ -157,7 +156,9 @@ def reproduce(
   return found
 
 
-def _check_out(folder: epath.PathLike, out: epath.PathLike, mesh: jax.sharding.Mesh) -> None:
+def _check_out(
+  folder: epath.PathLike, out: epath.PathLike, c_mesh: ml_collections.ConfigDict
+) -> None:
   """Refuses a folder that is no repetition, or one that other code or another machine trained."""
   saved_lib.all_of(out)  # it must be on this machine to be compared
   if not run_folder.is_run(out):
@@ -165,7 +166,7 @@ def _check_out(folder: epath.PathLike, out: epath.PathLike, mesh: jax.sharding.M
   starts = run_folder.read_starts(out)
   if starts[0] == run_folder.read_starts(folder)[0]:
     raise UserError(f"--out={out} is a copy of the run, not a repetition; name a new folder")
-  now = environment.collect(mesh)
+  now = environment.collect(mesh_lib.make(c_mesh))
   if found := environment.differences(environment.read(out, starts[-1]), now):
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
     raise UserError(

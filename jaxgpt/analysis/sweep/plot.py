@@ -83,9 +83,7 @@ def svg(table: Table, key: str) -> str:
     table: The sweep's table.
     key: The key of the horizontal axis, from `axis_key`.
   """
-  shown = [
-    row for row in table.rows if row.at_end and row.median is not None and math.isfinite(row.median)
-  ]
+  shown = [row for row in table.rows if row.at_end and row.is_finite]
   groups: dict[str, list[Row]] = {}
   for row in shown:
     rest = ", ".join(f"{name}={row.setting.get(k)}" for k, name in table.names.items() if k != key)

@@ -48,6 +48,11 @@ class Row(NamedTuple):
   at_end: bool
   note: str
 
+  @property
+  def is_finite(self) -> bool:
+    """Whether the median is a number."""
+    return self.median is not None and math.isfinite(self.median)
+
 
 class Table(NamedTuple):
   """A sweep's result.
@@ -106,9 +111,9 @@ def make(plan: Plan, states: schedule.States) -> Table:
     rung = max(i for i, settings in enumerate(alive) if number in settings)
     rows.append(_row(plan, states, members, rung))
     row = rows[-1]
-    worst = row.median is None or not math.isfinite(row.median)
     sign = -1 if plan.sweep.maximize else 1
-    order[len(rows) - 1] = (-row.step, worst, 0 if worst else sign * (row.median or 0.0), number)
+    value = sign * (row.median or 0.0) if row.is_finite else 0.0
+    order[len(rows) - 1] = (-row.step, not row.is_finite, value, number)
   best = min(order, key=lambda i: order[i])
   first = next(member for member in plan.members if member.number == alive[0][best])
   return Table(
@@ -122,7 +127,7 @@ def make(plan: Plan, states: schedule.States) -> Table:
       for member in plan.members
       if (failure := states[member.name].failure) is not None
     },
-    list(first.overrides[:-1]) if math.isfinite(rows[best].median or math.nan) else [],
+    list(first.overrides[:-1]) if rows[best].is_finite else [],
     plan.base,
   )
 

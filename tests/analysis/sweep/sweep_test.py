@@ -195,6 +195,8 @@ def test_runs_that_diverge_and_metrics_that_are_no_number_count_as_the_worst():
     assert [row.median for row in rows] == [median] * 2 and rows[0].low == rows[1].low
     root = ET.fromstring(plot.svg(table.make(plan, states), "optim.lr"))
     assert len(root.findall(".//{*}circle")) == 2, "intervals without an end do not hinder it"
+  plan, states = plan_of([[{8: 0.0}]])
+  assert table.make(plan, states).flags == ["lr=0"], "0 is a number"
   plan, states = plan_of([[diverged] * 2])
   assert (
     not table.make(plan, states).flags and "not finite" in table.lines(table.make(plan, states))[1]

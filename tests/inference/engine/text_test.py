@@ -14,6 +14,7 @@ from jaxgpt.text.tokenizers import huggingface
 from jaxgpt.text.tokenizers import tokenizer as tokenizer_lib
 from jaxgpt.text.tokenizers.base import ByteTokenizer
 from jaxgpt.text.tokenizers.sentencepiece import SentencePieceTokenizer
+from tests.text.tokenizers import token_bytes_test
 
 BYTES = ByteTokenizer()
 WORDS = ["the cat sat on a mat and saw two dogs"] * 20
@@ -49,19 +50,11 @@ def with_space_in_front():
 def with_fallback():
   """A tokenizer.json as Llama 2 has it: a decoder that reads runs of bytes as wholes."""
   tokenizers = pytest.importorskip("tokenizers")
-  vocab = {"</s>": 0, "<unk>": 1, **{f"<0x{i:02X}>": 2 + i for i in range(256)}}
-  for token in ("▁", "t", "h", "e", "▁t", "c", "a"):
-    vocab[token] = len(vocab)
-  inner = tokenizers.Tokenizer(
-    tokenizers.models.BPE(vocab, [("▁", "t")], unk_token="<unk>", byte_fallback=True)
+  n, d = tokenizers.normalizers, tokenizers.decoders
+  return token_bytes_test.with_fallback(
+    d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]),
+    n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")]),
   )
-  inner.normalizer = tokenizers.normalizers.Sequence(
-    [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
-  )
-  d = tokenizers.decoders
-  inner.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
-  inner.add_special_tokens(["</s>", "<unk>"])
-  return huggingface.HuggingFaceTokenizer({"tokenizer.json": inner.to_str().encode()})
 
 
 @functools.cache

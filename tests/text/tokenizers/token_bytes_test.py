@@ -24,7 +24,7 @@ def byte_level():
   return huggingface.HuggingFaceTokenizer({"tokenizer.json": inner.to_str().encode()})
 
 
-def with_fallback(decoder=None):
+def with_fallback(decoder=None, normalizer=None):
   """Pieces with a mark for spaces, and bytes for all others, as Llama 2 has them."""
   tokenizers = pytest.importorskip("tokenizers")
   vocab = {"</s>": 0, "<unk>": 1, **{f"<0x{i:02X}>": 2 + i for i in range(256)}}
@@ -33,7 +33,7 @@ def with_fallback(decoder=None):
   inner = tokenizers.Tokenizer(
     tokenizers.models.BPE(vocab, [("▁", "t")], unk_token="<unk>", byte_fallback=True)
   )
-  inner.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+  inner.normalizer = normalizer or tokenizers.normalizers.Replace(" ", "▁")
   steps = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()]
   inner.decoder = decoder or tokenizers.decoders.Sequence([*steps, tokenizers.decoders.Fuse()])
   inner.add_special_tokens(["</s>", "<unk>"])
