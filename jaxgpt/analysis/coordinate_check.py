@@ -61,7 +61,9 @@ class Row(NamedTuple):
     changes: Of the difference to its numbers before them.
     slope: Of log size against log width or depth.
     change_slope: Of log change against the same.
+    error: Standard error of `change_slope`, from its spread over the seeds; NaN for one seed.
     problem: Why the activation does not pass, or ''.
+    unclear: Whether `problem` may be noise: the tolerance is within two standard errors.
   """
 
   name: str
@@ -69,7 +71,9 @@ class Row(NamedTuple):
   changes: tuple[float, ...]
   slope: float
   change_slope: float
+  error: float
   problem: str
+  unclear: bool
 
 
 class Check(NamedTuple):
@@ -95,6 +99,11 @@ class Check(NamedTuple):
   def passes(self) -> bool:
     """Whether all activations pass."""
     return not any(row.problem for row in self.rows)
+
+  @property
+  def unclear(self) -> bool:
+    """Whether more seeds could let the check pass: all its problems may be noise."""
+    return not self.passes and all(row.unclear for row in self.rows if row.problem)
 
 
 def check(
@@ -142,13 +151,39 @@ def check(
   for name in readings[0][0]:
     # [sizes, seeds, (size, change)]
     values = np.array([[seed[name] for seed in of_size] for of_size in readings])
-    logs = np.log(np.maximum(values, 1e-30)).mean(1)
-    slope, change_slope = (float(np.polyfit(log_at, logs[:, i], 1)[0]) for i in range(2))
+    logs = np.log(np.maximum(values, 1e-30))
+    slopes = _slopes(log_at, logs)
     may_fall = over == WIDTH and grow == GROWS[1] and name.startswith(_NAMES["pattern"])
-    problem = _problem(slope, change_slope, tolerance, may_fall)
-    sizes, changes = (tuple(map(float, np.exp(logs[:, i]))) for i in range(2))
-    rows.append(Row(name, sizes, changes, slope, change_slope, problem))
+    sizes, changes = (tuple(map(float, np.exp(logs.mean(1)[:, i]))) for i in range(2))
+    rows.append(_row(name, sizes, changes, slopes, tolerance, may_fall))
   return Check(over, tuple(at), steps, seeds, tolerance, rows)
+
+
+def _slopes(log_at: np.ndarray, logs: np.ndarray) -> np.ndarray:
+  """Slopes of lines through [sizes, seeds, (size, change)]: [seeds, (size, change)]."""
+  centred = log_at - log_at.mean()
+  return np.einsum("n,nsi->si", centred, logs) / np.square(centred).sum()
+
+
+def _row(
+  name: str,
+  sizes: tuple[float, ...],
+  changes: tuple[float, ...],
+  slopes: np.ndarray,
+  tolerance: float,
+  may_fall: bool = False,
+) -> Row:
+  """Judges an activation by the slopes of its size and its change for each seed.
+
+  A slope beyond the tolerance is a problem. Seeds differ, so a problem that vanishes if each slope
+  moves by two of its standard errors towards 0 is unclear. With one seed nothing is.
+  """
+  seeds, mean = len(slopes), slopes.mean(0)
+  errors = slopes.std(0, ddof=1) / math.sqrt(seeds) if seeds > 1 else np.full(2, math.nan)
+  problem = _problem(*map(float, mean), tolerance, may_fall)
+  nearest = np.sign(mean) * np.maximum(np.abs(mean) - 2 * errors, 0)
+  unclear = bool(problem) and seeds > 1 and not _problem(*map(float, nearest), tolerance, may_fall)
+  return Row(name, sizes, changes, *map(float, mean), float(errors[1]), problem, unclear)
 
 
 def _problem(slope: float, change_slope: float, tolerance: float, may_fall: bool = False) -> str:
@@ -283,15 +318,19 @@ def _rms(x: np.ndarray) -> float:
 
 
 def lines(found: Check) -> list[str]:
-  """Lines that show a check: the change of each activation at each size, slopes, the verdict."""
+  """Lines that show a check: the change of each activation at each size, slopes, the verdict.
+
+  A slope of a change has its standard error, if there are several seeds. An unclear problem has a
+  question mark.
+  """
   head = ("activation", *(f"{found.over} {size}" for size in found.at), "slope", "of size", "")
   cells = [
     (
       row.name,
       *(f"{change:.3g}" for change in row.changes),
-      f"{row.change_slope:+.2f}",
+      f"{row.change_slope:+.2f}" + ("" if math.isnan(row.error) else f" ± {row.error:.2f}"),
       f"{row.slope:+.2f}",
-      row.problem,
+      row.problem + ("?" if row.unclear else ""),
     )
     for row in found.rows
   ]
@@ -303,9 +342,12 @@ def lines(found: Check) -> list[str]:
       f"{len(bad)} of {len(found.rows)} activations are not flat: settings do not transfer over "
       f"the {found.over}"
     )
+  if found.unclear:
+    verdict += f", but all may be noise: give more seeds than {found.seeds} (--seeds)"
+  word = "UNCLEAR" if found.unclear else "FAILS" if bad else "passes"
   return [
     f"change of activations by {found.steps} steps (root mean square, {seeds}), and the slope of "
     f"its logarithm and of that of the size against log {found.over}",
     *text_table.lines(head, cells, last_left=True),
-    f"{'FAILS' if bad else 'passes'}: {verdict} (slopes up to {found.tolerance:g} count as flat)",
+    f"{word}: {verdict} (slopes up to {found.tolerance:g} count as flat)",
   ]

@@ -30,7 +30,7 @@ class CoordinateCheckOptions:
     "num_heads", choices=("num_heads", "head_dim"), help="the size that grows with the width"
   )
   steps: int = integer(4, least=1, help="steps of training at each size")
-  seeds: int = integer(2, least=1, help="seeds to average over")
+  seeds: int = integer(8, least=1, help="seeds to average over")
   tolerance: float = option(0.25, above=0, help="largest slope that counts as flat")
   json: bool = option(False, help="print one JSON object")
   overrides: tuple[str, ...] = overrides()
@@ -62,7 +62,8 @@ def run(args: CoordinateCheckOptions) -> int:
   )
   if args.json:
     rows = [row._asdict() for row in found.rows]
-    print(strict_json.dumps(found._asdict() | {"passes": found.passes, "rows": rows}, indent=1))
+    verdict = {"passes": found.passes, "unclear": found.unclear, "rows": rows}
+    print(strict_json.dumps(found._asdict() | verdict, indent=1))
   else:
     print("\n".join(coordinate_check.lines(found)))
   return 0 if found.passes else 1
