@@ -50,19 +50,19 @@ def sides(work):
   m, chip = presets.PRESETS[work.preset], topology.parse(work.where).chip
   heads, kv_heads, T = m["num_heads"], m["num_kv_heads"], work.length
 
-  def ours(rows, remat, tensor=1):
-    rows *= tensor
+  def ours(plan):
+    rows, tensor = plan.rows, plan.tensor
     call = grid.Call(rows, heads // tensor, kv_heads // tensor, T, T, WIDTH, Band(causal=True))
     call = grid.spread_call(call, chip)
-    saved = "attention" in per_device.saved_names(remat)
+    saved = "attention" in per_device.saved_names(plan.remat)
     return Side(call, choose.find(call, chip), 1 if saved else 2, rows * T // tensor)
 
   rows, _ = work.theirs  # none of the recipes' policies saves MaxText's "context"
   call = grid.Call(rows, heads, kv_heads, T, T, WIDTH, Band(causal=True))
   return {
     "maxtext": Side(call, choose.plain(T, T, BLOCK), 2, rows * T),
-    "same": ours(rows, work.same),
-    "best": ours(*work.ours),
+    "same": ours(plan_maxtext.Plan(rows, work.same)),
+    "best": ours(work.ours),
   }
 
 

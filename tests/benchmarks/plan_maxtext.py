@@ -50,6 +50,27 @@ _V5P = [
   )
 ]
 _V5P.append("--xla_tpu_megacore_fusion_allow_ags=false")
+_V6E_EXPERTS = [*_V5E, "--xla_tpu_scoped_vmem_limit_kib=81920"]
+
+
+class Plan(NamedTuple):
+  """A plan of ours.
+
+  Attributes:
+    rows: Of a shard of the batch.
+    remat: `model.remat`.
+    tensor: `mesh.tensor`.
+    expert: `mesh.expert`.
+  """
+
+  rows: int
+  remat: str
+  tensor: int = 1
+  expert: int = 1
+
+  def __str__(self):
+    axes = "".join(f", {name} {n}" for name, n in zip(("tensor", "expert"), self[2:]) if n > 1)
+    return f"{self.rows} rows, {self.remat}{axes}"
 
 
 class Workload(NamedTuple):
@@ -61,7 +82,10 @@ class Workload(NamedTuple):
     length: tokens a row.
     theirs: (rows a chip, remat policy) of MaxText's recipe.
     same: the value of model.remat that saves the same.
-    ours: (rows a chip, model.remat, mesh.tensor) of the plan that `plan --search` found.
+    ours: the plan that `plan --search` found.
+    flags: libtpu's, of the recipe.
+    arguments: further arguments of the recipe, 'name=value'.
+    changes: (config key, value) of ours in addition.
   """
 
   preset: str
@@ -69,8 +93,19 @@ class Workload(NamedTuple):
   length: int
   theirs: tuple
   same: str
-  ours: tuple
+  ours: Plan
+  flags: list[str]
+  arguments: tuple[str, ...] = ()
+  changes: tuple[tuple[str, object], ...] = ()
 
+
+# A recipe's experts have 1.25 times the slots that equal loads need, and matmuls over the slots.
+_CAPACITY = ("megablox=false", "sparse_matmul=false", "capacity_factor=1.25")
+_BLOCKS_2048 = (
+  *(f"sa_block_{name}=2048" for name in ("q", "kv", "kv_compute")),
+  *(f"sa_block_{name}=2048" for name in ("q_dkv", "kv_dkv", "kv_dkv_compute")),
+  "sa_use_fused_bwd_kernel=true",
+)
 
 WORKLOADS = {
   "v5e_7b": Workload(
@@ -79,10 +114,17 @@ WORKLOADS = {
     2048,
     (4, "save_qkv_proj"),
     "save:q,k,v",
-    (2, "save:q,k,v,attention,gate,up", 1),
+    Plan(2, "save:q,k,v,attention,o,gate,up"),
+    _V5E,
   ),
   "v5e_7b_full": Workload(
-    "llama2_7b", "v5e-256", 2048, (2, "full"), "full", (2, "save:q,k,v,attention,gate,up", 1)
+    "llama2_7b",
+    "v5e-256",
+    2048,
+    (2, "full"),
+    "full",
+    Plan(2, "save:q,k,v,attention,o,gate,up"),
+    _V5E,
   ),
   "v5p_7b": Workload(
     "llama2_7b",
@@ -90,7 +132,8 @@ WORKLOADS = {
     4096,
     (4, "minimal"),
     "save:q,k,v,o,gate,up,down",
-    (6, "save:q,k,v,attention,o,gate,up", 1),
+    Plan(6, "save:q,k,v,attention,o,gate,up"),
+    _V5P,
   ),
   "v5p_70b": Workload(
     "llama2_70b",
@@ -98,7 +141,19 @@ WORKLOADS = {
     4096,
     (2, "save_dot_except_mlpwi"),
     "save:q,k,v,o,down",
-    (1, "save:q,k,v,attention,o,gate,up", 2),
+    Plan(2, "save:q,k,v,attention,o,gate,up", tensor=2),
+    _V5P,
+  ),
+  "v6e_mixtral": Workload(
+    "mixtral_8x7b",
+    "v6e-256",
+    4096,
+    (4, "full"),
+    "full",
+    Plan(4, "save:q,k,v,attention", expert=8),
+    _V6E_EXPERTS,
+    (*_CAPACITY, *_BLOCKS_2048),
+    (("model.moe.capacity", 1.25),),
   ),
 }
 
@@ -162,14 +217,16 @@ def merit(text, where, tokens, mask=None, folder=None):
   )
 
 
-def ours(work, rows, remat, tensor=1):
+def ours(work, plan):
   """Compiles our step: (merit, GiB)."""
   where = topology.parse(work.where)
   overrides = {
     "data.seq_len": work.length,
-    "data.batch_size": rows * where.num_devices,
-    "model.remat": remat,
-    "mesh.tensor": tensor,
+    "data.batch_size": plan.rows * where.num_devices // plan.tensor,
+    "model.remat": plan.remat,
+    "mesh.tensor": plan.tensor,
+    "mesh.expert": plan.expert,
+    **dict(work.changes),
   }
   c = lower.resolve(
     config.load(
@@ -179,7 +236,7 @@ def ours(work, rows, remat, tensor=1):
   )
   compiled = lower.compile_step(c, where)
   return (
-    merit(compiled.executable.as_text(), where, rows * work.length),
+    merit(compiled.executable.as_text(), where, plan.rows * work.length // plan.tensor),
     compiled.memory.total / chips.GIB,
   )
 
@@ -237,11 +294,16 @@ def maxtext(work, keep):
   if not importlib.util.find_spec("maxtext"):
     return None
   rows, remat = work.theirs
-  flags = _V5E if work.where.startswith("v5e") else _V5P
   model, where = work.preset.replace("_", "-"), topology.parse(work.where)
   with tempfile.TemporaryDirectory() as folder:
     return run_maxtext(
-      where, model, rows, work.length, [f"remat_policy={remat}"], flags, keep or folder
+      where,
+      model,
+      rows,
+      work.length,
+      [f"remat_policy={remat}", *work.arguments],
+      work.flags,
+      keep or folder,
     )
 
 
@@ -260,10 +322,10 @@ def main(arguments):
         print("MaxText is not installed here: pip install 'maxtext[tpu]==0.2.5' (Python 3.12)")
       else:
         print(f"{name}: MaxText, {work.theirs[0]} rows, {work.theirs[1]}: {theirs}", flush=True)
-    for word, plan in (("same", (work.theirs[0], work.same)), ("best", work.ours)):
+    for word, plan in (("same", Plan(work.theirs[0], work.same)), ("best", work.ours)):
       if word in parts:
-        took, memory = ours(work, *plan)
-        print(f"{name}: ours, {word}, {plan}, {memory:.1f} GiB: {took}", flush=True)
+        took, memory = ours(work, plan)
+        print(f"{name}: ours, {word}: {plan}; {memory:.1f} GiB: {took}", flush=True)
         if theirs:
           plain, whole = took.plain / theirs.plain, took.whole / theirs.whole
           print(f"{name}: {word}: {plain:.3f} of MaxText's without kernels, {whole:.3f} with")
