@@ -114,7 +114,7 @@ WORKLOADS = {
     2048,
     (4, "save_qkv_proj"),
     "save:q,k,v",
-    Plan(2, "save:q,k,v,attention,o,gate,up"),
+    Plan(2, "save:q,k,v,attention,gate,up"),
     _V5E,
   ),
   "v5e_7b_full": Workload(
@@ -123,7 +123,7 @@ WORKLOADS = {
     2048,
     (2, "full"),
     "full",
-    Plan(2, "save:q,k,v,attention,o,gate,up"),
+    Plan(2, "save:q,k,v,attention,gate,up"),
     _V5E,
   ),
   "v5p_7b": Workload(
