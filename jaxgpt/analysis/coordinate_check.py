@@ -180,10 +180,12 @@ def _row(
   """
   seeds, mean = len(slopes), slopes.mean(0)
   errors = slopes.std(0, ddof=1) / math.sqrt(seeds) if seeds > 1 else np.full(2, math.nan)
-  problem = _problem(*map(float, mean), tolerance, may_fall)
-  nearest = np.sign(mean) * np.maximum(np.abs(mean) - 2 * errors, 0)
-  unclear = bool(problem) and seeds > 1 and not _problem(*map(float, nearest), tolerance, may_fall)
-  return Row(name, sizes, changes, *map(float, mean), float(errors[1]), problem, unclear)
+  slope, change_slope = mean.tolist()
+  problem = _problem(slope, change_slope, tolerance, may_fall)
+  nearest, change_nearest = (np.sign(mean) * np.maximum(np.abs(mean) - 2 * errors, 0)).tolist()
+  beyond_noise = _problem(nearest, change_nearest, tolerance, may_fall)
+  unclear = bool(problem) and seeds > 1 and not beyond_noise
+  return Row(name, sizes, changes, slope, change_slope, float(errors[1]), problem, unclear)
 
 
 def _problem(slope: float, change_slope: float, tolerance: float, may_fall: bool = False) -> str:
