@@ -14,6 +14,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 DType = Any  # a NumPy dtype or its name
 
+# Numbers of a float32 weight from which its gradient is written by hand. The derived gradient is
+# the transpose of a product, which XLA gives to the slower of its two libraries on CPUs. Smaller
+# products take no time, and round as they did in runs of earlier versions.
+_LARGE = 2**16
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
@@ -88,7 +93,7 @@ def times(
       float32. Otherwise it is rounded to x's dtype first, which moves half of the bytes.
     out_dtype: dtype of the result. None: that of x.
   """
-  if wide_gradient:
+  if wide_gradient or (x.dtype == w.dtype == jnp.float32 and w.size >= _LARGE):
     return _wide_times(x, w, num_in, out_dtype)
   return jnp.tensordot(x, w.astype(x.dtype), num_in, preferred_element_type=out_dtype)
 
