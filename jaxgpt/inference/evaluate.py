@@ -167,7 +167,7 @@ def evaluate(
     batches = _strided(c, batches, stride)
   total = _num_batches(batches, limit, by_source=not scoring.has_scores(c))
   if not scoring.has_scores(c):
-    step, begun = evaluation.make_step(run.parts.objective), itertools.count()
+    step, begun = evaluation.make_step(run.parts.objective, run.mesh), itertools.count()
 
     def goes_on() -> bool:
       show(next(begun), total)

@@ -201,7 +201,7 @@ def evaluate_run(
     UserError: See `open_split`.
   """
   c, batches = open_split(run, split, batch_size, data)
-  step = evaluation.make_step(run.parts.objective)
+  step = evaluation.make_step(run.parts.objective, run.mesh)
   with jax.set_mesh(run.mesh):
     result = evaluation.evaluate_on(batches, run.mesh, c.data, step, run.weights, limit)
   return {**result, "data_digest": batches.digest}

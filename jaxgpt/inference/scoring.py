@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt.model import ops
 from jaxgpt.model.attention import token_order
 from jaxgpt.model.transformer import Transformer
-from jaxgpt.training import losses, objectives
+from jaxgpt.training import losses, objectives, xla_options
 from jaxgpt.tree import PyTree
 
 # Layouts whose predictions are choices, and the head of the model that makes them.
@@ -92,7 +92,8 @@ def make_step(model: Transformer, mesh: jax.sharding.Mesh, chunk: int = 0) -> St
     back = lambda x: token_order.restore(x) if causal and x.ndim > 1 else x
     return Scores(*map(back, (batch["loss_weights"], nll, correct, confidence)))
 
-  return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+  options = xla_options.of_mesh(mesh)
+  return jax.jit(step, out_shardings=NamedSharding(mesh, P()), compiler_options=options)
 
 
 def _scores(logits_XV: jax.Array, targets_X: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

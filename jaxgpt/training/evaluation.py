@@ -6,10 +6,11 @@ from typing import TypeAlias
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from jaxgpt.data import pipeline
 from jaxgpt.training import batches as batches_lib
-from jaxgpt.training import metrics
+from jaxgpt.training import metrics, xla_options
 from jaxgpt.training.objectives import LossFn
 from jaxgpt.tree import PyTree
 
@@ -22,11 +23,13 @@ COUNTS = ("true_positives", "predicted", "labelled")  # of classes, where rows h
 _SUMS = ("nll", *_MEANS, *COUNTS)
 
 
-def make_step(loss_fn: LossFn) -> EvalStep:
+def make_step(loss_fn: LossFn, mesh: Mesh, compiler_options: Iterable[str] = ()) -> EvalStep:
   """Makes the jitted evaluation step.
 
   Args:
     loss_fn: From `objectives.make`. It gets no PRNG key, which turns dropout off.
+    mesh: The device mesh.
+    compiler_options: `mesh.compiler_options` of a run in training.
 
   Returns:
     step(params, batch) -> {'tokens', 'nll', …}: sums over one global batch.
@@ -36,7 +39,7 @@ def make_step(loss_fn: LossFn) -> EvalStep:
     _, weight, aux = loss_fn(params, None, batch, None)
     return {"tokens": weight, **{name: aux[name] for name in _SUMS if name in aux}}
 
-  return jax.jit(step)
+  return jax.jit(step, compiler_options=xla_options.of_mesh(mesh, compiler_options))
 
 
 def evaluate(

@@ -34,7 +34,7 @@ from jaxgpt.run import teacher as teacher_lib
 from jaxgpt.storage import atomic, buckets, strict_json
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
-from jaxgpt.training import objectives
+from jaxgpt.training import objectives, xla_options
 from jaxgpt.tree import PyTree
 
 _FILE = "stored.json"
@@ -253,7 +253,8 @@ def _compute(
 ) -> None:
   """Computes and writes the numbers of all rows of a split."""
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  step = jax.jit(compute, out_shardings=everywhere)
+  options = xla_options.of_mesh(mesh, c.mesh.compiler_options)
+  step = jax.jit(compute, out_shardings=everywhere, compiler_options=options)
   files: dict[str, list[np.ndarray]] = {}
   if distributed.is_first():
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""XLA options of the train step: those of the chip (`parallel.chips`) and of the config.
+"""XLA options of the programs: those of the chip (`parallel.chips`) and of the config.
 
-`train` and `plan` compile with the same options.
+`train` and `plan` compile the train step with the same options. All other programs that run a model
+need the chip's too: its attention blocks fill more VMEM than libtpu grants by default.
 """
 
 from collections.abc import Iterable
@@ -25,6 +26,16 @@ def options(device_kind: str, given: Iterable[str] = ()) -> dict[str, str | bool
     name, _, value = option.partition("=")
     defaults[name] = value
   return defaults
+
+
+def of_mesh(mesh: Mesh, given: Iterable[str] = ()) -> dict[str, str | bool] | None:
+  """The options for `jax.jit(…, compiler_options=…)` on a mesh, or None if there are none.
+
+  Args:
+    mesh: The mesh of the devices to compile for.
+    given: As in `options`. Leave it out where a run may be on other devices than it was trained on.
+  """
+  return options(mesh.devices.flat[0].device_kind, given) or None
 
 
 def compile(

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from jaxgpt.data.batch_source import Batching
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.text.prepare import prepare
 from jaxgpt.training import evaluation
+
+
+def one_device():
+  return mesh_lib.make(config.base().mesh, jax.devices()[:1])
 
 
 def uniform(params, frozen, batch, key):
@@ -27,7 +32,10 @@ def test_a_uniform_model_of_bytes_needs_eight_bits_and_the_end_of_each_document(
 ):
   data = pipeline.make(corpus, "validation", Batching(seq_len=seq_len, batch_size=batch_size))
   result = evaluation.evaluate(
-    evaluation.make_step(uniform), None, data.epoch_batches(), evaluation.bytes_per_token(data)
+    evaluation.make_step(uniform, one_device()),
+    None,
+    data.epoch_batches(),
+    evaluation.bytes_per_token(data),
   )
   split = data.sources[0].split
   assert result["tokens"] == split.bytes + split.num_documents
@@ -49,7 +57,7 @@ def test_sums_are_exact_beyond_what_float32_counts():
 
 
 def test_no_batch_is_no_crash():
-  result = evaluation.evaluate(evaluation.make_step(uniform), None, [], 1.0)
+  result = evaluation.evaluate(evaluation.make_step(uniform, one_device()), None, [], 1.0)
   assert result["tokens"] == 0 and np.isfinite(result["loss"])
 
 
@@ -91,7 +99,8 @@ def test_a_regression_has_errors_and_no_perplexity():
         "mse": (batch["y"] ** 2 * batch["w"]).sum(),
         "mae": (jnp.abs(batch["y"]) * batch["w"]).sum(),
       },
-    )
+    ),
+    one_device(),
   )
   batch = {"y": jnp.array(labels), "w": jnp.array([1.0, 1.0, 0.0])}
   result = evaluation.evaluate(step, None, [batch], None, per_token=False)

@@ -171,7 +171,7 @@ def measure(
   """
   run = token_rows.reading(load.load(folder, use="evaluate"), data)
   c, text = token_rows.open_data(run, split, data=data)
-  step = evaluation.make_step(run.parts.objective)
+  step = evaluation.make_step(run.parts.objective, run.mesh)
   with jax.set_mesh(run.mesh):
     score = lambda limit: evaluation.evaluate_on(text, run.mesh, c.data, step, run.weights, limit)
     score(1)  # compiles

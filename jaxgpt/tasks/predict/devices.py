@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from jaxgpt.training import batches as batches_lib
+from jaxgpt.training import xla_options
 from jaxgpt.tree import PyTree
 
 
@@ -24,7 +25,8 @@ class Devices:
 
   def jit(self, f: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function whose results every process can read."""
-    return jax.jit(f, out_shardings=NamedSharding(self.mesh, P()))
+    options = xla_options.of_mesh(self.mesh)
+    return jax.jit(f, out_shardings=NamedSharding(self.mesh, P()), compiler_options=options)
 
   def put(self, batch: PyTree) -> PyTree:
     """A batch of the host on the devices, rows sharded over the mesh."""

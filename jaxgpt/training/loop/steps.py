@@ -127,7 +127,7 @@ class Run:
     self._saver = saving.Saver(
       c.checkpoint, setup.folder, checkpoints, setup.mesh, self._timer.account
     )
-    self._eval_step = evaluation.make_step(parts.objective)
+    self._eval_step = evaluation.make_step(parts.objective, setup.mesh, c.mesh.compiler_options)
     self._writers = metric_writers_lib.make(c, setup.folder, self._step)
     self._profile = profile.Profile(c.log.profile_steps, setup.folder)
     self._watchdog = watchdog.Watchdog(c.log.hang_minutes)

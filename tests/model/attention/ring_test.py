@@ -66,7 +66,7 @@ def test_evaluation_and_model_calls_restore_the_order(tiny):
     batch = batches_lib.split_batches(c, "train").batch(0)
     with jax.set_mesh(made):
       state = train_step.first_state(parts.model, parts.tx, c.seed, parts.state)
-      sums = evaluation.make_step(parts.objective)(
+      sums = evaluation.make_step(parts.objective, made)(
         state["params"], batches_lib.to_devices(batch, made)
       )
       apply = jax.jit(
