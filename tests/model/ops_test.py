@@ -33,6 +33,23 @@ def test_layer_norm(bias):
   same_gradients(ours, plain, *args)
 
 
+@pytest.mark.parametrize("num_in", [1, 2])
+def test_times_with_a_large_weight(num_in):
+  """Its gradient is written by hand from `ops._LARGE` numbers on."""
+  x, w = normal(2, 3, *(8, 32)[-num_in:]), normal(*(8, 32)[-num_in:], 12, 6, seed=1)
+  assert w.size < ops._LARGE
+  derived = lambda x, w: ops.times(x, w, num_in, wide_gradient=False)
+
+  def by_hand(x, w):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(ops, "_LARGE", w.size)
+      return ops.times(x, w, num_in, wide_gradient=False)
+
+  assert "custom_vjp" in str(jax.make_jaxpr(by_hand)(x, w))
+  assert "custom_vjp" not in str(jax.make_jaxpr(derived)(x, w))
+  same_gradients(by_hand, derived, x, w)
+
+
 def test_gelu():
   same_gradients(ops.gelu, lambda x: jax.nn.gelu(x, approximate=True), normal(50) * 4)
   far = jnp.array([-200.0, -30.0, 30.0, 200.0])
