@@ -131,9 +131,13 @@ def _empty_preset(c: ml_collections.ConfigDict) -> str | None:
   )
 
 
-def _unknown_to_remat(c: ml_collections.ConfigDict) -> Iterator[str]:
-  """Activations in the lists of `model.remat` that the model's layers do not have."""
-  m, kinds = c.model, mlp_kinds(c.model)
+def lacking_activations(m: ml_collections.ConfigDict) -> dict[str, str]:
+  """Activations of `remat.ACTIVATIONS` that no layer has: {name: what it needs}.
+
+  Args:
+    m: The `model` section.
+  """
+  kinds = mlp_kinds(m)
   lacking: dict[str, str] = {}
   if not m.gated:
     lacking[remat.GATE] = "model.gated=True"
@@ -141,6 +145,13 @@ def _unknown_to_remat(c: ml_collections.ConfigDict) -> Iterator[str]:
     lacking[remat.DOWN] = "a 'dense' layer in model.mlp_pattern"
   if set(kinds) == {"none"}:
     lacking |= dict.fromkeys((remat.GATE, remat.UP), "an MLP in model.mlp_pattern")
+  return lacking
+
+
+def _unknown_to_remat(c: ml_collections.ConfigDict) -> Iterator[str]:
+  """Activations in the lists of `model.remat` that the model's layers do not have."""
+  m = c.model
+  lacking = lacking_activations(m)
   for name in sum(remat.activations(m.remat), ()):
     if name in lacking:
       yield (

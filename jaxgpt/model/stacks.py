@@ -106,8 +106,12 @@ def pipeline_of(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> pipel
   Raises:
     UserError: See `pipeline.make`.
   """
-  periods = sum(stack.repeats for stack in of(c.model) if stack.name == PIPELINED)
-  return pipeline.make(c, sizes, periods)
+  return pipeline.make(c, sizes, pipelined_periods(c.model))
+
+
+def pipelined_periods(cfg: ml_collections.FrozenConfigDict) -> int:
+  """Periods of the layers' pattern that pipeline stages share. `cfg` is the `model` section."""
+  return sum(stack.repeats for stack in of(cfg) if stack.name == PIPELINED)
 
 
 def bubble(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:

@@ -1,9 +1,12 @@
 """Explanations of a program that does not fit, in terms of config keys."""
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import ml_collections
 
+from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import GIB
 from jaxgpt.plan import memory_estimate, per_device, search
@@ -12,6 +15,7 @@ from jaxgpt.plan.topology import Topology
 
 _TRIES = 3  # changes to compile per kind: the arithmetic may be too optimistic
 _SHOWN = 8  # arrays to list
+_MARGIN = 0.98  # share of the memory that an estimate may take, since it is off by a few percent
 
 
 def out_of_memory(
@@ -40,6 +44,33 @@ def out_of_memory(
   yield f"  {memory_estimate.peak(found) / GIB:6.2f} GiB  in total, at the worst moment"
 
 
+def changes(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[search.Candidate]]:
+  """Changes to a config that does not fit, one list per kind of change, the smallest change first.
+
+  The kinds: save fewer activations, split the batch into more microbatches, use fewer rows. Lists
+  hold only candidates that should fit, and that take less memory than the config does.
+  """
+  assert topology.chip is not None
+  chip, sizes = topology.chip, mesh_lib.axis_sizes(c.mesh, topology.num_devices)
+  counts = per_device.count(c)
+  estimate = lambda c: memory_estimate.peak(memory_estimate.buffers(c, sizes, counts, chip))
+  most = min(chip.hbm_limit * _MARGIN, estimate(c) - 1)
+  rows = c.data.batch_size // mesh_lib.num_batch_shards(sizes) // c.optim.accumulate
+  halvings = [2**i for i in range(1, 8) if rows % 2**i == 0]
+  kinds: tuple[list[dict[str, Any]], ...] = (
+    [{"model.remat": remat} for remat in reversed(search.remats(c.model))],
+    [{"optim.accumulate": c.optim.accumulate * n} for n in halvings],
+    [{"data.batch_size": c.data.batch_size // n} for n in halvings],
+  )
+  for kind in kinds:
+    sized = []
+    for change in kind:
+      with contextlib.suppress(UserError):  # a change may contradict another value of the config
+        one = search.changed(c, change)
+        sized.append(search.Candidate(one, change, estimate(one), 0.0))
+    yield [one for one in sized if one.bytes <= most]
+
+
 def remedies(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[str]:
   """Lines with changes to the config that make it fit. Each change is compiled.
 
@@ -48,8 +79,15 @@ def remedies(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[str]:
     topology: The hardware.
   """
   yield ""
+  kinds = [kind for kind in changes(c, topology) if kind]
+  if not kinds:
+    yield (
+      "no change of model.remat, optim.accumulate or data.batch_size alone should make it fit: use "
+      "more devices or another mesh (--search), or shorter rows (data.seq_len)"
+    )
+    return
   yield "changes that should make it fit, compiled:"
-  for kind in search.remedies(c, topology):
+  for kind in kinds:
     for candidate in kind[:_TRIES]:
       flags = " ".join(f"--config.{key}={value}" for key, value in candidate.changes.items())
       result = search.compiled(candidate, topology)

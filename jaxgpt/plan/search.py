@@ -5,14 +5,16 @@ are compiled. The best of those that should not fit is compiled too, to show tha
 """
 
 import collections
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from jaxgpt.errors import UserError
+from jaxgpt.config import MESH_AXES, effects
+from jaxgpt.config.remat import activations
+from jaxgpt.errors import UserError, first_line
+from jaxgpt.model import stacks
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import GIB
 from jaxgpt.plan import lower, memory_estimate, per_device, report, time_estimate
@@ -34,8 +36,7 @@ _SEQS = (1, 2, 4, 8, 16)
 _SEQ_UNIT = 256  # fewest tokens of a row per device
 _EXPERTS = (1, 2, 4, 8, 16)
 _STAGES = (1, 2, 4)
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
-_ACCUMULATE = (1, 2, 4, 8, 16)
+_ALONE = tuple((rows, 1) for rows in (1, 2, 3, 4, 6, 8, 12, 16))  # (rows, microbatches)
 _FINALISTS = 6
 _SLACK = 1.02  # the arithmetic is off by a few percent, so up to this factor is still compiled
 
@@ -88,17 +89,34 @@ def changed(c: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_coll
   return lower.resolve(c.lock())
 
 
+def remats(m: ml_collections.ConfigDict) -> list[str]:
+  """The policies of `REMATS` for a model, without the activations that its layers do not have.
+
+  Args:
+    m: The `model` section. Training refuses a policy that names an activation it lacks.
+  """
+  lacking = effects.lacking_activations(m)
+  out = []
+  for remat in REMATS:
+    saved = activations(remat).saved
+    names = [name for name in saved if name not in lacking]
+    out.append(f"save:{','.join(names)}" if saved else remat)
+  return list(dict.fromkeys(out))
+
+
 def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, int]]:
   """Mesh sizes that suit a model and a topology, as [{axis: size}].
 
-  `data` covers the slices, and the devices that fsdp cannot use. The other axes stay within a
-  slice. In addition to fsdp and data, at most two axes are used at once.
+  Either `data` covers the slices or hosts, and the devices that fsdp cannot use, or fsdp covers
+  them, for a model that does not fit one of them. The other axes stay within a slice. In addition
+  to fsdp and data, at most two axes are used at once.
   """
   m, within = c.model, topology.num_devices // topology.slices
   experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if "moe" in m.mlp_pattern else [1]
   lengths = [n for n in _SEQS if c.data.seq_len % (_SEQ_UNIT * n) == 0 or n == 1]
   out = []
-  stages = [n for n in _STAGES if m.num_layers % n == 0]
+  periods = stacks.pipelined_periods(m)
+  stages = [n for n in _STAGES if n == 1 or (periods and periods % (n * c.mesh.stage_repeats) == 0)]
   # Each combination of the axes within a slice; fsdp and data share the devices that are left.
   for tensor, seq, expert, stage in itertools.product(_TENSORS, lengths, experts, stages):
     if m.num_kv_heads % tensor or m.mlp_width % tensor or m.vocab_size % tensor:
@@ -108,9 +126,7 @@ def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, i
     left = within // (tensor * seq * expert * stage)
     if left * tensor * seq * expert * stage != within:
       continue
-    # The most that fsdp can take: it has to divide the width.
-    largest = next(n for n in range(left, 0, -1) if left % n == 0 and m.width % n == 0)
-    for fsdp in sorted({largest, 1}):
+    for fsdp in _fsdp_sizes(left, topology.slices, m.width):
       out.append(
         {
           "data": topology.slices * left // fsdp,
@@ -122,6 +138,23 @@ def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, i
         }
       )
   return out
+
+
+def _fsdp_sizes(left: int, slices: int, width: int) -> list[int]:
+  """Sizes of fsdp to try: none, the most within a slice, and the most over the slices.
+
+  Args:
+    left: Devices of a slice that fsdp and data share.
+    slices: Slices, or hosts.
+    width: `model.width`, which fsdp has to divide.
+  """
+  most = lambda n: max(i for i in range(1, n + 1) if n % i == 0 and width % i == 0)
+  over = most(slices * left)
+  sizes = {1, most(left)}
+  # If data is still a multiple of the slices, then it is data that covers them.
+  if over % slices == 0 and (slices * left // over) % slices:
+    sizes.add(over)
+  return sorted(sizes)
 
 
 def candidates(
@@ -136,13 +169,13 @@ def candidates(
   """
   counts = per_device.count(c)
   found = []
-  for sizes, remat in itertools.product(meshes(c, topology), REMATS):
+  for sizes, remat in itertools.product(meshes(c, topology), remats(c.model)):
     shards = mesh_lib.num_batch_shards(sizes)
-    for rows, accumulate in itertools.product(_ROWS, _ACCUMULATE if keep_batch else (1,)):
+    of_pipelines = {} if sizes["stage"] > 1 else _of_pipelines(c)
+    for rows, accumulate in _rows(c.data.batch_size, shards) if keep_batch else _ALONE:
       batch = rows * shards * accumulate
-      if keep_batch and batch != c.data.batch_size:
-        continue
       changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in sizes.items()}
+      changes |= of_pipelines
       changes |= {"model.remat": remat, "data.batch_size": batch, "optim.accumulate": accumulate}
       if c.eval.batch_size == c.data.batch_size or c.eval.batch_size % shards:
         changes["eval.batch_size"] = batch
@@ -151,6 +184,20 @@ def candidates(
       except UserError:  # such as a layer pattern that does not suit the mesh
         continue
   return sorted(found, key=lambda one: one.merit)
+
+
+def _rows(batch_size: int, shards: int) -> list[tuple[int, int]]:
+  """All (rows per device, microbatches) that give a batch. None if the shards do not divide it."""
+  if batch_size % shards:
+    return []
+  each = batch_size // shards
+  return [(rows, each // rows) for rows in range(1, each + 1) if each % rows == 0]
+
+
+def _of_pipelines(c: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Changes for a mesh without stages: training refuses keys of pipelines that have no effect."""
+  defaults = {"stage_repeats": 1, "stage_microbatches": 0}
+  return {f"mesh.{key}": value for key, value in defaults.items() if c.mesh[key] != value}
 
 
 def _assumes_kernels(c: ml_collections.ConfigDict, topology: Topology) -> bool:
@@ -256,9 +303,7 @@ def search(
   if best.fits:  # which of these suits a chip is not known before compiling
     for value in _MATERIALIZE:
       if value != best.candidate.c.model.materialize:
-        changes = best.candidate.changes | {"model.materialize": value}
-        one = best.candidate._replace(c=changed(best.candidate.c, changes), changes=changes)
-        work.compile(one)
+        work.refine(best.candidate, {"model.materialize": value})
   if not any(r.fits for r in work.results):
     _retreat(found, work)
   return sorted(work.results, key=_rank)
@@ -286,9 +331,20 @@ class _Work:
     """Compiles a candidate. `more` is the number of those that come after it."""
     done = len(self.results)
     self._show(done, done + 1 + more, describe(one.changes))
-    self.results.append(self._run(one, self._topology))
-    self._say(f"  {describe(one.changes)}: {verdict(self.results[-1])}")
-    return self.results[-1]
+    return self._add(self._run(one, self._topology))
+
+  def refine(self, one: Candidate, changes: dict[str, Any]) -> Result:
+    """Compiles a candidate with further changes. Its estimates stay as they are."""
+    one = one._replace(changes=one.changes | changes)
+    try:
+      return self.compile(one._replace(c=changed(one.c, changes)))
+    except UserError as e:  # the changes contradict the config
+      return self._add(Result(one, None, e))
+
+  def _add(self, result: Result) -> Result:
+    self.results.append(result)
+    self._say(f"  {describe(result.candidate.changes)}: {verdict(result)}")
+    return result
 
 
 def _limit(topology: Topology) -> int:
@@ -311,43 +367,20 @@ def _retreat(found: Sequence[Candidate], work: _Work, tries: int = 3) -> None:
       break
 
 
-def remedies(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[Candidate]]:
-  """Changes to a config that does not fit, one list per kind of change, the smallest change first.
-
-  The kinds: save fewer activations, split the batch into more microbatches, use fewer rows. Lists
-  hold only candidates that should fit.
-  """
-  sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
-  counts, limit = per_device.count(c), _limit(topology)
-  rows = c.data.batch_size // mesh_lib.num_batch_shards(sizes) // c.optim.accumulate
-  halvings = [2**i for i in range(1, 8) if rows % 2**i == 0]
-  kinds: tuple[list[dict[str, Any]], ...] = (
-    [{"model.remat": remat} for remat in reversed(REMATS)],
-    [{"optim.accumulate": c.optim.accumulate * n} for n in halvings],
-    [{"data.batch_size": c.data.batch_size // n} for n in halvings],
-  )
-  for kind in kinds:
-    sized = []
-    for changes in kind:
-      with contextlib.suppress(UserError):  # a change may contradict another value of the config
-        one = changed(c, changes)
-        needed = memory_estimate.peak(memory_estimate.buffers(one, sizes, counts, topology.chip))
-        sized.append(Candidate(one, changes, needed, 0.0))
-    yield [one for one in sized if one.bytes <= limit * 0.98]
-
-
 def compiled(candidate: Candidate, topology: Topology) -> Result:
-  """Compiles a candidate. A candidate that is refused becomes a result too."""
+  """Compiles a candidate. One that is refused or fails becomes a result too, with the reason."""
   try:
     step = lower.compile_step(candidate.c, topology)
     return Result(candidate, report.figures(step, topology), None)
   except (lower.OutOfMemory, UserError) as e:
     return Result(candidate, None, e)
+  except Exception as e:  # a compiler's error must not discard the results of the others
+    return Result(candidate, None, UserError(f"{type(e).__name__}: {first_line(e)}"))
 
 
 def describe(changes: Mapping[str, Any]) -> str:
   """A candidate in a few words: its mesh, rows per data shard x microbatches, and remat policy."""
-  sizes = {k.removeprefix("mesh."): v for k, v in changes.items() if k.startswith("mesh.")}
+  sizes = {axis: changes[f"mesh.{axis}"] for axis in MESH_AXES}
   axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
   rows = changes["data.batch_size"] // changes["optim.accumulate"]
   rows //= mesh_lib.num_batch_shards(sizes)
@@ -412,7 +445,10 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     )
   yield ""
   if not best.fits:
-    yield "none of the candidates fits: take a larger slice, or shorter rows"
+    if all(isinstance(r.error, UserError) for r in results):
+      yield "all of the candidates were refused, for the reasons above"
+    else:
+      yield "none of the candidates fits: take more devices, or shorter rows (data.seq_len)"
     return
   yield "to train with the best, add:"
   yield " ".join(f"--config.{key}={value}" for key, value in best.candidate.changes.items())

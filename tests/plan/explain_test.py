@@ -79,12 +79,34 @@ def test_remedies_are_the_least_that_should_fit():
     "--config.data.batch_size=1024",
     "--config.model.remat=save:q,k,v,attention,gate,up",
   )
-  got = [ways[0].changes for ways in search.remedies(c, topology.parse("v5e-256"))]
+  got = [ways[0].changes for ways in explain.changes(c, topology.parse("v5e-256"))]
   assert got == [
     {"model.remat": "save:q,k,v,attention"},
     {"optim.accumulate": 2},
     {"data.batch_size": 512},
   ]
+
+
+def test_remedies_save_less_than_the_config_does():
+  c = llama(
+    "--config.data.seq_len=2048",
+    "--config.data.batch_size=1536",
+    "--config.model.remat=save:attention",
+    "--config.optim.accumulate=2",
+  )
+  kinds = list(explain.changes(c, topology.parse("v5e-256")))
+  assert {one.c.model.remat for one in kinds[0]} <= {"full"}
+  c = llama(
+    "--config.data.seq_len=2048", "--config.data.batch_size=256", "--config.model.remat=full"
+  )
+  kinds = list(explain.changes(c, topology.parse("v5e-256")))
+  assert kinds == [[], [], []]  # a row per device, and nothing saved
+
+
+def test_a_config_without_remedies_is_told_so():
+  c = llama("--config.data.seq_len=2048", "--config.data.batch_size=4", "--config.model.remat=full")
+  lines = list(explain.remedies(c, topology.parse("v5e-4")))
+  assert len(lines) == 2 and "should make it fit: use more devices" in lines[1]
 
 
 def test_remedies_are_compiled_until_one_fits(monkeypatch):

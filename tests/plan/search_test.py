@@ -2,9 +2,12 @@
 
 import math
 
+import jax
 import pytest
 
 from jaxgpt import config
+from jaxgpt.config import effects
+from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.plan import (
   lower,
@@ -29,7 +32,8 @@ def few_axes(monkeypatch):
 def test_a_search_looks_at_all_axes_that_suit():
   t = topology.parse("v6e-64x2")
   found = search.meshes(llama("--config.data.seq_len=2048"), t)
-  assert all(math.prod(sizes.values()) == 128 and sizes["data"] % 2 == 0 for sizes in found)
+  assert all(math.prod(sizes.values()) == 128 for sizes in found)
+  assert all(sizes["data"] % 2 == 0 or sizes["fsdp"] % 2 == 0 for sizes in found)
   assert {sizes["seq"] for sizes in found} == {1, 2, 4, 8}  # 256 tokens of a row at least
   assert {sizes["stage"] for sizes in found} == {1, 2, 4}
   assert {sizes["expert"] for sizes in found} == {1}
@@ -39,6 +43,68 @@ def test_a_search_looks_at_all_axes_that_suit():
     "--config.data.seq_len=2048",
   )
   assert {sizes["expert"] for sizes in search.meshes(experts, t)} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("where, within", [("h100x8x2", 8), ("v6e-64x2", 64)])
+def test_a_model_too_large_for_a_host_or_slice_is_divided_over_them(where, within, few_axes):
+  found = search.meshes(llama("--config.data.seq_len=2048"), topology.parse(where))
+  alone = [(sizes["data"], sizes["fsdp"]) for sizes in found if sizes["tensor"] == 1]
+  assert sorted(alone) == [(1, within * 2), (2, within), (within * 2, 1)]
+
+
+def test_what_fits_no_host_fits_two(few_axes):
+  overrides = ["--config.data.seq_len=2048"]
+  c = lower.resolve(config.load("configs/llama3_8b.py:llama2_70b", overrides)[0])
+  t = topology.parse("h100x8x4")
+  fitting = [one for one in search.candidates(c, t) if one.bytes <= t.chip.hbm_limit]
+  assert fitting and all(one.c.mesh.fsdp * one.c.mesh.tensor >= 16 for one in fitting)
+
+
+@pytest.mark.parametrize(
+  "overrides, named",
+  [
+    (("--config.model.gated=False",), {"q", "k", "v", "attention", "o", "up"}),
+    (("--config.model.mlp_pattern=('none',)",), {"q", "k", "v", "attention", "o"}),
+    ((), {"q", "k", "v", "attention", "o", "gate", "up"}),
+  ],
+)
+def test_a_search_saves_only_what_the_model_has(overrides, named):
+  c = llama(*overrides)
+  found = search.remats(c.model)
+  assert {name for one in found for name in activations(one).saved} == named
+  assert len(set(found)) == len(found) >= 4 and found[0] == "full"
+  for one in found:
+    effects.check(search.changed(c, {"model.remat": one}), {"model.remat": "command line"})
+
+
+def test_a_kept_batch_may_have_any_rows_and_microbatches(few_axes):
+  """10 rows on each of 256 devices."""
+  c = llama("--config.data.seq_len=2048", "--config.data.batch_size=2560")
+  found = search.candidates(c, topology.parse("v5e-256"), keep_batch=True)
+  pure = [one for one in found if one.c.mesh.fsdp == 256]
+  assert {one.c.optim.accumulate for one in pure} == {1, 2, 5, 10}
+  assert {one.c.data.batch_size for one in found} == {2560}
+  with pytest.raises(UserError, match="leave --keep-batch out"):
+    c = llama("--config.data.seq_len=2048", "--config.data.batch_size=7")
+    search.search(c, topology.parse("v5e-256"), keep_batch=True)
+
+
+def test_stages_divide_the_layers_after_the_leading_dense_ones():
+  """DeepSeek V2 Lite: one dense layer, then 26 of experts."""
+  overrides = ["--config.data.seq_len=2048"]
+  c = lower.resolve(config.load("configs/llama3_8b.py:deepseek_v2_lite", overrides)[0])
+  found = search.meshes(c, topology.parse("v5e-64"))
+  assert {sizes["stage"] for sizes in found} == {1, 2}
+  staged = next(sizes for sizes in found if sizes["stage"] == 2)
+  search.changed(c, {f"mesh.{axis}": size for axis, size in staged.items()})
+
+
+def test_keys_of_pipelines_are_unset_without_stages(few_axes):
+  c = llama("--config.data.seq_len=2048", "--config.mesh.stage=2", "--config.mesh.stage_repeats=2")
+  one = search.candidates(c, topology.parse("v5e-64"))[0]
+  assert one.c.mesh.stage == one.c.mesh.stage_repeats == 1
+  assert one.changes["mesh.stage_repeats"] == 1
+  assert "repeats" not in search.describe(one.changes)
 
 
 def test_a_search_ranks_what_fits_and_what_nearly_does(few_axes):
@@ -87,19 +153,49 @@ def test_a_search_compiles_the_best_with_other_barriers_too(monkeypatch, few_axe
   assert results[0].candidate.c.model.remat == results[1].candidate.c.model.remat
 
 
-def test_a_plan_that_is_refused_ends_no_search(monkeypatch, few_axes):
+@pytest.mark.parametrize(
+  "error, words",
+  [
+    (UserError("mesh.tensor=3 does not suit"), "mesh.tensor=3 does not suit"),
+    (
+      jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed\nand more"),
+      "JaxRuntimeError: INTERNAL: Mosaic failed",
+    ),
+  ],
+)
+def test_a_plan_that_is_refused_ends_no_search(error, words, monkeypatch, few_axes):
   c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
 
   def compile_step(c, _):
-    raise UserError("mesh.tensor=3 does not divide the heads")
+    raise error
 
   monkeypatch.setattr(lower, "compile_step", compile_step)
   results = search.search(c, t, finalists=2, say=lambda _: None)
   assert len(results) > 2 and not any(r.fits for r in results)
   lines = list(search.table(results))
-  assert (
-    any("mesh.tensor=3" in line for line in lines) and "none of the candidates fits" in lines[-1]
-  )
+  assert any(line.endswith(words) for line in lines)
+  assert lines[-1].startswith("all of the candidates were refused")
+
+
+def test_other_barriers_that_the_config_refuses_end_no_search(monkeypatch, few_axes):
+  c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
+  changed = search.changed
+
+  def strict(c, changes):
+    if "model.materialize" in changes:
+      raise UserError("model.materialize does not suit")
+    return changed(c, changes)
+
+  monkeypatch.setattr(search, "changed", strict)
+  figures = {
+    "merit_with_kernels": 1.0,
+    "mfu": 0.5,
+    "tokens_per_second_per_chip": 1.0,
+    "memory": {"total": 1, "fits": True},
+  }
+  fits = lambda candidate, _: search.Result(candidate, figures, None)
+  results = search.search(c, t, finalists=1, say=lambda _: None, run=fits)
+  assert results[0].fits and "does not suit" in str(results[-1].error)
 
 
 @pytest.mark.parametrize("where, told", [("v4-16", True), ("v5e-16", False)])
