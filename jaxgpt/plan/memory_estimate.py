@@ -11,6 +11,7 @@ from typing import NamedTuple
 import ml_collections
 
 from jaxgpt.model import fixed_models, stacks
+from jaxgpt.model.quantization import quantized_base
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import Chip
 from jaxgpt.plan import per_device
@@ -75,8 +76,8 @@ def _state_buffers(
   yield Buffer(
     "parameters",
     "parameters",
-    f"{counts.all:,} in float32",
-    4 * counts.held(sizes),
+    f"{counts.all:,} in {'codes and ' if c.model.lora.base in quantized_base.BITS else ''}float32",
+    counts.held_bytes(sizes),
     _MORE_SHARDS,
   )
   yield from _fixed_models(c, sizes, counts)
@@ -100,7 +101,7 @@ def _state_buffers(
       "layers (weights as they are gathered)",
       "layers",
       "shards",
-      itemsize * counts.held_of_layers(sizes),
+      itemsize * counts.cast_of_layers(sizes),
       _MORE_SHARDS,
     )
 
@@ -117,15 +118,15 @@ def _fixed_models(
     yield Buffer("reference", "parameters", "1 per trained parameter", held, keys)
   if fixed_models.TEACHER in names:
     theirs = per_device.count(teacher.config_of(c))
-    held = 4 * theirs.held(sizes)
+    held = theirs.held_bytes(sizes)
     yield Buffer("teacher", "parameters", f"{theirs.all:,} in float32", held, keys)
 
 
 def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Iterator[Buffer]:
   """Activations of all layers that the forward pass saves for the backward pass."""
   m, s = c.model, per_device.share(c, sizes)
-  itemsize, rows = per_device.itemsize(m), f"{s.rows:g},{s.length:g}"
-  each = m.num_layers * s.rows * s.length
+  itemsize, rows = per_device.itemsize(m), f"{s.kept * s.rows:g},{s.length:g}"
+  each = m.num_layers * s.kept * s.rows * s.length
 
   def one(name: str, width: float, size: int, keys: str = _FEWER_TOKENS) -> Buffer:
     shape = f"[{m.num_layers},{rows},{width:g}]"
@@ -150,18 +151,24 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
   if m.remat == "none":
     yield one(
       "layers (norms, activations)",
-      _unnamed_width(m, s),
+      _unnamed_width(m, s, widths["up"]),
       itemsize,
       "model.remat=save:q,k,v,attention,gate,up",
     )
 
 
-def _unnamed_width(m: ml_collections.ConfigDict, s: Share) -> float:
-  """Numbers per token and layer that autodiff saves without a name, in addition to the input."""
+def _unnamed_width(m: ml_collections.ConfigDict, s: Share, hidden: float) -> float:
+  """Numbers per token and layer that autodiff saves without a name, in addition to the input.
+
+  Args:
+    m: The `model` section.
+    s: From `per_device.share`.
+    hidden: Numbers per token within the MLP of a layer.
+  """
   # The result of each norm. For RMSNorm also its input and two products, in float32.
   norms = m.width * (2 + 6 * (4 / per_device.itemsize(m) if m.norm == "rmsnorm" else 0))
   # The input of the matmul with o. In the MLP the activation, its derivative and products.
-  mlp = (4 if m.gated else 1) * (0 if set(m.mlp_pattern) == {"none"} else m.mlp_width) / s.mlp
+  mlp = (4 if m.gated else 1) * hidden / s.mlp
   return norms + per_device.all_heads(m) / s.heads + mlp
 
 
@@ -170,7 +177,8 @@ def _head_buffers(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Ite
   m, s, itemsize = c.model, per_device.share(c, sizes), per_device.itemsize(c.model)
   if m.head != "lm":
     return
-  vocab, tokens, rows = m.vocab_size / s.vocab, s.rows * s.length, f"{s.rows:g},{s.length:g}"
+  n = s.kept * s.rows
+  vocab, tokens, rows = m.vocab_size / s.vocab, n * s.length, f"{n:g},{s.length:g}"
   weight = m.width * vocab
   yield Buffer(
     "final_norm (input, result, gradient)",
@@ -205,6 +213,14 @@ def _head_buffers(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Ite
     tokens * vocab * 4,
     f"objective.loss_chunk, mesh.tensor; {_FEWER_TOKENS}",
   )
+  if objectives.find(c).fixed(c):  # of one sequence at a time, compared with the model's own
+    yield Buffer(
+      "head/logits of the fixed model",
+      "head",
+      f"[{rows},{vocab:g}]",
+      tokens / s.kept * vocab * 4,
+      f"objective.stored; {_FEWER_TOKENS}",
+    )
 
 
 def _layer_buffers(
@@ -218,19 +234,21 @@ def _layer_buffers(
     "layers (gathered)",
     "layer",
     "one layer",
-    counts.of_layer(sizes, m.num_layers) * itemsize,
+    counts.layer_bytes(sizes, m.num_layers, itemsize),
     "mesh.tensor, mesh.expert" if "moe" in m.mlp_pattern else "mesh.tensor",
   )
   # Queries, keys, values, the output of attention and the inside of the MLP, with gradients.
-  inside = (
-    2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 3 * w["up"] / s.mlp + 4 * m.width
+  each = 2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 4 * m.width
+  of_mlp = lambda kind: 3 * per_device.hidden_width(m, kind, room) / s.mlp
+  # Of the iterations of the layers' scans, the one with the most.
+  inside, several = max(
+    (sum(each + of_mlp(mlp) for _, mlp in stack.kinds), len(stack.kinds)) for stack in stacks.of(m)
   )
-  several = max(len(stack.kinds) for stack in stacks.of(m))  # layers per iteration of the scan
   yield Buffer(
     f"layers (backward pass of {several})",
     "layer",
     f"[{several},{s.rows:g},{s.length:g},…]",
-    several * (s.rows * s.length) * inside * itemsize,
+    (s.rows * s.length) * inside * itemsize,
     f"mesh.tensor; {_FEWER_TOKENS}",
   )
 

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import ml_collections
+import numpy as np
 
 from jaxgpt import tree
+from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import ACTIVATIONS, ATTENTION, DOWN, QKV, activations
 from jaxgpt.model import transformer
 from jaxgpt.model.experts import dropless
+from jaxgpt.model.quantization import quantized_base
 from jaxgpt.parallel import chips, sharding
 from jaxgpt.parallel import mesh as mesh_lib
-from jaxgpt.training import optimizers
+from jaxgpt.training import objectives, optimizers
 
 
 class Weight(NamedTuple):
@@ -23,11 +26,18 @@ class Weight(NamedTuple):
     shape: Its global shape.
     mesh_axes: Mesh axes that shard it, over all dimensions.
     trained: Whether the optimizer updates it.
+    itemsize: Bytes of an entry, as it is stored.
+    is_code: Whether it holds codes or scales of a quantized weight, see `quantized_base`. These
+      are gathered as they are stored, other weights in the dtype of activations.
+    packed: Numbers in each entry: 2 for codes of 4 bits.
   """
 
   shape: tuple[int, ...]
   mesh_axes: tuple[str, ...]
   trained: bool
+  itemsize: int = 4
+  is_code: bool = False
+  packed: int = 1
 
   def entries(self, sizes: Mapping[str, int], gathered: bool = False) -> float:
     """Number of entries on one device of a mesh {axis: size}.
@@ -65,19 +75,51 @@ class Counts(NamedTuple):
     """
     return _held(self.layers + self.others, tuple(sizes.items()), trained)
 
-  def held_of_layers(self, sizes: Mapping[str, int]) -> float:
-    """Number of the layers' parameters on one device."""
-    return _held(self.layers, tuple(sizes.items()), False)
+  def held_bytes(self, sizes: Mapping[str, int]) -> float:
+    """Bytes of the parameters on one device."""
+    return _held(self.layers + self.others, tuple(sizes.items()), False, "stored")
 
-  def of_layer(self, sizes: Mapping[str, int], num_layers: int) -> float:
-    """Number of a single layer's parameters on one device, after the all-gather over fsdp."""
-    own = num_layers / sizes["stage"]
-    return sum(w.entries(sizes, gathered=True) for w in self.layers) / own
+  def sent_bytes(self, sizes: Mapping[str, int], itemsize: int) -> float:
+    """Bytes of a device's parameters as they are gathered.
+
+    Args:
+      sizes: Sizes of the mesh axes, {axis: size}.
+      itemsize: Bytes of a gathered weight that is not a code.
+    """
+    weights, axes = self.layers + self.others, tuple(sizes.items())
+    return itemsize * _held(weights, axes, False, "cast") + _held(weights, axes, False, "codes")
+
+  def cast_of_layers(self, sizes: Mapping[str, int]) -> float:
+    """Number of the layers' parameters on one device that are cast before they are gathered."""
+    return _held(self.layers, tuple(sizes.items()), False, "cast")
+
+  def layer_bytes(self, sizes: Mapping[str, int], num_layers: int, itemsize: int) -> float:
+    """Bytes of a single layer's weights on one device, after the all-gather over fsdp.
+
+    Args:
+      sizes: Sizes of the mesh axes, {axis: size}.
+      num_layers: Layers of the model.
+      itemsize: Bytes of a gathered weight. Codes are gathered, and the weights are made of them.
+    """
+    total = 0.0
+    for w in self.layers:
+      each = itemsize if not w.is_code else w.itemsize + (itemsize * w.packed)
+      total += w.entries(sizes, gathered=True) * each
+    return total / (num_layers / sizes["stage"])
 
 
 @functools.cache  # the search asks for the same few meshes thousands of times
-def _held(weights: tuple[Weight, ...], sizes: tuple[tuple[str, int], ...], trained: bool) -> float:
-  return sum(w.entries(dict(sizes)) for w in weights if w.trained or not trained)
+def _held(
+  weights: tuple[Weight, ...], sizes: tuple[tuple[str, int], ...], trained: bool, unit: str = ""
+) -> float:
+  """A sum over weights: of entries, or of the bytes or entries that `unit` names."""
+  each = {
+    "": lambda w: 1,
+    "stored": lambda w: w.itemsize,
+    "cast": lambda w: not w.is_code,
+    "codes": lambda w: w.itemsize * w.is_code,
+  }[unit]
+  return sum(w.entries(dict(sizes)) * each(w) for w in weights if w.trained or not trained)
 
 
 def count(c: ml_collections.ConfigDict) -> Counts:
@@ -90,9 +132,15 @@ def count(c: ml_collections.ConfigDict) -> Counts:
   others: list[Weight] = []
   for name, x in tree.flatten(shapes).items():
     mesh_axes: tuple[str, ...] = sum(map(rules.mesh_axes, axes[name]), ())
-    (stacked if "layers" in axes[name] else others).append(
-      Weight(x.shape, mesh_axes, name in trained)
+    weight = Weight(
+      x.shape,
+      mesh_axes,
+      name in trained,
+      x.dtype.itemsize,
+      quantized_base.is_code(name),
+      2 if x.dtype == np.uint8 else 1,
     )
+    (stacked if "layers" in axes[name] else others).append(weight)
   return Counts(tuple(stacked), tuple(others))
 
 
@@ -106,6 +154,8 @@ class Share(NamedTuple):
     heads: Shards of the attention heads.
     mlp: Shards of the MLP's hidden dimension.
     vocab: Shards of the vocabulary.
+    sequences: Sequences of each row, computed one after the other: 2 for pairs.
+    kept: Those of them whose activations are in memory at the same time.
   """
 
   rows: float
@@ -114,11 +164,13 @@ class Share(NamedTuple):
   heads: int
   mlp: int
   vocab: int
+  sequences: int = 1
+  kept: int = 1
 
   @property
   def tokens(self) -> float:
-    """Tokens per device in a microbatch."""
-    return self.rows * self.length
+    """Tokens per device in a microbatch, of all sequences."""
+    return self.rows * self.length * self.sequences
 
 
 def share(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Share:
@@ -126,6 +178,9 @@ def share(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Share:
   microbatch_shards = mesh_lib.num_batch_shards(sizes) * c.optim.accumulate
   rules = sharding.rules(c.mesh)
   shards = lambda axis: math.prod(sizes[name] for name in rules.mesh_axes(axis))
+  objective = objectives.find(c)
+  # A loss over the whole batch has the activations of one microbatch of one sequence in memory.
+  kept = 1 if objective.whole_batch and c.optim.accumulate > 1 else objective.sequences
   return Share(
     c.data.batch_size / microbatch_shards,
     c.data.seq_len / shards("length"),
@@ -133,7 +188,14 @@ def share(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Share:
     shards("act_heads"),
     shards("act_mlp"),
     shards("act_vocab"),
+    objective.sequences,
+    kept,
   )
+
+
+def tokens_of_step(c: ml_collections.ConfigDict) -> int:
+  """Tokens of a global batch, of all sequences of its rows."""
+  return c.data.batch_size * c.data.seq_len * objectives.find(c).sequences
 
 
 def saved_names(remat: str) -> tuple[str, ...]:
@@ -172,25 +234,51 @@ def expert_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float
   n = math.prod(sizes[axis] for axis in rules.mesh_axes("experts") if axis in tokens)
   if n == 1:
     return 1.0
-  N, X = math.ceil(share(c, sizes).tokens), m.moe.per_token
+  s, X = share(c, sizes), m.moe.per_token
+  N = math.ceil(s.rows * s.length)
   return dropless.rows_of_room(N, X, n, m.moe.experts // shards, m.moe.buffer) / (N * X)
+
+
+def grouped_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
+  """Rows that grouped matmuls have room for, over those of an even load of a device's experts.
+
+  Devices that have the same tokens and other experts each have room for the rows of all of them.
+  """
+  m, rules = c.model, sharding.rules(c.mesh)
+  if "moe" not in m.mlp_pattern or m.moe.capacity:
+    return 1.0
+  axes = rules.mesh_axes("experts")
+  if m.moe.experts % math.prod(sizes[axis] for axis in axes):
+    return 1.0  # each device has all experts
+  tokens = {*rules.mesh_axes("batch"), *rules.mesh_axes("length")}
+  return expert_room(c, sizes) * math.prod(sizes[axis] for axis in axes if axis not in tokens)
+
+
+def hidden_width(m: ml_collections.ConfigDict, kind: str, room: float = 1.0) -> float:
+  """Numbers per token within the MLP of a layer.
+
+  Args:
+    m: The `model` section.
+    kind: Of the MLP: 'dense', 'moe' or 'none'.
+    room: As in `widths`.
+  """
+  if kind == "moe":
+    return m.moe.width * (m.moe.per_token * max(m.moe.capacity, 1) * room + m.moe.shared)
+  return m.mlp_width if kind == "dense" else 0
 
 
 def widths(
   m: ml_collections.ConfigDict, padded: bool = False, room: float = 1.0
 ) -> dict[str, float]:
-  """Numbers per token of each named activation.
+  """Numbers per token of each named activation, as a mean over the layers.
 
   Args:
     m: The `model` section.
     padded: Counts heads as TPUs lay them out, padded to a multiple of 128.
     room: From `expert_room`, where memory counts and not the work of an even load.
   """
-  routed = m.moe.per_token * max(m.moe.capacity, 1) * room
-  used = routed + m.moe.shared if "moe" in m.mlp_pattern else 1
-  hidden = m.moe.width * used if "moe" in m.mlp_pattern else m.mlp_width
-  if set(m.mlp_pattern) == {"none"}:
-    hidden = 0
+  kinds = mlp_kinds(m)
+  hidden = sum(hidden_width(m, kind, room) for kind in kinds) / len(kinds)
   size = lambda n: -(-n // chips.LANES) * chips.LANES if padded else n
   key, value = size(m.head_dim), size(m.latent.v_dim)
   return {
@@ -201,7 +289,7 @@ def widths(
     "o": m.width,
     "gate": hidden if m.gated else 0,
     "up": hidden,
-    "down": m.width if hidden else 0,
+    "down": m.width * sum(kind != "none" for kind in kinds) / len(kinds),
   }
 
 

@@ -217,7 +217,7 @@ def _estimated(
     c,
     changes,
     memory_estimate.peak(memory_estimate.buffers(c, sizes, counts, topology.chip)),
-    sum(took.values()) * topology.num_devices / c.data.batch_size / c.data.seq_len,
+    sum(took.values()) * topology.num_devices / per_device.tokens_of_step(c),
   )
 
 

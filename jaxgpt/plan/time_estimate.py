@@ -7,13 +7,16 @@ from collections.abc import Mapping
 
 import ml_collections
 
+from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import activations
-from jaxgpt.model import stacks
+from jaxgpt.model import fixed_models, stacks
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
 from jaxgpt.plan.schedule import estimate
 from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.topology import Topology
+from jaxgpt.run import teacher
+from jaxgpt.training import objectives
 
 _KERNEL_BACKWARD = 3.5  # work of the backward kernels relative to the forward kernel
 
@@ -50,23 +53,24 @@ def seconds(
   pipe = stacks.pipeline_of(c, sizes)
   busy = 1 - (pipe.bubble if pipe else 0)
   saved = per_device.saved_names(c.model.remat) + activations(c.model.remat).offloaded
-  matmul = _matmul_flops(m, s, saved, tokens) / (chip.clocked_flops * chip.matmul_rate) / busy
-  itemsize, held = per_device.itemsize(m), counts.held(sizes)
-  gathered = held * sizes["fsdp"] * itemsize * (sizes["fsdp"] > 1)
+  flops = _matmul_flops(m, s, saved, tokens) + _forward_flops(c, sizes) * tokens
+  matmul = flops / (chip.clocked_flops * chip.matmul_rate) / busy
+  sent = counts.sent_bytes(sizes, per_device.itemsize(m))
+  gathered = sent * sizes["fsdp"] * (sizes["fsdp"] > 1)
   # A pipeline stage gathers its layers for each tick.
   times = c.optim.accumulate * (pipe.ticks if pipe else 1)
   # The weights are gathered in the forward and in the backward pass, then their gradients are
   # reduced. The reduction is exposed on every chip, the gathers only on some.
   hidden, summed = (2 * gathered, gathered) if chip.overlaps_gathers else (0, 3 * gathered)
   exposed = (
-    max(summed, held * itemsize * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
+    max(summed, sent * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
     + _activation_bytes_between_devices(c, sizes, s, tokens)
   ) / chip.ici_bandwidth
   between = 0.0
   if topology.slices > 1:
     # With data over slices, one reduction of the gradients crosses the network; with fsdp over
     # slices the weights cross it too.
-    bytes_ = 2 * held * itemsize if sizes["data"] % topology.slices == 0 else 3 * gathered * times
+    bytes_ = 2 * sent if sizes["data"] % topology.slices == 0 else 3 * gathered * times
     between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
   return {
     "matmul": matmul,
@@ -86,7 +90,12 @@ def kernel_seconds(
   if found is None:
     return assumed_kernel_seconds(c, sizes, topology)
   forward, backward = found
-  return (forward * (1 + _recomputes(c.model)) + backward) * c.optim.accumulate
+  again = per_device.share(c, sizes).sequences * c.optim.accumulate
+  own = (forward * (1 + _recomputes(c.model) + _gradient_cache(c)) + backward) * again
+  for one in _fixed_models(c):
+    theirs = estimate.seconds(one, sizes, topology.chip)
+    own += again * theirs[0] if theirs else 0.0
+  return own
 
 
 def assumes_kernels(
@@ -102,8 +111,11 @@ def assumed_kernel_seconds(
   """Seconds of attention kernels at the assumed rate, for chips and heads without measurements."""
   m, s, chip = c.model, per_device.share(c, sizes), topology.chip
   assert chip is not None, "the estimate needs a chip's rates"
-  pairs = m.num_layers * c.data.seq_len * s.tokens * c.optim.accumulate
-  flops = 4 * pairs * per_device.all_heads(m) / s.heads * (1 + _KERNEL_BACKWARD + _recomputes(m))
+  pairs = c.data.seq_len * s.tokens * c.optim.accumulate
+  passes = 1 + _KERNEL_BACKWARD + _recomputes(m) + _gradient_cache(c)
+  of_pair = lambda m: 4 * m.num_layers * per_device.all_heads(m) / s.heads
+  fixed = sum(of_pair(one.model) for one in _fixed_models(c))
+  flops = pairs * (of_pair(m) * passes + fixed)
   return flops * visible_share(c, chip.attention_block) / (chip.clocked_flops * ASSUMED_RATE)
 
 
@@ -113,14 +125,41 @@ def _recomputes(m: ml_collections.ConfigDict) -> bool:
   return "attention" not in saved
 
 
+def _gradient_cache(c: ml_collections.ConfigDict) -> bool:
+  """Whether microbatches are computed again for their gradients, see `microbatches.mapped`."""
+  return objectives.find(c).whole_batch and c.optim.accumulate > 1
+
+
+def _fixed_models(c: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+  """The configs of the models that the loss runs forward only, see `model.fixed_models`."""
+  names = objectives.find(c).fixed(c)
+  of = {fixed_models.REFERENCE: lambda: c, fixed_models.TEACHER: lambda: teacher.config_of(c)}
+  return [of[name]() for name in names]
+
+
+def _forward_flops(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
+  """FLOPs per token of a device's matmuls in further forward passes: fixed models, and a cache."""
+  out = 0.0
+  for one in _fixed_models(c) + [c] * _gradient_cache(c):
+    m, s = one.model, per_device.share(one, sizes)
+    head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
+    out += 2 * (m.num_layers * sum(_weights(m, s).values()) + head)
+  return out
+
+
+def _weights(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:
+  """Entries of a device's weights by the activation that they produce, for one layer."""
+  return {
+    name: count / (s.mlp if name in ("gate", "up", "down") else s.heads)
+    for name, count in per_device.layer_weights(m).items()
+  }
+
+
 def _matmul_flops(
   m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...], tokens: float
 ) -> float:
   """FLOPs of a device's matmuls in a step, recomputation included."""
-  weights = {
-    name: count / (s.mlp if name in ("gate", "up", "down") else s.heads)
-    for name, count in per_device.layer_weights(m).items()
-  }
+  weights = _weights(m, s)
   recomputed = sum(weights[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in saved)
   head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
   return tokens * (
@@ -158,7 +197,9 @@ def _activation_bytes_between_devices(
     # hidden behind the attention of the previous hop.
     total += 3 * each * (widths["k"] + widths["v"]) / s.heads
   if sizes["expert"] > 1:  # to the experts and back, forward and backward
-    total += 4 * each * m.width * m.moe.per_token * max(m.moe.capacity, 1)
+    kinds = mlp_kinds(m)
+    routed = kinds.count("moe") / len(kinds) * m.moe.per_token * max(m.moe.capacity, 1)
+    total += 4 * each * m.width * routed
   return total
 
 

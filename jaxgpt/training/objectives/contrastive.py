@@ -112,6 +112,7 @@ OBJECTIVES.add(
   Objective(
     _contrastive,
     layout="retrieval",
+    sequences=2,
     head=("pooler", "none"),
     whole_batch=True,
     check=_check,

@@ -50,6 +50,7 @@ class Objective:
       the teacher's model if `fixed` has one. Batches that it gets have their tokens in the order of
       `token_order.balance`.
     layout: Name of the row layout it reads, a key of `data.layouts.LAYOUTS`.
+    sequences: Sequences of each row that the model reads: 2 for pairs. A plan counts them.
     head: The `model.head` that it needs, such as 'lm', or several to choose from.
     causal: Whether it needs `model.causal`.
     loss_chunk: Whether it implements `objective.loss_chunk`.
@@ -67,6 +68,7 @@ class Objective:
 
   loss_fn: Callable[..., LossFn]
   layout: str = "causal_lm"
+  sequences: int = 1
   head: str | tuple[str, ...] = "lm"
   causal: bool = False
   loss_chunk: bool = False

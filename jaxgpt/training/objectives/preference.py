@@ -234,6 +234,7 @@ OBJECTIVES.add(
   Objective(
     _preference,
     layout="preference",
+    sequences=len(SIDES),
     causal=True,
     fixed=_fixed,
     stored=Stored(
