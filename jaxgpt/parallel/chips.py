@@ -24,6 +24,7 @@ from jaxgpt.config.registry import Registry
 GIB = 1 << 30
 LANES = 128  # width of a TPU's vector registers; the last dimension of an array is padded to it
 _DEFAULT_ATTENTION_BLOCK = 512
+_MIG = " MIG "  # in the device kind of a slice, as in 'NVIDIA H100 80GB HBM3 MIG 1g.10gb'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class Chip:
       memory and form factor follow, as in 'NVIDIA H100 80GB HBM3'. A TPU's is the whole name, since
       'TPU v4 lite' is another chip than 'TPU v4'.
     peak_flops: bf16 FLOP/s on the vendor's data sheet. The MFU of a run is relative to it.
+    variant_flops: The same of variants, by the beginning of their device kind. Plans are for the
+      chip itself.
     clock: Cycles per second, to convert the compiler's cycle counts into seconds.
     flops_per_cycle: bf16 FLOPs of the matrix units per cycle.
     hbm: Bytes of memory.
@@ -104,6 +107,7 @@ class Chip:
   overlaps_gathers: bool = False
   xla_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
   attention_block: int = _DEFAULT_ATTENTION_BLOCK
+  variant_flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
   libtpu: str = ""
   libtpu_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
   gpu: GpuTarget | None = None
@@ -134,9 +138,15 @@ def of_device(device_kind: str) -> Chip | None:
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """bf16 FLOP/s of one device on its data sheet, or None where it is not known (CPUs)."""
+  """bf16 FLOP/s of one device on its data sheet, or None where it is not known.
+
+  It is not known of CPUs, and of the slices of a GPU that NVIDIA's MIG makes.
+  """
   chip = of_device(device_kind)
-  return chip.peak_flops if chip else None
+  if chip is None or (chip.gpu and _MIG in device_kind):
+    return None
+  variants = [name for name in chip.variant_flops if device_kind.startswith(name)]
+  return chip.variant_flops[max(variants, key=len)] if variants else chip.peak_flops
 
 
 def of_tracing() -> Chip | None:
@@ -286,6 +296,7 @@ def register_gpu(
   flops_per_core: int,
   nvlink: float,
   network: float,
+  variant_flops: Mapping[str, float] | None = None,
 ) -> None:
   """Registers a GPU.
 
@@ -298,12 +309,14 @@ def register_gpu(
     flops_per_core: Dense bf16 FLOPs per cycle and multiprocessor.
     nvlink: Bytes/s sent over NVLink (one direction).
     network: Bytes/s sent to other hosts.
+    variant_flops: See `Chip`.
   """
   register(
     Chip(
       name=name,
       device_kinds=device_kinds,
       peak_flops=peak_flops,
+      variant_flops=variant_flops or {},
       clock=clock,
       flops_per_cycle=gpu.cores * flops_per_core,
       hbm=gpu.memory,
@@ -357,6 +370,7 @@ register_gpu(
   _H100,
   device_kinds=("NVIDIA H100",),
   peak_flops=989e12,
+  variant_flops={"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12},
   clock=1.83e9,
   flops_per_core=4096,
   nvlink=450e9,
@@ -367,6 +381,7 @@ register_gpu(
   dataclasses.replace(_H100, name="NVIDIA H200", memory=151_397_597_184, bandwidth=4.8e12),
   device_kinds=("NVIDIA H200",),
   peak_flops=989e12,
+  variant_flops={"NVIDIA H200 NVL": 835e12},
   clock=1.83e9,
   flops_per_core=4096,
   nvlink=450e9,

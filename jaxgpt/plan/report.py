@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
+import ml_collections
+
+from jaxgpt.data import stages
 from jaxgpt.model import stacks
 from jaxgpt.parallel.chips import GIB, Chip
 from jaxgpt.plan import cost as cost_lib
@@ -39,14 +42,16 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
     "limit": chip.hbm_limit,
     "fits": compiled.memory.total <= chip.hbm_limit,
   }
-  tokens = c.data.batch_size * c.data.seq_len
+  tokens = per_device.tokens_of_step(c)
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
   seconds = took["seconds"]
   # `unhidden` is a difference of two estimates, so the figure of merit leaves it out.
   merit = sum(seconds[kind] for kind in ("matmul", "other", "unestimated", "exposed", "between"))
   step = sum(seconds.values())
   tokens_per_device = tokens / topology.num_devices
-  chip_hours = c.train.steps * step * topology.num_chips / 3600
+  of_run = tokens_of_run(c)
+  # The stages of data.stages before the last one are taken to be as fast per token as that one.
+  chip_hours = of_run / tokens * step * topology.num_chips / 3600
   return (
     _setup(compiled, topology)
     | {
@@ -69,11 +74,20 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
       "tokens_per_second": tokens / step,
       "tokens_per_second_per_chip": tokens / step / topology.num_chips,
       "steps": c.train.steps,
-      "tokens": tokens * c.train.steps,
+      "tokens": of_run,
+      "stages_not_compiled": [list(stage) for stage in c.data.stages],
       "chip_hours": chip_hours,
       "cost": None if price is None else chip_hours * price,
       "compile_seconds": compiled.seconds,
     }
+  )
+
+
+def tokens_of_run(c: ml_collections.ConfigDict) -> int:
+  """Tokens of all steps of a run, with the batches of `data.stages`."""
+  return sum(
+    per_device.tokens_of_step(own) * max(min(stage.end, c.train.steps) - stage.start, 0)
+    for stage, own in stages.configs(c)
   )
 
 
@@ -115,7 +129,7 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
   """Figures from the schedule of the TPU compiler: seconds by kind, FLOPs, kernels, collectives."""
   cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
   share = time_estimate.visible_share(compiled.c, chip.attention_block, compiled.mesh.shape["seq"])
-  room = per_device.expert_room(compiled.c, compiled.mesh.shape)
+  room = per_device.grouped_room(compiled.c, compiled.mesh.shape)
   kernels = kernels_lib.of_step(cost.calls, chip, share, room)
   seconds = {
     "matmul": cost.cycles["matmul"] / chip.clock,
@@ -201,12 +215,23 @@ def table(f: Figures) -> Iterator[str]:
     f"{f['chip_hours'] / f['chips'] / 24:,.1f} days, {f['chip_hours']:,.0f} {kind}-hours"
     + ("" if f["cost"] is None else f", cost {f['cost']:,.0f}")
   )
+  yield from _stage_lines(f)
   yield (
     f"figure of merit {f['merit_of_all'] * 1e6:.2f} device-µs per token, {f['merit'] * 1e6:.2f} "
     "without kernels"
   )
   options = " ".join(f"{name}={value}" for name, value in f["options"].items())
   yield f"XLA's options   {options or 'defaults'}"
+
+
+def _stage_lines(f: Figures) -> Iterator[str]:
+  """A line on the stages that were not compiled, if there are any."""
+  if others := f["stages_not_compiled"]:
+    shapes = ", ".join(f"{rows:,} x {length:,}" for _, rows, length in others)
+    yield (
+      f"data.stages     only the last, {f['batch_size']:,} rows x {f['seq_len']:,} tokens, is "
+      f"compiled; not checked, and in the run at the same tokens/s: {shapes}"
+    )
 
 
 def of_this_machine(compiled: Compiled) -> Iterator[str]:

@@ -10,7 +10,9 @@ import numpy as np
 
 from jaxgpt import tree
 from jaxgpt.config import MESH_AXES
+from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.model import transformer
+from jaxgpt.model.experts import capacity
 from jaxgpt.parallel import sharding
 from jaxgpt.training import build as build_lib
 
@@ -71,8 +73,21 @@ def activations(c: ml_collections.ConfigDict) -> list[Array]:
     of("tokens", "rows", "length", itemsize=4),
     of("between the blocks", "batch", "residual_length", ("act_embed", m.width)),
     of("queries", "batch", "length", ("act_heads", m.num_heads), (None, m.head_dim)),
-    of("within the MLP", "batch", "length", ("act_mlp", m.mlp_width)),
   ]
+  inside = lambda name, width: of(name, "batch", "length", ("act_mlp", width))
+  kinds = mlp_kinds(m)
+  if "dense" in kinds:
+    out.append(inside("within the MLP", m.mlp_width))
+  if "moe" in kinds:
+    if m.moe.capacity:
+      slots = (("experts", m.moe.experts), (None, capacity.slots(m.moe, c.data.seq_len)))
+      dims = (("expert_batch", rows), *slots, ("act_mlp", m.moe.width))
+      out.append(Array("within the experts", dims, wide))
+    else:  # how many rows an expert gets depends on the data
+      pairs = ((None, m.moe.per_token), (None, m.width))
+      out.append(of("results of the experts", "batch", "length", *pairs))
+    if m.moe.shared:
+      out.append(inside("within the shared experts", m.moe.shared * m.moe.width))
   if m.head == "lm":
     out.append(of("logits", "rows", "length", ("act_vocab", m.vocab_size), itemsize=4))
   return out

@@ -25,6 +25,11 @@ from jaxgpt.training import xla_options
     ("NVIDIA A100-SXM4-80GB", "a100", 312e12),
     ("NVIDIA H100 80GB HBM3", "h100", 989e12),
     ("NVIDIA H200", "h200", 989e12),
+    ("NVIDIA H100 PCIe", "h100", 756e12),
+    ("NVIDIA H100 NVL", "h100", 835e12),
+    ("NVIDIA H200 NVL", "h200", 835e12),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "h100", None),
+    ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", "a100", None),
     ("NVIDIA B200", "b200", 2250e12),
   ],
 )

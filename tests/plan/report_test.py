@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from jaxgpt import config
 from jaxgpt.commands.actions import plan
 from jaxgpt.config import installed
+from jaxgpt.plan import lower, report
 
 LLAMA = "configs/llama3_8b.py:llama2_7b"
 
@@ -20,6 +22,20 @@ SMALL = [
   "--config.data.seq_len=256",
   "--config.data.batch_size=8",
 ]
+
+
+def test_a_run_in_stages_has_the_tokens_of_each():
+  stages = f"--config.data.stages={((30, 8, 128), (20, 16, 128))}"
+  overrides = [*SMALL, stages, "--config.train.steps=100", "--config.schedule.warmup_steps=10"]
+  c = lower.resolve(config.load(LLAMA, overrides)[0])
+  assert report.tokens_of_run(c) == 8 * 128 * 30 + 16 * 128 * 20 + 8 * 256 * 50
+
+
+def test_a_report_says_which_stage_it_is_of():
+  f = {"batch_size": 64, "seq_len": 4096, "stages_not_compiled": [[1000, 256, 1024]]}
+  (line,) = report._stage_lines(f)
+  assert "only the last, 64 rows x 4,096 tokens" in line and "256 x 1,024" in line
+  assert not list(report._stage_lines(f | {"stages_not_compiled": []}))
 
 
 @pytest.mark.slow

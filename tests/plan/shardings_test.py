@@ -78,6 +78,37 @@ def test_what_training_refuses_is_not_drawn(sizes, words):
     shardings.describe(_resolved(), sizes)
 
 
+MOE = (
+  "--config.model.mlp_pattern=('moe',)",
+  "--config.model.moe.experts=4",
+  "--config.model.moe.width=96",
+)
+
+
+@pytest.mark.parametrize(
+  "overrides, names",
+  [
+    (("--config.model.moe.capacity=1.25",), ["within the experts"]),
+    (("--config.model.moe.capacity=0",), ["results of the experts"]),
+    (
+      ("--config.model.moe.capacity=0", "--config.model.moe.shared=1"),
+      ["results of the experts", "within the shared experts"],
+    ),
+    (
+      ("--config.model.moe.capacity=1", "--config.model.mlp_pattern=('dense','moe')"),
+      ["within the MLP", "within the experts"],
+    ),
+  ],
+)
+def test_activations_are_those_of_the_layers_that_there_are(overrides, names):
+  c = _resolved(*MOE, *overrides)
+  assert [a.name for a in shardings.activations(c)][3:-1] == names
+  found = {a.name: a for a in shardings.activations(c)}
+  if "within the experts" in names:
+    assert found["within the experts"].dims[1] == ("experts", 4)
+    assert found["within the experts"].dims[-1] == ("act_mlp", 96)
+
+
 def test_all_parameters_are_listed_with_their_bytes():
   c = _resolved()
   shapes, _ = transformer.abstract(transformer.Transformer(c.model))

@@ -61,7 +61,7 @@ def apply(
   x_BTD, weights, experts, real_BT = map(whole, (x_BTD, weights, experts, real_BT))
   c = cfg.moe
   X, E = c.per_token, c.experts
-  C = min(math.ceil(c.capacity * T * X / E), T)
+  C = slots(c, T)
   # The place of a token among those of its row that go to the same expert: an exclusive cumsum in
   # the row's own order, which context parallelism has permuted.
   as_read, as_here = (token_order.restore, token_order.balance) if cfg.causal else (whole, whole)
@@ -81,6 +81,11 @@ def apply(
   out = constrain(out, "batch", None, None, "act_embed").reshape(B, E * C, D)
   y = _combined(out, weights.astype(out.dtype), slot_BTX, pair_BS)
   return y, (wanted & ~fits).sum().astype(jnp.float32)
+
+
+def slots(c_moe: ml_collections.ConfigDict, seq_len: int) -> int:
+  """C, the slots of an expert in a row. `c_moe` is the `model.moe` section."""
+  return min(math.ceil(c_moe.capacity * seq_len * c_moe.per_token / c_moe.experts), seq_len)
 
 
 def _pairs(slot_TX: jax.Array, num_slots: int) -> jax.Array:

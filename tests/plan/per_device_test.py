@@ -1,0 +1,153 @@
+"""Weights and activations per device: mixed layers, codes, pairs, and experts over mesh axes."""
+
+import json
+
+import pytest
+
+from jaxgpt import config
+from jaxgpt.plan import lower, memory_estimate, per_device, time_estimate, topology
+
+LLAMA = "configs/llama3_8b.py"
+
+
+def resolved(preset, *overrides):
+  return lower.resolve(config.load(f"{LLAMA}:{preset}", overrides)[0])
+
+
+def sizes(**axes):
+  return dict.fromkeys(config.MESH_AXES, 1) | axes
+
+
+def buffers(c, of=None):
+  of = of or sizes(fsdp=8)
+  return {b.name: b.bytes for b in memory_estimate.buffers(c, of, per_device.count(c))}
+
+
+MOE = ("--config.model.moe.experts=8", "--config.model.moe.width=14336")
+
+
+def test_a_mixed_pattern_has_the_mean_of_its_layers():
+  dense, experts, mixed = (
+    resolved("llama3_8b", *MOE, f"--config.model.mlp_pattern={pattern}")
+    for pattern in ("('dense',)", "('moe',)", "('dense','moe')")
+  )
+  up = lambda c: per_device.widths(c.model)["up"]
+  assert up(experts) == 2 * up(dense)  # two experts per token
+  assert up(mixed) == (up(dense) + up(experts)) / 2
+  quarter = resolved("llama3_8b", *MOE, "--config.model.mlp_pattern=('none','none','none','moe')")
+  assert up(quarter) == up(experts) / 4
+  assert per_device.widths(quarter.model)["down"] == quarter.model.width / 4
+
+
+def test_the_backward_pass_is_of_the_period_with_the_most():
+  """A leading dense layer is narrower than the experts of the others."""
+  first = ("--config.model.mlp_pattern=('moe',)", "--config.model.moe.first_dense=16")
+  few, all_ = (
+    buffers(resolved("llama3_8b", *MOE, *flags))["layers (backward pass of 1)"]
+    for flags in (first, first[:1])
+  )
+  assert few == all_
+
+
+def test_nothing_saved_by_name_counts_the_experts_too():
+  name = "layers (norms, activations)"
+  none = "--config.model.remat=none"
+  dense, experts = (
+    buffers(resolved("llama3_8b", *MOE, none, f"--config.model.mlp_pattern={pattern}"))[name]
+    for pattern in ("('dense',)", "('moe',)")
+  )
+  assert experts > 1.4 * dense
+
+
+@pytest.mark.parametrize("base, share", [("int8", 0.25), ("int4", 0.125)])
+def test_codes_take_their_own_bytes_and_are_not_cast(base, share):
+  lora = ("--config.model.lora.rank=8", "--config.data.batch_size=8")
+  full, coded = (
+    resolved("llama2_7b", *lora, f"--config.model.lora.base={name}") for name in ("float32", base)
+  )
+  of_layers = lambda c: sum(
+    w.entries(sizes()) * w.itemsize for w in per_device.count(c).layers if not w.trained
+  )
+  assert of_layers(coded) == pytest.approx(of_layers(full) * share, rel=0.02)
+  key = "layers (weights as they are gathered)"
+  assert buffers(coded)[key] < 0.02 * buffers(full)[key]
+  shapes = per_device.count(coded)
+  assert shapes.held_bytes(sizes()) == sum(
+    w.entries(sizes()) * w.itemsize for w in shapes.layers + shapes.others
+  )
+  sent = lambda c: per_device.count(c).sent_bytes(sizes(), 2)
+  assert sent(coded) < sent(full)
+
+
+def preference(*overrides):
+  small = (
+    "--config.objective.name=preference",
+    "--config.objective.z_loss=0.0",
+    "--config.data.batch_size=64",
+    "--config.data.seq_len=2048",
+  )
+  return resolved("llama2_7b", *small, *overrides)
+
+
+def test_pairs_take_the_memory_and_the_time_of_two_sequences():
+  plain = resolved("llama2_7b", "--config.data.batch_size=64", "--config.data.seq_len=2048")
+  pairs, where = preference("--config.objective.loss=simpo"), topology.parse("v5e-8")
+  one, two = buffers(plain), buffers(pairs)
+  for name in ("layers (input of each)", "head/logits"):
+    assert two[name] == 2 * one[name], name
+  assert per_device.tokens_of_step(pairs) == 2 * per_device.tokens_of_step(plain)
+  took = lambda c: time_estimate.seconds(c, sizes(fsdp=8), per_device.count(c), where)
+  for kind in ("matmul", "kernels", "other"):
+    assert took(pairs)[kind] == pytest.approx(2 * took(plain)[kind]), kind
+
+
+def test_a_reference_is_run_forward():
+  where = topology.parse("v5e-8")
+  took = lambda c: time_estimate.seconds(c, sizes(fsdp=8), per_device.count(c), where)
+  full = "--config.model.remat=save:q,k,v,attention,o,gate,up"  # nothing is computed again
+  simpo, dpo = (preference(f"--config.objective.loss={loss}", full) for loss in ("simpo", "dpo"))
+  assert took(dpo)["matmul"] == pytest.approx(took(simpo)["matmul"] * 4 / 3, rel=0.01)
+  assert took(dpo)["kernels"] > 1.2 * took(simpo)["kernels"]
+  more = set(buffers(dpo)) - set(buffers(simpo))
+  assert more == {"reference", "head/logits of the fixed model"}
+
+
+def test_microbatches_of_contrastive_keep_one_sequence():
+  c = config.base()
+  c.model.update(dict(vocab_size=256, num_layers=2, width=64, num_heads=2))
+  c.model.update(dict(head="pooler", head_transform="norm", causal=False))
+  c.objective.name, c.data.batch_size = "contrastive", 64
+  whole = config.resolve(c)
+  c.optim.accumulate = 4
+  cut = config.resolve(c)
+  name = "layers (input of each)"
+  assert buffers(whole, sizes())[name] == 8 * buffers(cut, sizes())[name]
+
+
+def test_a_teacher_is_run_forward_in_its_own_size():
+  c = config.base()
+  small = dict(vocab_size=256, num_layers=2, width=64, num_heads=2)
+  c.model.update(small)
+  own = config.resolve(c)
+  theirs = json.dumps(small | {"max_len": 256, "num_layers": 4})
+  c.objective.update(dict(name="distillation", teacher="RUN", teacher_config=theirs))
+  where = topology.parse("v5e-1")
+  took = lambda c: time_estimate.seconds(c, sizes(), per_device.count(c), where)["matmul"]
+  assert took(config.resolve(c)) > 1.5 * took(own)
+
+
+def test_devices_with_the_same_tokens_have_room_for_the_rows_of_all():
+  flags = [
+    "--config.data.batch_size=64",
+    "--config.data.seq_len=4096",
+    "--config.model.moe.capacity=0",
+    "--config.mesh.rules.mlp=none",
+    "--config.mesh.rules.act_mlp=none",
+  ]
+  by_tensor = resolved("mixtral_8x7b", *flags, "--config.mesh.rules.experts=tensor")
+  assert per_device.grouped_room(by_tensor, sizes(tensor=8)) == 8
+  assert per_device.grouped_room(by_tensor, sizes(data=8)) == 1
+  # Devices with other tokens exchange them, and have the room that there is for that.
+  by_expert, own = resolved("mixtral_8x7b", *flags), sizes(expert=4)
+  room = per_device.expert_room(by_expert, own)
+  assert per_device.grouped_room(by_expert, own) == room > 1
