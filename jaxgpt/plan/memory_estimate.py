@@ -213,12 +213,12 @@ def _head_buffers(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Ite
     tokens * vocab * 4,
     f"objective.loss_chunk, mesh.tensor; {_FEWER_TOKENS}",
   )
-  if objectives.find(c).fixed(c):  # of one sequence at a time, compared with the model's own
+  if objectives.find(c).fixed(c):  # compared with the model's own
     yield Buffer(
       "head/logits of the fixed model",
       "head",
       f"[{rows},{vocab:g}]",
-      tokens / s.kept * vocab * 4,
+      tokens * vocab * 4,
       f"objective.stored; {_FEWER_TOKENS}",
     )
 
