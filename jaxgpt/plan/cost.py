@@ -6,9 +6,13 @@ sums them over the program, each times the trip counts of the loops around it:
     ENTRY                        1 x
       fusion.1      900 cycles
       while (32 layers)         32 x
-        fusion.7    500 cycles        total = 900 + 32 * (500 + 80)
+        fusion.7    500 cycles        total = 900 + 32 * (500 + 80) + 70
         fusion.8     80 cycles
+      conditional                1 x the branch with the most cycles
+        fusion.9     70 cycles
+        fusion.10    20 cycles
 
+Of a conditional one branch runs: the optimizer's update, or nothing if a loss is not finite.
 Cycles compare programs. They are not a measurement. Custom kernels such as attention have no
 estimate next to them, so their calls and FLOPs are counted here, and `schedule` reads what libtpu
 writes about them elsewhere. A collective that XLA splits over several fusions, in
@@ -19,7 +23,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxgpt.plan import hlo
@@ -44,7 +49,8 @@ _ATTENTION_MATMULS = (
 )
 _ATTENTION_DKV = ("splash_mha_dkv", "splash_mqa_dkv")
 _FLOATS = ("bf16", "f16", "f32")
-_INLINE = ("fusion", "call", "conditional", "async-start")
+_INLINE = ("fusion", "call", "async-start")
+_TWICE = ("all-reduce",)  # a ring reduces, then gathers: each takes the time of the whole array
 
 
 class Call(NamedTuple):
@@ -75,8 +81,9 @@ class Cost:
       'between' for those that go to other slices over the data center network.
     unestimated: {kind: [runs, bytes, FLOPs]} of instructions without an estimate of the compiler,
       see `hlo.Instruction.unestimated`. The bytes are those of their results, read and written.
-    unhidden_bytes: Bytes of overlapped collectives beyond those that the compute of the same
-      computation can hide.
+    unhidden_bytes: Bytes of overlapped collectives, as in `moved`, beyond those that the compute
+      and the kernels of the same computation can hide.
+    assumed_trips: {loop: runs of its body} of loops whose trip count is not found.
   """
 
   cycles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -85,6 +92,7 @@ class Cost:
   collectives: dict[tuple[str, str, str], list[float]] = dataclasses.field(default_factory=dict)
   unestimated: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   unhidden_bytes: float = 0.0
+  assumed_trips: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def add(self, other: "Cost", times: int = 1) -> None:
     """Adds another cost, multiplied by `times`."""
@@ -92,6 +100,7 @@ class Cost:
       self.cycles[key] += value * times
     self.flops += other.flops * times
     self.unhidden_bytes += other.unhidden_bytes * times
+    self.assumed_trips |= other.assumed_trips
     pairs: tuple[tuple[dict[Any, list[float]], dict[Any, list[float]]], ...] = (
       (self.collectives, other.collectives),
       (self.calls, other.calls),
@@ -126,18 +135,32 @@ class Cost:
     return out
 
   def bytes(self, phase: str) -> float:
-    """Bytes of the collectives of a phase: 'exposed', 'overlapped' or 'between' slices."""
+    """Bytes of the arrays of a phase: 'exposed', 'overlapped' or 'between' slices."""
     return sum(size for (_, _, p), (_, size) in self.collectives.items() if p == phase)
 
+  def moved(self, phase: str) -> float:
+    """Bytes that take the time of a phase, 'exposed' or 'overlapped': all-reduces count twice."""
+    return sum(
+      size * (2 if opcode in _TWICE else 1)
+      for (opcode, _, p), (_, size) in self.collectives.items()
+      if p == phase
+    )
 
-def of_program(program: hlo.Program, bytes_per_cycle: float = 0.0) -> Cost:
+
+def of_program(
+  program: hlo.Program,
+  bytes_per_cycle: float = 0.0,
+  kernel_cycles: Mapping[Call, float] = types.MappingProxyType({}),
+) -> Cost:
   """The cost of one step of a program.
 
   Args:
     program: A scheduled program.
     bytes_per_cycle: Bandwidth of the interconnect. 0: all asynchronous collectives count as hidden.
+    kernel_cycles: Cycles of one run of kernels. They hide collectives, and are not in the cycles of
+      the result.
   """
-  return _Walk(program, bytes_per_cycle).of(program.entry)
+  return _Walk(program, bytes_per_cycle, kernel_cycles).of(program.entry)
 
 
 class Line(NamedTuple):
@@ -162,12 +185,14 @@ class Line(NamedTuple):
 
 def heaviest(program: hlo.Program, most: int) -> list[Line]:
   """The instructions with the most cycles, at most `most` of them."""
-  walk, lines = _Walk(program, 0.0), []
+  walk, lines = _Walk(program, 0.0, {}), []
 
   def visit(name: str, runs: int) -> None:
     for made in program.computations[name]:
       if made.opcode == "while":
-        visit(made.body, runs * hlo.trip_count(program, name, made))
+        visit(made.body, runs * hlo.trips(program, name, made).count)
+      elif branch := walk.branch(made):
+        visit(branch, runs)
       elif made.cycles:
         shapes = " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in made.arrays[:2])
         lines.append(
@@ -193,21 +218,28 @@ _Sums: TypeAlias = tuple[float, list[tuple[Call, float]], list[_Part]]  # FLOPs,
 class _Walk:
   """Computes the cost of each computation of a program once."""
 
-  def __init__(self, program: hlo.Program, bytes_per_cycle: float):
-    self._program, self._rate = program, bytes_per_cycle
+  def __init__(
+    self, program: hlo.Program, bytes_per_cycle: float, kernel_cycles: Mapping[Call, float]
+  ):
+    self._program, self._rate, self._kernel_cycles = program, bytes_per_cycle, kernel_cycles
     self._costs: dict[str, Cost] = {}
     self._sums: dict[str, _Sums] = {}
 
   def of(self, name: str) -> Cost:
-    """The cost of one run of a scheduled computation: the entry, or the body of a loop."""
+    """The cost of one run of a scheduled computation: the entry, a loop's body, or a branch."""
     if name in self._costs:
       return self._costs[name]
-    cost, inner = Cost(), Cost()
+    cost, inner, kernel_cycles = Cost(), Cost(), 0.0
     channels: dict[str, list[dict[str, Any]]] = {}
     for made in self._program.computations[name]:
       if made.opcode == "while":
-        trips = hlo.trip_count(self._program, name, made)
-        inner.add(self.of(made.body), trips)
+        trips = hlo.trips(self._program, name, made)
+        inner.add(self.of(made.body), trips.count)
+        if not trips.known:
+          inner.assumed_trips[made.name] = trips.count
+        continue
+      if branch := self.branch(made):
+        inner.add(self.of(branch))
         continue
       flops, kernels, parts = self._inside(name, made)
       cost.flops += flops
@@ -215,6 +247,7 @@ class _Walk:
         entry = cost.calls.setdefault(kernel, [0, 0.0])
         entry[0] += 1
         entry[1] += work
+        kernel_cycles += self._kernel_cycles.get(kernel, 0)
       cost.cycles["matmul" if flops else "other"] += made.cycles
       if made.unestimated and not kernels and not parts:
         cost._add_unestimated(made.unestimated, [1, 2 * _result_bytes(made), flops])
@@ -223,12 +256,27 @@ class _Walk:
     for pieces in channels.values():
       _add_collective(cost, pieces)
     # Overlapped bytes move while this computation runs; those that take longer are not hidden.
-    hidden = sum(cost.cycles.values()) * self._rate
+    hidden = (sum(cost.cycles.values()) + kernel_cycles) * self._rate
     if self._rate:
-      cost.unhidden_bytes = max(cost.bytes("overlapped") - hidden, 0.0)
+      cost.unhidden_bytes = max(cost.moved("overlapped") - hidden, 0.0)
     cost.add(inner)
     self._costs[name] = cost
     return cost
+
+  def branch(self, made: hlo.Instruction) -> str:
+    """The scheduled computation that an instruction runs, or ''.
+
+    Of a conditional, which has no estimate of its own, this is the branch with the most cycles.
+    """
+    if made.opcode == "conditional":
+      return max(made.calls, key=self._size)
+    return made.calls[0] if made.opcode == "call" and not (made.cycles or made.unestimated) else ""
+
+  def _size(self, name: str) -> tuple[float, ...]:
+    """What branches are compared by: cycles; in programs without estimates FLOPs, then bytes."""
+    cost = self.of(name)
+    flops = cost.flops + sum(work for _, work in cost.calls.values())
+    return sum(cost.cycles.values()), flops, sum(size for _, size in cost.collectives.values())
 
   def flops(self, computation: str, made: hlo.Instruction) -> float:
     """FLOPs of one run of an instruction."""
@@ -240,7 +288,7 @@ class _Walk:
       return hlo.matmul_flops(self._program, computation, made), [], []
     base = made.opcode.removesuffix("-start")
     if base in COLLECTIVES:
-      return 0, [], [_part_of(made, base)]
+      return 0, [], [_part_of(self._program, computation, made, base)]
     between = re.search(r'_xla_megascale_transfer_type="(\w+)"', made.attributes)
     if made.opcode == "send" and between:
       sent = made.arrays[0]  # followed by a context and a token
@@ -261,16 +309,16 @@ class _Walk:
     """A kernel and its FLOPs. Attention is recognized by its name. Its shapes give the FLOPs."""
     name = re.sub(r"\.\d+$", "", made.name)
     matmuls = next((n for kernel, n in _ATTENTION_MATMULS if kernel in name), 0)
-    types = {i.name: i.arrays for i in self._program.computations[computation]}
+    arrays = {i.name: i.arrays for i in self._program.computations[computation]}
     heads = [
       a[0].dims
-      for a in map(types.get, made.operands)
+      for a in map(arrays.get, made.operands)
       if a and len(a[0].dims) in (3, 4) and a[0].dtype in _FLOATS
     ]
     call = Call(made.name, name, made.op_name)
     if "gmm" in name:
       # A grouped matmul [R, K] x [e, K, N], or for the weights' gradient [R, K] x [R, N].
-      floats = [a[0] for a in map(types.get, made.operands) if a and a[0].dtype in _FLOATS]
+      floats = [a[0] for a in map(arrays.get, made.operands) if a and a[0].dtype in _FLOATS]
       return call, 2 * math.prod(floats[0].dims) * made.arrays[0].dims[-1]
     if not matmuls or len(heads) < 2:
       return call, 0
@@ -322,12 +370,11 @@ def _total(sums: Iterable[_Sums]) -> _Sums:
   return flops, kernels, parts
 
 
-def _part_of(made: hlo.Instruction, opcode: str) -> _Part:
+def _part_of(program: hlo.Program, computation: str, made: hlo.Instruction, opcode: str) -> _Part:
   """The part of a collective that an instruction is."""
-  size: float = made.bytes
-  sizes = [a.bytes for a in made.arrays]
-  if made.opcode.endswith("-start") and len(sizes) > 1:  # (operands, results, counters)
-    size = max(sizes) if opcode != "all-reduce" else size / 2
+  size = sum(a.bytes for a in hlo.moved_arrays(program, computation, made))
+  if made.opcode == "reduce-scatter-start":  # the array that it divides
+    size = max(size, sum(a.bytes for a in made.arrays[: len(made.operands)]))
   channel = made.attribute("channel_id") or made.name
   return channel, {
     "opcode": opcode,

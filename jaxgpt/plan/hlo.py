@@ -43,7 +43,6 @@ _HEAD = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 _LINE = re.compile(r"  (ROOT )?%?([^\s=]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _NO_ESTIMATE = 2**63 - 1  # the cycles that libtpu writes where its cost model has no figure
-_UNKNOWN_TRIPS = 1  # for a loop whose trip count is not found
 
 
 class Array(NamedTuple):
@@ -211,11 +210,27 @@ def _closing(text: str, at: int) -> int:
   raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
-def trip_count(program: Program, computation: str, loop: Instruction) -> int:
+class Trips(NamedTuple):
+  """Runs of the body of a `while` loop.
+
+  Attributes:
+    count: The number of runs, or the one that is assumed.
+    known: False if the number is assumed: a counter whose first value is not found starts at 0, one
+      whose step is not found counts by 1, and a loop without a counter or a bound runs once.
+  """
+
+  count: int
+  known: bool
+
+
+_UNKNOWN_TRIPS = Trips(1, False)
+
+
+def trips(program: Program, computation: str, loop: Instruction) -> Trips:
   """The number of times that the body of a `while` loop runs.
 
   XLA often notes it. Otherwise it follows from the counter: its first value, its step, and the
-  constant that it is compared with. If that is not found, the result is 1.
+  constant that it is compared with.
 
   Args:
     program: The program.
@@ -227,13 +242,14 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
   # outside:   while(tuple(..., constant, ...))
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if known:
-    return int(known[1])
+    return Trips(int(known[1]), True)
   condition = (loop.attribute("condition") or "").lstrip("%")
   compare, values = _comparison(program, condition)
   if compare is None:
     return _UNKNOWN_TRIPS
   start = program.find(computation, loop.operands[0])
-  first = lambda i: _constant(program, computation, start.operands[i]) if start else None
+  state = start.operands if start and start.opcode == "tuple" else ()
+  first = lambda i: _constant(program, computation, state[i]) if i < len(state) else None
   direction = compare.attribute("direction") or ""
   ends = [v if kind == "constant" else first(v) for kind, v in values]
   counters = [v for kind, v in values if kind == "element"]
@@ -247,8 +263,11 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
     "GT": begin - ends[1],
     "GE": begin - ends[1] + 1,
     "NE": abs(ends[1] - begin),
-  }.get(direction, 0)
-  return max(-(-length // abs(step)), 0)
+  }.get(direction)
+  if length is None:
+    return _UNKNOWN_TRIPS
+  count = max(-(-length // abs(step or 1)), 0)
+  return Trips(count, ends[0] is not None and step is not None)
 
 
 def _comparison(
@@ -275,7 +294,8 @@ def _comparison(
     if made is None:
       return ("element", -1)
     if made.opcode == "constant":
-      return ("constant", int(made.operands[0]))
+      value = _constant(program, where, name)
+      return ("element", -1) if value is None else ("constant", value)
     if made.opcode == "get-tuple-element":
       return ("element", int(made.attribute("index") or 0))
     if made.opcode == "parameter" and where == inner and bind:
@@ -303,14 +323,39 @@ def _constant(program: Program, computation: str, name: str) -> int | None:
     return None
 
 
-def _step(program: Program, body: str, element: int) -> int:
-  """The increment of an element of the loop's state per iteration, or 1 if it is not found."""
+def _step(program: Program, body: str, element: int) -> int | None:
+  """The increment of an element of the loop's state per iteration, or None if it is not found."""
   root = next(i for i in program.computations[body] if i.is_root)
   made = program.find(body, root.operands[element]) if root.opcode == "tuple" else None
   if made is None or made.opcode != "add":
-    return 1
+    return None
   constants = [_constant(program, body, name) for name in made.operands]
-  return next((c for c in constants if c), 1)
+  return next((c for c in constants if c), None)
+
+
+def moved_arrays(program: Program, computation: str, made: Instruction) -> tuple[Array, ...]:
+  """The arrays that a collective moves: its results, also of one that starts here.
+
+  Of a ragged all-to-all it is the smaller of the two arrays between which rows move. That one has
+  the rows of an even load, the other one room for more.
+
+  Args:
+    program: The program.
+    computation: Name of the computation that contains the instruction.
+    made: The collective.
+  """
+  found = made.arrays
+  if made.opcode.endswith("-start"):
+    # (operands, results, counters), or for an all-reduce the results alone.
+    while len(found) > 1 and found[-1].dtype in ("u32", "s32") and not found[-1].dims:
+      found = found[:-1]
+    largest = (max(found, key=lambda array: array.bytes),)
+    alone = found if made.opcode == "all-reduce-start" else largest
+    found = found[len(made.operands) :] or alone
+  if made.opcode.startswith("ragged-all-to-all"):
+    given = program.find(computation, made.operands[0])
+    found = (min((*found[:1], *(given.arrays[:1] if given else ())), key=lambda a: a.bytes),)
+  return found
 
 
 def matmul_flops(program: Program, computation: str, made: Instruction) -> float:

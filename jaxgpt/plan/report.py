@@ -127,16 +127,23 @@ def _by_kind(compiled: Compiled) -> Figures:
 
 def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
   """Figures from the schedule of the TPU compiler: seconds by kind, FLOPs, kernels, collectives."""
-  cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock)
   share = time_estimate.visible_share(compiled.c, chip.attention_block, compiled.mesh.shape["seq"])
   room = per_device.grouped_room(compiled.c, compiled.mesh.shape)
-  kernels = kernels_lib.of_step(cost.calls, chip, share, room)
+  calls = cost_lib.of_program(program).calls
+  kernels = kernels_lib.of_step(calls, chip, share, room)
+  # Kernels have no cycles in the program, but they too hide the collectives next to them.
+  cycles = {
+    call: one.seconds * chip.clock / one.calls
+    for call, one in zip(calls, kernels, strict=True)
+    if one.calls
+  }
+  cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock, cycles)
   seconds = {
     "matmul": cost.cycles["matmul"] / chip.clock,
     "other": cost.cycles["other"] / chip.clock,
     "unestimated": cost.unestimated_seconds(chip.hbm_bandwidth, chip.clocked_flops),
     "kernels": sum(one.seconds for one in kernels),
-    "exposed": cost.bytes("exposed") / chip.ici_bandwidth,
+    "exposed": cost.moved("exposed") / chip.ici_bandwidth,
     "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
     "between": cost.bytes("between") / chip.dcn_bandwidth,
   }
@@ -154,8 +161,9 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
       for key, (calls, size) in sorted(cost.collectives.items())
     ],
     "between_bytes": cost.bytes("between"),
-    "exposed_bytes": cost.bytes("exposed"),
-    "overlapped_bytes": cost.bytes("overlapped"),
+    "exposed_bytes": cost.moved("exposed"),
+    "overlapped_bytes": cost.moved("overlapped"),
+    "assumed_trips": cost.assumed_trips,
   }
 
 
@@ -178,6 +186,7 @@ def _by_roofline(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figure
     "link_bytes": {link: roof.bytes(link=link) for link in (roofline.NVLINK, roofline.NETWORK)},
     "exposed_bytes": roof.bytes("exposed"),
     "overlapped_bytes": roof.bytes("overlapped"),
+    "assumed_trips": roof.assumed_trips,
   }
 
 
@@ -330,6 +339,12 @@ def _time_lines(f: Figures) -> Iterator[str]:
       f"  {'between slices':<14} {s['between']:>8.4f}     {f['between_bytes']:.3g} bytes over the "
       "data center network"
     )
+  if f["assumed_trips"]:
+    loops = ", ".join(f"{name} x {runs}" for name, runs in sorted(f["assumed_trips"].items()))
+    yield (
+      "  these times may be far off: the program does not say how often loops run; assumed: "
+      + loops
+    )
 
 
 def _kernel_source(kernels: Sequence[Figures]) -> str:
@@ -358,4 +373,5 @@ def _collective_lines(f: Figures) -> Iterator[str]:
       yield (
         f"  {row['opcode']:<18} {row['dtype']:<5} {link}{row['phase']:<10} {row['calls']:>6} "
         f"{row['bytes'] / 1e9:>9.3f} GB"
+        + (" at an even load" if row["opcode"] == "ragged-all-to-all" else "")
       )

@@ -57,6 +57,7 @@ class Roofline:
     traffic: Bytes of memory read and written by instructions other than matmuls and kernels.
     kernels: {name: calls}.
     collectives: {(opcode, dtype, link, 'exposed' or 'overlapped'): [calls, bytes sent per GPU]}.
+    assumed_trips: As in `cost.Cost`.
   """
 
   seconds: dict[str, float] = dataclasses.field(
@@ -71,6 +72,7 @@ class Roofline:
   collectives: dict[tuple[str, str, str, str], list[float]] = dataclasses.field(
     default_factory=dict
   )
+  assumed_trips: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def total(self) -> float:
@@ -84,6 +86,7 @@ class Roofline:
     self.flops += other.flops * times
     self.kernel_flops += other.kernel_flops * times
     self.traffic += other.traffic * times
+    self.assumed_trips |= other.assumed_trips
     for name, calls in other.kernels.items():
       self.kernels[name] = self.kernels.get(name, 0) + calls * times
     for kind, (count, size) in other.collectives.items():
@@ -133,15 +136,17 @@ class _Walk:
           out.seconds["unhidden"] += max(ends.pop(made.operands[0], 0.0) - out.total, 0.0)
       elif base in COLLECTIVES:
         waits = made.opcode == base
-        seconds = self._collective(out, made, base, waits)
+        seconds = self._collective(out, name, made, base)
         links_free = max(links_free, out.total) + seconds
         if waits:
           out.seconds["exposed"] += links_free - out.total
         else:
           ends[made.name] = links_free
       elif base == "while":
-        trips = hlo.trip_count(self._program, name, made)
-        out.add(self.of(made.body), trips)
+        trips = hlo.trips(self._program, name, made)
+        out.add(self.of(made.body), trips.count)
+        if not trips.known:
+          out.assumed_trips[made.name] = trips.count
       elif base == "call":
         out.add(self.of(made.calls[0]))
       elif base == "conditional":  # the longer branch: the other one skips a non-finite update
@@ -212,11 +217,11 @@ class _Walk:
     roots = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     return read + sum(_written(one, inner) for one in roots)
 
-  def _collective(self, out: Roofline, made: hlo.Instruction, opcode: str, waits: bool) -> float:
+  def _collective(
+    self, out: Roofline, computation: str, made: hlo.Instruction, opcode: str
+  ) -> float:
     """Counts a collective and returns its seconds."""
-    results = made.arrays
-    if not waits and len(results) >= 2 * len(made.operands):  # (operands, results)
-      results = results[len(made.operands) : 2 * len(made.operands)]
+    results = hlo.moved_arrays(self._program, computation, made)
     size, groups = sum(a.bytes for a in results), hlo.groups(made)
     members = len(self._hosts) if groups is None else groups.shape[1]
     # Bytes that one of N members sends in a ring. `size` is that of the result.
@@ -229,7 +234,7 @@ class _Walk:
       "ragged-all-to-all": size * share,
     }.get(opcode, size)
     link, rate = self._link(groups)
-    key = (opcode, results[0].dtype, link, "exposed" if waits else "overlapped")
+    key = (opcode, results[0].dtype, link, "exposed" if made.opcode == opcode else "overlapped")
     entry = out.collectives.setdefault(key, [0, 0.0])
     entry[0] += 1
     entry[1] += sent

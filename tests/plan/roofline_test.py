@@ -145,3 +145,23 @@ ENTRY %main (a: f32[1024], b: pred[]) -> f32[1024] {
 """
   chip = chips.CHIPS["h100"]
   assert roofline.of_program(hlo.parse(text), chip, [0]).traffic == 8192
+
+
+def test_a_ragged_all_to_all_sends_the_rows_of_an_even_load():
+  text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[1024,2], b: bf16[2048,2], n: s64[2]) -> bf16[2048,2] {
+  %a = bf16[1024,2] parameter(0)
+  %b = bf16[2048,2] parameter(1)
+  %n = s64[2] parameter(2)
+  ROOT %r = bf16[2048,2] ragged-all-to-all(%a, %b, %n, %n, %n, %n), replica_groups={{0,1}}
+}
+"""
+  got = roofline.of_program(hlo.parse(text), chips.CHIPS["h100"], [0, 0])
+  assert got.bytes("exposed") == 1024 * 2 * 2 / 2
+
+
+def test_loops_without_a_known_trip_count_are_named():
+  text = PROGRAM.replace('"known_trip_count":{"n":"3"}', "").replace("GROUPS", "")
+  got = roofline.of_program(hlo.parse(text), chips.CHIPS["h100"], [0, 0])
+  assert got.assumed_trips == {"while": 1}
