@@ -142,11 +142,13 @@ def compile_step(
   Args:
     c: A config from `resolve`.
     topology: The hardware.
-    use_cache: Whether to use JAX's compilation cache. `compiled_step.save` needs a program that
-      does not come from the cache.
+    use_cache: Whether to use JAX's compilation cache, where it does no harm: a TPU's program from
+      the cache has no schedules of its kernels. `compiled_step.save` needs a program that does not
+      come from the cache.
 
   Raises:
-    UserError: The config does not suit the topology's devices, or XLA refuses an option.
+    UserError: The config does not suit the topology's devices, or XLA refuses an option or the
+      program.
     OutOfMemory: The program does not fit the memory of a device.
   """
   mesh = topology_lib.mesh(c.mesh, topology)
@@ -156,14 +158,13 @@ def compile_step(
   began = time.monotonic()
   dump.clear()
   lowered = train_step.lower(step, parts.state, batch, mesh)
+  has_schedules = topology.chip is not None and not topology.chip.gpu
   try:
-    with contextlib.nullcontext() if use_cache else _no_cache():
+    with contextlib.nullcontext() if use_cache and not has_schedules else _no_cache():
       executable = xla_options.compile(lowered, mesh, c.mesh.compiler_options)
   except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e) or topology.chip is None:
-      raise
     given = sharding.device_bytes(parts.state) + batch_bytes(batch, mesh)
-    raise read_out_of_memory(str(e), topology.chip.hbm_limit, given) from e
+    raise refusal(e, topology, given) from e
   return Compiled(
     c,
     mesh,
@@ -172,6 +173,35 @@ def compile_step(
     memory(executable, parts.state, batch, mesh),
     parts.model.cfg.attention,
     time.monotonic() - began,
+  )
+
+
+def refusal(
+  error: jax.errors.JaxRuntimeError, topology: Topology, given: int
+) -> UserError | OutOfMemory:
+  """The reason that a compiler refuses a program.
+
+  Args:
+    error: The compiler's error.
+    topology: The hardware.
+    given: Bytes of the program's arguments, see `read_out_of_memory`.
+  """
+  message = str(error)
+  if re.search(r"memory space vmem|exceeded scoped vmem limit", message):
+    kernel = re.search(r"([\w.]+)/pallas_call", message)
+    sizes = re.search(r"with size (\S+) and limit (\S+) exceeded", message)
+    return UserError(
+      f"the fast memory (VMEM) of {topology.name} is too small for "
+      + (f"the kernel {kernel[1]}" if kernel else "an instruction of the program")
+      + (f": it needs {sizes[1]}, the limit is {sizes[2]}" if sizes else "")
+      + "; raise the limit with "
+      """--config.mesh.compiler_options='("xla_tpu_scoped_vmem_limit_kib=KIB",)', or leave out a """
+      "lower one that is given there: the blocks of attention are chosen for the chip's default"
+    )
+  if "RESOURCE_EXHAUSTED" in message and topology.chip is not None:
+    return read_out_of_memory(message, topology.chip.hbm_limit, given)
+  return UserError(
+    f"the compiler for {topology.name} refuses the program: {first_line(error, 300)}"
   )
 
 

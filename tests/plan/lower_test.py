@@ -1,6 +1,7 @@
 """Compilation of a step: its batch, its memory, and what a plan needs."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -10,11 +11,10 @@ from jaxgpt import config
 from jaxgpt.commands.actions import plan
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh, sharding
-from jaxgpt.plan import (
-  lower,
-)
+from jaxgpt.plan import lower, topology
 from jaxgpt.training import build as build_lib
 
+topology_mesh = topology.mesh
 LLAMA = "configs/llama3_8b.py:llama2_7b"
 
 SMALL = [
@@ -55,6 +55,62 @@ def test_memory_of_a_step_on_fake_devices():
 def test_a_plan_needs_a_vocabulary_but_no_data():
   with pytest.raises(UserError, match=r"--config\.model\.vocab_size=N"):
     lower.resolve(config.base())
+
+
+SCOPED = (  # of libtpu 0.0.52, shortened
+  "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for "
+  "%splash_mha_fwd.1 = bf16[1,2,8192,128] custom-call(...), metadata="
+  '{op_name="jit(f)/splash_mha_fwd_segmented/pallas_call" stack_frame_id=13}. Scoped allocation '
+  "with size 16.56M and limit 16.00M exceeded scoped vmem limit by 572.0K.\nSee more"
+)
+HBM = (
+  "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.66G of 15.75G hbm. Exceeded "
+  "hbm capacity by 6.91G."
+)
+
+
+@pytest.mark.parametrize(
+  "message, kind, told",
+  [
+    (SCOPED, UserError, r"VMEM.*splash_mha_fwd_segmented: it needs 16.56M, the limit is 16.00M"),
+    (SCOPED, UserError, r"mesh\.compiler_options=.*vmem_limit_kib=KIB.*blocks of attention"),
+    (HBM, lower.OutOfMemory, "22.66 GiB needed, 15.75 GiB available"),
+    ("INTERNAL: Mosaic failed\nmore", UserError, "compiler for v5e-8 refuses .*Mosaic failed$"),
+  ],
+)
+def test_errors_of_a_compiler_are_told_apart(message, kind, told):
+  error = jax.errors.JaxRuntimeError(message)
+  got = lower.refusal(error, topology.parse("v5e-8"), given=0)
+  assert type(got) is kind and re.search(told, str(got)) and "\n" not in str(got)
+
+
+class Refused(Exception):
+  """Ends a compilation."""
+
+
+@pytest.mark.parametrize("where, cached", [("v5e-8", False), ("here", True)])
+def test_a_tpus_program_never_comes_from_the_cache(where, cached, monkeypatch):
+  # It has no schedules of its kernels there, so plans would be ranked on different terms.
+  def compile(*_):
+    raise Refused(jax.config.jax_enable_compilation_cache)
+
+  here = topology.parse("here")
+  monkeypatch.setattr(lower.topology_lib, "mesh", lambda c, _: topology_mesh(c, here))
+  monkeypatch.setattr(lower.xla_options, "compile", compile)
+  c = lower.resolve(config.load(LLAMA, SMALL)[0])
+  with pytest.raises(Refused) as e:
+    lower.compile_step(c, topology.parse(where))
+  assert e.value.args == (cached,)
+
+
+def test_an_error_of_the_compiler_has_one_line(monkeypatch):
+  def compile(*_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: no way\nstack")
+
+  monkeypatch.setattr(lower.xla_options, "compile", compile)
+  c = lower.resolve(config.load(LLAMA, SMALL)[0])
+  with pytest.raises(UserError, match="for here refuses the program: INTERNAL: no way$"):
+    lower.compile_step(c, topology.parse("here"))
 
 
 def _program_that_raises(message):
