@@ -1,8 +1,10 @@
 """`jaxgpt plan`: memory and time that a config takes on hardware, from compiling its train step."""
 
 import dataclasses
+import math
 
 from jaxgpt.commands import Command
+from jaxgpt.config import options
 from jaxgpt.config.options import integer, option, overrides, refuse_unused
 
 HERE = "here"  # the topology of this machine
@@ -26,7 +28,13 @@ class PlanOptions:
     modes=(COMPILE, HERE),
     help="write the compiled step to a file for --config.mesh.compiled_step=FILE",
   )
-  price: float | None = option(None, modes=(COMPILE,), help="price of a chip-hour, in any currency")
+  price: float | None = option(
+    None,
+    least=0,
+    below=math.inf,
+    modes=(COMPILE,),
+    help="price of a chip-hour, in any currency",
+  )
   json: str | None = option(
     None, metavar="FILE", modes=(COMPILE, SEARCH), help="write all figures to a file"
   )
@@ -76,6 +84,7 @@ class PlanOptions:
     return SEARCH if self.search else COMPILE
 
   def __post_init__(self) -> None:
+    options.check(self)
     refuse_unused(self, self.mode)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from jaxgpt.plan import communication_budget, cost, explain, hlo, lower, report,
 from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
 from jaxgpt.run import teacher
-from jaxgpt.storage import strict_json
+from jaxgpt.storage import buckets, strict_json
 from jaxgpt.training import build, compiled_step
 
 
@@ -39,6 +40,27 @@ class Outputs:
   new_golden: epath.PathLike | None = None
   program: epath.PathLike | None = None
   step: epath.PathLike | None = None
+
+  def check(self) -> None:
+    """Checks the files before minutes are spent on compiling.
+
+    Raises:
+      UserError: A file cannot be written, the budget to compare with does not exist, or it is the
+        one to write.
+    """
+    if self.golden:
+      same = self.new_golden and (
+        pathlib.Path(self.golden).resolve() == pathlib.Path(self.new_golden).resolve()
+      )
+      if same:
+        raise UserError(
+          f"--golden and --write-golden name the same file, {self.golden}, so the budget would be "
+          "compared with itself; leave one of them out"
+        )
+      communication_budget.check_exists(self.golden)
+    for path in (self.figures, self.new_golden, self.program, self.step):
+      if path:
+        _check_writable(path)
 
 
 def plan(
@@ -63,11 +85,10 @@ def plan(
     The exit code: 0, or 1 if the program does not fit or exceeds its budget.
 
   Raises:
-    UserError: See `config.load`, `topology.parse`, `lower.compile_step` and `lower.text`. Also if a
-      step for GPUs is to be saved on a machine without them, or the budget does not exist.
+    UserError: See `Outputs.check`, `config.load`, `topology.parse`, `lower.compile_step` and
+      `lower.text`. Also if a step for GPUs is to be saved on a machine without them.
   """
-  if outputs.golden:
-    communication_budget.check_exists(outputs.golden)
+  outputs.check()
   c = _load(path, overrides)
   where = topology_lib.parse(topology)
   chip = where.chip
@@ -79,16 +100,16 @@ def plan(
   except lower.OutOfMemory as e:
     _explain(e, c, where)
     return 1
-  if outputs.step:
-    _save(outputs.step, compiled)
   text = lower.text(compiled)
-  if outputs.program:
-    _write(outputs.program, text)
   found = report.figures(compiled, where, price)
   print("\n".join(report.table(found)), flush=True)
   if top:
     lines = cost.heaviest(hlo.parse(text), top)
     print("\n".join(report.heaviest_lines(lines, chip)), flush=True)
+  if outputs.step:
+    _save(outputs.step, compiled)
+  if outputs.program:
+    _write(outputs.program, text)
   if outputs.figures:
     _write(outputs.figures, strict_json.dumps(found, indent=2))
   if outputs.new_golden:
@@ -153,6 +174,7 @@ def here(
   Raises:
     UserError: As in `plan`.
   """
+  outputs.check()
   c = _load(path, overrides)
   compiled = lower.compile_step(
     c, topology_lib.parse(topology_lib.HERE), use_cache=not outputs.step
@@ -205,6 +227,7 @@ def search(
   Raises:
     UserError: As in `plan`.
   """
+  Outputs(figures=out).check()
   c = _load(path, overrides)
   where = topology_lib.parse(topology)
   topology_lib.devices(where)  # raises once, not for each plan, if there is no compiler
@@ -236,6 +259,21 @@ def search(
       ),
     )
   return 0 if results[0].fits else 1
+
+
+def _check_writable(path: epath.PathLike) -> None:
+  file = epath.Path(path)
+  if buckets.is_remote(file):
+    return
+  if not file.parent.is_dir():
+    reason = f"there is no folder {file.parent}"
+  elif file.is_dir():
+    reason = "it is a folder"
+  elif not os.access(file if file.exists() else file.parent, os.W_OK):
+    reason = "no permission"
+  else:
+    return
+  raise UserError(f"{path} cannot be written ({reason}); name another file")
 
 
 def _write(path: epath.PathLike, text: str) -> None:
