@@ -17,6 +17,7 @@ from jaxgpt.parallel.chips import Chip
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
 from jaxgpt.plan.schedule import estimate
+from jaxgpt.plan.topology import Topology
 from jaxgpt.run import teacher
 from jaxgpt.training import objectives, optimizers
 
@@ -289,7 +290,7 @@ def peak(found: Sequence[Buffer]) -> float:
   return backward + kinds["parameters"] + kinds["optimizer"]
 
 
-def total(c: ml_collections.ConfigDict, num_devices: int) -> float:
-  """Bytes on a device at the worst moment of a step, for a resolved config and a device count."""
-  sizes = mesh_lib.axis_sizes(c.mesh, num_devices)
-  return peak(buffers(c, sizes, per_device.count(c)))
+def total(c: ml_collections.ConfigDict, topology: Topology) -> float:
+  """Bytes on a device of a topology at the worst moment of a step, as a search estimates them."""
+  sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
+  return peak(buffers(c, sizes, per_device.count(c), topology.chip))

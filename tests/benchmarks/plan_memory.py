@@ -214,7 +214,7 @@ CASES = [
 def predicted(path, where, overrides):
   """Estimates bytes per device by arithmetic."""
   c = lower.resolve(config.load(path, overrides)[0])
-  return memory_estimate.total(c, topology.parse(where).num_devices)
+  return memory_estimate.total(c, topology.parse(where))
 
 
 def compiled(path, where, overrides):
