@@ -190,7 +190,7 @@ def heaviest(program: hlo.Program, most: int) -> list[Line]:
   def visit(name: str, runs: int) -> None:
     for made in program.computations[name]:
       if made.opcode == "while":
-        visit(made.body, runs * hlo.trips(program, name, made).count)
+        visit(made.body, runs * hlo.trips(program, name, made).runs)
       elif branch := walk.branch(made):
         visit(branch, runs)
       elif made.cycles:
@@ -234,9 +234,9 @@ class _Walk:
     for made in self._program.computations[name]:
       if made.opcode == "while":
         trips = hlo.trips(self._program, name, made)
-        inner.add(self.of(made.body), trips.count)
+        inner.add(self.of(made.body), trips.runs)
         if not trips.known:
-          inner.assumed_trips[made.name] = trips.count
+          inner.assumed_trips[made.name] = trips.runs
         continue
       if branch := self.branch(made):
         inner.add(self.of(branch))

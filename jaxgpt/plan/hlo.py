@@ -214,12 +214,12 @@ class Trips(NamedTuple):
   """Runs of the body of a `while` loop.
 
   Attributes:
-    count: The number of runs, or the one that is assumed.
+    runs: Their number, or the one that is assumed.
     known: False if the number is assumed: a counter whose first value is not found starts at 0, one
       whose step is not found counts by 1, and a loop without a counter or a bound runs once.
   """
 
-  count: int
+  runs: int
   known: bool
 
 
@@ -266,8 +266,8 @@ def trips(program: Program, computation: str, loop: Instruction) -> Trips:
   }.get(direction)
   if length is None:
     return _UNKNOWN_TRIPS
-  count = max(-(-length // abs(step or 1)), 0)
-  return Trips(count, ends[0] is not None and step is not None)
+  runs = max(-(-length // abs(step or 1)), 0)
+  return Trips(runs, ends[0] is not None and step is not None)
 
 
 def _comparison(

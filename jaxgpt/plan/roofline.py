@@ -144,9 +144,9 @@ class _Walk:
           ends[made.name] = links_free
       elif base == "while":
         trips = hlo.trips(self._program, name, made)
-        out.add(self.of(made.body), trips.count)
+        out.add(self.of(made.body), trips.runs)
         if not trips.known:
-          out.assumed_trips[made.name] = trips.count
+          out.assumed_trips[made.name] = trips.runs
       elif base == "call":
         out.add(self.of(made.calls[0]))
       elif base == "conditional":  # the longer branch: the other one skips a non-finite update
