@@ -200,9 +200,10 @@ def refusal(
     )
   if "RESOURCE_EXHAUSTED" in message and topology.chip is not None:
     return read_out_of_memory(message, topology.chip.hbm_limit, given)
-  return UserError(
-    f"the compiler for {topology.name} refuses the program: {first_line(error, 300)}"
-  )
+  # A first line such as "INTERNAL: E3000: Kernel:" is the heading of the second.
+  lines = message.splitlines() or ["?"]
+  said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
+  return UserError(f"the compiler for {topology.name} refuses the program: {said}")
 
 
 def text(compiled: Compiled) -> str:

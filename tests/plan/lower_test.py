@@ -75,6 +75,7 @@ HBM = (
     (SCOPED, UserError, r"VMEM.*splash_mha_fwd_segmented: it needs 16.56M, the limit is 16.00M"),
     (SCOPED, UserError, r"mesh\.compiler_options=.*vmem_limit_kib=KIB.*blocks of attention"),
     (HBM, lower.OutOfMemory, "22.66 GiB needed, 15.75 GiB available"),
+    ("INTERNAL: E3000: Kernel:\nno layout\nmore", UserError, "E3000: Kernel: no layout$"),
     ("INTERNAL: Mosaic failed\nmore", UserError, "compiler for v5e-8 refuses .*Mosaic failed$"),
   ],
 )
