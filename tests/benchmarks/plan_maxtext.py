@@ -205,7 +205,7 @@ def merit(text, where, tokens, mask=None, folder=None):
   """
   chip = where.chip
   found = cost.of_program(hlo.parse(text))
-  seconds = sum(found.cycles.values()) / chip.clock + found.bytes("exposed") / chip.ici_bandwidth
+  seconds = sum(found.cycles.values()) / chip.clock + found.moved("exposed") / chip.ici_bandwidth
   seconds += found.unestimated_seconds(chip.hbm_bandwidth, chip.clocked_flops)
   parts = kernels.of_step(found.calls, chip, 0.5, mask=mask, folder=folder)
   names = ", ".join(f"{one.calls:g} x {one.name} {one.seconds:.4f} s" for one in parts)

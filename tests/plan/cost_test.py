@@ -221,7 +221,7 @@ def compiled(text):
 
 def by_cycles(text, monkeypatch):
   monkeypatch.setattr(time_estimate, "visible_share", lambda *_: 0.5)
-  monkeypatch.setattr(report.per_device, "expert_room", lambda *_: 2.0)
+  monkeypatch.setattr(report.per_device, "grouped_room", lambda *_: 2.0)
   return report._by_cycles(hlo.parse(text), compiled(text), chips.CHIPS["v5e"])
 
 
