@@ -28,7 +28,7 @@ from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.training import batches as batches_lib
 from jaxgpt.training import build as build_lib
 from jaxgpt.training import metrics as metrics_lib
-from jaxgpt.training import objectives, stored, train_step
+from jaxgpt.training import objectives, stored, train_step, xla_options
 from jaxgpt.training.loop import spikes
 
 
@@ -288,7 +288,9 @@ class _Run:
 
       return jax.tree.map(one, grads, numbers)
 
-    found = tree.flatten(jax.device_get(jax.jit(squares)(state, batch)))
+    options = xla_options.of_mesh(self.mesh, c.mesh.compiler_options)
+    run = jax.jit(squares, compiler_options=options)
+    found = tree.flatten(jax.device_get(run(state, batch)))
     numbers = tree.flatten(transformer.depths(parts.model.cfg, state["params"]))
     totals: dict[str, float] = {}
     for path, value in found.items():

@@ -1,7 +1,7 @@
 """XLA options of the programs: those of the chip (`parallel.chips`) and of the config.
 
-`train` and `plan` compile the train step with the same options. All other programs that run a model
-need the chip's too: its attention blocks fill more VMEM than libtpu grants by default.
+`train` and `plan` compile the train step with the same options. All other programs with attention
+kernels need the chip's too: the kernels' blocks fill more VMEM than libtpu grants by default.
 """
 
 from collections.abc import Iterable
