@@ -149,6 +149,34 @@ widely_summed.defvjp(
 )
 
 
+def few_largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """`jax.lax.top_k` for a small k: k passes over x, each local to the devices that hold its rows.
+
+  For `top_k`, XLA's partitioner gathers x from all devices, except on TPUs.
+
+  Args:
+    x: [..., N], of which at least k are above -inf.
+    k: Their number.
+
+  Returns:
+    (values, ids), [..., k] each: in descending order, of equal numbers the first one first.
+
+  Raises:
+    ValueError: k is larger than N.
+  """
+  if k > x.shape[-1]:
+    raise ValueError(f"the {k} largest of {x.shape[-1]} numbers")
+  columns = jnp.arange(x.shape[-1], dtype=jnp.int32)
+  values, ids, taken = [], [], jnp.zeros(x.shape, bool)
+  for _ in range(k):
+    at = jnp.argmax(jnp.where(taken, -jnp.inf, x), axis=-1).astype(jnp.int32)
+    here = columns == at[..., None]
+    values.append(jnp.where(here, x, 0).sum(-1))
+    ids.append(at)
+    taken |= here
+  return jnp.stack(values, -1), jnp.stack(ids, -1)
+
+
 def materialized(x: jax.Array, what: str) -> jax.Array:
   """Returns x, written to memory once instead of recomputed inside each matmul that reads it.
 
@@ -167,7 +195,10 @@ def materialized(x: jax.Array, what: str) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _materialized(x: jax.Array, gradient: bool) -> jax.Array:
   del gradient
-  return with_layout_constraint(jax.lax.optimization_barrier(x), Layout(tuple(range(x.ndim))))
+  # On TPUs only: elsewhere, XLA's partitioner may gather x from all devices for a fixed layout.
+  in_rows = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+  x = jax.lax.optimization_barrier(x)
+  return jax.lax.platform_dependent(x, tpu=in_rows, default=lambda x: x)
 
 
 _materialized.defvjp(

@@ -66,6 +66,20 @@ def test_cross_entropy_and_its_normaliser():
   same_gradients(lambda x: losses.cross_entropy(x, targets), plain, normal(1, 3, 5) * 5)
 
 
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_the_few_largest_are_those_of_top_k(k):
+  x = jnp.array([[3, 1, 3, 2, 1, 3], [0, -1, -jnp.inf, 5, 5, 2], [0, 0, -2, -2, -7, -7]])
+  for got, want in zip(ops.few_largest(x, k), jax.lax.top_k(x, k), strict=True):
+    if k < 6:  # the sixth of the second row is -inf
+      np.testing.assert_array_equal(got, want)
+  values, ids = ops.few_largest(normal(2, 5, 7), k)
+  want_values, want_ids = jax.lax.top_k(normal(2, 5, 7), k)
+  np.testing.assert_array_equal(values, want_values)
+  np.testing.assert_array_equal(ids, want_ids)
+  with pytest.raises(ValueError, match="the 8 largest of 7 numbers"):
+    ops.few_largest(normal(2, 5, 7), 8)
+
+
 @pytest.mark.parametrize("what, barriers", [("none", 0), ("values", 1), ("gradients", 2)])
 def test_materialized_keeps_values_and_gradients(what, barriers):
   x = jax.random.normal(jax.random.key(0), (3, 4))

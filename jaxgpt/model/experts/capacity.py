@@ -73,11 +73,14 @@ def apply(
   fits = wanted & (place < C)
   slot_BTX = jnp.where(fits, experts * C + place, E * C)  # slot E * C does not exist
   pair_BS = jax.vmap(_pairs, (0, None))(slot_BTX, E * C)
-  sent = _dispatched(x_BTD, slot_BTX, pair_BS).reshape(B, E, C, D)
+  # Each constraint below is also that of a gradient. With too few, XLA's partitioner gathers
+  # the activations of all devices there.
+  sent = whole(_dispatched(x_BTD, slot_BTX, pair_BS)).reshape(B, E, C, D)
   sent = constrain(sent, "expert_batch", "experts", None, "act_embed")
   h = activated(lambda name: jnp.einsum("BECD,EDF->BECF", sent, w[name]))
   h = constrain(h, "expert_batch", "experts", None, "act_mlp")
   out = jnp.einsum("BECF,EFD->BECD", h, w["down"])
+  out = constrain(out, "expert_batch", "experts", None, "act_embed")
   out = constrain(out, "batch", None, None, "act_embed").reshape(B, E * C, D)
   y = _combined(out, weights.astype(out.dtype), slot_BTX, pair_BS)
   return y, (wanted & ~fits).sum().astype(jnp.float32)

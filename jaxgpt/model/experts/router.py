@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from jaxgpt.model import ops
+
 # Sums over the tokens that are not padding, float32:
 #   chosen   [E] tokens sent to each expert
 #   scores   [E] router scores
@@ -36,7 +38,7 @@ def route(
   choice = scores if bias is None else scores + bias
   if c_moe.groups > 1:
     choice = _best_groups(choice, c_moe)
-  _, experts = jax.lax.top_k(choice, c_moe.per_token)
+  _, experts = ops.few_largest(choice, c_moe.per_token)
   weights = jnp.take_along_axis(scores, experts, axis=-1)
   if c_moe.normalize:
     weights /= weights.sum(-1, keepdims=True) + 1e-20
@@ -50,8 +52,8 @@ def _best_groups(choice: jax.Array, c_moe: ml_collections.FrozenConfigDict) -> j
   DeepSeek-V3 (sigmoid).
   """
   grouped = choice.reshape(*choice.shape[:-1], c_moe.groups, -1)
-  best = jax.lax.top_k(grouped, 1 if c_moe.router == "softmax" else 2)[0].sum(-1)
-  _, chosen = jax.lax.top_k(best, c_moe.top_groups)
+  best = ops.few_largest(grouped, 1 if c_moe.router == "softmax" else 2)[0].sum(-1)
+  _, chosen = ops.few_largest(best, c_moe.top_groups)
   kept = jax.nn.one_hot(chosen, c_moe.groups).sum(-2) > 0
   return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxgpt.errors import UserError
 from jaxgpt.model import fixed_models
 from jaxgpt.model.transformer import Transformer
+from jaxgpt.parallel import sharding
 from jaxgpt.training import losses
 from jaxgpt.training.objectives.forward import apply, router_terms
 from jaxgpt.training.objectives.objective import OBJECTIVES, Aux, Batch, LossFn, Objective, Stored
@@ -47,10 +48,23 @@ def _top_k(
   def compute(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
     logits_BTV = apply(teacher, params, None, batch, None).logits
     log_p_BTV = jax.nn.log_softmax(logits_BTV / c_objective.temperature)
-    _, ids_BTK = jax.lax.top_k(log_p_BTV, c_objective.top_k)
+    ids_BTK = _best_tokens(log_p_BTV, c_objective.top_k)
     return {"teacher_ids": ids_BTK, "teacher_log_p": _outcomes(log_p_BTV, ids_BTK)}
 
   return compute
+
+
+def _best_tokens(log_p_BTV: jax.Array, k: int) -> jax.Array:
+  """Ids of the k best tokens, [B, T, k]. Each device looks at its own positions.
+
+  XLA's partitioner gathers the operand of `top_k` from all devices, except on TPUs.
+  """
+  local = lambda log_p: jax.lax.top_k(log_p, k)[1]
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and mesh.size > 1:
+    axes = sharding.FIXED.fitting_spec(mesh, log_p_BTV.shape, ("rows", "length", None))
+    local = jax.shard_map(local, in_specs=axes, out_specs=axes, check_vma=False)
+  return local(log_p_BTV)
 
 
 @jax.checkpoint  # the comparisons are cheaper to repeat than to keep
