@@ -195,9 +195,12 @@ def materialized(x: jax.Array, what: str) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _materialized(x: jax.Array, gradient: bool) -> jax.Array:
   del gradient
-  # On TPUs only: elsewhere, XLA's partitioner may gather x from all devices for a fixed layout.
   in_rows = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
   x = jax.lax.optimization_barrier(x)
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return in_rows(x)
+  # Except on TPUs, XLA's partitioner may gather x from all devices for a fixed layout.
   return jax.lax.platform_dependent(x, tpu=in_rows, default=lambda x: x)
 
 
