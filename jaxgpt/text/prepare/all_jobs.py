@@ -96,6 +96,8 @@ class AllJobs:
         options.shares,
         *([label_names] if options.labels else []),
       ],
+        options.template_variables,
+        options.train_on,
     )
     for account in accounts:
       dropped.merge(account["dropped"])

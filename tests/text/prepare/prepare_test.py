@@ -136,6 +136,32 @@ def test_changed_inputs_and_options_start_anew(corpus, tmp_path, monkeypatch):
   assert "something else" in [t for s in shards.SPLITS for t in contents(tmp_path / "out", s)]
 
 
+@pytest.mark.parametrize(
+  "changed", [{"train_on": "last"}, {"template_variables": (("shout", True),)}]
+)
+def test_other_options_of_the_template_tokenize_again(tmp_path, monkeypatch, changed):
+  pytest.importorskip("jinja2")
+  said = "{{ m.content | upper if shout else m.content }}</s>"
+  template = "{% for m in messages %}" + said + "{% endfor %}"
+  monkeypatch.setattr(tokenizer.ByteTokenizer, "chat_template", template)
+  turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "And?"), ("assistant", "Bye")]
+  row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+  (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+  options = {"kind": "chat", "tokenizer": "bytes", "validation": 0, "test": 0}
+
+  def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+    m.setattr(shards, "make_manifest", interrupt)
+    prepare.prepare(tmp_path / "in.jsonl", tmp_path / "out", **options)
+  digests = [
+    prepare.prepare(tmp_path / "in.jsonl", tmp_path / out, **options, **changed)["digest"]
+    for out in ("out", "fresh")
+  ]
+  assert digests[0] == digests[1]
+
+
 def test_two_runs_at_once(corpus, tmp_path):
   with (
     jobs.Work(tmp_path / "out.unfinished", {}),
