@@ -92,6 +92,13 @@ def suffix(address: str) -> str:
   return os.path.splitext(stem)[1] if last in COMPRESSED else last
 
 
+def absolute(file: File) -> File:
+  """A file whose address does not depend on the working directory."""
+  if scheme_of(file.address):
+    return file
+  return file._replace(address=os.path.abspath(file.address))
+
+
 def is_zstandard(address: str) -> bool:
   """Whether an address has a suffix of Zstandard."""
   return _path_of(address).lower().endswith((".zst", ".zstd"))

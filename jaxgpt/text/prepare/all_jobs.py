@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxgpt.storage import files as files_lib
 from jaxgpt.text.filters import decontaminate, dedup
 from jaxgpt.text.prepare import assemble, data_card, inputs, run_job, shards, splits
 from jaxgpt.text.prepare.jobs import Account, Report, Work
@@ -164,11 +165,26 @@ class AllJobs:
   ) -> tuple[_Folders, list[Account]]:
     """Folders of cleaned documents, and accounts."""
     options = self._options
+    # The job's outputs name the files, and a later run may have another working directory.
+    files = {split: [files_lib.absolute(file) for file in files[split]] for split in files}
     listed, accounts = self._job(
       "inputs",
       1,
-      functools.partial(reading.list_inputs, files, options.task_bytes, encoding=options.encoding),
-      [digest, options.task_bytes, versions, *([options.encoding] if options.encoding else [])],
+      functools.partial(
+        reading.list_inputs,
+        files,
+        options.task_bytes,
+        encoding=options.encoding,
+        form=options.format,
+      ),
+      [
+        digest,
+        options.task_bytes,
+        versions,
+        options.encoding,
+        options.format,
+        {split: [file.address for file in group] for split, group in files.items()},
+      ],
     )
     cut_chars = reading.cut_chars(files[splits.BY_HASH], options, self._report)
     task_splits = accounts[0]["splits"]

@@ -174,7 +174,9 @@ def check_used(
     )
 
 
-def split(listed: Sequence[files.File], size: int, encoding: str | None = None) -> list[files.File]:
+def split(
+  listed: Sequence[files.File], size: int, encoding: str | None = None, name: str | None = None
+) -> list[files.File]:
   """Cuts large files into byte ranges, so that several tasks can share one.
 
   Only local, uncompressed files of a format with `cut_at_lines`, in UTF-8, are cut. A file that is
@@ -185,10 +187,11 @@ def split(listed: Sequence[files.File], size: int, encoding: str | None = None) 
     listed: The files.
     size: Size in bytes above which a file is cut, and the approximate size of a range.
     encoding: Encoding of the files. They are only cut if it is None.
+    name: As for `read`, which must read the ranges with the same one.
   """
   out: list[files.File] = []
   for file in listed:
-    form = _by_suffix(file)
+    form = FORMATS[name] if name else _by_suffix(file)
     try:
       cut = (
         file.size > size

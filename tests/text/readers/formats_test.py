@@ -337,6 +337,17 @@ def test_only_plain_local_json_lines_are_cut(tmp_path):
   assert len(read_all(tmp_path)[0]) == 2001
 
 
+def test_a_file_is_cut_by_the_format_that_reads_it(tmp_path):
+  write(tmp_path / "a.jsonl", '{"text": "x"}\n' * 1000)
+  write(tmp_path / "b.txt", '{"text": "x"}\n' * 1000)
+  for form, count in ((None, 1001), ("text", 2), ("csv", 0), ("jsonl", 2000)):
+    listed = documents.find(tmp_path)
+    ranges = formats.split(listed, 3000, name=form)
+    assert (len(ranges) > 2) == (form in (None, "jsonl"))
+    found = list(documents.documents(ranges, form=form))
+    assert found == read_all(tmp_path, form=form)[0] and len(found) == count
+
+
 def test_a_missing_extra_is_said_before_the_first_document(tmp_path, monkeypatch):
   write(tmp_path / "a.parquet", b"")
   for name in ("pyarrow", "pyarrow.parquet"):

@@ -1,12 +1,10 @@
 """Tasks that read files: dividing the inputs, and reading and cleaning documents."""
 
 import dataclasses
-import io
 import itertools
 import pathlib
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from jaxgpt.storage.files import File
 from jaxgpt.text.filters import clean
@@ -32,6 +30,7 @@ def list_inputs(
   folder: pathlib.Path,
   progress: Counter,
   encoding: str | None = None,
+  form: str | None = None,
 ) -> Account:
   """Divides files into groups of about `task_bytes` in the order given, about 512 at most.
 
@@ -42,37 +41,26 @@ def list_inputs(
   task_bytes = max(task_bytes, total // _MOST_TASKS)
   task_splits: list[str] = []
   for split in splits.ORDER:
-    for group in _divided(files.get(split, ()), task_bytes, encoding):
+    for group in _divided(files.get(split, ()), task_bytes, encoding, form):
       (folder / f"{len(task_splits):05d}").write_bytes(pickle.dumps(group))
       task_splits.append(split)
   return {"splits": task_splits}
 
 
-def _divided(files: Sequence[File], task_bytes: int, encoding: str | None) -> list[list[File]]:
+def _divided(
+  files: Sequence[File], task_bytes: int, encoding: str | None, form: str | None
+) -> list[list[File]]:
   total = sum(file.size or 0 for file in files)
   count = min(max(total // task_bytes, 1), _MOST_TASKS)
   groups: dict[int, list[File]] = {}
   start = 0
   for file in files:
     # Large files are cut into quarters of a group, so that groups differ by a quarter at most.
-    cut = count > 1 and file.size is not None
-    for piece in formats.split([file], -(-total // (4 * count)), encoding) if cut else [file]:
+    cut, size = count > 1 and file.size is not None, -(-total // (4 * count))
+    for piece in formats.split([file], size, encoding, form) if cut else [file]:
       groups.setdefault(min(start * count // max(total, 1), count - 1), []).append(piece)
       start += piece.size or 0
   return list(groups.values())
-
-
-class _Unpickler(pickle.Unpickler):
-  """Reads groups of files that an earlier version wrote under the old name of the module."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    if (module, name) == ("jaxgpt.text.files", "File"):
-      return File
-    return super().find_class(module, name)
-
-
-def _load_group(path: pathlib.Path) -> list[File]:
-  return _Unpickler(io.BytesIO(path.read_bytes())).load()
 
 
 def read_and_clean(
@@ -97,7 +85,7 @@ def read_and_clean(
   """
   dropped = SizedDropped(options.examples)
   documents = documents_lib.documents(
-    _load_group(inputs / f"{rank:05d}"),
+    pickle.loads((inputs / f"{rank:05d}").read_bytes()),
     kind=options.kind,
     fields=dict(options.fields),
     form=options.format,
