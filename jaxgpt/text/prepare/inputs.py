@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import re
+import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ class Inputs:
     own: {held-out split: the paths of its own files}.
     passed_over: The account of the others.
     notes: Lines for the report.
+    stdin: The copy of standard input, or None.
   """
 
   paths: tuple[Any, ...]
@@ -46,6 +48,7 @@ class Inputs:
   own: Mapping[str, Sequence[str]]
   passed_over: passed_over_lib.PassedOver
   notes: tuple[str, ...] = ()
+  stdin: pathlib.Path | None = None
 
   @property
   def files(self) -> list[files_lib.File]:
@@ -80,7 +83,7 @@ class Inputs:
     changed = [
       file.source
       for file in self.files
-      if file.source != _NAME and _state(found.get(file.address)) != _state(file)
+      if file.address != str(self.stdin) and _state(found.get(file.address)) != _state(file)
     ]
     if changed:
       raise UserError(
@@ -89,6 +92,28 @@ class Inputs:
       )
     new = [file.source for address, file in found.items() if address not in known]
     return [f"new since the start and not read: {len(new):,}, such as {new[0]}"] if new else []
+
+  @contextlib.contextmanager
+  def stdin_in(self, folder: pathlib.Path) -> Iterator["Inputs"]:
+    """These inputs with the copy of standard input moved to a folder. It is deleted at the end.
+
+    The folder belongs to this run alone. The copy has the same name in each run, so that a run that
+    continues another one finds it there.
+    """
+    if self.stdin is None:
+      yield self
+      return
+    old, new = self.stdin, folder / f"{_NAME}{self.stdin.suffix}"
+    try:
+      old.replace(new)
+      by_split = {
+        split: [f._replace(address=str(new)) if f.address == str(old) else f for f in group]
+        for split, group in self.by_split.items()
+      }
+      paths = tuple(new if path == old else path for path in self.paths)
+      yield dataclasses.replace(self, paths=paths, by_split=by_split, stdin=new)
+    finally:
+      new.unlink(missing_ok=True)
 
 
 def _state(file: files_lib.File | None) -> Any:
@@ -131,7 +156,7 @@ def find(
   by_split, lines = splits.find(found, own or {}, exclude, rest)
   rest.check_exclude()
   notes += lines
-  return Inputs(tuple(given), tuple(exclude), by_split, own or {}, rest, tuple(notes))
+  return Inputs(tuple(given), tuple(exclude), by_split, own or {}, rest, tuple(notes), copy)
 
 
 def _copy_stdin(path: pathlib.Path) -> tuple[pathlib.Path, str]:
@@ -157,8 +182,8 @@ def _copy_stdin(path: pathlib.Path) -> tuple[pathlib.Path, str]:
 
 @contextlib.contextmanager
 def place_for_stdin(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A path for `find`, next to the output, where all processes see it. The file is deleted."""
-  path = out.with_name(f"{out.name}.stdin")
+  """A path of this run alone for `find`, next to the output. A file that is left is deleted."""
+  path = out.with_name(f"{out.name}.stdin-{secrets.token_hex(4)}")
   try:
     yield path
   finally:

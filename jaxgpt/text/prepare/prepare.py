@@ -229,7 +229,11 @@ def _prepare(
   if not folder.exists() or not any(folder.iterdir()):
     output.check_free()
   out.parent.mkdir(parents=True, exist_ok=True)
-  with Work(folder, {"out": out.name, **versions}) as work, _report_what_is_left(work, report):
+  with (
+    Work(folder, {"out": out.name, **versions}) as work,
+    _report_what_is_left(work, report),
+    found.stdin_in(folder) as found,
+  ):
     if (folder / "replaced").exists() and not out.exists():  # killed between the two renames
       (folder / "replaced").rename(out)
     if work.published and work.published == [fingerprint, _digest_of(out)]:

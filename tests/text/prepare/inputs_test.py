@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt.data import source
 from jaxgpt.errors import UserError
-from jaxgpt.text.prepare import inputs, prepare, shards
+from jaxgpt.text.prepare import inputs, jobs, prepare, shards
 from jaxgpt.text.prepare.tasks import reading, tokenizing
 
 OPTIONS = {"tokenizer": "bytes", "validation": 0, "test": 0}
@@ -163,6 +163,60 @@ def test_an_interrupted_run_goes_on_with_the_same_standard_input(tmp_path, monke
   monkeypatch.setattr(reading, "read_and_clean", lambda *args: pytest.fail("read again"))
   manifest, _, lines = prepared()
   assert manifest["kept"] == 20 and any("continuing" in line for line in lines)
+
+
+def test_a_run_deletes_neither_the_standard_input_of_another_nor_a_file_of_the_user(
+  tmp_path, monkeypatch
+):
+  def prepared():
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(LINES)))
+    return run(["-"], tmp_path / "out")
+
+  whole, mine, kept = reading.read_and_clean, tmp_path / "out.stdin.jsonl", []
+  mine.write_bytes(LINES)
+
+  def read_next_to_another_run(*args, **kwargs):
+    with monkeypatch.context() as m, pytest.raises(UserError, match="another run is at work"):
+      m.setattr(jobs, "_LOCK_TRIES", 1)
+      prepared()
+    kept.append(whole(*args, **kwargs))
+    return kept[-1]
+
+  monkeypatch.setattr(reading, "read_and_clean", read_next_to_another_run)
+  assert prepared()[0]["kept"] == 20 and len(kept) == 1
+  assert mine.read_bytes() == LINES
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.stdin.jsonl"]
+
+
+def test_a_large_file_is_read_in_the_format_that_is_named(tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(LINES)
+  manifest, _, _ = run([tmp_path / "a.jsonl"], tmp_path / "out", format="text", task_bytes=100)
+  assert manifest["kept"] == 1 and manifest["total"]["bytes"] == len(LINES)
+
+
+@pytest.mark.parametrize("other", ["folder", "working directory"])
+def test_an_interrupted_run_finds_its_inputs_in_another_place(tmp_path, monkeypatch, other):
+  (tmp_path / "old" / "in").mkdir(parents=True)
+  for i in range(3):
+    (tmp_path / "old" / "in" / f"{i}.jsonl").write_bytes(LINES.replace(b"text ", b"%d " % i))
+  monkeypatch.chdir(tmp_path / "old")
+  path = {"folder": str(tmp_path / "old" / "in"), "working directory": "in"}[other]
+  whole = reading.read_and_clean
+
+  def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(reading, "read_and_clean", interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    run([path], tmp_path / "out", task_bytes=100)
+  monkeypatch.setattr(reading, "read_and_clean", whole)
+  monkeypatch.chdir(tmp_path)
+  if other == "folder":
+    (tmp_path / "old").rename(tmp_path / "new")
+  path = tmp_path / ("new/in" if other == "folder" else "old/in")
+  manifest, _, lines = run([path], tmp_path / "out", task_bytes=100)
+  assert manifest["kept"] == manifest["read"] == 60
+  assert any("continuing" in line for line in lines)
 
 
 @pytest.mark.parametrize(
