@@ -45,6 +45,7 @@ from jaxgpt.config.registry import Registry
 from jaxgpt.errors import UserError
 from jaxgpt.text.filters import datatrove_blocks, exact_duplicates, step_specs, words
 from jaxgpt.text.filters.step_specs import Option
+from jaxgpt.text.readers import fields as fields_lib
 from jaxgpt.text.readers.documents import Document, Dropped
 
 RULES = ("duplicate", "near duplicate")  # names in the account of dropped documents
@@ -104,8 +105,8 @@ class Config:
   Attributes:
     exact: Options of exact duplicates, or None if they are not requested.
     near: The same of near duplicates.
-    by_fields: Documents have fields. Their texts are compared one by one, and equal texts with
-      different labels are no duplicates.
+    by_fields: Documents have fields. Their texts are compared one by one, each with the field of
+      the same name, and equal texts with different labels are no duplicates.
   """
 
   exact: dict[str, Any] | None
@@ -115,7 +116,7 @@ class Config:
   def depends(self) -> dict[str, Any]:
     """The part of the configuration that the results depend on, as plain JSON."""
     found = {"exact": self.exact, "near": self.near}
-    return found | ({"by_fields": True} if self.by_fields else {})
+    return found | ({"by_fields": 2} if self.by_fields else {})
 
 
 def make(given: Iterable[str], by_fields: bool = False) -> Config:
@@ -142,6 +143,8 @@ def make(given: Iterable[str], by_fields: bool = False) -> Config:
         raise UserError(f"--dedup=near: {key}={near[key]} must be at least 1")
     if not 0 < near["threshold"] <= 1:
       raise UserError(f"--dedup=near: threshold={near['threshold']} must be in (0, 1]")
+    if not 0 <= near["seed"] < 1 << 32:
+      raise UserError(f"--dedup=near: seed={near['seed']} must be at least 0 and below 2**32")
     datatrove_blocks.module("pipeline.dedup.minhash")
   return Config(options.get("exact"), near, by_fields)
 
@@ -162,15 +165,15 @@ def signatures(
   """
   digests = bytearray()
 
-  def watched() -> Iterator[Document]:
+  def watched() -> Iterator[_Whole]:
     for document in documents:
       digests.extend(exact_duplicates.digest(document, config.exact, config.by_fields))
-      yield document
+      yield _Whole(document)
 
   if config.near is None:
     collections.deque(watched(), maxlen=0)
   else:
-    _signature_block(out, config.near).run(watched(), rank)
+    _signature_block(out, config.near, config.by_fields).run(watched(), rank)
   found = np.frombuffer(bytes(digests), "<u8").reshape(-1, 3 if config.by_fields else 2)
   np.save(pathlib.Path(out, _DIGESTS), found)
   return len(found)
@@ -326,15 +329,40 @@ def _minhash_config(near: Mapping[str, Any]) -> Any:
   )
 
 
-def _signature_block(folder: epath.PathLike, near: Mapping[str, Any]) -> Any:
+class _Whole(NamedTuple):
+  """The document for datatrove's signature block, which looks at nothing but its `text`."""
+
+  text: Document
+
+
+def _ngrams(document: Document, n: int, by_fields: bool) -> np.ndarray:
+  """Hashes of the n-grams of a document: uint64 [n-grams].
+
+  With `by_fields`, an n-gram belongs to its field: a sentence and its translation are not like the
+  same two in the other direction. A field of fewer than n words is one n-gram. A document of fewer
+  than n words has none.
+  """
+  if not by_fields:
+    return words.ngram_hashes(document.text, n)
+  found, count = [np.zeros(0, np.uint64)], 0
+  for name, value in document.fields.items():
+    text = "\n".join(fields_lib.texts(name, value))
+    hashes, size = words.ngram_hashes(text, n), n
+    if not len(hashes) and (size := len(words.plain_words(text))):
+      hashes = words.ngram_hashes(text, size)
+    found.append(hashes ^ np.uint64(words.word_hash(name)))
+    count += size
+  return np.concatenate(found if count >= n else found[:1])
+
+
+def _signature_block(folder: epath.PathLike, near: Mapping[str, Any], by_fields: bool) -> Any:
   """datatrove's signature block, on our words and in bounded memory."""
 
   base: Any = datatrove_blocks.module("pipeline.dedup.minhash").MinhashDedupSignature
 
   class Signature(base):
-    def get_shingles(self, text: str) -> np.ndarray:
-      hashes = words.ngram_hashes(text, self.config.n_grams)
-      return np.unique(hashes).reshape(-1, 1)
+    def get_shingles(self, document: Document) -> np.ndarray:
+      return np.unique(_ngrams(document, self.config.n_grams, by_fields)).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
       # The minimum over all shingles is the minimum of the minima of slices of them.
@@ -377,13 +405,16 @@ def _near(
       at = np.minimum(np.searchsorted(exact[:, 0], more), len(exact) - 1)
       more = np.where(exact[at, 0] == more, exact[at, 1], more)
     more = more[more[:, 0] != more[:, 1]]
-    if labels is not None:  # like texts with different labels are no duplicates
-      more = more[labels[more[:, 0]] == labels[more[:, 1]]]
     pairs = np.unique(np.concatenate((pairs, np.sort(more, axis=1))), axis=0)
   if not len(pairs):
     return pairs
   nodes, ends = np.unique(pairs, return_inverse=True)
   group = _components(len(nodes), *ends.reshape(-1, 2).T)
+  if labels is not None:
+    # Like texts with different labels are no duplicates. A group is divided by label only here: a
+    # bucket pairs neighbours, so two texts of one label may be connected by one of another.
+    label = np.unique(labels[nodes], return_inverse=True)[1]
+    group = group * (label.max() + 1) + label
   order = np.lexsort((nodes, group))  # groups contiguous, each in document order
   nodes, group = nodes[order], group[order]
   table = _signatures_of(nodes, inputs, pathlib.Path(out, _TABLE), starts, near)

@@ -75,14 +75,14 @@ def ngram_hashes(text: str, n: int) -> np.ndarray:
     uint64 [max(plain words - n + 1, 0)]. Two different n-grams collide with probability 2^-64.
   """
   hashes = np.concatenate(
-    [np.fromiter(map(_hash, plain_words(chunk)), np.uint64) for chunk in _chunks(text)]
+    [np.fromiter(map(word_hash, plain_words(chunk)), np.uint64) for chunk in _chunks(text)]
   )
   count = len(hashes)
   # hash(w_1 … w_n) = mix(sum_k hash(w_k) * odd_k mod 2^64), for all n-grams at once: n vector
   # additions instead of one hash call per n-gram.
   total = np.zeros(max(count - n + 1, 0), np.uint64)
   for k in range(n if total.size else 0):
-    total += hashes[k : k + total.size] * np.uint64(_hash(f"place {k}") | 1)
+    total += hashes[k : k + total.size] * np.uint64(word_hash(f"place {k}") | 1)
   # The sums of neighbours are similar in their low bits; mix as SplitMix64 does.
   total = (total ^ (total >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   total = (total ^ (total >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -101,7 +101,8 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 @functools.lru_cache(1 << 16)
-def _hash(word: str) -> int:
+def word_hash(word: str) -> int:
+  """A 64-bit hash of a word, the same on every machine."""
   return int.from_bytes(
     hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
   )

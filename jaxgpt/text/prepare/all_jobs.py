@@ -96,9 +96,9 @@ class AllJobs:
         options.examples,
         options.shares,
         *([label_names] if options.labels else []),
-      ],
         options.template_variables,
         options.train_on,
+      ],
     )
     for account in accounts:
       dropped.merge(account["dropped"])
@@ -238,7 +238,7 @@ class AllJobs:
       [],
     )
     found, accounts = self._job(
-      "duplicates", 1, functools.partial(filtering.cluster, signed, pairs, config), ["clusters 2"]
+      "duplicates", 1, functools.partial(filtering.cluster, signed, pairs, config), ["clusters 3"]
     )
     asked = (config.exact, config.near)
     self._report(

@@ -173,6 +173,8 @@ def test_short_and_no_documents(tmp_path):
     (["near:bucket=3"], "did you mean 'buckets'"),
     (["near:threshold=2"], "threshold=2.0"),
     (["near:hashes=0"], "hashes=0"),
+    (["near:seed=-1"], "seed=-1"),
+    (["near:seed=4294967296"], "seed=4294967296"),
   ],
 )
 def test_bad_specs_are_named(given, message):
@@ -216,6 +218,30 @@ def test_like_texts_with_two_labels_are_no_near_duplicates(tmp_path):
   )
   assert of(["near"], "a") == {6: 2}
   assert of(["exact", "near"], "b") == {6: 2}
+
+
+def test_a_text_of_another_label_does_not_part_near_duplicates(tmp_path):
+  pytest.importorskip("datatrove")
+  rows = [(TEXTS[5] + "!" * i, "xy"[i % 2]) for i in range(6)]
+  found = [
+    documents_lib.Document(f"s:{i}", text, "", {"text": text, "label": label})
+    for i, (text, label) in enumerate(rows)
+  ]
+  config = dedup.make(["near"], by_fields=True)
+  assert benchmark.remove(found, config, tmp_path, tasks=2) == {2: 0, 3: 1, 4: 0, 5: 1}
+
+
+def test_near_duplicates_are_alike_field_by_field(tmp_path):
+  pytest.importorskip("datatrove")
+  a, b = " ".join(TEXTS[:3]), " ".join(f"word{i}" for i in range(30))
+  rows = [(a, b), (b, a), (a + " Also.", b), ("Yes", "No"), ("No", "Yes"), ("Yes.", "no thanks")]
+  rows += [("yes", "No, thanks!")]
+  found = [
+    documents_lib.Document(f"s:{i}", f"{x}\n{y}", "", {"input": x, "target": y})
+    for i, (x, y) in enumerate(rows)
+  ]
+  config = dedup.make(["near"], by_fields=True)
+  assert benchmark.remove(found, config, tmp_path, tasks=2) == {2: 0, 6: 5}
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 3])
