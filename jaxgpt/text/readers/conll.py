@@ -7,12 +7,14 @@ rejects VBZ I-VP O          a blank line ends a sentence, which is one record
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 
 from jaxgpt.storage import files
 from jaxgpt.text.readers import encodings, records
 
 _BOUNDARY = "-DOCSTART-"  # stands for the start of a document
+_SPACES = re.compile("[ \t]+")  # a no-break space is part of a word, such as '10\xa0000'
 
 
 def read(file: files.File, want: records.Want) -> Iterator[records.Item]:
@@ -30,7 +32,8 @@ def read(file: files.File, want: records.Want) -> Iterator[records.Item]:
       )
       columns = []
       if isinstance(found, records.Record):
-        columns = str(found.values).split()
+        line_text = str(found.values).strip(" \t\r\n")
+        columns = _SPACES.split(line_text) if line_text else []
       else:
         fault = fault or found
       if columns and columns[0] != _BOUNDARY:

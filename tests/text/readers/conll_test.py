@@ -37,6 +37,17 @@ def test_a_sentence_is_a_record_and_a_word_without_tag_costs_one(tmp_path):
     ]
 
 
+def test_only_spaces_and_tabs_separate_columns(tmp_path):
+  text = "10\xa0000 \tCD  B-NUM \r\n\u2028x\u3000y O\n \t\nz O\n"
+  (tmp_path / "a.conll").write_bytes(text.encode())
+  dropped = documents.Dropped()
+  assert read(tmp_path / "a.conll", dropped) == [
+    ("a.conll:1", ["10\xa0000", "\u2028x\u3000y"], ["B-NUM", "O"]),
+    ("a.conll:4", ["z"], ["O"]),
+  ]
+  assert not dropped.counts
+
+
 def test_bytes_that_are_no_text_cost_one_sentence(tmp_path):
   (tmp_path / "a.conll").write_bytes(b"a X\n\xff Y\n\nb Z\n")
   dropped = documents.Dropped()
