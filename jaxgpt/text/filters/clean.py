@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxgpt.text.filters import clean_steps, step_specs
 from jaxgpt.text.filters.datatrove_blocks import CleanText
 from jaxgpt.text.readers.documents import Document, Dropped
-from jaxgpt.text.readers.fields import LABELS
+from jaxgpt.text.readers.fields import LABELS, without_text
 
 
 def make(given: Iterable[str]) -> "Cleaner":
@@ -56,7 +56,8 @@ class Cleaner:
     Args:
       documents: The documents.
       dropped: The account of dropped documents. The rule is 'STEP: reason', or 'STEP: error' if
-        the step failed, or 'STEP: empty' if it left only white space.
+        the step failed, or 'STEP: empty' if it left only white space, or that in a field which
+        needs text (`fields.without_text`).
 
     Yields:
       The kept documents in order, with cleaned texts. In documents with `fields`, steps that only
@@ -88,7 +89,7 @@ class Cleaner:
     except Exception as e:  # a library that fails on a text must not end the run
       dropped.add(f"{step.name}: error", document.source, f"{type(e).__name__}: {e}"[:200])
       return None
-    if reason is None and (not text or text.isspace()):
+    if reason is None and (not text or text.isspace() or without_text(document.fields)):
       reason = "empty"
     if reason is not None:
       dropped.add(f"{step.name}: {reason}", document.source, _beginning(before))

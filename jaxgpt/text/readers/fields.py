@@ -5,6 +5,7 @@ CSV file, which has only text, may hold a list as JSON.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,11 +19,9 @@ EMPTY = "empty"
 
 # Fields that are labels: no part of a document's text, and never cleaned.
 LABELS = ("label", "labels", "tags", "answers")
-_TEXTS = {  # kind -> its fields that need more than white space
-  "seq2seq": ("target",),
-  "question_answering": ("question", "context"),
-  "retrieval": ("query", "positive"),
-}
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # text that is one
+# Fields that need more than white space.
+_TEXTS = ("target", "question", "context", "query", "positive")
 
 
 class Unusable(Exception):
@@ -61,19 +60,35 @@ def check(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
     Unusable: The fields do not fit each other, or one that must not be empty is.
   """
   out = {name: _CHECKS.get(name, _string)(name, value) for name, value in found.items()}
-  for name in _TEXTS.get(kind, ()):
-    if name in out and not out[name].strip():
-      raise Unusable(EMPTY, f"{name} has no text but white space")
   answers = [type(out[name]) for name in ("chosen", "rejected") if name in out]
   if len(set(answers)) > 1:
     raise TypeError("chosen and rejected must both be texts or both be messages")
   if kind == "tagging":
     _check_tags(out["words"], out.get("tags"))
+  if kind == "chat" and (problem := messages.order_problem(out["messages"])):
+    raise Unusable(ROLE_ORDER, problem)
+  if lacking := without_text(out):
+    raise Unusable(EMPTY, lacking)
   if kind == "question_answering":
     _check_answers(out["context"], out.get("answers", []))
-  if kind == "chat":
-    _check_turns(out["messages"])
   return out
+
+
+def without_text(found: Mapping[str, Any]) -> str | None:
+  """The reason why checked fields lack a text that a document needs, or None.
+
+  A document needs each of `_TEXTS` that its kind has, and an answer of the assistant if one of a
+  conversation is learned.
+  """
+  for name in _TEXTS:
+    if name in found and not found[name].strip():
+      return f"{name} has no text but white space"
+  answers = [
+    m for m in found.get("messages", ()) if m["role"] == "assistant" and m.get("weight") != 0
+  ]
+  if answers and not any(word.strip() for m in answers for word in messages.words(m)):
+    return "no answer of the assistant has text but white space"
+  return None
 
 
 def texts(name: str, value: Any) -> list[str]:
@@ -121,14 +136,6 @@ def _check_answers(context: str, answers: list[dict[str, Any]]) -> None:
       )
 
 
-def _check_turns(turns: list[dict[str, Any]]) -> None:
-  if problem := messages.order_problem(turns):
-    raise Unusable(ROLE_ORDER, problem)
-  answers = [m for m in turns if m["role"] == "assistant" and m.get("weight") != 0]
-  if answers and not any(word.strip() for m in answers for word in messages.words(m)):
-    raise Unusable(EMPTY, "no answer of the assistant has text but white space")
-
-
 def _short(text: str) -> str:
   return repr(text if len(text) <= 40 else f"{text[:37]}…")
 
@@ -144,9 +151,16 @@ def _label(name: str, value: Any) -> str | int | float:
     raise TypeError(f"{name} is {str(value)[:50]!r}, neither a string nor a number")
   if isinstance(value, str) and not value.strip():
     raise TypeError(f"{name} is empty")
-  if not isinstance(value, str) and not abs(value) <= sys.float_info.max:
-    raise TypeError(f"{name} is {str(value)[:50]}, which is not a finite number")
+  _check_finite(name, value)
   return int(value) if isinstance(value, bool) else value
+
+
+def _check_finite(name: str, value: str | int | float) -> None:
+  """Raises a TypeError for a number that no float can hold, or text that is read as such."""
+  if isinstance(value, str) and not NUMBER.fullmatch(value):
+    return
+  if not abs(float(value) if isinstance(value, str) else value) <= sys.float_info.max:
+    raise TypeError(f"{name} is {str(value)[:50]}, which is not a finite number")
 
 
 def _parsed(name: str, value: Any, of_what: str) -> list[Any]:
@@ -169,6 +183,7 @@ def _classes(name: str, value: Any) -> list[str | int]:
       raise TypeError(f"{name} holds {str(one)[:50]!r}, neither a string nor a whole number")
     if isinstance(one, str) and not one.strip():
       raise TypeError(f"{name} holds an empty name")
+    _check_finite(name, one)
   return found
 
 

@@ -17,20 +17,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxgpt.errors import UserError
+from jaxgpt.text.readers.fields import NUMBER
 
 NUMBERS = "numbers"  # --labels=numbers: a regression
 RULE = "labels 2"  # name of the rules above, for the reuse of an unfinished preparation
 MOST = 100_000  # different classes
 _SHOWN = 8  # classes in a line of text
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def kind_of(name: str) -> str:
   """'integer', 'fraction' (any other number) or 'text'."""
   if _INTEGER.fullmatch(name):
     return "integer"
-  return "fraction" if _NUMBER.fullmatch(name) else "text"
+  return "fraction" if NUMBER.fullmatch(name) else "text"
 
 
 def parse(text: str) -> tuple[str, ...]:

@@ -150,6 +150,25 @@ def test_fields_of_labelled_documents_are_rewritten_but_labels_and_roles():
   }
 
 
+def test_a_field_without_text_after_cleaning_drops_the_document():
+  turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "gone"}]
+  fields = [
+    {"input": "a question", "target": "gone"},
+    {"query": "gone", "positive": "an answer"},
+    {"messages": turns},
+    {"input": "gone", "target": "an answer"},  # an input may be empty
+    {"messages": [*turns[:1], turns[1] | {"weight": 0}]},
+  ]
+  documents = [
+    documents_lib.Document(f"s:{i}", "a question\ngone", "", one) for i, one in enumerate(fields)
+  ]
+  steps = clean.make(["unicode"])
+  steps._steps[0] = steps._steps[0]._replace(run=lambda text: (text.replace("gone", " "), None))
+  dropped = documents_lib.Dropped()
+  assert [d.source for d in steps(documents, dropped)] == ["s:3", "s:4"]
+  assert dropped.counts == {"unicode: empty": 3}
+
+
 def test_order_and_neighbours_do_not_matter():
   """datatrove's own blocks go on from one text to the next (PII's replacements, for one)."""
   pytest.importorskip("datatrove")

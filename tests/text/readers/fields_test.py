@@ -28,6 +28,7 @@ def question(answers, **others):
   [
     ("tagging", {"words": '["a", "b"]', "tags": "[0, 1]"}, {"words": ["a", "b"], "tags": [0, 1]}),
     ("multi_label", {"text": "a", "labels": "[]"}, {"text": "a", "labels": []}),
+    ("multi_label", {"text": "a", "labels": ["inf"]}, {"text": "a", "labels": ["inf"]}),
     ("multi_label", {"text": "a", "labels": ["x", 1]}, {"text": "a", "labels": ["x", 1]}),
     ("question_answering", question([ANSWER]), question([ANSWER])),
     ("question_answering", question(ANSWER), question([ANSWER])),
@@ -58,6 +59,10 @@ UNUSABLE = [
   ("tagging", {"words": "a b", "tags": ["O", "O"]}, "wrong type", "words is a string, but not"),
   ("tagging", {"words": ["a"], "tags": [""]}, "wrong type", "tags holds an empty name"),
   ("tagging", {"words": ["a"], "tags": [0.5]}, "wrong type", "tags holds '0.5', neither"),
+  ("tagging", {"words": ["a"], "tags": ["9" * 5000]}, "wrong type", "tags is 9999"),
+  ("multi_label", {"text": "a", "labels": ["1e999"]}, "wrong type", "labels is 1e999, which"),
+  ("classification", {"text": "a", "label": "-1e999"}, "wrong type", "label is -1e999, which"),
+  ("classification", {"text": "a", "label": "9" * 5000}, "wrong type", "not a finite number"),
   ("tagging", {"words": ["a"]}, "missing field", "no 'tags'"),
   ("tagging", {"words": [], "tags": []}, "empty", "no text but white space"),
   ("multi_label", {"text": "a", "labels": "x"}, "wrong type", "labels is a string, but not JSON"),
