@@ -61,9 +61,11 @@ def make(given: str = "") -> Config:
   flag = "--decontaminate-options"
   defaults = {field.name: field.default for field in dataclasses.fields(Config)}
   _, options = step_specs.parse(f"runs:{given}", flag, {"runs": defaults})
-  for key, least in (("words", 1), ("runs", 1), ("share", 0), ("common", 0)):
+  for key, least in (("words", 1), ("runs", 1), ("common", 0)):
     if options[key] < least:
       raise UserError(f"{flag}={given}: {key}={options[key]} must be at least {least}")
+  if not 0 <= options["share"] <= 1:
+    raise UserError(f"{flag}={given}: share={options['share']} must be in [0, 1]; 20 % is 0.2")
   return Config(**options)
 
 

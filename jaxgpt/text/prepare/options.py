@@ -79,7 +79,8 @@ class Options:
   )
   max_record_bytes: int = option(
     kinds.MAX_BYTES,
-    least=1,
+    least=1024,
+    below=1 << 31,
     group=READING,
     help="longest record; longer records are dropped, longer text files are cut",
   )
@@ -255,6 +256,10 @@ class Options:
       raise UserError(
         f"decontaminate_options={self.decontaminate_options!r} needs decontaminate=PATH or "
         "decontaminate=held-out: add it"
+      )
+    if self.decontaminate_field != "text" and not self.decontaminate:
+      raise UserError(
+        f"decontaminate_field={self.decontaminate_field!r} needs decontaminate=PATH: add it"
       )
 
   @property

@@ -122,7 +122,14 @@ def test_counting_in_parts_changes_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
   "given, message",
-  [("word=3", "did you mean 'words'"), ("words=0", "at least 1"), ("remove=maybe", "no bool")],
+  [
+    ("word=3", "did you mean 'words'"),
+    ("words=0", "at least 1"),
+    ("remove=maybe", "no bool"),
+    ("share=20", "share=20.0 must be in"),
+    ("share=nan", "share=nan must be in"),
+    ("share=-0.1", "share=-0.1 must be in"),
+  ],
 )
 def test_bad_options_are_named(given, message):
   with pytest.raises(UserError, match=message):

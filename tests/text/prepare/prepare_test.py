@@ -245,6 +245,8 @@ def test_one_long_text_is_cut_into_all_splits(tmp_path):
     ({"kind": "chat", "template": "chatml", "tokenizer": "bytes"}, "needs <.im_start.>"),
     ({"decontaminate": ["nowhere.jsonl"]}, "nowhere.jsonl"),
     ({"decontaminate_options": "words=5"}, "decontaminate_options='words=5'"),
+    ({"decontaminate_field": "question"}, "decontaminate_field='question' needs decontaminate"),
+    ({"max_record_bytes": 10**19}, "max_record_bytes=1"),
   ],
 )
 def test_bad_options_are_named_before_anything_is_done(corpus, tmp_path, options, message):
