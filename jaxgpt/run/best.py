@@ -7,6 +7,7 @@ begins, so a resumed run decides as one that never stopped.
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,13 +21,19 @@ from jaxgpt.run import checkpoints, metric_writers
 FOLDER = "best"
 ITEMS = ("params", "ema", "step", "nonfinite_step")  # of the state that a best checkpoint has
 KIND = "validation"  # of the records in metrics.jsonl
-_LOWER = ("loss", "perplexity", "bits_per_byte", "mse", "mae")  # metrics of which less is better
+# Ends of the names of metrics of which less is better. The last two are of lm-eval.
+_LOWER = re.compile(r"(.*_)?(loss|kl|perplexity|bits_per_byte|mse|mae|error|brier_score|ter)")
 _NOT_METRICS = ("step", "kind", "tokens", "batches")
 
 
 def less_is_better(metric: str) -> bool:
-  """Whether a lower value of a validation metric is better: losses and errors."""
-  return metric in _LOWER or metric.startswith("loss/") or metric.endswith("_error")
+  """Whether a lower value of a validation metric is better: losses and errors.
+
+  A name may have a folder of data behind it (`loss/web`), or a task before it and a filter behind
+  it (`wikitext/word_perplexity`, `TASK/METRIC/FILTER`).
+  """
+  first, *rest = metric.split("/")
+  return first == "loss" or any(map(_LOWER.fullmatch, rest or [first]))
 
 
 class Best:

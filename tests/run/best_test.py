@@ -25,7 +25,10 @@ def test_the_best_is_the_first_with_the_best_value():
 
 @pytest.mark.parametrize(
   "metric, want", [("loss", 2), ("loss/web", 2), ("mse", 2), ("accuracy", 1), ("task/rougeL", 1),
-                   ("task/mean_squared_error", 2), ("bits_per_byte", 2)],
+                   ("task/mean_squared_error", 2), ("bits_per_byte", 2), ("kl", 2),
+                   ("wikitext/word_perplexity", 2), ("wikitext/bits_per_byte", 2),
+                   ("lambada_openai/perplexity", 2), ("perplexity_task/acc", 1),
+                   ("gsm8k/exact_match/strict", 1), ("a/ter/strict", 2), ("a/filter", 1)],
 )  # fmt: skip
 def test_of_losses_and_errors_less_is_better(metric, want):
   assert best_lib.Best(metric, {1: 0.9, 2: 0.1}).step == want
