@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
@@ -34,6 +35,7 @@ CHUNK = 1024  # rows
 PARTS = ".parts"  # suffix of the folder of finished chunks
 _JOB = "job.json"
 _OUTPUT = "output"  # the whole output, before it gets its name
+_PART = re.compile(r"[0-9]{6,}-[0-9a-f]{16}\.jsonl")
 
 
 class Account(NamedTuple):
@@ -167,8 +169,16 @@ def _enter(
       if output.exists():
         report(f"{output} will be replaced")
       folder.mkdir(parents=True, exist_ok=True)
+      _clear(folder)
       atomic.write(path, text)
   distributed.barrier("parts")
+
+
+def _clear(folder: epath.Path) -> None:
+  """Deletes parts without a job, which a kill left between the two: they may be of any job."""
+  for path in list(folder.iterdir()):
+    if path.name == _OUTPUT or _PART.fullmatch(path.name):
+      path.unlink()
 
 
 def _check_same_job(folder: epath.Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

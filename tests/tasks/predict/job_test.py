@@ -90,6 +90,23 @@ def test_an_output_is_the_same_after_kills_at_any_moment(whole, tmp_path, monkey
   assert len(computed) < 22  # what was done was not done again
 
 
+def test_parts_that_a_kill_left_without_their_job_are_not_used(tmp_path, monkeypatch):
+  output, folder = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
+
+  def killed(self, *args):
+    (self / "job.json").unlink()
+    raise Killed
+
+  with monkeypatch.context() as patched:
+    patched.setattr(type(epath.Path(tmp_path)), "rmtree", killed)
+    with pytest.raises(Killed):
+      job.run(predict, ROWS[:3], output, JOB)
+  assert list(folder.iterdir())
+  (folder / "notes.txt").write_text("of the user")
+  job.run(lambda chunk, n: [{"label": "other"} for _ in chunk], ROWS[:3], output, {"step": 4})
+  assert [json.loads(line)["label"] for line in output.read_text().splitlines()] == ["other"] * 3
+
+
 os_replace = job.os.replace
 
 
