@@ -101,6 +101,7 @@ class Breakdown:
       self._counts = counts + (0 if self._counts is None else self._counts)
       weight, right = np.repeat(weight, sure.shape[1]), (has == predicted).reshape(-1)
       sure = sure.reshape(-1)
+    sure = np.nan_to_num(sure)  # weights that give NaN: the loss says it
     where = np.minimum((sure * _CONFIDENCES).astype(np.int64), _CONFIDENCES - 1)
     for row, x in zip(self._confidences, (1, sure, right)):
       row += np.bincount(where, weight * x, _CONFIDENCES)

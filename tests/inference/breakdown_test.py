@@ -37,6 +37,13 @@ def scored(corpus):
   return data, found, single
 
 
+def test_weights_that_give_nan_are_a_loss_that_is_not_finite(corpus):
+  data = pipeline.make(corpus, "train", Batching(seq_len=40, batch_size=4))
+  found, nan = breakdown.Breakdown(data), np.full((4, 40), np.nan, np.float32)
+  found.add(data.epoch_rows(0), Scores(np.ones((4, 40), np.float32), nan, nan > 0, nan))
+  assert math.isnan(found.result(None)["loss"])
+
+
 def sums(single, key):
   out = collections.defaultdict(lambda: np.zeros(3))
   for doc, p, w, nll, correct in single:
