@@ -47,6 +47,17 @@ def test_what_a_published_model_says_of_its_texts_is_kept_and_followed(imported)
   assert again == PUBLISHED | {"pad_token_id": 0}
 
 
+def test_a_second_import_changes_nothing(imported, corpus):
+  folder, _ = imported
+  path = folder / "run" / "generation_config.json"
+  before = path.read_text()
+  path.write_text(json.dumps({"eos_token_id": [2, 7]}))
+  with pytest.raises(UserError, match="holds this model already"):
+    import_export.import_model(folder / "theirs", folder / "run", tokenizer=corpus)
+  assert json.loads(path.read_text()) == {"eos_token_id": [2, 7]}
+  path.write_text(before)
+
+
 def test_an_exported_folder_has_the_template_that_the_run_was_trained_in(imported):
   folder, run = imported
   template = chat_template.load("simple", run.tokenizer).to_jinja()

@@ -145,6 +145,17 @@ def test_what_is_no_tagger_is_refused(bert, tmp_path):
     import_export.read_model(folder, labels=("a", "b"))
 
 
+def test_each_output_gets_a_name_and_a_head_of_tokens_has_no_problem_type(bert):
+  values = NAMED | {"problem_type": "multi_label_classification"}
+  _, folder, _ = bert("BertForTokenClassification", **values)
+  model = import_export.read_model(folder, labels=("a", "b", "c"))
+  assert model.c.model.label_names == ("a", "b", "c")
+  assert model.c.objective.name == "token_classification"
+  for names in (("a", "b"), ("a", "b", "c", "d"), ("numbers",)):
+    with pytest.raises(UserError, match=f"the model has 3 outputs, {len(names)} named"):
+      import_export.read_model(folder, labels=names)
+
+
 def test_a_family_without_the_class_is_no_tagger():
   values = variants.FAMILIES["olmo2"][1] | {"model_type": "olmo2"}
   with pytest.raises(UserError, match="'Olmo2ForTokenClassification' .*: of olmo2 are Olmo2ForC"):

@@ -99,10 +99,17 @@ def read_model(
   if labels:
     if not source.fields.get("label_names"):
       raise UserError(f"labels={','.join(labels)}: the model has no classes; leave labels out")
+    outputs = source.fields["num_labels"]
+    if len(labels) != outputs:  # also (NUMBERS,), since a regression has no names
+      raise UserError(
+        f"labels={','.join(labels)}: the model has {outputs} outputs, {len(labels)} named; name "
+        "each output once, in order"
+      )
     source.fields["label_names"] = tuple(labels)
   several = {}
-  if labels_lib.objective(init_from.read_config_json(source.folder)) == "multi_label":
-    several["objective__name"] = "multi_label"
+  if source.fields["head"] == "classifier":
+    hf_config = init_from.read_config_json(source.folder)
+    several["objective__name"] = labels_lib.objective(hf_config)
   c = convert.configured(
     source.fields,
     **several,
@@ -164,13 +171,13 @@ def import_model(
     for key in config.flatten(c)
   }
   run_folder.enter(folder, c, origin, model.mesh, "", tokens)
-  generation.write(folder, generation.read(model.source.folder, tokens))
   sizes = [leaf.size * leaf.dtype.itemsize for leaf in tree.flatten(model.params).values()]
   checkpoints = checkpoints_lib.Checkpoints(
     folder / run_folder.CHECKPOINTS, writing_gb=(max(sizes) + 1e6) / 1e9
   )
   if checkpoints.latest() is not None:
     raise UserError(f"--workdir={folder} holds this model already; choose another folder")
+  generation.write(folder, generation.read(model.source.folder, tokens))
   checkpoints.save({"step": np.int32(0), "nonfinite_step": np.int32(-1), "params": model.params})
   checkpoints.close()
   if certificate:
