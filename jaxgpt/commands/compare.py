@@ -62,9 +62,9 @@ def run(args: CompareOptions) -> None:
   from jaxgpt.tasks import compare
 
   backend.start()
-  count, found = 0, list[compare.Comparison]()
+  count, found, notices = 0, list[compare.Comparison](), list[str]()
   if args.task:
-    found, count = compare.on_task(
+    found, count, notices = compare.on_task(
       args.runs,
       args.task,
       str(args.data),
@@ -77,10 +77,13 @@ def run(args: CompareOptions) -> None:
       some = compare.compare(first, second, resamples=args.resamples, seed=args.seed)
       found += [one._replace(metric=f"{task}/{one.metric}" if task else one.metric) for one in some]
       count += len(first.sources)
+      notices += dict.fromkeys((*first.notices, *second.notices))
   if args.json:
     rows = {one.metric: one._asdict() | {"difference": one.difference._asdict()} for one in found}
-    print(strict_json.dumps({"examples": count, "runs": args.runs, "metrics": rows}, indent=1))
+    head = {"examples": count, "runs": args.runs} | ({"notices": notices} if notices else {})
+    print(strict_json.dumps(head | {"metrics": rows}, indent=1))
     return
+  print("".join(f"{line}\n" for line in notices), end="")
   print(f"{count:,} examples; difference: {args.runs[1]} minus {args.runs[0]}")
   print("\n".join(compare.table(found, ("first", "second"))))
 

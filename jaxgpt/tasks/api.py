@@ -63,13 +63,13 @@ class Model:
     Raises:
       UserError: The run predicts nothing, or rows of another kind.
     """
-    if isinstance(values, str):
-      values = [values]
     values = [values] if isinstance(values, str) else values
     draws = sampling.Sampling(temperature=temperature)
     settings = Settings(batch_size, max_new, draws, seed, constraint, beams=beams)
-    key = (kind, settings)
-    if key not in self._predictors:
+    key = (kind, batch_size)  # what a predictor is compiled for
+    if key in self._predictors:
+      self._predictors[key].use(settings)
+    else:
       self._predictors[key] = registry.make(self.run, kind, settings)
     found = self._predictors[key]
     given = rows.of_values(values, found.kind)

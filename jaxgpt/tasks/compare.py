@@ -12,7 +12,8 @@ from etils import epath
 from jaxgpt.errors import UserError
 from jaxgpt.inference import evaluate, load, scoring
 from jaxgpt.run.process import text_table
-from jaxgpt.tasks import bootstrap, task
+from jaxgpt.storage.passed_over import PassedOver
+from jaxgpt.tasks import bootstrap, row_labels, task
 from jaxgpt.tasks import scoring as task_scoring
 from jaxgpt.tasks.predict import job, protocol, registry, rows
 from jaxgpt.text.readers import documents
@@ -42,12 +43,14 @@ class Examples(NamedTuple):
     form: What the digests are of, such as the tokens of a tokenizer.
     measures: {metric: (sums, weights)} of each example, [N] each. The metric is the ratio of the
       sums over examples.
+    notices: Lines for the user on data that is left out.
   """
 
   sources: Sequence[str]
   contents: Sequence[str]
   form: str
   measures: dict[str, tuple[np.ndarray, np.ndarray]]
+  notices: Sequence[str] = ()
 
 
 def examples_of(
@@ -91,7 +94,7 @@ def examples_of(
   measures = {"loss": (scored.nll, scored.weight), "accuracy": (scored.correct, scored.weight)}
   if data.batches.predicts_all:
     measures["bits_per_byte"] = (scored.nll / math.log(2), num_bytes)
-  return Examples(names, contents, run.tokenizer.digest, measures)
+  return Examples(names, contents, run.tokenizer.digest, measures, data.notices)
 
 
 def compare(
@@ -134,7 +137,7 @@ def on_task(
   batch_size: int = 32,
   resamples: int = bootstrap.RESAMPLES,
   seed: int = 0,
-) -> tuple[list[Comparison], int]:
+) -> tuple[list[Comparison], int, list[str]]:
   """Compares the metrics of a task that two runs reach on the rows of files.
 
   Args:
@@ -146,25 +149,27 @@ def on_task(
     seed: Seed of the draws.
 
   Returns:
-    (the comparisons, number of rows).
+    (the comparisons, number of rows, lines for the user on data that is left out).
 
   Raises:
     UserError: The task or the files do not fit the runs, or the runs score other rows.
   """
-  scored, listed = task.find(name), documents.find(data.split(","))
+  scored, rest = task.find(name), PassedOver()
+  listed = documents.find(data.split(","), passed_over=rest)
   measures, rows_of = [], []
   for folder in folders:
     run = load.load(folder, devices=jax.local_devices())
     settings = protocol.Settings(batch_size, 200, load.Sampling(temperature=0.0), 0)
     predictor = registry.make(run, None, settings)
     scored.check_kind(predictor.kind)
-    given = list(rows.read(listed, predictor.kind))
+    named = row_labels.Named(scored, predictor.kind, predictor.classes)
+    given = list(map(named, rows.read(listed, predictor.kind)))
     found = [
       prediction
       for number, chunk in enumerate(job.chunks(given))
       for prediction in job.predict_rows(predictor, run.params, chunk, number)
     ]
-    numbers, _ = task_scoring.scorable(scored, given)
+    numbers, _ = task_scoring.scorable(scored, given, found)
     measures.append(task_scoring.measures_of(scored, given, found, numbers))
     rows_of.append(numbers)
   if rows_of[0] != rows_of[1]:
@@ -180,7 +185,7 @@ def on_task(
     b, ones = measures[1][metric], np.ones(size)
     difference = bootstrap.difference(a, b, size, resamples, seed)
     out.append(Comparison(metric, a(ones), b(ones), difference))
-  return out, size
+  return out, size, [f"{data}: passed over: {rest}"] if rest.counts else []
 
 
 def check_same(first: Examples, second: Examples) -> None:

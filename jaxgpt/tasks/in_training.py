@@ -10,7 +10,8 @@ from jaxgpt.parallel import distributed
 from jaxgpt.run import generation
 from jaxgpt.run.metric_writers import Sample
 from jaxgpt.run.process import output
-from jaxgpt.tasks import harness, scoring, task
+from jaxgpt.storage.passed_over import PassedOver
+from jaxgpt.tasks import harness, row_labels, scoring, task
 from jaxgpt.tasks.predict import job, protocol, registry, rows, texts
 from jaxgpt.text.readers import documents
 from jaxgpt.training import evaluators, uses
@@ -42,14 +43,16 @@ def make(context: evaluators.Context) -> evaluators.Evaluator | None:
   )
   predictor = registry.make(run, None, settings)
   found.check_kind(predictor.kind)
-  listed = documents.find(c.task.data.split(","))
+  rest = PassedOver()
+  listed = documents.find(c.task.data.split(","), passed_over=rest)
+  if rest.counts and distributed.is_first():
+    output.tell([f"task.data: passed over: {rest}"])
   fields = dict(field.split("=", 1) for field in c.task.fields)
   there = list(rows.read(listed, predictor.kind, fields, c.task.format or None))
-  given = sample(there, c.task.rows)
+  given = _named(found, predictor, sample(there, c.task.rows), c.task.data)
   if len(given) < len(there) and distributed.is_first():
     drawn = f"a sample of {len(given):,} of {len(there):,} rows"
     output.tell([f"metrics of {c.task.name} are of {drawn} of {c.task.data} (task.rows)"])
-  _check(found, given, c.task.data)
   distributed.check_same(
     f"the rows of task.data={c.task.data!r}",
     job.digest([job.identity(row) for row in given]),
@@ -144,12 +147,20 @@ def make_sampler(context: evaluators.Context) -> evaluators.Sampler | None:
   return evaluators.Sampler(s.every, sample)
 
 
-def _check(found: task.Task, given: list[rows.Row], data: str) -> None:
-  """Refuses rows of which none can be scored, before the first step."""
+def _named(
+  found: task.Task, predictor: protocol.Predictor, given: Sequence[rows.Row], data: str
+) -> list[rows.Row]:
+  """Rows with the model's names for their labels.
+
+  Raises:
+    UserError: None can be scored, or a label can't be. So it is known before the first step.
+  """
   try:
-    scoring.scorable(found, given)
+    out = list(map(row_labels.Named(found, predictor.kind, predictor.classes), given))
+    scoring.scorable(found, out)
   except UserError as e:
     raise UserError(f"task.data={data!r}: {e}") from e
+  return out
 
 
 EVALUATORS: tuple[evaluators.EvaluatorMaker, ...] = (make, make_harness, make_sampler)

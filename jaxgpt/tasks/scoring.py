@@ -18,7 +18,8 @@ from etils import epath
 from jaxgpt.errors import UserError
 from jaxgpt.run.process import text_table
 from jaxgpt.storage import strict_json
-from jaxgpt.tasks import bootstrap, task
+from jaxgpt.storage.passed_over import PassedOver
+from jaxgpt.tasks import bootstrap, row_labels, task
 from jaxgpt.tasks.predict import rows as rows_lib
 from jaxgpt.tasks.predict.protocol import Prediction
 from jaxgpt.tasks.predict.rows import Row
@@ -30,7 +31,8 @@ class Report(NamedTuple):
 
   Attributes:
     scored: Rows that count.
-    failed: Rows among them without a prediction, which count as wrong.
+    failed: Rows among them without a prediction, which count as wrong. Where numbers are predicted
+      these are left out.
     left_out: {reason: rows that do not count}.
     scores: {metric: its estimate}. The first is the main one.
     baseline: The same of the baseline.
@@ -75,12 +77,15 @@ class Scorable(NamedTuple):
   left_out: dict[str, int]
 
 
-def scorable(scored: task.Task, rows: Sequence[Row]) -> Scorable:
+def scorable(
+  scored: task.Task, rows: Sequence[Row], found: Sequence[Prediction] | None = None
+) -> Scorable:
   """Finds the rows that have an answer to compare with.
 
   Args:
     scored: The task.
     rows: The rows.
+    found: The prediction for each, as in `report`. None: not known yet.
 
   Raises:
     UserError: No row has one.
@@ -93,6 +98,8 @@ def scorable(scored: task.Task, rows: Sequence[Row]) -> Scorable:
       why = f"no {' or '.join(dict.fromkeys(scored.kinds.values()))}"
     elif "messages" in row.fields and not _ends_with_answer(row.fields):
       why = "no answer to compare with, preceded by a message"
+    elif found is not None and scored.numbers and not _given(found[number]):
+      why = "no prediction"
     else:
       out.numbers.append(number)
       continue
@@ -117,7 +124,7 @@ def report(
   Raises:
     UserError: No row can be scored.
   """
-  numbers, left_out = scorable(scored, rows)
+  numbers, left_out = scorable(scored, rows, found)
   fields, predictions = _kept(rows, found, numbers)
   baseline = scored.baseline(fields)
   return Report(
@@ -133,7 +140,7 @@ def report(
 
 def values(scored: task.Task, rows: Sequence[Row], found: Sequence[Prediction]) -> dict[str, float]:
   """{metric: value} of predictions, without intervals. Arguments and errors as of `report`."""
-  numbers, _ = scorable(scored, rows)
+  numbers, _ = scorable(scored, rows, found)
   measures = measures_of(scored, rows, found, numbers)
   return {name: measure(np.ones(len(numbers))) for name, measure in measures.items()}
 
@@ -156,7 +163,12 @@ def _kept(
   """The fields of rows and their predictions, {} for those without one."""
   pairs = list(zip(rows, found, strict=True))
   kept = [pairs[number] for number in numbers]
-  return [row.fields for row, _ in kept], [{} if "error" in p else p for _, p in kept]
+  return [row.fields for row, _ in kept], [_given(p) for _, p in kept]
+
+
+def _given(prediction: Prediction) -> Prediction:
+  """The prediction, or {} in place of {'error': why}."""
+  return {} if "error" in prediction else prediction
 
 
 def _ends_with_answer(fields: Mapping[str, Any]) -> bool:
@@ -177,25 +189,36 @@ def of_file(scored: task.Task, rows: Iterable[Row], predictions: epath.PathLike)
     predictions: A JSON Lines file with an object per row of the input, in its order.
 
   Raises:
-    UserError: The file has another number of lines than the input has rows, or a line is no object.
+    UserError: The file can't be read or has another number of lines than the input has rows, or a
+      line is no prediction that the task can score.
   """
   path, found = epath.Path(predictions), list[Prediction]()
-  with path.open("rb") as f:
-    for number, text in enumerate(f, 1):
-      try:
-        value = json.loads(text)
-      except ValueError as e:
-        raise UserError(f"{path}:{number}: not JSON ({e})") from e
-      if not isinstance(value, dict):
-        raise UserError(f"{path}:{number}: a prediction is an object, not {text[:40]!s}")
-      found.append(value)
+  try:
+    with path.open("rb") as f:
+      found = [_prediction(text, f"{path}:{number}") for number, text in enumerate(f, 1)]
+  except OSError as e:
+    raise UserError(f"{path} can't be read ({e.strerror or e}); name a file of predictions") from e
   given = list(rows)
   if len(given) != len(found):
     raise UserError(
       f"{path} has {len(found):,} predictions, but the input has {len(given):,} rows; predict for "
       "this input again"
     )
+  for number in scorable(scored, given, found).numbers:
+    if (value := _given(found[number])) and (why := scored.problem(given[number].fields, value)):
+      raise UserError(f"{path}:{number + 1}: {why}; correct it, or choose another task")
   return report(scored, given, found)
+
+
+def _prediction(text: bytes, where: str) -> Prediction:
+  """A line of a file of predictions."""
+  try:
+    value = json.loads(text)
+  except ValueError as e:
+    raise UserError(f"{where}: not JSON ({e})") from e
+  if not isinstance(value, dict):
+    raise UserError(f"{where}: a prediction is an object, not {text[:40].decode(errors='replace')}")
+  return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,10 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     scored = task.find(args.task)
     kind = args.kind or next(iter(scored.kinds))
     scored.check_kind(kind)
-    found = of_file(scored, rows_lib.read(documents.find(args.input), kind), args.predictions)
+    rest = PassedOver()
+    rows = rows_lib.read(documents.find(args.input, passed_over=rest), kind)
+    found = of_file(scored, map(row_labels.Named(scored, kind), rows), args.predictions)
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return e.exit_code
+  if rest.counts:
+    print(f"passed over: {rest}", file=sys.stderr)
   print(strict_json.dumps(found.to_json(), indent=1) if args.json else "\n".join(found.lines()))
   return 0
 

@@ -19,6 +19,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.tasks.bootstrap import Measure
 from jaxgpt.tasks.metrics import answers, classes, entities, overlap, ranking
 from jaxgpt.tasks.predict.protocol import Prediction
+from jaxgpt.text.tokenizers import labels
 
 Fields: TypeAlias = Mapping[str, Any]  # the columns of a row by name
 Measures: TypeAlias = dict[str, Measure]
@@ -36,6 +37,10 @@ class Task:
     baseline_name: A few words on the baseline, such as 'majority class'.
     details: (rows, predictions) -> further lines of a report.
     summary: A few words for the documentation.
+    numbers: Whether the labels of classification are numbers, and not classes. A row without a
+      prediction is then left out, since no number is wrong for sure. None: the task takes both.
+    problem: (row, its prediction) -> the reason why the metrics can't read the prediction, which
+      another program may have written, or ''.
   """
 
   kinds: Mapping[str, str]
@@ -44,6 +49,8 @@ class Task:
   baseline_name: str
   details: Callable[[Sequence[Fields], Sequence[Prediction]], list[str]] = lambda rows, found: []
   summary: str = ""
+  numbers: bool | None = None
+  problem: Callable[[Fields, Prediction], str] = lambda row, prediction: ""
 
   def check_kind(self, kind: str) -> None:
     """Raises a UserError if the task does not score rows of a kind."""
@@ -68,6 +75,34 @@ def find(name: str, folder: str = "") -> Task:
     UserError: There is none.
   """
   return user_code.find(TASKS, Task, name, folder or ".")
+
+
+def _is_name(value: Any) -> bool:
+  return isinstance(value, str | int | float)
+
+
+def _is_number(value: Any) -> bool:
+  return labels.kind_of(str(value)) != "text"
+
+
+def _is_vector(value: Any) -> bool:
+  return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+def _form(column: str, is_right: Callable[[Any], bool], what: str) -> Callable[..., str]:
+  """A `Task.problem`: `column` is not there, or not `what`."""
+
+  def problem(row: Fields, prediction: Prediction) -> str:
+    del row
+    if column not in prediction:
+      return f"a prediction of this task has a {column!r}, and this one has none"
+    value = prediction[column]
+    return "" if is_right(value) else f"{column!r} is {str(value)[:50]!r}, not {what}"
+
+  return problem
+
+
+_of_text = _form("text", lambda x: isinstance(x, str), "a text")
 
 
 def _labels(rows: Sequence[Fields], found: Sequence[Prediction]) -> tuple[list[str], list[str]]:
@@ -103,13 +138,15 @@ TASKS.add(
     "majority class",
     _confusion,
     "classes of a text: accuracy, macro-F1, confusion matrix",
+    numbers=False,
+    problem=_form("label", _is_name, "the name of a class"),
   ),
 )
 
 
 def _numbers(rows: Sequence[Fields], found: Sequence[Prediction]) -> Measures:
   wanted = [float(row["label"]) for row in rows]
-  predicted = [float(p.get("value", 0.0)) for p in found]
+  predicted = [float(p["value"]) for p in found]
   return {
     "pearson": classes.pearson(predicted, wanted),
     "mean_squared_error": classes.mean_squared_error(predicted, wanted),
@@ -129,15 +166,17 @@ TASKS.add(
     _mean,
     "mean of the labels",
     summary="a number for a text: Pearson's correlation, mean squared error",
+    numbers=True,
+    problem=_form("value", _is_number, "a number"),
   ),
 )
 
 
 def _label_sets(rows: Sequence[Fields], found: Sequence[Prediction]) -> Measures:
   wanted = [frozenset(map(str, row["labels"])) for row in rows]
-  predicted = [frozenset(map(str, p.get("labels", ()))) for p in found]
+  predicted = [frozenset(map(str, p["labels"])) if "labels" in p else None for p in found]
   return {
-    "micro_f1": classes.micro_f1(predicted, wanted),
+    "micro_f1": classes.micro_f1([p or () for p in predicted], wanted),
     "exact_match": classes.accuracy(predicted, wanted),
   }
 
@@ -155,12 +194,21 @@ TASKS.add(
     _usual_set,
     "most frequent set",
     summary="any number of classes of a text: micro-F1, exact match",
+    problem=_form(
+      "labels", lambda x: isinstance(x, list) and all(map(_is_name, x)), "a list of classes"
+    ),
   ),
 )
 
 
 def _texts(rows: Sequence[Fields], found: Sequence[Prediction]) -> tuple[list[str], list[str]]:
   return [str(p.get("text", "")).strip() for p in found], [row["target"].strip() for row in rows]
+
+
+def _exact(found: Sequence[Prediction], predicted: Sequence[str], wanted: Sequence[str]) -> Measure:
+  """The share of equal texts. A row without a prediction is none, also if its answer is empty."""
+  given = [text if p else None for p, text in zip(found, predicted, strict=True)]
+  return classes.accuracy(given, wanted)
 
 
 _SENTENCE = re.compile(r".+?(?:[.!?](?=\s)|\n|$)", re.DOTALL)
@@ -183,6 +231,7 @@ TASKS.add(
     lambda rows: [{"text": lead(row["input"])} for row in rows],
     "lead sentence",
     summary="ROUGE-1, 2, L and Lsum",
+    problem=_of_text,
   ),
 )
 
@@ -192,7 +241,7 @@ def _translation(rows: Sequence[Fields], found: Sequence[Prediction]) -> Measure
   return {
     "bleu": overlap.bleu(predicted, wanted),
     "chrf": overlap.chrf(predicted, wanted),
-    "exact_match": classes.accuracy(predicted, wanted),
+    "exact_match": _exact(found, predicted, wanted),
   }
 
 
@@ -204,12 +253,16 @@ TASKS.add(
     lambda rows: [{"text": row["input"]} for row in rows],
     "copy of the input",
     summary="BLEU, chrF, exact match",
+    problem=_of_text,
   ),
 )
 
 
+_NO_ANSWER = "\0"  # stands for a missing prediction, and equals no answer
+
+
 def _answers(rows: Sequence[Fields], found: Sequence[Prediction]) -> Measures:
-  predicted = [str(p.get("answer", p.get("text", ""))) for p in found]
+  predicted = [str(p.get("answer", p.get("text", _NO_ANSWER))) for p in found]
   wanted = [
     [a["text"] for a in row["answers"]] if "answers" in row else [row["target"]] for row in rows
   ]
@@ -227,19 +280,24 @@ TASKS.add(
     lambda rows: [{"answer": lead(row.get("context", row.get("input", "")))} for row in rows],
     "lead sentence",
     summary="F1 and exact match of SQuAD, of extracted and of generated answers",
+    problem=lambda row, p: (
+      _of_text(row, p)
+      if "text" in p and "answer" not in p
+      else _form("answer", lambda x: isinstance(x, str), "a text")(row, p)
+    ),
   ),
 )
 
 
 def _tags(rows: Sequence[Fields], found: Sequence[Prediction]) -> Measures:
   wanted = [[str(tag) for tag in row["tags"]] for row in rows]
-  predicted = [p.get("tags", ["O"] * len(tags)) for p, tags in zip(found, wanted, strict=True)]
-  for number, (ps, ws) in enumerate(zip(predicted, wanted, strict=True), 1):
-    if len(ps) != len(ws):
-      raise UserError(f"prediction {number} has {len(ps)} tags for {len(ws)} words")
+  predicted = [
+    [str(tag) for tag in p.get("tags", ["O"] * len(tags))]
+    for p, tags in zip(found, wanted, strict=True)
+  ]
   same = [
-    sum(p == w for p, w in zip(ps, ws, strict=True))
-    for ps, ws in zip(predicted, wanted, strict=True)
+    sum(x == w for x, w in zip(xs, ws, strict=True)) if p else 0
+    for p, xs, ws in zip(found, predicted, wanted, strict=True)
   ]
   lengths_N, same_N = np.array([len(tags) for tags in wanted]), np.array(same)
   return {
@@ -248,9 +306,19 @@ def _tags(rows: Sequence[Fields], found: Sequence[Prediction]) -> Measures:
   }
 
 
+def _tags_problem(row: Fields, prediction: Prediction) -> str:
+  is_list = lambda x: isinstance(x, list) and all(map(_is_name, x))
+  if why := _form("tags", is_list, "a list of tags")(row, prediction):
+    return why
+  tags, words = len(prediction["tags"]), len(row["tags"])
+  return "" if tags == words else f"there are {tags} tags for {words} words"
+
+
 def _capitals(rows: Sequence[Fields]) -> list[Prediction]:
   """Runs of capitalized words, but for the first word of a sentence, as the commonest entity."""
-  found = collections.Counter(e.type for row in rows for e in entities.entities(row["tags"]))
+  found = collections.Counter(
+    e.type for row in rows for e in entities.entities([str(tag) for tag in row["tags"]])
+  )
   type_ = found.most_common(1)[0][0] if found else "X"
   out: list[Prediction] = []
   for row in rows:
@@ -274,6 +342,7 @@ TASKS.add(
     _capitals,
     "capitalized words as the commonest entity",
     summary="entity F1 as of conlleval, accuracy of words",
+    problem=_tags_problem,
   ),
 )
 
@@ -285,18 +354,25 @@ def _retrieval(rows: Sequence[Fields], found: Sequence[Prediction]) -> Measures:
   place = {text: i for i, text in enumerate(dict.fromkeys(row["positive"] for row in rows))}
   passages = [nothing] * len(place)
   for row, p in zip(rows, found, strict=True):
-    passages[place[row["positive"]]] = p.get("positive_embedding", nothing)
-  ranks_N = ranking.ranks(
-    [p.get("embedding", nothing) for p in found],
-    passages,
-    [place[row["positive"]] for row in rows],
-  )
+    if "positive_embedding" in p:
+      passages[place[row["positive"]]] = p["positive_embedding"]
+  queries = [p.get("embedding", nothing) for p in found]
+  if len({len(vector) for vector in (*queries, *passages)}) > 1:
+    raise UserError("the embeddings have different lengths; predict all of them with one model")
+  ranks_N = ranking.ranks(queries, passages, [place[row["positive"]] for row in rows])
+  ranks_N = np.where([bool(p) for p in found], ranks_N, np.inf)
   return {
     "recall@1": ranking.recall_at(1, ranks_N),
     "recall@5": ranking.recall_at(5, ranks_N),
     "recall@10": ranking.recall_at(10, ranks_N),
     "mrr": ranking.mean_reciprocal_rank(ranks_N),
   }
+
+
+def _retrieval_problem(row: Fields, prediction: Prediction) -> str:
+  of = lambda column: _form(column, _is_vector, "a list of numbers")(row, prediction)
+  passage = "positive_embedding"
+  return of("embedding") or (of(passage) if passage in prediction else "")
 
 
 def _bags_of_words(rows: Sequence[Fields]) -> list[Prediction]:
@@ -322,6 +398,7 @@ TASKS.add(
     _bags_of_words,
     "shared words (TF-IDF)",
     summary="recall@1, @5, @10 and mean reciprocal rank of each query's passage among all",
+    problem=_retrieval_problem,
   ),
 )
 
@@ -331,7 +408,7 @@ def _replies(rows: Sequence[Fields], found: Sequence[Prediction]) -> Measures:
   wanted = [str(row["messages"][-1].get("content", "")).strip() for row in rows]
   return {
     "rougeL": overlap.rouge(predicted, wanted, ("rougeL",))["rougeL"],
-    "exact_match": classes.accuracy(predicted, wanted),
+    "exact_match": _exact(found, predicted, wanted),
   }
 
 
@@ -343,5 +420,6 @@ TASKS.add(
     lambda rows: [{"text": str(row["messages"][-2].get("content", ""))} for row in rows],
     "copy of the last message",
     summary="ROUGE-L and exact match of the last answer of a conversation",
+    problem=_of_text,
   ),
 )

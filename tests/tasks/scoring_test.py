@@ -57,7 +57,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
      [{"text": "ho"}], {"exact_match": 1, "rougeL": 1}, {"exact_match": 0}),
     ("retrieval", [{"query": "a", "positive": "a b"}, {"query": "c", "positive": "c d"}],
      [{"embedding": [1, 0], "positive_embedding": [1, 0]}, {"error": "x"}],
-     {"recall@1": 0.5, "recall@5": 1, "mrr": 0.75}, {"recall@1": 1}),
+     {"recall@1": 0.5, "recall@5": 0.5, "mrr": 0.5}, {"recall@1": 1}),
   ],
 )  # fmt: skip
 def test_each_task_by_hand(name, fields, prediction, want, baseline):
@@ -65,6 +65,37 @@ def test_each_task_by_hand(name, fields, prediction, want, baseline):
   assert {key: got[key] for key in want} == pytest.approx(want, abs=1e-4)
   assert {key: of_baseline[key] for key in baseline} == pytest.approx(baseline, abs=1e-4)
   assert list(got) == list(of_baseline)
+
+
+@pytest.mark.parametrize(
+  "name, row, metric",
+  [
+    ("multi_label", {"labels": []}, "exact_match"),
+    ("translation", {"input": "x", "target": ""}, "exact_match"),
+    ("question_answering", {"question": "?", "context": "x", "answers": []}, "exact_match"),
+    ("question_answering", {"question": "?", "context": "x", "answers": []}, "f1"),
+    ("tagging", {"words": ["a", "b"], "tags": ["O", "O"]}, "accuracy"),
+    ("retrieval", {"query": "a", "positive": "b"}, "recall@1"),
+    ("chat", {"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, "exact_match"),
+  ],
+)
+def test_a_row_without_a_prediction_is_wrong_even_if_its_answer_is_empty(name, row, metric):
+  found = scoring.values(task.find(name), rows(row), [{"error": "too long"}])
+  assert found[metric] == 0
+
+
+def test_numbers_leave_out_rows_without_a_prediction():
+  given, found = rows({"label": 1}, {"label": 9}, {"label": 3}), [{"value": 1}, {"error": "x"}]
+  got, _, report = scores("regression", given, [*found, {"value": 3}])
+  assert got == {"pearson": 1, "mean_squared_error": 0}
+  assert (report.scored, report.failed, report.left_out) == (2, 0, {"no prediction": 1})
+
+
+def test_a_failed_row_leaves_the_passage_of_another_one():
+  given = rows(*[{"query": q, "positive": "p"} for q in "ab"], {"query": "c", "positive": "d"})
+  found = [{"embedding": [1, 0], "positive_embedding": [1, 0]}, {"error": "x"}]
+  found.append({"embedding": [0, 1], "positive_embedding": [0, 1]})
+  assert scoring.values(task.find("retrieval"), given, found)["recall@1"] == pytest.approx(2 / 3)
 
 
 def test_nothing_to_score_is_an_error():
@@ -88,6 +119,34 @@ def test_files_are_scored_by_line(tmp_path, capsys):
   out.write_text('{"label": "x"}\n')
   assert scoring.main(args) == 2
   assert "1 predictions, but the input has 2 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "name, row, prediction, said",
+  [
+    ("regression", {"text": "a", "label": 1}, {"value": None}, "'value' is 'None', not a number"),
+    ("regression", {"text": "a", "label": 1}, {"value": "n/a"}, "'value' is 'n/a', not a number"),
+    ("regression", {"text": "a", "label": 1}, {"label": "x"}, "has a 'value', and this one has no"),
+    ("regression", {"text": "a", "label": "x"}, {"value": 1}, "in.jsonl:1: label 'x' is not a nu"),
+    ("tagging", {"words": ["a"], "tags": ["O"]}, {"tags": None}, "'tags' is 'None', not a list"),
+    ("tagging", {"words": ["a"], "tags": ["O"]}, {"tags": ["O"] * 2}, "2 tags for 1 words"),
+    ("multi_label", {"text": "a", "labels": ["x"]}, {"labels": None}, "'labels' is 'None', not a"),
+    ("sentiment", {"text": "a", "label": "x"}, {"label": None}, "'label' is 'None', not the name"),
+    ("retrieval", {"query": "a", "positive": "b"}, {"embedding": ["x"]}, "not a list of numbers"),
+  ],
+)
+def test_predictions_of_another_form_are_refused_by_line(
+  name, row, prediction, said, tmp_path, capsys
+):
+  path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+  path.write_text(json.dumps(row) + "\n")
+  out.write_text(json.dumps(prediction) + "\n")
+  args = [f"--task={name}", f"--input={path}", f"--predictions={out}"]
+  assert scoring.main(args) == 2
+  found = capsys.readouterr().err
+  assert said in found and ("out.jsonl:1: " in found or "in.jsonl:1: " in found)
+  out.unlink()
+  assert scoring.main(args) == 2 and "can't be read" in capsys.readouterr().err
 
 
 def test_a_task_of_a_users_file(tmp_path):

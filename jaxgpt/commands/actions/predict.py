@@ -15,7 +15,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load, sampling
 from jaxgpt.parallel import cluster, distributed
 from jaxgpt.storage import buckets, files, strict_json
-from jaxgpt.tasks import scoring, task
+from jaxgpt.storage.passed_over import PassedOver
+from jaxgpt.tasks import row_labels, scoring, task
 from jaxgpt.tasks.predict import job, protocol, registry, rows, texts
 from jaxgpt.text.readers import documents
 from jaxgpt.training import train_step
@@ -57,7 +58,11 @@ def inputs(where: str, form: str | None = None) -> Iterator[tuple[list[files.Fil
     with rows.standard_input() as (spool, found):
       yield [spool], form or found
   else:
-    yield documents.find(where), form
+    rest = PassedOver()
+    listed = documents.find(where, passed_over=rest)
+    if rest.counts:
+      job.say(f"passed over: {rest}")
+    yield listed, form
 
 
 def _refuse(args: Any, names: Sequence[str], why: str) -> None:
@@ -92,6 +97,10 @@ def _predict(
     job.say(note)
   reading = dict(fields=dict(args.field), form=form, encoding=args.encoding)
   read = lambda: rows.read(listed, made.kind, **reading)
+  if scored:
+    named = row_labels.Named(scored, made.kind, made.classes)
+    for row in read():  # a label that can't be scored is found before the work
+      named(row)
   if live.shown and not any(buckets.is_remote(file.address) for file in listed):
     shown.total = sum(1 for _ in read())
 
@@ -116,5 +125,5 @@ def _predict(
   for line in account.lines():
     job.say(line)
   if scored:
-    report = scoring.of_file(scored, read(), args.output)
+    report = scoring.of_file(scored, map(named, read()), args.output)
     print(strict_json.dumps(report.to_json(), indent=1) if args.json else "\n".join(report.lines()))

@@ -59,11 +59,24 @@ class Encoder(abc.ABC):
 
   def __init__(self, run: load.Run, kind: str, settings: Settings):
     """Args: run: From `load.load`. kind: Kind of the rows. settings: See `Settings`."""
-    self.kind, self._run, self._settings = kind, run, settings
+    self.kind, self._run = kind, run
+    self.use(settings)
     self._devices = Devices(run.mesh)
     self._layout = self._make_layout()
     self._names = self._class_names()
+    is_regression = kind == "classification" and run.c.model.num_labels == 1
+    self.classes: Sequence[str] = () if is_regression else self._names
     self._compiled = self._devices.jit(self._forward)
+
+  def use(self, settings: Settings) -> None:
+    """See `Predictor`."""
+    settings.sampling.check()
+    if settings.constraint:
+      raise UserError(
+        f"{settings.constraint.kind}: the form of a text is for models that write texts, and this "
+        "one does not; leave it out"
+      )
+    self._settings = settings
 
   def _make_layout(self) -> Layout:
     """The layout of training."""

@@ -42,9 +42,20 @@ class Predictor(Protocol):
 
   Attributes:
     kind: The kind of the rows, a key of `KINDS`.
+    classes: Names of the classes that it predicts, in the order of the model's outputs. Empty if it
+      predicts something else.
   """
 
   kind: str
+  classes: Sequence[str]
+
+  def use(self, settings: Settings) -> None:
+    """Goes on with other settings, of which `rows` and `keep_weights` are the same as before.
+
+    Raises:
+      UserError: The settings do not suit the predictor.
+    """
+    ...
 
   def __call__(
     self, params: PyTree, rows: Sequence[Row], chunk: int = 0

@@ -61,23 +61,17 @@ def make(run: load.Run, kind: str | None = None, settings: Settings | None = Non
     settings: See `Settings`. None: the defaults.
 
   Raises:
-    UserError: The run's model predicts nothing, or rows of another kind.
+    UserError: The run's model predicts nothing, or rows of another kind. Or as `Predictor.use`.
   """
   c = run.c
-  settings = settings or Settings()
-  settings.sampling.check()
   found = _find(c)
   if found is None:
     raise UserError(
       f"this model (model.head={c.model.head!r}, objective.name={c.objective.name!r}) predicts "
       "nothing for a row; start a run from it that does, see docs/tasks.md"
     )
-  if settings.constraint and found is not _WRITES:
-    raise UserError(
-      f"{settings.constraint.kind}: the form of a text is for models that write texts, and this "
-      "one does not; leave it out"
-    )
-  return found.make(run._replace(params=None), _kind_of(run, kind, found.kinds), settings)
+  kind = _kind_of(run, kind, found.kinds)
+  return found.make(run._replace(params=None), kind, settings or Settings())
 
 
 def _find(c: ml_collections.ConfigDict) -> Entry | None:

@@ -19,13 +19,21 @@ from jaxgpt.tree import PyTree
 class Texts:
   """Texts that a causal language model writes after a prompt."""
 
+  classes: Sequence[str] = ()
+
   def __init__(self, run: load.Run, kind: str, settings: Settings):
     self.kind, self._run, self._settings = kind, run, settings
     self._prompts = Prompts(run)
     rows = settings.rows * mesh_lib.num_batch_shards(run.mesh.shape)
     self._engine = Engine(run._replace(params=None), max_rows=rows)
+    self.use(settings)
+
+  def use(self, settings: Settings) -> None:
+    """See `Predictor`."""
+    self._settings = settings
+    settings.sampling.check()
     # A faulty form is the fault of no row, nor are beams for which there is no room.
-    self._engine.check(self._request((run.tokenizer.bos_id,), settings.seed))
+    self._engine.check(self._request((self._run.tokenizer.bos_id,), settings.seed))
 
   def prompt_ids(self, fields: Any) -> list[int]:
     """The ids of a row's prompt, as the run's documents begin.

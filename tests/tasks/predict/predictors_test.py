@@ -17,8 +17,8 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load
 from jaxgpt.inference.sampler import Sampler
 from jaxgpt.model import transformer
-from jaxgpt.run import generation
-from jaxgpt.tasks import in_training
+from jaxgpt.run import generation, run_folder
+from jaxgpt.tasks import api, in_training
 from jaxgpt.tasks.metrics import entities
 from jaxgpt.tasks.predict import job, registry, rows
 from jaxgpt.tasks.predict.protocol import Settings
@@ -185,6 +185,21 @@ def test_texts_of_prompts_in_a_batch_are_those_of_each_alone():
   assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_other_draws_need_no_further_predictor():
+  run = run_of(encoder(causal=True, head="lm"))
+  model = api.Model(run)
+  options = [
+    dict(seed=s, temperature=t, max_new=n) for s, t, n in ((1, 2, 5), (2, 2, 5), (0, 0, 3))
+  ]
+  found = [model.predict(TEXTS[:2], batch_size=4, **one) for one in options]
+  assert len(model._predictors) == 1 and found[0] != found[1]
+  for one, got in zip(options, found, strict=True):
+    draws = load.Sampling(temperature=one.pop("temperature"))
+    assert got == predict(run, TEXTS[:2], sampling=draws, **one)
+  with pytest.raises(UserError, match="temperature"):
+    model.predict(TEXTS[:2], batch_size=4, temperature=-1.0)
+
+
 @pytest.mark.parametrize(
   "model, objective, match",
   [(dict(head="lm"), "masked_lm", "predicts nothing for a row")],
@@ -262,6 +277,39 @@ def test_the_command_writes_what_the_interface_gives_and_scores_it(
   assert best in (2, 4)
 
 
+def test_labels_by_place_and_files_passed_over(trained, tmp_path, capsys):
+  run, _ = trained
+  given = tmp_path / "given"
+  given.mkdir()
+  (given / "a.pdf").write_text("")
+  scores = []
+  for names in (("long", "short"), (0, 1), ("Long", "SHORT")):
+    rows_ = [{"text": t, "label": names[len(t) <= 12]} for t in TEXTS[:16]]
+    (given / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    words = [f"--workdir={run}", f"--input={given}", f"--output={tmp_path}/out.jsonl"]
+    assert main(["predict", *words, "--task=sentiment", "--json"]) == 0
+    printed = capsys.readouterr()
+    scores.append(json.loads(printed.out)["scores"])
+    assert "passed over: 1 with suffix .pdf, such as given/a.pdf" in printed.err
+  assert scores[0] == scores[1] == scores[2] and scores[0]["accuracy"][0] > 0
+  (given / "a.jsonl").write_text('{"text": "a", "label": 1}\n')
+  assert main(["evaluate", f"--workdir={run}", f"--data={given}", "--json"]) == 0
+  assert json.loads(capsys.readouterr().out)["tokens"] == 1
+  (given / "a.jsonl").write_text('{"text": "a", "label": "other"}\n')
+  assert main(["predict", *words[:2], f"--output={tmp_path}/no.jsonl", "--task=sentiment"]) == 2
+  assert "a.jsonl:1: label 'other' is not among" in capsys.readouterr().err
+  assert not list(tmp_path.glob("no.jsonl*"))
+
+
+def test_training_refuses_a_task_that_cannot_score_its_rows(trained, tmp_path):
+  run, path = trained
+  c = run_folder.read_config(run).copy_and_resolve_references()
+  c.task.data, c.task.fields = str(path), ()
+  c.task.name = "regression"
+  with pytest.raises(UserError, match="task.data=.*: this task scores numbers, but the model"):
+    loop.train(c, tmp_path / "run", {}, evaluator_makers=in_training.EVALUATORS)
+
+
 @pytest.mark.parametrize(
   "options, message",
   [
@@ -273,6 +321,7 @@ def test_the_command_writes_what_the_interface_gives_and_scores_it(
       "--kind=chat: this run predicts for rows of kind classification",
     ),
     (["--output=x", "--task=translation"], "scores rows of kind seq2seq"),
+    (["--output=x", "--task=regression"], "scores numbers, but the model predicts classes"),
     (["--output=x", "--max-new=9"], "--max-new=9 is for models that write text, and this one does"),
     (["--output=x", "--temperature=0.5"], "--temperature=0.5 is for models that write text"),
     (["--output=x", "--format=lines", "--field=text=a"], "field=text=a has no effect"),
