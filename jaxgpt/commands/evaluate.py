@@ -190,6 +190,7 @@ def _lines(args: EvaluateOptions) -> list[str]:
       )
   if args.json:
     head: dict[str, Any] = {"split": data.where, "step": found.step}
+    head |= {} if data.left_out is None else {"left_out": data.left_out}
     return [strict_json.dumps({**head, **result, **({"by": tables} if tables else {})}, indent=1)]
   lines = list(data.notices)
   if args.weights != "raw" and (note := train_step.ema_note(found.c.optim, found.step)):

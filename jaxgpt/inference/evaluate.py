@@ -2,8 +2,9 @@
 
 import contextlib
 import itertools
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -11,14 +12,15 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from jaxgpt.data import layouts, pipeline, strided
+from jaxgpt.data import label_numbers, layouts, pipeline, strided
 from jaxgpt.errors import UserError
 from jaxgpt.inference import contamination, load, scoring
 from jaxgpt.inference.breakdown import Breakdown, Row
 from jaxgpt.parallel import distributed
-from jaxgpt.run import run_folder
+from jaxgpt.run import label_names, run_folder
 from jaxgpt.text.filters import decontaminate
 from jaxgpt.text.prepare import prepare, shards
+from jaxgpt.text.tokenizers import labels
 from jaxgpt.training import evaluation, objectives
 
 # (batches done, batches in all) -> None
@@ -49,12 +51,14 @@ class Opened(NamedTuple):
     batches: The batches.
     where: Name of the data for a user.
     notices: Lines for the user.
+    left_out: Of files: {'documents': documents left out by rule, 'files': files by reason}.
   """
 
   c: ml_collections.ConfigDict
   batches: pipeline.Batches
   where: str
   notices: Sequence[str] = ()
+  left_out: Mapping[str, Mapping[str, int]] | None = None
 
 
 @contextlib.contextmanager
@@ -92,16 +96,25 @@ def opened(
   with tempfile.TemporaryDirectory(prefix="jaxgpt-evaluate-") as folder:
     out = f"{folder}/data"
     manifest = _prepare(run, workdir, source, out)
+    classes = label_names.of_run(run.c, run.data_digest)
+    if _are_positions(manifest["label_names"], classes):
+      out = f"{folder}/named"
+      manifest = _prepare(run, workdir, source, out, classes)
     c, batches = load.open_split(run, "train", batch_size, out)
     distributed.check_same(
       f"the digest of --data={data}", batches.digest, "show all processes the same files"
     )
-    lost = manifest["dropped"]
+    dropped, passed_over = manifest["dropped"], manifest.get("passed_over", {})
     notices = [
       f"{data}: {n:,} of {manifest['read']:,} documents are left out: {rule}"
-      for rule, n in lost.items()
+      for rule, n in dropped.items()
     ]
-    yield Opened(c, batches, data, notices)
+    notices += [
+      f"{data}: {entry['count']:,} passed over: {reason}, such as {entry['examples'][0]}"
+      for reason, entry in passed_over.items()
+    ]
+    files = {reason: entry["count"] for reason, entry in passed_over.items()}
+    yield Opened(c, batches, data, notices, {"documents": dropped, "files": files})
 
 
 def _is_raw(data: str) -> bool:
@@ -111,7 +124,24 @@ def _is_raw(data: str) -> bool:
   return any(mark in data for mark in "*?[") or epath.Path(data).exists()
 
 
-def _prepare(run: load.Run, workdir: epath.PathLike, source: Source, out: str) -> dict[str, Any]:
+def _are_positions(given: Sequence[str], classes: Sequence[str]) -> bool:
+  """Whether labels of files are not the names of the run's classes, but places among them."""
+  numbering = labels.Numbering(classes)
+  return (
+    bool(given and classes)
+    and label_numbers.find(given, classes) is None
+    and all(labels.kind_of(x) == "integer" and numbering.find(x) is not None for x in given)
+  )
+
+
+def _prepare(
+  run: load.Run,
+  workdir: epath.PathLike,
+  source: Source,
+  out: str,
+  classes: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Prepares files. Returns the manifest. `classes` names what the labels number."""
   kinds = layouts.LAYOUTS[objectives.find(run.c).layout].kinds
   kind = source.kind or kinds[0]
   if kind not in kinds:
@@ -123,7 +153,9 @@ def _prepare(run: load.Run, workdir: epath.PathLike, source: Source, out: str) -
   if kind in ("chat", "preference") and run.generation.template_name:
     options["template"] = run.generation.template_name
   if kind == "classification" and run.c.model.num_labels == 1:
-    options["labels"] = "numbers"
+    options["labels"] = labels.NUMBERS
+  elif classes:
+    options["labels"] = json.dumps(classes)
   if kind == "text":
     options["cut_chars"] = 0
   return prepare.prepare(

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt.model import ops
 from jaxgpt.model.attention import token_order
 from jaxgpt.model.transformer import Transformer
+from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import losses, objectives, xla_options
 from jaxgpt.tree import PyTree
 
@@ -71,17 +72,20 @@ def make_step(model: Transformer, mesh: jax.sharding.Mesh, chunk: int = 0) -> St
   Args:
     model: A model with logits over a vocabulary or over classes.
     mesh: The device mesh.
-    chunk: Tokens per row whose logits exist at once. 0: all.
+    chunk: Tokens per device whose logits exist at once, in whole columns of the batch. 0: all.
   """
+  shards = mesh_lib.num_batch_shards(mesh.shape)
 
   def step(params: PyTree, batch: PyTree) -> Scores:
     causal, of_rows = model.cfg.causal, "labels" in batch
     batch = objectives.balanced(batch) if causal else batch
     targets = batch["labels"] if of_rows else batch["targets"]
-    if chunk and not of_rows:
+    rows = -(-targets.shape[0] // shards)  # of a device
+    positions = max(1, chunk // rows)
+    if chunk and not of_rows and positions < targets.shape[1]:
 
       def project(x: jax.Array, w: jax.Array, bias: jax.Array | None) -> Any:
-        return _by_chunk(model.cfg, x, w, bias, targets, chunk)
+        return _by_chunk(model.cfg, x, w, bias, targets, positions)
 
       nll, correct, confidence = objectives.apply(model, params, None, batch, None, project).logits
     else:

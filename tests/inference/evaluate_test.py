@@ -11,8 +11,9 @@ import pytest
 from jaxgpt import config
 from jaxgpt.commands import main
 from jaxgpt.errors import UserError
-from jaxgpt.inference import evaluate, load
-from jaxgpt.training import loop
+from jaxgpt.inference import evaluate, load, scoring
+from jaxgpt.parallel import mesh
+from jaxgpt.training import evaluation, loop
 from tests.parallel import distributed_test
 
 
@@ -88,6 +89,43 @@ def test_chunks_of_the_logits_change_nothing(run):
   chunked, _, _ = of((folder, loaded._replace(c=c)), limit=1)
   assert chunked["loss"] == pytest.approx(whole["loss"], rel=1e-6)
   assert chunked["accuracy"] == whole["accuracy"]
+
+
+def test_a_chunk_is_that_of_a_device_and_never_longer_than_a_row(run, monkeypatch):
+  _, loaded = run
+  _, batches = load.open_split(loaded)
+  batch = next(iter(evaluation.held_out_batches(batches, loaded.mesh, loaded.c.data)))
+  B, T = batch["tokens"].shape
+  rows, lengths, real = -(-B // mesh.num_batch_shards(loaded.mesh.shape)), [], scoring._by_chunk
+
+  def by_chunk(*args):
+    lengths.append(args[-1])
+    return real(*args)
+
+  monkeypatch.setattr(scoring, "_by_chunk", by_chunk)
+  for chunk in (1, 3 * rows, T * rows, 100 * T * rows):
+    step = scoring.make_step(loaded.parts.model, loaded.mesh, chunk)
+    with jax.set_mesh(loaded.mesh):
+      assert jax.eval_shape(step, loaded.params, batch).nll.shape == (B, T)
+  assert lengths == [1, 3]
+
+
+def test_files_that_are_left_out_are_counted(run, tmp_path, capsys):
+  folder, _ = run
+  there = tmp_path / "there"
+  there.mkdir()
+  (there / "a.jsonl").write_text('{"text": "the cat sat"}\n{"txt": "no"}\n{"text": "a mat"}\n')
+  (there / "b.pdf").write_text("")
+  words = [f"--data={there}", f"--workdir={folder}"]
+  assert main.main(["evaluate", *words, "--json"]) == 0
+  found = json.loads(capsys.readouterr().out)["left_out"]
+  assert found == {"documents": {"missing field": 1}, "files": {"suffix .pdf": 1}}
+  said = ["1 of 3 documents are left out: missing field", "1 passed over: suffix .pdf, such as"]
+  assert main.main(["evaluate", *words]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert all(words in line for words, line in zip(said, lines))
+  assert main.main(["compare", str(folder), str(folder), words[0], "--resamples=100"]) == 0
+  assert capsys.readouterr().out.splitlines()[:2] == lines[:2]
 
 
 def test_files_are_tokenized_with_the_tokenizer_of_the_run(run, tmp_path):
