@@ -29,7 +29,7 @@ from jaxgpt.parallel import chips
 from jaxgpt.plan import cost, hlo, lower, topology
 from jaxgpt.plan.schedule import dump, kernels
 
-# Flags of the recipes; for v5p without those that libtpu refuses ("continuation fusion").
+# Flags of the recipes; but for v5e without those that libtpu refuses ("continuation fusion").
 _COMMON = (
   "xla_tpu_enable_data_parallel_all_reduce_opt",
   "xla_tpu_data_parallel_opt_different_sized_ops",
@@ -50,7 +50,8 @@ _V5P = [
   )
 ]
 _V5P.append("--xla_tpu_megacore_fusion_allow_ags=false")
-_V6E_EXPERTS = [*_V5E, "--xla_tpu_scoped_vmem_limit_kib=81920"]
+V6E = [f"--{name}=true" for name in (*_COMMON, "xla_tpu_enable_ag_backward_pipelining")]
+_V6E_EXPERTS = [*V6E, "--xla_tpu_scoped_vmem_limit_kib=81920"]
 
 
 class Plan(NamedTuple):
@@ -86,6 +87,7 @@ class Workload(NamedTuple):
     flags: libtpu's, of the recipe.
     arguments: further arguments of the recipe, 'name=value'.
     changes: (config key, value) of ours in addition.
+    name: MaxText's of the model, if it is not the preset's.
   """
 
   preset: str
@@ -97,11 +99,12 @@ class Workload(NamedTuple):
   flags: list[str]
   arguments: tuple[str, ...] = ()
   changes: tuple[tuple[str, object], ...] = ()
+  name: str = ""
 
 
 # A recipe's experts have 1.25 times the slots that equal loads need, and matmuls over the slots.
-_CAPACITY = ("megablox=false", "sparse_matmul=false", "capacity_factor=1.25")
-_BLOCKS_2048 = (
+CAPACITY = ("megablox=false", "sparse_matmul=false", "capacity_factor=1.25")
+BLOCKS_2048 = (
   *(f"sa_block_{name}=2048" for name in ("q", "kv", "kv_compute")),
   *(f"sa_block_{name}=2048" for name in ("q_dkv", "kv_dkv", "kv_dkv_compute")),
   "sa_use_fused_bwd_kernel=true",
@@ -152,8 +155,18 @@ WORKLOADS = {
     "full",
     Plan(4, "save:q,k,v,attention", expert=8),
     _V6E_EXPERTS,
-    (*_CAPACITY, *_BLOCKS_2048),
+    (*CAPACITY, *BLOCKS_2048),
     (("model.moe.capacity", 1.25),),
+  ),
+  "v5e_deepseek": Workload(
+    "deepseek_v2_lite",
+    "v5e-64",
+    4096,
+    (2, "full"),
+    "full",
+    Plan(3, "save:attention"),
+    _V5E,
+    name="deepseek2-16b",
   ),
 }
 
@@ -294,7 +307,7 @@ def maxtext(work, keep):
   if not importlib.util.find_spec("maxtext"):
     return None
   rows, remat = work.theirs
-  model, where = work.preset.replace("_", "-"), topology.parse(work.where)
+  model, where = work.name or work.preset.replace("_", "-"), topology.parse(work.where)
   with tempfile.TemporaryDirectory() as folder:
     return run_maxtext(
       where,

@@ -1,9 +1,10 @@
 """Estimated against measured step times: recipes that others have run on real pods.
 
-  python tests/benchmarks/plan_published.py [--arithmetic] [NAME...]    (needs jaxgpt[tpu], no TPU)
+  python tests/benchmarks/plan_published.py [--arithmetic | --maxtext] [NAME...]
 
-Compiles the equivalent of each recipe in jaxgpt, with its rows and its saved activations, and
-compares the estimated step with the time that the recipe's page reports. A program takes minutes.
+Needs libtpu, but no TPU. Compiles the equivalent of each recipe in jaxgpt, with its rows and its
+saved activations, and compares the estimated step with the time that the recipe's page reports. A
+program takes minutes. `--maxtext` compiles the recipe itself (see `plan_maxtext.py`).
 `--arithmetic` compiles nothing and compares the seconds by which a search ranks plans.
 The measurements are lines of MaxText's log in the README files of AI-Hypercomputer/tpu-recipes
 (training/trillium), with JAX 0.5.2 and 0.6.1, so older compilers than the one of the estimate.
@@ -11,6 +12,7 @@ The measurements are lines of MaxText's log in the README files of AI-Hypercompu
 
 import pathlib
 import sys
+import tempfile
 from typing import NamedTuple
 
 from jaxgpt.plan import environment
@@ -23,6 +25,8 @@ from jaxgpt.parallel import chips, mesh
 from jaxgpt.plan import lower, memory_estimate, per_device, report, time_estimate, topology
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tests.benchmarks import plan_maxtext
 
 
 class Recipe(NamedTuple):
@@ -102,6 +106,54 @@ RECIPES = {
 }
 
 
+# MaxText's names of the models and of the activations, and what all of the recipes set. Of their
+# flags for libtpu these are the ones for memory, host transfers and collectives within a slice.
+MODELS = {
+  "llama31_8b": "llama3.1-8b",
+  "llama31_70b": "llama3.1-70b",
+  "llama2_70b": "llama2-70b",
+  "mistral_7b_v03": "mistral-7b",
+  "mixtral_8x7b": "mixtral-8x7b",
+  "mixtral_8x22b": "mixtral-8x22b",
+}
+ACTIVATIONS = {"q": "query_proj", "k": "key_proj", "v": "value_proj", "o": "out_proj"}
+COMMON = ("remat_policy=custom", "decoder_layer_input=offload", *plan_maxtext.BLOCKS_2048)
+FLAGS = (
+  *plan_maxtext.V6E,
+  "--xla_tpu_scoped_vmem_limit_kib=98304",
+  "--xla_tpu_enable_all_experimental_scheduler_features=true",
+  "--xla_tpu_enable_scheduler_memory_pressure_tracking=true",
+  "--xla_tpu_host_transfer_overlap_limit=24",
+  "--xla_tpu_aggressive_opt_barrier_removal=ENABLED",
+  "--xla_lhs_prioritize_async_depth_over_stall=ENABLED",
+  "--xla_should_allow_loop_variant_parameter_in_chain=ENABLED",
+  "--xla_should_add_loop_invariant_op_in_chain=ENABLED",
+  "--xla_max_concurrent_host_send_recv=100",
+  "--xla_tpu_scheduler_percent_shared_memory_limit=100",
+  "--xla_latency_hiding_scheduler_rerun=2",
+)
+
+
+def by_maxtext(recipe):
+  """Compiles the recipe: ({kind: seconds}, NaN for GiB)."""
+  where = topology.parse(recipe.where)
+  offloaded = recipe.changes["model.remat"].removeprefix("offload:").split(",")
+  arguments = [*COMMON, *(f"{ACTIVATIONS[name]}=offload" for name in offloaded)]
+  if "model.moe.capacity" in recipe.changes:
+    arguments += plan_maxtext.CAPACITY
+  if "objective.loss_chunk" in recipe.changes:  # else its logits do not fit either
+    arguments.append("num_vocab_tiling=8")
+  if "mesh.expert" in recipe.changes:
+    arguments.append(f"ici_expert_parallelism={recipe.changes['mesh.expert']}")
+  with tempfile.TemporaryDirectory() as folder:
+    found = plan_maxtext.run_maxtext(
+      where, MODELS[recipe.preset], recipe.rows, recipe.length, arguments, FLAGS, folder
+    )
+  of_step = recipe.rows * recipe.length / 1e6
+  kernels = (found.whole - found.plain) * of_step
+  return {"without kernels": found.plain * of_step, "kernels": kernels}, float("nan")
+
+
 def resolved(recipe, where):
   """The config of the equivalent of a recipe."""
   changes = {
@@ -134,7 +186,8 @@ def by_arithmetic(recipe):
 
 def main(arguments):
   names = [a for a in arguments if not a.startswith("--")] or RECIPES
-  estimate = by_arithmetic if "--arithmetic" in arguments else by_schedule
+  estimates = {"--arithmetic": by_arithmetic, "--maxtext": by_maxtext}
+  (estimate,) = [f for name, f in estimates.items() if name in arguments] or [by_schedule]
   errors = []
   for name in names:
     recipe = RECIPES[name]
