@@ -61,7 +61,8 @@ def seconds(
   times = c.optim.accumulate * (pipe.ticks if pipe else 1)
   # The weights are gathered in the forward and in the backward pass, then their gradients are
   # reduced. The reduction is exposed on every chip, the gathers only on some.
-  hidden, summed = (2 * gathered, gathered) if chip.overlaps_gathers else (0, 3 * gathered)
+  reduced = gathered * (2 if _all_reduces(sizes, topology) else 1)
+  hidden, summed = (2 * gathered, reduced) if chip.overlaps_gathers else (0, 2 * gathered + reduced)
   exposed = (
     max(summed, sent * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
     + _activation_bytes_between_devices(c, sizes, s, tokens)
@@ -79,6 +80,15 @@ def seconds(
     "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
     "between": between,
   }
+
+
+def _all_reduces(sizes: Mapping[str, int], topology: Topology) -> bool:
+  """Whether gradients are summed by an all-reduce, of which a device keeps its part.
+
+  libtpu does so over a whole slice, and scatters only the sums over a part of one (docs/log.md).
+  """
+  assert topology.chip is not None, "the estimate needs a chip's rates"
+  return not topology.chip.gpu and sizes["fsdp"] * topology.slices == topology.num_devices
 
 
 def kernel_seconds(

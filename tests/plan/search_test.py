@@ -1,6 +1,7 @@
 """The search: which meshes it considers, what it compiles, and how it reports."""
 
 import math
+import re
 
 import jax
 import pytest
@@ -245,4 +246,4 @@ def test_the_table_of_a_search_says_why_others_lost(few_axes):
   assert any(line.endswith("best") for line in lines)
   assert any("+23.1%: more exposed collectives" in line for line in lines)
   assert any("too much memory" in line and " 20.00" in line for line in lines)
-  assert lines[-1].startswith("--config.mesh.data=1 --config.mesh.fsdp=")
+  assert re.match(r"--config\.mesh\.data=\d+ --config\.mesh\.fsdp=\d+", lines[-1])
