@@ -146,7 +146,7 @@ def find(
   if STDIN in given and stdin is not None:
     copy, digest = _copy_stdin(stdin)
     form = copy.suffix.removeprefix(".")
-    notes.append(f"standard input: read as {form}; --format names another format")
+    notes.append(f"standard input: read as {form}, unless --format names another format")
     given[given.index(STDIN)] = copy
   rest = passed_over_lib.PassedOver()
   found = [

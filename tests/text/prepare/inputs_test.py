@@ -133,7 +133,7 @@ def test_standard_input_is_read_in_its_place(tmp_path, monkeypatch, data, form, 
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
   paths = [tmp_path / "a.txt", "-", tmp_path / "z.txt"]
   manifest, _, lines = run(paths, tmp_path / "out", cut_chars=0)
-  assert f"standard input: read as {form}; --format names another format" in lines
+  assert f"standard input: read as {form}, unless --format names another format" in lines
   split = source.open_split(tmp_path / "out", "train")
   names = [split.source_name(i) for i in range(manifest["kept"])]
   assert len(names) == count + 2 and (names[0], names[-1]) == ("a.txt", "z.txt")
