@@ -18,6 +18,7 @@ ATTENTION = "attention"  # output of the softmax; its kernels add their softmax 
 O = "o"  # noqa: E741  output of the attention layer
 GATE, UP, DOWN = "gate", "up", "down"  # of the MLP, before its activation function
 ACTIVATIONS = (*QKV, ATTENTION, O, GATE, UP, DOWN)
+INPUT = "input"  # of a layer, which is saved unless 'offload:' names it
 
 
 class Activations(NamedTuple):
@@ -47,10 +48,12 @@ def check(key: str, value: str) -> None:
     return
   terms = [term.partition(":") for term in value.split("+")]
   well_formed = all(where in ("save", "offload") and listed for where, _, listed in terms)
-  names = sum(activations(value), ())
-  if not well_formed or set(names) - set(ACTIVATIONS) or len(set(names)) < len(names):
+  saved, offloaded = activations(value)
+  names = saved + offloaded
+  unknown = (set(saved) - set(ACTIVATIONS)) | (set(offloaded) - {INPUT, *ACTIVATIONS})
+  if not well_formed or unknown or len(set(names)) < len(names):
     raise UserError(
       f"{key}={value!r}: {nearest(value, POLICIES)}choose one of {', '.join(POLICIES)}, or "
       f"'save:' and some of {','.join(ACTIVATIONS)}, each once, such as "
-      "'save:q,k,v,attention', or 'offload:' and such names, or 'save:gate,up+offload:q'"
+      "'save:q,k,v,attention', or 'offload:' and such names or input, or 'save:gate,up+offload:q'"
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxgpt.config.remat import INPUT
 from jaxgpt.model import layers, ops, remat, self_attention
 from jaxgpt.model.experts import moe
 from jaxgpt.model.experts import router as router_lib
@@ -86,7 +87,8 @@ class Block(layers.Module):
         return moe.MoE(cfg, self.rules, name="mlp")(y, inputs.real, lora_key)
       return layers.MLP(cfg, self.rules, cfg.mlp_width, name="mlp")(y, lora_key), None
 
-    x_BTD = self.tap("resid_pre", x_BTD)
+    # Named in here so that the block can be computed again from an input that was offloaded.
+    x_BTD = checkpoint_name(self.tap("resid_pre", x_BTD), INPUT)
     x_BTD, cache = self._branch("attn", x_BTD, attend, keys[0], own.is_first)
     x_BTD = self.tap("resid_mid", x_BTD)
     router = None
@@ -149,7 +151,7 @@ class Period(layers.Module):
       block = make(self.cfg, self.rules, kind, name=str(i))
       if len(self.kinds) == 1:  # parameters are 'layers/attn/q' instead of 'layers/0/attn/q'
         nn.share_scope(self, block)
-      x_BTD = checkpoint_name(x_BTD, remat.INPUT)
+      x_BTD = checkpoint_name(x_BTD, INPUT)  # that a pipeline's tick saves
       x_BTD, (cache, router) = block(x_BTD, inputs, of_block)
       out.append((cache, router, x_BTD if self.layer_outputs else None))
     return x_BTD, PeriodOutput(*zip(*out, strict=True))

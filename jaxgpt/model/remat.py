@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 
-from jaxgpt.config.remat import ATTENTION, QKV, activations
+from jaxgpt.config.remat import ATTENTION, INPUT, QKV, activations
 from jaxgpt.model.attention.kernels import cudnn
 
 # Memory kind that activations are offloaded to, which devices access directly.
 HOST_MEMORY = "pinned_host"
-INPUT = "input"  # checkpoint name of a block's input
 
 Policy = Callable[..., Any]  # see `jax.checkpoint_policies`
 

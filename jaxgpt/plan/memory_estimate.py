@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import ml_collections
 
+from jaxgpt.config.remat import INPUT, activations
 from jaxgpt.model import fixed_models, stacks
 from jaxgpt.model.quantization import quantized_base
 from jaxgpt.parallel import mesh as mesh_lib
@@ -133,7 +134,8 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
     shape = f"[{m.num_layers},{rows},{width:g}]"
     return Buffer(name, "saved", shape, each * width * size, keys)
 
-  yield one("layers (input of each)", m.width / s.residual, itemsize)
+  if INPUT not in activations(m.remat).offloaded:
+    yield one("layers (input of each)", m.width / s.residual, itemsize)
   names = per_device.saved_names(m.remat)
   widths = per_device.widths(m, padded=True, room=per_device.expert_room(c, sizes))
   for name in names:

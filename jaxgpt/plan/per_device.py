@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxgpt import tree
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
-from jaxgpt.config.remat import ACTIVATIONS, ATTENTION, DOWN, QKV, activations
+from jaxgpt.config.remat import ACTIVATIONS, ATTENTION, DOWN, INPUT, QKV, activations
 from jaxgpt.model import transformer
 from jaxgpt.model.experts import dropless
 from jaxgpt.model.quantization import quantized_base
@@ -209,6 +209,11 @@ def saved_names(remat: str) -> tuple[str, ...]:
     "dots": tuple(name for name in ACTIVATIONS if name != DOWN),
   }
   return kept.get(remat, ACTIVATIONS)
+
+
+def kept_names(remat: str) -> tuple[str, ...]:
+  """Names of the activations that are not computed again: saved on the device, or on the host."""
+  return saved_names(remat) + tuple(n for n in activations(remat).offloaded if n != INPUT)
 
 
 def all_heads(m: ml_collections.ConfigDict) -> int:

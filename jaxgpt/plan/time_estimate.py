@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import ml_collections
 
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
-from jaxgpt.config.remat import activations
 from jaxgpt.model import fixed_models, stacks
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
@@ -52,7 +51,7 @@ def seconds(
   tokens = s.tokens * c.optim.accumulate
   pipe = stacks.pipeline_of(c, sizes)
   busy = 1 - (pipe.bubble if pipe else 0)
-  saved = per_device.saved_names(c.model.remat) + activations(c.model.remat).offloaded
+  saved = per_device.kept_names(c.model.remat)
   flops = _matmul_flops(m, s, saved, tokens) + _forward_flops(c, sizes) * tokens
   matmul = flops / (chip.clocked_flops * chip.matmul_rate) / busy
   sent = counts.sent_bytes(sizes, per_device.itemsize(m))
@@ -131,7 +130,7 @@ def assumed_kernel_seconds(
 
 def _recomputes(m: ml_collections.ConfigDict) -> bool:
   """Whether the backward pass runs the forward kernel again."""
-  saved = per_device.saved_names(m.remat) + activations(m.remat).offloaded
+  saved = per_device.kept_names(m.remat)
   return "attention" not in saved
 
 
@@ -180,7 +179,7 @@ def _matmul_flops(
 def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share) -> float:
   """Bytes per token that are read and written outside matmuls and kernels."""
   m, itemsize, widths = c.model, per_device.itemsize(c.model), per_device.widths(c.model)
-  saved = per_device.saved_names(m.remat) + activations(m.remat).offloaded
+  saved = per_device.kept_names(m.remat)
   on_device = {
     n: widths[n] / (s.mlp if n in ("gate", "up") else s.residual if n in ("o", "down") else s.heads)
     for n in saved

@@ -10,7 +10,7 @@ import optax
 from jaxgpt import tree
 from jaxgpt.config import effects, user_code
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
-from jaxgpt.config.remat import activations
+from jaxgpt.config.remat import INPUT, activations
 from jaxgpt.errors import UserError
 from jaxgpt.model import fixed_models, lora, remat, stacks, transformer
 from jaxgpt.model.attention import choose
@@ -152,7 +152,13 @@ def _transformer(c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> trans
   work = choose.Workload(c.data.seq_len, fields.dtype, fields.attn_softcap, heads)
   fields.attention = choose.choose(fields.attention, mesh.devices.flat[0].platform, work)
   mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
-  if activations(fields.remat).offloaded:
+  offloaded = activations(fields.remat).offloaded
+  if INPUT in offloaded and mesh.shape["stage"] > 1:
+    raise UserError(
+      f"model.remat={fields.remat!r} does not go with mesh.stage={mesh.shape['stage']}: a pipeline "
+      "saves the input of its layers on the device; leave out input, or set mesh.stage=1"
+    )
+  if offloaded:
     mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
   return transformer.Transformer(
     ml_collections.FrozenConfigDict(fields),

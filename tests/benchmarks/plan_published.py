@@ -51,10 +51,10 @@ class Recipe(NamedTuple):
   changes: dict
 
 
-# The recipes move these and the layer's input to the host's memory. Ours keeps the input.
-_OFFLOADED = {"model.remat": "offload:q,k,v,o"}
-_QKV_OFFLOADED = {"model.remat": "offload:q,k,v"}
-# Where the logits of all rows, which the layer's inputs leave no room for, would not fit.
+# What the recipes move to the host's memory.
+_OFFLOADED = {"model.remat": "offload:input,q,k,v,o"}
+_QKV_OFFLOADED = {"model.remat": "offload:input,q,k,v", "objective.loss_chunk": 2048}
+# Where the logits of all rows would not fit, as in the one above.
 _CHUNKED = _OFFLOADED | {"objective.loss_chunk": 2048}
 
 RECIPES = {
@@ -116,8 +116,14 @@ MODELS = {
   "mixtral_8x7b": "mixtral-8x7b",
   "mixtral_8x22b": "mixtral-8x22b",
 }
-ACTIVATIONS = {"q": "query_proj", "k": "key_proj", "v": "value_proj", "o": "out_proj"}
-COMMON = ("remat_policy=custom", "decoder_layer_input=offload", *plan_maxtext.BLOCKS_2048)
+ACTIVATIONS = {
+  "input": "decoder_layer_input",
+  "q": "query_proj",
+  "k": "key_proj",
+  "v": "value_proj",
+  "o": "out_proj",
+}
+COMMON = ("remat_policy=custom", *plan_maxtext.BLOCKS_2048)
 FLAGS = (
   *plan_maxtext.V6E,
   "--xla_tpu_scoped_vmem_limit_kib=98304",

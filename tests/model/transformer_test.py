@@ -386,6 +386,7 @@ def gradient(**fields):
     "save_attention",
     "save:q,k,v,attention,o,gate,up,down",
     "save:gate,up+offload:q,k,attention",
+    "save:q,k,v+offload:input,up",
   ],
 )
 def test_remat_and_unrolling_do_not_change_gradients(remat):
@@ -396,15 +397,23 @@ def test_remat_and_unrolling_do_not_change_gradients(remat):
 def test_offloaded_activations_go_to_the_host_and_back():
   tokens, positions = tokens_and_positions()
 
-  def moves(remat):
+  def text_of(remat):
     model, params = make(**STYLES["llama"] | dict(remat=remat))
     loss = lambda p: jnp.square(logits_of(model, p, tokens, positions)).mean()
-    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    return str(jax.make_jaxpr(jax.grad(loss))(params))
+
+  def moves(remat):
+    text = text_of(remat)
     return text.count("MemorySpace.Host"), text.count("MemorySpace.Device")
 
   assert moves("save:q,k") == (0, 0)
   assert moves("offload:q,k") == (2, 2)
   assert moves("save:q,k+offload:up") == (1, 1)
+  assert moves("offload:input") == (1, 1)
+  inputs = "[2,2,12,32]"  # of both layers
+  assert f"f32{inputs}" in text_of("full")
+  assert f"f32{inputs}" not in text_of("offload:input")
+  assert f"f32<host>{inputs}" in text_of("offload:input")
 
 
 def test_bfloat16_stays_close_to_float32():

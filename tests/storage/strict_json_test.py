@@ -16,6 +16,7 @@ WITHOUT_FLOATS = {
   "analysis.compare_runs": "a value of a config in a table, as it is, not written",
   "hf.safetensors": "names, shapes and offsets",
   "hf.tokenizer": "names and flags",
+  "inference.evaluate": "names of classes, as an option of preparing data",
   "inference.engine.requests": "choices, and a schema that the grammar's library checks",
   "inference.server.calls": "a schema from JSON, which was read without such numbers",
   "inference.server.fields": "a value of a request's JSON, shown in an error",

@@ -59,3 +59,13 @@ def test_an_option_that_no_metric_writer_reads_is_refused_at_the_start():
   c.log.options.csv = True
   with pytest.raises(UserError, match="log.options.csv: no metric writer reads it"):
     build.check_settings(c, {})
+
+
+def test_a_pipeline_keeps_the_inputs_of_layers():
+  c = config.base()
+  c.model.update(dict(num_layers=2, vocab_size=8, width=8, num_heads=2, remat="offload:input"))
+  c.data.update(dict(seq_len=8, batch_size=8))
+  c.mesh.update(dict(fsdp=1, stage=2))
+  c = config.resolve(c)
+  with pytest.raises(UserError, match="'offload:input' does not go with mesh.stage=2: a pipeline"):
+    build.build(c, mesh_lib.make(c.mesh, jax.devices()[:2]))

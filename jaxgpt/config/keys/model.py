@@ -345,7 +345,8 @@ MODEL = Section(
       "recomputed. One of "
       + ", ".join(f"`{name}` ({words})" for name, words in remat.POLICIES.items())
       + f", or `save:` and a list from {', '.join(remat.ACTIVATIONS)}, such as `save:q,k,v`. "
-      "`offload:` and a list moves these to host memory. `save:gate,up+offload:q,k,v` does both.",
+      "`offload:` and a list moves these to host memory, and `input`, that of each layer, which is "
+      "saved otherwise. `save:gate,up+offload:q,k,v` does both.",
       check=remat.check,
       free_on_resume=True,
       architecture=False,

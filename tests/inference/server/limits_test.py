@@ -320,6 +320,7 @@ def test_the_metrics(serve):
   server = serve()
   ask(server, {"prompt": "tokens=5"})
   ask(server, {"prompt": "p", "n": 0})
+  until(lambda: metric(server, "jaxgpt_engine_running")["jaxgpt_engine_running"] == 0)
   found = metric(server, "jaxgpt_")
   assert found['jaxgpt_requests_total{endpoint="/v1/completions",status="200"}'] == 1
   assert found['jaxgpt_requests_total{endpoint="/v1/completions",status="400"}'] == 1
