@@ -46,7 +46,7 @@ for ((restarts = 0; ; restarts++)); do
   if [[ -n $stopping && $code -gt 128 ]]; then
     wait "$child" 2>/dev/null
     again=$?
-    [[ $again -ne 127 ]] && code=$again
+    [[ $again -ge 0 && $again -ne 127 ]] && code=$again  # bash may say -1, which is no code
   fi
   child=''
   if [[ $code -eq 0 || $code -eq 2 || -n $stopping ]]; then

@@ -38,7 +38,7 @@ def visit(browser):
   def go(url, **options):
     contexts.append(browser.new_context(**{"viewport": {"width": 1000, "height": 700}, **options}))
     page = contexts[-1].new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on(
       "request",
@@ -63,6 +63,7 @@ def picture(page, name):
 
 def send(page, text):
   page.get_by_label("Message", exact=True).fill(text)
+  page.locator("#send:enabled").wait_for()  # the page keeps a text until it knows the model
   page.keyboard.press("Enter")
 
 
