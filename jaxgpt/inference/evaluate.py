@@ -97,6 +97,7 @@ def opened(
     out = f"{folder}/data"
     manifest = _prepare(run, workdir, source, out)
     classes = label_names.of_run(run.c, run.data_digest)
+    # Which labels the files have is known now. Positions are prepared again, with their names.
     if _are_positions(manifest["label_names"], classes):
       out = f"{folder}/named"
       manifest = _prepare(run, workdir, source, out, classes)

@@ -141,7 +141,7 @@ FLAGS = (
 
 
 def by_maxtext(recipe):
-  """Compiles the recipe: ({kind: seconds}, NaN for GiB)."""
+  """Compiles the recipe: ({kind: seconds}, None, since its memory is not known)."""
   where = topology.parse(recipe.where)
   offloaded = recipe.changes["model.remat"].removeprefix("offload:").split(",")
   arguments = [*COMMON, *(f"{ACTIVATIONS[name]}=offload" for name in offloaded)]
@@ -157,7 +157,7 @@ def by_maxtext(recipe):
     )
   of_step = recipe.rows * recipe.length / 1e6
   kernels = (found.whole - found.plain) * of_step
-  return {"without kernels": found.plain * of_step, "kernels": kernels}, float("nan")
+  return {"without kernels": found.plain * of_step, "kernels": kernels}, None
 
 
 def resolved(recipe, where):
@@ -206,9 +206,10 @@ def main(arguments):
     error = step / recipe.seconds - 1
     errors.append(abs(error))
     parts = ", ".join(f"{kind} {value:.3f}" for kind, value in seconds.items())
+    size = "" if memory is None else f"{memory:.1f} GiB; "
     print(
       f"{name}: {step:.3f} s estimated, {recipe.seconds:.3f} measured: {error:+.1%} "
-      f"({recipe.source}; {memory:.1f} GiB; {parts})",
+      f"({recipe.source}; {size}{parts})",
       flush=True,
     )
   if errors:

@@ -106,13 +106,13 @@ def read_model(
         "each output once, in order"
       )
     source.fields["label_names"] = tuple(labels)
-  several = {}
+  objective = {}
   if source.fields["head"] == "classifier":
     hf_config = init_from.read_config_json(source.folder)
-    several["objective__name"] = labels_lib.objective(hf_config)
+    objective["objective__name"] = labels_lib.objective(hf_config)
   c = convert.configured(
     source.fields,
-    **several,
+    **objective,
     model__preset=source.family.model_type,
     model__dtype=dtype,
     init_from=str(folder),

@@ -116,6 +116,7 @@ class Config:
   def depends(self) -> dict[str, Any]:
     """The part of the configuration that the results depend on, as plain JSON."""
     found = {"exact": self.exact, "near": self.near}
+    # 2: with the names of fields. Unfinished work without them is done again.
     return found | ({"by_fields": 2} if self.by_fields else {})
 
 
