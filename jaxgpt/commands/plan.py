@@ -69,6 +69,11 @@ class PlanOptions:
   keep_batch: bool = option(
     False, modes=(SEARCH,), help="search with data.batch_size as it is, by gradient accumulation"
   )
+  offload: bool = option(
+    False,
+    modes=(SEARCH,),
+    help="search also plans that move saved activations to the host, so that more rows fit",
+  )
   hlo: str | None = option(
     None, metavar="FILE", modes=(COMPILE, HERE), help="write the compiled program as text to a file"
   )
@@ -113,7 +118,13 @@ def run(args: PlanOptions) -> int:
   if args.mode == HERE:
     return plan.here(args.config, args.overrides, outputs)
   if args.mode == SEARCH:
-    return plan.search(*where, finalists=args.finalists, keep_batch=args.keep_batch, out=args.json)
+    return plan.search(
+      *where,
+      finalists=args.finalists,
+      keep_batch=args.keep_batch,
+      offload=args.offload,
+      out=args.json,
+    )
   return plan.plan(*where, outputs, price=args.price, top=args.top)
 
 

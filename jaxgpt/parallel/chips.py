@@ -76,6 +76,7 @@ class Chip:
     ici_bandwidth: TPU: bytes/s to the neighbours, summed over links and both directions. GPU:
       bytes/s sent over NVLink.
     dcn_bandwidth: Bytes/s to other slices or hosts, over the data center network.
+    host_bandwidth: Bytes/s to the host's memory, one direction, or 0 if it is not known.
     torus: Dimensions of the interconnect, 2 or 3, or 0 for GPUs.
     cores: Cores per chip, as counted in topology names such as 'v5p-128'.
     devices: Devices per chip.
@@ -100,6 +101,7 @@ class Chip:
   hbm_bandwidth: float
   ici_bandwidth: float
   dcn_bandwidth: float
+  host_bandwidth: float = 0.0
   torus: int = 0
   cores: int = 1
   devices: int = 1
@@ -199,6 +201,7 @@ register(
     hbm_bandwidth=1.228e12,
     ici_bandwidth=300e9,
     dcn_bandwidth=3.1e9,
+    host_bandwidth=15e9,
     torus=3,
     cores=2,
     xla_options=_WHOLE_MATMULS,
@@ -218,6 +221,7 @@ register(
     hbm_bandwidth=0.819e12,
     ici_bandwidth=200e9,
     dcn_bandwidth=3.1e9,
+    host_bandwidth=15e9,
     torus=2,
     overlaps_gathers=True,
     xla_options=_tpu_options(65_536),
@@ -236,6 +240,7 @@ register(
     hbm_bandwidth=2.765e12,
     ici_bandwidth=600e9,
     dcn_bandwidth=6.2e9,
+    host_bandwidth=15e9,
     torus=3,
     cores=2,
     xla_options=_tpu_options(65_536),
@@ -254,6 +259,7 @@ register(
     hbm_bandwidth=1.640e12,
     ici_bandwidth=448e9,
     dcn_bandwidth=6.2e9,
+    host_bandwidth=32e9,
     torus=2,
     matmul_rate=0.82,
     xla_options=_tpu_options(98_304),

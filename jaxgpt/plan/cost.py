@@ -50,6 +50,7 @@ _ATTENTION_MATMULS = (
 _ATTENTION_DKV = ("splash_mha_dkv", "splash_mqa_dkv")
 _FLOATS = ("bf16", "f16", "f32")
 _INLINE = ("fusion", "call", "async-start")
+TO_HOST, FROM_HOST = "to host", "from host"
 _TWICE = ("all-reduce",)  # a ring reduces, then gathers: each takes the time of the whole array
 
 
@@ -83,6 +84,9 @@ class Cost:
       see `hlo.Instruction.unestimated`. The bytes are those of their results, read and written.
     unhidden_bytes: Bytes of overlapped collectives, as in `moved`, beyond those that the compute
       and the kernels of the same computation can hide.
+    host_bytes: {TO_HOST: bytes, FROM_HOST: bytes} of activations that are kept in its memory.
+    unhidden_host_bytes: Bytes of these beyond those that the compute and the kernels of the same
+      computation can hide. The two directions move at the same time.
     assumed_trips: {loop: runs of its body} of loops whose trip count is not found.
   """
 
@@ -92,6 +96,8 @@ class Cost:
   collectives: dict[tuple[str, str, str], list[float]] = dataclasses.field(default_factory=dict)
   unestimated: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   unhidden_bytes: float = 0.0
+  host_bytes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  unhidden_host_bytes: float = 0.0
   assumed_trips: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def add(self, other: "Cost", times: int = 1) -> None:
@@ -100,6 +106,9 @@ class Cost:
       self.cycles[key] += value * times
     self.flops += other.flops * times
     self.unhidden_bytes += other.unhidden_bytes * times
+    for way, size in other.host_bytes.items():
+      self.host_bytes[way] += size * times
+    self.unhidden_host_bytes += other.unhidden_host_bytes * times
     self.assumed_trips |= other.assumed_trips
     pairs: tuple[tuple[dict[Any, list[float]], dict[Any, list[float]]], ...] = (
       (self.collectives, other.collectives),
@@ -151,6 +160,7 @@ def of_program(
   program: hlo.Program,
   bytes_per_cycle: float = 0.0,
   kernel_cycles: Mapping[Call, float] = types.MappingProxyType({}),
+  host_bytes_per_cycle: float = 0.0,
 ) -> Cost:
   """The cost of one step of a program.
 
@@ -159,8 +169,10 @@ def of_program(
     bytes_per_cycle: Bandwidth of the interconnect. 0: all asynchronous collectives count as hidden.
     kernel_cycles: Cycles of one run of kernels. They hide collectives, and are not in the cycles of
       the result.
+    host_bytes_per_cycle: Bandwidth to the host's memory, one direction. 0: these transfers count as
+      hidden.
   """
-  return _Walk(program, bytes_per_cycle, kernel_cycles).of(program.entry)
+  return _Walk(program, bytes_per_cycle, kernel_cycles, host_bytes_per_cycle).of(program.entry)
 
 
 class Line(NamedTuple):
@@ -219,9 +231,14 @@ class _Walk:
   """Computes the cost of each computation of a program once."""
 
   def __init__(
-    self, program: hlo.Program, bytes_per_cycle: float, kernel_cycles: Mapping[Call, float]
+    self,
+    program: hlo.Program,
+    bytes_per_cycle: float,
+    kernel_cycles: Mapping[Call, float],
+    host_bytes_per_cycle: float = 0.0,
   ):
     self._program, self._rate, self._kernel_cycles = program, bytes_per_cycle, kernel_cycles
+    self._host_rate = host_bytes_per_cycle
     self._costs: dict[str, Cost] = {}
     self._sums: dict[str, _Sums] = {}
 
@@ -253,12 +270,17 @@ class _Walk:
         cost._add_unestimated(made.unestimated, [1, 2 * _result_bytes(made), flops])
       for channel, part in parts:
         channels.setdefault(channel, []).append(part)
+      if moved := _to_or_from_host(made):
+        cost.host_bytes[moved[0]] += moved[1]
     for pieces in channels.values():
       _add_collective(cost, pieces)
     # Overlapped bytes move while this computation runs; those that take longer are not hidden.
-    hidden = (sum(cost.cycles.values()) + kernel_cycles) * self._rate
+    cycles = sum(cost.cycles.values()) + kernel_cycles
     if self._rate:
-      cost.unhidden_bytes = max(cost.moved("overlapped") - hidden, 0.0)
+      cost.unhidden_bytes = max(cost.moved("overlapped") - cycles * self._rate, 0.0)
+    if self._host_rate and cost.host_bytes:
+      most = max(cost.host_bytes.values())
+      cost.unhidden_host_bytes = max(most - cycles * self._host_rate, 0.0)
     cost.add(inner)
     self._costs[name] = cost
     return cost
@@ -350,6 +372,20 @@ class _Walk:
         ]
       self._sums[name] = flops, kernels, parts
     return self._sums[name]
+
+
+def _to_or_from_host(made: hlo.Instruction) -> tuple[str, float] | None:
+  """Where an instruction starts to move an array to or from the host's memory: (way, bytes).
+
+  The results of such a start are its operands, the array that it makes, and counters: for example
+  an array of all layers in the host's memory, and the part of one layer on the device. What moves
+  is the smaller one.
+  """
+  arrays = [a for a in made.arrays if a.dims]
+  if not made.opcode.endswith("-start") or len({a.host for a in arrays}) < 2:
+    return None
+  target = arrays[0] if made.opcode == "copy-start" else arrays[-1]
+  return TO_HOST if target.host else FROM_HOST, min(a.bytes for a in arrays)
 
 
 def _result_bytes(made: hlo.Instruction) -> float:

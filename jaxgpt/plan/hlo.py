@@ -38,7 +38,8 @@ DTYPE_BYTES = {
   "c64": 8,
 }
 
-_ARRAY = re.compile(r"\b(" + "|".join(DTYPE_BYTES) + r")\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(" + "|".join(DTYPE_BYTES) + r")\[([\d,]*)\](\{[^}]*\})?")
+_HOST = "S(5)"  # in a layout: XLA's number of the host's memory
 _HEAD = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 _LINE = re.compile(r"  (ROOT )?%?([^\s=]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -46,10 +47,17 @@ _NO_ESTIMATE = 2**63 - 1  # the cycles that libtpu writes where its cost model h
 
 
 class Array(NamedTuple):
-  """Type of an array: its dtype as XLA writes it, and its dimensions."""
+  """Type of an array.
+
+  Attributes:
+    dtype: As XLA writes it.
+    dims: Its dimensions.
+    host: Whether it is in the host's memory.
+  """
 
   dtype: str
   dims: tuple[int, ...]
+  host: bool = False
 
   @property
   def bytes(self) -> float:
@@ -145,8 +153,8 @@ class Program(NamedTuple):
 def arrays(text: str) -> tuple[Array, ...]:
   """Parses a type, such as 'bf16[8,128]' or a tuple of types."""
   return tuple(
-    Array(dtype, tuple(int(n) for n in dims.split(",") if n))
-    for dtype, dims in _ARRAY.findall(text)
+    Array(dtype, tuple(int(n) for n in dims.split(",") if n), _HOST in layout)
+    for dtype, dims, layout in _ARRAY.findall(text)
   )
 
 

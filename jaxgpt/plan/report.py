@@ -137,7 +137,9 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
     for call, one in zip(calls, kernels, strict=True)
     if one.calls
   }
-  cost = cost_lib.of_program(program, chip.ici_bandwidth / chip.clock, cycles)
+  cost = cost_lib.of_program(
+    program, chip.ici_bandwidth / chip.clock, cycles, chip.host_bandwidth / chip.clock
+  )
   seconds = {
     "matmul": cost.cycles["matmul"] / chip.clock,
     "other": cost.cycles["other"] / chip.clock,
@@ -146,6 +148,7 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
     "exposed": cost.moved("exposed") / chip.ici_bandwidth,
     "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
     "between": cost.bytes("between") / chip.dcn_bandwidth,
+    "host": cost.unhidden_host_bytes / chip.host_bandwidth if chip.host_bandwidth else 0.0,
   }
   return {
     "estimate": "schedule",
@@ -163,6 +166,8 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
     "between_bytes": cost.bytes("between"),
     "exposed_bytes": cost.moved("exposed"),
     "overlapped_bytes": cost.moved("overlapped"),
+    "host_bytes": dict(cost.host_bytes),
+    "host_bandwidth": chip.host_bandwidth,
     "assumed_trips": cost.assumed_trips,
   }
 
@@ -186,6 +191,7 @@ def _by_roofline(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figure
     "link_bytes": {link: roof.bytes(link=link) for link in (roofline.NVLINK, roofline.NETWORK)},
     "exposed_bytes": roof.bytes("exposed"),
     "overlapped_bytes": roof.bytes("overlapped"),
+    "host_bytes": {},
     "assumed_trips": roof.assumed_trips,
   }
 
@@ -339,12 +345,25 @@ def _time_lines(f: Figures) -> Iterator[str]:
       f"  {'between slices':<14} {s['between']:>8.4f}     {f['between_bytes']:.3g} bytes over the "
       "data center network"
     )
+  if f["host_bytes"]:
+    yield _host_line(f)
   if f["assumed_trips"]:
     loops = ", ".join(f"{name} x {runs}" for name, runs in sorted(f["assumed_trips"].items()))
     yield (
       "  these times may be far off: the program does not say how often loops run; assumed: "
       + loops
     )
+
+
+def _host_line(f: Figures) -> str:
+  """The line on activations in the host's memory: the time beyond that of the compute."""
+  moved = ", ".join(f"{size:.3g} bytes {way}" for way, size in sorted(f["host_bytes"].items()))
+  rate = f["host_bandwidth"]
+  return f"  {'host':<14} {f['seconds']['host']:>8.4f}     {moved}" + (
+    f" at {rate / 1e9:.0f} GB/s a direction; compute hides the rest"
+    if rate
+    else "; not counted: the chip table has no bandwidth to the host"
+  )
 
 
 def _kernel_source(kernels: Sequence[Figures]) -> str:

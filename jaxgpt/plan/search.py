@@ -6,7 +6,7 @@ are compiled. The best of those that should not fit is compiled too, to show tha
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -29,6 +29,17 @@ REMATS = (  # each saves more than the one before it
   "save:q,k,v,attention,up",
   "save:q,k,v,attention,gate,up",
   "save:q,k,v,attention,o,gate,up",
+)
+OFFLOADS = (  # more rows fit with these
+  "offload:q,k,v",
+  "save:attention+offload:q,k,v",
+  "offload:q,k,v,attention",
+  "save:attention,gate,up+offload:q,k,v",
+  "save:gate,up+offload:q,k,v,attention",
+  "save:q,k,v,attention,gate,up+offload:input",
+  "save:attention,gate,up+offload:input,q,k,v",
+  "save:attention,o,gate,up+offload:q,k,v",
+  "save:o,gate,up+offload:q,k,v,attention",
 )
 _MATERIALIZE = ("values", "gradients")
 _TENSORS = (1, 2, 4, 8)
@@ -89,19 +100,24 @@ def changed(c: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> ml_coll
   return lower.resolve(c.lock())
 
 
-def remats(m: ml_collections.ConfigDict) -> list[str]:
-  """The policies of `REMATS` for a model, without the activations that its layers do not have.
+def remats(m: ml_collections.ConfigDict, offload: bool = False) -> list[str]:
+  """The policies to try for a model, without the activations that its layers do not have.
 
   Args:
     m: The `model` section. Training refuses a policy that names an activation it lacks.
+    offload: Whether to try `OFFLOADS` too.
   """
   lacking = effects.lacking_activations(m)
-  out = []
-  for remat in REMATS:
-    saved = activations(remat).saved
-    names = [name for name in saved if name not in lacking]
-    out.append(f"save:{','.join(names)}" if saved else remat)
-  return list(dict.fromkeys(out))
+  return list(dict.fromkeys(_without(remat, lacking) for remat in REMATS + OFFLOADS * offload))
+
+
+def _without(remat: str, lacking: Collection[str]) -> str:
+  """A policy without the activations that a model lacks."""
+  lists, terms = activations(remat), []
+  for word, names in (("save", lists.saved), ("offload", lists.offloaded)):
+    if has := [name for name in names if name not in lacking]:
+      terms.append(f"{word}:{','.join(has)}")
+  return "+".join(terms) or remat
 
 
 def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, int]]:
@@ -158,7 +174,10 @@ def _fsdp_sizes(left: int, slices: int, width: int) -> list[int]:
 
 
 def candidates(
-  c: ml_collections.ConfigDict, topology: Topology, keep_batch: bool = False
+  c: ml_collections.ConfigDict,
+  topology: Topology,
+  keep_batch: bool = False,
+  offload: bool = False,
 ) -> list[Candidate]:
   """All candidates for a config on a topology, the best estimate first.
 
@@ -166,10 +185,11 @@ def candidates(
     c: A resolved config.
     topology: The hardware.
     keep_batch: Keeps data.batch_size as it is, with gradient accumulation where needed.
+    offload: Whether to try the policies of `OFFLOADS` too.
   """
   counts = per_device.count(c)
   found = []
-  for sizes, remat in itertools.product(meshes(c, topology), remats(c.model)):
+  for sizes, remat in itertools.product(meshes(c, topology), remats(c.model, offload)):
     shards = mesh_lib.num_batch_shards(sizes)
     of_pipelines = {} if sizes["stage"] > 1 else _of_pipelines(c)
     for rows, accumulate in _rows(c.data.batch_size, shards) if keep_batch else _ALONE:
@@ -183,7 +203,11 @@ def candidates(
         found.append(_estimated(changed(c, changes), changes, sizes, counts, topology))
       except UserError:  # such as a layer pattern that does not suit the mesh
         continue
-  return sorted(found, key=lambda one: one.merit)
+  return sorted(found, key=lambda one: (one.merit, len(_offloaded(one))))
+
+
+def _offloaded(one: Candidate) -> tuple[str, ...]:
+  return activations(one.c.model.remat).offloaded
 
 
 def _rows(batch_size: int, shards: int) -> list[tuple[int, int]]:
@@ -227,7 +251,8 @@ def choose(
   """Chooses the candidates to compile.
 
   For each mesh and number of rows these are the two best remat policies, one after the other: if
-  memory is scarce the compiler recomputes on its own, and the policy that saves less is faster.
+  memory is scarce the compiler recomputes on its own, and the policy that saves less is faster. Of
+  policies that differ only in what the host keeps it is the one that moves the least there.
 
   Args:
     found: From `candidates`.
@@ -237,11 +262,14 @@ def choose(
   Returns:
     (candidates, the smallest of those that should be faster but should not fit, or None).
   """
-  groups = collections.defaultdict(list)
+  groups: dict[tuple[Any, ...], dict[frozenset[str], Candidate]] = collections.defaultdict(dict)
   for one in found:
     if one.bytes <= limit * _SLACK:
-      groups[tuple(v for k, v in one.changes.items() if k != "model.remat")].append(one)
-  fitting = [one for same in groups.values() for one in same[:2]]
+      kept = frozenset(per_device.kept_names(one.c.model.remat))
+      same = groups[tuple(v for k, v in one.changes.items() if k != "model.remat")]
+      if kept not in same or len(_offloaded(one)) < len(_offloaded(same[kept])):
+        same[kept] = one
+  fitting = [one for same in groups.values() for one in list(same.values())[:2]]
   beyond = [
     one
     for one in found
@@ -255,6 +283,7 @@ def search(
   topology: Topology,
   finalists: int | None = None,
   keep_batch: bool = False,
+  offload: bool = False,
   say: Callable[[str], None] = print,
   run: Callable[[Candidate, Topology], Result] | None = None,
   show: Callable[[int, int, str], None] = lambda done, total, name: None,
@@ -265,7 +294,7 @@ def search(
     c: A resolved config.
     topology: The hardware.
     finalists: Number of candidates to compile. None: 6.
-    keep_batch: See `candidates`.
+    keep_batch, offload: See `candidates`.
     say: Receives lines on the progress.
     run: Compiles a candidate. None: `compiled`.
     show: Called before each candidate is compiled, with the number of those that are done, of all
@@ -275,10 +304,16 @@ def search(
     The results that fit, the best first, then the others.
 
   Raises:
-    UserError: No mesh suits the model and the batch.
+    UserError: No mesh suits the model and the batch, or it is not known how fast the chip's link to
+      the host is.
   """
   run, limit = run or compiled, _limit(topology)
-  found = candidates(c, topology, keep_batch)
+  if offload and topology.chip and not topology.chip.host_bandwidth:
+    raise UserError(
+      f"--offload: the chip table has no bandwidth from {topology.chip.name} to the host's memory, "
+      "so such plans cannot be compared; leave it out, or enter host_bandwidth for the chip"
+    )
+  found = candidates(c, topology, keep_batch, offload)
   if not found:
     raise UserError(
       f"data.batch_size={c.data.batch_size}: no mesh over {topology.num_devices} devices suits "
@@ -412,6 +447,7 @@ _LOST_BY = {
   "exposed": "more exposed collectives",
   "unhidden": "gathers longer than the compute that overlaps them",
   "between": "more traffic between slices",
+  "host": "activations moved to the host for longer than the compute that overlaps them",
 }
 
 

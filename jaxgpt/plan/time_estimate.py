@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
+from jaxgpt.config.remat import INPUT, activations
 from jaxgpt.model import fixed_models, stacks
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
@@ -40,8 +41,9 @@ def seconds(
     topology: The hardware.
 
   Returns:
-    {'matmul', 'other', 'kernels', 'exposed', 'between'}. 'exposed' is time spent waiting for
-    collectives within a slice, 'between' for those between slices.
+    {'matmul', 'other', 'kernels', 'exposed', 'between', 'host'}. 'exposed' is time spent waiting
+    for collectives within a slice, 'between' for those between slices, 'host' for activations on
+    their way to the host's memory and back.
 
   Raises:
     UserError: The layers do not divide into the pipeline stages.
@@ -72,13 +74,33 @@ def seconds(
     # slices the weights cross it too.
     bytes_ = 2 * sent if sizes["data"] % topology.slices == 0 else 3 * gathered * times
     between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
+  other = tokens * _traffic_per_token(c, sizes, s) / chip.hbm_bandwidth / busy
+  kernels = kernel_seconds(c, sizes, topology) / busy
+  # Activations leave for the host during the forward pass, and come back during the backward pass.
+  host = tokens * _host_bytes_per_token(m, s) / chip.host_bandwidth if chip.host_bandwidth else 0.0
+  compute = matmul + other + kernels
+  forward = compute * _forward_share(m, s, saved)
   return {
     "matmul": matmul,
-    "other": tokens * _traffic_per_token(c, sizes, s) / chip.hbm_bandwidth / busy,
-    "kernels": kernel_seconds(c, sizes, topology) / busy,
+    "other": other,
+    "kernels": kernels,
     "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
     "between": between,
+    "host": max(host - forward, 0) + max(host - (compute - forward), 0),
   }
+
+
+def _host_bytes_per_token(m: ml_collections.ConfigDict, s: Share) -> float:
+  """Bytes per token that a device moves to the host's memory, and later back."""
+  widths, names = per_device.widths(m), activations(m.remat).offloaded
+  on_device = sum(widths[n] / _shards(s, n) for n in names if n != INPUT)
+  on_device += m.width / s.residual * (INPUT in names)
+  return m.num_layers * per_device.itemsize(m) * on_device
+
+
+def _shards(s: Share, name: str) -> float:
+  """Number of devices over which an activation's width is sharded."""
+  return s.mlp if name in ("gate", "up") else s.residual if name in ("o", "down") else s.heads
 
 
 def _all_reduces(sizes: Mapping[str, int], topology: Topology) -> bool:
@@ -176,14 +198,17 @@ def _matmul_flops(
   )
 
 
+def _forward_share(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...]) -> float:
+  """Share of the matmuls' FLOPs that the forward pass of the layers has."""
+  forward = 2 * m.num_layers * sum(_weights(m, s).values())
+  return forward / _matmul_flops(m, s, saved, 1.0)
+
+
 def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share) -> float:
   """Bytes per token that are read and written outside matmuls and kernels."""
   m, itemsize, widths = c.model, per_device.itemsize(c.model), per_device.widths(c.model)
   saved = per_device.kept_names(m.remat)
-  on_device = {
-    n: widths[n] / (s.mlp if n in ("gate", "up") else s.residual if n in ("o", "down") else s.heads)
-    for n in saved
-  }
+  on_device = {n: widths[n] / _shards(s, n) for n in saved}
   each = itemsize * (m.width / s.residual * _LAYER_PASSES + sum(on_device.values()) * _SAVED_PASSES)
   if s.heads * s.mlp > 1:  # between the matmuls of a branch a device holds whole tokens
     each += itemsize * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)

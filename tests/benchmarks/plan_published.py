@@ -6,105 +6,25 @@ Needs libtpu, but no TPU. Compiles the equivalent of each recipe in jaxgpt, with
 saved activations, and compares the estimated step with the time that the recipe's page reports. A
 program takes minutes. `--maxtext` compiles the recipe itself (see `plan_maxtext.py`).
 `--arithmetic` compiles nothing and compares the seconds by which a search ranks plans.
-The measurements are lines of MaxText's log in the README files of AI-Hypercomputer/tpu-recipes
-(training/trillium), with JAX 0.5.2 and 0.6.1, so older compilers than the one of the estimate.
+The recipes and their sources are in `published_recipes.py`.
 """
 
 import pathlib
 import sys
 import tempfile
-from typing import NamedTuple
 
 from jaxgpt.plan import environment
 
 environment.prepare()
 
-from jaxgpt import config
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips, mesh
-from jaxgpt.plan import lower, memory_estimate, per_device, report, time_estimate, topology
+from jaxgpt.plan import lower, memory_estimate, per_device, time_estimate, topology
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from tests.benchmarks import plan_maxtext
-
-
-class Recipe(NamedTuple):
-  """A published result.
-
-  Attributes:
-    preset: Our preset of the model.
-    where: Topology.
-    rows: Rows of a chip.
-    length: Tokens of a row.
-    seconds: Measured seconds of a step.
-    source: Folder in tpu-recipes/training/trillium.
-    changes: {config key: value} of the equivalent.
-  """
-
-  preset: str
-  where: str
-  rows: int
-  length: int
-  seconds: float
-  source: str
-  changes: dict
-
-
-# What the recipes move to the host's memory.
-_OFFLOADED = {"model.remat": "offload:input,q,k,v,o"}
-_QKV_OFFLOADED = {"model.remat": "offload:input,q,k,v", "objective.loss_chunk": 2048}
-# Where the logits of all rows would not fit, as in the one above.
-_CHUNKED = _OFFLOADED | {"objective.loss_chunk": 2048}
-
-RECIPES = {
-  "8b_256": Recipe(
-    "llama31_8b", "v6e-256", 4, 8192, 4.546, "Llama3.1-8B-MaxText/v6e-256", _OFFLOADED
-  ),
-  "8b_128": Recipe(
-    "llama31_8b", "v6e-128", 4, 8192, 4.602, "Llama3.1-8B-MaxText/v6e-128", _OFFLOADED
-  ),
-  "8b_32": Recipe("llama31_8b", "v6e-32", 3, 8192, 3.495, "Llama3.1-8B-MaxText/v6e-32", _OFFLOADED),
-  "8b_8": Recipe("llama31_8b", "v6e-8", 3, 8192, 3.443, "Llama3.1-8B-MaxText/v6e-8", _CHUNKED),
-  "mistral": Recipe(
-    "mistral_7b_v03",
-    "v6e-8",
-    6,
-    8192,
-    6.320,
-    "Mistral-7B-MaxText",
-    _CHUNKED | {"model.vocab_size": 32000},
-  ),
-  "70b_256": Recipe(
-    "llama31_70b", "v6e-256", 5, 8192, 42.656, "Llama3.1-70B-MaxText/v6e-256", _QKV_OFFLOADED
-  ),
-  "70b_64": Recipe(
-    "llama31_70b", "v6e-64", 2, 8192, 18.688, "Llama3.1-70B-MaxText/v6e-64", _QKV_OFFLOADED
-  ),
-  # The recipe's page says 3 rows of a chip, its log has the tokens of 2.
-  "llama2_70b": Recipe(
-    "llama2_70b", "v6e-256", 2, 4096, 9.052, "Llama2-70B-MaxText", _QKV_OFFLOADED
-  ),
-  "mixtral": Recipe(
-    "mixtral_8x7b",
-    "v6e-256",
-    12,
-    4096,
-    13.484,
-    "Mixtral-8x7B-MaxText",
-    _OFFLOADED | {"model.moe.capacity": 1.25},
-  ),
-  "8x22b": Recipe(
-    "mixtral_8x22b",
-    "v6e-256",
-    8,
-    4096,
-    24.706,
-    "Mixtral-8x22B-MaxText",
-    _OFFLOADED | {"model.moe.capacity": 1.25, "mesh.expert": 4},
-  ),
-}
-
+from tests.benchmarks import plan_maxtext, plan_time
+from tests.benchmarks.published_recipes import RECIPES, resolved
 
 # MaxText's names of the models and of the activations, and what all of the recipes set. Of their
 # flags for libtpu these are the ones for memory, host transfers and collectives within a slice.
@@ -140,8 +60,9 @@ FLAGS = (
 )
 
 
-def by_maxtext(recipe):
+def by_maxtext(name):
   """Compiles the recipe: ({kind: seconds}, None, since its memory is not known)."""
+  recipe = RECIPES[name]
   where = topology.parse(recipe.where)
   offloaded = recipe.changes["model.remat"].removeprefix("offload:").split(",")
   arguments = [*COMMON, *(f"{ACTIVATIONS[name]}=offload" for name in offloaded)]
@@ -160,31 +81,17 @@ def by_maxtext(recipe):
   return {"without kernels": found.plain * of_step, "kernels": kernels}, None
 
 
-def resolved(recipe, where):
-  """The config of the equivalent of a recipe."""
-  changes = {
-    "data.seq_len": recipe.length,
-    "data.batch_size": recipe.rows * where.num_devices,
-    **recipe.changes,
-  }
-  loaded, _ = config.load(
-    f"{ROOT}/configs/llama3_8b.py:{recipe.preset}",
-    [f"--config.{key}={value}" for key, value in changes.items()],
-  )
-  return lower.resolve(loaded)
+def by_schedule(name):
+  """The schedule of the equivalent, recorded or compiled now: ({kind: seconds}, GiB)."""
+  entry = plan_time.measured(name)
+  return entry["seconds"], entry["memory"] / chips.GIB
 
 
-def by_schedule(recipe):
-  """Compiles the equivalent of a recipe: ({kind: seconds}, GiB)."""
-  where = topology.parse(recipe.where)
-  f = report.figures(lower.compile_step(resolved(recipe, where), where), where)
-  return {k: s for k, s in f["seconds"].items() if k != "step"}, f["memory"]["total"] / chips.GIB
-
-
-def by_arithmetic(recipe):
+def by_arithmetic(name):
   """The same without compiling."""
+  recipe = RECIPES[name]
   where = topology.parse(recipe.where)
-  c = resolved(recipe, where)
+  c = resolved(recipe)
   sizes, counts = mesh.axis_sizes(c.mesh, where.num_devices), per_device.count(c)
   memory = memory_estimate.peak(memory_estimate.buffers(c, sizes, counts, where.chip))
   return time_estimate.seconds(c, sizes, counts, where), memory / chips.GIB
@@ -198,7 +105,7 @@ def main(arguments):
   for name in names:
     recipe = RECIPES[name]
     try:
-      seconds, memory = estimate(recipe)
+      seconds, memory = estimate(name)
     except (lower.OutOfMemory, UserError) as e:
       print(f"{name}: {e}", flush=True)
       continue

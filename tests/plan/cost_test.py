@@ -225,6 +225,42 @@ def by_cycles(text, monkeypatch):
   return report._by_cycles(hlo.parse(text), compiled(text), chips.CHIPS["v5e"])
 
 
+OFFLOADED = """HloModule m, is_scheduled=true
+
+%put (h: bf16[4,8,128], p: bf16[1,8,128], i: s32[]) -> bf16[4,8,128] {
+  %h = HOST parameter(0)
+  %p = PART parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %u = HOST dynamic-update-slice(%h, %p, %i, %i, %i)
+}
+
+ENTRY %main (h: bf16[4,8,128], p: bf16[1,8,128], i: s32[]) -> bf16[1,8,128] {
+  %h = HOST parameter(0)
+  %p = PART parameter(1)
+  %i = s32[] parameter(2)
+  %s = ((HOST, PART, s32[]), HOST, u32[]{:S(2)}) async-start(%h, %p, %i), calls=%put
+  %f = f32[8] fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"100"}
+  %d = HOST async-done(%s)
+  %c = (PART, bf16[1,8,128]{2,1,0:S(5)}, u32[]) copy-start(%d)
+  ROOT %e = PART copy-done(%c)
+}
+""".replace("HOST", "bf16[4,8,128]{2,1,0:T(8,128)S(5)}").replace("PART", "bf16[1,8,128]{2,1,0}")
+
+
+def test_compute_hides_activations_on_their_way_to_the_host_and_back(monkeypatch):
+  program, part = hlo.parse(OFFLOADED), 2 * 8 * 128
+  found = cost.of_program(program, host_bytes_per_cycle=10.0)
+  assert found.host_bytes == {cost.TO_HOST: part, cost.FROM_HOST: part}
+  assert found.unhidden_host_bytes == part - 100 * 10
+  assert cost.of_program(program, host_bytes_per_cycle=100.0).unhidden_host_bytes == 0
+  assert cost.of_program(program).unhidden_host_bytes == 0
+  f = by_cycles(OFFLOADED, monkeypatch)
+  v5e = chips.CHIPS["v5e"]
+  assert f["seconds"]["host"] == pytest.approx(part / v5e.host_bandwidth - 100 / v5e.clock)
+  assert "2.05e+03 bytes from host, 2.05e+03 bytes to host at 15 GB/s" in report._host_line(f)
+  assert "not counted" in report._host_line(f | {"host_bandwidth": 0.0})
+
+
 def test_figures_of_time_follow_the_links_and_the_kernels(monkeypatch):
   v5e = chips.CHIPS["v5e"]
   found = by_cycles(
@@ -252,6 +288,7 @@ def test_the_report_names_what_is_assumed():
     "exposed_bytes": 0.0,
     "overlapped_bytes": 0.0,
     "between_bytes": 0.0,
+    "host_bytes": {},
     "assumed_trips": {"while.3": 1},
   }
   assert any("how often loops run; assumed: while.3 x 1" in line for line in report._time_lines(f))

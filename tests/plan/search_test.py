@@ -69,13 +69,38 @@ def test_what_fits_no_host_fits_two(few_axes):
     ((), {"q", "k", "v", "attention", "o", "gate", "up"}),
   ],
 )
-def test_a_search_saves_only_what_the_model_has(overrides, named):
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_search_saves_only_what_the_model_has(overrides, named, offload):
   c = llama(*overrides)
-  found = search.remats(c.model)
+  found = search.remats(c.model, offload)
   assert {name for one in found for name in activations(one).saved} == named
+  assert any(activations(one).offloaded for one in found) == offload
   assert len(set(found)) == len(found) >= 4 and found[0] == "full"
   for one in found:
     effects.check(search.changed(c, {"model.remat": one}), {"model.remat": "command line"})
+
+
+def test_a_search_moves_activations_to_the_host_where_more_rows_fit_by_it(few_axes):
+  c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
+  assert not any("offload" in one.c.model.remat for one in search.candidates(c, t))
+  found = search.candidates(c, t, offload=True)
+  offloads = {one.c.model.remat for one in found if "offload" in one.c.model.remat}
+  assert offloads == set(search.OFFLOADS)
+  for remat in offloads:
+    effects.check(search.changed(c, {"model.remat": remat}), {"model.remat": "command line"})
+  chosen, _ = search.choose(found, t.chip.hbm_limit, 6)
+  best = chosen[0]
+  assert "offload" in best.c.model.remat and best.c.data.batch_size > 512  # saved: 2 rows fit
+  # Where it fits, keeping the same on the device is preferred.
+  small = [one for one in found if one.c.data.batch_size == 256 and one.c.mesh.fsdp == 256]
+  few, _ = search.choose(small, t.chip.hbm_limit, 2)
+  assert not any("offload" in one.c.model.remat for one in few)
+
+
+def test_a_search_moves_nothing_over_a_link_of_unknown_bandwidth(few_axes):
+  c, t = llama("--config.data.seq_len=2048"), topology.parse("h100x8")
+  with pytest.raises(UserError, match="no bandwidth from h100 to the host's memory"):
+    search.search(c, t, offload=True)
 
 
 def test_a_kept_batch_may_have_any_rows_and_microbatches(few_axes):

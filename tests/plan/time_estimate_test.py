@@ -1,9 +1,13 @@
 """The arithmetic of time, compared with the schedules that libtpu made."""
 
+import dataclasses
+import json
+import pathlib
+
 import pytest
 
 from jaxgpt import config
-from jaxgpt.parallel import mesh
+from jaxgpt.parallel import chips, mesh
 from jaxgpt.plan import (
   lower,
   per_device,
@@ -12,6 +16,20 @@ from jaxgpt.plan import (
 )
 
 LLAMA = "configs/llama3_8b.py:llama2_7b"
+COMPILED = json.loads((pathlib.Path(__file__).parent / "time_estimate.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_seconds_by_arithmetic_are_within_8_percent_of_the_schedule(name):
+  """Kernels and all-reduces included (tests/benchmarks/plan_time.py)."""
+  entry = COMPILED[name]
+  t = topology.parse(entry["topology"])
+  c = lower.resolve(config.load(entry["config"], entry["overrides"])[0])
+  sizes = mesh.axis_sizes(c.mesh, t.num_devices)
+  took = sum(time_estimate.seconds(c, sizes, per_device.count(c), t).values())
+  compiled = sum(entry["seconds"].values())
+  assert took / compiled == pytest.approx(1, abs=0.08), (took, entry["seconds"])
 
 
 # Microseconds a token and device of the schedules that libtpu made (docs/log.md), when kernels were
@@ -68,3 +86,27 @@ def test_causal_attention_computes_half_and_a_window_less():
   assert time_estimate.visible_share(c, 512) == (4096 + 512) / 8192
   c.model.window, c.model.attention_pattern = 512, ("local", "global")
   assert time_estimate.visible_share(c, 512) == (0.25 + 0.5625) / 2
+
+
+def test_activations_in_the_hosts_memory_wait_for_the_bandwidth_that_compute_does_not_hide(
+  monkeypatch,
+):
+  t = topology.parse("v5e-256")
+
+  def took(remat, bandwidth):
+    chip = dataclasses.replace(chips.CHIPS["v5e"], host_bandwidth=bandwidth)
+    flags = [
+      "--config.data.seq_len=2048",
+      "--config.data.batch_size=512",
+      f"--config.model.remat={remat}",
+    ]
+    c = lower.resolve(config.load(LLAMA, flags)[0])
+    sizes = mesh.axis_sizes(c.mesh, t.num_devices)
+    return time_estimate.seconds(c, sizes, per_device.count(c), t._replace(chip=chip))
+
+  moved = 32 * 2 * 2048 * 2 * (3 * 4096 + 4096)  # layers, rows, tokens, bytes; q, k, v and input
+  slow = took("offload:input,q,k,v", 1e9)
+  compute = slow["matmul"] + slow["other"] + slow["kernels"]
+  assert slow["host"] == pytest.approx(2 * moved / 1e9 - compute)  # one way each
+  assert took("offload:input,q,k,v", 15e9)["host"] == 0
+  assert took("offload:input,q,k,v", 0.0)["host"] == took("save:q,k,v", 1e9)["host"] == 0

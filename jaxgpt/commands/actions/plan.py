@@ -211,6 +211,7 @@ def search(
   *,
   finalists: int | None = None,
   keep_batch: bool = False,
+  offload: bool = False,
   out: epath.PathLike | None = None,
 ) -> int:
   """Searches for the fastest plan that fits and prints the plans that it compiled.
@@ -219,6 +220,7 @@ def search(
     path, overrides, topology: As in `plan`.
     finalists: Number of plans to compile. None: 6.
     keep_batch: Keep data.batch_size.
+    offload: Try to move saved activations to the host.
     out: File to write the figures of all plans to, as JSON.
 
   Returns:
@@ -237,6 +239,7 @@ def search(
       where,
       finalists,
       keep_batch,
+      offload,
       say=lambda line: print(line, flush=True),
       show=lambda done, total, name: live.count(done, total, "compile", detail=name),
     )

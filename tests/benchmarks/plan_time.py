@@ -1,0 +1,149 @@
+"""Seconds of a step by arithmetic against those of the compiled schedule, kernels included.
+
+  python tests/benchmarks/plan_time.py [NAME...]      (needs jaxgpt[tpu], no TPU)
+
+Compiles each case below that `tests/plan/time_estimate.json` lacks for this case, libtpu and JAX,
+adds it to the file, and prints the table. Given names are compiled again; several processes may
+compile different ones. A case takes 5 to 40 minutes on one core: libtpu optimizes a program in
+seconds, and takes the rest to generate the code of each fusion, longer the wider the chip's MXU is.
+`tests/plan/time_estimate_test.py` compares the arithmetic with the file.
+"""
+
+import gc
+import importlib.metadata
+import json
+import pathlib
+import sys
+
+from jaxgpt.plan import environment
+
+environment.prepare()
+
+from jaxgpt import config
+from jaxgpt.parallel import mesh
+from jaxgpt.plan import lower, per_device, report, time_estimate, topology
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tests.benchmarks import published_recipes
+from tests.benchmarks.plan_memory import QKVA, SAVE, SAVE_O, case
+
+FILE = ROOT / "tests" / "plan" / "time_estimate.json"
+
+CASES = {
+  name: (path, where, overrides)
+  for name, path, where, overrides in (
+    case("llama2_7b", "v5e-256", 512, 2048, SAVE),
+    case("llama2_7b", "v5e-256", 512, 2048, SAVE_O),
+    case("llama2_7b", "v5e-256", 512, 2048, "full"),
+    case("llama2_7b", "v5e-256", 768, 2048, "save:attention,gate,up+offload:q,k,v"),
+    case("llama2_7b", "v5e-256", 1024, 2048, "save:q,k,v"),
+    case("llama2_7b", "v5p-128", 384, 4096, SAVE_O),
+    case("llama2_7b", "v5p-128", 256, 4096, "save:q,k,v,o,gate,up,down"),
+    case("llama2_70b,tensor", "v5p-128", 64, 4096, SAVE_O, mesh__fsdp=32, mesh__tensor=2),
+    case(
+      "llama2_70b,tensor",
+      "v5p-128",
+      96,
+      4096,
+      "save:o,gate,up+offload:q,k,v,attention",
+      mesh__fsdp=32,
+      mesh__tensor=2,
+    ),
+    case("llama2_70b", "v5p-128", 64, 4096, SAVE),
+    case("llama3_8b", "v5e-256", 256, 8192, QKVA),
+    case("llama3_8b,tensor", "v5e-256", 128, 8192, SAVE_O, mesh__fsdp=128, mesh__tensor=2),
+    case(
+      "llama31_8b,seq tensor",
+      "v5e-256",
+      64,
+      32768,
+      QKVA,
+      mesh__fsdp=64,
+      mesh__seq=2,
+      mesh__tensor=2,
+    ),
+    case("llama3_8b", "v6e-64", 192, 8192, "save:attention"),
+    case("llama32_1b", "v5e-16", 16, 4096, "full"),
+    case("llama32_1b", "v5e-16", 32, 4096, QKVA),
+    case("qwen3_0_6b", "v5e-16", 64, 4096, QKVA),
+    case("llama32_3b", "v5p-32", 64, 8192, QKVA),
+    case("qwen3_8b", "v5p-64", 64, 8192, SAVE),
+  )
+}
+
+
+def plan(name):
+  """(resolved config, topology) of a case, or of a recipe of `published_recipes`."""
+  if name in published_recipes.RECIPES:
+    recipe = published_recipes.RECIPES[name]
+    where = topology.parse(recipe.where)
+    return published_recipes.resolved(recipe), where
+  path, where, overrides = CASES[name]
+  return lower.resolve(config.load(f"{ROOT}/{path}", overrides)[0]), topology.parse(where)
+
+
+def setting(name):
+  """What an entry of the file holds for: the case's own changes of the preset, and versions."""
+  if name in published_recipes.RECIPES:
+    recipe = published_recipes.RECIPES[name]
+    path, where = f"configs/llama3_8b.py:{recipe.preset}", recipe.where
+    overrides = [f"--config.{k}={v}" for k, v in published_recipes.changes(recipe).items()]
+  else:
+    path, where, overrides = CASES[name]
+  versions = {package: importlib.metadata.version(package) for package in ("libtpu", "jax")}
+  return {"config": path, "topology": where, "overrides": overrides} | versions
+
+
+def known():
+  """The entries of the file by name."""
+  return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def measured(name, again=False):
+  """The entry of a case, from the file or compiled now.
+
+  Raises:
+    OutOfMemory, UserError: See `lower.compile_step`.
+  """
+  wanted, old = setting(name), known().get(name, {})
+  if not again and {key: old.get(key) for key in wanted} == wanted:
+    return old
+  c, where = plan(name)
+  step = lower.compile_step(c, where)
+  f = report.figures(step, where)
+  seconds = {kind: round(s, 5) for kind, s in f["seconds"].items() if kind != "step"}
+  entry = wanted | {
+    "seconds": seconds,
+    "memory": f["memory"]["total"],
+    "compiled_in": round(step.seconds),
+  }
+  entries = known() | {name: entry}  # read again: another process may have added to it
+  order = {n: i for i, n in enumerate([*CASES, *published_recipes.RECIPES])}
+  ordered = dict(sorted(entries.items(), key=lambda pair: order.get(pair[0], len(order))))
+  FILE.write_text(json.dumps(ordered, indent=1) + "\n")
+  return entry
+
+
+def main(names):
+  for name in names or [*CASES, *published_recipes.RECIPES]:
+    try:
+      entry = measured(name, again=bool(names))
+    except lower.OutOfMemory as e:
+      print(f"{name}: does not fit: {e}", flush=True)
+      continue
+    c, where = plan(name)
+    sizes = mesh.axis_sizes(c.mesh, where.num_devices)
+    arithmetic = time_estimate.seconds(c, sizes, per_device.count(c), where)
+    total, step = sum(arithmetic.values()), sum(entry["seconds"].values())
+    print(
+      f"{name}: {step:.3f} s compiled, {total:.3f} by arithmetic, {total / step - 1:+.1%}; "
+      + ", ".join(f"{k} {s:.3f} ({arithmetic.get(k, 0):.3f})" for k, s in entry["seconds"].items())
+      + f"; {entry['memory'] / 2**30:.1f} GiB, compiled in {entry['compiled_in']} s",
+      flush=True,
+    )
+    gc.collect()
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
