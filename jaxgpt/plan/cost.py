@@ -96,7 +96,7 @@ class Cost:
   collectives: dict[tuple[str, str, str], list[float]] = dataclasses.field(default_factory=dict)
   unestimated: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   unhidden_bytes: float = 0.0
-  host_bytes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  host_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
   unhidden_host_bytes: float = 0.0
   assumed_trips: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -107,7 +107,7 @@ class Cost:
     self.flops += other.flops * times
     self.unhidden_bytes += other.unhidden_bytes * times
     for way, size in other.host_bytes.items():
-      self.host_bytes[way] += size * times
+      self.host_bytes[way] = self.host_bytes.get(way, 0.0) + size * times
     self.unhidden_host_bytes += other.unhidden_host_bytes * times
     self.assumed_trips |= other.assumed_trips
     pairs: tuple[tuple[dict[Any, list[float]], dict[Any, list[float]]], ...] = (
@@ -271,7 +271,8 @@ class _Walk:
       for channel, part in parts:
         channels.setdefault(channel, []).append(part)
       if moved := _to_or_from_host(made):
-        cost.host_bytes[moved[0]] += moved[1]
+        way, size = moved
+        cost.host_bytes[way] = cost.host_bytes.get(way, 0.0) + size
     for pieces in channels.values():
       _add_collective(cost, pieces)
     # Overlapped bytes move while this computation runs; those that take longer are not hidden.
