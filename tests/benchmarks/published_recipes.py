@@ -36,9 +36,10 @@ class Recipe(NamedTuple):
   changes: dict
 
 
-# What the recipes move to the host's memory.
-_OFFLOADED = {"model.remat": "offload:input,q,k,v,o"}
-_QKV_OFFLOADED = {"model.remat": "offload:input,q,k,v", "objective.loss_chunk": 2048}
+# What the recipes move to the host's memory, as libtpu does it unless it is told otherwise.
+_PIPELINED = {"mesh.compiler_options": ("xla_tpu_pipeline_memory_host_transfers=true",)}
+_OFFLOADED = {"model.remat": "offload:input,q,k,v,o"} | _PIPELINED
+_QKV_OFFLOADED = {"model.remat": "offload:input,q,k,v", "objective.loss_chunk": 2048} | _PIPELINED
 # Where the logits of all rows would not fit, as in the one above.
 _CHUNKED = _OFFLOADED | {"objective.loss_chunk": 2048}
 _MINIMAL = {"model.remat": "save:q,k,v,o,gate,up,down"}
@@ -146,7 +147,7 @@ RECIPES = {
     1,
     110,
     _128B,
-    {"model.remat": "offload:q,k,v", "mesh.tensor": 16},
+    {"model.remat": "offload:q,k,v", "mesh.tensor": 16} | _PIPELINED,
   ),
   "32b_v5p": _scaled("v5p/32b.sh", "v5p-128", 6, 328, _32B, _MINIMAL | {"mesh.tensor": 4}),
   "64b_v5p": _scaled("v5p/64b.sh", "v5p-128", 3, 323, _64B, _MINIMAL | {"mesh.tensor": 4}),

@@ -4,6 +4,8 @@ B batch, T query position, S key position, N heads, K key/value heads, H head si
 """
 
 import functools
+from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt.config.remat import ATTENTION
 from jaxgpt.model.attention.blocks import choose, grid
 from jaxgpt.model.attention.blocks.grid import Call
+from jaxgpt.model.attention.kernels.added_parts import adding
 from jaxgpt.model.attention.masks import Band
 from jaxgpt.model.attention.spec import Block, BlockOutput, Spec
 from jaxgpt.parallel import chips
@@ -57,7 +60,7 @@ def attention(
 
   # One call per row: the kernel has no batch axis.
   def local(kernel, q, k, v, ids_BT):
-    one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(q=ids, kv=ids))
+    one = functools.partial(_attend, kernel)
     rows = [_spread(x, n) for x in (q, k, v)] + [jnp.repeat(ids_BT, n, 0)]
     with jax.named_scope(band.label(T, T)):  # plans count the blocks that the mask leaves
       return jax.vmap(one)(*rows).reshape(*q.shape[:3], -1)
@@ -71,6 +74,38 @@ def attention(
     )
   out = local(kernel, q, k, v, segment_ids_BT)
   return out[..., : v_BSKH.shape[-1]].swapaxes(1, 2).astype(q_BTNH.dtype)
+
+
+def _of_row(
+  kernel: splash_kernel.SplashAttentionKernel,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  ids: jax.Array,
+) -> jax.Array:
+  """The kernel on a row."""
+  out = kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(q=ids, kv=ids))
+  return cast(jax.Array, out)  # without its softmax statistics
+
+
+def _attend_forward(
+  kernel: splash_kernel.SplashAttentionKernel,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  ids: jax.Array,
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
+  return jax.vjp(lambda q, k, v: _of_row(kernel, q, k, v, ids), q, k, v)
+
+
+def _attend_backward(
+  backward: Callable[[jax.Array], tuple[jax.Array, ...]], dout: jax.Array
+) -> tuple[jax.Array | None, ...]:
+  return None, *adding(backward)(dout), None
+
+
+_attend = jax.custom_vjp(_of_row)  # with the gradient of the queries added up by `added_parts`
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 @functools.cache
@@ -167,7 +202,8 @@ def block_backward(
   def one(q, k, v, q_ids, k_ids, out, log_z, dout):
     ids = splash_kernel.SegmentIds(q=q_ids[0], kv=k_ids[0])
     residuals = (q, k, v, ids, None, out, log_z, made.dq_mask_info, made.dkv_mask_info)
-    return splash_kernel._splash_attention_bwd(res=residuals, do=dout, **fields)[3:6]
+    backward = lambda dout: splash_kernel._splash_attention_bwd(res=residuals, do=dout, **fields)
+    return adding(backward)(dout)[3:6]
 
   out, dout = padded(total.out.astype(q.dtype), dout)
   with jax.named_scope(band.label(q.shape[2], k.shape[2])):
