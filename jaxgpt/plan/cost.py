@@ -85,8 +85,7 @@ class Cost:
     unhidden_bytes: Bytes of overlapped collectives, as in `moved`, beyond those that the compute
       and the kernels of the same computation can hide.
     host_bytes: {TO_HOST: bytes, FROM_HOST: bytes} of activations that are kept in its memory.
-    unhidden_host_bytes: Bytes of these beyond those that the compute and the kernels of the same
-      computation can hide. The two directions move at the same time.
+    host_wait_cycles: Cycles in which the program waits for them, see `_HostLink`.
     assumed_trips: {loop: runs of its body} of loops whose trip count is not found.
   """
 
@@ -97,7 +96,7 @@ class Cost:
   unestimated: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   unhidden_bytes: float = 0.0
   host_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
-  unhidden_host_bytes: float = 0.0
+  host_wait_cycles: float = 0.0
   assumed_trips: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def add(self, other: "Cost", times: int = 1) -> None:
@@ -108,7 +107,7 @@ class Cost:
     self.unhidden_bytes += other.unhidden_bytes * times
     for way, size in other.host_bytes.items():
       self.host_bytes[way] = self.host_bytes.get(way, 0.0) + size * times
-    self.unhidden_host_bytes += other.unhidden_host_bytes * times
+    self.host_wait_cycles += other.host_wait_cycles * times
     self.assumed_trips |= other.assumed_trips
     pairs: tuple[tuple[dict[Any, list[float]], dict[Any, list[float]]], ...] = (
       (self.collectives, other.collectives),
@@ -246,12 +245,13 @@ class _Walk:
     """The cost of one run of a scheduled computation: the entry, a loop's body, or a branch."""
     if name in self._costs:
       return self._costs[name]
-    cost, inner, kernel_cycles = Cost(), Cost(), 0.0
+    cost, inner, kernel_cycles, link = Cost(), Cost(), 0.0, _HostLink(self._host_rate)
     channels: dict[str, list[dict[str, Any]]] = {}
     for made in self._program.computations[name]:
       if made.opcode == "while":
         trips = hlo.trips(self._program, name, made)
         inner.add(self.of(made.body), trips.runs)
+        link.compute(trips.runs * sum(self.of(made.body).cycles.values()))
         if not trips.known:
           inner.assumed_trips[made.name] = trips.runs
         continue
@@ -265,23 +265,21 @@ class _Walk:
         entry[0] += 1
         entry[1] += work
         kernel_cycles += self._kernel_cycles.get(kernel, 0)
+        link.compute(self._kernel_cycles.get(kernel, 0))
+      link.compute(made.cycles)
+      link.move(made)
       cost.cycles["matmul" if flops else "other"] += made.cycles
       if made.unestimated and not kernels and not parts:
         cost._add_unestimated(made.unestimated, [1, 2 * _result_bytes(made), flops])
       for channel, part in parts:
         channels.setdefault(channel, []).append(part)
-      if moved := _to_or_from_host(made):
-        way, size = moved
-        cost.host_bytes[way] = cost.host_bytes.get(way, 0.0) + size
+    cost.host_bytes, cost.host_wait_cycles = link.bytes, link.waited
     for pieces in channels.values():
       _add_collective(cost, pieces)
     # Overlapped bytes move while this computation runs; those that take longer are not hidden.
     cycles = sum(cost.cycles.values()) + kernel_cycles
     if self._rate:
       cost.unhidden_bytes = max(cost.moved("overlapped") - cycles * self._rate, 0.0)
-    if self._host_rate and cost.host_bytes:
-      most = max(cost.host_bytes.values())
-      cost.unhidden_host_bytes = max(most - cycles * self._host_rate, 0.0)
     cost.add(inner)
     self._costs[name] = cost
     return cost
@@ -373,6 +371,43 @@ class _Walk:
         ]
       self._sums[name] = flops, kernels, parts
     return self._sums[name]
+
+
+class _HostLink:
+  """The link to the host's memory while a computation runs.
+
+  Transfers of a direction take their turns; those of the other one move at the same time. At the
+  end of a transfer the program waits if what it computes between start and end takes less time.
+
+  Attributes:
+    bytes: {TO_HOST: bytes, FROM_HOST: bytes} that moved.
+    waited: Cycles that the program waited.
+  """
+
+  def __init__(self, rate: float):
+    """`rate` is the bandwidth in bytes a cycle, or 0 to wait for nothing."""
+    self._rate, self._now = rate, 0.0
+    self._free: dict[str, float] = {}  # when a direction has moved all that started
+    self._ends: dict[str, float] = {}  # when a transfer that started ends
+    self.bytes: dict[str, float] = {}
+    self.waited = 0.0
+
+  def compute(self, cycles: float) -> None:
+    """Computes for a number of cycles."""
+    self._now += cycles
+
+  def move(self, made: hlo.Instruction) -> None:
+    """Starts a transfer, or waits for the end of one, if the instruction does so."""
+    if moved := _to_or_from_host(made):
+      way, size = moved
+      self.bytes[way] = self.bytes.get(way, 0.0) + size
+      if self._rate:
+        begin = max(self._now, self._free.get(way, 0.0))
+        self._free[way] = self._ends[made.name] = begin + size / self._rate
+    elif made.operands and made.operands[0] in self._ends:
+      end = self._ends.pop(made.operands[0])
+      self.waited += max(end - self._now, 0.0)
+      self._now = max(end, self._now)
 
 
 def _to_or_from_host(made: hlo.Instruction) -> tuple[str, float] | None:

@@ -148,7 +148,7 @@ def _by_cycles(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figures:
     "exposed": cost.moved("exposed") / chip.ici_bandwidth,
     "unhidden": cost.unhidden_bytes / chip.ici_bandwidth,
     "between": cost.bytes("between") / chip.dcn_bandwidth,
-    "host": cost.unhidden_host_bytes / chip.host_bandwidth if chip.host_bandwidth else 0.0,
+    "host": cost.host_wait_cycles / chip.clock,
   }
   return {
     "estimate": "schedule",
@@ -360,7 +360,7 @@ def _host_line(f: Figures) -> str:
   moved = ", ".join(f"{size:.3g} bytes {way}" for way, size in sorted(f["host_bytes"].items()))
   rate = f["host_bandwidth"]
   return f"  {'host':<14} {f['seconds']['host']:>8.4f}     {moved}" + (
-    f" at {rate / 1e9:.0f} GB/s a direction; compute hides the rest"
+    f" at {rate / 1e9:.0f} GB/s a direction; the time that it waits for them"
     if rate
     else "; not counted: the chip table has no bandwidth to the host"
   )

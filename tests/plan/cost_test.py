@@ -225,6 +225,7 @@ def by_cycles(text, monkeypatch):
   return report._by_cycles(hlo.parse(text), compiled(text), chips.CHIPS["v5e"])
 
 
+HOST, PART = "bf16[4,8,128]{2,1,0:T(8,128)S(5)}", "bf16[1,8,128]{2,1,0}"
 OFFLOADED = """HloModule m, is_scheduled=true
 
 %put (h: bf16[4,8,128], p: bf16[1,8,128], i: s32[]) -> bf16[4,8,128] {
@@ -244,21 +245,36 @@ ENTRY %main (h: bf16[4,8,128], p: bf16[1,8,128], i: s32[]) -> bf16[1,8,128] {
   %c = (PART, bf16[1,8,128]{2,1,0:S(5)}, u32[]) copy-start(%d)
   ROOT %e = PART copy-done(%c)
 }
-""".replace("HOST", "bf16[4,8,128]{2,1,0:T(8,128)S(5)}").replace("PART", "bf16[1,8,128]{2,1,0}")
+""".replace("HOST", HOST).replace("PART", PART)
 
 
-def test_compute_hides_activations_on_their_way_to_the_host_and_back(monkeypatch):
+def test_a_program_waits_for_what_compute_does_not_hide_of_the_way_to_the_host(monkeypatch):
   program, part = hlo.parse(OFFLOADED), 2 * 8 * 128
   found = cost.of_program(program, host_bytes_per_cycle=10.0)
   assert found.host_bytes == {cost.TO_HOST: part, cost.FROM_HOST: part}
-  assert found.unhidden_host_bytes == part - 100 * 10
-  assert cost.of_program(program, host_bytes_per_cycle=100.0).unhidden_host_bytes == 0
-  assert cost.of_program(program).unhidden_host_bytes == 0
+  # 100 cycles of compute lie within the first transfer, and nothing within the second.
+  assert found.host_wait_cycles == pytest.approx(part / 10 - 100 + part / 10)
+  fast = cost.of_program(program, host_bytes_per_cycle=100.0)
+  assert fast.host_wait_cycles == pytest.approx(part / 100)
+  assert cost.of_program(program).host_wait_cycles == 0  # a bandwidth that is not known
   f = by_cycles(OFFLOADED, monkeypatch)
   v5e = chips.CHIPS["v5e"]
-  assert f["seconds"]["host"] == pytest.approx(part / v5e.host_bandwidth - 100 / v5e.clock)
+  assert f["seconds"]["host"] == pytest.approx(2 * part / v5e.host_bandwidth - 100 / v5e.clock)
   assert "2.05e+03 bytes from host, 2.05e+03 bytes to host at 15 GB/s" in report._host_line(f)
   assert "not counted" in report._host_line(f | {"host_bandwidth": 0.0})
+
+
+def test_transfers_to_the_host_take_their_turns():
+  one = "  %s = ((HOST, PART, s32[]), HOST, u32[]{:S(2)}) async-start(%h, %p, %i), calls=%put\n"
+  again = "  %s2 = ((HOST, PART, s32[]), HOST, u32[]) async-start(%h, %p, %i), calls=%put\n"
+  ends = "  %d = HOST async-done(%s)\n", "  %d2 = HOST async-done(%s2)\n"
+  real = lambda text: text.replace("HOST", HOST).replace("PART", PART)
+  text = OFFLOADED.replace(real(one), real(one + again)).replace(real(ends[0]), real("".join(ends)))
+  assert text.count("async-start") == text.count("async-done") == 2
+  found = cost.of_program(hlo.parse(text), host_bytes_per_cycle=10.0)
+  part = 2 * 8 * 128
+  assert found.host_bytes == {cost.TO_HOST: 2 * part, cost.FROM_HOST: part}
+  assert found.host_wait_cycles == pytest.approx(2 * part / 10 - 100 + part / 10)
 
 
 def test_figures_of_time_follow_the_links_and_the_kernels(monkeypatch):
