@@ -42,8 +42,6 @@ OFFLOADS = (  # more rows fit with these
   "save:attention,o,gate,up+offload:q,k,v",
   "save:o,gate,up+offload:q,k,v,attention",
 )
-# On TPUs they come with this option: without it libtpu may start a transfer just before its end.
-EARLY_TRANSFERS = "xla_tpu_enable_all_experimental_scheduler_features=true"
 _MATERIALIZE = ("values", "gradients")
 _TENSORS = (1, 2, 4, 8)
 _SEQS = (1, 2, 4, 8, 16)
@@ -200,11 +198,6 @@ def candidates(
       changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in sizes.items()}
       changes |= of_pipelines
       changes |= {"model.remat": remat, "data.batch_size": batch, "optim.accumulate": accumulate}
-      if activations(remat).offloaded and not (topology.chip and topology.chip.gpu):
-        options = tuple(c.mesh.compiler_options)
-        changes["mesh.compiler_options"] = options + (EARLY_TRANSFERS,) * (
-          EARLY_TRANSFERS not in options
-        )
       if c.eval.batch_size == c.data.batch_size or c.eval.batch_size % shards:
         changes["eval.batch_size"] = batch
       try:

@@ -230,10 +230,11 @@ def _activation_bytes_between_devices(
     # One hop of keys and values, forward and backward, and one of their gradients; the others are
     # hidden behind the attention of the previous hop.
     total += 3 * each * (widths["k"] + widths["v"]) / s.heads
-  if sizes["expert"] > 1:  # to the experts and back, forward and backward
+  if sizes["expert"] > 1:  # to the experts and back, forward, backward and where computed again
     kinds = mlp_kinds(m)
     routed = kinds.count("moe") / len(kinds) * m.moe.per_token * max(m.moe.capacity, 1)
-    total += 4 * each * m.width * routed
+    again = m.remat != "none" and "up" not in per_device.kept_names(m.remat)
+    total += (6 if again else 4) * each * m.width * routed
   return total
 
 

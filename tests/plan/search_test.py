@@ -91,8 +91,6 @@ def test_a_search_moves_activations_to_the_host_where_more_rows_fit_by_it(few_ax
   chosen, _ = search.choose(found, t.chip.hbm_limit, 6)
   best = chosen[0]
   assert "offload" in best.c.model.remat and best.c.data.batch_size > 512  # saved: 2 rows fit
-  assert best.c.mesh.compiler_options == (search.EARLY_TRANSFERS,)
-  assert all(not one.c.mesh.compiler_options for one in found if "offload" not in one.c.model.remat)
   # Where it fits, keeping the same on the device is preferred.
   small = [one for one in found if one.c.data.batch_size == 256 and one.c.mesh.fsdp == 256]
   few, _ = search.choose(small, t.chip.hbm_limit, 2)
