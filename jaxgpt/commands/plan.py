@@ -72,7 +72,7 @@ class PlanOptions:
   offload: bool = option(
     False,
     modes=(SEARCH,),
-    help="search also plans that move saved activations to the host, so that more rows fit",
+    help="also try plans that move saved activations to the host, so that more rows fit",
   )
   hlo: str | None = option(
     None, metavar="FILE", modes=(COMPILE, HERE), help="write the compiled program as text to a file"

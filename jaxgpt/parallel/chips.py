@@ -8,10 +8,10 @@ A *device* is one entry of `jax.devices()`: a chip, except on TPU7x, whose chips
 devices each. All figures below are per device unless they say otherwise.
 
 Sources: Cloud TPU documentation (peak rates, HBM, interconnect), the JAX scaling book (clock rates,
-bandwidths), libtpu (`hbm_limit`: the memory that its compiler reports as available; for v5p it
-reports 95.73 GiB where the documentation says 95), NVIDIA data sheets (dense bf16 rates, memory,
-NVLink, clocks), the CUDA programming guide (compute capabilities), DGX and HGX specifications
-(network of a host).
+bandwidths, also of PCIe), libtpu (`hbm_limit`: the memory that its compiler reports as available;
+for v5p it reports 95.73 GiB where the documentation says 95), NVIDIA data sheets (dense bf16 rates,
+memory, NVLink, clocks), the CUDA programming guide (compute capabilities), DGX and HGX
+specifications (network of a host).
 """
 
 import dataclasses
@@ -177,8 +177,8 @@ def register(chip: Chip) -> None:
 # overlap with the pieces of the gather. These take two to four times as long as the wide matmul
 # and its gather together, so the threshold in MiB is out of reach.
 _WHOLE_MATMULS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# To move activations to the host a layer earlier, libtpu takes one layer out of each loop. The
-# activations that stay are then stacked by padding those of that layer, which takes 6 % of a step.
+# To move activations to the host a layer earlier, libtpu takes one layer out of each loop. It then
+# stacks the activations that stay by padding those of that layer: 4 % of a step (docs/log.md).
 _WHOLE_LOOPS = {"xla_tpu_pipeline_memory_host_transfers": "false"}
 _TPU_OPTIONS = _WHOLE_MATMULS | _WHOLE_LOOPS
 

@@ -84,7 +84,7 @@ class Cost:
       see `hlo.Instruction.unestimated`. The bytes are those of their results, read and written.
     unhidden_bytes: Bytes of overlapped collectives, as in `moved`, beyond those that the compute
       and the kernels of the same computation can hide.
-    host_bytes: {TO_HOST: bytes, FROM_HOST: bytes} of activations that are kept in its memory.
+    host_bytes: {TO_HOST: bytes, FROM_HOST: bytes} of activations that the host's memory keeps.
     host_wait_cycles: Cycles in which the program waits for them, see `_HostLink`.
     assumed_trips: {loop: runs of its body} of loops whose trip count is not found.
   """
@@ -251,12 +251,13 @@ class _Walk:
       if made.opcode == "while":
         trips = hlo.trips(self._program, name, made)
         inner.add(self.of(made.body), trips.runs)
-        link.compute(trips.runs * sum(self.of(made.body).cycles.values()))
+        link.compute(trips.runs * self._duration(self.of(made.body)))
         if not trips.known:
           inner.assumed_trips[made.name] = trips.runs
         continue
       if branch := self.branch(made):
         inner.add(self.of(branch))
+        link.compute(self._duration(self.of(branch)))
         continue
       flops, kernels, parts = self._inside(name, made)
       cost.flops += flops
@@ -283,6 +284,11 @@ class _Walk:
     cost.add(inner)
     self._costs[name] = cost
     return cost
+
+  def _duration(self, cost: Cost) -> float:
+    """Cycles of a computation, its kernels and its waits for the host included."""
+    kernels = sum(runs * self._kernel_cycles.get(call, 0) for call, (runs, _) in cost.calls.items())
+    return sum(cost.cycles.values()) + kernels + cost.host_wait_cycles
 
   def branch(self, made: hlo.Instruction) -> str:
     """The scheduled computation that an instruction runs, or ''.
@@ -377,7 +383,7 @@ class _HostLink:
   """The link to the host's memory while a computation runs.
 
   Transfers of a direction take their turns; those of the other one move at the same time. At the
-  end of a transfer the program waits if what it computes between start and end takes less time.
+  end of a transfer the program waits if the compute between start and end takes less time.
 
   Attributes:
     bytes: {TO_HOST: bytes, FROM_HOST: bytes} that moved.
@@ -385,7 +391,7 @@ class _HostLink:
   """
 
   def __init__(self, rate: float):
-    """`rate` is the bandwidth in bytes a cycle, or 0 to wait for nothing."""
+    """`rate` is the bandwidth in bytes per cycle, or 0 to wait for nothing."""
     self._rate, self._now = rate, 0.0
     self._free: dict[str, float] = {}  # when a direction has moved all that started
     self._ends: dict[str, float] = {}  # when a transfer that started ends

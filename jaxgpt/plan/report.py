@@ -45,7 +45,7 @@ def figures(compiled: Compiled, topology: Topology, price: float | None = None) 
   tokens = per_device.tokens_of_step(c)
   model_flops = metrics.flops_per_token(c.model, c.data.seq_len) * tokens / topology.num_devices
   seconds = took["seconds"]
-  # `unhidden` is a difference of two estimates, so the figure of merit leaves it out.
+  # `unhidden` and `host` are differences of two estimates: the figure of merit leaves them out.
   merit = sum(seconds[kind] for kind in ("matmul", "other", "unestimated", "exposed", "between"))
   step = sum(seconds.values())
   tokens_per_device = tokens / topology.num_devices
@@ -178,7 +178,7 @@ def _by_roofline(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figure
   roof = roofline.of_program(program, chip, hosts)
   return {
     "estimate": "roofline",
-    "seconds": roof.seconds | {"between": 0.0, "unestimated": 0.0},
+    "seconds": roof.seconds | {"between": 0.0, "unestimated": 0.0, "host": 0.0},
     "between_bytes": 0.0,
     "memory_traffic": roof.traffic,
     "matmul_flops": roof.flops,
@@ -192,6 +192,7 @@ def _by_roofline(program: hlo.Program, compiled: Compiled, chip: Chip) -> Figure
     "exposed_bytes": roof.bytes("exposed"),
     "overlapped_bytes": roof.bytes("overlapped"),
     "host_bytes": {},
+    "host_bandwidth": chip.host_bandwidth,
     "assumed_trips": roof.assumed_trips,
   }
 
@@ -360,7 +361,7 @@ def _host_line(f: Figures) -> str:
   moved = ", ".join(f"{size:.3g} bytes {way}" for way, size in sorted(f["host_bytes"].items()))
   rate = f["host_bandwidth"]
   return f"  {'host':<14} {f['seconds']['host']:>8.4f}     {moved}" + (
-    f" at {rate / 1e9:.0f} GB/s a direction; the time that it waits for them"
+    f" at {rate / 1e9:.0f} GB/s per direction; the step's wait for these transfers"
     if rate
     else "; not counted: the chip table has no bandwidth to the host"
   )

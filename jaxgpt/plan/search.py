@@ -253,7 +253,7 @@ def choose(
 
   For each mesh and number of rows these are the two best remat policies, one after the other: if
   memory is scarce the compiler recomputes on its own, and the policy that saves less is faster. Of
-  policies that differ only in what the host keeps it is the one that moves the least there.
+  policies that differ only in what the host keeps it is the one with the fewest names there.
 
   Args:
     found: From `candidates`.

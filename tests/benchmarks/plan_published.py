@@ -2,9 +2,11 @@
 
   python tests/benchmarks/plan_published.py [--arithmetic | --maxtext] [NAME...]
 
-Needs libtpu, but no TPU. Compiles the equivalent of each recipe in jaxgpt, with its rows and its
-saved activations, and compares the estimated step with the time that the recipe's page reports. A
-program takes minutes. `--maxtext` compiles the recipe itself (see `plan_maxtext.py`).
+Needs libtpu, but no TPU. Compares the estimated step of the equivalent of each recipe in jaxgpt,
+with its rows and its saved activations, with the time that the recipe's page reports. The estimates
+are those that `plan_time.py` recorded. Where it has none the equivalent is compiled and recorded,
+which takes minutes. `--maxtext` compiles the recipes of tpu-recipes themselves (see
+`plan_maxtext.py`).
 `--arithmetic` compiles nothing and compares the seconds by which a search ranks plans.
 The recipes and their sources are in `published_recipes.py`.
 """
@@ -63,6 +65,8 @@ FLAGS = (
 def by_maxtext(name):
   """Compiles the recipe: ({kind: seconds}, None, since its memory is not known)."""
   recipe = RECIPES[name]
+  if recipe.preset not in MODELS or not recipe.changes["model.remat"].startswith("offload:"):
+    raise UserError("--maxtext knows the recipes of tpu-recipes only")
   where = topology.parse(recipe.where)
   offloaded = recipe.changes["model.remat"].removeprefix("offload:").split(",")
   arguments = [*COMMON, *(f"{ACTIVATIONS[name]}=offload" for name in offloaded)]

@@ -3,12 +3,14 @@
   python tests/benchmarks/plan_time.py [NAME...]      (needs jaxgpt[tpu], no TPU)
 
 Compiles each case below that `tests/plan/time_estimate.json` lacks for this case, libtpu and JAX,
-adds it to the file, and prints the table. Given names are compiled again; several processes may
-compile different ones. A case takes 5 to 40 minutes on one core: libtpu optimizes a program in
-seconds, and takes the rest to generate the code of each fusion, longer the wider the chip's MXU is.
-`tests/plan/time_estimate_test.py` compares the arithmetic with the file.
+adds it to the file with the date, and prints the table. Given names are compiled again; several
+processes may compile different ones. An entry is that of jaxgpt at its date. A case takes 5 to 40
+minutes on one core: libtpu optimizes a program in seconds, and takes the rest to generate the code
+of each fusion, longer the wider the chip's MXU is. `tests/plan/time_estimate_test.py` compares the
+arithmetic with the file.
 """
 
+import datetime
 import gc
 import importlib.metadata
 import json
@@ -20,6 +22,7 @@ from jaxgpt.plan import environment
 environment.prepare()
 
 from jaxgpt import config
+from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh
 from jaxgpt.plan import lower, per_device, report, time_estimate, topology
 
@@ -120,6 +123,7 @@ def measured(name, again=False):
     "seconds": seconds,
     "memory": f["memory"]["total"],
     "compiled_in": round(step.seconds),
+    "date": datetime.date.today().isoformat(),
   }
   entries = known() | {name: entry}  # read again: another process may have added to it
   order = {n: i for i, n in enumerate([*CASES, *published_recipes.RECIPES])}
@@ -132,8 +136,8 @@ def main(names):
   for name in names or [*CASES, *published_recipes.RECIPES]:
     try:
       entry = measured(name, again=bool(names))
-    except lower.OutOfMemory as e:
-      print(f"{name}: does not fit: {e}", flush=True)
+    except (lower.OutOfMemory, UserError) as e:
+      print(f"{name}: {e}", flush=True)
       continue
     c, where = plan(name)
     sizes = mesh.axis_sizes(c.mesh, where.num_devices)

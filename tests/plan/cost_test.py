@@ -260,8 +260,33 @@ def test_a_program_waits_for_what_compute_does_not_hide_of_the_way_to_the_host(m
   f = by_cycles(OFFLOADED, monkeypatch)
   v5e = chips.CHIPS["v5e"]
   assert f["seconds"]["host"] == pytest.approx(2 * part / v5e.host_bandwidth - 100 / v5e.clock)
-  assert "2.05e+03 bytes from host, 2.05e+03 bytes to host at 15 GB/s" in report._host_line(f)
+  assert (
+    "2.05e+03 bytes from host, 2.05e+03 bytes to host at 15 GB/s per direction"
+    in report._host_line(f)
+  )
   assert "not counted" in report._host_line(f | {"host_bandwidth": 0.0})
+
+
+@pytest.mark.parametrize("kind", ["loop", "branch"])
+def test_loops_and_branches_hide_transfers_to_the_host(kind):
+  body = """%body (b: (s32[], bf16[2,8,256,128])) -> (s32[], bf16[2,8,256,128]) {
+  %b = (s32[], bf16[2,8,256,128]) parameter(0)
+  %q = bf16[2,8,256,128] get-tuple-element(%b), index=1
+  ROOT %splash_mha_fwd.1 = bf16[2,8,256,128] custom-call(%q, %q), custom_call_target="KIND"
+}
+
+""".replace("KIND", "tpu_custom_call")
+  inner = {
+    "loop": "%w = (s32[], bf16[2,8,256,128]) while(%x), condition=%body, body=%body, "
+    'backend_config={"known_trip_count":{"n":"3"}}',
+    "branch": "%w = bf16[2,8,256,128] conditional(%i, %x), branch_computations={%body}",
+  }[kind]
+  text = OFFLOADED.replace("ENTRY", body + "ENTRY").replace("  %f = ", f"  {inner}\n  %f = ")
+  program, part = hlo.parse(text), 2 * 8 * 128
+  (call,) = cost.of_program(program).calls
+  runs = 3 if kind == "loop" else 1
+  found = cost.of_program(program, 0.0, {call: 20.0}, 10.0)
+  assert found.host_wait_cycles == pytest.approx(part / 10 - 100 - 20 * runs + part / 10)
 
 
 def test_transfers_to_the_host_take_their_turns():

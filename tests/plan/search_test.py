@@ -12,6 +12,7 @@ from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.plan import (
   lower,
+  per_device,
   search,
   topology,
 )
@@ -95,6 +96,8 @@ def test_a_search_moves_activations_to_the_host_where_more_rows_fit_by_it(few_ax
   small = [one for one in found if one.c.data.batch_size == 256 and one.c.mesh.fsdp == 256]
   few, _ = search.choose(small, t.chip.hbm_limit, 2)
   assert not any("offload" in one.c.model.remat for one in few)
+  more, _ = search.choose(small, t.chip.hbm_limit, 6)
+  assert len({frozenset(per_device.kept_names(one.c.model.remat)) for one in more}) == len(more) > 1
 
 
 def test_a_search_moves_nothing_over_a_link_of_unknown_bandwidth(few_axes):

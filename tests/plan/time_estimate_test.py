@@ -22,7 +22,7 @@ COMPILED = json.loads((pathlib.Path(__file__).parent / "time_estimate.json").rea
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_seconds_by_arithmetic_are_within_8_percent_of_the_schedule(name):
-  """Kernels and all-reduces included (tests/benchmarks/plan_time.py)."""
+  """Kernels and all-reduces included (tests/benchmarks/plan_time.py); dense models."""
   entry = COMPILED[name]
   t = topology.parse(entry["topology"])
   c = lower.resolve(config.load(entry["config"], entry["overrides"])[0])
@@ -88,9 +88,7 @@ def test_causal_attention_computes_half_and_a_window_less():
   assert time_estimate.visible_share(c, 512) == (0.25 + 0.5625) / 2
 
 
-def test_activations_in_the_hosts_memory_wait_for_the_bandwidth_that_compute_does_not_hide(
-  monkeypatch,
-):
+def test_activations_in_the_hosts_memory_wait_for_the_bandwidth_that_compute_does_not_hide():
   t = topology.parse("v5e-256")
 
   def took(remat, bandwidth):

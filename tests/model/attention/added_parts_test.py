@@ -48,9 +48,9 @@ def test_sums_of_parts_become_additions(dtype):
 
 
 def test_sums_in_bfloat16_are_added_in_float32():
-  x = jnp.full((64, 1, 1, 1), 1 + 2**-7, jnp.bfloat16)  # the next number after 1
+  x = jnp.array([256] + [1] * 16, jnp.bfloat16).reshape(17, 1, 1, 1)
   got = adding(lambda x: x.sum(0))(x)
-  assert got.dtype == jnp.bfloat16 and got.item() == 64.5  # in bfloat16 it would be 64 or 65
+  assert got.dtype == jnp.bfloat16 and got.item() == 272  # one after another in bfloat16: 256
 
 
 @pytest.fixture

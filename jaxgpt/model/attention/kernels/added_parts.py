@@ -3,7 +3,7 @@
 Splash attention's fused backward kernel writes a gradient of the queries for each block of keys,
 and JAX adds these parts up with `parts.sum(axis=0)`. XLA's reduction of that shape takes 5 to 12
 times as long on TPUs as reading and writing the bytes, additions of slices twice as long, and XLA
-fuses these into what reads the sum (docs/log.md). The sum is inside of a function of JAX, so the
+fuses these into the next operation (docs/log.md). The sum is inside of a function of JAX, so the
 trace of that function is rewritten.
 """
 
@@ -37,7 +37,7 @@ def _run(traced: core.ClosedJaxpr, args: Sequence[jax.Array]) -> list[jax.Array]
   jaxpr = traced.jaxpr
   values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*traced.consts, *args], strict=True))
   of = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
-  narrow: dict[core.Var, jax.Array] = {}  # what the parts of a sum were converted from
+  narrow: dict[core.Var, jax.Array] = {}  # operands of conversions, by their results
   for step in jaxpr.eqns:
     operands = [of(atom) for atom in step.invars]
     if step.primitive is primitives.jit_p:
