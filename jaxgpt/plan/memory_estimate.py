@@ -142,10 +142,9 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
     if name == "down" and m.norm_placement == "pre":
       continue  # only added to the residual stream: no gradient needs it, and XLA drops it
     where = "mlp" if name in ("gate", "up", "down") else "attn"
-    shards = s.residual if name in ("o", "down") else s.mlp if where == "mlp" else s.heads
     yield one(
       f"layers/{where}/{name}",
-      widths[name] / shards,
+      widths[name] / s.shards(name),
       itemsize,
       f"model.remat without {name!r}; {_FEWER_TOKENS}",
     )

@@ -167,6 +167,12 @@ class Share(NamedTuple):
   sequences: int = 1
   kept: int = 1
 
+  def shards(self, name: str) -> float:
+    """Number of devices over which the width of an activation, such as 'gate', is sharded."""
+    if name in ("o", "down"):
+      return self.residual
+    return self.mlp if name in ("gate", "up") else self.heads
+
   @property
   def tokens(self) -> float:
     """Tokens per device in a microbatch, of all sequences."""

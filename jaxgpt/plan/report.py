@@ -346,7 +346,7 @@ def _time_lines(f: Figures) -> Iterator[str]:
       f"  {'between slices':<14} {s['between']:>8.4f}     {f['between_bytes']:.3g} bytes over the "
       "data center network"
     )
-  if f["host_bytes"]:
+  if f["host_bytes"] or "offload:" in f["remat"]:
     yield _host_line(f)
   if f["assumed_trips"]:
     loops = ", ".join(f"{name} x {runs}" for name, runs in sorted(f["assumed_trips"].items()))
@@ -357,7 +357,11 @@ def _time_lines(f: Figures) -> Iterator[str]:
 
 
 def _host_line(f: Figures) -> str:
-  """The line on activations in the host's memory: the time beyond that of the compute."""
+  """The line on transfers to the host's memory and back."""
+  if not f["host_bytes"]:
+    return (
+      f"  {'host':<14}     ?        transfers were not found in the program, and are not counted"
+    )
   moved = ", ".join(f"{size:.3g} bytes {way}" for way, size in sorted(f["host_bytes"].items()))
   rate = f["host_bandwidth"]
   return f"  {'host':<14} {f['seconds']['host']:>8.4f}     {moved}" + (

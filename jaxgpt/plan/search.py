@@ -253,10 +253,10 @@ def choose(
 
   For each mesh and number of rows these are the two best remat policies, one after the other: if
   memory is scarce the compiler recomputes on its own, and the policy that saves less is faster. Of
-  policies that differ only in what the host keeps it is the one with the fewest names there.
+  policies that keep the same activations, on the device or the host, only the first counts.
 
   Args:
-    found: From `candidates`.
+    found: From `candidates`, sorted as there.
     limit: Bytes of a device.
     finalists: Number of candidates to compile.
 
@@ -268,8 +268,7 @@ def choose(
     if one.bytes <= limit * _SLACK:
       kept = frozenset(per_device.kept_names(one.c.model.remat))
       same = groups[tuple(v for k, v in one.changes.items() if k != "model.remat")]
-      if kept not in same or len(_offloaded(one)) < len(_offloaded(same[kept])):
-        same[kept] = one
+      same.setdefault(kept, one)
   fitting = [one for same in groups.values() for one in list(same.values())[:2]]
   beyond = [
     one

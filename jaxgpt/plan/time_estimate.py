@@ -93,14 +93,9 @@ def seconds(
 def _host_bytes_per_token(m: ml_collections.ConfigDict, s: Share) -> float:
   """Bytes per token that a device moves to the host's memory, and later back."""
   widths, names = per_device.widths(m), activations(m.remat).offloaded
-  on_device = sum(widths[n] / _shards(s, n) for n in names if n != INPUT)
+  on_device = sum(widths[n] / s.shards(n) for n in names if n != INPUT)
   on_device += m.width / s.residual * (INPUT in names)
   return m.num_layers * per_device.itemsize(m) * on_device
-
-
-def _shards(s: Share, name: str) -> float:
-  """Number of devices over which an activation's width is sharded."""
-  return s.mlp if name in ("gate", "up") else s.residual if name in ("o", "down") else s.heads
 
 
 def _all_reduces(sizes: Mapping[str, int], topology: Topology) -> bool:
@@ -208,7 +203,7 @@ def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s
   """Bytes per token that are read and written outside matmuls and kernels."""
   m, itemsize, widths = c.model, per_device.itemsize(c.model), per_device.widths(c.model)
   saved = per_device.kept_names(m.remat)
-  on_device = {n: widths[n] / _shards(s, n) for n in saved}
+  on_device = {n: widths[n] / s.shards(n) for n in saved}
   each = itemsize * (m.width / s.residual * _LAYER_PASSES + sum(on_device.values()) * _SAVED_PASSES)
   if s.heads * s.mlp > 1:  # between the matmuls of a branch a device holds whole tokens
     each += itemsize * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)

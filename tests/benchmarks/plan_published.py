@@ -6,9 +6,8 @@ Needs libtpu, but no TPU. Compares the estimated step of the equivalent of each 
 with its rows and its saved activations, with the time that the recipe's page reports. The estimates
 are those that `plan_time.py` recorded. Where it has none the equivalent is compiled and recorded,
 which takes minutes. `--maxtext` compiles the recipes of tpu-recipes themselves (see
-`plan_maxtext.py`).
-`--arithmetic` compiles nothing and compares the seconds by which a search ranks plans.
-The recipes and their sources are in `published_recipes.py`.
+`plan_maxtext.py`). `--arithmetic` compiles nothing and compares the seconds by which a search ranks
+plans. The recipes and their sources are in `published_recipes.py`.
 """
 
 import pathlib
@@ -26,7 +25,7 @@ from jaxgpt.plan import lower, memory_estimate, per_device, time_estimate, topol
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from tests.benchmarks import plan_maxtext, plan_time
-from tests.benchmarks.published_recipes import RECIPES, resolved
+from tests.benchmarks.published_recipes import RECIPES
 
 # MaxText's names of the models and of the activations, and what all of the recipes set. Of their
 # flags for libtpu these are the ones for memory, host transfers and collectives within a slice.
@@ -65,7 +64,7 @@ FLAGS = (
 def by_maxtext(name):
   """Compiles the recipe: ({kind: seconds}, None, since its memory is not known)."""
   recipe = RECIPES[name]
-  if recipe.preset not in MODELS or not recipe.changes["model.remat"].startswith("offload:"):
+  if recipe.preset not in MODELS:
     raise UserError("--maxtext knows the recipes of tpu-recipes only")
   where = topology.parse(recipe.where)
   offloaded = recipe.changes["model.remat"].removeprefix("offload:").split(",")
@@ -93,9 +92,7 @@ def by_schedule(name):
 
 def by_arithmetic(name):
   """The same without compiling."""
-  recipe = RECIPES[name]
-  where = topology.parse(recipe.where)
-  c = resolved(recipe)
+  c, where = plan_time.plan(name)
   sizes, counts = mesh.axis_sizes(c.mesh, where.num_devices), per_device.count(c)
   memory = memory_estimate.peak(memory_estimate.buffers(c, sizes, counts, where.chip))
   return time_estimate.seconds(c, sizes, counts, where), memory / chips.GIB

@@ -2,12 +2,12 @@
 
   python tests/benchmarks/plan_time.py [NAME...]      (needs jaxgpt[tpu], no TPU)
 
-Compiles each case below that `tests/plan/time_estimate.json` lacks for this case, libtpu and JAX,
-adds it to the file with the date, and prints the table. Given names are compiled again; several
-processes may compile different ones. An entry is that of jaxgpt at its date. A case takes 5 to 40
-minutes on one core: libtpu optimizes a program in seconds, and takes the rest to generate the code
-of each fusion, longer the wider the chip's MXU is. `tests/plan/time_estimate_test.py` compares the
-arithmetic with the file.
+Compiles each case below, and each recipe of `published_recipes.py`, that
+`tests/plan/time_estimate.json` lacks for this case, libtpu and JAX, adds it to the file with the
+date, and prints the table. Given names are compiled again; several processes may compile different
+ones. An entry is that of jaxgpt at its date. A case takes 5 to 40 minutes on one core: libtpu
+optimizes a program in seconds, and takes the rest to generate the code of each fusion, longer the
+wider the chip's MXU is. `tests/plan/time_estimate_test.py` compares the arithmetic with the file.
 """
 
 import datetime
@@ -28,10 +28,9 @@ from jaxgpt.plan import lower, per_device, report, time_estimate, topology
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from tests.benchmarks import published_recipes
 from tests.benchmarks.plan_memory import QKVA, SAVE, SAVE_O, case
+from tests.benchmarks.published_recipes import RECIPES, setting
 
-EARLY = {"mesh__compiler_options": ("xla_tpu_enable_all_experimental_scheduler_features=true",)}
 FILE = ROOT / "tests" / "plan" / "time_estimate.json"
 
 CASES = {
@@ -53,7 +52,7 @@ CASES = {
       "save:o,gate,up+offload:q,k,v,attention",
       mesh__fsdp=32,
       mesh__tensor=2,
-      **EARLY,
+      mesh__compiler_options=("xla_tpu_enable_all_experimental_scheduler_features=true",),
     ),
     case("llama2_70b", "v5p-128", 64, 4096, SAVE),
     case("llama3_8b", "v5e-256", 256, 8192, QKVA),
@@ -76,29 +75,13 @@ CASES = {
     case("llama32_3b", "v5p-32", 64, 8192, QKVA),
     case("qwen3_8b", "v5p-64", 64, 8192, SAVE),
   )
-}
+} | {name: setting(recipe) for name, recipe in RECIPES.items()}
 
 
 def plan(name):
-  """(resolved config, topology) of a case, or of a recipe of `published_recipes`."""
-  if name in published_recipes.RECIPES:
-    recipe = published_recipes.RECIPES[name]
-    where = topology.parse(recipe.where)
-    return published_recipes.resolved(recipe), where
+  """(resolved config, topology) of a case."""
   path, where, overrides = CASES[name]
   return lower.resolve(config.load(f"{ROOT}/{path}", overrides)[0]), topology.parse(where)
-
-
-def setting(name):
-  """What an entry of the file holds for: the case's own changes of the preset, and versions."""
-  if name in published_recipes.RECIPES:
-    recipe = published_recipes.RECIPES[name]
-    path, where = f"configs/llama3_8b.py:{recipe.preset}", recipe.where
-    overrides = [f"--config.{k}={v}" for k, v in published_recipes.changes(recipe).items()]
-  else:
-    path, where, overrides = CASES[name]
-  versions = {package: importlib.metadata.version(package) for package in ("libtpu", "jax")}
-  return {"config": path, "topology": where, "overrides": overrides} | versions
 
 
 def known():
@@ -112,7 +95,9 @@ def measured(name, again=False):
   Raises:
     OutOfMemory, UserError: See `lower.compile_step`.
   """
-  wanted, old = setting(name), known().get(name, {})
+  wanted = dict(zip(("config", "topology", "overrides"), CASES[name], strict=True))
+  wanted |= {package: importlib.metadata.version(package) for package in ("libtpu", "jax")}
+  old = known().get(name, {})
   if not again and {key: old.get(key) for key in wanted} == wanted:
     return old
   c, where = plan(name)
@@ -126,14 +111,14 @@ def measured(name, again=False):
     "date": datetime.date.today().isoformat(),
   }
   entries = known() | {name: entry}  # read again: another process may have added to it
-  order = {n: i for i, n in enumerate([*CASES, *published_recipes.RECIPES])}
+  order = {n: i for i, n in enumerate(CASES)}
   ordered = dict(sorted(entries.items(), key=lambda pair: order.get(pair[0], len(order))))
   FILE.write_text(json.dumps(ordered, indent=1) + "\n")
   return entry
 
 
 def main(names):
-  for name in names or [*CASES, *published_recipes.RECIPES]:
+  for name in names or CASES:
     try:
       entry = measured(name, again=bool(names))
     except (lower.OutOfMemory, UserError) as e:

@@ -2,16 +2,12 @@
 
 Step times are lines of MaxText's log in the README files of AI-Hypercomputer/tpu-recipes
 (training/trillium), with JAX 0.5.2 to 0.6.1, so older compilers than those of the estimates. Rates
-are those of the tables in MaxText's configs/tpu/v5e and v5p, in TFLOP/s a chip.
+are those of the tables in MaxText's configs/tpu/v5e and v5p, in TFLOP/s per chip.
 """
 
-import pathlib
 from typing import NamedTuple
 
-from jaxgpt import config
-from jaxgpt.plan import lower, topology
-
-ROOT = pathlib.Path(__file__).parents[2]
+from jaxgpt.plan import topology
 
 
 class Recipe(NamedTuple):
@@ -53,7 +49,7 @@ def _scaled(
   model: tuple[int, int, int, int],
   changes: dict,
 ) -> Recipe:
-  """A recipe of MaxText's own models, with rows of 2,048 tokens, from its measured TFLOP/s a chip.
+  """A recipe of MaxText's own models with rows of 2,048 tokens, from its measured TFLOP/s per chip.
 
   Its models have as many key heads as query heads, heads of 128 and 32,000 tokens. The FLOPs are
   those that MaxText counted when it published the rates: it has counted only the visible half of
@@ -63,7 +59,7 @@ def _scaled(
     source: See `Recipe`.
     where: Topology.
     rows: Rows of a chip.
-    tflops: Measured TFLOP/s of a chip.
+    tflops: Measured TFLOP/s per chip.
     model: (layers, width, heads, MLP's width).
     changes: See `Recipe`.
   """
@@ -155,19 +151,12 @@ RECIPES = {
 }
 
 
-def changes(recipe):
-  """{config key: value} of the equivalent of a recipe, its batch included."""
-  return {
+def setting(recipe: Recipe) -> tuple[str, str, list[str]]:
+  """(config, topology, overrides) of the equivalent of a recipe."""
+  changes = {
     "data.seq_len": recipe.length,
     "data.batch_size": recipe.rows * topology.parse(recipe.where).num_devices,
     **recipe.changes,
   }
-
-
-def resolved(recipe):
-  """The config of the equivalent of a recipe."""
-  loaded, _ = config.load(
-    f"{ROOT}/configs/llama3_8b.py:{recipe.preset}",
-    [f"--config.{key}={value}" for key, value in changes(recipe).items()],
-  )
-  return lower.resolve(loaded)
+  overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+  return f"configs/llama3_8b.py:{recipe.preset}", recipe.where, overrides

@@ -330,11 +330,14 @@ def test_the_report_names_what_is_assumed():
     "overlapped_bytes": 0.0,
     "between_bytes": 0.0,
     "host_bytes": {},
+    "remat": "save:q,k,v",
     "assumed_trips": {"while.3": 1},
   }
   assert any("how often loops run; assumed: while.3 x 1" in line for line in report._time_lines(f))
   known = "\n".join(report._time_lines(f | {"assumed_trips": {}}))
-  assert "how often" not in known
+  assert "how often" not in known and "host" not in known
+  hidden = "\n".join(report._time_lines(f | {"remat": "save:up+offload:q,k,v"}))
+  assert "transfers were not found in the program, and are not counted" in hidden
   row = {"opcode": "ragged-all-to-all", "dtype": "bf16", "phase": "exposed", "calls": 1}
   lines = list(report._collective_lines({"collectives": [row | {"bytes": 2e6}]}))
   assert lines[-1].endswith("0.002 GB at an even load")

@@ -15,7 +15,7 @@ from tests.model.attention.attention_test import inputs
 
 
 def sums(fn, *args):
-  """Shapes of what a function and the functions that it calls add up along one axis."""
+  """Shapes of the arrays that a function, and the functions that it calls, sum along one axis."""
 
   def of(jaxpr):
     for step in jaxpr.eqns:
