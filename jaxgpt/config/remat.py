@@ -13,7 +13,8 @@ POLICIES = {
 }
 # Activations of a layer that 'save:' and 'offload:' can name. The model marks each of them with
 # `jax.ad_checkpoint.checkpoint_name`.
-QKV = ("q", "k", "v")  # after the rotary embedding
+# After the rotary embedding, or before the norm of `model.qk_norm`, whose gradient needs its input.
+QKV = ("q", "k", "v")
 ATTENTION = "attention"  # output of the softmax; its kernels add their softmax statistics
 O = "o"  # noqa: E741  output of the attention layer
 GATE, UP, DOWN = "gate", "up", "down"  # of the MLP, before its activation function

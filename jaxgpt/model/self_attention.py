@@ -5,6 +5,7 @@ head, C compressed size (latent attention).
 """
 
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from jaxgpt.model.attention.spec import Spec
 from jaxgpt.model.kv_cache import LayerCache
 from jaxgpt.model.layer_inputs import KindInputs, LayerInputs
 from jaxgpt.model.layers import Module, Norm
-from jaxgpt.parallel.sharding import Rules
+from jaxgpt.parallel.sharding import Axes, Rules
 
 Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
 
@@ -69,11 +70,15 @@ class Attention(Module):
     else:
       make = self._latent_qkv if cfg.latent.kv_rank else self._qkv
       q, k, v = make(x_BTD, here, lora_key)
+      size = v.shape[-1]
+      (q, k, v), spec = attention.prepared(self.form, (q, k, v), spec)
+      named = QKV if cfg.qk_norm == "none" else QKV[2:]
+      q, k, v = mark((q, k, v), self.rules, named, heads_first=self.form == "splash")
       if self.is_mutable_collection(qk_clip.LARGEST) and not self.is_initializing():
         q_now, k_now = jax.lax.stop_gradient((q, k))
         logits_N = qk_clip.largest_logits(q_now, k_now, inputs.segments, spec)
         self.sow(qk_clip.LARGEST, qk_clip.LARGEST, logits_N)
-      out = self.mix(q, k, v, here.mask, inputs.segments, spec)
+      out = self.mix(q, k, v, here.mask, inputs.segments, spec)[..., :size]
     out = self.tap("heads", out)
     _, _, N, H = out.shape
     shape, axes = (N, H, cfg.width), ("heads", "head_dim", "embed")
@@ -131,18 +136,19 @@ class Attention(Module):
       for name, heads in zip(QKV, (of_q, of_kv, of_kv), strict=True)
     )
     if cfg.qk_norm != "none":
+      q, k = (checkpoint_name(x, name) for x, name in zip((q, k), QKV[:2], strict=True))
       q, k = self._normed("q_norm", q), self._normed("k_norm", k)
     if here.rotary is not None:
       rotate = functools.partial(rope.rotate, by_matmul=self.form == "splash")
       q, k = (rotate(x, *here.rotary) for x in (q, k))
-    return mark((q, k, v), self.rules)
+    return q, k, v
 
   def _paged(
     self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache, spec: Spec
   ) -> tuple[jax.Array, LayerCache]:
     """Attention over a paged cache: (out [B, T, N, H], the cache)."""
     assert inputs.call is not None
-    q, k, v = self._qkv(x_BTD, inputs.kinds[self.kind], None)
+    q, k, v = mark(self._qkv(x_BTD, inputs.kinds[self.kind], None), self.rules)
     cache = {name: paged.write(cache[name], x, inputs.call) for name, x in (("k", k), ("v", v))}
     cache = jax.tree.map(self._pinned, cache)
     out = paged.attend(
@@ -188,10 +194,10 @@ class Attention(Module):
     q, latent_BTC, shared_key = self._compressed(x_BTD, here, key)
     cfg, lat, N = self.cfg, self.cfg.latent, self.cfg.num_heads
     R, plain = lat.rope_dim, cfg.head_dim - lat.rope_dim
-    k = self._heads("k", latent_BTC, ("heads", N, plain), key, "rank")
-    v = self._heads("v", latent_BTC, ("heads", N, lat.v_dim), key, "rank")
+    k = self._heads("k", latent_BTC, ("heads", N, plain), key, "latent")
+    v = self._heads("v", latent_BTC, ("heads", N, lat.v_dim), key, "latent")
     k = jnp.concatenate([k, jnp.broadcast_to(shared_key, (*k.shape[:3], R))], -1)
-    return mark((q, k, v), self.rules)
+    return q, k, v
 
   def _compressed(
     self, x_BTD: jax.Array, here: KindInputs, key: jax.Array | None
@@ -206,7 +212,7 @@ class Attention(Module):
     if lat.q_rank:
       x_BTC = down("q_down", x_BTD, (D, lat.q_rank))
       x_BTC = Norm(cfg, "rmsnorm", lat.q_rank, lat.norm_eps, name="q_down_norm")(x_BTC)
-    q_axis = "rank" if lat.q_rank else "embed"
+    q_axis = "latent" if lat.q_rank else "embed"
     q = self._heads("q", x_BTC, ("heads", N, cfg.head_dim), key, q_axis)
     compressed = down("kv_down", x_BTD, (D, lat.kv_rank + R))
     norm = Norm(cfg, "rmsnorm", lat.kv_rank, lat.norm_eps, name="kv_down_norm")
@@ -233,7 +239,7 @@ class Attention(Module):
     assert inputs.call is not None and not lora.adapts(cfg.lora, "k")
     C, plain = lat.kv_rank, cfg.head_dim - lat.rope_dim
     q, latent_BTC, shared_key = self._compressed(x_BTD, inputs.kinds[self.kind], None)
-    axes = ("rank", "heads", "head_dim")
+    axes = ("latent", "heads", "head_dim")
     w_k = self.weight("k", (C, N, plain), axes, cfg.init_std).astype(self.dtype)
     w_v = self.weight("v", (C, N, lat.v_dim), axes, cfg.init_std).astype(self.dtype)
     queries = [jnp.einsum("BTNH,CNH->BTNC", q[..., :plain], w_k), q[..., plain:]]
@@ -252,10 +258,26 @@ class Attention(Module):
     return out, {"latent": pool}
 
 
-def mark(qkv: Heads, rules: Rules) -> Heads:
-  """Pins queries, keys and values to the mesh, and names them for remat policies."""
-  q, k, v = (
-    checkpoint_name(rules.constrain(x, "batch", "length", "act_heads", None), name)
-    for x, name in zip(qkv, QKV, strict=True)
-  )
+def mark(
+  qkv: Heads, rules: Rules, named: Sequence[str] = QKV, *, heads_first: bool = False
+) -> Heads:
+  """Pins queries, keys and values to the mesh, and names them for remat policies.
+
+  Args:
+    qkv: Each [B, T, heads, H].
+    rules: Logical axis rules.
+    named: Those that get their name here.
+    heads_first: Whether to do so as [B, heads, T, H], which TPU kernels read. What a policy saves
+      goes into the kernel of the backward pass as it is, and would be transposed otherwise.
+  """
+  axes: Axes = ("batch", "length", "act_heads", None)
+  turned = lambda x: x
+  if heads_first:
+    axes, turned = ("batch", "act_heads", "length", None), lambda x: x.swapaxes(1, 2)
+
+  def one(x: jax.Array, name: str) -> jax.Array:
+    x = rules.constrain(turned(x), *axes)
+    return turned(checkpoint_name(x, name) if name in named else x)
+
+  q, k, v = map(one, qkv, QKV)
   return q, k, v

@@ -80,7 +80,7 @@ class Chip:
     torus: Dimensions of the interconnect, 2 or 3, or 0 for GPUs.
     cores: Cores per chip, as counted in topology names such as 'v5p-128'.
     devices: Devices per chip.
-    matmul_rate: Fraction of the peak that matmuls reach in compiled models, for
+    matmul_rate: Fraction of the peak that matmuls reach while they do not wait for memory, for
       `plan.time_estimate`.
     overlaps_gathers: Whether the compiler overlaps weight all-gathers with compute.
     xla_options: XLA options of the train step. `mesh.compiler_options` override them.
@@ -105,7 +105,7 @@ class Chip:
   torus: int = 0
   cores: int = 1
   devices: int = 1
-  matmul_rate: float = 0.95
+  matmul_rate: float = 1.0
   overlaps_gathers: bool = False
   xla_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
   attention_block: int = _DEFAULT_ATTENTION_BLOCK
@@ -265,7 +265,7 @@ register(
     dcn_bandwidth=6.2e9,
     host_bandwidth=32e9,
     torus=2,
-    matmul_rate=0.82,
+    matmul_rate=0.97,
     xla_options=_tpu_options(98_304),
     libtpu="v6e",
   )

@@ -113,7 +113,7 @@ def is_axes(x: Any) -> bool:
 def is_weight(axes: Axes) -> bool:
   """Whether a parameter with these logical axes is a weight, as opposed to a bias or norm scale."""
   inner = [a for a in axes if a != "layers"]
-  return ("embed" in inner or "rank" in inner) and len(inner) > 1
+  return bool({"embed", "latent", "rank"} & set(inner)) and len(inner) > 1
 
 
 def params_shardings(axes: PyTree, shapes: PyTree, mesh: AnyMesh, rules: Rules) -> PyTree:

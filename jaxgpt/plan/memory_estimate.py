@@ -191,14 +191,23 @@ def _head_buffers(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Ite
   )
   if 0 < c.objective.loss_chunk < tokens:
     tokens, rows = c.objective.loss_chunk, f"{c.objective.loss_chunk}"
-    # Computed together with the loss, and scaled after the layers' backward pass.
+    # Computed together with the loss. It is scattered before the layers' backward pass, or, if the
+    # table of embeddings is the head, after it, together with the gradient of the lookup.
     yield Buffer(
       "head/weight (gathered, and gradient)",
-      "logits",
+      "logits" if m.tie_embeddings else "head",
       f"[{m.width},{vocab:g}]",
       weight * (4 + itemsize),
       "mesh.tensor",
     )
+    if not m.tie_embeddings:
+      yield Buffer(
+        "head/weight (gradient of this device)",
+        "logits",
+        f"[{m.width / sizes['fsdp']:g},{vocab:g}]",
+        weight * 4 / sizes["fsdp"],
+        "mesh.fsdp, mesh.tensor",
+      )
     kind = "head"
   else:
     # XLA computes the gradient of the head's weight at once (v5e, v6e), or after the layers'

@@ -306,11 +306,17 @@ def widths(
 
 def layer_weights(m: ml_collections.ConfigDict) -> dict[str, float]:
   """Entries of the weights that produce each named activation, as far as a token uses them."""
-  w = widths(m)
+  w, latent = widths(m), m.latent
+  q, k, v = (m.width * w[name] for name in QKV)
+  if latent.kv_rank:  # keys and values of all heads come from one compressed vector
+    plain = m.num_heads * (m.head_dim - latent.rope_dim)
+    k = m.width * (latent.kv_rank + latent.rope_dim) + latent.kv_rank * plain
+    v = latent.kv_rank * w["v"]
+    q = latent.q_rank * (m.width + w["q"]) if latent.q_rank else q
   return {
-    "q": m.width * w["q"],
-    "k": m.width * w["k"],
-    "v": m.width * w["v"],
+    "q": q,
+    "k": k,
+    "v": v,
     "o": w["attention"] * m.width,
     "gate": m.width * w["gate"],
     "up": m.width * w["up"],

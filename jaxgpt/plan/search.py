@@ -21,6 +21,7 @@ from jaxgpt.parallel.chips import GIB
 from jaxgpt.plan import lower, memory_estimate, per_device, report, time_estimate
 from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.topology import Topology
+from jaxgpt.training import objectives
 
 REMATS = (  # each saves more than the one before it
   "full",
@@ -39,6 +40,7 @@ OFFLOADS = (  # more rows fit with these
   "save:gate,up+offload:q,k,v,attention",
   "save:q,k,v,attention,gate,up+offload:input",
   "save:attention,gate,up+offload:input,q,k,v",
+  "save:attention,up+offload:q,k,v",
   "save:attention,o,gate,up+offload:q,k,v",
   "save:o,gate,up+offload:q,k,v,attention",
 )
@@ -49,6 +51,7 @@ _SEQ_UNIT = 256  # fewest tokens of a row per device
 _EXPERTS = (1, 2, 4, 8, 16)
 _STAGES = (1, 2, 4)
 _ALONE = tuple((rows, 1) for rows in (1, 2, 3, 4, 6, 8, 12, 16))  # (rows, microbatches)
+_LOSS_CHUNK = 2048  # `objective.loss_chunk` where the plan would not fit with whole logits
 _FINALISTS = 6
 _SLACK = 1.02  # the arithmetic is off by a few percent, so up to this factor is still compiled
 
@@ -201,14 +204,22 @@ def candidates(
       if c.eval.batch_size == c.data.batch_size or c.eval.batch_size % shards:
         changes["eval.batch_size"] = batch
       try:
-        found.append(_estimated(changed(c, changes), changes, sizes, counts, topology))
+        one = _estimated(changed(c, changes), changes, sizes, counts, topology)
+        if one.bytes > _limit(topology) * _SLACK and _takes_chunks(one.c, sizes):
+          changes |= {"objective.loss_chunk": _LOSS_CHUNK}
+          one = _estimated(changed(c, changes), changes, sizes, counts, topology)
       except UserError:  # such as a layer pattern that does not suit the mesh
         continue
-  return sorted(found, key=lambda one: (one.merit, len(_offloaded(one))))
+      found.append(one)
+  offloaded = lambda one: activations(one.c.model.remat).offloaded
+  return sorted(found, key=lambda one: (one.merit, len(offloaded(one))))
 
 
-def _offloaded(one: Candidate) -> tuple[str, ...]:
-  return activations(one.c.model.remat).offloaded
+def _takes_chunks(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> bool:
+  """Whether the loss can be computed in chunks of `_LOSS_CHUNK` tokens and is not yet."""
+  tokens = per_device.share(c, sizes).tokens
+  able = objectives.find(c).loss_chunk and not c.objective.loss_chunk
+  return able and c.model.head == "lm" and tokens > _LOSS_CHUNK
 
 
 def _rows(batch_size: int, shards: int) -> list[tuple[int, int]]:
@@ -223,11 +234,6 @@ def _of_pipelines(c: ml_collections.ConfigDict) -> dict[str, Any]:
   """Changes for a mesh without stages: training refuses keys of pipelines that have no effect."""
   defaults = {"stage_repeats": 1, "stage_microbatches": 0}
   return {f"mesh.{key}": value for key, value in defaults.items() if c.mesh[key] != value}
-
-
-def _assumes_kernels(c: ml_collections.ConfigDict, topology: Topology) -> bool:
-  sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)
-  return time_estimate.assumes_kernels(c, sizes, topology)
 
 
 def _estimated(
@@ -324,7 +330,7 @@ def search(
     f"{len(found)} candidates, {sum(1 for one in found if one.bytes <= limit)} should fit; "
     f"compiling {len(chosen)}" + (" and one that should not" if beyond else "")
   )
-  assumed = [one for one in chosen if _assumes_kernels(one.c, topology)]
+  assumed = [one for one in chosen if time_estimate.assumes_kernels(one.c, topology)]
   if assumed:
     say(
       f"attention kernels are ranked at {ASSUMED_RATE:.0%} of peak in {len(assumed)} of these: no "
@@ -420,8 +426,10 @@ def describe(changes: Mapping[str, Any]) -> str:
   rows = changes["data.batch_size"] // changes["optim.accumulate"]
   rows //= mesh_lib.num_batch_shards(sizes)
   again = f" x {changes['optim.accumulate']}" if changes["optim.accumulate"] > 1 else ""
-  return f"{axes or 'one device'}, {rows}{again} rows, {changes['model.remat']}" + (
-    f", materialize {changes['model.materialize']}" if "model.materialize" in changes else ""
+  return f"{axes or 'one device'}, {rows}{again} rows, {changes['model.remat']}" + "".join(
+    f", {key.partition('.')[2]} {changes[key]}"
+    for key in ("objective.loss_chunk", "model.materialize")
+    if key in changes
   )
 
 

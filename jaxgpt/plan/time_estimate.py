@@ -3,13 +3,16 @@
 Compiled figures decide. How far the arithmetic is from them is in `docs/benchmarks.md`.
 """
 
+import math
 from collections.abc import Mapping
 
 import ml_collections
 
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
-from jaxgpt.config.remat import INPUT, activations
+from jaxgpt.config.remat import ATTENTION, INPUT, QKV, activations
 from jaxgpt.model import fixed_models, stacks
+from jaxgpt.parallel import mesh
+from jaxgpt.parallel.chips import Chip
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
 from jaxgpt.plan.schedule import estimate
@@ -19,6 +22,12 @@ from jaxgpt.run import teacher
 from jaxgpt.training import objectives
 
 _KERNEL_BACKWARD = 3.5  # work of the backward kernels relative to the forward kernel
+
+# Share of the activations' bytes that matmuls read and write while they do not compute. It explains
+# the rates of 24 schedules from widths of 1,024 to 8,192 on v5e, v5p and v6e (docs/log.md).
+_UNHIDDEN_MATMUL_BYTES = 0.85
+
+_PIPELINED = "xla_tpu_pipeline_memory_host_transfers=true"  # in `mesh.compiler_options`
 
 # Memory traffic in units of an array of one layer. The counts were fitted to the schedules of
 # compiled programs: Llama-2-7B and Llama-3-8B on v5e, v5p and v6e (docs/log.md).
@@ -54,8 +63,9 @@ def seconds(
   pipe = stacks.pipeline_of(c, sizes)
   busy = 1 - (pipe.bubble if pipe else 0)
   saved = per_device.kept_names(c.model.remat)
-  flops = _matmul_flops(m, s, saved, tokens) + _forward_flops(c, sizes) * tokens
-  matmul = flops / (chip.clocked_flops * chip.matmul_rate) / busy
+  flops = _matmul_flops(m, s, saved, tokens)
+  matmul = _matmul_seconds(flops, tokens * _matmul_bytes(m, s, saved), chip)
+  matmul = (matmul + tokens * _forward_seconds(c, sizes, chip)) / busy
   sent = counts.sent_bytes(sizes, per_device.itemsize(m))
   gathered = sent * sizes["fsdp"] * (sizes["fsdp"] > 1)
   # A pipeline stage gathers its layers for each tick.
@@ -76,26 +86,81 @@ def seconds(
     between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
   other = tokens * _traffic_per_token(c, sizes, s) / chip.hbm_bandwidth / busy
   kernels = kernel_seconds(c, sizes, topology) / busy
-  # Activations leave for the host during the forward pass, and come back during the backward pass.
-  host = tokens * _host_bytes_per_token(m, s) / chip.host_bandwidth if chip.host_bandwidth else 0.0
-  compute = matmul + other + kernels
-  forward = compute * _forward_share(m, s, saved)
+  host = (
+    _host_waits(c, s, saved, tokens, matmul + other + kernels, chip) if chip.host_bandwidth else 0.0
+  )
   return {
     "matmul": matmul,
     "other": other,
     "kernels": kernels,
     "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
     "between": between,
-    "host": max(host - forward, 0) + max(host - (compute - forward), 0),
+    "host": host,
   }
 
 
-def _host_bytes_per_token(m: ml_collections.ConfigDict, s: Share) -> float:
-  """Bytes per token that a device moves to the host's memory, and later back."""
-  widths, names = per_device.widths(m), activations(m.remat).offloaded
-  on_device = sum(widths[n] / s.shards(n) for n in names if n != INPUT)
-  on_device += m.width / s.residual * (INPUT in names)
-  return m.num_layers * per_device.itemsize(m) * on_device
+def _host_waits(
+  c: ml_collections.ConfigDict,
+  s: Share,
+  saved: tuple[str, ...],
+  tokens: float,
+  compute: float,
+  chip: Chip,
+) -> float:
+  """Seconds that a step waits for activations on their way to the host's memory and back.
+
+  An activation leaves after its matmul, those that attention reads after its kernel, and has time
+  until the end of its layer. It comes back from the start of its layer's backward pass to its first
+  use. If the loops are pipelined, other layers hide the transfers too.
+
+  Args:
+    c: A resolved config.
+    s: Shares of a device.
+    saved: Activations that are kept, from `per_device.kept_names`.
+    tokens: Tokens of a device in a step.
+    compute: Seconds of compute in a step.
+    chip: Its rates.
+  """
+  m, widths, names = c.model, per_device.widths(c.model), activations(c.model.remat).offloaded
+  each = m.num_layers * tokens * per_device.itemsize(m) / chip.host_bandwidth
+  moves = {n: each * widths[n] / s.shards(n) for n in names if n != INPUT}
+  if INPUT in names:
+    moves[INPUT] = each * m.width / s.residual
+  if _PIPELINED in c.mesh.compiler_options:
+    forward = compute * _forward_share(m, s, saved)
+    return sum(max(sum(moves.values()) - hides, 0) for hides in (forward, compute - forward))
+  of_weight = 2 * m.num_layers * tokens / chip.clocked_flops
+  took = {name: of_weight * count for name, count in _weights(m, s).items()}
+  of_mlp = took["gate"] + took["up"] + took["down"]
+  again = sum(took[n] for n in ("gate", "up") if n not in saved)
+  attention = (*QKV, ATTENTION)
+  # Seconds of matmuls after an activation in the forward pass, and before it in the backward pass.
+  after = dict.fromkeys(attention, took["o"] + of_mlp) | {INPUT: sum(took.values()), "o": of_mlp}
+  after |= {"gate": took["up"] + took["down"], "up": took["gate"] + took["down"], "down": 0.0}
+  before = dict.fromkeys(attention, 2 * of_mlp + again)
+  before |= dict.fromkeys(("gate", "up"), took["down"] + again)
+  before |= dict.fromkeys((INPUT, "o", "down"), 0.0)
+  return _waits(moves, after, to_host=True) + _waits(moves, before, to_host=False)
+
+
+def _waits(moves: Mapping[str, float], hides: Mapping[str, float], to_host: bool) -> float:
+  """Seconds for which transfers, one after the other, take longer than the compute that hides them.
+
+  Args:
+    moves: {activation: seconds of its transfer}.
+    hides: {activation: seconds of compute}, which end together for transfers to the host, and start
+      together for those from the host.
+    to_host: The direction.
+  """
+  now, waited = -math.inf if to_host else 0.0, 0.0
+  for name in sorted(moves, key=lambda name: hides[name], reverse=to_host):
+    if to_host:  # all have to be there at 0
+      now = max(now, -hides[name]) + moves[name]
+      waited = max(now, 0.0)
+    else:
+      now += moves[name]
+      waited = max(waited, now - hides[name])
+  return waited
 
 
 def _all_reduces(sizes: Mapping[str, int], topology: Topology) -> bool:
@@ -124,10 +189,9 @@ def kernel_seconds(
   return own
 
 
-def assumes_kernels(
-  c: ml_collections.ConfigDict, sizes: Mapping[str, int], topology: Topology
-) -> bool:
+def assumes_kernels(c: ml_collections.ConfigDict, topology: Topology) -> bool:
   """Whether the kernels' seconds are assumed, because no blocks are measured for them."""
+  sizes = mesh.axis_sizes(c.mesh, topology.num_devices)
   return topology.chip is not None and estimate.seconds(c, sizes, topology.chip) is None
 
 
@@ -163,13 +227,21 @@ def _fixed_models(c: ml_collections.ConfigDict) -> list[ml_collections.ConfigDic
   return [of[name]() for name in names]
 
 
-def _forward_flops(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
-  """FLOPs per token of a device's matmuls in further forward passes: fixed models, and a cache."""
+def _matmul_seconds(flops: float, bytes_: float, chip: Chip) -> float:
+  """Seconds of matmuls by their FLOPs, and by the bytes of activations that they read and write."""
+  unhidden = _UNHIDDEN_MATMUL_BYTES * bytes_ / chip.hbm_bandwidth
+  return flops / (chip.clocked_flops * chip.matmul_rate) + unhidden
+
+
+def _forward_seconds(c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip) -> float:
+  """Seconds per token of matmuls in further forward passes: fixed models, and a gradient cache."""
   out = 0.0
   for one in _fixed_models(c) + [c] * _gradient_cache(c):
     m, s = one.model, per_device.share(one, sizes)
     head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
-    out += 2 * (m.num_layers * sum(_weights(m, s).values()) + head)
+    flops = 2 * (m.num_layers * sum(_weights(m, s).values()) + head)
+    bytes_ = m.num_layers * per_device.itemsize(m) * sum(_matmul_numbers(m, s).values())
+    out += _matmul_seconds(flops, bytes_, chip)
   return out
 
 
@@ -199,6 +271,24 @@ def _forward_share(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...
   return forward / _matmul_flops(m, s, saved, 1.0)
 
 
+def _matmul_bytes(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...]) -> float:
+  """Bytes per token that the layers' matmuls read and write in a step, weights left out."""
+  numbers = _matmul_numbers(m, s)
+  again = sum(numbers[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in saved)
+  return m.num_layers * per_device.itemsize(m) * (3 * sum(numbers.values()) + again)
+
+
+def _matmul_numbers(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:
+  """Numbers per token that a device's matmul of each activation reads and writes, for one layer."""
+  w = per_device.widths(m)
+  copies = w["up"] / (m.moe.width if m.moe.experts else m.mlp_width)  # experts of a token
+  into = dict.fromkeys(QKV, m.width) | {"o": w["attention"] / s.heads}
+  into |= dict.fromkeys(("gate", "up"), copies * m.width) | {"down": w["up"] / s.mlp}
+  out = {name: w[name] / s.shards(name) for name in (*QKV, "gate", "up")}
+  out |= {"o": m.width, "down": copies * m.width}
+  return {name: into[name] + out[name] for name in into}
+
+
 def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share) -> float:
   """Bytes per token that are read and written outside matmuls and kernels."""
   m, itemsize, widths = c.model, per_device.itemsize(c.model), per_device.widths(c.model)
@@ -209,8 +299,14 @@ def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s
     each += itemsize * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)
   if sizes["seq"] > 1:  # partial outputs are added up, and so are partial gradients
     each += 4 * widths["q"] / s.heads * (_RING_PASSES[0] + _RING_PASSES[1] * (sizes["seq"] - 1))
-  # Logits are written once in the forward pass, read and written again in the backward pass.
-  return m.num_layers * each + (4 * 4 * m.vocab_size / s.vocab if m.head == "lm" else 0)
+  if m.head != "lm":
+    return m.num_layers * each
+  # Logits are written once in the forward pass, read and written again in the backward pass. For
+  # each chunk of them, the gradient of the head's weight is read and written.
+  logits = 4 * 4 * m.vocab_size / s.vocab
+  if chunk := c.objective.loss_chunk:
+    logits += 2 * 4 * m.width * m.vocab_size / s.vocab / chunk
+  return m.num_layers * each + logits
 
 
 def _activation_bytes_between_devices(

@@ -281,7 +281,7 @@ def matrix_axes(axes: Axes) -> tuple[Dims, Dims] | None:
   """
   if "layers" not in axes or "router" in axes or not sharding.is_weight(axes):
     return None
-  hub = axes.index("embed" if "embed" in axes else "rank")
+  hub = axes.index(next(name for name in ("embed", "latent", "rank") if name in axes))
   others = tuple(i for i, a in enumerate(axes) if a not in ("layers", "experts") and i != hub)
   return ((hub,), others) if hub < others[0] else (others, (hub,))
 

@@ -51,6 +51,7 @@ _V5P = [
 ]
 _V5P.append("--xla_tpu_megacore_fusion_allow_ags=false")
 V6E = [f"--{name}=true" for name in (*_COMMON, "xla_tpu_enable_ag_backward_pipelining")]
+_V5P_EXPERTS = [*_V5P, "--xla_tpu_scoped_vmem_limit_kib=81920"]
 _V6E_EXPERTS = [*V6E, "--xla_tpu_scoped_vmem_limit_kib=81920"]
 
 
@@ -167,6 +168,16 @@ WORKLOADS = {
     Plan(3, "save:attention"),
     _V5E,
     name="deepseek2-16b",
+  ),
+  "v5p_mixtral": Workload(
+    "mixtral_8x7b",
+    "v5p-128",
+    4096,
+    (36, "full"),
+    "full",
+    Plan(3, "save:q,k,v,attention,o,gate,up", expert=8),
+    _V5P_EXPERTS,
+    changes=(("model.moe.capacity", 1.25),),
   ),
 }
 

@@ -56,6 +56,15 @@ CASES = {
     ),
     case("llama2_70b", "v5p-128", 64, 4096, SAVE),
     case("llama3_8b", "v5e-256", 256, 8192, QKVA),
+    case("llama3_8b", "v5e-256", 256, 8192, "save:attention,o+offload:q,k,v"),
+    case(
+      "llama3_8b",
+      "v5e-256",
+      256,
+      8192,
+      "save:attention,up+offload:q,k,v",
+      objective__loss_chunk=2048,
+    ),
     case("llama3_8b,tensor", "v5e-256", 128, 8192, SAVE_O, mesh__fsdp=128, mesh__tensor=2),
     case(
       "llama31_8b,seq tensor",
@@ -71,7 +80,7 @@ CASES = {
     case("llama31_8b,seq", "v6e-64", 32, 32768, QKVA, mesh__fsdp=32, mesh__seq=2),
     case("llama32_1b", "v5e-16", 16, 4096, "full"),
     case("llama32_1b", "v5e-16", 32, 4096, QKVA),
-    case("qwen3_0_6b", "v5e-16", 64, 4096, QKVA),
+    case("qwen3_0_6b", "v5e-16", 32, 4096, QKVA),
     case("llama32_3b", "v5p-32", 64, 8192, QKVA),
     case("qwen3_8b", "v5p-64", 64, 8192, SAVE),
   )

@@ -394,6 +394,18 @@ def test_remat_and_unrolling_do_not_change_gradients(remat):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
+@pytest.mark.parametrize("qk_norm", ["none", "head", "all"])
+def test_saved_queries_and_keys_are_not_computed_again(qk_norm):
+  tokens, positions = tokens_and_positions()
+
+  def products(remat):
+    model, params = make(**STYLES["llama"] | dict(qk_norm=qk_norm, remat=remat))
+    loss = lambda p: jnp.square(logits_of(model, p, tokens, positions)).mean()
+    return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+  assert products("save:v") - products("save:q,k,v") == 2
+
+
 def test_offloaded_activations_go_to_the_host_and_back():
   tokens, positions = tokens_and_positions()
 

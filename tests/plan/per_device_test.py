@@ -1,6 +1,7 @@
 """Weights and activations per device: mixed layers, codes, pairs, and experts over mesh axes."""
 
 import json
+import math
 
 import pytest
 
@@ -151,3 +152,18 @@ def test_devices_with_the_same_tokens_have_room_for_the_rows_of_all():
   by_expert, own = resolved("mixtral_8x7b", *flags), sizes(expert=4)
   room = per_device.expert_room(by_expert, own)
   assert per_device.grouped_room(by_expert, own) == room > 1
+
+
+@pytest.mark.parametrize(
+  "preset", ["llama3_8b", "gemma2_9b", "mixtral_8x7b", "deepseek_v2_lite", "deepseek_v3"]
+)
+def test_weights_by_activation_are_those_that_a_token_uses(preset):
+  c = resolved(preset)
+  moe, of_layers = c.model.moe, 0
+  for weight in per_device.count(c).layers:
+    size = math.prod(weight.shape)
+    matrix = len(weight.shape) > 2 and not (moe.experts and weight.shape[-1] == moe.experts)
+    if matrix:  # no vector, and not the router
+      of_layers += size * moe.per_token / moe.experts if "expert" in weight.mesh_axes else size
+  found = sum(per_device.layer_weights(c.model).values()) * c.model.num_layers
+  assert found == pytest.approx(of_layers, rel=1e-6)

@@ -46,6 +46,11 @@ RULES = Section(
     experts=_rule("expert", "Parameters and activations: experts.", conditions.EXPERTS),
     router=_rule("none", "Parameters: columns of a router.", conditions.EXPERTS),
     rank=_rule("none", "Parameters: ranks of LoRA and latent attention.", conditions.RANKS),
+    latent=_rule(
+      "fsdp",
+      "Parameters: the rank of latent attention where queries, keys and values are made of it.",
+      above_0("model.latent.kv_rank"),
+    ),
     labels=_rule("none", "Parameters: classes of a classifier.", conditions.HAS_CLASSES),
     residual_length=_rule(
       "seq,tensor", "Activations between blocks: tokens of a row (sequence parallelism)."

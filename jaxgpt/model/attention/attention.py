@@ -28,6 +28,29 @@ def needs_mask(form: str, length: int) -> bool:
   return form != "splash" and token_order.num_shards(length) == 1
 
 
+def prepared(
+  form: str, qkv: tuple[jax.Array, ...], spec: Spec
+) -> tuple[tuple[jax.Array, ...], Spec]:
+  """Queries, keys and values as the kernels of a form read them: scaled and padded for 'splash'.
+
+  Done before remat policies save them. After that, the backward pass would do it again.
+
+  Args:
+    form: One of `choose.FORMS`.
+    qkv: Queries [B, T, N, H], keys and values [B, T, K, H].
+    spec: Options.
+
+  Returns:
+    (qkv, spec) for `attend`. Its result has the padding of the values.
+  """
+  if form != "splash":
+    return qkv, spec
+  q, k, v = qkv
+  qkv = q * spec.scale, k, v
+  whole = token_order.num_shards(q.shape[1]) == 1  # others would send the padding to each other
+  return splash.padded(*qkv) if whole else qkv, spec._replace(scale=1.0)
+
+
 def attend(
   form: str,
   q_BTNH: jax.Array,

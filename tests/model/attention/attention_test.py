@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from jaxgpt import config
+from jaxgpt.model import self_attention
 from jaxgpt.model.attention import attention, batched, masks, reference
 from jaxgpt.model.attention.kernels import splash
 from jaxgpt.model.attention.spec import Spec
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.parallel import sharding
 from tests import quick
 
 
@@ -108,6 +110,37 @@ def test_splash_agrees_with_the_reference(fields):
   got = both(lambda q, k, v: splash.attention(q, k, v, segments, spec))
   want = both(lambda q, k, v: reference.attention(q, k, v, mask, scale=0.3, softcap=spec.softcap))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+
+
+def test_heads_prepared_for_splash_agree_with_the_reference():
+  T = 128
+  q, k, v, _ = inputs(T=T)
+  segments = jnp.ones((2, T), jnp.int32)
+  spec = Spec(scale=0.3, causal=True, interpret=True)
+
+  def splash_out(*qkv):
+    ready, without_scale = attention.prepared("splash", qkv, spec)
+    assert all(x.shape[-1] == splash.LANES for x in ready)
+    out = attention.attend("splash", *ready, None, segments, without_scale)
+    return out[..., : v.shape[-1]]
+
+  mask = masks.visible(segments, causal=True)
+  want = lambda *qkv: reference.attention(*qkv, mask, scale=0.3)
+  of = lambda f: jax.value_and_grad(lambda *qkv: jnp.sin(f(*qkv)).sum(), (0, 1, 2))(q, k, v)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), of(splash_out), of(want))
+
+
+def test_heads_for_splash_are_saved_as_its_kernels_read_them():
+  q = inputs()[0]
+
+  def saved(heads_first):
+    mark = functools.partial(self_attention.mark, rules=sharding.DEFAULT, heads_first=heads_first)
+    program = jax.make_jaxpr(lambda x: mark((x, 2 * x, 3 * x)))(q)
+    return [e.outvars[0].aval.shape for e in program.eqns if e.primitive.name == "name"]
+
+  B, T, N, H = q.shape
+  assert saved(True) == [(B, N, T, H)] * 3
+  assert saved(False) == [(B, T, N, H)] * 3
 
 
 def test_splash_under_a_mesh():

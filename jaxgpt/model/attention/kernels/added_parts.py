@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -55,8 +56,16 @@ def _run(traced: core.ClosedJaxpr, args: Sequence[jax.Array]) -> list[jax.Array]
 
 
 def _sum(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """The sum in a wider dtype. Slices are converted, since XLA would store all of them converted."""
-  one = lambda i: jax.lax.index_in_dim(parts, i, keepdims=False).astype(dtype)
+  """The sum in a wider dtype. Slices are converted, since XLA would store all of them converted.
+
+  The slices are taken of parts and heads as one dimension, which stays as the kernel wrote it. XLA
+  would make a dimension that is then dropped the outermost one, or turn tokens and heads around,
+  each time by a copy of all parts.
+  """
+  heads = parts.shape[1]
+  merged = parts.reshape(-1, *parts.shape[2:])
+  merged = with_layout_constraint(merged, Layout(tuple(range(merged.ndim))))
+  one = lambda i: jax.lax.slice_in_dim(merged, i * heads, (i + 1) * heads).astype(dtype)
   return functools.reduce(operator.add, map(one, range(parts.shape[0])))
 
 
