@@ -10,7 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+
+from jaxgpt.config.remat import MEAN_SQUARE
 
 DType = Any  # a NumPy dtype or its name
 
@@ -75,8 +78,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     [..., D] in x's dtype.
   """
   x32 = x.astype(jnp.float32)
-  y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps) * scale
-  return y.astype(x.dtype)
+  square = checkpoint_name(jnp.square(x32).mean(-1), MEAN_SQUARE)[..., None]
+  return (x32 * jax.lax.rsqrt(square + eps) * scale).astype(x.dtype)
 
 
 def times(

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt.config.remat import ATTENTION, INPUT, QKV, activations
+from jaxgpt.config.remat import ATTENTION, INPUT, MEAN_SQUARE, QKV, activations
 from jaxgpt.model.attention.kernels import cudnn
 
 # Memory kind that activations are offloaded to, which devices access directly.
@@ -53,6 +53,7 @@ def policy(remat: str, also: tuple[str, ...] = ()) -> Policy:
       'save:gate,up+offload:q,k,v'.
     also: Checkpoint names that are saved in addition.
   """
+  also = (*also, MEAN_SQUARE)
   if remat in REMAT:
     named = _POLICIES.save_only_these_names(*also)
     return _POLICIES.save_from_both_policies(REMAT[remat], named)

@@ -179,6 +179,25 @@ WORKLOADS = {
     _V5P_EXPERTS,
     changes=(("model.moe.capacity", 1.25),),
   ),
+  "v5p_deepseek": Workload(
+    "deepseek_v3",
+    "v5p-512",
+    8192,
+    (4, "custom"),
+    "offload:input",
+    Plan(1, "save:attention", expert=8),
+    _V5P_EXPERTS,
+    (
+      "decoder_layer_input=offload",
+      "megablox=false",
+      "sparse_matmul=false",
+      "capacity_factor=1.0",
+      "opt_type=adam_pax",
+      *(f"sa_block_{name}=2048" for name in ("q", "q_dkv", "q_dq")),
+    ),
+    (("model.moe.capacity", 1.0),),
+    name="deepseek3-671b",
+  ),
 }
 
 _RUN_MAXTEXT = """

@@ -83,6 +83,16 @@ CASES = {
     case("qwen3_0_6b", "v5e-16", 32, 4096, QKVA),
     case("llama32_3b", "v5p-32", 64, 8192, QKVA),
     case("qwen3_8b", "v5p-64", 64, 8192, SAVE),
+    case(
+      "mixtral_8x7b,expert",
+      "v5p-128",
+      192,
+      4096,
+      SAVE_O,
+      mesh__fsdp=8,
+      mesh__expert=8,
+      model__moe__capacity=1.25,
+    ),
   )
 } | {name: setting(recipe) for name, recipe in RECIPES.items()}
 

@@ -96,21 +96,30 @@ def test_causal_attention_computes_half_and_a_window_less():
 
 def test_activations_in_the_hosts_memory_wait_for_the_bandwidth_that_compute_does_not_hide():
   t = topology.parse("v5e-256")
+  pipelined = f"--config.mesh.compiler_options=('{time_estimate._PIPELINED}',)"
 
-  def took(remat, bandwidth):
+  def took(remat, bandwidth, *more):
     chip = dataclasses.replace(chips.CHIPS["v5e"], host_bandwidth=bandwidth)
     flags = [
       "--config.data.seq_len=2048",
       "--config.data.batch_size=512",
       f"--config.model.remat={remat}",
     ]
-    c = lower.resolve(config.load(LLAMA, flags)[0])
+    c = lower.resolve(config.load(LLAMA, [*flags, *more])[0])
     sizes = mesh.axis_sizes(c.mesh, t.num_devices)
     return time_estimate.seconds(c, sizes, per_device.count(c), t._replace(chip=chip))
 
-  moved = 32 * 2 * 2048 * 2 * (3 * 4096 + 4096)  # layers, rows, tokens, bytes; q, k, v and input
-  slow = took("offload:input,q,k,v", 1e9)
+  array = 32 * 2 * 2048 * 2 * 4096  # layers, rows, tokens, bytes, width
+  slow = took("offload:input,q,k,v", 1e9, pipelined)
   compute = slow["matmul"] + slow["other"] + slow["kernels"]
-  assert slow["host"] == pytest.approx(2 * moved / 1e9 - compute)  # one way each
-  assert took("offload:input,q,k,v", 15e9)["host"] == 0
+  assert slow["host"] == pytest.approx(2 * 4 * array / 1e9 - compute)  # one way each
+  assert took("offload:input,q,k,v", 15e9, pipelined)["host"] == 0
   assert took("offload:input,q,k,v", 0.0)["host"] == took("save:q,k,v", 1e9)["host"] == 0
+
+  # The MLP comes after o in the forward pass; the backward pass of a layer begins with o.
+  mlp = 32 * 2 * 2048 * 2 * 3 * 4096 * 11008 / chips.CHIPS["v5e"].clocked_flops
+  assert took("offload:o", 1e9)["host"] == pytest.approx(2 * array / 1e9 - mlp)
+  assert took("save:gate,up+offload:v", 1e9)["host"] == pytest.approx(
+    2 * array / 1e9 - 3 * mlp - mlp / 3 / 11008 * 4096
+  )
+  assert took("offload:up", 15e9)["host"] > took("offload:q", 15e9)["host"] == 0
