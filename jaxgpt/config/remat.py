@@ -6,20 +6,21 @@ from jaxgpt.errors import UserError, nearest
 
 POLICIES = {
   "none": "save everything, recompute nothing",
-  "full": "save only each layer's input",
+  "full": "save only each layer's input and the mean squares of its norms",
   "dots": "save the results of matmuls and attention",
   "save_qkv": "save queries, keys and values",
   "save_attention": "save queries, keys, values and attention's output",
 }
 # Activations of a layer that 'save:' and 'offload:' can name. The model marks each of them with
 # `jax.ad_checkpoint.checkpoint_name`.
-# After the rotary embedding, or before the norm of `model.qk_norm`, whose gradient needs its input.
-QKV = ("q", "k", "v")
+QKV = ("q", "k", "v")  # q and k rotated; with `model.qk_norm` before their norm
 ATTENTION = "attention"  # output of the softmax; its kernels add their softmax statistics
 O = "o"  # noqa: E741  output of the attention layer
 GATE, UP, DOWN = "gate", "up", "down"  # of the MLP, before its activation function
 ACTIVATIONS = (*QKV, ATTENTION, O, GATE, UP, DOWN)
-MEAN_SQUARE = "mean_square"  # of a token in an RMSNorm: one number, so all policies save it
+MEAN_SQUARE = (
+  "mean_square"  # one number for a token in an RMSNorm of a layer; every policy saves it
+)
 INPUT = "input"  # of a layer, which is saved unless 'offload:' names it
 
 

@@ -78,8 +78,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     [..., D] in x's dtype.
   """
   x32 = x.astype(jnp.float32)
-  square = checkpoint_name(jnp.square(x32).mean(-1), MEAN_SQUARE)[..., None]
-  return (x32 * jax.lax.rsqrt(square + eps) * scale).astype(x.dtype)
+  square = jnp.square(x32).mean(-1)
+  if x.ndim == 3:  # [B, T, D]. Those of heads are many numbers, each quickly computed.
+    square = checkpoint_name(square, MEAN_SQUARE)
+  return (x32 * jax.lax.rsqrt(square[..., None] + eps) * scale).astype(x.dtype)
 
 
 def times(

@@ -266,7 +266,7 @@ def mark(
   Args:
     qkv: Each [B, T, heads, H].
     rules: Logical axis rules.
-    named: Those that get their name here.
+    named: Names to give here.
     heads_first: Whether to do so as [B, heads, T, H], which TPU kernels read. What a policy saves
       goes into the kernel of the backward pass as it is, and would be transposed otherwise.
   """

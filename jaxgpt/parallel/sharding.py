@@ -26,6 +26,10 @@ from jaxgpt.config import mesh_rules
 from jaxgpt.errors import UserError
 from jaxgpt.tree import PyTree
 
+# Logical axes that a mesh need not divide: stacks of a few layers that are not part of a pipeline,
+# and ranks of latent attention, which divide fewer devices than the width does.
+_OPTIONAL = ("layers", "latent")
+
 AnyMesh: TypeAlias = jax.sharding.Mesh | jax.sharding.AbstractMesh
 Axes: TypeAlias = Sequence[str | None]  # a logical axis for each dimension, or None
 
@@ -127,15 +131,14 @@ def params_shardings(axes: PyTree, shapes: PyTree, mesh: AnyMesh, rules: Rules) 
 
   Raises:
     UserError: A mesh axis does not divide the dimension that it shards, or shards two dimensions.
-      Only `stage` need not divide: stacks of a few layers that are not part of a pipeline are
-      replicated over it.
+      Dimensions of `_OPTIONAL` are replicated instead.
   """
 
   def one(name: str, names: Axes, shape: jax.ShapeDtypeStruct) -> NamedSharding:
     rules.check(name, names)
     for axis, size in zip(names, shape.shape, strict=True):
       shards = rules.num_shards(mesh, axis)
-      if axis != "layers" and size % shards:
+      if axis not in _OPTIONAL and size % shards:
         sizes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in rules.mesh_axes(axis))
         raise UserError(f"{sizes} does not divide dimension {axis!r} = {size} of parameter {name}")
     return NamedSharding(mesh, rules.fitting_spec(mesh, shape.shape, names))

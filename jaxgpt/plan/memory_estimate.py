@@ -203,10 +203,10 @@ def _head_buffers(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Ite
     if not m.tie_embeddings:
       yield Buffer(
         "head/weight (gradient of this device)",
-        "logits",
+        "head",
         f"[{m.width / sizes['fsdp']:g},{vocab:g}]",
         weight * 4 / sizes["fsdp"],
-        "mesh.fsdp, mesh.tensor",
+        _MORE_SHARDS,
       )
     kind = "head"
   else:

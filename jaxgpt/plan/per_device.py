@@ -24,7 +24,7 @@ class Weight(NamedTuple):
 
   Attributes:
     shape: Its global shape.
-    mesh_axes: Mesh axes that shard it, over all dimensions.
+    mesh_axes: Mesh axes that shard each of its dimensions.
     trained: Whether the optimizer updates it.
     itemsize: Bytes of an entry, as it is stored.
     is_code: Whether it holds codes or scales of a quantized weight, see `quantized_base`. These
@@ -33,7 +33,7 @@ class Weight(NamedTuple):
   """
 
   shape: tuple[int, ...]
-  mesh_axes: tuple[str, ...]
+  mesh_axes: tuple[tuple[str, ...], ...]
   trained: bool
   itemsize: int = 4
   is_code: bool = False
@@ -47,7 +47,11 @@ class Weight(NamedTuple):
       gathered: Counts the weight after the all-gather over fsdp.
     """
     sizes = dict(sizes) | {"fsdp": 1} if gathered else sizes
-    return math.prod(self.shape) / math.prod(sizes[name] for name in self.mesh_axes)
+    held = 1.0
+    for size, names in zip(self.shape, self.mesh_axes, strict=True):
+      shards = math.prod(sizes[name] for name in names)
+      held *= size if size % shards else size / shards  # see `sharding.params_shardings`
+    return held
 
 
 class Counts(NamedTuple):
@@ -131,10 +135,9 @@ def count(c: ml_collections.ConfigDict) -> Counts:
   stacked: list[Weight] = []
   others: list[Weight] = []
   for name, x in tree.flatten(shapes).items():
-    mesh_axes: tuple[str, ...] = sum(map(rules.mesh_axes, axes[name]), ())
     weight = Weight(
       x.shape,
-      mesh_axes,
+      tuple(map(rules.mesh_axes, axes[name])),
       name in trained,
       x.dtype.itemsize,
       quantized_base.is_code(name),

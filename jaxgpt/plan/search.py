@@ -52,6 +52,7 @@ _EXPERTS = (1, 2, 4, 8, 16)
 _STAGES = (1, 2, 4)
 _ALONE = tuple((rows, 1) for rows in (1, 2, 3, 4, 6, 8, 12, 16))  # (rows, microbatches)
 _LOSS_CHUNK = 2048  # `objective.loss_chunk` where the plan would not fit with whole logits
+_OF_MEMORY = ("model.remat", "objective.loss_chunk")
 _FINALISTS = 6
 _SLACK = 1.02  # the arithmetic is off by a few percent, so up to this factor is still compiled
 
@@ -206,20 +207,19 @@ def candidates(
       try:
         one = _estimated(changed(c, changes), changes, sizes, counts, topology)
         if one.bytes > _limit(topology) * _SLACK and _takes_chunks(one.c, sizes):
-          changes |= {"objective.loss_chunk": _LOSS_CHUNK}
-          one = _estimated(changed(c, changes), changes, sizes, counts, topology)
+          changes = changes | {"objective.loss_chunk": _LOSS_CHUNK}
+          cut = _estimated(changed(c, changes), changes, sizes, counts, topology)
+          one = min(one, cut, key=lambda one: one.bytes)
       except UserError:  # such as a layer pattern that does not suit the mesh
         continue
       found.append(one)
-  offloaded = lambda one: activations(one.c.model.remat).offloaded
-  return sorted(found, key=lambda one: (one.merit, len(offloaded(one))))
+  return sorted(found, key=lambda one: (one.merit, "offload" in one.c.model.remat))
 
 
 def _takes_chunks(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> bool:
   """Whether the loss can be computed in chunks of `_LOSS_CHUNK` tokens and is not yet."""
-  tokens = per_device.share(c, sizes).tokens
   able = objectives.find(c).loss_chunk and not c.objective.loss_chunk
-  return able and c.model.head == "lm" and tokens > _LOSS_CHUNK
+  return able and per_device.share(c, sizes).tokens > _LOSS_CHUNK
 
 
 def _rows(batch_size: int, shards: int) -> list[tuple[int, int]]:
@@ -273,7 +273,7 @@ def choose(
   for one in found:
     if one.bytes <= limit * _SLACK:
       kept = frozenset(per_device.kept_names(one.c.model.remat))
-      same = groups[tuple(v for k, v in one.changes.items() if k != "model.remat")]
+      same = groups[tuple(v for k, v in one.changes.items() if k not in _OF_MEMORY)]
       same.setdefault(kept, one)
   fitting = [one for same in groups.values() for one in list(same.values())[:2]]
   beyond = [

@@ -23,11 +23,11 @@ from jaxgpt.training import objectives
 
 _KERNEL_BACKWARD = 3.5  # work of the backward kernels relative to the forward kernel
 
-# Share of the activations' bytes that matmuls read and write while they do not compute. It explains
-# the rates of 24 schedules from widths of 1,024 to 8,192 on v5e, v5p and v6e (docs/log.md).
+# Share of the activations' bytes that matmuls read and write while they do not compute. With it all
+# but one of 24 schedules of widths from 1,024 to 8,192 on v5e, v5p and v6e agree (docs/log.md).
 _UNHIDDEN_MATMUL_BYTES = 0.85
 
-_PIPELINED = "xla_tpu_pipeline_memory_host_transfers=true"  # in `mesh.compiler_options`
+_PIPELINED = "xla_tpu_pipeline_memory_host_transfers"  # libtpu's option, true if it is not given
 
 # Memory traffic in units of an array of one layer. The counts were fitted to the schedules of
 # compiled programs: Llama-2-7B and Llama-3-8B on v5e, v5p and v6e (docs/log.md).
@@ -126,7 +126,8 @@ def _host_waits(
   moves = {n: each * widths[n] / s.shards(n) for n in names if n != INPUT}
   if INPUT in names:
     moves[INPUT] = each * m.width / s.residual
-  if _PIPELINED in c.mesh.compiler_options:
+  options = dict(chip.xla_options) | dict(o.split("=", 1) for o in c.mesh.compiler_options)
+  if options.get(_PIPELINED, "true") == "true":
     forward = compute * _forward_share(m, s, saved)
     return sum(max(sum(moves.values()) - hides, 0) for hides in (forward, compute - forward))
   of_weight = 2 * m.num_layers * tokens / chip.clocked_flops
@@ -140,26 +141,33 @@ def _host_waits(
   before = dict.fromkeys(attention, 2 * of_mlp + again)
   before |= dict.fromkeys(("gate", "up"), took["down"] + again)
   before |= dict.fromkeys((INPUT, "o", "down"), 0.0)
-  return _waits(moves, after, to_host=True) + _waits(moves, before, to_host=False)
+  return _wait_to_host(moves, after) + _wait_from_host(moves, before)
 
 
-def _waits(moves: Mapping[str, float], hides: Mapping[str, float], to_host: bool) -> float:
-  """Seconds for which transfers, one after the other, take longer than the compute that hides them.
+def _wait_to_host(moves: Mapping[str, float], hides: Mapping[str, float]) -> float:
+  """Seconds that transfers to the host, one after the other, last beyond the end of their layer.
 
   Args:
     moves: {activation: seconds of its transfer}.
-    hides: {activation: seconds of compute}, which end together for transfers to the host, and start
-      together for those from the host.
-    to_host: The direction.
+    hides: {activation: seconds of compute from its start to the end of the layer}.
   """
-  now, waited = -math.inf if to_host else 0.0, 0.0
-  for name in sorted(moves, key=lambda name: hides[name], reverse=to_host):
-    if to_host:  # all have to be there at 0
-      now = max(now, -hides[name]) + moves[name]
-      waited = max(now, 0.0)
-    else:
-      now += moves[name]
-      waited = max(waited, now - hides[name])
+  now = -math.inf
+  for name in sorted(moves, key=lambda name: hides[name], reverse=True):
+    now = max(now, -hides[name]) + moves[name]
+  return max(now, 0.0)
+
+
+def _wait_from_host(moves: Mapping[str, float], hides: Mapping[str, float]) -> float:
+  """Seconds that compute waits for transfers from the host, one after the other.
+
+  Args:
+    moves: {activation: seconds of its transfer}.
+    hides: {activation: seconds of compute from the start of the layer to its first use}.
+  """
+  now, waited = 0.0, 0.0
+  for name in sorted(moves, key=lambda name: hides[name]):
+    now += moves[name]
+    waited = max(waited, now - hides[name])
   return waited
 
 
@@ -228,8 +236,11 @@ def _fixed_models(c: ml_collections.ConfigDict) -> list[ml_collections.ConfigDic
 
 
 def _matmul_seconds(flops: float, bytes_: float, chip: Chip) -> float:
-  """Seconds of matmuls by their FLOPs, and by the bytes of activations that they read and write."""
-  unhidden = _UNHIDDEN_MATMUL_BYTES * bytes_ / chip.hbm_bandwidth
+  """Seconds of matmuls by their FLOPs, and by the bytes of activations that they read and write.
+
+  The bytes count on TPUs. `matmul_rate` of GPUs includes them.
+  """
+  unhidden = 0.0 if chip.gpu else _UNHIDDEN_MATMUL_BYTES * bytes_ / chip.hbm_bandwidth
   return flops / (chip.clocked_flops * chip.matmul_rate) + unhidden
 
 
@@ -282,8 +293,10 @@ def _matmul_numbers(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:
   """Numbers per token that a device's matmul of each activation reads and writes, for one layer."""
   w = per_device.widths(m)
   copies = w["up"] / (m.moe.width if m.moe.experts else m.mlp_width)  # experts of a token
-  into = dict.fromkeys(QKV, m.width) | {"o": w["attention"] / s.heads}
-  into |= dict.fromkeys(("gate", "up"), copies * m.width) | {"down": w["up"] / s.mlp}
+  latent = m.latent
+  into = {"q": latent.q_rank or m.width, "o": w["attention"] / s.heads, "down": w["up"] / s.mlp}
+  into |= dict.fromkeys(("k", "v"), latent.kv_rank or m.width)
+  into |= {"gate": copies * m.width * m.gated, "up": copies * m.width}
   out = {name: w[name] / s.shards(name) for name in (*QKV, "gate", "up")}
   out |= {"o": m.width, "down": copies * m.width}
   return {name: into[name] + out[name] for name in into}
@@ -304,7 +317,7 @@ def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s
   # Logits are written once in the forward pass, read and written again in the backward pass. For
   # each chunk of them, the gradient of the head's weight is read and written.
   logits = 4 * 4 * m.vocab_size / s.vocab
-  if chunk := c.objective.loss_chunk:
+  if 0 < (chunk := c.objective.loss_chunk) < s.tokens:
     logits += 2 * 4 * m.width * m.vocab_size / s.vocab / chunk
   return m.num_layers * each + logits
 

@@ -57,6 +57,7 @@ CASES = {
     case("llama2_70b", "v5p-128", 64, 4096, SAVE),
     case("llama3_8b", "v5e-256", 256, 8192, QKVA),
     case("llama3_8b", "v5e-256", 256, 8192, "save:attention,o+offload:q,k,v"),
+    case("llama3_8b", "v5e-256", 256, 8192, "save:q,k,v,attention+offload:o,up"),
     case(
       "llama3_8b",
       "v5e-256",

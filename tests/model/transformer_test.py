@@ -406,6 +406,25 @@ def test_saved_queries_and_keys_are_not_computed_again(qk_norm):
   assert products("save:v") - products("save:q,k,v") == 2
 
 
+@pytest.mark.parametrize("remat", ["full", "dots", "save:q", "offload:q"])
+def test_mean_squares_of_norms_are_saved(remat):
+  tokens, positions = tokens_and_positions()
+  model, params = make(**STYLES["llama"] | dict(remat=remat))
+  loss = lambda p: jnp.square(logits_of(model, p, tokens, positions)).mean()
+  text = str(jax.make_jaxpr(jax.grad(loss))(params))
+  assert "f32[2,2,12]" in text  # a number for each layer, row and token
+
+
+def test_heads_of_splash_attention_are_saved_scaled_and_padded():
+  tokens, positions = tokens_and_positions(length=128)
+  fields = STYLES["llama"] | dict(attention="splash", max_len=128, remat="save:q")
+  model, params = make(**fields)  # of 4 heads of 8 numbers
+  run = lambda p: model.apply({"params": p}, tokens, positions).logits
+  text = str(jax.make_jaxpr(run)(params))
+  assert "f32[2,4,128,128] = name[name=q]" in text
+  assert "f32[2,2,128,128] = name[name=k]" in text
+
+
 def test_offloaded_activations_go_to_the_host_and_back():
   tokens, positions = tokens_and_positions()
 

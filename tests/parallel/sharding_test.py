@@ -1,8 +1,10 @@
-"""Which rows of a batch a process reads, for meshes over fake processes."""
+"""Which rows of a batch a process reads, over fake processes, and how weights are sharded."""
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
@@ -51,3 +53,19 @@ def test_unequal_parts_are_refused(processes):
 
 def test_one_process_holds_all():
   assert sharding.host_slice(mesh_lib.make(config.base().mesh)) == (0, 1)
+
+
+def test_only_some_dimensions_may_be_left_whole_where_the_mesh_does_not_divide_them():
+  on = mesh([0] * 4, fsdp=4)
+  of = lambda axis, size: (
+    sharding.params_shardings(
+      {"w": (axis, "head_dim")},
+      {"w": jax.ShapeDtypeStruct((size, 8), "float32")},
+      on,
+      sharding.DEFAULT,
+    )["w"].spec
+  )
+  assert of("latent", 12) == of("embed", 12) == P("fsdp", None)
+  assert of("latent", 10) == P(None, None)
+  with pytest.raises(UserError, match="mesh.fsdp=4 does not divide dimension 'embed' = 10"):
+    of("embed", 10)

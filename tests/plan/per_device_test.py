@@ -164,6 +164,14 @@ def test_weights_by_activation_are_those_that_a_token_uses(preset):
     size = math.prod(weight.shape)
     matrix = len(weight.shape) > 2 and not (moe.experts and weight.shape[-1] == moe.experts)
     if matrix:  # no vector, and not the router
-      of_layers += size * moe.per_token / moe.experts if "expert" in weight.mesh_axes else size
+      of_layers += size * moe.per_token / moe.experts if ("expert",) in weight.mesh_axes else size
   found = sum(per_device.layer_weights(c.model).values()) * c.model.num_layers
   assert found == pytest.approx(of_layers, rel=1e-6)
+
+
+def test_ranks_of_latent_attention_that_the_mesh_does_not_divide_are_held_whole():
+  counts = per_device.count(resolved("deepseek_v3"))
+  weight = next(w for w in counts.layers if w.shape[1:] == (512, 128, 128))
+  whole = math.prod(weight.shape)
+  assert weight.entries(sizes(fsdp=256)) == whole / 256
+  assert weight.entries(sizes(fsdp=448)) == whole

@@ -12,6 +12,7 @@ from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.plan import (
   lower,
+  memory_estimate,
   per_device,
   search,
   topology,
@@ -150,6 +151,22 @@ def test_a_search_ranks_what_fits_and_what_nearly_does(few_axes):
   )
   assert {one.changes["data.batch_size"] for one in kept} == {1024}
   assert {one.changes["optim.accumulate"] for one in kept} >= {1, 2, 4}
+
+
+def test_a_loss_in_chunks_is_tried_where_the_plan_would_not_fit_otherwise(few_axes):
+  overrides = ["--config.data.seq_len=8192", "--config.data.batch_size=256"]
+  load = lambda *more: lower.resolve(
+    config.load("configs/llama3_8b.py:llama3_8b", [*overrides, *more])[0]
+  )
+  t = topology.parse("v5e-256")
+  chunked = [one for one in search.candidates(load(), t) if "objective.loss_chunk" in one.changes]
+  assert any(one.bytes <= t.chip.hbm_limit for one in chunked)
+  whole = search.changed(chunked[0].c, {"objective.loss_chunk": 0})
+  needed = memory_estimate.total(whole, t)
+  assert needed > t.chip.hbm_limit and needed > chunked[0].bytes
+  assert "loss_chunk 2048" in search.describe(chunked[0].changes)
+  own = search.candidates(load("--config.objective.loss_chunk=1024"), t)
+  assert not any("objective.loss_chunk" in one.changes for one in own)
 
 
 def test_a_search_compiles_the_best_with_other_barriers_too(monkeypatch, few_axes):

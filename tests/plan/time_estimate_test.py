@@ -96,7 +96,7 @@ def test_causal_attention_computes_half_and_a_window_less():
 
 def test_activations_in_the_hosts_memory_wait_for_the_bandwidth_that_compute_does_not_hide():
   t = topology.parse("v5e-256")
-  pipelined = f"--config.mesh.compiler_options=('{time_estimate._PIPELINED}',)"
+  pipelined = f"--config.mesh.compiler_options=('{time_estimate._PIPELINED}=true',)"
 
   def took(remat, bandwidth, *more):
     chip = dataclasses.replace(chips.CHIPS["v5e"], host_bandwidth=bandwidth)

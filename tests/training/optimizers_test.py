@@ -58,6 +58,8 @@ def test_adafactor_treats_each_layer_on_its_own():
     (("layers", "embed", "heads", "head_dim"), ((1,), (2, 3))),
     (("layers", "heads", "head_dim", "embed"), ((1, 2), (3,))),
     (("layers", "embed", "mlp"), ((1,), (2,))),
+    (("layers", "latent", "heads", "head_dim"), ((1,), (2, 3))),
+    (("layers", "embed", "rank"), ((1,), (2,))),
     (("layers", "mlp", "embed"), ((1,), (2,))),
     (("layers", "experts", "embed", "mlp"), ((2,), (3,))),
     (("vocab", "embed"), None),

@@ -48,7 +48,8 @@ RULES = Section(
     rank=_rule("none", "Parameters: ranks of LoRA and latent attention.", conditions.RANKS),
     latent=_rule(
       "fsdp",
-      "Parameters: the rank of latent attention where queries, keys and values are made of it.",
+      "Parameters: the input dimension of the projections of latent attention to queries, keys and "
+      "values. Where the mesh does not divide it, each device holds all of it.",
       above_0("model.latent.kv_rank"),
     ),
     labels=_rule("none", "Parameters: classes of a classifier.", conditions.HAS_CLASSES),

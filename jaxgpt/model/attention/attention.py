@@ -47,7 +47,7 @@ def prepared(
     return qkv, spec
   q, k, v = qkv
   qkv = q * spec.scale, k, v
-  whole = token_order.num_shards(q.shape[1]) == 1  # others would send the padding to each other
+  whole = token_order.num_shards(q.shape[1]) == 1  # sharded rows would send the padding around
   return splash.padded(*qkv) if whole else qkv, spec._replace(scale=1.0)
 
 
