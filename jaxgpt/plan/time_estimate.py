@@ -337,8 +337,7 @@ def _activation_bytes_between_devices(
   if sizes["expert"] > 1:  # to the experts and back, forward, backward and where computed again
     kinds = mlp_kinds(m)
     routed = kinds.count("moe") / len(kinds) * m.moe.per_token * max(m.moe.capacity, 1)
-    again = m.remat != "none" and "up" not in per_device.kept_names(m.remat)
-    total += (6 if again else 4) * each * m.width * routed
+    total += (4 if m.remat == "none" else 5) * each * m.width * routed
   return total
 
 

@@ -58,13 +58,12 @@ CASES = {
     case("llama3_8b", "v5e-256", 256, 8192, QKVA),
     case("llama3_8b", "v5e-256", 256, 8192, "save:attention,o+offload:q,k,v"),
     case("llama3_8b", "v5e-256", 256, 8192, "save:q,k,v,attention+offload:o,up"),
-    case(
-      "llama3_8b",
-      "v5e-256",
-      256,
-      8192,
-      "save:attention,up+offload:q,k,v",
-      objective__loss_chunk=2048,
+    *(
+      case("llama3_8b", "v5e-256", rows, 8192, remat, objective__loss_chunk=2048)
+      for rows, remat in (
+        (256, "save:attention,up+offload:q,k,v"),
+        (512, "save:attention+offload:q,k,v"),
+      )
     ),
     case("llama3_8b,tensor", "v5e-256", 128, 8192, SAVE_O, mesh__fsdp=128, mesh__tensor=2),
     case(

@@ -17,6 +17,7 @@ ALLOWED = {
   ("plan/search.py", "optim.accumulate"): "overrides that the search writes for the user",
   ("plan/search.py", "data.batch_size"): "overrides that the search writes for the user",
   ("plan/search.py", "model.materialize"): "overrides that the search writes for the user",
+  ("plan/search.py", "objective.loss_chunk"): "overrides that the search writes for the user",
   ("plan/explain.py", "model.remat"): "overrides that a plan writes for the user",
   ("plan/explain.py", "optim.accumulate"): "overrides that a plan writes for the user",
   ("plan/explain.py", "data.batch_size"): "overrides that a plan writes for the user",

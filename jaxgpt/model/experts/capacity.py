@@ -8,7 +8,10 @@ Within each row, C slots per expert are filled in the order of the tokens. For X
     slots      expert 0: [t1 t4]   expert 1: [t0 t2]
 
 dispatch: gather tokens by slot to [B, E, C, D], sharded over experts (an all-to-all)
-combine:  gather results by token and choice, weight by the router, sum over X
+combine:  gather results by token and choice, sum over X
+
+The router's weights multiply the hidden activations of the slots, not the results: otherwise their
+gradients would need the results, and a backward pass that saved none would compute them again.
 
 TPUs with a SparseCore gather rows there, without cycles of the TensorCore, but do not scatter them
 (docs/log.md). So the gradients of both steps are gathers too: only the numbers of the tokens in the
@@ -25,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from jaxgpt.model import ops
 from jaxgpt.model.attention import token_order
 from jaxgpt.model.experts.dropless import Activated
 from jaxgpt.parallel.sharding import Rules
@@ -78,11 +82,15 @@ def apply(
   sent = whole(_dispatched(x_BTD, slot_BTX, pair_BS)).reshape(B, E, C, D)
   sent = constrain(sent, "expert_batch", "experts", None, "act_embed")
   h = activated(lambda name: jnp.einsum("BECD,EDF->BECF", sent, w[name]))
+  weight_BS = whole(_of_slots(weights, slot_BTX, pair_BS))
+  weight_BEC = constrain(weight_BS.reshape(B, E, C), "expert_batch", "experts", None)
+  h = (h * weight_BEC[..., None]).astype(h.dtype)
   h = constrain(h, "expert_batch", "experts", None, "act_mlp")
+  h = ops.materialized(h, cfg.materialize)
   out = jnp.einsum("BECF,EFD->BECD", h, w["down"])
   out = constrain(out, "expert_batch", "experts", None, "act_embed")
   out = constrain(out, "batch", None, None, "act_embed").reshape(B, E * C, D)
-  y = _combined(out, weights.astype(out.dtype), slot_BTX, pair_BS)
+  y = _combined(out, slot_BTX, pair_BS)
   return y, (wanted & ~fits).sum().astype(jnp.float32)
 
 
@@ -118,52 +126,51 @@ def _dispatched_forward(x_BTD, slot_BTX, pair_BS):
 
 def _dispatched_backward(saved, g_BSD):
   slot_BTX, pair_BS = saved
-  ones = (slot_BTX < pair_BS.shape[1]).astype(g_BSD.dtype)
-  return _weighted(g_BSD, ones, slot_BTX), None, None
+  return _combined(g_BSD, slot_BTX, pair_BS), None, None
 
 
 _dispatched.defvjp(_dispatched_forward, _dispatched_backward)
 
 
-def _weighted(out_BSD: jax.Array, weights_BTX: jax.Array, slot_BTX: jax.Array) -> jax.Array:
-  """Sums over the slots of each token, in float32. Slots that do not exist must weigh nothing."""
+@jax.custom_vjp
+def _of_slots(weights_BTX: jax.Array, slot_BTX: jax.Array, pair_BS: jax.Array) -> jax.Array:
+  """[B, S]: the weight of the pair in each slot, 0 in an empty slot."""
+  B, T, X = weights_BTX.shape
+  return jnp.where(pair_BS < T * X, _rows(weights_BTX.reshape(B, -1), pair_BS), 0)
+
+
+def _of_slots_forward(weights_BTX, slot_BTX, pair_BS):
+  return _of_slots(weights_BTX, slot_BTX, pair_BS), slot_BTX
+
+
+def _of_slots_backward(slot_BTX, g_BS):
+  g_BTX = _rows(g_BS, slot_BTX.reshape(slot_BTX.shape[0], -1)).reshape(slot_BTX.shape)
+  return jnp.where(slot_BTX < g_BS.shape[1], g_BTX, 0), None, None
+
+
+_of_slots.defvjp(_of_slots_forward, _of_slots_backward)
+
+
+@jax.custom_vjp
+def _combined(out_BSD: jax.Array, slot_BTX: jax.Array, pair_BS: jax.Array) -> jax.Array:
+  """[B, T, D]: the sum of a token's slots, in float32."""
+  del pair_BS
+  fits_BTX = slot_BTX < out_BSD.shape[1]
   # One gather for each choice: a gather of [B, T, X, D] is not left to the SparseCore.
   choices = [
-    _rows(out_BSD, slot_BTX[..., x]).astype(jnp.float32) * weights_BTX[..., x, None]
+    _rows(out_BSD, slot_BTX[..., x]).astype(jnp.float32) * fits_BTX[..., x, None]
     for x in range(slot_BTX.shape[-1])
   ]
   return functools.reduce(jnp.add, choices).astype(out_BSD.dtype)
 
 
-@jax.custom_vjp
-def _combined(
-  out_BSD: jax.Array, weights_BTX: jax.Array, slot_BTX: jax.Array, pair_BS: jax.Array
-) -> jax.Array:
-  """[B, T, D]: the weighted sum of a token's slots."""
-  fits = slot_BTX < out_BSD.shape[1]
-  return _weighted(out_BSD, jnp.where(fits, weights_BTX, 0), slot_BTX)
-
-
-def _combined_forward(out_BSD, weights_BTX, slot_BTX, pair_BS):
-  y = _combined(out_BSD, weights_BTX, slot_BTX, pair_BS)
-  return y, (out_BSD, weights_BTX, slot_BTX, pair_BS)
+def _combined_forward(out_BSD, slot_BTX, pair_BS):
+  return _combined(out_BSD, slot_BTX, pair_BS), (slot_BTX, pair_BS)
 
 
 def _combined_backward(saved, g_BTD):
-  out_BSD, weights_BTX, slot_BTX, pair_BS = saved
-  B, T, X = slot_BTX.shape
-  g_BSD = _rows(g_BTD, pair_BS // X)  # of the token in each slot
-  full = pair_BS < T * X
-  weight_BS = jnp.where(full, _rows(weights_BTX.reshape(B, -1), pair_BS), 0)
-  slope_BS = jnp.einsum("BSD,BSD->BS", g_BSD, out_BSD, preferred_element_type=jnp.float32)
-  slope_BTX = _rows(slope_BS, slot_BTX.reshape(B, -1)).reshape(B, T, X)
-  slope_BTX = jnp.where(slot_BTX < out_BSD.shape[1], slope_BTX, 0)
-  return (
-    g_BSD * weight_BS[..., None].astype(g_BSD.dtype),
-    slope_BTX.astype(weights_BTX.dtype),
-    None,
-    None,
-  )
+  # An empty slot has the gradient of the last token. Its hidden activations have the weight 0.
+  return _dispatched(g_BTD, *saved), None, None
 
 
 _combined.defvjp(_combined_forward, _combined_backward)

@@ -12,7 +12,9 @@ result back. With E = 4 experts on n = 2 devices, and X = 1:
     grouped  t1 t4 | t2                grouped  t3 | t0 t5       by expert: a ragged matmul
     and the same way back
 
-Padding is sent nowhere, and its result is zero.
+Padding is sent nowhere, and its result is zero. The router's weights travel with the tokens and
+multiply the hidden activations, not the results: otherwise their gradients would need the results,
+and a backward pass that saved none would compute them and send them back again.
 
 B batch, T position, D model, F feed-forward of an expert, X experts of a token, N tokens of a
 device, P = N X pairs of a token and an expert, e experts of a device, n devices that exchange
@@ -133,8 +135,9 @@ def apply(
     B, T, D = x_BTD.shape
     X = experts_BTX.shape[-1]
     key_P = _keys(at, experts_BTX, real_BT, c_moe.experts)
-    pairs, counts = _on_experts(at, x_BTD.reshape(-1, D), key_P, w, activated, c_moe)
-    y_BTD = jnp.einsum("BTXD,BTX->BTD", pairs.reshape(B, T, X, D), weights_BTX.astype(pairs.dtype))
+    tokens_ND, weights_P = x_BTD.reshape(-1, D), weights_BTX.reshape(-1)
+    pairs, counts = _on_experts(at, tokens_ND, weights_P, key_P, w, activated, c_moe)
+    y_BTD = pairs.reshape(B, T, X, D).sum(2, dtype=jnp.float32).astype(pairs.dtype)
     summed = (*at.columns, *without(at.experts, at.tokens))
     if summed:
       y_BTD = jax.lax.psum(y_BTD, summed)
@@ -181,20 +184,23 @@ def _keys(at: Layout, experts_BTX: jax.Array, real_BT: jax.Array, num_experts: i
 def _on_experts(
   at: Layout,
   x_ND: jax.Array,
+  weights_P: jax.Array,
   key_P: jax.Array,
   w: dict[str, jax.Array],
   activated: Activated,
   c_moe: ml_collections.FrozenConfigDict,
 ) -> tuple[jax.Array, Counts]:
-  """[P, D]: the result of each pair, zero for those that stay out, and this device's counts."""
+  """[P, D]: the weighted result of each pair, zero for those that stay out, and device's counts."""
   n, e = at.devices, w["up"].shape[0]
   order, place = _sorted(key_P)
   counts = jnp.bincount(key_P, length=n * e + 1)[:-1].astype(jnp.int32).reshape(n, e)
   rows = _copies(x_ND, order, place)
+  weights = _permuted(weights_P, order, place)[:, None]
   if n == 1:
     # A ragged matmul leaves rows after the last group undefined, in both directions.
     inside = (jnp.arange(key_P.size) < counts.sum())[:, None]
-    out = _multiplied(at, jnp.where(inside, rows, 0), counts[0], w, activated)
+    rows, weights = (jnp.where(inside, x, 0) for x in (rows, weights))
+    out = _multiplied(at, rows, weights, counts[0], w, activated)
     none = jnp.zeros(())
     return _permuted(jnp.where(inside, out, 0), place, order), Counts(none, none)
   tokens, X = x_ND.shape[0], key_P.size // x_ND.shape[0]
@@ -202,10 +208,10 @@ def _on_experts(
   room = rows_of_room(tokens, X, n, e, c_moe.buffer)
   group = exchange.Group(at.exchanged, at.platform not in ("cpu", ""), min(most, room))
   plan = exchange.plan(group, counts, room)
-  arrived = exchange.move(group, rows, plan.sent, plan.received, room)
-  expert_R = _kinds(plan.counts, room)
-  by_expert, back = _sorted(expert_R)
-  out = _multiplied(at, _permuted(arrived, by_expert, back), plan.counts.sum(0), w, activated)
+  by_expert, back = _sorted(_kinds(plan.counts, room))
+  arrived = lambda x: exchange.move(group, x, plan.sent, plan.received, room)
+  rows, weights = (_permuted(arrived(x), by_expert, back) for x in (rows, weights))
+  out = _multiplied(at, rows, weights, plan.counts.sum(0), w, activated)
   out = exchange.move(group, _permuted(out, back, by_expert), plan.received, plan.sent, key_P.size)
   me = jax.lax.axis_index(group.axes)
   sent = plan.sent.size.sum() - plan.sent.size[me]
@@ -229,11 +235,16 @@ def rows_of_room(tokens: int, X: int, n: int, e: int, buffer: float) -> int:
 
 
 def _multiplied(
-  at: Layout, rows: jax.Array, sizes: jax.Array, w: dict[str, jax.Array], activated: Activated
+  at: Layout,
+  rows: jax.Array,
+  weights: jax.Array,
+  sizes: jax.Array,
+  w: dict[str, jax.Array],
+  activated: Activated,
 ) -> jax.Array:
-  """The results of the experts on rows that are grouped by expert."""
+  """The results of the experts on rows that are grouped by expert, with weights [rows, 1]."""
   h = activated(lambda name: grouped.matmul(rows, w[name], sizes, at.platform))
-  return grouped.matmul(h, w["down"], sizes, at.platform)
+  return grouped.matmul((h * weights).astype(h.dtype), w["down"], sizes, at.platform)
 
 
 def _kinds(counts: jax.Array, room: int) -> jax.Array:
