@@ -35,6 +35,7 @@ _LAYER_PASSES = 60  # x residual stream: everything that is neither a matmul nor
 _SAVED_PASSES = 5  # x saved activations: stacked, sliced out of the stack, read
 _TENSOR_PASSES = 33  # x residual stream, for each additional device that shards the heads
 _RING_PASSES = 45, 35  # x queries in float32: once per ring, and for each of its hops
+_EXPERT_PASSES = 34, 8  # x tokens in the slots of experts, x their hidden activations
 _TENSOR_HOPS = 10  # x residual stream: gathers and scatters of both branches, forward and backward
 
 
@@ -308,6 +309,10 @@ def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s
   saved = per_device.kept_names(m.remat)
   on_device = {n: widths[n] / s.shards(n) for n in saved}
   each = itemsize * (m.width / s.residual * _LAYER_PASSES + sum(on_device.values()) * _SAVED_PASSES)
+  if m.moe.experts:
+    kinds, slots = mlp_kinds(m), m.moe.per_token * max(m.moe.capacity, 1)
+    share, (of_tokens, of_hidden) = kinds.count("moe") / len(kinds), _EXPERT_PASSES
+    each += itemsize * share * slots * (of_tokens * m.width + of_hidden * m.moe.width / s.mlp)
   if s.heads * s.mlp > 1:  # between the matmuls of a branch a device holds whole tokens
     each += itemsize * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)
   if sizes["seq"] > 1:  # partial outputs are added up, and so are partial gradients
