@@ -30,9 +30,9 @@ _UNHIDDEN_MATMUL_BYTES = 0.85
 _PIPELINED = "xla_tpu_pipeline_memory_host_transfers"  # libtpu's option, true if it is not given
 
 # Memory traffic in units of an array of one layer. The counts were fitted to the schedules of
-# compiled programs: Llama-2-7B and Llama-3-8B on v5e, v5p and v6e (docs/log.md).
-_LAYER_PASSES = 60  # x residual stream: everything that is neither a matmul nor a kernel
-_SAVED_PASSES = 5  # x saved activations: stacked, sliced out of the stack, read
+# compiled programs (docs/log.md).
+_LAYER_PASSES = 18, 40  # x residual stream, x queries: what is neither a matmul nor a kernel
+_SAVED_PASSES = 2.5  # x saved activations: stacked, sliced out of the stack, read
 _TENSOR_PASSES = 33  # x residual stream, for each additional device that shards the heads
 _RING_PASSES = 45, 35  # x queries in float32: once per ring, and for each of its hops
 _EXPERT_PASSES = 34, 8  # x tokens in the slots of experts, x their hidden activations
@@ -85,7 +85,7 @@ def seconds(
     # slices the weights cross it too.
     bytes_ = 2 * sent if sizes["data"] % topology.slices == 0 else 3 * gathered * times
     between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
-  other = tokens * _traffic_per_token(c, sizes, s) / chip.hbm_bandwidth / busy
+  other = tokens * _traffic_per_token(c, sizes, s, not chip.gpu) / chip.hbm_bandwidth / busy
   kernels = kernel_seconds(c, sizes, topology) / busy
   host = (
     _host_waits(c, s, saved, tokens, matmul + other + kernels, chip) if chip.host_bandwidth else 0.0
@@ -303,12 +303,15 @@ def _matmul_numbers(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:
   return {name: into[name] + out[name] for name in into}
 
 
-def _traffic_per_token(c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share) -> float:
-  """Bytes per token that are read and written outside matmuls and kernels."""
-  m, itemsize, widths = c.model, per_device.itemsize(c.model), per_device.widths(c.model)
-  saved = per_device.kept_names(m.remat)
-  on_device = {n: widths[n] / s.shards(n) for n in saved}
-  each = itemsize * (m.width / s.residual * _LAYER_PASSES + sum(on_device.values()) * _SAVED_PASSES)
+def _traffic_per_token(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share, padded: bool
+) -> float:
+  """Bytes per token that are read and written outside matmuls and kernels, heads perhaps padded."""
+  m, itemsize, widths = c.model, per_device.itemsize(c.model), per_device.widths(c.model, padded)
+  saved = sum(widths[n] / s.shards(n) for n in per_device.kept_names(m.remat))
+  of_residual, of_queries = _LAYER_PASSES
+  each = m.width / s.residual * of_residual + widths["q"] / s.heads * of_queries
+  each = itemsize * (each + saved * _SAVED_PASSES)
   if m.moe.experts:
     kinds, slots = mlp_kinds(m), m.moe.per_token * max(m.moe.capacity, 1)
     share, (of_tokens, of_hidden) = kinds.count("moe") / len(kinds), _EXPERT_PASSES

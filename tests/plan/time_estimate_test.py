@@ -19,16 +19,26 @@ LLAMA = "configs/llama3_8b.py:llama2_7b"
 COMPILED = json.loads((pathlib.Path(__file__).parent / "time_estimate.json").read_text())
 
 
+_SUMS = "compiled when XLA summed the parts of the queries' gradient"
+TOO_LOW = {  # programs that are further off, and why
+  "8b_256": _SUMS,
+  "8b_8": _SUMS,
+  "llama2_70b": f"{_SUMS}; its matmuls reach 78 % of the peak",
+  "llama3_8b v5e-256 256 x 8192 save:attention,up+offload:q,k,v": "memory is scarce: transfers "
+  "from the host start late",
+}
+
+
 def case(name):
   """A program, or one that is known to be further off."""
-  padded = pytest.mark.xfail(strict=True, reason="heads of 64 are padded to 128: 12 and 16 % low")
-  return pytest.param(name, marks=[padded] if name.startswith("llama32_1b") else [])
+  marks = [pytest.mark.xfail(strict=True, reason=TOO_LOW[name])] if name in TOO_LOW else []
+  return pytest.param(name, marks=marks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", map(case, COMPILED))
 def test_seconds_by_arithmetic_are_within_8_percent_of_the_schedule(name):
-  """Kernels and all-reduces included (tests/benchmarks/plan_time.py); dense models."""
+  """Kernels and all-reduces included (tests/benchmarks/plan_time.py)."""
   entry = COMPILED[name]
   t = topology.parse(entry["topology"])
   c = lower.resolve(config.load(entry["config"], entry["overrides"])[0])
