@@ -93,6 +93,15 @@ class Counts(NamedTuple):
     weights, axes = self.layers + self.others, tuple(sizes.items())
     return itemsize * _held(weights, axes, False, "cast") + _held(weights, axes, False, "codes")
 
+  def gathered_bytes(self, sizes: Mapping[str, int], itemsize: int) -> float:
+    """Bytes of all parameters that a device gathers over fsdp. Args as in `sent_bytes`."""
+    total = 0.0
+    for w in self.layers + self.others:
+      whole = w.entries(sizes, gathered=True)
+      if whole > w.entries(sizes):
+        total += whole * (w.itemsize if w.is_code else itemsize)
+    return total
+
   def cast_of_layers(self, sizes: Mapping[str, int]) -> float:
     """Number of the layers' parameters on one device that are cast before they are gathered."""
     return _held(self.layers, tuple(sizes.items()), False, "cast")

@@ -68,7 +68,7 @@ def seconds(
   matmul = _matmul_seconds(flops, tokens * _matmul_bytes(m, s, saved), chip)
   matmul = (matmul + tokens * _forward_seconds(c, sizes, chip)) / busy
   sent = counts.sent_bytes(sizes, per_device.itemsize(m))
-  gathered = sent * sizes["fsdp"] * (sizes["fsdp"] > 1)
+  gathered = counts.gathered_bytes(sizes, per_device.itemsize(m))
   # A pipeline stage gathers its layers for each tick.
   times = c.optim.accumulate * (pipe.ticks if pipe else 1)
   # The weights are gathered in the forward and in the backward pass, then their gradients are
@@ -122,7 +122,8 @@ def _host_waits(
     compute: Seconds of compute in a step.
     chip: Its rates.
   """
-  m, widths, names = c.model, per_device.widths(c.model), activations(c.model.remat).offloaded
+  m, widths = c.model, per_device.widths(c.model, padded=not chip.gpu)
+  names = activations(m.remat).offloaded
   each = m.num_layers * tokens * per_device.itemsize(m) / chip.host_bandwidth
   moves = {n: each * widths[n] / s.shards(n) for n in names if n != INPUT}
   if INPUT in names:

@@ -116,7 +116,7 @@ def _rows(x: jax.Array, at_BM: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _dispatched(x_BTD: jax.Array, slot_BTX: jax.Array, pair_BS: jax.Array) -> jax.Array:
-  """[B, S, D]: the token in each slot. An empty slot has the last token, which nobody reads."""
+  """[B, S, D]: the token in each slot. An empty slot has the last token, with the weight 0."""
   return _rows(x_BTD, pair_BS // slot_BTX.shape[-1])
 
 
@@ -158,7 +158,7 @@ def _combined(out_BSD: jax.Array, slot_BTX: jax.Array, pair_BS: jax.Array) -> ja
   fits_BTX = slot_BTX < out_BSD.shape[1]
   # One gather for each choice: a gather of [B, T, X, D] is not left to the SparseCore.
   choices = [
-    _rows(out_BSD, slot_BTX[..., x]).astype(jnp.float32) * fits_BTX[..., x, None]
+    jnp.where(fits_BTX[..., x, None], _rows(out_BSD, slot_BTX[..., x]).astype(jnp.float32), 0)
     for x in range(slot_BTX.shape[-1])
   ]
   return functools.reduce(jnp.add, choices).astype(out_BSD.dtype)

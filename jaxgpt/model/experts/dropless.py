@@ -190,7 +190,7 @@ def _on_experts(
   activated: Activated,
   c_moe: ml_collections.FrozenConfigDict,
 ) -> tuple[jax.Array, Counts]:
-  """[P, D]: the weighted result of each pair, zero for those that stay out, and device's counts."""
+  """[P, D]: each pair's weighted result, zero if it stays out, and the counts of this device."""
   n, e = at.devices, w["up"].shape[0]
   order, place = _sorted(key_P)
   counts = jnp.bincount(key_P, length=n * e + 1)[:-1].astype(jnp.int32).reshape(n, e)
