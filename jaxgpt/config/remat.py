@@ -18,9 +18,7 @@ ATTENTION = "attention"  # output of the softmax; its kernels add their softmax 
 O = "o"  # noqa: E741  output of the attention layer
 GATE, UP, DOWN = "gate", "up", "down"  # of the MLP, before its activation function
 ACTIVATIONS = (*QKV, ATTENTION, O, GATE, UP, DOWN)
-MEAN_SQUARE = (
-  "mean_square"  # one number for a token in an RMSNorm of a layer; every policy saves it
-)
+MEAN_SQUARE = "mean_square"  # of a token in an RMSNorm; every policy saves it
 INPUT = "input"  # of a layer, which is saved unless 'offload:' names it
 
 

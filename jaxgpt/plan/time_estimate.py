@@ -19,7 +19,7 @@ from jaxgpt.plan.schedule import estimate
 from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.topology import Topology
 from jaxgpt.run import teacher
-from jaxgpt.training import objectives
+from jaxgpt.training import objectives, xla_options
 
 _KERNEL_BACKWARD = 3.5  # work of the backward kernels relative to the forward kernel
 
@@ -128,7 +128,7 @@ def _host_waits(
   moves = {n: each * widths[n] / s.shards(n) for n in names if n != INPUT}
   if INPUT in names:
     moves[INPUT] = each * m.width / s.residual
-  options = dict(chip.xla_options) | dict(o.split("=", 1) for o in c.mesh.compiler_options)
+  options = xla_options.options(chip.device_kinds[0], c.mesh.compiler_options)
   if options.get(_PIPELINED, "true") == "true":
     forward = compute * _forward_share(m, s, saved)
     return sum(max(sum(moves.values()) - hides, 0) for hides in (forward, compute - forward))
@@ -313,10 +313,8 @@ def _traffic_per_token(
   of_residual, of_queries = _LAYER_PASSES
   each = m.width / s.residual * of_residual + widths["q"] / s.heads * of_queries
   each = itemsize * (each + saved * _SAVED_PASSES)
-  if m.moe.experts:
-    kinds, slots = mlp_kinds(m), m.moe.per_token * max(m.moe.capacity, 1)
-    share, (of_tokens, of_hidden) = kinds.count("moe") / len(kinds), _EXPERT_PASSES
-    each += itemsize * share * slots * (of_tokens * m.width + of_hidden * m.moe.width / s.mlp)
+  of_tokens, of_hidden = _EXPERT_PASSES
+  each += itemsize * _routed(m) * (of_tokens * m.width + of_hidden * m.moe.width / s.mlp)
   if s.heads * s.mlp > 1:  # between the matmuls of a branch a device holds whole tokens
     each += itemsize * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)
   if sizes["seq"] > 1:  # partial outputs are added up, and so are partial gradients
@@ -344,10 +342,14 @@ def _activation_bytes_between_devices(
     # hidden behind the attention of the previous hop.
     total += 3 * each * (widths["k"] + widths["v"]) / s.heads
   if sizes["expert"] > 1:  # to the experts and back, forward, backward and where computed again
-    kinds = mlp_kinds(m)
-    routed = kinds.count("moe") / len(kinds) * m.moe.per_token * max(m.moe.capacity, 1)
-    total += (4 if m.remat == "none" else 5) * each * m.width * routed
+    total += (4 if m.remat == "none" else 5) * each * m.width * _routed(m)
   return total
+
+
+def _routed(m: ml_collections.ConfigDict) -> float:
+  """Rows in the routed experts for each token, as a mean over the layers. 0 without experts."""
+  kinds = mlp_kinds(m)
+  return kinds.count("moe") / len(kinds) * m.moe.per_token * max(m.moe.capacity, 1)
 
 
 def visible_share(c: ml_collections.ConfigDict, block: int, seq: int = 1) -> float:
