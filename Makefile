@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 
 # Tests run in two processes, each of which compiles on a core of its own.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
-PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_time.py published_recipes.py plan_search.py plan_maxtext.py plan_published.py attention_blocks.py decode_bytes.py)
+PLANNING := $(addprefix tests/benchmarks/,context.py plan_memory.py plan_time.py published_recipes.py plan_search.py plan_maxtext.py plan_published.py maxtext_attention.py attention_blocks.py decode_bytes.py)
 
 .PHONY: demo test test-all test-golden test-faults lint bench bench-plan docs site clean
 
@@ -46,6 +46,7 @@ bench-plan: $(VENV)/installed-test,tpu
 	$(BIN)/python tests/benchmarks/decode_bytes.py
 	$(BIN)/python tests/benchmarks/plan_memory.py
 	$(BIN)/python tests/benchmarks/plan_maxtext.py
+	$(BIN)/python tests/benchmarks/plan_time.py
 	$(BIN)/python tests/benchmarks/plan_published.py
 	$(BIN)/python tests/benchmarks/plan_search.py --cache=runs/plan_search.json
 

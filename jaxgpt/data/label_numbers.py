@@ -27,7 +27,7 @@ def as_override(names: Sequence[str]) -> str:
 def find(data: Sequence[str], model: Sequence[str]) -> list[int] | None:
   """The model's number of each class of the data, or None if a class is not among the model's.
 
-  Names agree if they are equal, or if they are equal but for the case of letters and that is
+  Names agree if they are equal, or if they are equal except for the case of letters and that is
   unambiguous. Of a model with generic names, class k is the class that the data calls k.
 
   Args:

@@ -149,7 +149,7 @@ def in_training(
     tasks, include_path, limit: As in `evaluate`.
 
   Raises:
-    UserError: As in `evaluate`, but for the tasks' data.
+    UserError: As in `evaluate`, except for the tasks' data.
   """
   lm = model(run, run.c.eval.batch_size)
   manager = _task_manager(tasks, include_path, "eval.tasks")

@@ -1,4 +1,4 @@
-"""Scores of predictions: a task's metrics with intervals, beside its baseline.
+"""Scores of predictions: a task's metrics with intervals, next to its baseline.
 
     python -m jaxgpt.tasks.scoring --task=sentiment --input=test.jsonl --predictions=predicted.jsonl
 

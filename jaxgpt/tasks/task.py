@@ -1,4 +1,4 @@
-"""Tasks: which metrics a kind of application reports, and the baseline beside it.
+"""Tasks: which metrics a kind of application reports, and its baseline.
 
 A task is one object: an entry of `TASKS`, or an object of a user's file, FILE.py:NAME. It sees rows
 with their answers (`readers.kinds.KINDS`) and predictions (`predict.registry`), so the same object
@@ -315,7 +315,7 @@ def _tags_problem(row: Fields, prediction: Prediction) -> str:
 
 
 def _capitals(rows: Sequence[Fields]) -> list[Prediction]:
-  """Runs of capitalized words, but for the first word of a sentence, as the commonest entity."""
+  """Runs of capitalized words, except the first word of a sentence, as the commonest entity."""
   found = collections.Counter(
     e.type for row in rows for e in entities.entities([str(tag) for tag in row["tags"]])
   )

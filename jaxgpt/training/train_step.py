@@ -10,7 +10,7 @@ The state is a dict of arrays:
   nonfinite_step  int32, -1, the step that was not finite, or -1 - n after n skipped steps in a row
 
 If a loss or gradient is not finite, the update is not applied: the state stays that before the
-step, but for `nonfinite_step`. From then on the state is frozen. The loop reads metrics one step
+step, except `nonfinite_step`. From then on the state is frozen. The loop reads metrics one step
 late, so it has already dispatched the next step by then, and still finds the state as it was.
 Weights that an update from finite gradients made infinite stay: to take them back, the old and the
 new state would have to be in memory together, up to 12 bytes per parameter.

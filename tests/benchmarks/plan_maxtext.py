@@ -4,10 +4,11 @@
 
 Needs libtpu, but no TPU. MaxText's tuned recipes are compiled by the same compiler if `pip
 install 'maxtext[tpu]==0.2.5'` (Python 3.12) is in the same environment; else its column is empty.
-Each of up to twelve programs takes minutes. A figure is (cycles / clock + exposed bytes /
+A program takes 2 to 40 minutes of a core. A figure is (cycles / clock + exposed bytes /
 interconnect) divided by the tokens of a chip, without attention kernels and with them. Their time
-comes from the schedules that libtpu writes, on both sides. `--only=maxtext`, `--only=same` and
-`--only=best` compile one program of a workload. `--keep=DIR` keeps MaxText's program and schedules.
+comes from the schedules that libtpu writes, on both sides. Waits for the host are not counted.
+`--only=maxtext`, `--only=same` and `--only=best` compile one program of a workload. `--keep=DIR`
+keeps MaxText's program and schedules.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ from jaxgpt.parallel import chips
 from jaxgpt.plan import cost, hlo, lower, topology
 from jaxgpt.plan.schedule import dump, kernels
 
-# Flags of the recipes; but for v5e without those that libtpu refuses ("continuation fusion").
+# Flags of the recipes, except on v5e without those that libtpu refuses ("continuation fusion").
 _COMMON = (
   "xla_tpu_enable_data_parallel_all_reduce_opt",
   "xla_tpu_data_parallel_opt_different_sized_ops",
@@ -84,7 +85,7 @@ class Workload(NamedTuple):
     length: tokens a row.
     theirs: (rows a chip, remat policy) of MaxText's recipe.
     same: the value of model.remat that saves the same.
-    ours: the plan that `plan --search` found.
+    ours: a plan that the arithmetic of `plan --search --offload` ranks high.
     flags: libtpu's, of the recipe.
     arguments: further arguments of the recipe, 'name=value'.
     changes: (config key, value) of ours in addition.
@@ -118,7 +119,7 @@ WORKLOADS = {
     2048,
     (4, "save_qkv_proj"),
     "save:q,k,v",
-    Plan(2, "save:q,k,v,attention,gate,up"),
+    Plan(3, "save:attention,gate,up+offload:q,k,v"),
     _V5E,
   ),
   "v5e_7b_full": Workload(
@@ -127,7 +128,7 @@ WORKLOADS = {
     2048,
     (2, "full"),
     "full",
-    Plan(2, "save:q,k,v,attention,gate,up"),
+    Plan(3, "save:attention,gate,up+offload:q,k,v"),
     _V5E,
   ),
   "v5p_7b": Workload(

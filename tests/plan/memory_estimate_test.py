@@ -1,4 +1,4 @@
-"""The arithmetic of memory beside what libtpu allocated (tests/benchmarks/plan_memory.py)."""
+"""The arithmetic of memory against libtpu's allocation (tests/benchmarks/plan_memory.py)."""
 
 import json
 import pathlib

@@ -11,7 +11,7 @@ mask hides the same number of blocks in each row, as a window does. On chips wit
 shows as one device, a dimension that the kernel declares parallel is divided over both: the heads
 of `fwd`, and otherwise the rows of the batch if there are at least two.
 
-Memory traffic runs beside the bundles, so the longer of the two counts.
+Memory traffic runs in parallel with the bundles, so the longer of the two counts.
 """
 
 import dataclasses

@@ -380,7 +380,7 @@ def other_digests(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str
   """The manifest's entry on what its digest does not cover: files that it does not list, remarks.
 
   Args:
-    folder: The folder, complete but for the manifest.
+    folder: The folder, complete except for the manifest.
     manifest: The manifest.
 
   Returns:

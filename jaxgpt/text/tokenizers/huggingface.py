@@ -94,7 +94,7 @@ class HuggingFaceTokenizer(base.Tokenizer):
     if ids["eos"] is None and ids["bos"] is None:
       raise UserError(
         f'{name} names no token that ends a text; add an "eos_token" to the '
-        f"{base.CONFIG} beside it (its specials: "
+        f"{base.CONFIG} next to it (its specials: "
         f"{', '.join(list(self.special_ids)[:10]) or 'none'})"
       )
     self._role_names = {

@@ -47,7 +47,7 @@ def assignments(variables: Mapping[str, Any]) -> str:
 
 
 def _literal(value: Any) -> str:
-  """A JSON value in Jinja's syntax, whose names of constants may be those of JSON but for null."""
+  """A JSON value in Jinja's syntax, whose names of constants may be those of JSON except null."""
   if isinstance(value, list):
     return f"[{', '.join(map(_literal, value))}]"
   if isinstance(value, dict):

@@ -13,7 +13,7 @@ from jaxgpt.commands.checks.finding import OK, PROBLEM, WARNING
 
 @pytest.fixture
 def versions(monkeypatch):
-  """A dict of what is installed beside what is; None: not installed."""
+  """The installed distributions with these in place; None: not installed."""
   changed = {}
   original = importlib.metadata.version
 

@@ -57,7 +57,7 @@ def sharded(folder: pathlib.Path, keep_single: bool = False, scale: float = 1.0)
 
 
 def index_alone(folder: pathlib.Path) -> None:
-  """An index whose files are gone, beside the single file."""
+  """An index whose files are gone, next to the single file."""
   where = {"lm_head.weight": "model-00001-of-00009.safetensors"}
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
