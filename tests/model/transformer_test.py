@@ -425,6 +425,20 @@ def test_heads_of_splash_attention_are_saved_scaled_and_padded():
   assert "f32[2,2,128,128] = name[name=k]" in text
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_row_that_no_block_of_splash_fits_attends_by_definition(causal):
+  """Such as the rows that an encoder's predictions and scores are padded to."""
+  tokens, positions = tokens_and_positions(length=48)
+  segments = jnp.ones((2, 48), jnp.int32).at[0, 20:].set(2).at[1, 40:].set(0)
+  fields = STYLES["gemma"] | dict(causal=causal, max_len=128)
+  _, params = make(**fields)
+  got, want = (
+    logits_of(model_of(**fields, attention=form), params, tokens, positions, segments)
+    for form in ("splash", "reference")
+  )
+  np.testing.assert_allclose(got[segments != 0], want[segments != 0], atol=1e-5)
+
+
 def test_offloaded_activations_go_to_the_host_and_back():
   tokens, positions = tokens_and_positions()
 

@@ -23,9 +23,13 @@ from jaxgpt.model.attention.spec import Spec
 def needs_mask(form: str, length: int) -> bool:
   """Whether an implementation reads the mask as an array [B, T, S], for rows of `length` tokens.
 
-  The others build it block by block, from segment ids and the options.
+  The others build it block by block, from segment ids and the options. Rows that are not a multiple
+  of splash's smallest block need it too: `attend` computes them by definition. Training has no such
+  rows, but predictions and scores pad theirs to the next of a few lengths.
   """
-  return form != "splash" and token_order.num_shards(length) == 1
+  if token_order.num_shards(length) > 1:
+    return False
+  return form != "splash" or length % splash.LANES != 0
 
 
 def prepared(
@@ -43,9 +47,9 @@ def prepared(
   Returns:
     (qkv, spec) for `attend`. Its result has the padding of the values.
   """
-  if form != "splash":
-    return qkv, spec
   q, k, v = qkv
+  if form != "splash" or needs_mask(form, q.shape[1]):
+    return qkv, spec
   qkv = q * spec.scale, k, v
   whole = token_order.num_shards(q.shape[1]) == 1  # sharded rows would send the padding around
   return splash.padded(*qkv) if whole else qkv, spec._replace(scale=1.0)

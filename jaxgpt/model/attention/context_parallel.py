@@ -11,7 +11,7 @@ import functools
 import jax
 
 from jaxgpt.model.attention import ring
-from jaxgpt.model.attention.kernels import cudnn
+from jaxgpt.model.attention.kernels import cudnn, splash
 from jaxgpt.model.attention.spec import ContextParallel, Spec
 from jaxgpt.parallel import sharding
 
@@ -27,7 +27,8 @@ def attention(
   """Computes attention of rows that the current mesh shards.
 
   Args:
-    form: 'splash', or 'cudnn', which gathers keys. Any other computes blocks by definition.
+    form: 'splash', or 'cudnn', which gathers keys. Any other computes blocks by definition, and so
+      does 'splash' where a chunk (see `token_order`) is not a multiple of `splash.LANES`.
     q_BTNH: Queries.
     k_BTKH: Keys.
     v_BTKH: Values.
@@ -39,7 +40,8 @@ def attention(
   """
   mesh = jax.sharding.get_abstract_mesh()
   (axis,) = sharding.FIXED.mesh_axes("length")
-  kernel = "splash" if form == "splash" else "plain"
+  chunk = q_BTNH.shape[1] // (2 * mesh.shape[axis])
+  kernel = "splash" if form == "splash" and chunk % splash.LANES == 0 else "plain"
   cp = ContextParallel(spec, kernel, axis, mesh.shape[axis])
   heads_first = lambda x: x.swapaxes(1, 2)
   q_BTNH *= spec.scale

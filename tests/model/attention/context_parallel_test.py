@@ -122,6 +122,13 @@ def test_splash_blocks(fields):
   agree(mesh_of(2), 512, "splash", atol=2e-5, interpret=True, **fields)
 
 
+@pytest.mark.parametrize(
+  "T, fields", [(192, dict(causal=True)), (160, dict(causal=False, window=9, softcap=2.0))]
+)
+def test_chunks_that_no_block_of_splash_fits_are_computed_by_definition(T, fields):
+  agree(mesh_of(2), T, "splash", **fields)
+
+
 @pytest.mark.slow
 def test_splash_blocks_in_a_ring():
   agree(mesh_of(4), 1024, "splash", atol=2e-5, interpret=True, causal=True, window=None)
