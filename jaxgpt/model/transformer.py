@@ -367,6 +367,20 @@ def _abstract_boxed(cfg: ml_collections.FrozenConfigDict) -> PyTree:
   return jax.eval_shape(lambda: _init_boxed(Transformer(cfg), jax.random.key(0)))
 
 
+def dropless(model: Transformer) -> Transformer:
+  """The model whose experts drop no token, for uses that answer requests.
+
+  Training's limits (`moe.capacity`, `moe.buffer`) hold for all tokens of a row or of a device. With
+  them an answer would depend on the requests that are computed with it, and on its row's padding.
+  """
+  moe = model.cfg.moe
+  if not moe.capacity and not moe.buffer:
+    return model
+  fields = model.cfg.to_dict()
+  fields["moe"] |= dict(capacity=0.0, buffer=0.0)
+  return model.clone(cfg=ml_collections.FrozenConfigDict(fields))
+
+
 def depths(cfg: ml_collections.FrozenConfigDict, params: PyTree) -> PyTree:
   """The layer number of each parameter.
 

@@ -17,6 +17,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.inference import load, scoring
 from jaxgpt.inference.engine.engine import Engine
 from jaxgpt.inference.engine.requests import Request
+from jaxgpt.model import transformer
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.training import batches as batches_lib
 
@@ -48,7 +49,8 @@ class Requests:
     shards = mesh_lib.num_batch_shards(run.mesh.shape)
     rows = batch_size or run.c.eval.batch_size
     self._rows = -(-rows // shards) * shards
-    self._score = scoring.make_step(run.parts.model, run.mesh, run.c.objective.loss_chunk)
+    model = transformer.dropless(run.parts.model)
+    self._score = scoring.make_step(model, run.mesh, run.c.objective.loss_chunk)
     self._engine: Engine | None = None
 
   def log_likelihoods(

@@ -105,8 +105,11 @@ def readable(model: transformer.Transformer) -> transformer.Transformer:
 def merged(
   model: transformer.Transformer, params: PyTree
 ) -> tuple[transformer.Transformer, PyTree]:
-  """A readable model and its weights, with LoRA adapters merged into the weights they adapt."""
-  model = readable(model)
+  """A trained model, readable and as it answers requests, and its weights.
+
+  LoRA adapters are merged into the weights they adapt, and experts drop no token.
+  """
+  model = readable(transformer.dropless(model))
   if not model.cfg.lora.rank:
     return model, params
   params = jax.jit(lora.merge, static_argnums=1)(params, model.cfg.lora)

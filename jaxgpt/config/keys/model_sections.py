@@ -140,8 +140,8 @@ MOE = Section(
     top_groups=Key(1, "Groups that a token's experts come from.", interval=AT_LEAST_1),
     capacity=Key(
       0.0,
-      "Capacity of an expert per row, as a multiple of its share under an even load. Tokens "
-      "beyond it are dropped. 0: no limit.",
+      "Capacity of an expert per row, as a multiple of its share under an even load. Training and "
+      "evaluation drop tokens beyond it. 0: no limit.",
       interval=AT_LEAST_0,
       architecture=False,
       if_changed="tokens that experts drop in training",
@@ -149,8 +149,8 @@ MOE = Section(
     buffer=Key(
       0.0,
       "Tokens that a device has room for when devices exchange tokens without a capacity, as a "
-      "multiple of its share under an even load. Tokens beyond it are dropped, and counted in "
-      "`dropped_share`. 0: room for all tokens that can come.",
+      "multiple of its share under an even load. Training and evaluation drop tokens beyond it, "
+      "and count them in `dropped_share`. 0: room for all tokens that can come.",
       interval=AT_LEAST_0,
       needs=conditions.EXCHANGED_TOKENS,
       architecture=False,

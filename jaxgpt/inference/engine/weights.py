@@ -21,9 +21,9 @@ def prepare(
 ) -> tuple[transformer.Transformer, Callable[[PyTree], PyTree]]:
   """Prepares a model for decoding.
 
-  Adapters are merged. Weights are cast to the compute dtype once, where training casts them in each
-  step. The layers are taken apart, because on CPUs a scan copies each layer's weights before it
-  reads them.
+  Adapters are merged. Experts drop no token (`transformer.dropless`). Weights are cast to the
+  compute dtype once, where training casts them in each step. The layers are taken apart, because on
+  CPUs a scan copies each layer's weights before it reads them.
 
   Args:
     model: The model.
@@ -32,6 +32,7 @@ def prepare(
   Returns:
     (model, compiled function from all parameters of the given model to weights for it).
   """
+  model = transformer.dropless(model)
   cfg, on_cpu = model.cfg, (platform or jax.default_backend()) == "cpu"
   # Where training has the kernel for TPUs, decoding has the one for a paged cache.
   form = "splash" if cfg.attention == "splash" else "reference"

@@ -18,6 +18,7 @@ from jaxgpt.data.layouts.layout import Item, Layout, Spans
 from jaxgpt.data.memory import MemorySplit
 from jaxgpt.errors import UserError
 from jaxgpt.inference import load
+from jaxgpt.model import transformer
 from jaxgpt.run import label_names
 from jaxgpt.tasks.metrics import entities
 from jaxgpt.tasks.predict import batching
@@ -94,7 +95,7 @@ class Encoder(abc.ABC):
     return self._apply(params, batch).logits
 
   def _apply(self, params: PyTree, batch: PyTree) -> Any:
-    model: Any = self._run.parts.model
+    model: Any = transformer.dropless(self._run.parts.model)
     types = batch.get("token_types")
     return model.apply(
       {"params": params},

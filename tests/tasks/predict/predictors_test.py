@@ -96,6 +96,17 @@ def test_classes_have_the_models_probabilities_whatever_the_batch():
   assert pair[0] != pair[1]
 
 
+def test_experts_drop_no_token_of_a_row_whatever_it_is_padded_to():
+  c = encoder(head="classifier", pooling="mean", num_labels=3, mlp_pattern=("moe",))
+  c.model.moe.update(dict(experts=4, width=16, capacity=0.5))
+  c.objective.name = "classification"
+  run = run_of(c)
+  (alone,), (got, _) = predict(run, ["a cat"]), predict(run, ["a cat", "a mat and a cat " * 2])
+  assert list(got["probabilities"].values()) == pytest.approx(
+    list(alone["probabilities"].values()), abs=2e-6
+  )
+
+
 def test_a_regression_and_sets_of_labels():
   c = encoder(head="classifier", pooling="mean", num_labels=1)
   c.objective.name = "classification"
