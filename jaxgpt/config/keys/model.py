@@ -327,7 +327,7 @@ MODEL = Section(
         "reference": "by definition",
         "batched": "for CPUs",
         "splash": "TPU kernel",
-        "cudnn": "GPU kernel, bfloat16",
+        "cudnn": "GPU kernel, bfloat16, no `attn_softcap`",
       },
       free_on_resume=True,
       architecture=False,

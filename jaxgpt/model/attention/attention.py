@@ -86,7 +86,7 @@ def attend(
     if token_order.num_shards(q_BTNH.shape[1]) > 1:
       return context_parallel.attention(form, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, spec)
     return splash.attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, spec)
-  if form == "cudnn" and spec.softcap is None:
+  if form == "cudnn":
     out = cudnn.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, spec)
   elif form == "batched":
     out = batched.attention(

@@ -36,13 +36,14 @@ def choose(form: str, platform: str, work: Workload) -> str:
     work: The rows and heads.
 
   Raises:
-    UserError: The requested kernel does not run on this platform, or not on these rows or heads.
+    UserError: The requested kernel does not run on this platform, or not on these rows or heads, or
+      lacks a softcap.
   """
   if form != "auto":
     _check(form, platform, work)
     return form
-  if platform == "cpu":
-    return "batched"
+  if platform == "cpu":  # 'batched' has no softcap, and would call the reference
+    return "batched" if work.softcap is None else "reference"
   if platform == "tpu" and work.length % splash.LANES == 0:
     return "splash"
   is_16_bit = jnp.dtype(work.dtype).itemsize == 2
@@ -65,6 +66,10 @@ def _check(form: str, platform: str, work: Workload) -> None:
     )
   if form == "cudnn" and jnp.dtype(work.dtype).itemsize != 2:
     raise UserError(f"{key} needs a 16-bit dtype: set model.dtype=bfloat16, or {way_out}")
+  if form == "cudnn" and work.softcap is not None:
+    raise UserError(
+      f"{key}: cuDNN's kernel has no softcap, and model.attn_softcap={work.softcap}; {way_out}"
+    )
   if form == "cudnn" and not cudnn.supports_heads(*work.heads):
     raise UserError(
       f"{key}: cuDNN has no kernel for head size {work.heads[0]} (values: {work.heads[1]}) on "

@@ -45,7 +45,7 @@ def attention(
   cp = ContextParallel(spec, kernel, axis, mesh.shape[axis])
   heads_first = lambda x: x.swapaxes(1, 2)
   q_BTNH *= spec.scale
-  gathers = form == "cudnn" and spec.softcap is None
+  gathers = form == "cudnn"
   if gathers:
     run, args = cudnn.gathered_attention, (q_BTNH, k_BTKH, v_BTKH)
     axes = ("batch", "length", "act_heads", None)

@@ -18,7 +18,9 @@ def work(**more):
   "platform, more, form",
   [
     ("cpu", {}, "batched"),
+    ("cpu", dict(softcap=30.0), "reference"),  # which is what 'batched' would call
     ("tpu", {}, "splash"),
+    ("tpu", dict(softcap=30.0), "splash"),
     ("tpu", dict(length=100), "reference"),
     ("gpu", {}, "cudnn"),
     ("gpu", dict(dtype="float32"), "reference"),
@@ -40,6 +42,7 @@ def test_auto_goes_by_the_platform(platform, more, form):
     ("cudnn", "tpu", {}, "a kernel for GPUs, but the devices are of platform 'tpu'"),
     ("splash", "tpu", dict(length=1000), "data.seq_len=1000 is not a multiple of 128"),
     ("cudnn", "gpu", dict(dtype="float32"), "set model.dtype=bfloat16"),
+    ("cudnn", "gpu", dict(softcap=30.0), "no softcap, and model.attn_softcap=30.0; leave"),
   ],
 )
 def test_a_kernel_that_cannot_run_is_a_user_error(form, platform, more, words):

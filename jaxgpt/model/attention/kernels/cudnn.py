@@ -15,7 +15,7 @@ FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 def attention(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, spec: Spec
 ) -> jax.Array:
-  """Computes attention of 16-bit arrays without a softcap.
+  """Computes attention of 16-bit arrays without a softcap, as `choose` makes sure of.
 
   Under a mesh each device computes its own rows and heads. `context_parallel.attention` handles
   rows that are sharded.
@@ -31,6 +31,8 @@ def attention(
   Returns:
     As `reference.attention`, except that a query without any key gets an average of values.
   """
+
+  assert spec.softcap is None
 
   def local(q, k, v, mask):
     return jax.nn.dot_product_attention(
@@ -67,6 +69,7 @@ def gathered_attention(
     v_BTKH: Values of this device.
     segment_ids_B1T: Segments of this device's tokens.
   """
+  assert cp.spec.softcap is None
   gather = lambda x, axis: jax.lax.all_gather(x, cp.axis, axis=axis, tiled=True)
   mask = token_order.device_mask(cp, segment_ids_B1T[:, 0], gather(segment_ids_B1T[:, 0], 1))
   return attention(q_BTNH, gather(k_BTKH, 1), gather(v_BTKH, 1), mask, Spec(scale=1.0))
