@@ -13,6 +13,7 @@ from jaxgpt.config import MESH_AXES
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.model import transformer
 from jaxgpt.model.experts import capacity
+from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel import sharding
 from jaxgpt.training import build as build_lib
 
@@ -201,19 +202,23 @@ def picture(array: Array, sizes: Mapping[str, int], rules: sharding.Rules) -> li
   return [title + (f"   {'   '.join(notes)}" if notes else "   replicated"), *lines]
 
 
-def describe(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> list[str]:
+def describe(c: ml_collections.ConfigDict, sizes: Mapping[str, int], platform: str) -> list[str]:
   """Lines with tables of all arrays of a resolved config on a mesh, and pictures of some.
 
   Args:
     c: The resolved config.
     sizes: Sizes of the mesh axes, {axis: size}.
+    platform: Platform of the devices, as JAX names it.
 
   Raises:
-    UserError: The mesh does not divide a dimension that it has to, with training's message.
+    UserError: The mesh does not divide rows, layers or a dimension that it has to, with training's
+      message. Also raised if the attention does not run on these devices.
   """
   weights, values, rules = parameters(c), activations(c), sharding.rules(c.mesh)
   mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-  model = transformer.Transformer(ml_collections.FrozenConfigDict(c.model), None, rules)
+  mesh_lib.check_batch(sizes, c.data.batch_size, c.optim.accumulate)
+  mesh_lib.check_batch(sizes, c.eval.batch_size, key="eval.batch_size")
+  model = build_lib.model_on(c, sizes, platform)
   shapes, axes = transformer.abstract(model)
   sharding.params_shardings(axes, shapes, mesh, rules)
   build_lib.check_heads(model, mesh)

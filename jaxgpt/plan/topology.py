@@ -67,6 +67,13 @@ class Topology(NamedTuple):
     return math.prod(self.shape) * self.slices
 
   @property
+  def platform(self) -> str:
+    """Platform of the devices, as JAX names it."""
+    if self.chip is None:
+      return jax.default_backend()
+    return "gpu" if self.chip.gpu else "tpu"
+
+  @property
   def wraps(self) -> list[bool]:
     """For each of three dimensions, whether wrap-around links make it a ring.
 

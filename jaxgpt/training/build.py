@@ -146,23 +146,40 @@ def teacher(c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> train_step
 
 
 def _transformer(c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> transformer.Transformer:
-  """The model of a config on a mesh, with the attention that suits its devices."""
+  """The model of a config on a mesh of devices."""
+  model = model_on(c, mesh.shape, mesh.devices.flat[0].platform)
+  if activations(model.cfg.remat).offloaded:
+    mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={model.cfg.remat!r}")
+  return model
+
+
+def model_on(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], platform: str
+) -> transformer.Transformer:
+  """The model of a config on a mesh, with the attention that suits its platform.
+
+  Args:
+    c: The resolved config.
+    sizes: Sizes of the mesh axes, {axis: size}.
+    platform: Platform of the devices, as JAX names it. The devices need not be there.
+
+  Raises:
+    UserError: The mesh does not divide the length or the layers, or does not go with
+      `model.remat`. Also raised if the attention does not run on these devices.
+  """
   fields = c.model.copy_and_resolve_references()
   heads = (fields.head_dim, fields.latent.v_dim)
   work = choose.Workload(c.data.seq_len, fields.dtype, fields.attn_softcap, heads)
-  fields.attention = choose.choose(fields.attention, mesh.devices.flat[0].platform, work)
-  mesh_lib.check_length(mesh.shape, c.data.seq_len, fields.attention)
-  offloaded = activations(fields.remat).offloaded
-  if INPUT in offloaded and mesh.shape["stage"] > 1:
+  fields.attention = choose.choose(fields.attention, platform, work)
+  mesh_lib.check_length(sizes, c.data.seq_len, fields.attention)
+  if INPUT in activations(fields.remat).offloaded and sizes["stage"] > 1:
     raise UserError(
-      f"model.remat={fields.remat!r} does not go with mesh.stage={mesh.shape['stage']}: a pipeline "
+      f"model.remat={fields.remat!r} does not go with mesh.stage={sizes['stage']}: a pipeline "
       "saves the input of its layers on the device; leave out input, or set mesh.stage=1"
     )
-  if offloaded:
-    mesh_lib.check_memory(mesh, remat.HOST_MEMORY, f"model.remat={fields.remat!r}")
   return transformer.Transformer(
     ml_collections.FrozenConfigDict(fields),
-    stacks.pipeline_of(c, mesh.shape),
+    stacks.pipeline_of(c, sizes),
     sharding.rules(c.mesh),
     largest_logits=c.optim.qk_clip > 0,
   )

@@ -65,17 +65,31 @@ def test_each_device_holds_what_jax_gives_it(axes):
     assert found == {index: sorted(held) for index, held in expected.items()}, array.name
 
 
+ROWS = {"data.batch_size": 128, "eval.batch_size": 128}
+
+
 @pytest.mark.parametrize(
-  "sizes, words",
+  "sizes, overrides, words",
   [
-    ({"tensor": 8}, "mesh.tensor=8 does not divide dimension 'kv_heads' = 4"),
-    ({"fsdp": 128}, "mesh.fsdp=128 does not divide dimension 'embed' = 64"),
+    ({"tensor": 8}, {}, "mesh.tensor=8 does not divide dimension 'kv_heads' = 4"),
+    ({"fsdp": 128}, ROWS, "mesh.fsdp=128 does not divide dimension 'embed' = 64"),
+    ({"stage": 2}, {"model.num_layers": 3}, "mesh.stage=2 .* does not divide the 3 repetitions"),
+    ({"stage": 2}, {"mesh.stage_microbatches": 3}, "mesh.stage_microbatches=3 must be a multiple"),
+    ({"seq": 4}, {"data.seq_len": 100}, "data.seq_len=100 is not a multiple of 8"),
+    ({"seq": 2}, {"data.seq_len": 640}, "data.seq_len=640 is not a multiple of 512"),  # splash
+    ({}, {"model.attention": "cudnn"}, "cudnn' is a kernel for GPUs"),
   ],
 )
-def test_what_training_refuses_is_not_drawn(sizes, words):
+def test_what_training_refuses_is_not_drawn(sizes, overrides, words):
   sizes = dict.fromkeys(config.MESH_AXES, 1) | sizes
+  c = _resolved(*(f"--config.{key}={value}" for key, value in overrides.items()))
   with pytest.raises(UserError, match=words):
-    shardings.describe(_resolved(), sizes)
+    shardings.describe(c, sizes, "tpu")
+
+
+def test_rows_of_an_evaluation_that_the_mesh_does_not_divide_are_refused():
+  with pytest.raises(UserError, match="eval.batch_size=12 is not a multiple of mesh.fsdp=8"):
+    plan.draw(LLAMA, [*SMALL, "--config.eval.batch_size=12"], "v5e-8")
 
 
 MOE = (

@@ -151,12 +151,12 @@ def draw(path: epath.PathLike, overrides: Sequence[str], topology: str) -> int:
     path, overrides, topology: As in `plan`.
 
   Raises:
-    UserError: As in `plan` and `mesh.axis_sizes`.
+    UserError: As in `plan`, `mesh.axis_sizes` and `shardings.describe`.
   """
   c = _load(path, overrides)
-  sizes = mesh_lib.axis_sizes(c.mesh, topology_lib.parse(topology).num_devices)
-  mesh_lib.check_batch(sizes, c.data.batch_size, c.optim.accumulate)
-  print("\n".join(shardings.describe(c, sizes)))
+  parsed = topology_lib.parse(topology)
+  sizes = mesh_lib.axis_sizes(c.mesh, parsed.num_devices)
+  print("\n".join(shardings.describe(c, sizes, parsed.platform)))
   return 0
 
 
