@@ -1,7 +1,7 @@
 """Cluster detection: whether this process is one of several, and which machines belong to the run.
 
-The answer comes from command-line flags, from the environment variables of JAX, or from a cluster
-that JAX knows (SLURM, Open MPI, Cloud TPU, TPUs on GKE), in this order.
+The answer comes from command-line flags, from the environment variables of JAX if all three are
+set, or from a cluster that JAX knows (SLURM, Open MPI, Cloud TPU, TPUs on GKE), in this order.
 """
 
 import ipaddress
@@ -62,7 +62,9 @@ def find(
   given = (coordinator, num_processes, process_id)
   from_env = tuple(env.get(name) for name in _ENV)
   values = tuple(from_env[i] if v is None else v for i, v in enumerate(given))
-  if not any(v is not None for v in given) and _is_cluster(env, on_tpu):
+  # JAX also reads the address alone, and asks the cluster for the rest.
+  explicit = any(v is not None for v in given) or None not in from_env
+  if not explicit and _is_cluster(env, on_tpu):
     return Settings()
   if all(v is None for v in values):
     return None

@@ -9,6 +9,8 @@ from jaxgpt.parallel import cluster
 
 ENV = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 
+SLURM = {"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-2]"}
+
 
 def test_machines_that_have_not_connected_are_named():
   with socket.create_server(("127.0.0.1", 0)) as server:
@@ -70,6 +72,9 @@ def test_names_of_the_machines_are_those_of_the_cluster():
       {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]"},
       cluster.Settings("b:2", 2, 0),
     ),  # flags win over the cluster
+    ((), ENV | SLURM, cluster.Settings("a:1", 4, 2)),  # and so do JAX's variables
+    ((), ENV | SLURM | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+    ((), {"JAX_COORDINATOR_ADDRESS": "a:1"} | SLURM, cluster.Settings()),  # JAX has the other two
   ],
 )
 def test_who_is_joined(args, env, want):
