@@ -3,9 +3,19 @@
 import re
 
 from jaxgpt.config import installed
+from jaxgpt.errors import UserError
 from jaxgpt.parallel import chips
 
+NEEDS = (
+  "a plan for GPUs needs JAX's CUDA plugin and NVIDIA's libraries: pip install 'jaxgpt[cuda]' "
+  "(Linux; neither a GPU nor a driver is needed)"
+)
 _RESERVED = 1 << 10  # bytes of shared memory that CUDA reserves per block
+# JAX's CUDA plugins, and the packages that bring cuDNN and the CUDA runtime for each.
+_LIBRARIES = {
+  "jax-cuda13-plugin": ("nvidia-cudnn-cu13", "nvidia-cuda-runtime"),
+  "jax-cuda12-plugin": ("nvidia-cudnn-cu12", "nvidia-cuda-runtime-cu12"),
+}
 # Limits that all supported GPUs share; from the table of compute capabilities in the CUDA guide.
 _LIMITS = {
   "threads_per_block_limit": 1024,
@@ -24,7 +34,15 @@ _LIMITS = {
 
 
 def target_config(gpu: chips.GpuTarget) -> str:
-  """The text of XLA's GpuTargetConfigProto, with the installed versions of CUDA and cuDNN."""
+  """The text of XLA's GpuTargetConfigProto, with the installed versions of CUDA and cuDNN.
+
+  Raises:
+    UserError: JAX's CUDA plugin or one of these libraries is not installed.
+  """
+  plugin = next(filter(installed.version, _LIBRARIES), None)
+  if plugin is None:
+    raise UserError(NEEDS)
+  cudnn, runtime = (_version(plugin, package) for package in _LIBRARIES[plugin])
   numbers = _LIMITS | {
     "core_count": gpu.cores,
     "fpus_per_core": gpu.fpus,
@@ -48,13 +66,19 @@ def target_config(gpu: chips.GpuTarget) -> str:
       f"  device_interconnect_info {{ active_links: {gpu.links} }}",
       "}",
       f'platform_name: "CUDA" device_description_str: "{gpu.name}"',
-      f"dnn_version_info {{ {_version('nvidia-cudnn-cu13')} }}",
-      f"runtime_version {{ {_version('nvidia-cuda-runtime')} }}",
+      f"dnn_version_info {{ {cudnn} }}",
+      f"runtime_version {{ {runtime} }}",
     ]
   )
 
 
-def _version(package: str) -> str:
-  """The version of an installed package in the form 'major: 9 minor: 12 patch: 0'."""
-  numbers = re.findall(r"\d+", installed.version(package) or "0")[:3]
+def _version(plugin: str, package: str) -> str:
+  """The version of a plugin's library in the form 'major: 9 minor: 12 patch: 0'."""
+  version = installed.version(package)
+  if version is None:
+    raise UserError(
+      f"a plan for GPUs with {plugin} reads the version of {package}, which is not installed: pip "
+      f"install {package}"
+    )
+  numbers = re.findall(r"\d+", version)[:3]
   return " ".join(f"{key}: {n}" for key, n in zip(("major", "minor", "patch"), numbers))

@@ -178,20 +178,17 @@ def devices(topology: Topology) -> list[jax.Device]:
 
 def _gpus(topology: Topology) -> Any:
   assert topology.chip is not None and topology.chip.gpu is not None
+  target = gpu_target_config.target_config(topology.chip.gpu)  # its errors name what is missing
   shape = f"1x{topology.slices}x{topology.shape[0]}"
   try:
     return topologies.get_topology_desc(
       topology.chip.name,
       "cuda",
       topology=shape,
-      target_config=gpu_target_config.target_config(topology.chip.gpu),
+      target_config=target,
     ).devices
   except Exception as e:  # from JAX's runtime, or from loading a library
-    raise UserError(
-      "a plan for GPUs needs JAX's CUDA plugin and NVIDIA's libraries: "
-      "pip install 'jaxgpt[cuda]' (Linux; neither a GPU nor a driver is needed); JAX "
-      f"says: {first_line(e)}"
-    ) from e
+    raise UserError(f"{gpu_target_config.NEEDS}; JAX says: {first_line(e)}") from e
 
 
 def _tpus(topology: Topology) -> Any:

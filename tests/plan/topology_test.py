@@ -97,6 +97,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
   def missing(*args, **kwargs):
     raise NotImplementedError("topology not implemented for cuda")
 
+  monkeypatch.setattr(topology.gpu_target_config, "target_config", lambda gpu: "")
   monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
   with pytest.raises(UserError, match=r"pip install 'jaxgpt\[cuda\]'.*not implemented for cuda"):
     topology.devices(topology.parse("h100x8"))
