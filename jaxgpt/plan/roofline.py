@@ -4,6 +4,7 @@ XLA does not write estimates into a GPU program, and the matmuls of a program th
 without a GPU are not tuned. So this is a lower bound on the time:
 
   * Matmuls and attention take FLOPs / peak rate or bytes / memory bandwidth, whichever is longer.
+    The peak rate is that of bfloat16, or twice that if both operands have eight bits.
   * Other instructions take bytes / memory bandwidth.
   * Collectives take bytes / link bandwidth. One that starts early is hidden by the instructions
     that are scheduled before its end:
@@ -25,6 +26,9 @@ from jaxgpt.plan import hlo
 from jaxgpt.plan.cost import COLLECTIVES
 
 NVLINK, NETWORK = "NVLink", "network"
+# Rate of matmuls of eight-bit numbers, as a multiple of bfloat16's, by the data sheets of A100
+# (int8), H100, H200 and B200.
+_EIGHT_BIT = 2
 # Matmuls per call of cuDNN's attention. The backward pass computes the weights again.
 _ATTENTION = {
   "fmhaBackward": ("cudnn_attention_backward", 5),
@@ -173,27 +177,35 @@ class _Walk:
       out.kernel_flops += flops
       out.seconds["kernels"] += max(flops / self._chip.clocked_flops, seconds)
       return
-    flops = self._flops(computation, made)
+    flops, as_bfloat16 = self._flops(computation, made)
     if flops:
       out.flops += flops
-      out.seconds["matmul"] += max(flops / self._chip.clocked_flops, seconds)
+      out.seconds["matmul"] += max(as_bfloat16 / self._chip.clocked_flops, seconds)
     else:
       out.traffic += traffic
       out.seconds["other"] += seconds
 
-  def _flops(self, computation: str, made: hlo.Instruction) -> float:
-    """FLOPs of the matmuls in an instruction or in the computations it is fused from."""
+  def _flops(self, computation: str, made: hlo.Instruction) -> tuple[float, float]:
+    """FLOPs of the matmuls in an instruction or in the computations it is fused from.
+
+    Returns:
+      (FLOPs, the bfloat16 FLOPs that take as long at the peak).
+    """
+    body = self._program.computations[computation]
     if made.opcode in ("dot", "convolution"):
-      return hlo.matmul_flops(self._program, computation, made)
-    if made.opcode == "custom-call":
-      return _library_matmul(made, self._program.computations[computation])
-    if not made.opcode.startswith("fusion"):
-      return 0
-    return sum(
-      self._flops(name, inner)
-      for name in made.calls
-      for inner in self._program.computations.get(name, ())
-    )
+      flops = hlo.matmul_flops(self._program, computation, made)
+    elif made.opcode == "custom-call":
+      flops = _library_matmul(made, body)
+    elif made.opcode.startswith("fusion"):
+      inner = [
+        self._flops(name, one)
+        for name in made.calls
+        for one in self._program.computations.get(name, ())
+      ]
+      return sum(flops for flops, _ in inner), sum(as_bfloat16 for _, as_bfloat16 in inner)
+    else:
+      return 0, 0
+    return flops, flops / (_EIGHT_BIT if flops and _has_eight_bits(made, body) else 1)
 
   def _traffic(self, made: hlo.Instruction, types: Mapping[str, hlo.Instruction]) -> float:
     """Bytes of memory that an instruction reads and writes."""
@@ -300,6 +312,12 @@ def attention_kernel(made: hlo.Instruction) -> tuple[str, float] | None:
   queries, keys = hlo.arrays(found[1] if found else layouts)[:2]  # [B, T, N, H] and [B, S, K, H]
   seen = 0.5 if '"mask_type": "CAUSAL"' in made.attributes else 1
   return name, 2 * matmuls * math.prod(queries.dims) * keys.dims[1] * seen
+
+
+def _has_eight_bits(made: hlo.Instruction, body: Sequence[hlo.Instruction]) -> bool:
+  """Whether both operands of a matmul are of numbers of at most eight bits."""
+  types = {one.name: one.arrays[0].dtype for one in body if one.arrays}
+  return all(hlo.DTYPE_BYTES[types[name]] <= 1 for name in made.operands[:2])
 
 
 def _library_matmul(made: hlo.Instruction, body: Sequence[hlo.Instruction]) -> float:

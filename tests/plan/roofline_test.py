@@ -125,6 +125,40 @@ def test_cudnns_attention_is_known_by_its_call(target, mask, name, flops):
   assert roofline.attention_kernel(other) is None
 
 
+@pytest.mark.parametrize(
+  "lhs, rhs, rate",
+  [("bf16", "bf16", 1), ("f8e4m3fn", "f8e5m2", 2), ("s8", "s8", 2), ("bf16", "s8", 1)],
+)
+@pytest.mark.parametrize(
+  "matmul",
+  [
+    "dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+    'custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8", '
+    'backend_config={"lhs_contracting_dimensions":["1"]}',
+    "fusion(%a, %b), kind=kCustom, calls=%fused",
+  ],
+)
+def test_matmuls_of_eight_bit_numbers_run_at_twice_the_rate(lhs, rhs, rate, matmul):
+  text = f"""HloModule m, is_scheduled=true
+
+%fused (p: {lhs}[4096,4096], q: {rhs}[4096,4096]) -> f32[4096,4096] {{
+  %p = {lhs}[4096,4096] parameter(0)
+  %q = {rhs}[4096,4096] parameter(1)
+  ROOT %d = f32[4096,4096] dot(%p, %q), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+
+ENTRY %main (a: {lhs}[4096,4096], b: {rhs}[4096,4096]) -> f32[4096,4096] {{
+  %a = {lhs}[4096,4096] parameter(0)
+  %b = {rhs}[4096,4096] parameter(1)
+  ROOT %r = f32[4096,4096] {matmul}
+}}
+"""
+  chip = chips.CHIPS["h100"]
+  got = roofline.of_program(hlo.parse(text), chip, [0])
+  assert got.flops == 2 * 4096**3
+  assert got.seconds["matmul"] == pytest.approx(got.flops / chip.clocked_flops / rate)
+
+
 def test_of_a_condition_the_longer_branch_counts():
   text = """HloModule m, is_scheduled=true
 
