@@ -21,7 +21,7 @@ from jaxgpt.model.attention.masks import MASKED
 #   chunk 2   # # # .
 #   chunk 3   # # # #
 _CHUNK = 128  # queries
-_MAX_CHUNKS = 8  # each is compiled separately
+_MAX_CHUNKS = 8  # each is compiled separately; a divisor of _CHUNK, so that chunks are equal
 
 
 def attention(
@@ -58,7 +58,6 @@ def attention(
   # A key head and its G query heads form one batch entry, whose queries are stacked to G * T rows.
   heads_first = lambda x, *shape: x.swapaxes(1, 2).reshape(*shape)
   chunks = min(T // _CHUNK, _MAX_CHUNKS) if causal and T % _CHUNK == 0 else 1
-  chunks = chunks if T % chunks == 0 else 1
   q = heads_first(q_BTNH, B * K, N // K, T, H)
   k, v = (heads_first(x, B * K, x.shape[1], x.shape[3]) for x in (k_BSKH, v_BSKH))
   bias = jnp.where(mask_BTS, 0.0, MASKED)
