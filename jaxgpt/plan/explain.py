@@ -9,8 +9,10 @@ import ml_collections
 from jaxgpt.errors import UserError
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import GIB
-from jaxgpt.plan import memory_estimate, per_device, search
+from jaxgpt.plan import memory_estimate, per_device
 from jaxgpt.plan.lower import OutOfMemory
+from jaxgpt.plan.search import candidates, search
+from jaxgpt.plan.search.candidates import Candidate
 from jaxgpt.plan.topology import Topology
 
 _TRIES = 3  # changes to compile per kind: the arithmetic may be too optimistic
@@ -44,7 +46,7 @@ def out_of_memory(
   yield f"  {memory_estimate.peak(found) / GIB:6.2f} GiB  in total, at the worst moment"
 
 
-def changes(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[search.Candidate]]:
+def changes(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[Candidate]]:
   """Changes to a config that does not fit, one list per kind of change, the smallest change first.
 
   The kinds: save fewer activations, split the batch into more microbatches, use fewer rows. Lists
@@ -58,7 +60,7 @@ def changes(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[s
   rows = c.data.batch_size // mesh_lib.num_batch_shards(sizes) // c.optim.accumulate
   halvings = [2**i for i in range(1, 8) if rows % 2**i == 0]
   kinds: tuple[list[dict[str, Any]], ...] = (
-    [{"model.remat": remat} for remat in reversed(search.remats(c.model))],
+    [{"model.remat": remat} for remat in reversed(candidates.remats(c.model))],
     [{"optim.accumulate": c.optim.accumulate * n} for n in halvings],
     [{"data.batch_size": c.data.batch_size // n} for n in halvings],
   )
@@ -66,8 +68,8 @@ def changes(c: ml_collections.ConfigDict, topology: Topology) -> Iterator[list[s
     sized = []
     for change in kind:
       with contextlib.suppress(UserError):  # a change may contradict another value of the config
-        one = search.changed(c, change)
-        sized.append(search.Candidate(one, change, estimate(one), 0.0))
+        one = candidates.changed(c, change)
+        sized.append(Candidate(one, change, estimate(one), 0.0))
     yield [one for one in sized if one.bytes <= most]
 
 

@@ -22,7 +22,8 @@ environment.prepare()
 
 from jaxgpt import config
 from jaxgpt.errors import UserError
-from jaxgpt.plan import lower, search, topology
+from jaxgpt.plan import lower, topology
+from jaxgpt.plan.search import candidates, search
 
 CONFIG = "configs/llama3_8b.py"
 ALL = "save:q,k,v,attention,gate,up"
@@ -113,7 +114,7 @@ def compare(name, cache):
   by_hand = []
   for row in HAND_MADE[name]:
     changes = changes_of(*row, where.num_devices)
-    one = search.Candidate(search.changed(c, changes), changes, 0.0, 0.0)
+    one = candidates.Candidate(candidates.changed(c, changes), changes, 0.0, 0.0)
     by_hand.append(cache.compiled(one, where))
     print(f"  {search.describe(changes)}: {search.verdict(by_hand[-1])}", flush=True)
   rate = lambda results: max(

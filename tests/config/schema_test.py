@@ -13,11 +13,13 @@ from jaxgpt.errors import UserError
 PACKAGE = pathlib.Path(__file__).parents[2] / "jaxgpt"
 # Literals with names of keys that declare nothing: (file, a name in it): reason.
 ALLOWED = {
-  ("plan/search.py", "model.remat"): "overrides that the search writes for the user",
-  ("plan/search.py", "optim.accumulate"): "overrides that the search writes for the user",
-  ("plan/search.py", "data.batch_size"): "overrides that the search writes for the user",
-  ("plan/search.py", "model.materialize"): "overrides that the search writes for the user",
-  ("plan/search.py", "objective.loss_chunk"): "overrides that the search writes for the user",
+  ("plan/search/candidates.py", "model.remat"): "overrides that it writes for the user",
+  ("plan/search/candidates.py", "optim.accumulate"): "overrides that it writes for the user",
+  ("plan/search/candidates.py", "data.batch_size"): "overrides that it writes for the user",
+  ("plan/search/candidates.py", "objective.loss_chunk"): "overrides that it writes for the user",
+  ("plan/search/search.py", "model.materialize"): "overrides that it writes for the user",
+  ("plan/search/search.py", "model.remat"): "names of groups of candidates",
+  ("plan/search/search.py", "objective.loss_chunk"): "names of groups of candidates",
   ("plan/explain.py", "model.remat"): "overrides that a plan writes for the user",
   ("plan/explain.py", "optim.accumulate"): "overrides that a plan writes for the user",
   ("plan/explain.py", "data.batch_size"): "overrides that a plan writes for the user",

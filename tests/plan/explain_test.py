@@ -4,13 +4,8 @@ from types import SimpleNamespace
 
 from jaxgpt import config
 from jaxgpt.commands.actions import plan
-from jaxgpt.plan import (
-  explain,
-  lower,
-  report,
-  search,
-  topology,
-)
+from jaxgpt.plan import explain, lower, report, topology
+from jaxgpt.plan.search import search
 
 LLAMA = "configs/llama3_8b.py:llama2_7b"
 

@@ -16,8 +16,8 @@ from jaxgpt.hf.weight_source import WEIGHT_SOURCES
 from jaxgpt.parallel import chips
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.plan import communication_budget, cost, explain, hlo, lower, report, shardings
-from jaxgpt.plan import search as search_lib
 from jaxgpt.plan import topology as topology_lib
+from jaxgpt.plan.search import search as search_lib
 from jaxgpt.run import teacher
 from jaxgpt.storage import buckets, strict_json
 from jaxgpt.training import build, compiled_step

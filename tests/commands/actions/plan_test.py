@@ -5,7 +5,8 @@ import pytest
 from jaxgpt.commands.actions import plan
 from jaxgpt.commands.plan import PlanOptions
 from jaxgpt.errors import UserError
-from jaxgpt.plan import lower, report, search
+from jaxgpt.plan import lower, report
+from jaxgpt.plan.search import search
 
 CONFIG = "configs/llama3_8b.py:llama2_7b"
 WHERE = CONFIG, [], "v5e-8"

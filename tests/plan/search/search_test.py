@@ -1,6 +1,5 @@
-"""The search: which meshes it considers, what it compiles, and how it reports."""
+"""What a search compiles, and how it reports."""
 
-import math
 import re
 
 import jax
@@ -8,15 +7,9 @@ import pytest
 
 from jaxgpt import config
 from jaxgpt.config import effects
-from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
-from jaxgpt.plan import (
-  lower,
-  memory_estimate,
-  per_device,
-  search,
-  topology,
-)
+from jaxgpt.plan import lower, per_device, topology
+from jaxgpt.plan.search import candidates, search
 
 LLAMA = "configs/llama3_8b.py:llama2_7b"
 
@@ -25,71 +18,14 @@ def llama(*overrides):
   return lower.resolve(config.load(LLAMA, overrides)[0])
 
 
-@pytest.fixture
-def few_axes(monkeypatch):
-  """A search over fewer meshes: thousands of plans take seconds."""
-  monkeypatch.setattr(search, "_SEQS", (1,))
-  monkeypatch.setattr(search, "_STAGES", (1,))
-
-
-def test_a_search_looks_at_all_axes_that_suit():
-  t = topology.parse("v6e-64x2")
-  found = search.meshes(llama("--config.data.seq_len=2048"), t)
-  assert all(math.prod(sizes.values()) == 128 for sizes in found)
-  assert all(sizes["data"] % 2 == 0 or sizes["fsdp"] % 2 == 0 for sizes in found)
-  assert {sizes["seq"] for sizes in found} == {1, 2, 4, 8}  # 256 tokens of a row at least
-  assert {sizes["stage"] for sizes in found} == {1, 2, 4}
-  assert {sizes["expert"] for sizes in found} == {1}
-  experts = llama(
-    "--config.model.mlp_pattern=('moe',)",
-    "--config.model.moe.experts=4",
-    "--config.data.seq_len=2048",
-  )
-  assert {sizes["expert"] for sizes in search.meshes(experts, t)} == {1, 2, 4}
-
-
-@pytest.mark.parametrize("where, within", [("h100x8x2", 8), ("v6e-64x2", 64)])
-def test_a_model_too_large_for_a_host_or_slice_is_divided_over_them(where, within, few_axes):
-  found = search.meshes(llama("--config.data.seq_len=2048"), topology.parse(where))
-  alone = [(sizes["data"], sizes["fsdp"]) for sizes in found if sizes["tensor"] == 1]
-  assert sorted(alone) == [(1, within * 2), (2, within), (within * 2, 1)]
-
-
-def test_what_fits_no_host_fits_two(few_axes):
-  overrides = ["--config.data.seq_len=2048"]
-  c = lower.resolve(config.load("configs/llama3_8b.py:llama2_70b", overrides)[0])
-  t = topology.parse("h100x8x4")
-  fitting = [one for one in search.candidates(c, t) if one.bytes <= t.chip.hbm_limit]
-  assert fitting and all(one.c.mesh.fsdp * one.c.mesh.tensor >= 16 for one in fitting)
-
-
-@pytest.mark.parametrize(
-  "overrides, named",
-  [
-    (("--config.model.gated=False",), {"q", "k", "v", "attention", "o", "up"}),
-    (("--config.model.mlp_pattern=('none',)",), {"q", "k", "v", "attention", "o"}),
-    ((), {"q", "k", "v", "attention", "o", "gate", "up"}),
-  ],
-)
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_search_saves_only_what_the_model_has(overrides, named, offload):
-  c = llama(*overrides)
-  found = search.remats(c.model, offload)
-  assert {name for one in found for name in activations(one).saved} == named
-  assert any(activations(one).offloaded for one in found) == offload
-  assert len(set(found)) == len(found) >= 4 and found[0] == "full"
-  for one in found:
-    effects.check(search.changed(c, {"model.remat": one}), {"model.remat": "command line"})
-
-
 def test_a_search_moves_activations_to_the_host_where_more_rows_fit_by_it(few_axes):
   c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
-  assert not any("offload" in one.c.model.remat for one in search.candidates(c, t))
-  found = search.candidates(c, t, offload=True)
+  assert not any("offload" in one.c.model.remat for one in candidates.candidates(c, t))
+  found = candidates.candidates(c, t, offload=True)
   offloads = {one.c.model.remat for one in found if "offload" in one.c.model.remat}
-  assert offloads == set(search.OFFLOADS)
+  assert offloads == set(candidates.OFFLOADS)
   for remat in offloads:
-    effects.check(search.changed(c, {"model.remat": remat}), {"model.remat": "command line"})
+    effects.check(candidates.changed(c, {"model.remat": remat}), {"model.remat": "command line"})
   chosen, _ = search.choose(found, t.chip.hbm_limit, 6)
   best = chosen[0]
   assert "offload" in best.c.model.remat and best.c.data.batch_size > 512  # saved: 2 rows fit
@@ -110,7 +46,7 @@ def test_a_search_moves_nothing_over_a_link_of_unknown_bandwidth(few_axes):
 def test_a_kept_batch_may_have_any_rows_and_microbatches(few_axes):
   """10 rows on each of 256 devices."""
   c = llama("--config.data.seq_len=2048", "--config.data.batch_size=2560")
-  found = search.candidates(c, topology.parse("v5e-256"), keep_batch=True)
+  found = candidates.candidates(c, topology.parse("v5e-256"), keep_batch=True)
   pure = [one for one in found if one.c.mesh.fsdp == 256]
   assert {one.c.optim.accumulate for one in pure} == {1, 2, 5, 10}
   assert {one.c.data.batch_size for one in found} == {2560}
@@ -119,54 +55,20 @@ def test_a_kept_batch_may_have_any_rows_and_microbatches(few_axes):
     search.search(c, topology.parse("v5e-256"), keep_batch=True)
 
 
-def test_stages_divide_the_layers_after_the_leading_dense_ones():
-  """DeepSeek V2 Lite: one dense layer, then 26 of experts."""
-  overrides = ["--config.data.seq_len=2048"]
-  c = lower.resolve(config.load("configs/llama3_8b.py:deepseek_v2_lite", overrides)[0])
-  found = search.meshes(c, topology.parse("v5e-64"))
-  assert {sizes["stage"] for sizes in found} == {1, 2}
-  staged = next(sizes for sizes in found if sizes["stage"] == 2)
-  search.changed(c, {f"mesh.{axis}": size for axis, size in staged.items()})
-
-
-def test_keys_of_pipelines_are_unset_without_stages(few_axes):
-  c = llama("--config.data.seq_len=2048", "--config.mesh.stage=2", "--config.mesh.stage_repeats=2")
-  one = search.candidates(c, topology.parse("v5e-64"))[0]
-  assert one.c.mesh.stage == one.c.mesh.stage_repeats == 1
-  assert one.changes["mesh.stage_repeats"] == 1
-  assert "repeats" not in search.describe(one.changes)
-
-
 def test_a_search_ranks_what_fits_and_what_nearly_does(few_axes):
   c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
-  found = search.candidates(c, t)
+  found = candidates.candidates(c, t)
   chosen, beyond = search.choose(found, t.chip.hbm_limit, 3)
   assert len(chosen) == 3 and all(one.bytes <= t.chip.hbm_limit * 1.02 for one in chosen)
   assert chosen[0].merit == min(one.merit for one in chosen)
   without = [{k: v for k, v in one.changes.items() if k != "model.remat"} for one in chosen]
   assert without[0] == without[1] != without[2]  # two that differ in what they save, then others
   assert beyond.bytes > t.chip.hbm_limit and beyond.merit < chosen[0].merit
-  kept = search.candidates(
+  kept = candidates.candidates(
     llama("--config.data.seq_len=2048", "--config.data.batch_size=1024"), t, keep_batch=True
   )
   assert {one.changes["data.batch_size"] for one in kept} == {1024}
   assert {one.changes["optim.accumulate"] for one in kept} >= {1, 2, 4}
-
-
-def test_a_loss_in_chunks_is_tried_where_the_plan_would_not_fit_otherwise(few_axes):
-  overrides = ["--config.data.seq_len=8192", "--config.data.batch_size=256"]
-  load = lambda *more: lower.resolve(
-    config.load("configs/llama3_8b.py:llama3_8b", [*overrides, *more])[0]
-  )
-  t = topology.parse("v5e-256")
-  chunked = [one for one in search.candidates(load(), t) if "objective.loss_chunk" in one.changes]
-  assert any(one.bytes <= t.chip.hbm_limit for one in chunked)
-  whole = search.changed(chunked[0].c, {"objective.loss_chunk": 0})
-  needed = memory_estimate.total(whole, t)
-  assert needed > t.chip.hbm_limit and needed > chunked[0].bytes
-  assert "loss_chunk 2048" in search.describe(chunked[0].changes)
-  own = search.candidates(load("--config.objective.loss_chunk=1024"), t)
-  assert not any("objective.loss_chunk" in one.changes for one in own)
 
 
 def test_a_search_compiles_the_best_with_other_barriers_too(monkeypatch, few_axes):
@@ -225,14 +127,14 @@ def test_a_plan_that_is_refused_ends_no_search(error, words, monkeypatch, few_ax
 
 def test_other_barriers_that_the_config_refuses_end_no_search(monkeypatch, few_axes):
   c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
-  changed = search.changed
+  changed = candidates.changed
 
   def strict(c, changes):
     if "model.materialize" in changes:
       raise UserError("model.materialize does not suit")
     return changed(c, changes)
 
-  monkeypatch.setattr(search, "changed", strict)
+  monkeypatch.setattr(candidates, "changed", strict)
   figures = {
     "merit_with_kernels": 1.0,
     "mfu": 0.5,
@@ -252,17 +154,9 @@ def test_a_search_says_which_kernels_it_ranks_by_an_assumption(where, told, few_
   assert any("ranked at 50% of peak in 2 of these" in line for line in said) == told
 
 
-def test_a_search_says_where_evaluation_needs_other_rows(few_axes):
-  c, t = llama("--config.data.seq_len=2048", "--config.eval.batch_size=24"), topology.parse("v5e-8")
-  found = search.candidates(c, t)
-  assert all("eval.batch_size" not in one.changes and one.c.eval.batch_size == 24 for one in found)
-  found = search.candidates(c, topology.parse("v5e-16"))
-  assert any(one.changes.get("eval.batch_size") == one.c.data.batch_size for one in found)
-
-
 def test_the_table_of_a_search_says_why_others_lost(few_axes):
   c, t = llama("--config.data.seq_len=2048"), topology.parse("v5e-256")
-  a, b, beyond = search.candidates(c, t)[:3]
+  a, b, beyond = candidates.candidates(c, t)[:3]
 
   def result(candidate, exposed):
     seconds = {
