@@ -126,7 +126,7 @@ def build(
     optimizers.check_rates(c.optim, depths)
     optimizers.find(c).check_trained(c.optim, select(axes, sharding.is_axes))
   tx = optimizers.make(c, schedule, select(axes, sharding.is_axes), depths)
-  _check_qk_clip(c, mesh, set(tree.flatten(shapes)) - set(trained))
+  check_qk_clip(c, mesh.shape, set(tree.flatten(shapes)) - set(trained))
   fixed = _fixed_models(c, mesh, trained)
   state = train_step.abstract_state(model, tx, c.optim.ema > 0, trained, mesh, fixed)
   for one in filter(None, (model, fixed.teacher)):
@@ -172,11 +172,7 @@ def model_on(
   work = choose.Workload(c.data.seq_len, fields.dtype, fields.attn_softcap, heads)
   fields.attention = choose.choose(fields.attention, platform, work)
   mesh_lib.check_length(sizes, c.data.seq_len, fields.attention)
-  if INPUT in activations(fields.remat).offloaded and sizes["stage"] > 1:
-    raise UserError(
-      f"model.remat={fields.remat!r} does not go with mesh.stage={sizes['stage']}: a pipeline "
-      "saves the input of its layers on the device; leave out input, or set mesh.stage=1"
-    )
+  check_remat(fields.remat, sizes)
   return transformer.Transformer(
     ml_collections.FrozenConfigDict(fields),
     stacks.pipeline_of(c, sizes),
@@ -185,16 +181,42 @@ def model_on(
   )
 
 
-def _check_qk_clip(
-  c: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, frozen: Collection[str]
+def check_remat(remat: str, sizes: Mapping[str, int]) -> None:
+  """Checks that a remat policy suits the sizes of the mesh axes.
+
+  Args:
+    remat: `model.remat`.
+    sizes: {axis: size}.
+
+  Raises:
+    UserError: It offloads the layers' input, which a pipeline saves on the device.
+  """
+  if INPUT in activations(remat).offloaded and sizes["stage"] > 1:
+    raise UserError(
+      f"model.remat={remat!r} does not go with mesh.stage={sizes['stage']}: a pipeline "
+      "saves the input of its layers on the device; leave out input, or set mesh.stage=1"
+    )
+
+
+def check_qk_clip(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], frozen: Collection[str] = ()
 ) -> None:
-  """Refuses a mesh with which QK-clip cannot work, and frozen weights of queries or keys."""
+  """Checks that QK-clip can work.
+
+  Args:
+    c: A resolved config.
+    sizes: Sizes of the mesh axes, {axis: size}.
+    frozen: Paths of the parameters that are not trained.
+
+  Raises:
+    UserError: The mesh divides the rows or the layers, or queries or keys are frozen.
+  """
   if not c.optim.qk_clip:
     return
   for axis in ("seq", "stage"):
-    if mesh.shape[axis] > 1:
+    if sizes[axis] > 1:
       raise UserError(
-        f"optim.qk_clip={c.optim.qk_clip} does not work with mesh.{axis}={mesh.shape[axis]}, which "
+        f"optim.qk_clip={c.optim.qk_clip} does not work with mesh.{axis}={sizes[axis]}, which "
         "divides the rows or the layers; set one of them to its default"
       )
   if held := sorted(path for path in frozen if path.endswith(("attn/q", "attn/k"))):

@@ -7,16 +7,18 @@ import itertools
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from jaxgpt.config import effects
 from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
-from jaxgpt.model import stacks
+from jaxgpt.model import stacks, transformer
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.parallel import sharding
 from jaxgpt.plan import lower, memory_estimate, per_device, time_estimate
 from jaxgpt.plan.topology import Topology
-from jaxgpt.training import objectives
+from jaxgpt.training import build, objectives
 
 REMATS = (  # each saves more than the one before it
   "full",
@@ -112,8 +114,6 @@ def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, i
   stages = [n for n in _STAGES if n == 1 or (periods and periods % (n * c.mesh.stage_repeats) == 0)]
   # Each combination of the axes within a slice; fsdp and data share the devices that are left.
   for tensor, seq, expert, stage in itertools.product(_TENSORS, lengths, experts, stages):
-    if m.num_kv_heads % tensor or m.mlp_width % tensor or m.vocab_size % tensor:
-      continue
     if sum(n > 1 for n in (tensor, seq, expert, stage)) > 2:
       continue
     left = within // (tensor * seq * expert * stage)
@@ -130,7 +130,22 @@ def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, i
           "stage": stage,
         }
       )
-  return out
+  return [sizes for sizes in out if _suits(c, sizes)]
+
+
+def _suits(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> bool:
+  """Whether training builds the model on a mesh {axis: size}: `build.build` checks the same."""
+  mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  cfg = ml_collections.FrozenConfigDict(c.model)
+  model = transformer.Transformer(cfg, rules=sharding.rules(c.mesh))
+  try:
+    build.check_qk_clip(c, sizes)
+    build.check_heads(model, mesh)
+    shapes, axes = transformer.abstract(model)
+    sharding.params_shardings(axes, shapes, mesh, model.rules)
+  except UserError:
+    return False
+  return True
 
 
 def _fsdp_sizes(left: int, slices: int, width: int) -> list[int]:
@@ -177,6 +192,7 @@ def candidates(
       if c.eval.batch_size == c.data.batch_size or c.eval.batch_size % shards:
         changes["eval.batch_size"] = batch
       try:
+        build.check_remat(remat, sizes)
         one = _estimated(changed(c, changes), changes, sizes, counts, topology)
         if one.bytes > limit(topology) * SLACK and _takes_chunks(one.c, sizes):
           changes = changes | {"objective.loss_chunk": _LOSS_CHUNK}

@@ -109,3 +109,25 @@ def test_a_search_says_where_evaluation_needs_other_rows(few_axes):
   assert all("eval.batch_size" not in one.changes and one.c.eval.batch_size == 24 for one in found)
   found = candidates.candidates(c, topology.parse("v5e-16"))
   assert any(one.changes.get("eval.batch_size") == one.c.data.batch_size for one in found)
+
+
+@pytest.mark.parametrize(
+  "preset, overrides, refused",
+  [
+    # QK-clip needs whole rows and all layers on a device.
+    ("llama2_7b", ["optim.qk_clip=100"], lambda one: one.mesh.seq * one.mesh.stage > 1),
+    # A pipeline saves the input of its layers on the device.
+    ("llama2_7b", [], lambda one: one.mesh.stage > 1 and "input" in one.model.remat),
+    # 4 does not divide the columns of an expert.
+    ("mixtral_8x7b", ["model.moe.width=1026"], lambda one: one.mesh.tensor > 2),
+  ],
+)
+def test_no_candidate_is_refused_by_training(preset, overrides, refused, monkeypatch):
+  monkeypatch.setattr(candidates, "_ALONE", ((4, 1),))
+  monkeypatch.setattr(candidates, "_SEQS", (1, 2))
+  monkeypatch.setattr(candidates, "_STAGES", (1, 2))
+  overrides = ["data.seq_len=2048", *overrides]
+  flags = [f"--config.{one}" for one in overrides]
+  c = lower.resolve(config.load(f"configs/llama3_8b.py:{preset}", flags)[0])
+  found = candidates.candidates(c, topology.parse("v5e-16"), offload=True)
+  assert found and not any(refused(one.c) for one in found)
