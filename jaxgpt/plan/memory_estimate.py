@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import ml_collections
 
+from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import INPUT, activations
 from jaxgpt.model import fixed_models, stacks
 from jaxgpt.model.quantization import quantized_base
@@ -246,7 +247,7 @@ def _layer_buffers(
     "layer",
     "one layer",
     counts.layer_bytes(sizes, m.num_layers, itemsize),
-    "mesh.tensor, mesh.expert" if "moe" in m.mlp_pattern else "mesh.tensor",
+    "mesh.tensor, mesh.expert" if "moe" in mlp_kinds(m) else "mesh.tensor",
   )
   # Queries, keys, values, the output of attention and the inside of the MLP, with gradients.
   each = 2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 4 * m.width

@@ -250,7 +250,7 @@ def expert_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float
   1 for other models and meshes. See `model.experts.dropless`.
   """
   m, rules = c.model, sharding.rules(c.mesh)
-  if "moe" not in m.mlp_pattern or m.moe.capacity:
+  if "moe" not in mlp_kinds(m) or m.moe.capacity:
     return 1.0
   tokens = {*rules.mesh_axes("batch"), *rules.mesh_axes("length")}
   shards = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
@@ -268,7 +268,7 @@ def grouped_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> floa
   Devices that have the same tokens and other experts each have room for the rows of all of them.
   """
   m, rules = c.model, sharding.rules(c.mesh)
-  if "moe" not in m.mlp_pattern or m.moe.capacity:
+  if "moe" not in mlp_kinds(m) or m.moe.capacity:
     return 1.0
   axes = rules.mesh_axes("experts")
   if m.moe.experts % math.prod(sizes[axis] for axis in axes):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from jaxgpt.config.keys.layer_kinds import mlp_kinds
+from jaxgpt.config.keys.layer_kinds import attention_kinds, mlp_kinds
 from jaxgpt.config.remat import ATTENTION, INPUT, QKV, activations
 from jaxgpt.model import fixed_models, stacks
 from jaxgpt.parallel import mesh
@@ -373,5 +373,5 @@ def visible_share(c: ml_collections.ConfigDict, block: int, seq: int = 1) -> flo
     size = T if seq == 1 else T / 2  # of the chunks that a device has; their neighbors lend ends
     far = 0 if seq == 1 else min(c.model.window / size, seq) * (1 if c.model.causal else 2)
     local = min((c.model.window + block) / (size * (1 + far)), causal)
-  pattern = c.model.attention_pattern
-  return sum(local if kind == "local" else causal for kind in pattern) / len(pattern)
+  kinds = attention_kinds(c.model)
+  return sum(local if kind == "local" else causal for kind in kinds) / len(kinds)

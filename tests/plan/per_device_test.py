@@ -175,3 +175,12 @@ def test_ranks_of_latent_attention_that_the_mesh_does_not_divide_are_held_whole(
   whole = math.prod(weight.shape)
   assert weight.entries(sizes(fsdp=256)) == whole / 256
   assert weight.entries(sizes(fsdp=448)) == whole
+
+
+def test_a_pattern_whose_experts_no_layer_reaches_has_none():
+  flags = ("--config.model.mlp_pattern=('dense','dense','moe')", "--config.model.num_layers=2")
+  c = resolved("llama3_8b", *MOE, *flags, "--config.data.batch_size=64")
+  assert per_device.expert_room(c, sizes(expert=8)) == 1
+  assert per_device.grouped_room(c, sizes(tensor=8)) == 1
+  found = memory_estimate.buffers(c, sizes(fsdp=8), per_device.count(c))
+  assert not any("mesh.expert" in b.keys for b in found)

@@ -1,10 +1,12 @@
 """Seconds of attention kernels by arithmetic, from measured blocks. The search ranks by them."""
 
+import collections
 import math
 from collections.abc import Iterator, Mapping
 
 import ml_collections
 
+from jaxgpt.config.keys.layer_kinds import attention_kinds
 from jaxgpt.model.attention.blocks import choose, grid
 from jaxgpt.model.attention.blocks.grid import Call
 from jaxgpt.model.attention.masks import Band
@@ -26,10 +28,8 @@ def seconds(
   Returns:
     None if the blocks of a call are not measured: for GPUs, other chips and other heads.
   """
-  pattern = c.model.attention_pattern
   forward = backward = 0.0
-  for kind in set(pattern):
-    layers = c.model.num_layers * pattern.count(kind) / len(pattern)
+  for kind, layers in collections.Counter(attention_kinds(c.model)).items():
     for times, of in calls(c, sizes, kind):
       call = grid.spread_call(of, chip)
       blocks = choose.find(call, chip)
@@ -45,7 +45,7 @@ def seconds(
 def parts_bytes(c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip) -> float:
   """Bytes of the parts of the queries' gradient that a fused backward kernel writes in a layer."""
   out = 0.0
-  for kind in set(c.model.attention_pattern):
+  for kind in set(attention_kinds(c.model)):
     for _, of in calls(c, sizes, kind):
       call = grid.spread_call(of, chip)
       blocks = choose.find(call, chip)

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from jaxgpt.config import effects
+from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import activations
 from jaxgpt.errors import UserError
 from jaxgpt.model import stacks, transformer
@@ -107,7 +108,7 @@ def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, i
   to fsdp and data, at most two axes are used at once.
   """
   m, within = c.model, topology.num_devices // topology.slices
-  experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if "moe" in m.mlp_pattern else [1]
+  experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if "moe" in mlp_kinds(m) else [1]
   lengths = [n for n in _SEQS if c.data.seq_len % (_SEQ_UNIT * n) == 0 or n == 1]
   out = []
   periods = stacks.pipelined_periods(m)

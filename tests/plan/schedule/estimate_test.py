@@ -88,3 +88,17 @@ def test_parts_of_a_fused_gradient_take_memory(llama):
   # Queries of 2 rows, 32 heads, 8,192 x 128 in bfloat16, once for each block of keys.
   assert parts.bytes == 2 * 32 * 8192 * 128 * 2 * (8192 // blocks.backward[1])
   assert len(memory_estimate.buffers(llama, sizes, counts)) == len(found) - 1
+
+
+def test_layers_count_by_their_kind_and_not_by_the_pattern():
+  """Gemma 3: 26 layers, of which each sixth is global: 4 of them."""
+  changes = dict(data__batch_size=128, model__window=1024, model__num_layers=26)
+  c = resolved(**changes, model__attention_pattern=str(("local",) * 5 + ("global",)))
+  sizes, chip = sizes_of(c), CHIPS["v6e"]
+  alone = lambda kind: resolved(**changes, model__attention_pattern=f"('{kind}',)")
+  one = lambda kind: [x / 26 for x in estimate.seconds(alone(kind), sizes, chip)]
+  of_layers = [22 * a + 4 * b for a, b in zip(one("local"), one("global"), strict=True)]
+  assert estimate.seconds(c, sizes, chip) == pytest.approx(of_layers)
+  share = lambda c: time_estimate.visible_share(c, 512)
+  mean = (22 * share(alone("local")) + 4 * share(alone("global"))) / 26
+  assert share(c) == pytest.approx(mean)
