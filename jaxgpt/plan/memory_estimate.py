@@ -138,7 +138,7 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
   if INPUT not in activations(m.remat).offloaded:
     yield one("layers (input of each)", m.width / s.residual, itemsize)
   names = per_device.saved_names(m.remat)
-  widths = per_device.widths(m, padded=True, room=per_device.expert_room(c, sizes))
+  widths = per_device.widths(m, s.routed * per_device.expert_room(c, sizes), padded=True)
   for name in names:
     if name == "down" and m.norm_placement == "pre":
       continue  # only added to the residual stream: no gradient needs it, and XLA drops it
@@ -240,8 +240,8 @@ def _layer_buffers(
 ) -> Iterator[Buffer]:
   """Buffers of one layer's backward pass: gathered weights, and activations with gradients."""
   m, s = c.model, per_device.share(c, sizes)
-  room = per_device.expert_room(c, sizes)
-  itemsize, w = per_device.itemsize(m), per_device.widths(m, padded=True, room=room)
+  routed = s.routed * per_device.expert_room(c, sizes)
+  itemsize, w = per_device.itemsize(m), per_device.widths(m, routed, padded=True)
   yield Buffer(
     "layers (gathered)",
     "layer",
@@ -251,7 +251,7 @@ def _layer_buffers(
   )
   # Queries, keys, values, the output of attention and the inside of the MLP, with gradients.
   each = 2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 4 * m.width
-  of_mlp = lambda kind: 3 * per_device.hidden_width(m, kind, room) / s.mlp
+  of_mlp = lambda kind: 3 * per_device.hidden_width(m, kind, routed) / s.mlp
   # Of the iterations of the layers' scans, the one with the most.
   inside, several = max(
     (sum(each + of_mlp(mlp) for _, mlp in stack.kinds), len(stack.kinds)) for stack in stacks.of(m)

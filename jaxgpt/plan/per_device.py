@@ -12,7 +12,7 @@ from jaxgpt import tree
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import ACTIVATIONS, ATTENTION, DOWN, INPUT, QKV, activations
 from jaxgpt.model import transformer
-from jaxgpt.model.experts import dropless
+from jaxgpt.model.experts import capacity, dropless
 from jaxgpt.model.quantization import quantized_base
 from jaxgpt.parallel import chips, sharding
 from jaxgpt.parallel import mesh as mesh_lib
@@ -166,6 +166,7 @@ class Share(NamedTuple):
     heads: Shards of the attention heads.
     mlp: Shards of the MLP's hidden dimension.
     vocab: Shards of the vocabulary.
+    routed: Rows in the routed experts of a layer, for each token.
     sequences: Sequences of each row, computed one after the other: 2 for pairs.
     kept: Those of them whose activations are in memory at the same time.
   """
@@ -176,6 +177,7 @@ class Share(NamedTuple):
   heads: int
   mlp: int
   vocab: int
+  routed: float
   sequences: int = 1
   kept: int = 1
 
@@ -206,6 +208,7 @@ def share(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Share:
     shards("act_heads"),
     shards("act_mlp"),
     shards("act_vocab"),
+    routed_rows(c),
     objective.sequences,
     kept,
   )
@@ -277,31 +280,38 @@ def grouped_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> floa
   return expert_room(c, sizes) * math.prod(sizes[axis] for axis in axes if axis not in tokens)
 
 
-def hidden_width(m: ml_collections.ConfigDict, kind: str, room: float = 1.0) -> float:
+def routed_rows(c: ml_collections.ConfigDict) -> float:
+  """Rows in the routed experts for each token: those that its experts get, or slots with a limit.
+
+  See `model.experts.capacity`.
+  """
+  moe, T = c.model.moe, c.data.seq_len
+  return capacity.slots(moe, T) * moe.experts / T if moe.capacity else moe.per_token
+
+
+def hidden_width(m: ml_collections.ConfigDict, kind: str, routed: float) -> float:
   """Numbers per token within the MLP of a layer.
 
   Args:
     m: The `model` section.
     kind: Of the MLP: 'dense', 'moe' or 'none'.
-    room: As in `widths`.
+    routed: Rows in the routed experts for each token.
   """
   if kind == "moe":
-    return m.moe.width * (m.moe.per_token * max(m.moe.capacity, 1) * room + m.moe.shared)
+    return m.moe.width * (routed + m.moe.shared)
   return m.mlp_width if kind == "dense" else 0
 
 
-def widths(
-  m: ml_collections.ConfigDict, padded: bool = False, room: float = 1.0
-) -> dict[str, float]:
+def widths(m: ml_collections.ConfigDict, routed: float, padded: bool = False) -> dict[str, float]:
   """Numbers per token of each named activation, as a mean over the layers.
 
   Args:
     m: The `model` section.
+    routed: Rows in the routed experts for each token: `Share.routed`, or those with room.
     padded: Counts heads as TPUs lay them out, padded to a multiple of 128.
-    room: From `expert_room`, where memory counts and not the work of an even load.
   """
   kinds = mlp_kinds(m)
-  hidden = sum(hidden_width(m, kind, room) for kind in kinds) / len(kinds)
+  hidden = sum(hidden_width(m, kind, routed) for kind in kinds) / len(kinds)
   size = lambda n: -(-n // chips.LANES) * chips.LANES if padded else n
   key, value = size(m.head_dim), size(m.latent.v_dim)
   return {
@@ -316,9 +326,14 @@ def widths(
   }
 
 
-def layer_weights(m: ml_collections.ConfigDict) -> dict[str, float]:
-  """Entries of the weights that produce each named activation, as far as a token uses them."""
-  w, latent = widths(m), m.latent
+def layer_weights(m: ml_collections.ConfigDict, routed: float) -> dict[str, float]:
+  """Entries of the weights that produce each named activation, as far as a token uses them.
+
+  Args:
+    m: The `model` section.
+    routed: As in `widths`.
+  """
+  w, latent = widths(m, routed), m.latent
   q, k, v = (m.width * w[name] for name in QKV)
   if latent.kv_rank:  # keys and values of all heads come from one compressed vector
     plain = m.num_heads * (m.head_dim - latent.rope_dim)

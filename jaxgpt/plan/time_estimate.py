@@ -122,7 +122,7 @@ def _host_waits(
     compute: Seconds of compute in a step.
     chip: Its rates.
   """
-  m, widths = c.model, per_device.widths(c.model, padded=not chip.gpu)
+  m, widths = c.model, per_device.widths(c.model, s.routed, not chip.gpu)
   names = activations(m.remat).offloaded
   each = m.num_layers * tokens * per_device.itemsize(m) / chip.host_bandwidth
   moves = {n: each * widths[n] / s.shards(n) for n in names if n != INPUT}
@@ -262,7 +262,7 @@ def _weights(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:
   """Entries of a device's weights by the activation that they produce, for one layer."""
   return {
     name: count / (s.mlp if name in ("gate", "up", "down") else s.heads)
-    for name, count in per_device.layer_weights(m).items()
+    for name, count in per_device.layer_weights(m, s.routed).items()
   }
 
 
@@ -293,7 +293,7 @@ def _matmul_bytes(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...]
 
 def _matmul_numbers(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:
   """Numbers per token that a device's matmul of each activation reads and writes, for one layer."""
-  w = per_device.widths(m)
+  w = per_device.widths(m, s.routed)
   copies = w["up"] / (m.moe.width if m.moe.experts else m.mlp_width)  # experts of a token
   latent = m.latent
   into = {"q": latent.q_rank or m.width, "o": w["attention"] / s.heads, "down": w["up"] / s.mlp}
@@ -308,13 +308,14 @@ def _traffic_per_token(
   c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share, padded: bool
 ) -> float:
   """Bytes per token that are read and written outside matmuls and kernels, heads perhaps padded."""
-  m, itemsize, widths = c.model, per_device.itemsize(c.model), per_device.widths(c.model, padded)
+  m, itemsize = c.model, per_device.itemsize(c.model)
+  widths = per_device.widths(m, s.routed, padded)
   saved = sum(widths[n] / s.shards(n) for n in per_device.kept_names(m.remat))
   of_residual, of_queries = _LAYER_PASSES
   each = m.width / s.residual * of_residual + widths["q"] / s.heads * of_queries
   each = itemsize * (each + saved * _SAVED_PASSES)
   of_tokens, of_hidden = _EXPERT_PASSES
-  each += itemsize * _routed(m) * (of_tokens * m.width + of_hidden * m.moe.width / s.mlp)
+  each += itemsize * _routed(m, s) * (of_tokens * m.width + of_hidden * m.moe.width / s.mlp)
   if s.heads * s.mlp > 1:  # between the matmuls of a branch a device holds whole tokens
     each += itemsize * m.width / s.residual * _TENSOR_PASSES * (max(s.heads, s.mlp) - 1)
   if sizes["seq"] > 1:  # partial outputs are added up, and so are partial gradients
@@ -333,7 +334,7 @@ def _activation_bytes_between_devices(
   c: ml_collections.ConfigDict, sizes: Mapping[str, int], s: Share, tokens: float
 ) -> float:
   """Bytes of activations that a device waits for in a step."""
-  m, widths = c.model, per_device.widths(c.model)
+  m, widths = c.model, per_device.widths(c.model, s.routed)
   each, total = m.num_layers * tokens * per_device.itemsize(m), 0.0
   if s.heads * s.mlp > 1:
     total += _TENSOR_HOPS * each * m.width
@@ -342,14 +343,14 @@ def _activation_bytes_between_devices(
     # hidden behind the attention of the previous hop.
     total += 3 * each * (widths["k"] + widths["v"]) / s.heads
   if sizes["expert"] > 1:  # to the experts and back, forward, backward and where computed again
-    total += (4 if m.remat == "none" else 5) * each * m.width * _routed(m)
+    total += (4 if m.remat == "none" else 5) * each * m.width * _routed(m, s)
   return total
 
 
-def _routed(m: ml_collections.ConfigDict) -> float:
+def _routed(m: ml_collections.ConfigDict, s: Share) -> float:
   """Rows in the routed experts for each token, as a mean over the layers. 0 without experts."""
   kinds = mlp_kinds(m)
-  return kinds.count("moe") / len(kinds) * m.moe.per_token * max(m.moe.capacity, 1)
+  return kinds.count("moe") / len(kinds) * s.routed
 
 
 def visible_share(c: ml_collections.ConfigDict, block: int, seq: int = 1) -> float:

@@ -32,12 +32,12 @@ def test_a_mixed_pattern_has_the_mean_of_its_layers():
     resolved("llama3_8b", *MOE, f"--config.model.mlp_pattern={pattern}")
     for pattern in ("('dense',)", "('moe',)", "('dense','moe')")
   )
-  up = lambda c: per_device.widths(c.model)["up"]
+  up = lambda c: per_device.widths(c.model, 2)["up"]
   assert up(experts) == 2 * up(dense)  # two experts per token
   assert up(mixed) == (up(dense) + up(experts)) / 2
   quarter = resolved("llama3_8b", *MOE, "--config.model.mlp_pattern=('none','none','none','moe')")
   assert up(quarter) == up(experts) / 4
-  assert per_device.widths(quarter.model)["down"] == quarter.model.width / 4
+  assert per_device.widths(quarter.model, 2)["down"] == quarter.model.width / 4
 
 
 def test_the_backward_pass_is_of_the_period_with_the_most():
@@ -165,7 +165,9 @@ def test_weights_by_activation_are_those_that_a_token_uses(preset):
     matrix = len(weight.shape) > 2 and not (moe.experts and weight.shape[-1] == moe.experts)
     if matrix:  # no vector, and not the router
       of_layers += size * moe.per_token / moe.experts if ("expert",) in weight.mesh_axes else size
-  found = sum(per_device.layer_weights(c.model).values()) * c.model.num_layers
+  found = (
+    sum(per_device.layer_weights(c.model, c.model.moe.per_token).values()) * c.model.num_layers
+  )
   assert found == pytest.approx(of_layers, rel=1e-6)
 
 
@@ -184,3 +186,11 @@ def test_a_pattern_whose_experts_no_layer_reaches_has_none():
   assert per_device.grouped_room(c, sizes(tensor=8)) == 1
   found = memory_estimate.buffers(c, sizes(fsdp=8), per_device.count(c))
   assert not any("mesh.expert" in b.keys for b in found)
+
+
+@pytest.mark.parametrize("capacity, rows", [(0, 2), (0.5, 1), (1.25, 2.5), (8, 8)])
+def test_experts_work_on_their_slots(capacity, rows):
+  """Two of eight experts per token. An expert has no more slots than a row has tokens."""
+  flags = ("--config.data.batch_size=64", "--config.data.seq_len=4096")
+  c = resolved("mixtral_8x7b", *flags, f"--config.model.moe.capacity={capacity}")
+  assert per_device.share(c, sizes(fsdp=8)).routed == rows
