@@ -138,7 +138,9 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
   if INPUT not in activations(m.remat).offloaded:
     yield one("layers (input of each)", m.width / s.residual, itemsize)
   names = per_device.saved_names(m.remat)
-  widths = per_device.widths(m, s.routed * per_device.expert_room(c, sizes), padded=True)
+  routed = s.routed * per_device.expert_room(c, sizes)
+  inside = per_device.widths(m, routed, padded=True)["up"]
+  widths = per_device.widths(m, per_device.kept_rows(m, routed), padded=True)
   for name in names:
     if name == "down" and m.norm_placement == "pre":
       continue  # only added to the residual stream: no gradient needs it, and XLA drops it
@@ -154,7 +156,7 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
   if m.remat == "none":
     yield one(
       "layers (norms, activations)",
-      _unnamed_width(m, s, widths["up"]),
+      _unnamed_width(m, s, inside),
       itemsize,
       "model.remat=save:q,k,v,attention,gate,up",
     )

@@ -237,6 +237,18 @@ def kept_names(remat: str) -> tuple[str, ...]:
   return saved_names(remat) + tuple(n for n in activations(remat).offloaded if n != INPUT)
 
 
+def kept_rows(m: ml_collections.ConfigDict, routed: float) -> float:
+  """Rows of the routed experts for each token whose 'gate' and 'up' a policy can keep.
+
+  `dots` keeps matmuls without a batch dimension. Those of the experts have one, or are grouped.
+
+  Args:
+    m: The `model` section.
+    routed: Rows in the routed experts for each token.
+  """
+  return 0.0 if m.remat == "dots" else routed
+
+
 def all_heads(m: ml_collections.ConfigDict) -> int:
   """Size of all query heads together."""
   return m.num_heads * m.head_dim

@@ -4,7 +4,7 @@ Compiled figures decide. How far the arithmetic is from them is in `docs/benchma
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ml_collections
 
@@ -271,11 +271,24 @@ def _matmul_flops(
 ) -> float:
   """FLOPs of a device's matmuls in a step, recomputation included."""
   weights = _weights(m, s)
-  recomputed = sum(weights[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in saved)
+  recomputed = _recomputed(_weights, m, s, saved)
   head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
   return tokens * (
     6 * (m.num_layers * sum(weights.values()) + head) + 2 * m.num_layers * recomputed
   )
+
+
+def _recomputed(
+  of: Callable[[ml_collections.ConfigDict, Share], dict[str, float]],
+  m: ml_collections.ConfigDict,
+  s: Share,
+  saved: tuple[str, ...],
+) -> float:
+  """Of a figure per matmul, the sum over those that the backward pass computes again."""
+  figures = of(m, s)
+  kept = of(m, s._replace(routed=per_device.kept_rows(m, s.routed)))
+  names = ("q", "k", "v", "o", "gate", "up")
+  return sum(figures[n] - kept[n] * (n in saved) for n in names)
 
 
 def _forward_share(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...]) -> float:
@@ -286,9 +299,9 @@ def _forward_share(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...
 
 def _matmul_bytes(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...]) -> float:
   """Bytes per token that the layers' matmuls read and write in a step, weights left out."""
-  numbers = _matmul_numbers(m, s)
-  again = sum(numbers[n] for n in ("q", "k", "v", "o", "gate", "up") if n not in saved)
-  return m.num_layers * per_device.itemsize(m) * (3 * sum(numbers.values()) + again)
+  again = _recomputed(_matmul_numbers, m, s, saved)
+  forward = sum(_matmul_numbers(m, s).values())
+  return m.num_layers * per_device.itemsize(m) * (3 * forward + again)
 
 
 def _matmul_numbers(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:
@@ -310,7 +323,8 @@ def _traffic_per_token(
   """Bytes per token that are read and written outside matmuls and kernels, heads perhaps padded."""
   m, itemsize = c.model, per_device.itemsize(c.model)
   widths = per_device.widths(m, s.routed, padded)
-  saved = sum(widths[n] / s.shards(n) for n in per_device.kept_names(m.remat))
+  kept = per_device.widths(m, per_device.kept_rows(m, s.routed), padded)
+  saved = sum(kept[n] / s.shards(n) for n in per_device.kept_names(m.remat))
   of_residual, of_queries = _LAYER_PASSES
   each = m.width / s.residual * of_residual + widths["q"] / s.heads * of_queries
   each = itemsize * (each + saved * _SAVED_PASSES)

@@ -194,3 +194,22 @@ def test_experts_work_on_their_slots(capacity, rows):
   flags = ("--config.data.batch_size=64", "--config.data.seq_len=4096")
   c = resolved("mixtral_8x7b", *flags, f"--config.model.moe.capacity={capacity}")
   assert per_device.share(c, sizes(fsdp=8)).routed == rows
+
+
+def test_dots_save_no_matmuls_of_routed_experts():
+  """They have a batch dimension, the experts, or are grouped. Shared experts have none."""
+  flags = ("--config.data.batch_size=64", "--config.data.seq_len=4096")
+  experts, shared = (
+    resolved("mixtral_8x7b", *flags, "--config.model.remat=dots", f"--config.model.moe.shared={n}")
+    for n in (0, 1)
+  )
+  assert buffers(experts)["layers/mlp/up"] == buffers(experts)["layers/mlp/gate"] == 0
+  of_tokens = 32 * 8 * 4096 * 2  # layers, rows, tokens, bytes
+  assert buffers(shared)["layers/mlp/up"] == of_tokens * shared.model.moe.width
+  # They are computed again, as without any activation saved.
+  where = topology.parse("v5p-16")
+  others = "--config.model.remat=save:q,k,v,attention,o"
+  took = lambda c: time_estimate.seconds(c, sizes(fsdp=8), per_device.count(c), where)
+  dots, named = took(experts), took(resolved("mixtral_8x7b", *flags, others))
+  assert dots["matmul"] == pytest.approx(named["matmul"])
+  assert dots["other"] == pytest.approx(named["other"])
