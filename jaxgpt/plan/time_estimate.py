@@ -3,6 +3,7 @@
 Compiled figures decide. How far the arithmetic is from them is in `docs/benchmarks.md`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -11,6 +12,7 @@ import ml_collections
 from jaxgpt.config.keys.layer_kinds import attention_kinds, mlp_kinds
 from jaxgpt.config.remat import ATTENTION, INPUT, QKV, activations
 from jaxgpt.model import fixed_models, stacks
+from jaxgpt.model.attention.masks import Band
 from jaxgpt.parallel import mesh
 from jaxgpt.parallel.chips import Chip
 from jaxgpt.plan import per_device
@@ -377,16 +379,25 @@ def visible_share(c: ml_collections.ConfigDict, block: int, seq: int = 1) -> flo
     block: Block size of the kernel in tokens, `Chip.attention_block`.
     seq: Devices that share a row and exchange keys in a ring. See `model.attention.ring`.
   """
-  T = c.data.seq_len / seq
+  m, T = c.model, c.data.seq_len // seq
   # A device computes its own pairs with a causal mask, and for each other device half as many
   # pairs, all of them visible.
-  causal = (
-    (min((T + block) / (2 * T), 1) + (seq - 1) / 2) / ((seq + 1) / 2) if c.model.causal else 1
-  )
-  local = causal
-  if c.model.window:
-    size = T if seq == 1 else T / 2  # of the chunks that a device has; their neighbors lend ends
-    far = 0 if seq == 1 else min(c.model.window / size, seq) * (1 if c.model.causal else 2)
-    local = min((c.model.window + block) / (size * (1 + far)), causal)
-  kinds = attention_kinds(c.model)
-  return sum(local if kind == "local" else causal for kind in kinds) / len(kinds)
+  own = _computed(Band(m.causal), T, block)
+  whole = (own + (seq - 1) / 2) / ((seq + 1) / 2) if m.causal else 1
+  local = whole
+  if m.window and seq == 1:
+    local = _computed(Band(m.causal, m.window), T, block)
+  elif m.window:
+    size = T / 2  # of the chunks that a device has; their neighbors lend ends
+    far = min(m.window / size, seq) * (1 if m.causal else 2)
+    keys = m.window if m.causal else 2 * m.window - 1
+    local = min((keys + block) / (size * (1 + far)), whole)
+  kinds = attention_kinds(m)
+  return sum(local if kind == "local" else whole for kind in kinds) / len(kinds)
+
+
+@functools.cache  # the search asks for the same few masks thousands of times
+def _computed(band: Band, T: int, block: int) -> float:
+  """Fraction of the pairs of T queries and T keys in blocks that a mask does not hide."""
+  block = math.gcd(T, block)
+  return float(band.blocks(T, T, block, block).mean())

@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from jaxgpt import tree
+from jaxgpt.config.keys.layer_kinds import attention_kinds
 from jaxgpt.model import transformer
 from jaxgpt.parallel import sharding
 
@@ -15,9 +16,9 @@ def flops_per_token(c_model: ml_collections.ConfigDict, seq_len: int) -> int:
   """FLOPs of training per token: the forward pass, and twice that for the backward pass.
 
   This follows PaLM (arXiv:2204.02311, appendix B). Only matmuls count, a multiply-add as 2.
-  Attention counts every query-key pair of a row, masked or not. A local layer counts its window. Of
-  the experts, those that a token is routed to count. Recomputation does not count, so the ratio to
-  the peak is MFU, not HFU.
+  Attention counts every query-key pair of a row, masked or not. A local layer counts its window, on
+  both sides of a query without a causal mask. Of the experts, those that a token is routed to
+  count. Recomputation does not count, so the ratio to the peak is MFU, not HFU.
 
   Args:
     c_model: The config's `model` section, resolved.
@@ -36,13 +37,18 @@ def flops_per_token(c_model: ml_collections.ConfigDict, seq_len: int) -> int:
     if sharding.is_weight(axes[name]) and name not in lookups:
       used = c_model.moe.per_token / c_model.moe.experts if "experts" in axes[name] else 1
       weights += used * tree.count(shape)
-  pattern = c_model.attention_pattern
-  read = sum(
-    min(seq_len, c_model.window) if pattern[i % len(pattern)] == "local" else seq_len
-    for i in range(c_model.num_layers)
-  )
+  kinds = attention_kinds(c_model)
+  read = kinds.count("local") * _keys_of_window(c_model, seq_len)
+  read += (len(kinds) - kinds.count("local")) * seq_len
   attention = read * c_model.num_heads * (c_model.head_dim + c_model.latent.v_dim)
   return round(6 * (weights + attention))
+
+
+def _keys_of_window(m: ml_collections.ConfigDict, seq_len: int) -> int:
+  """Most keys that a query of a local layer reads, or 0 without a window."""
+  if m.window is None:
+    return 0
+  return min(seq_len, m.window if m.causal else 2 * m.window - 1)
 
 
 def bits_per_byte(nll: float, num_bytes: float) -> float:

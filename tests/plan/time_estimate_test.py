@@ -101,7 +101,19 @@ def test_causal_attention_computes_half_and_a_window_less():
   c = config.load(LLAMA, ["--config.data.seq_len=4096"])[0]
   assert time_estimate.visible_share(c, 512) == (4096 + 512) / 8192
   c.model.window, c.model.attention_pattern = 512, ("local", "global")
-  assert time_estimate.visible_share(c, 512) == (0.25 + 0.5625) / 2
+  # Of 8 x 8 blocks 36 have a pair at or before the query, and 15 one within the window.
+  assert time_estimate.visible_share(c, 512) == (15 / 64 + 36 / 64) / 2
+
+
+def test_a_window_without_a_causal_mask_has_two_sides():
+  c = config.load(LLAMA, ["--config.data.seq_len=4096"])[0]
+  c.model.window, c.model.attention_pattern = 512, ("local",)
+  of = lambda seq: time_estimate.visible_share(c, 512, seq)
+  assert of(1) == 15 / 64  # the block of a query, and the one before it
+  one_side = of(2)
+  c.model.causal = False
+  assert of(1) == 22 / 64  # and the one after it
+  assert of(2) > one_side
 
 
 def test_activations_in_the_hosts_memory_wait_for_the_bandwidth_that_compute_does_not_hide():

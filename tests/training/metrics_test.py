@@ -25,6 +25,17 @@ def test_an_untied_embedding_is_a_lookup_and_no_matmul():
   assert metrics.flops_per_token(c, 8192) == 6 * (weights + 2 * 32 * 8192 * 4096)
 
 
+def test_a_window_counts_on_both_sides_without_a_causal_mask():
+  c = resolved("llama3_8b")
+  of_rows = metrics.flops_per_token(c, 8192)
+  c.attention_pattern, c.window = ("local", "global"), 1024
+  of_keys = lambda saved: 6 * 2 * 16 * saved * 4096  # 16 local layers
+  assert metrics.flops_per_token(c, 8192) == of_rows - of_keys(8192 - 1024)
+  c.causal = False
+  assert metrics.flops_per_token(c, 8192) == of_rows - of_keys(8192 - 2047)
+  assert metrics.flops_per_token(c, 1024) == of_rows - 2 * of_keys(8192 - 1024)
+
+
 def test_bits_per_byte():
   assert metrics.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2)
   assert metrics.perplexity(1e6) == math.inf
