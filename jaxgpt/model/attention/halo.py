@@ -17,6 +17,7 @@ kernel call computes both. Names and axes are those of `ring`.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +32,47 @@ from jaxgpt.parallel import chips
 _Linear = Callable[[jax.Array], jax.Array]
 
 
-class _Halo:
-  """The exchange with the chunks `distance` before a device's own (after them if negative)."""
+class Reach(NamedTuple):
+  """The part of another chunk that is within the window of a chunk.
 
-  def __init__(self, cp: ContextParallel, length: int, distance: int):
-    assert cp.spec.window is not None
-    window = cp.spec.window
-    self._cp, self._distance = cp, distance
+  Attributes:
+    distance: Chunks from the other chunk to this one, negative if it comes after this one.
+    tokens: Keys of the other chunk, which as many queries of this one attend to.
+    band: The mask of these queries and keys.
+  """
+
+  distance: int
+  tokens: int
+  band: Band
+
+
+def reaches(causal: bool, window: int, size: int, count: int, block: int) -> Iterator[Reach]:
+  """The parts of other chunks that the chunks of a row need.
+
+  Args:
+    causal: Whether a token attends only to earlier ones.
+    window: Tokens that are visible, see `masks.Band`.
+    size: Tokens of a chunk.
+    count: Chunks of a row.
+    block: Block size of the kernel. Whole blocks are exchanged, all with visible pairs.
+  """
+  block = math.gcd(size, block)
+  for distance in range(1, min(math.ceil((window - 1) / size), count - 1) + 1):
+    between = (distance - 1) * size  # tokens of the chunks in between
+    tokens = min(-(-(window - 1 - between) // block) * block, size)
+    offset = between + tokens  # from the first exchanged key to the first query
+    yield Reach(distance, tokens, Band(causal, window, offset))
+    if not causal:
+      yield Reach(-distance, tokens, Band(causal, window, -offset))
+
+
+class _Halo:
+  """The exchange with the chunks at a distance from a device's own."""
+
+  def __init__(self, cp: ContextParallel, length: int, reach: Reach):
+    self._cp, self._distance, self._reach, self.band = cp, *reach
     self._chunks = chunks(cp.size, cp.spec.causal)
-    self._size = size = length // 2
-    # Whole kernel blocks, each of which has at least one visible pair.
-    block = (
-      math.gcd(size, chips.attention_block(chips.of_tracing())) if cp.kernel == "splash" else 1
-    )
-    between = (abs(distance) - 1) * size  # tokens of the chunks in between
-    self._reach = min(-(-(window - 1 - between) // block) * block, size)
-    offset = between + self._reach  # from the first exchanged key to the first query
-    self.band = Band(cp.spec.causal, window, offset if distance > 0 else -offset)
+    self._size = length // 2
 
   def queries(self, x: jax.Array) -> jax.Array:
     """The queries next to the other chunk: [2B, N, reach, ...] of [B, N, T, ...]. Linear."""
@@ -103,12 +128,11 @@ def _transposed(f: _Linear, like: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _halos(cp: ContextParallel, length: int) -> Iterator[_Halo]:
-  assert cp.spec.window is not None
-  farthest = min(math.ceil((cp.spec.window - 1) / (length // 2)), 2 * cp.size - 1)
-  for distance in range(1, farthest + 1):
-    yield _Halo(cp, length, distance)
-    if not cp.spec.causal:
-      yield _Halo(cp, length, -distance)
+  causal, window = cp.spec.causal, cp.spec.window
+  assert window is not None
+  block = chips.attention_block(chips.of_tracing()) if cp.kernel == "splash" else 1
+  for reach in reaches(causal, window, length // 2, 2 * cp.size, block):
+    yield _Halo(cp, length, reach)
 
 
 def _stacked(x: jax.Array) -> jax.Array:

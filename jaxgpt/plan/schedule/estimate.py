@@ -1,12 +1,12 @@
 """Seconds of attention kernels by arithmetic, from measured blocks. The search ranks by them."""
 
 import collections
-import math
 from collections.abc import Iterator, Mapping
 
 import ml_collections
 
 from jaxgpt.config.keys.layer_kinds import attention_kinds
+from jaxgpt.model.attention import halo
 from jaxgpt.model.attention.blocks import choose, grid
 from jaxgpt.model.attention.blocks.grid import Call
 from jaxgpt.model.attention.masks import Band
@@ -30,7 +30,7 @@ def seconds(
   """
   forward = backward = 0.0
   for kind, layers in collections.Counter(attention_kinds(c.model)).items():
-    for times, of in calls(c, sizes, kind):
+    for times, of in calls(c, sizes, kind, chip):
       call = grid.spread_call(of, chip)
       blocks = choose.find(call, chip)
       one = choose.seconds(grid.FORWARD, blocks.forward, call, chip)
@@ -46,7 +46,7 @@ def parts_bytes(c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Ch
   """Bytes of the parts of the queries' gradient that a fused backward kernel writes in a layer."""
   out = 0.0
   for kind in set(attention_kinds(c.model)):
-    for _, of in calls(c, sizes, kind):
+    for _, of in calls(c, sizes, kind, chip):
       call = grid.spread_call(of, chip)
       blocks = choose.find(call, chip)
       if blocks.fused and sizes["seq"] == 1:  # rings compute a few heads at a time
@@ -55,7 +55,7 @@ def parts_bytes(c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Ch
 
 
 def calls(
-  c: ml_collections.ConfigDict, sizes: Mapping[str, int], kind: str
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], kind: str, chip: Chip | None = None
 ) -> Iterator[tuple[int, Call]]:
   """The kernels' calls of one layer on one device, as (times, call).
 
@@ -63,6 +63,7 @@ def calls(
     c: A resolved config.
     sizes: Sizes of the mesh axes.
     kind: 'local' or 'global', see model.attention_pattern.
+    chip: The chip, whose block size a window's exchange follows. None: the default of kernels.
   """
   m, s = c.model, per_device.share(c, sizes)
   rows, n = max(round(s.rows), 1), sizes["seq"]
@@ -72,23 +73,13 @@ def calls(
     yield 1, _call(m, s, rows, whole, Band(m.causal, window))
   elif window is not None:  # see `attention.halo`
     yield 1, _call(m, s, 2 * rows, whole // 2, Band(m.causal, window))
-    yield from _halos(m, s, rows, whole // 2, window, 2 * n)
+    for _, reach, band in halo.reaches(m.causal, window, whole // 2, 2 * n, attention_block(chip)):
+      yield 1, _call(m, s, 2 * rows, reach, band)
   elif m.causal:  # see `attention.ring`: both pairs of chunks are visible entirely
     yield 1, _call(m, s, rows, whole, Band(True))
     yield n - 1, _call(m, s, 2 * rows, whole // 2, Band())
   else:
     yield n, _call(m, s, rows, whole, Band())
-
-
-def _halos(
-  m: ml_collections.ConfigDict, s: Share, rows: int, size: int, window: int, chunks: int
-) -> Iterator[tuple[int, Call]]:
-  block = math.gcd(size, attention_block(None))
-  for distance in range(1, min(math.ceil((window - 1) / size), chunks - 1) + 1):
-    between = (distance - 1) * size
-    reach = min(-(-(window - 1 - between) // block) * block, size)
-    band = Band(m.causal, window, between + reach)
-    yield (1 if m.causal else 2), _call(m, s, 2 * rows, reach, band)
 
 
 def _call(m: ml_collections.ConfigDict, s: Share, rows: int, T: int, band: Band) -> Call:

@@ -53,6 +53,23 @@ def test_a_window_needs_the_end_of_the_chunk_before():
   assert halo == (1, Call(rows=2, T=1024, S=1024, band=Band(True, 1000, 1024), **SHAPE))
 
 
+def test_a_window_reaches_by_the_blocks_of_the_chip():
+  """A window of 600 needs the last 599 keys: three blocks of 256, or one of 1,024."""
+  c = resolved(
+    data__batch_size=32, mesh__seq=2, model__window=600, model__attention_pattern="('local',)"
+  )
+  large = dataclasses.replace(CHIPS["v6e"], attention_block=1024)
+  reach = lambda chip: list(estimate.calls(c, sizes_of(c), "local", chip))[1][1].T
+  assert reach(dataclasses.replace(large, attention_block=256)) == 768
+  assert reach(None) == reach(large) == 1024
+  c.model.causal = False  # the chunk after this one lends its start too
+  assert [call.band.offset for _, call in estimate.calls(c, sizes_of(c), "local", large)] == [
+    0,
+    1024,
+    -1024,
+  ]
+
+
 def test_seconds_are_those_of_the_chosen_blocks(llama):
   chip, (_, call) = CHIPS["v6e"], next(estimate.calls(llama, sizes_of(llama), "global"))
   blocks = choose.find(call, chip)
