@@ -24,6 +24,7 @@ class Weight(NamedTuple):
 
   Attributes:
     shape: Its global shape.
+    axes: Logical axes of its dimensions.
     mesh_axes: Mesh axes that shard each of its dimensions.
     trained: Whether the optimizer updates it.
     itemsize: Bytes of an entry, as it is stored.
@@ -33,6 +34,7 @@ class Weight(NamedTuple):
   """
 
   shape: tuple[int, ...]
+  axes: sharding.Axes
   mesh_axes: tuple[tuple[str, ...], ...]
   trained: bool
   itemsize: int = 4
@@ -69,6 +71,20 @@ class Counts(NamedTuple):
   def all(self) -> int:
     """Number of parameters of the model."""
     return sum(math.prod(w.shape) for w in self.layers + self.others)
+
+  def trained_shares(self, m: ml_collections.ConfigDict) -> tuple[float, float]:
+    """Shares of the layers' and the head's matmuls whose weights are trained.
+
+    Args:
+      m: The `model` section.
+    """
+    done = {True: 0.0, False: 0.0}
+    for w in filter(lambda w: sharding.is_weight(w.axes), self.layers):
+      used = m.moe.per_token / m.moe.experts if "experts" in w.axes else 1
+      done[w.trained] += used * math.prod(w.shape)
+    of_head = ("vocab", "embed") if m.tie_embeddings else ("embed", "vocab")
+    head = next((w.trained for w in self.others if w.axes == of_head), True)
+    return done[True] / (sum(done.values()) or 1.0), float(head)
 
   def held(self, sizes: Mapping[str, int], trained: bool = False) -> float:
     """Number of parameters on one device.
@@ -146,6 +162,7 @@ def count(c: ml_collections.ConfigDict) -> Counts:
   for name, x in tree.flatten(shapes).items():
     weight = Weight(
       x.shape,
+      axes[name],
       tuple(map(rules.mesh_axes, axes[name])),
       name in trained,
       x.dtype.itemsize,

@@ -66,8 +66,10 @@ def seconds(
   pipe = stacks.pipeline_of(c, sizes)
   busy = 1 - (pipe.bubble if pipe else 0)
   saved = per_device.kept_names(c.model.remat)
-  flops = _matmul_flops(m, s, saved, tokens)
-  matmul = _matmul_seconds(flops, tokens * _matmul_bytes(m, s, saved), chip)
+  trained = counts.trained_shares(m)
+  flops = _matmul_flops(m, s, saved, trained)
+  bytes_ = _matmul_bytes(m, s, saved, trained[0])
+  matmul = _matmul_seconds(tokens * flops, tokens * bytes_, chip)
   matmul = (matmul + tokens * _forward_seconds(c, sizes, chip)) / busy
   sent = counts.sent_bytes(sizes, per_device.itemsize(m))
   gathered = counts.gathered_bytes(sizes, per_device.itemsize(m))
@@ -89,9 +91,10 @@ def seconds(
     between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
   other = tokens * _traffic_per_token(c, sizes, s, not chip.gpu) / chip.hbm_bandwidth / busy
   kernels = kernel_seconds(c, sizes, topology) / busy
-  host = (
-    _host_waits(c, s, saved, tokens, matmul + other + kernels, chip) if chip.host_bandwidth else 0.0
-  )
+  host = 0.0
+  if chip.host_bandwidth:
+    forward = 2 * m.num_layers * sum(_weights(m, s).values()) / flops
+    host = _host_waits(c, s, saved, tokens, matmul + other + kernels, forward, chip)
   return {
     "matmul": matmul,
     "other": other,
@@ -108,6 +111,7 @@ def _host_waits(
   saved: tuple[str, ...],
   tokens: float,
   compute: float,
+  forward_share: float,
   chip: Chip,
 ) -> float:
   """Seconds that a step waits for activations on their way to the host's memory and back.
@@ -122,6 +126,7 @@ def _host_waits(
     saved: Activations that are kept, from `per_device.kept_names`.
     tokens: Tokens of a device in a step.
     compute: Seconds of compute in a step.
+    forward_share: Share of the matmuls' FLOPs that the forward pass of the layers has.
     chip: Its rates.
   """
   m, widths = c.model, per_device.widths(c.model, s.routed, not chip.gpu)
@@ -132,7 +137,7 @@ def _host_waits(
     moves[INPUT] = each * m.width / s.residual
   options = xla_options.options(chip.device_kinds[0], c.mesh.compiler_options)
   if options.get(_PIPELINED, "true") == "true":
-    forward = compute * _forward_share(m, s, saved)
+    forward = compute * forward_share
     return sum(max(sum(moves.values()) - hides, 0) for hides in (forward, compute - forward))
   of_weight = 2 * m.num_layers * tokens / chip.clocked_flops
   took = {name: of_weight * count for name, count in _weights(m, s).items()}
@@ -269,15 +274,21 @@ def _weights(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:
 
 
 def _matmul_flops(
-  m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...], tokens: float
+  m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...], trained: tuple[float, float]
 ) -> float:
-  """FLOPs of a device's matmuls in a step, recomputation included."""
+  """FLOPs per token of a device's matmuls in a step, recomputation included.
+
+  Args:
+    m: The `model` section.
+    s: Shares of a device.
+    saved: Activations that are kept, from `per_device.kept_names`.
+    trained: From `Counts.trained_shares`. Frozen weights need no gradient of their own.
+  """
   weights = _weights(m, s)
   recomputed = _recomputed(_weights, m, s, saved)
   head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
-  return tokens * (
-    6 * (m.num_layers * sum(weights.values()) + head) + 2 * m.num_layers * recomputed
-  )
+  of_layers = (4 + 2 * trained[0]) * sum(weights.values()) + 2 * recomputed
+  return m.num_layers * of_layers + (4 + 2 * trained[1]) * head
 
 
 def _recomputed(
@@ -293,17 +304,13 @@ def _recomputed(
   return sum(figures[n] - kept[n] * (n in saved) for n in names)
 
 
-def _forward_share(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...]) -> float:
-  """Share of the matmuls' FLOPs that the forward pass of the layers has."""
-  forward = 2 * m.num_layers * sum(_weights(m, s).values())
-  return forward / _matmul_flops(m, s, saved, 1.0)
-
-
-def _matmul_bytes(m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...]) -> float:
+def _matmul_bytes(
+  m: ml_collections.ConfigDict, s: Share, saved: tuple[str, ...], trained: float
+) -> float:
   """Bytes per token that the layers' matmuls read and write in a step, weights left out."""
   again = _recomputed(_matmul_numbers, m, s, saved)
   forward = sum(_matmul_numbers(m, s).values())
-  return m.num_layers * per_device.itemsize(m) * (3 * forward + again)
+  return m.num_layers * per_device.itemsize(m) * ((2 + trained) * forward + again)
 
 
 def _matmul_numbers(m: ml_collections.ConfigDict, s: Share) -> dict[str, float]:

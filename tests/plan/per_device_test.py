@@ -213,3 +213,41 @@ def test_dots_save_no_matmuls_of_routed_experts():
   dots, named = took(experts), took(resolved("mixtral_8x7b", *flags, others))
   assert dots["matmul"] == pytest.approx(named["matmul"])
   assert dots["other"] == pytest.approx(named["other"])
+
+
+@pytest.mark.parametrize(
+  "overrides, shares",
+  [
+    ((), (1, 1)),
+    (("--config.optim.frozen=('embed','head')",), (1, 0)),
+    (("--config.optim.trainable=('head',)",), (0, 1)),
+  ],
+)
+def test_matmuls_of_frozen_weights_have_no_gradient_of_the_weight(overrides, shares):
+  """A matmul takes 2 FLOPs forward, 2 for the gradient of its input and 2 for its weight's."""
+  flags = ("--config.data.batch_size=64", "--config.data.seq_len=2048")
+  full = "--config.model.remat=save:q,k,v,attention,o,gate,up"
+  c, all_ = resolved("llama2_7b", *flags, full, *overrides), resolved("llama2_7b", *flags, full)
+  counts = per_device.count(c)
+  assert counts.trained_shares(c.model) == shares
+  m, s = all_.model, per_device.share(all_, sizes(fsdp=8))
+  saved = per_device.kept_names(m.remat)
+  took = lambda trained: time_estimate._matmul_flops(m, s, saved, trained)
+  head, layers = 4096 * 32000, 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+  assert took(shares) == pytest.approx((4 + 2 * shares[0]) * layers + (4 + 2 * shares[1]) * head)
+  where = topology.parse("v5e-8")
+  seconds = lambda c: time_estimate.seconds(c, sizes(fsdp=8), per_device.count(c), where)["matmul"]
+  assert seconds(c) <= seconds(all_)
+
+
+def test_adapters_spare_a_third_of_the_matmuls():
+  flags = ("--config.data.batch_size=64", "--config.model.remat=save:q,k,v,attention,o,gate,up")
+  where = topology.parse("v5e-8")
+  full, lora = (
+    time_estimate.seconds(c, sizes(fsdp=8), per_device.count(c), where)["matmul"]
+    for c in (
+      resolved("llama2_7b", *flags),
+      resolved("llama2_7b", *flags, "--config.model.lora.rank=8"),
+    )
+  )
+  assert lora == pytest.approx(full * 2 / 3, rel=0.02)
