@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -55,6 +55,14 @@ class Weight(NamedTuple):
       held *= size if size % shards else size / shards  # see `sharding.params_shardings`
     return held
 
+  def replicated(self, sizes: Mapping[str, int], axes: Sequence[str]) -> bool:
+    """Whether devices along one of some mesh axes hold the same entries."""
+    used = set()
+    for size, names in zip(self.shape, self.mesh_axes, strict=True):
+      if size % math.prod(sizes[name] for name in names) == 0:
+        used |= set(names)
+    return any(sizes[axis] > 1 and axis not in used for axis in axes)
+
 
 class Counts(NamedTuple):
   """The weights of a model.
@@ -99,25 +107,6 @@ class Counts(NamedTuple):
     """Bytes of the parameters on one device."""
     return _held(self.layers + self.others, tuple(sizes.items()), False, "stored")
 
-  def sent_bytes(self, sizes: Mapping[str, int], itemsize: int) -> float:
-    """Bytes of a device's parameters as they are gathered.
-
-    Args:
-      sizes: Sizes of the mesh axes, {axis: size}.
-      itemsize: Bytes of a gathered weight that is not a code.
-    """
-    weights, axes = self.layers + self.others, tuple(sizes.items())
-    return itemsize * _held(weights, axes, False, "cast") + _held(weights, axes, False, "codes")
-
-  def gathered_bytes(self, sizes: Mapping[str, int], itemsize: int) -> float:
-    """Bytes of all parameters that a device gathers over fsdp. Args as in `sent_bytes`."""
-    total = 0.0
-    for w in self.layers + self.others:
-      whole = w.entries(sizes, gathered=True)
-      if whole > w.entries(sizes):
-        total += whole * (w.itemsize if w.is_code else itemsize)
-    return total
-
   def cast_of_layers(self, sizes: Mapping[str, int]) -> float:
     """Number of the layers' parameters on one device that are cast before they are gathered."""
     return _held(self.layers, tuple(sizes.items()), False, "cast")
@@ -146,7 +135,6 @@ def _held(
     "": lambda w: 1,
     "stored": lambda w: w.itemsize,
     "cast": lambda w: not w.is_code,
-    "codes": lambda w: w.itemsize * w.is_code,
   }[unit]
   return sum(w.entries(dict(sizes)) * each(w) for w in weights if w.trained or not trained)
 

@@ -15,7 +15,7 @@ from jaxgpt.model import fixed_models, stacks
 from jaxgpt.model.attention.masks import Band
 from jaxgpt.parallel import mesh
 from jaxgpt.parallel.chips import Chip
-from jaxgpt.plan import per_device
+from jaxgpt.plan import per_device, weight_traffic
 from jaxgpt.plan.per_device import Counts, Share
 from jaxgpt.plan.schedule import estimate
 from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
@@ -71,23 +71,23 @@ def seconds(
   bytes_ = _matmul_bytes(m, s, saved, trained[0])
   matmul = _matmul_seconds(tokens * flops, tokens * bytes_, chip)
   matmul = (matmul + tokens * _forward_seconds(c, sizes, chip)) / busy
-  sent = counts.sent_bytes(sizes, per_device.itemsize(m))
-  gathered = counts.gathered_bytes(sizes, per_device.itemsize(m))
-  # A pipeline stage gathers its layers for each tick.
-  times = c.optim.accumulate * (pipe.ticks if pipe else 1)
+  traffic = weight_traffic.of_step(c, sizes, counts, pipe.ticks if pipe else 1)
   # The weights are gathered in the forward and in the backward pass, then their gradients are
   # reduced. The reduction is exposed on every chip, the gathers only on some.
-  reduced = gathered * (2 if _all_reduces(sizes, topology) else 1)
-  hidden, summed = (2 * gathered, reduced) if chip.overlaps_gathers else (0, 2 * gathered + reduced)
-  exposed = (
-    max(summed, sent * 2 * (sizes["data"] * sizes["seq"] > 1)) * times
-    + _activation_bytes_between_devices(c, sizes, s, tokens)
-  ) / chip.ici_bandwidth
+  gathers = 2 * traffic.gathered
+  reduced = traffic.scattered * (2 if _all_reduces(sizes, topology) else 1) + 2 * traffic.summed
+  hidden, shown = (gathers, reduced) if chip.overlaps_gathers else (0, gathers + reduced)
+  exposed = shown + _activation_bytes_between_devices(c, sizes, s, tokens)
   between = 0.0
   if topology.slices > 1:
     # With data over slices, one reduction of the gradients crosses the network; with fsdp over
     # slices the weights cross it too.
-    bytes_ = 2 * sent if sizes["data"] % topology.slices == 0 else 3 * gathered * times
+    of_data = sizes["data"] % topology.slices == 0
+    bytes_ = (
+      2 * weight_traffic.summed_over(c, sizes, counts, "data")
+      if of_data
+      else gathers + traffic.scattered
+    )
     between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
   other = tokens * _traffic_per_token(c, sizes, s, not chip.gpu) / chip.hbm_bandwidth / busy
   kernels = kernel_seconds(c, sizes, topology) / busy
@@ -99,7 +99,7 @@ def seconds(
     "matmul": matmul,
     "other": other,
     "kernels": kernels,
-    "exposed": exposed + max(hidden * times / chip.ici_bandwidth - matmul, 0),
+    "exposed": exposed / chip.ici_bandwidth + max(hidden / chip.ici_bandwidth - matmul, 0),
     "between": between,
     "host": host,
   }

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jaxgpt import config
-from jaxgpt.plan import lower, memory_estimate, per_device, time_estimate, topology
+from jaxgpt.plan import lower, memory_estimate, per_device, time_estimate, topology, weight_traffic
 
 LLAMA = "configs/llama3_8b.py"
 
@@ -76,8 +76,8 @@ def test_codes_take_their_own_bytes_and_are_not_cast(base, share):
   assert shapes.held_bytes(sizes()) == sum(
     w.entries(sizes()) * w.itemsize for w in shapes.layers + shapes.others
   )
-  sent = lambda c: per_device.count(c).sent_bytes(sizes(), 2)
-  assert sent(coded) < sent(full)
+  gathered = lambda c: weight_traffic.of_step(c, sizes(fsdp=8), per_device.count(c), 1).gathered
+  assert gathered(coded) < gathered(full)
 
 
 def preference(*overrides):

@@ -13,6 +13,7 @@ from jaxgpt.plan import (
   per_device,
   time_estimate,
   topology,
+  weight_traffic,
 )
 
 LLAMA = "configs/llama3_8b.py:llama2_7b"
@@ -92,7 +93,7 @@ def test_seconds_by_arithmetic_are_near_the_compilers(
   took["kernels"] = time_estimate.assumed_kernel_seconds(c, sizes, t)
   mine = rows * length / t.num_devices
   if axes["fsdp"] == t.num_devices:  # the second half of the all-reduces of gradients
-    again = counts.sent_bytes(sizes, per_device.itemsize(c.model)) * sizes["fsdp"]
+    again = weight_traffic.of_step(c, sizes, counts, 1).scattered
     micros += again / t.chip.ici_bandwidth / mine * 1e6
   assert sum(took.values()) / mine * 1e6 == pytest.approx(micros, rel=0.04)
 
