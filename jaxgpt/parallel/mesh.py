@@ -99,8 +99,8 @@ def num_batch_shards(sizes: Mapping[str, int]) -> int:
   return math.prod(sizes[axis] for axis in _ROW_AXES)
 
 
-def over_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-  """The devices of several TPU slices as a grid, with one axis over the slices.
+def axis_over_slices(sizes: Mapping[str, int], slices: int) -> str:
+  """The mesh axis that crosses the network between TPU slices.
 
   The network between slices is far slower than the links within one, so the axis that sends the
   least goes over it. That is `data`, which sends only gradients. If `data` is not a multiple of the
@@ -109,12 +109,11 @@ def over_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.n
 
   Args:
     sizes: {axis: size} from `axis_sizes`.
-    devices: Devices with a `slice_index`.
+    slices: Number of slices.
 
   Raises:
     UserError: None of these axes is a multiple of the number of slices.
   """
-  slices = len({d.slice_index for d in devices})
   across = next((axis for axis in ("data", "stage", "fsdp") if sizes[axis] % slices == 0), None)
   if across is None:
     raise UserError(
@@ -122,6 +121,21 @@ def over_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.n
       f"{sizes['fsdp']}: the {slices} slices need a multiple of {slices} in one of "
       "them, best in mesh.data"
     )
+  return across
+
+
+def over_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """The devices of several TPU slices as a grid, with `axis_over_slices` over the slices.
+
+  Args:
+    sizes: {axis: size} from `axis_sizes`.
+    devices: Devices with a `slice_index`.
+
+  Raises:
+    UserError: See `axis_over_slices`.
+  """
+  slices = len({d.slice_index for d in devices})
+  across = axis_over_slices(sizes, slices)
   within = {axis: size // slices if axis == across else size for axis, size in sizes.items()}
   between = {axis: slices if axis == across else 1 for axis in sizes}
   return mesh_utils.create_hybrid_device_mesh(

@@ -58,7 +58,7 @@ def seconds(
     their way to the host's memory and back.
 
   Raises:
-    UserError: The layers do not divide into the pipeline stages.
+    UserError: The layers do not divide into the pipeline stages, or no mesh axis into the slices.
   """
   m, s, chip = c.model, per_device.share(c, sizes), topology.chip
   assert chip is not None, "the estimate needs a chip's rates"
@@ -78,17 +78,6 @@ def seconds(
   reduced = traffic.scattered * (2 if _all_reduces(sizes, topology) else 1) + 2 * traffic.summed
   hidden, shown = (gathers, reduced) if chip.overlaps_gathers else (0, gathers + reduced)
   exposed = shown + _activation_bytes_between_devices(c, sizes, s, tokens)
-  between = 0.0
-  if topology.slices > 1:
-    # With data over slices, one reduction of the gradients crosses the network; with fsdp over
-    # slices the weights cross it too.
-    of_data = sizes["data"] % topology.slices == 0
-    bytes_ = (
-      2 * weight_traffic.summed_over(c, sizes, counts, "data")
-      if of_data
-      else gathers + traffic.scattered
-    )
-    between = bytes_ * (topology.slices - 1) / topology.slices / chip.dcn_bandwidth
   other = tokens * _traffic_per_token(c, sizes, s, not chip.gpu) / chip.hbm_bandwidth / busy
   kernels = kernel_seconds(c, sizes, topology) / busy
   host = 0.0
@@ -100,9 +89,45 @@ def seconds(
     "other": other,
     "kernels": kernels,
     "exposed": exposed / chip.ici_bandwidth + max(hidden / chip.ici_bandwidth - matmul, 0),
-    "between": between,
+    "between": _seconds_between_slices(c, sizes, counts, traffic, topology),
     "host": host,
   }
+
+
+def _seconds_between_slices(
+  c: ml_collections.ConfigDict,
+  sizes: Mapping[str, int],
+  counts: Counts,
+  traffic: weight_traffic.Traffic,
+  topology: Topology,
+) -> float:
+  """Seconds of what crosses the network between slices, over the mesh axis that covers them.
+
+  One reduction of the gradients of weights that the slices share. With fsdp over slices the other
+  weights and their gradients, with stages over them the activations of each tick.
+  """
+  if topology.slices == 1:
+    return 0.0
+  assert topology.chip is not None, "the estimate needs a chip's rates"
+  axis = mesh.axis_over_slices(sizes, topology.slices)
+  around = 2 * weight_traffic.summed_over(c, sizes, counts, axis)
+  if axis == "fsdp":
+    around += 2 * traffic.gathered + traffic.scattered
+  bytes_ = around * (topology.slices - 1) / topology.slices
+  if axis == "stage":
+    bytes_ += _stage_bytes(c, sizes)
+  return bytes_ / topology.chip.dcn_bandwidth
+
+
+def _stage_bytes(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
+  """Bytes of activations and their gradients that a device sends to the next stage in a step."""
+  m, s, pipe = c.model, per_device.share(c, sizes), stacks.pipeline_of(c, sizes)
+  if pipe is None:
+    return 0.0
+  # The results of a tick, and the buffer of microbatches that enter and leave: see `pipeline.run`.
+  rows = s.rows * pipe.stages / pipe.microbatches
+  each = 2 * rows * s.length * m.width / s.residual * per_device.itemsize(m)
+  return 2 * pipe.ticks * each * s.sequences * c.optim.accumulate
 
 
 def _host_waits(

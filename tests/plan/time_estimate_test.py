@@ -146,3 +146,28 @@ def test_activations_in_the_hosts_memory_wait_for_the_bandwidth_that_compute_doe
     2 * array / 1e9 - 3 * mlp - mlp / 3 / 11008 * 4096
   )
   assert took("offload:up", 15e9)["host"] > took("offload:q", 15e9)["host"] == 0
+
+
+def between(where, *overrides, **axes):
+  """Bytes over the network between slices, and the config and sizes of a small Llama."""
+  t = topology.parse(where)
+  flags = ["data.seq_len=2048", "data.batch_size=256", "model.num_layers=8", *overrides]
+  c = lower.resolve(config.load(LLAMA, [f"--config.{one}" for one in flags])[0])
+  sizes = dict.fromkeys(config.MESH_AXES, 1) | axes
+  found = time_estimate.seconds(c, sizes, per_device.count(c), t)["between"]
+  return found * t.chip.dcn_bandwidth
+
+
+def test_the_axis_over_slices_is_the_one_that_the_mesh_puts_there():
+  """Data if it can, then stages, then fsdp. Bfloat16, norms left out."""
+  layers, others = 8 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096
+  by_data = between("v5e-16x2", data=2, fsdp=16)
+  assert by_data == pytest.approx(2 * 2 * (layers + others) / 16 / 2, rel=1e-3)
+  by_fsdp = between("v5e-16x2", fsdp=32)
+  assert by_fsdp == pytest.approx(3 * 2 * (layers + others) / 2, rel=1e-3)
+  # Each of 16 + 1 ticks sends two arrays of a row to the next stage, and gets their gradients.
+  rows = 256 // 16
+  by_stage = between("v5e-16x2", "mesh.stage=2", fsdp=16, stage=2)
+  activations = 4 * (rows + 1) * 2048 * 4096 * 2
+  assert by_stage == pytest.approx(activations + 2 * 2 * others / 16 / 2, rel=1e-3)
+  assert by_stage < by_fsdp / 2

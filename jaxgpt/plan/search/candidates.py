@@ -103,9 +103,9 @@ def _without(remat: str, lacking: Collection[str]) -> str:
 def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, int]]:
   """Mesh sizes that suit a model and a topology, as [{axis: size}].
 
-  Either `data` covers the slices or hosts, and the devices that fsdp cannot use, or fsdp covers
-  them, for a model that does not fit one of them. The other axes stay within a slice. In addition
-  to fsdp and data, at most two axes are used at once.
+  Either `data` covers the slices or hosts, and the devices that fsdp cannot use, or fsdp takes
+  their devices too, for a model that does not fit one of them. Then it covers them, or the stages
+  do (`mesh.axis_over_slices`). In addition to fsdp and data, at most two axes are used at once.
   """
   m, within = c.model, topology.num_devices // topology.slices
   experts = [n for n in _EXPERTS if m.moe.experts % n == 0] if "moe" in mlp_kinds(m) else [1]
@@ -131,15 +131,16 @@ def meshes(c: ml_collections.ConfigDict, topology: Topology) -> list[dict[str, i
           "stage": stage,
         }
       )
-  return [sizes for sizes in out if _suits(c, sizes)]
+  return [sizes for sizes in out if _suits(c, sizes, topology.slices)]
 
 
-def _suits(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> bool:
+def _suits(c: ml_collections.ConfigDict, sizes: Mapping[str, int], slices: int) -> bool:
   """Whether training builds the model on a mesh {axis: size}: `build.build` checks the same."""
   mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
   cfg = ml_collections.FrozenConfigDict(c.model)
   model = transformer.Transformer(cfg, rules=sharding.rules(c.mesh))
   try:
+    mesh_lib.axis_over_slices(sizes, slices)
     build.check_qk_clip(c, sizes)
     build.check_heads(model, mesh)
     shapes, axes = transformer.abstract(model)
@@ -161,7 +162,7 @@ def _fsdp_sizes(left: int, slices: int, width: int) -> list[int]:
   over = most(slices * left)
   sizes = {1, most(left)}
   # If data is still a multiple of the slices, then it is data that covers them.
-  if over % slices == 0 and (slices * left // over) % slices:
+  if (slices * left // over) % slices:
     sizes.add(over)
   return sorted(sizes)
 
