@@ -138,7 +138,7 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
   if INPUT not in activations(m.remat).offloaded:
     yield one("layers (input of each)", m.width / s.residual, itemsize)
   names = per_device.saved_names(m.remat)
-  routed = s.routed * per_device.expert_room(c, sizes)
+  routed = s.routed * per_device.grouped_room(c, sizes)
   inside = per_device.widths(m, routed, padded=True)["up"]
   widths = per_device.widths(m, per_device.kept_rows(m, routed), padded=True)
   for name in names:
@@ -242,7 +242,7 @@ def _layer_buffers(
 ) -> Iterator[Buffer]:
   """Buffers of one layer's backward pass: gathered weights, and activations with gradients."""
   m, s = c.model, per_device.share(c, sizes)
-  routed = s.routed * per_device.expert_room(c, sizes)
+  routed = s.routed * per_device.grouped_room(c, sizes)
   itemsize, w = per_device.itemsize(m), per_device.widths(m, routed, padded=True)
   yield Buffer(
     "layers (gathered)",

@@ -46,12 +46,13 @@ class Weight(NamedTuple):
 
     Args:
       sizes: Sizes of the mesh axes.
-      gathered: Counts the weight after the all-gather over fsdp.
+      gathered: Counts the weight after the all-gather over fsdp. Experts stay where they are: their
+        tokens come to them.
     """
-    sizes = dict(sizes) | {"fsdp": 1} if gathered else sizes
     held = 1.0
-    for size, names in zip(self.shape, self.mesh_axes, strict=True):
-      shards = math.prod(sizes[name] for name in names)
+    for size, axis, names in zip(self.shape, self.axes, self.mesh_axes, strict=True):
+      whole = gathered and axis != "experts"
+      shards = math.prod(sizes[name] for name in names if not (whole and name == "fsdp"))
       held *= size if size % shards else size / shards  # see `sharding.params_shardings`
     return held
 
@@ -171,7 +172,7 @@ class Share(NamedTuple):
     heads: Shards of the attention heads.
     mlp: Shards of the MLP's hidden dimension.
     vocab: Shards of the vocabulary.
-    routed: Rows in the routed experts of a layer, for each token.
+    routed: Rows in a device's routed experts of a layer, for each of its tokens.
     sequences: Sequences of each row, computed one after the other: 2 for pairs.
     kept: Those of them whose activations are in memory at the same time.
   """
@@ -213,7 +214,7 @@ def share(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Share:
     shards("act_heads"),
     shards("act_mlp"),
     shards("act_vocab"),
-    routed_rows(c),
+    routed_rows(c, sizes),
     objective.sequences,
     kept,
   )
@@ -264,22 +265,42 @@ def itemsize(m: ml_collections.ConfigDict) -> int:
   return 2 if m.dtype == "bfloat16" else 4
 
 
+class Experts(NamedTuple):
+  """The devices that share the experts. See `model.experts.dropless`.
+
+  Attributes:
+    exchanged: Devices with other tokens, which send them to each other.
+    same: Devices with the same tokens. Each works on those of its experts.
+  """
+
+  exchanged: int
+  same: int
+
+
+def experts(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Experts:
+  """The devices of a mesh that share the experts: 1 each if a device has all of them."""
+  m, rules = c.model, sharding.rules(c.mesh)
+  axes = rules.mesh_axes("experts")
+  if "moe" not in mlp_kinds(m) or m.moe.experts % math.prod(sizes[axis] for axis in axes):
+    return Experts(1, 1)
+  tokens = {*rules.mesh_axes("batch"), *rules.mesh_axes("length")}
+  return Experts(
+    math.prod(sizes[axis] for axis in axes if axis in tokens),
+    math.prod(sizes[axis] for axis in axes if axis not in tokens),
+  )
+
+
 def expert_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
   """Rows that a device has room for where tokens are exchanged, over those of an even load.
 
   1 for other models and meshes. See `model.experts.dropless`.
   """
-  m, rules = c.model, sharding.rules(c.mesh)
-  if "moe" not in mlp_kinds(m) or m.moe.capacity:
-    return 1.0
-  tokens = {*rules.mesh_axes("batch"), *rules.mesh_axes("length")}
-  shards = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
-  n = math.prod(sizes[axis] for axis in rules.mesh_axes("experts") if axis in tokens)
-  if n == 1:
+  m, of = c.model, experts(c, sizes)
+  if of.exchanged == 1 or m.moe.capacity:
     return 1.0
   s, X = share(c, sizes), m.moe.per_token
-  N = math.ceil(s.rows * s.length)
-  return dropless.rows_of_room(N, X, n, m.moe.experts // shards, m.moe.buffer) / (N * X)
+  N, e = math.ceil(s.rows * s.length), m.moe.experts // math.prod(of)
+  return dropless.rows_of_room(N, X, of.exchanged, e, m.moe.buffer) / (N * X)
 
 
 def grouped_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
@@ -287,23 +308,22 @@ def grouped_room(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> floa
 
   Devices that have the same tokens and other experts each have room for the rows of all of them.
   """
-  m, rules = c.model, sharding.rules(c.mesh)
-  if "moe" not in mlp_kinds(m) or m.moe.capacity:
-    return 1.0
-  axes = rules.mesh_axes("experts")
-  if m.moe.experts % math.prod(sizes[axis] for axis in axes):
-    return 1.0  # each device has all experts
-  tokens = {*rules.mesh_axes("batch"), *rules.mesh_axes("length")}
-  return expert_room(c, sizes) * math.prod(sizes[axis] for axis in axes if axis not in tokens)
+  return 1.0 if c.model.moe.capacity else expert_room(c, sizes) * experts(c, sizes).same
 
 
-def routed_rows(c: ml_collections.ConfigDict) -> float:
-  """Rows in the routed experts for each token: those that its experts get, or slots with a limit.
+def routed_rows(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
+  """Rows in a device's routed experts for each of its tokens, of an even load.
 
-  See `model.experts.capacity`.
+  With a limit these are slots, see `model.experts.capacity`. They are sharded by rules of their
+  own, and not by the length of rows.
   """
-  moe, T = c.model.moe, c.data.seq_len
-  return capacity.slots(moe, T) * moe.experts / T if moe.capacity else moe.per_token
+  moe, T, rules = c.model.moe, c.data.seq_len, sharding.rules(c.mesh)
+  if not moe.capacity:
+    return moe.per_token / experts(c, sizes).same
+  shards = lambda *axes: math.prod(sizes[n] for axis in axes for n in rules.mesh_axes(axis))
+  even = moe.experts % shards("experts") == 0
+  slots = shards("expert_batch", "experts") if even else shards("expert_batch")
+  return capacity.slots(moe, T) * moe.experts / T * shards("batch", "length") / slots
 
 
 def hidden_width(m: ml_collections.ConfigDict, kind: str, routed: float) -> float:

@@ -390,7 +390,8 @@ def _activation_bytes_between_devices(
     # One hop of keys and values, forward and backward, and one of their gradients; the others are
     # hidden behind the attention of the previous hop.
     total += 3 * each * (widths["k"] + widths["v"]) / s.heads
-  if sizes["expert"] > 1:  # to the experts and back, forward, backward and where computed again
+  if per_device.experts(c, sizes).exchanged > 1:
+    # To the experts and back, in the forward and the backward pass and where computed again.
     total += (4 if m.remat == "none" else 5) * each * m.width * _routed(m, s)
   return total
 

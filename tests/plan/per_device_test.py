@@ -251,3 +251,42 @@ def test_adapters_spare_a_third_of_the_matmuls():
     )
   )
   assert lora == pytest.approx(full * 2 / 3, rel=0.02)
+
+
+def mixtral(*overrides):
+  flags = ["data.batch_size=64", "data.seq_len=4096", "model.moe.capacity=0", *overrides]
+  return resolved("mixtral_8x7b", *(f"--config.{one}" for one in flags))
+
+
+def test_experts_that_fsdp_shards_are_not_gathered():
+  """Their tokens are exchanged instead."""
+  rules = ("experts=fsdp,expert", "expert_batch=data", "embed=none")
+  own, shared = mixtral(), mixtral(*(f"mesh.rules.{one}" for one in rules))
+  where = topology.parse("v5p-16")
+  gathered = lambda c: weight_traffic.of_step(c, sizes(fsdp=8), per_device.count(c), 1).gathered
+  assert gathered(shared) == 0 < gathered(own)
+  of_layer = 2 * (4096 * 32 * 128 * 2 + 4096 * 8 * 128 * 2 + 4096 * 8 + 2 * 4096)
+  of_expert = 2 * 3 * 4096 * 14336
+  found = buffers(shared)["layers (gathered)"]
+  assert found == pytest.approx(of_layer + of_expert)
+  assert buffers(own)["layers (gathered)"] == pytest.approx(of_layer + 8 * of_expert)
+  sent = lambda c: time_estimate._activation_bytes_between_devices(
+    c, sizes(fsdp=8), per_device.share(c, sizes(fsdp=8)), 1.0
+  )
+  assert sent(own) == 0
+  # Passes, layers, bytes, width, experts of a token.
+  assert sent(shared) == 5 * 32 * 2 * 4096 * 2
+  took = time_estimate.seconds(shared, sizes(fsdp=8), per_device.count(shared), where)
+  assert took["exposed"] > 0
+
+
+def test_devices_with_the_same_tokens_share_the_work_of_experts():
+  flags = ("mesh.rules.mlp=none", "mesh.rules.act_mlp=none")
+  c = mixtral(*flags, "mesh.rules.experts=tensor")
+  assert per_device.share(c, sizes(tensor=8)).routed == 2 / 8
+  assert per_device.share(c, sizes(data=8)).routed == 2
+  slots = mixtral(*flags, "mesh.rules.experts=tensor", "model.moe.capacity=1.25")
+  assert per_device.share(slots, sizes(tensor=8)).routed == 2.5 / 8
+  by_expert = mixtral("model.moe.capacity=1.25")
+  assert per_device.share(by_expert, sizes(fsdp=2, expert=4)).routed == 2.5
+  assert per_device.share(by_expert, sizes(fsdp=2, seq=4)).routed == 4 * 2.5  # whole rows
