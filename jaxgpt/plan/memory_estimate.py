@@ -60,6 +60,9 @@ def buffers(
     sizes: Sizes of the mesh axes, {axis: size}.
     counts: The model's weights, from `per_device.count`.
     chip: The chip, whose attention kernels may need memory. None leaves it out.
+
+  Raises:
+    UserError: The layers or the rows do not divide into the pipeline stages.
   """
   found = [
     *_saved_activations(c, sizes),
@@ -129,10 +132,11 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
   """Activations of all layers that the forward pass saves for the backward pass."""
   m, s = c.model, per_device.share(c, sizes)
   itemsize, rows = per_device.itemsize(m), f"{s.kept * s.rows:g},{s.length:g}"
-  each = m.num_layers * s.kept * s.rows * s.length
+  layers = m.num_layers + _idle_layers(c, sizes)
+  each = layers * s.kept * s.rows * s.length
 
   def one(name: str, width: float, size: int, keys: str = _FEWER_TOKENS) -> Buffer:
-    shape = f"[{m.num_layers},{rows},{width:g}]"
+    shape = f"[{layers:g},{rows},{width:g}]"
     return Buffer(name, "saved", shape, each * width * size, keys)
 
   if INPUT not in activations(m.remat).offloaded:
@@ -160,6 +164,15 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
       itemsize,
       "model.remat=save:q,k,v,attention,gate,up",
     )
+
+
+def _idle_layers(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
+  """Layers whose activations a pipeline saves in ticks in which a stage idles, as if it did not."""
+  pipe = stacks.pipeline_of(c, sizes)
+  if pipe is None:
+    return 0.0
+  layers = sum(one.num_layers for one in stacks.of(c.model) if one.name == stacks.PIPELINED)
+  return layers * (pipe.ticks / (pipe.repeats * pipe.microbatches) - 1)
 
 
 def _unnamed_width(m: ml_collections.ConfigDict, s: Share, hidden: float) -> float:

@@ -3,11 +3,13 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
 from jaxgpt import config
 from jaxgpt.parallel import mesh
 from jaxgpt.plan import lower, memory_estimate, per_device, topology
+from jaxgpt.training import build, train_step
 
 COMPILED = json.loads((pathlib.Path(__file__).parent / "memory_estimate.json").read_text())
 
@@ -96,6 +98,41 @@ def llama(*overrides):
 def test_memory_of_llama2_7b_is_near_the_compilers(where, overrides, gib):
   c, t = llama(*overrides), topology.parse(where)
   assert memory_estimate.total(c, t) / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def scans(jaxpr):
+  """All scans of a program, those inside other equations included."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "scan":
+      yield equation
+    for inner in jax.tree.leaves(list(equation.params.values())):
+      if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+        yield from scans(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("microbatches, ticks", [(4, 7), (16, 19)])
+def test_a_pipeline_saves_activations_of_idle_ticks_too(microbatches, ticks):
+  """The scan over the ticks stacks the activations of each."""
+  c = config.base()
+  c.model.update(dict(vocab_size=256, num_layers=8, width=64, num_heads=4, remat="save:up"))
+  c.data.update(dict(seq_len=256, batch_size=32))
+  c.mesh.update(dict(stage=4, stage_microbatches=microbatches))
+  c = lower.resolve(c)
+  sizes = mesh.axis_sizes(c.mesh, 8)
+  devices = mesh.make(c.mesh, jax.devices()[:8])
+  parts = build.build(c, devices)
+  step = train_step.make(parts.objective, parts.tx, parts.schedule, c)
+  with jax.set_mesh(devices):
+    program = jax.make_jaxpr(step)(parts.state, lower.batch_shapes(c))
+  found = {b.name: b.bytes for b in memory_estimate.buffers(c, sizes, per_device.count(c))}
+  stacked = [
+    x.aval.size * x.aval.dtype.itemsize / 8
+    for scan in scans(program.jaxpr)
+    if scan.params["length"] == ticks
+    for x in scan.outvars[scan.params["num_carry"] :]
+  ]
+  assert found["layers/mlp/up"] == max(stacked)
+  assert found["layers (input of each)"] in stacked
 
 
 def test_the_published_total_is_the_estimate_of_a_search():

@@ -24,6 +24,11 @@ def test_fsdp_gathers_weights_and_scatters_their_gradients():
   assert traffic("llama2_7b", "optim.accumulate=2", fsdp=8) == found.times(2)
 
 
+def test_a_pipeline_gathers_its_layers_in_each_tick_and_the_others_once():
+  once, ticks = (traffic("llama2_7b", ticks=n, fsdp=8) for n in (1, 5))
+  assert ticks.gathered - once.gathered == 4 * 2 * (WEIGHTS - 2 * 32000 * 4096)
+
+
 @pytest.mark.parametrize("axes", [dict(data=8), dict(seq=8), dict(expert=8), dict(stage=8)])
 def test_gradients_are_summed_over_the_axes_that_shard_tokens(axes):
   overrides = ["model.num_layers=3"] if "stage" in axes else []  # 8 stages do not divide them
