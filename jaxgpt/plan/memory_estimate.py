@@ -266,7 +266,14 @@ def _layer_buffers(
   )
   # Queries, keys, values, the output of attention and the inside of the MLP, with gradients.
   each = 2 * (w["q"] + w["k"] + w["v"] + w["attention"]) / s.heads + 4 * m.width
-  of_mlp = lambda kind: 3 * per_device.hidden_width(m, kind, routed) / s.mlp
+  rows = routed * m.width if per_device.experts(c, sizes).exchanged > 1 else 0.0
+
+  def of_mlp(kind: str) -> float:
+    hidden = per_device.hidden_width(m, kind, routed) / s.mlp
+    # Rows that came from other devices, and their gradients by `gate` and by `up`. They live with
+    # the gradients of the hidden activations, when those activations are not needed any more.
+    return max(3 * hidden, 2 * hidden + 3 * rows * (kind == "moe"))
+
   # Of the iterations of the layers' scans, the one with the most.
   inside, several = max(
     (sum(each + of_mlp(mlp) for _, mlp in stack.kinds), len(stack.kinds)) for stack in stacks.of(m)

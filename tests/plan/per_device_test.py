@@ -290,3 +290,17 @@ def test_devices_with_the_same_tokens_share_the_work_of_experts():
   by_expert = mixtral("model.moe.capacity=1.25")
   assert per_device.share(by_expert, sizes(fsdp=2, expert=4)).routed == 2.5
   assert per_device.share(by_expert, sizes(fsdp=2, seq=4)).routed == 4 * 2.5  # whole rows
+
+
+def test_rows_that_came_to_wide_models_with_narrow_experts_take_memory():
+  """DeepSeek V3: 7,168 numbers per row outside the experts, and 2,048 inside."""
+  flags = ("--config.data.batch_size=64", "--config.data.seq_len=4096")
+  c = resolved("deepseek_v3", *flags, "--config.model.moe.capacity=1")
+  name = "layers (backward pass of 1)"
+  alone, exchanged = buffers(c, sizes(fsdp=8))[name], buffers(c, sizes(expert=8))[name]
+  tokens = 8 * 4096
+  # Three arrays of rows in place of one of hidden activations, of routed and shared experts.
+  assert exchanged - alone == 2 * tokens * (8 * 3 * 7168 - (8 + 1) * 2048)
+  # Mixtral's experts are wider than the model, so that hidden activations take more.
+  wide = mixtral("model.moe.capacity=1")
+  assert buffers(wide, sizes(fsdp=8))[name] == buffers(wide, sizes(expert=8))[name]
