@@ -20,7 +20,6 @@ from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Share
 from jaxgpt.plan.schedule import estimate
 from jaxgpt.plan.topology import Topology
-from jaxgpt.run import teacher
 from jaxgpt.training import objectives, optimizers
 
 
@@ -29,8 +28,8 @@ class Buffer(NamedTuple):
 
   Attributes:
     name: Its place in the model.
-    kind: When it lives: 'saved', 'layers', 'logits', 'head', 'layer', 'gradients', 'parameters' or
-      'optimizer'. See `peak`.
+    kind: When it lives: 'saved', 'layers', 'logits', 'head', 'layer', 'gradients', 'fixed',
+      'parameters' or 'optimizer'. See `peak`.
     shape: Its shape on one device, as text.
     bytes: Its size.
     keys: Config keys that make it smaller, as text.
@@ -116,16 +115,22 @@ def _fixed_models(
   c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts
 ) -> Iterator[Buffer]:
   """The weights that the loss compares the model with, see `model.fixed_models`."""
-  names = objectives.find(c).fixed(c)
   keys = f"objective.stored; {_MORE_SHARDS}"
-  # The reference of adapters is the model without them.
-  if fixed_models.REFERENCE in names and not c.model.lora.rank:
-    held = 4 * counts.held(sizes, trained=True)
-    yield Buffer("reference", "parameters", "1 per trained parameter", held, keys)
-  if fixed_models.TEACHER in names:
-    theirs = per_device.count(teacher.config_of(c))
-    held = theirs.held_bytes(sizes)
-    yield Buffer("teacher", "parameters", f"{theirs.all:,} in float32", held, keys)
+  for name, one in per_device.fixed(c).items():
+    theirs, itemsize = counts, per_device.itemsize(one.model)
+    # The reference of adapters is the model without them.
+    shared = name == fixed_models.REFERENCE and c.model.lora.rank > 0
+    if name == fixed_models.TEACHER:
+      theirs = per_device.count(one)
+      held = theirs.held_bytes(sizes)
+      yield Buffer(name, "parameters", f"{theirs.all:,} in float32", held, keys)
+    elif not shared:
+      held = 4 * counts.held(sizes, trained=True)
+      yield Buffer(name, "parameters", "1 per trained parameter", held, keys)
+    size = theirs.layer_bytes(sizes, one.model.num_layers, itemsize)
+    if itemsize < 4 and not shared:
+      size += itemsize * theirs.cast_of_layers(sizes)
+    yield Buffer(f"{name} (weights as they are gathered)", "fixed", "shards, a layer", size, keys)
 
 
 def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Iterator[Buffer]:
@@ -300,9 +305,10 @@ def _kernel_buffers(
 def peak(found: Sequence[Buffer]) -> float:
   """Bytes on a device at the worst moment of a step.
 
-  Two moments compete. In the head's backward pass all saved activations are alive. In the backward
-  pass of the last layers they still are, with one layer's buffers, the gradients, and on some chips
-  the logits. The update of the state is in place and adds nothing.
+  Three moments compete. In the head's backward pass all saved activations are alive. In the
+  backward pass of the last layers they still are, with one layer's buffers, the gradients, and on
+  some chips the logits. In the forward pass of a fixed model they are, with its gathered weights.
+  The update of the state is in place and adds nothing.
 
         forward ───────► head ──► backward of the last layer ───► … ───► update
         saved activations grow │  full              │  shrink
@@ -317,8 +323,7 @@ def peak(found: Sequence[Buffer]) -> float:
   backward = (
     kinds["saved"]
     + kinds["layers"]
-    + kinds["logits"]
-    + max(kinds["head"], kinds["layer"] + kinds["gradients"])
+    + max(kinds["logits"] + max(kinds["head"], kinds["layer"] + kinds["gradients"]), kinds["fixed"])
   )
   return backward + kinds["parameters"] + kinds["optimizer"]
 

@@ -11,11 +11,12 @@ import numpy as np
 from jaxgpt import tree
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import ACTIVATIONS, ATTENTION, DOWN, INPUT, QKV, activations
-from jaxgpt.model import transformer
+from jaxgpt.model import fixed_models, transformer
 from jaxgpt.model.experts import capacity, dropless
 from jaxgpt.model.quantization import quantized_base
 from jaxgpt.parallel import chips, sharding
 from jaxgpt.parallel import mesh as mesh_lib
+from jaxgpt.run import teacher
 from jaxgpt.training import objectives, optimizers
 
 
@@ -218,6 +219,12 @@ def share(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Share:
     objective.sequences,
     kept,
   )
+
+
+def fixed(c: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+  """{name: config} of the models that the loss runs forward only, see `model.fixed_models`."""
+  of = {fixed_models.REFERENCE: lambda: c, fixed_models.TEACHER: lambda: teacher.config_of(c)}
+  return {name: of[name]() for name in objectives.find(c).fixed(c)}
 
 
 def tokens_of_step(c: ml_collections.ConfigDict) -> int:

@@ -11,7 +11,7 @@ import ml_collections
 
 from jaxgpt.config.keys.layer_kinds import attention_kinds, mlp_kinds
 from jaxgpt.config.remat import ATTENTION, INPUT, QKV, activations
-from jaxgpt.model import fixed_models, stacks
+from jaxgpt.model import stacks
 from jaxgpt.model.attention.masks import Band
 from jaxgpt.parallel import mesh
 from jaxgpt.parallel.chips import Chip
@@ -20,7 +20,6 @@ from jaxgpt.plan.per_device import Counts, Share
 from jaxgpt.plan.schedule import estimate
 from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.topology import Topology
-from jaxgpt.run import teacher
 from jaxgpt.training import objectives, xla_options
 
 _KERNEL_BACKWARD = 3.5  # work of the backward kernels relative to the forward kernel
@@ -71,10 +70,10 @@ def seconds(
   bytes_ = _matmul_bytes(m, s, saved, trained[0])
   matmul = _matmul_seconds(tokens * flops, tokens * bytes_, chip)
   matmul = (matmul + tokens * _forward_seconds(c, sizes, chip)) / busy
-  traffic = weight_traffic.of_step(c, sizes, counts, pipe.ticks if pipe else 1)
+  traffic = weight_traffic.of_step(c, sizes, counts)
   # The weights are gathered in the forward and in the backward pass, then their gradients are
   # reduced. The reduction is exposed on every chip, the gathers only on some.
-  gathers = 2 * traffic.gathered
+  gathers = 2 * traffic.gathered + _gathered_forward(c, sizes)
   reduced = traffic.scattered * (2 if _all_reduces(sizes, topology) else 1) + 2 * traffic.summed
   hidden, shown = (gathers, reduced) if chip.overlaps_gathers else (0, gathers + reduced)
   exposed = shown + _activation_bytes_between_devices(c, sizes, s, tokens)
@@ -89,7 +88,7 @@ def seconds(
     "other": other,
     "kernels": kernels,
     "exposed": exposed / chip.ici_bandwidth + max(hidden / chip.ici_bandwidth - matmul, 0),
-    "between": _seconds_between_slices(c, sizes, counts, traffic, topology),
+    "between": _seconds_between_slices(c, sizes, counts, gathers + traffic.scattered, topology),
     "host": host,
   }
 
@@ -98,13 +97,20 @@ def _seconds_between_slices(
   c: ml_collections.ConfigDict,
   sizes: Mapping[str, int],
   counts: Counts,
-  traffic: weight_traffic.Traffic,
+  of_fsdp: float,
   topology: Topology,
 ) -> float:
   """Seconds of what crosses the network between slices, over the mesh axis that covers them.
 
   One reduction of the gradients of weights that the slices share. With fsdp over slices the other
   weights and their gradients, with stages over them the activations of each tick.
+
+  Args:
+    c: A resolved config.
+    sizes: Sizes of the mesh axes.
+    counts: The model's weights.
+    of_fsdp: Bytes of weights and gradients that are gathered and scattered over fsdp.
+    topology: The hardware.
   """
   if topology.slices == 1:
     return 0.0
@@ -112,11 +118,17 @@ def _seconds_between_slices(
   axis = mesh.axis_over_slices(sizes, topology.slices)
   around = 2 * weight_traffic.summed_over(c, sizes, counts, axis)
   if axis == "fsdp":
-    around += 2 * traffic.gathered + traffic.scattered
+    around += of_fsdp
   bytes_ = around * (topology.slices - 1) / topology.slices
   if axis == "stage":
     bytes_ += _stage_bytes(c, sizes)
   return bytes_ / topology.chip.dcn_bandwidth
+
+
+def _gathered_forward(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
+  """Bytes of weights that are gathered for further forward passes in a step."""
+  passes = _forward_passes(c)
+  return sum(weight_traffic.of_step(one, sizes, per_device.count(one)).gathered for one in passes)
 
 
 def _stage_bytes(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> float:
@@ -217,37 +229,48 @@ def _all_reduces(sizes: Mapping[str, int], topology: Topology) -> bool:
 def kernel_seconds(
   c: ml_collections.ConfigDict, sizes: Mapping[str, int], topology: Topology
 ) -> float:
-  """Seconds of a step's attention kernels, by measured blocks or `assumed_kernel_seconds`."""
+  """Seconds of a step's attention kernels, by measured blocks or at the assumed rate."""
   assert topology.chip is not None, "the estimate needs a chip's rates"
-  found = estimate.seconds(c, sizes, topology.chip)
-  if found is None:
-    return assumed_kernel_seconds(c, sizes, topology)
-  forward, backward = found
   again = per_device.share(c, sizes).sequences * c.optim.accumulate
-  own = (forward * (1 + _recomputes(c.model) + _gradient_cache(c)) + backward) * again
-  for one in _fixed_models(c):
+  found = estimate.seconds(c, sizes, topology.chip)
+  own = (
+    again * (found[0] * (1 + _recomputes(c.model) + _gradient_cache(c)) + found[1])
+    if found
+    else _own_assumed(c, sizes, topology.chip)
+  )
+  for one in per_device.fixed(c).values():
     theirs = estimate.seconds(one, sizes, topology.chip)
-    own += again * theirs[0] if theirs else 0.0
+    own += again * theirs[0] if theirs else _assumed_forward(one, sizes, topology.chip)
   return own
 
 
 def assumes_kernels(c: ml_collections.ConfigDict, topology: Topology) -> bool:
-  """Whether the kernels' seconds are assumed, because no blocks are measured for them."""
-  sizes = mesh.axis_sizes(c.mesh, topology.num_devices)
-  return topology.chip is not None and estimate.seconds(c, sizes, topology.chip) is None
+  """Whether kernels' seconds are assumed, because no blocks are measured for them."""
+  sizes, chip = mesh.axis_sizes(c.mesh, topology.num_devices), topology.chip
+  models = (c, *per_device.fixed(c).values())
+  return chip is not None and any(estimate.seconds(one, sizes, chip) is None for one in models)
 
 
 def assumed_kernel_seconds(
   c: ml_collections.ConfigDict, sizes: Mapping[str, int], topology: Topology
 ) -> float:
   """Seconds of attention kernels at the assumed rate, for chips and heads without measurements."""
-  m, s, chip = c.model, per_device.share(c, sizes), topology.chip
-  assert chip is not None, "the estimate needs a chip's rates"
+  assert topology.chip is not None, "the estimate needs a chip's rates"
+  fixed = (_assumed_forward(one, sizes, topology.chip) for one in per_device.fixed(c).values())
+  return _own_assumed(c, sizes, topology.chip) + sum(fixed)
+
+
+def _own_assumed(c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip) -> float:
+  """Seconds of the trained model's kernels in a step, at the assumed rate."""
+  passes = 1 + _KERNEL_BACKWARD + _recomputes(c.model) + _gradient_cache(c)
+  return passes * _assumed_forward(c, sizes, chip)
+
+
+def _assumed_forward(c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip) -> float:
+  """Seconds of a model's kernels in the forward passes of a step, at the assumed rate."""
+  m, s = c.model, per_device.share(c, sizes)
   pairs = c.data.seq_len * s.tokens * c.optim.accumulate
-  passes = 1 + _KERNEL_BACKWARD + _recomputes(m) + _gradient_cache(c)
-  of_pair = lambda m: 4 * m.num_layers * per_device.all_heads(m) / s.heads
-  fixed = sum(of_pair(one.model) for one in _fixed_models(c))
-  flops = pairs * (of_pair(m) * passes + fixed)
+  flops = pairs * 4 * m.num_layers * per_device.all_heads(m) / s.heads
   return flops * visible_share(c, chip.attention_block) / (chip.clocked_flops * ASSUMED_RATE)
 
 
@@ -262,11 +285,9 @@ def _gradient_cache(c: ml_collections.ConfigDict) -> bool:
   return objectives.find(c).whole_batch and c.optim.accumulate > 1
 
 
-def _fixed_models(c: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
-  """The configs of the models that the loss runs forward only, see `model.fixed_models`."""
-  names = objectives.find(c).fixed(c)
-  of = {fixed_models.REFERENCE: lambda: c, fixed_models.TEACHER: lambda: teacher.config_of(c)}
-  return [of[name]() for name in names]
+def _forward_passes(c: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+  """Configs of the models with a further forward pass: fixed models, and a gradient cache."""
+  return [*per_device.fixed(c).values(), *[c] * _gradient_cache(c)]
 
 
 def _matmul_seconds(flops: float, bytes_: float, chip: Chip) -> float:
@@ -281,7 +302,7 @@ def _matmul_seconds(flops: float, bytes_: float, chip: Chip) -> float:
 def _forward_seconds(c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip) -> float:
   """Seconds per token of matmuls in further forward passes: fixed models, and a gradient cache."""
   out = 0.0
-  for one in _fixed_models(c) + [c] * _gradient_cache(c):
+  for one in _forward_passes(c):
     m, s = one.model, per_device.share(one, sizes)
     head = m.width * m.vocab_size / s.vocab if m.head == "lm" else 0
     flops = 2 * (m.num_layers * sum(_weights(m, s).values()) + head)

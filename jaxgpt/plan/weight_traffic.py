@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import ml_collections
 
+from jaxgpt.model import stacks
 from jaxgpt.parallel import sharding
 from jaxgpt.plan import per_device
 from jaxgpt.plan.per_device import Counts, Weight
@@ -38,17 +39,19 @@ class Traffic(NamedTuple):
     return Traffic(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def of_step(
-  c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts, ticks: int
-) -> Traffic:
+def of_step(c: ml_collections.ConfigDict, sizes: Mapping[str, int], counts: Counts) -> Traffic:
   """The traffic of a step.
 
   Args:
     c: A resolved config.
     sizes: Sizes of the mesh axes, {axis: size}.
     counts: The model's weights, from `per_device.count`.
-    ticks: Ticks of a pipeline, or 1. The layers are gathered for each.
+
+  Raises:
+    UserError: The layers or the rows do not divide into the pipeline stages.
   """
+  pipe = stacks.pipeline_of(c, sizes)
+  ticks = pipe.ticks if pipe else 1  # the layers of a stage are gathered for each
   found = of(c, sizes, counts.layers).times(ticks).plus(of(c, sizes, counts.others))
   return found.times(c.optim.accumulate)
 

@@ -76,7 +76,7 @@ def test_codes_take_their_own_bytes_and_are_not_cast(base, share):
   assert shapes.held_bytes(sizes()) == sum(
     w.entries(sizes()) * w.itemsize for w in shapes.layers + shapes.others
   )
-  gathered = lambda c: weight_traffic.of_step(c, sizes(fsdp=8), per_device.count(c), 1).gathered
+  gathered = lambda c: weight_traffic.of_step(c, sizes(fsdp=8), per_device.count(c)).gathered
   assert gathered(coded) < gathered(full)
 
 
@@ -110,7 +110,15 @@ def test_a_reference_is_run_forward():
   assert took(dpo)["matmul"] == pytest.approx(took(simpo)["matmul"] * 4 / 3, rel=0.01)
   assert took(dpo)["kernels"] > 1.2 * took(simpo)["kernels"]
   more = set(buffers(dpo)) - set(buffers(simpo))
-  assert more == {"reference", "head/logits of the fixed model"}
+  gathered = "reference (weights as they are gathered)"
+  assert more == {"reference", gathered, "head/logits of the fixed model"}
+  counts = per_device.count(dpo)
+  assert buffers(dpo)[gathered] == 2 * counts.cast_of_layers(sizes(fsdp=8)) + counts.layer_bytes(
+    sizes(fsdp=8), 32, 2
+  )
+  once = weight_traffic.of_step(dpo, sizes(fsdp=8), counts).gathered
+  assert time_estimate._gathered_forward(dpo, sizes(fsdp=8)) == once
+  assert time_estimate._gathered_forward(simpo, sizes(fsdp=8)) == 0
 
 
 def test_microbatches_of_contrastive_keep_one_sequence():
@@ -263,7 +271,7 @@ def test_experts_that_fsdp_shards_are_not_gathered():
   rules = ("experts=fsdp,expert", "expert_batch=data", "embed=none")
   own, shared = mixtral(), mixtral(*(f"mesh.rules.{one}" for one in rules))
   where = topology.parse("v5p-16")
-  gathered = lambda c: weight_traffic.of_step(c, sizes(fsdp=8), per_device.count(c), 1).gathered
+  gathered = lambda c: weight_traffic.of_step(c, sizes(fsdp=8), per_device.count(c)).gathered
   assert gathered(shared) == 0 < gathered(own)
   of_layer = 2 * (4096 * 32 * 128 * 2 + 4096 * 8 * 128 * 2 + 4096 * 8 + 2 * 4096)
   of_expert = 2 * 3 * 4096 * 14336

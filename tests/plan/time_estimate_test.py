@@ -93,7 +93,7 @@ def test_seconds_by_arithmetic_are_near_the_compilers(
   took["kernels"] = time_estimate.assumed_kernel_seconds(c, sizes, t)
   mine = rows * length / t.num_devices
   if axes["fsdp"] == t.num_devices:  # the second half of the all-reduces of gradients
-    again = weight_traffic.of_step(c, sizes, counts, 1).scattered
+    again = weight_traffic.of_step(c, sizes, counts).scattered
     micros += again / t.chip.ici_bandwidth / mine * 1e6
   assert sum(took.values()) / mine * 1e6 == pytest.approx(micros, rel=0.04)
 

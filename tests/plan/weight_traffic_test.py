@@ -9,12 +9,12 @@ LLAMA = "configs/llama3_8b.py"
 WEIGHTS = 6_738_415_616 - 65 * 4096  # of Llama-2-7B, norms left out
 
 
-def traffic(preset, *overrides, ticks=1, **axes):
+def traffic(preset, *overrides, **axes):
   flags = ["--config.data.batch_size=64", "--config.data.seq_len=2048"]
   flags += [f"--config.{one}" for one in overrides]
   c = lower.resolve(config.load(f"{LLAMA}:{preset}", flags)[0])
   sizes = dict.fromkeys(config.MESH_AXES, 1) | axes
-  return weight_traffic.of_step(c, sizes, per_device.count(c), ticks)
+  return weight_traffic.of_step(c, sizes, per_device.count(c))
 
 
 def test_fsdp_gathers_weights_and_scatters_their_gradients():
@@ -25,19 +25,25 @@ def test_fsdp_gathers_weights_and_scatters_their_gradients():
 
 
 def test_a_pipeline_gathers_its_layers_in_each_tick_and_the_others_once():
-  once, ticks = (traffic("llama2_7b", ticks=n, fsdp=8) for n in (1, 5))
-  assert ticks.gathered - once.gathered == 4 * 2 * (WEIGHTS - 2 * 32000 * 4096)
+  others = 2 * 32000 * 4096
+  for microbatches in (4, 8):
+    found = traffic(
+      "llama2_7b", f"mesh.stage_microbatches={microbatches}", "mesh.stage=2", fsdp=4, stage=2
+    )
+    ticks = microbatches + 1
+    assert found.gathered == 2 * (ticks * (WEIGHTS - others) / 2 + others)
 
 
-@pytest.mark.parametrize("axes", [dict(data=8), dict(seq=8), dict(expert=8), dict(stage=8)])
-def test_gradients_are_summed_over_the_axes_that_shard_tokens(axes):
-  overrides = ["model.num_layers=3"] if "stage" in axes else []  # 8 stages do not divide them
-  found = traffic("llama2_7b", *overrides, **axes)
+@pytest.mark.parametrize("axis", ["data", "seq", "expert"])
+def test_gradients_are_summed_over_the_axes_that_shard_tokens(axis):
+  found = traffic("llama2_7b", **{axis: 8})
   assert found.gathered == found.scattered == 0
-  if not overrides:
-    assert found.summed == 2 * (WEIGHTS + 65 * 4096)
-  else:
-    assert found.summed > 2 * 2 * 32000 * 4096  # layers, embedding and head
+  assert found.summed == 2 * (WEIGHTS + 65 * 4096)
+
+
+def test_stages_sum_the_gradients_of_what_is_outside_the_layers():
+  found = traffic("llama2_7b", "mesh.stage=8", stage=8)
+  assert found.summed == 2 * (2 * 32000 * 4096 + 4096)
 
 
 def test_weights_that_no_rule_shards_are_summed_over_fsdp():

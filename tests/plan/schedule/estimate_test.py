@@ -1,6 +1,7 @@
 """Seconds of attention by arithmetic: the calls of a layer, and what the search makes of them."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -119,3 +120,22 @@ def test_layers_count_by_their_kind_and_not_by_the_pattern():
   share = lambda c: time_estimate.visible_share(c, 512)
   mean = (22 * share(alone("local")) + 4 * share(alone("global"))) / 26
   assert share(c) == pytest.approx(mean)
+
+
+def test_kernels_of_a_teacher_without_measured_blocks_are_assumed():
+  t = topology.parse("v6e-64")
+  m = config.resolve(config.load(CONFIG)[0]).model
+  small = dict(
+    vocab_size=m.vocab_size, max_len=m.max_len, num_layers=4, width=512, num_heads=4, head_dim=640
+  )
+  own = resolved(data__batch_size=128)
+  taught = own.copy_and_resolve_references()
+  taught.unlock()
+  taught.objective.name = "distillation"
+  taught.objective.teacher, taught.objective.teacher_config = "RUN", json.dumps(small)
+  theirs = per_device.fixed(taught)["teacher"]
+  assert estimate.seconds(theirs, sizes_of(own), t.chip) is None
+  found = time_estimate.kernel_seconds(taught, sizes_of(own), t)
+  assumed = time_estimate._assumed_forward(theirs, sizes_of(own), t.chip)
+  assert found == time_estimate.kernel_seconds(own, sizes_of(own), t) + assumed > assumed > 0
+  assert time_estimate.assumes_kernels(taught, t) and not time_estimate.assumes_kernels(own, t)
