@@ -9,12 +9,11 @@ def attention_kinds(m: ConfigDict) -> list[str]:
   Args:
     m: The `model` section.
   """
-  return [m.attention_pattern[i % len(m.attention_pattern)] for i in range(m.num_layers)]
+  pattern = m.attention_pattern  # read once: lookups in a ConfigDict are slow
+  return [pattern[i % len(pattern)] for i in range(m.num_layers)]
 
 
 def mlp_kinds(m: ConfigDict) -> list[str]:
   """The kind of MLP of each layer: 'dense', 'moe' or 'none'. `m` is the `model` section."""
-  return [
-    "dense" if i < m.moe.first_dense else m.mlp_pattern[i % len(m.mlp_pattern)]
-    for i in range(m.num_layers)
-  ]
+  pattern, dense = m.mlp_pattern, m.moe.first_dense
+  return ["dense" if i < dense else pattern[i % len(pattern)] for i in range(m.num_layers)]
