@@ -5,9 +5,10 @@
 Needs libtpu, but no TPU. Compares the estimated step of the equivalent of each recipe in jaxgpt,
 with its rows and its saved activations, with the time that the recipe's page reports. The estimates
 are those that `plan_time.py` recorded. Where it has none the equivalent is compiled and recorded,
-which takes minutes. `--maxtext` compiles the recipes of tpu-recipes themselves (see
-`plan_maxtext.py`). `--arithmetic` compiles nothing and compares the seconds by which a search ranks
-plans. The recipes and their sources are in `published_recipes.py`.
+which takes minutes. Waits for the host's memory are printed, and left out of the comparison.
+`--maxtext` compiles the recipes of tpu-recipes themselves (see `plan_maxtext.py`). `--arithmetic`
+compiles nothing and compares the seconds by which a search ranks plans. The recipes and their
+sources are in `published_recipes.py`.
 """
 
 import pathlib
@@ -110,14 +111,16 @@ def main(arguments):
     except (lower.OutOfMemory, UserError) as e:
       print(f"{name}: {e}", flush=True)
       continue
-    step = sum(seconds.values())
+    host = seconds.get("host", 0.0)
+    step = sum(seconds.values()) - host
     error = step / recipe.seconds - 1
     errors.append(abs(error))
     parts = ", ".join(f"{kind} {value:.3f}" for kind, value in seconds.items())
     size = "" if memory is None else f"{memory:.1f} GiB; "
+    waits = f", with {host:.3f} s of waits for the host {(step + host) / recipe.seconds - 1:+.1%}"
     print(
-      f"{name}: {step:.3f} s estimated, {recipe.seconds:.3f} measured: {error:+.1%} "
-      f"({recipe.source}; {size}{parts})",
+      f"{name}: {step:.3f} s estimated, {recipe.seconds:.3f} measured: {error:+.1%}"
+      f"{waits * bool(host)} ({recipe.source}; {size}{parts})",
       flush=True,
     )
   if errors:
