@@ -34,7 +34,9 @@ EXACT = GOLDEN["identity"] == cases.identity()
 
 def unpack(name: str, folder: pathlib.Path) -> None:
   with tarfile.open(cases.HERE / f"{name}.tar.xz") as tar:
-    tar.extractall(folder, filter="data")
+    # Python 3.11 has no argument for it before 3.11.4.
+    tar.extraction_filter = getattr(tarfile, "data_filter", None)
+    tar.extractall(folder)
 
 
 @pytest.fixture

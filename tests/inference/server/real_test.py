@@ -183,7 +183,8 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 def folder(tmp_path):
   """The folder of an old run, with the template of a chat."""
   with tarfile.open(cases.HERE / "run_adamw.tar.xz") as tar:
-    tar.extractall(tmp_path, filter="data")
+    tar.extraction_filter = getattr(tarfile, "data_filter", None)
+    tar.extractall(tmp_path)
   (found,) = (tmp_path / "runs").iterdir()
   template = generation.Generation({"eos_token_id": [2]}, "in the format", "simple")
   generation.write(found, template)
