@@ -13,6 +13,7 @@ from jaxgpt.inference.engine import requests
 from jaxgpt.inference.engine.beams import Search
 from jaxgpt.inference.engine.requests import Beams, Constraint, Request
 from jaxgpt.inference.sampling import Sampling
+from jaxgpt.model import transformer
 from jaxgpt.run import generation
 from tests.inference.engine import engine_test
 from tests.inference.engine.engine_test import CONTEXT, GREEDY, KINDS, answers, prompt
@@ -34,7 +35,8 @@ def forward(kind):
   """(tokens of 3 rows) -> log-probabilities of the tokens that follow each, from whole rows."""
   run, _ = made(kind)
   positions = np.broadcast_to(np.arange(CONTEXT), (3, CONTEXT))
-  apply = lambda x: run.parts.model.apply({"params": run.params}, x, positions).logits
+  model = transformer.dropless(run.parts.model)
+  apply = lambda x: model.apply({"params": run.params}, x, positions).logits
   V = run.tokenizer.vocab_size
   return jax.jit(lambda x: jax.nn.log_softmax(apply(x)[..., :V], axis=-1))
 
