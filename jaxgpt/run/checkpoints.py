@@ -31,9 +31,9 @@ from jaxgpt import tree
 from jaxgpt.errors import UserError, first_line
 from jaxgpt.model import fixed_models
 from jaxgpt.parallel import distributed, peer_watch
-from jaxgpt.run import bucket_checkpoints, checkpoint_meta, digests
+from jaxgpt.run import bucket_checkpoints, checkpoint_handlers, checkpoint_meta, digests
 from jaxgpt.run.provenance import saved as saved_lib
-from jaxgpt.storage import atomic, buckets, paths
+from jaxgpt.storage import atomic, buckets
 
 _SCALARS = ("step", "nonfinite_step")  # saved in `meta`
 _DELETED = ".deleted"  # end of the name of a folder that is being deleted
@@ -146,10 +146,10 @@ class Checkpoints:
     self._unsure: int | None = None  # step of a save that is not known to be complete
 
   def _open(self) -> ocp.CheckpointManager:
-    handlers = {name: ocp.StandardCheckpointHandler(**self._limit) for name in saved_lib.ITEMS}
+    self._handlers = checkpoint_handlers.Handlers(**self._limit)
     return ocp.CheckpointManager(
       self._mirror.folder if self._mirror else self.folder,
-      item_handlers=handlers | {"meta": checkpoint_meta.MetaHandler()},
+      handler_registry=self._handlers.registry,
       options=self._options,
     )
 
@@ -231,8 +231,9 @@ class Checkpoints:
     step, self._unsure = self._unsure, None
     with contextlib.suppress(Exception):  # the failure, which the caller knows
       self._manager.close()
-    for left in self._manager.directory.glob(f"{step}.*tmp*"):  # the disk may be full
-      paths.remove(left)  # what is left in spite of it is deleted by the next start
+    self._handlers.delete_unfinished(self._manager.directory, step)
+    # Not by the next manager, which would fail the next save if it can't.
+    self._options.cleanup_tmp_directories = False
     if self._mirror:
       self._mirror.drop_strangers()
     self._manager = self._open()

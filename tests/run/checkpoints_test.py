@@ -1,13 +1,16 @@
 """Checkpoints that check themselves: damage of any kind is named, and never restored."""
 
 import errno
+import itertools
 import pathlib
 import shutil
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxgpt.errors import UserError
@@ -175,6 +178,45 @@ def test_a_failure_of_the_digests_is_one_of_the_save(tmp_path, monkeypatch):
   checkpoints.save(state_of(2))
   checkpoints.close()
   assert checkpoints_lib.complete_steps(tmp_path / "checkpoints") == [2]
+
+
+def test_arrays_that_are_written_after_another_item_failed_do_not_fail_the_next_save(
+  tmp_path, monkeypatch
+):
+  real = ocp.StandardCheckpointHandler.async_save
+  began, ended = threading.Event(), threading.Event()
+
+  async def slow(handler, directory, *args, **kwargs):
+    async def write():
+      began.set()
+      end = time.monotonic() + 2.5  # longer than a folder is tried to be deleted
+      folder = (
+        tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp" / "opt.orbax-checkpoint-tmp" / "d"
+      )
+      for i in itertools.count():  # as tensorstore does, which makes folders that are gone again
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / str(i)).write_bytes(b"values")
+        if time.monotonic() > end:
+          return ended.set()
+
+    started = await real(handler, directory, *args, **kwargs)
+    return [*started, ocp.future.CommitFutureAwaitingContractedSignals(write(), name="slow")]
+
+  def fail(copied):
+    assert began.wait(60)
+    raise OSError(errno.EIO, "digests")
+
+  checkpoints = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.StandardCheckpointHandler, "async_save", slow)
+    patch.setattr(digests, "sums", fail)
+    checkpoints.save(state_of(1))
+    with pytest.raises(checkpoints_lib.SaveError, match="digests"):
+      checkpoints.wait()
+  assert checkpoints.forget_failure() == 1 and ended.is_set()
+  checkpoints.save(state_of(2))
+  checkpoints.close()
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
 @pytest.mark.parametrize("seed", range(40))
