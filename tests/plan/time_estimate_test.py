@@ -37,7 +37,7 @@ def case(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", map(case, COMPILED))
+@pytest.mark.parametrize("name", [case(x) for x in COMPILED])
 def test_seconds_by_arithmetic_are_within_8_percent_of_the_schedule(name):
   """Kernels and all-reduces included (tests/benchmarks/plan_time.py)."""
   entry = COMPILED[name]
