@@ -21,12 +21,13 @@ from jaxgpt.parallel import distributed, sharding
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.run import best as best_lib
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import config_changes, init_from, label_names, run_lock, throughput
 from jaxgpt.run import generation as generation_lib
+from jaxgpt.run import init_from, label_names, run_lock, throughput
 from jaxgpt.run import resume as resume_lib
 from jaxgpt.run import run_folder as run_folder_lib
 from jaxgpt.run import teacher as teacher_lib
 from jaxgpt.run.process import output, stop_signal
+from jaxgpt.run.provenance import config_changes
 from jaxgpt.run.provenance import rewinds as rewinds_lib
 from jaxgpt.storage import atomic, strict_json
 from jaxgpt.text.tokenizers.tokenizer import Tokenizer
