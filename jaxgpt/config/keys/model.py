@@ -325,7 +325,7 @@ MODEL = Section(
       choices={
         "auto": "the best for the backend",
         "reference": "by definition",
-        "batched": "for CPUs; as `reference` with `attn_softcap`",
+        "batched": "for CPUs",
         "splash": "TPU kernel",
         "cudnn": "GPU kernel, bfloat16, no `attn_softcap`",
       },

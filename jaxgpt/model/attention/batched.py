@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.model.attention import reference
 from jaxgpt.model.attention.masks import MASKED
 
 # Queries are processed in chunks. Smaller chunks compute less of the masked upper triangle, but
@@ -45,14 +44,12 @@ def attention(
     v_BSKH: Values.
     mask_BTS: True where query t may attend to key s.
     scale: Factor on the logits.
-    softcap: As in `reference.attention`, which does the work if it is given.
+    softcap: As in `reference.attention`.
     causal: Whether `mask_BTS` hides every key after its query. Requires T = S.
 
   Returns:
     As `reference.attention`.
   """
-  if softcap is not None:
-    return reference.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap)
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   # A key head and its G query heads form one batch entry, whose queries are stacked to G * T rows.
@@ -61,16 +58,22 @@ def attention(
   q = heads_first(q_BTNH, B * K, N // K, T, H)
   k, v = (heads_first(x, B * K, x.shape[1], x.shape[3]) for x in (k_BSKH, v_BSKH))
   bias = jnp.where(mask_BTS, 0.0, MASKED)
-  out = _chunked(q, k, v, bias, scale, chunks)
+  out = _chunked(q, k, v, bias, scale, softcap, chunks)
   return out.reshape(B, N, T, -1).swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _chunked(
-  q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, scale: float, chunks: int
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  bias: jax.Array,
+  scale: float,
+  softcap: float | None,
+  chunks: int,
 ) -> jax.Array:
   """q [B*K, G, T, H], k and v [B*K, S, H], bias [B, T, S] -> [B*K, G, T, H]."""
-  return _chunked_fwd(q, k, v, bias, scale, chunks)[0]
+  return _chunked_fwd(q, k, v, bias, scale, softcap, chunks)[0]
 
 
 def _bounds(T: int, S: int, chunks: int) -> list[tuple[int, int, int]]:
@@ -94,13 +97,24 @@ def _dot(
 
 
 def _chunked_fwd(
-  q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, scale: float, chunks: int
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  bias: jax.Array,
+  scale: float,
+  softcap: float | None,
+  chunks: int,
 ) -> tuple[jax.Array, tuple]:
   BK, G, T, _ = q.shape
   B, S = bias.shape[0], k.shape[1]
-  outs, weights = [], []
+  outs, weights, slopes = [], [], []  # slopes of the softcap's tanh, or None without one
   for a, b, s in _bounds(T, S, chunks):
     logits = _dot(_fold(q[:, :, a:b]) * scale, k[:, :s], 2, 2, jnp.float32)
+    slope = None
+    if softcap is not None:
+      tanh = jnp.tanh(logits / softcap)
+      logits, slope = softcap * tanh, (1 - tanh * tanh).astype(q.dtype)
+    slopes.append(slope)
     logits = logits.reshape(B, BK // B, G, b - a, s) + bias[:, None, None, a:b, :s]
     top = logits.max(-1, keepdims=True)
     e = jnp.exp(logits - top)
@@ -110,22 +124,24 @@ def _chunked_fwd(
     weights.append(p)
     outs.append(_dot(p, v[:, :s], 2, 1).reshape(BK, G, b - a, -1))
   out = jnp.concatenate(outs, 2)
-  return out, (q, k, v, bias, tuple(weights), out)
+  return out, (q, k, v, bias, tuple(weights), tuple(slopes), out)
 
 
-def _chunked_bwd(scale: float, chunks: int, saved: tuple, dout: jax.Array) -> tuple:
+def _chunked_bwd(
+  scale: float, softcap: float | None, chunks: int, saved: tuple, dout: jax.Array
+) -> tuple:
   """Softmax gradient: dlogits = p * (dp - sum(dout * out)), see arXiv:2205.14135, appendix B.2."""
-  q, k, v, bias, weights, out = saved
+  q, k, v, bias, weights, slopes, out = saved
   BK, G, T, H = q.shape
   S = k.shape[1]
   delta = (dout * out).sum(-1, keepdims=True, dtype=jnp.float32)
   dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
-  for (a, b, s), p in zip(_bounds(T, S, chunks), weights, strict=True):
+  for (a, b, s), p, slope in zip(_bounds(T, S, chunks), weights, slopes, strict=True):
     grow = lambda x, s=s: jnp.pad(x, ((0, 0), (0, S - s), (0, 0)))
     d = _fold(dout[:, :, a:b])
     dv += grow(_dot(p, d, 1, 1))
     dlogits = p * (_dot(d, v[:, :s], 2, 2, jnp.float32) - _fold(delta[:, :, a:b])) * scale
-    dlogits = dlogits.astype(q.dtype)
+    dlogits = (dlogits if slope is None else dlogits * slope).astype(q.dtype)
     dq.append(_dot(dlogits, k[:, :s], 2, 1).reshape(BK, G, b - a, H))
     dk += grow(_dot(dlogits, _fold(q[:, :, a:b]), 1, 1))
   return jnp.concatenate(dq, 2), dk, dv, jnp.zeros_like(bias)

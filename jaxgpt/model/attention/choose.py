@@ -42,8 +42,8 @@ def choose(form: str, platform: str, work: Workload) -> str:
   if form != "auto":
     _check(form, platform, work)
     return form
-  if platform == "cpu":  # 'batched' has no softcap, and would call the reference
-    return "batched" if work.softcap is None else "reference"
+  if platform == "cpu":
+    return "batched"
   if platform == "tpu" and work.length % splash.LANES == 0:
     return "splash"
   is_16_bit = jnp.dtype(work.dtype).itemsize == 2

@@ -48,15 +48,15 @@ def test_forms_agree_with_the_definition(form, softcap, heads):
   np.testing.assert_allclose(out, by_definition(q, k, v, np.asarray(mask), 0.3, softcap), atol=1e-5)
 
 
-@pytest.mark.parametrize("T", quick.first([12, 7, 8]))
-def test_causal_chunks_skip_only_masked_keys(T, monkeypatch):
+@pytest.mark.parametrize("T, softcap", quick.first([(12, 2.0), (12, None), (7, None), (8, 2.0)], 2))
+def test_causal_chunks_skip_only_masked_keys(T, softcap, monkeypatch):
   monkeypatch.setattr(batched, "_CHUNK", 4)
   monkeypatch.setattr(batched, "_MAX_CHUNKS", 2)
   q, k, v, mask = inputs(T=T)
   mask &= jnp.tril(jnp.ones((T, T), bool))
 
   def both(f):
-    out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, mask, scale=0.3), q, k, v)
+    out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, mask, scale=0.3, softcap=softcap), q, k, v)
     return out, vjp(jnp.cos(out))
 
   got = both(functools.partial(batched.attention, causal=True))
@@ -65,12 +65,15 @@ def test_causal_chunks_skip_only_masked_keys(T, monkeypatch):
   )
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("form", ["reference", "batched"])
-def test_gradients_agree_and_a_query_without_keys_has_none(form):
+def test_gradients_agree_and_a_query_without_keys_has_none(form, softcap):
   q, k, v, mask = inputs()
 
   def loss(form):
-    return lambda q, k, v: jnp.sin(attention.attend(form, q, k, v, mask, None, Spec(0.3))).sum()
+    return lambda q, k, v: jnp.sin(
+      attention.attend(form, q, k, v, mask, None, Spec(0.3, softcap))
+    ).sum()
 
   got = jax.grad(loss(form), (0, 1, 2))(q, k, v)
   want = jax.grad(loss("reference"), (0, 1, 2))(q, k, v)

@@ -18,7 +18,7 @@ def work(**more):
   "platform, more, form",
   [
     ("cpu", {}, "batched"),
-    ("cpu", dict(softcap=30.0), "reference"),  # which is what 'batched' would call
+    ("cpu", dict(softcap=30.0), "batched"),
     ("tpu", {}, "splash"),
     ("tpu", dict(softcap=30.0), "splash"),
     ("tpu", dict(length=100), "reference"),
