@@ -13,14 +13,16 @@ import ml_collections
 from jaxgpt.config.keys.layer_kinds import mlp_kinds
 from jaxgpt.config.remat import INPUT, activations
 from jaxgpt.model import fixed_models, stacks
+from jaxgpt.model.attention import batched
 from jaxgpt.model.quantization import quantized_base
 from jaxgpt.parallel import mesh as mesh_lib
 from jaxgpt.parallel.chips import Chip
 from jaxgpt.plan import per_device
+from jaxgpt.plan import topology as topology_lib
 from jaxgpt.plan.per_device import Counts, Share
 from jaxgpt.plan.schedule import estimate
 from jaxgpt.plan.topology import Topology
-from jaxgpt.training import objectives, optimizers
+from jaxgpt.training import build, objectives, optimizers
 
 
 class Buffer(NamedTuple):
@@ -44,6 +46,7 @@ class Buffer(NamedTuple):
 
 _FEWER_TOKENS = "data.batch_size (fewer rows), optim.accumulate (more microbatches)"
 _MORE_SHARDS = "mesh.fsdp, mesh.tensor"
+_PAIRS = "layers/attn (logits and weights)"
 
 
 def buffers(
@@ -58,16 +61,16 @@ def buffers(
     c: A resolved config.
     sizes: Sizes of the mesh axes, {axis: size}.
     counts: The model's weights, from `per_device.count`.
-    chip: The chip, whose attention kernels may need memory. None leaves it out.
+    chip: The chip, which attention depends on. None: this machine's devices.
 
   Raises:
     UserError: The layers or the rows do not divide into the pipeline stages.
   """
   found = [
-    *_saved_activations(c, sizes),
+    *_saved_activations(c, sizes, chip),
     *_head_buffers(c, sizes),
     *_layer_buffers(c, sizes, counts),
-    *_kernel_buffers(c, sizes, chip),
+    *_attention_buffers(c, sizes, chip),
     *_state_buffers(c, sizes, counts),
   ]
   return sorted(found, key=lambda b: -b.bytes)
@@ -133,7 +136,9 @@ def _fixed_models(
     yield Buffer(f"{name} (weights as they are gathered)", "fixed", "shards, a layer", size, keys)
 
 
-def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> Iterator[Buffer]:
+def _saved_activations(
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip | None
+) -> Iterator[Buffer]:
   """Activations of all layers that the forward pass saves for the backward pass."""
   m, s = c.model, per_device.share(c, sizes)
   itemsize, rows = per_device.itemsize(m), f"{s.kept * s.rows:g},{s.length:g}"
@@ -163,6 +168,9 @@ def _saved_activations(c: ml_collections.ConfigDict, sizes: Mapping[str, int]) -
   if "attention" in names:
     yield one("layers/attn (statistics)", m.num_heads / s.heads, 4)
   if m.remat == "none":
+    pairs = s.length * _pair_bytes(c, chip) * m.num_heads / s.heads
+    if pairs:
+      yield one(_PAIRS, pairs / itemsize, itemsize, f"model.remat; {_FEWER_TOKENS}")
     yield one(
       "layers (norms, activations)",
       _unnamed_width(m, s, inside),
@@ -292,14 +300,42 @@ def _layer_buffers(
   )
 
 
-def _kernel_buffers(
+def _attention_buffers(
   c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip | None
 ) -> Iterator[Buffer]:
-  """Results of the fused backward kernel of attention that are added up after it."""
-  size = estimate.parts_bytes(c, sizes, chip) if chip else 0
-  if size:
+  """What attention needs in one layer's backward pass, besides its inputs and result."""
+  m, s = c.model, per_device.share(c, sizes)
+  # Results of the fused backward kernel that are added up after it.
+  parts = estimate.parts_bytes(c, sizes, chip) if chip else 0
+  if parts:
     keys = f"mesh.tensor; {_FEWER_TOKENS}"
-    yield Buffer("layers/attn (parts of a gradient)", "layer", "one layer", size, keys)
+    yield Buffer("layers/attn (parts of a gradient)", "layer", "one layer", parts, keys)
+  each = _pair_bytes(c, chip)
+  if each and m.remat != "none":  # else all layers save them
+    heads = m.num_heads / s.heads
+    yield Buffer(
+      _PAIRS,
+      "layer",
+      f"[{s.rows:g},{heads:g},{s.length:g},{s.length:g}]",
+      s.rows * heads * s.length**2 * each,
+      f"model.attention, mesh.tensor; {_FEWER_TOKENS}",
+    )
+
+
+def _pair_bytes(c: ml_collections.ConfigDict, chip: Chip | None) -> float:
+  """Bytes for each pair of a query and a key, which kernels do not keep.
+
+  By definition the logits are in memory in float32 and the weights in the model's dtype. `batched`
+  keeps the weights, and the slopes of a softcap, of the pairs that it computes.
+  """
+  form = build.attention_form(c, topology_lib.platform(chip))
+  weights = per_device.itemsize(c.model)
+  if form == "reference":
+    return 4 + weights
+  if form == "batched":
+    arrays = 1 if c.model.attn_softcap is None else 2
+    return arrays * weights * batched.computed_share(c.data.seq_len, c.model.causal)
+  return 0.0
 
 
 def peak(found: Sequence[Buffer]) -> float:

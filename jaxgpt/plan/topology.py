@@ -41,6 +41,13 @@ _SHAPES_2D = {
 _SMALL_SHAPES_3D = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 
 
+def platform(chip: chips.Chip | None) -> str:
+  """Platform of a chip, or of this machine's devices, as JAX names it."""
+  if chip is None:
+    return jax.default_backend()
+  return "gpu" if chip.gpu else "tpu"
+
+
 class Topology(NamedTuple):
   """One TPU slice or several equal ones. For GPUs, one host or several.
 
@@ -69,9 +76,7 @@ class Topology(NamedTuple):
   @property
   def platform(self) -> str:
     """Platform of the devices, as JAX names it."""
-    if self.chip is None:
-      return jax.default_backend()
-    return "gpu" if self.chip.gpu else "tpu"
+    return platform(self.chip)
 
   @property
   def wraps(self) -> list[bool]:

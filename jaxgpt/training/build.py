@@ -168,9 +168,7 @@ def model_on(
       `model.remat`. Also raised if the attention does not run on these devices.
   """
   fields = c.model.copy_and_resolve_references()
-  heads = (fields.head_dim, fields.latent.v_dim)
-  work = choose.Workload(c.data.seq_len, fields.dtype, fields.attn_softcap, heads)
-  fields.attention = choose.choose(fields.attention, platform, work)
+  fields.attention = attention_form(c, platform)
   mesh_lib.check_length(sizes, c.data.seq_len, fields.attention)
   check_remat(fields.remat, sizes)
   return transformer.Transformer(
@@ -179,6 +177,14 @@ def model_on(
     sharding.rules(c.mesh),
     largest_logits=c.optim.qk_clip > 0,
   )
+
+
+def attention_form(c: ml_collections.ConfigDict, platform: str) -> str:
+  """The implementation of attention that `model.attention` stands for, see `choose.choose`."""
+  m = c.model
+  heads = (m.head_dim, m.latent.v_dim)
+  work = choose.Workload(c.data.seq_len, m.dtype, m.attn_softcap, heads)
+  return choose.choose(m.attention, platform, work)
 
 
 def check_remat(remat: str, sizes: Mapping[str, int]) -> None:

@@ -161,6 +161,34 @@ CASES = [
   case(
     "qwen25_1_5b,narrow data", "v6e-8", 32, 256, SAVE, mesh__data=8, mesh__fsdp=1, **narrow(384)
   ),
+  # Attention that keeps a number for each pair of a query and a key.
+  case(
+    "llama2_7b,narrow reference",
+    "v5e-16",
+    32,
+    512,
+    QKVA,
+    model__attention="reference",
+    **narrow(384, 8, 8),
+  ),
+  case(
+    "llama3_8b,narrow reference",
+    "v6e-16",
+    16,
+    256,
+    "none",
+    model__attention="reference",
+    **narrow(192, 4, 2),
+  ),
+  case(
+    "gemma2_9b,narrow batched",
+    "v5p-32",
+    16,
+    512,
+    "none",
+    model__attention="batched",
+    **narrow(192, 8, 4),
+  ),
   case("llama3_8b,narrow wide vocabulary", "v5e-16", 32, 256, SAVE, **narrow(576, vocab=32768)),
   case("llama2_7b", "v5e-256", 512, 2048, SAVE),
   case("llama2_7b", "v5e-256", 512, 2048, SAVE_O),

@@ -54,12 +54,21 @@ def attention(
   K = k_BSKH.shape[2]
   # A key head and its G query heads form one batch entry, whose queries are stacked to G * T rows.
   heads_first = lambda x, *shape: x.swapaxes(1, 2).reshape(*shape)
-  chunks = min(T // _CHUNK, _MAX_CHUNKS) if causal and T % _CHUNK == 0 else 1
+  chunks = _num_chunks(T, causal)
   q = heads_first(q_BTNH, B * K, N // K, T, H)
   k, v = (heads_first(x, B * K, x.shape[1], x.shape[3]) for x in (k_BSKH, v_BSKH))
   bias = jnp.where(mask_BTS, 0.0, MASKED)
   out = _chunked(q, k, v, bias, scale, softcap, chunks)
   return out.reshape(B, N, T, -1).swapaxes(1, 2)
+
+
+def _num_chunks(T: int, causal: bool) -> int:
+  return min(T // _CHUNK, _MAX_CHUNKS) if causal and T % _CHUNK == 0 else 1
+
+
+def computed_share(T: int, causal: bool) -> float:
+  """Share of the pairs of a query and a key that are multiplied, for rows of T tokens."""
+  return (1 + 1 / _num_chunks(T, causal)) / 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
