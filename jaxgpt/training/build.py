@@ -179,12 +179,14 @@ def model_on(
   )
 
 
-def attention_form(c: ml_collections.ConfigDict, platform: str) -> str:
+def attention_form(
+  c: ml_collections.ConfigDict, platform: str, capability: tuple[int, int] | None = None
+) -> str:
   """The implementation of attention that `model.attention` stands for, see `choose.choose`."""
   m = c.model
   heads = (m.head_dim, m.latent.v_dim)
   work = choose.Workload(c.data.seq_len, m.dtype, m.attn_softcap, heads)
-  return choose.choose(m.attention, platform, work)
+  return choose.choose(m.attention, platform, work, capability)
 
 
 def check_remat(remat: str, sizes: Mapping[str, int]) -> None:

@@ -99,3 +99,22 @@ def test_the_program_for_8_h100_holds_cudnns_flash_attention(
   }
   assert f["memory"]["fits"] and f["link_bytes"]["network"] == 0 < f["link_bytes"]["NVLink"]
   assert 0.9 * f["model_flops"] < f["matmul_flops"] + f["kernel_flops"] and 0 < f["mfu"] < 1
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "topology, heads, form, says_so",
+  [("h100x8", 256, "cudnn", True), ("a100x8", 256, "reference", False)],
+)
+def test_a_kernel_that_only_the_gpu_itself_can_compile_is_said(
+  topology, heads, form, says_so, tmp_path, capsys
+):
+  overrides = ["data.batch_size=8", "model.num_layers=2", f"model.head_dim={heads}"]
+  flags = [f"--config.{flag}" for flag in overrides]
+  outputs = plan.Outputs(figures=tmp_path / "plan.json")
+  assert plan.plan("configs/llama3_8b.py:gemma_7b", flags, topology, outputs) == 0
+  f = json.loads((tmp_path / "plan.json").read_text())
+  assert (f["attention"], f["attention_in_training"]) == ("reference", form)
+  line = "training on these GPUs uses attention cudnn, which takes less time and memory"
+  assert (line in capsys.readouterr().out) == says_so

@@ -27,20 +27,23 @@ class Workload(NamedTuple):
   heads: tuple[int, int]
 
 
-def choose(form: str, platform: str, work: Workload) -> str:
+def choose(
+  form: str, platform: str, work: Workload, capability: tuple[int, int] | None = None
+) -> str:
   """Returns the implementation that model.attention=form stands for.
 
   Args:
     form: One of `FORMS`, which is checked and returned, or 'auto'.
     platform: Platform of the devices: 'cpu', 'tpu', 'gpu' (or 'cuda', its name in plans).
     work: The rows and heads.
+    capability: Compute capability of the GPUs, see `cudnn.supports_heads`.
 
   Raises:
     UserError: The requested kernel does not run on this platform, or not on these rows or heads, or
       lacks a softcap.
   """
   if form != "auto":
-    _check(form, platform, work)
+    _check(form, platform, work, capability)
     return form
   if platform == "cpu":
     return "batched"
@@ -48,10 +51,10 @@ def choose(form: str, platform: str, work: Workload) -> str:
     return "splash"
   is_16_bit = jnp.dtype(work.dtype).itemsize == 2
   fits_cudnn = platform in KERNELS["cudnn"] and is_16_bit and work.softcap is None
-  return "cudnn" if fits_cudnn and cudnn.supports_heads(*work.heads) else "reference"
+  return "cudnn" if fits_cudnn and cudnn.supports_heads(*work.heads, capability) else "reference"
 
 
-def _check(form: str, platform: str, work: Workload) -> None:
+def _check(form: str, platform: str, work: Workload, capability: tuple[int, int] | None) -> None:
   way_out = f"leave model.attention=auto, or choose one of {', '.join(FORMS[:2])}"
   key = f"model.attention={form!r}"
   if form in KERNELS and platform not in KERNELS[form]:
@@ -70,7 +73,7 @@ def _check(form: str, platform: str, work: Workload) -> None:
     raise UserError(
       f"{key}: cuDNN's kernel has no softcap, and model.attn_softcap={work.softcap}; {way_out}"
     )
-  if form == "cudnn" and not cudnn.supports_heads(*work.heads):
+  if form == "cudnn" and not cudnn.supports_heads(*work.heads, capability):
     raise UserError(
       f"{key}: cuDNN has no kernel for head size {work.heads[0]} (values: {work.heads[1]}) on "
       f"{cudnn.gpu_name() or 'a GPU that is not in this machine'}; leave model.attention=auto"

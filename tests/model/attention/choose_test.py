@@ -65,3 +65,18 @@ def test_cudnn_is_chosen_if_the_gpu_supports_the_head_sizes(monkeypatch):
   gpu.compute_capability = "8.0"
   with pytest.raises(UserError, match="on NVIDIA H100; leave model.attention=auto"):
     choose.choose("cudnn", "gpu", wide)
+
+
+@pytest.mark.parametrize(
+  "capability, heads, form",
+  [
+    ((9, 0), (256, 256), "cudnn"),
+    ((10, 0), (192, 128), "cudnn"),
+    ((8, 0), (256, 256), "reference"),
+    ((8, 9), (128, 128), "cudnn"),
+    ((8, 9), (192, 128), "reference"),
+    ((9, 0), (512, 512), "reference"),
+  ],
+)
+def test_gpus_that_are_not_here_are_asked_about_by_their_capability(capability, heads, form):
+  assert choose.choose("auto", "gpu", work(heads=heads), capability) == form

@@ -75,12 +75,23 @@ def gathered_attention(
   return attention(q_BTNH, gather(k_BTKH, 1), gather(v_BTKH, 1), mask, Spec(scale=1.0))
 
 
-def supports_heads(key_size: int, value_size: int) -> bool:
-  """Whether cuDNN has kernels for these head sizes on the local GPU."""
-  version = jax.local_devices()[0].compute_capability if gpu_name() else "0"
-  if not version.replace(".", "", 1).isdigit():
-    return False  # not an NVIDIA GPU
-  is_hopper = float(version) >= 9.0
+def supports_heads(
+  key_size: int, value_size: int, capability: tuple[int, int] | None = None
+) -> bool:
+  """Whether cuDNN has kernels for head sizes.
+
+  Args:
+    key_size: Head size of queries and keys.
+    value_size: Head size of values.
+    capability: Compute capability of the GPU. None: that of the local one. Without a GPU, the sizes
+      that all have.
+  """
+  if capability is None:
+    version = jax.local_devices()[0].compute_capability if gpu_name() else "0"
+    if not version.replace(".", "", 1).isdigit():
+      return False  # not an NVIDIA GPU
+    capability = (int(version.partition(".")[0]), 0)
+  is_hopper = capability >= (9, 0)
   return (
     key_size % 8 == 0
     and value_size % 8 == 0
