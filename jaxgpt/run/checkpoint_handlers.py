@@ -68,7 +68,9 @@ class Handlers:
         start.
     """
     for left in folder.glob(f"{step}.*tmp*"):
-      items = [item.name for item in left.iterdir()]
+      items: list[str] = []
+      with contextlib.suppress(OSError):  # a disk that fails is why this is called
+        items = [item.name for item in left.iterdir()]
       for name, handler in self._arrays.items():
         if any(item.startswith(name) for item in items):  # else it waits for its folder in vain
           handler.wait(seconds)

@@ -105,7 +105,8 @@ def test_parts_of_a_fused_gradient_take_memory(llama):
   (parts,) = [b for b in found if "parts of a gradient" in b.name]
   # Queries of 2 rows, 32 heads, 8,192 x 128 in bfloat16, once for each block of keys.
   assert parts.bytes == 2 * 32 * 8192 * 128 * 2 * (8192 // blocks.backward[1])
-  assert len(memory_estimate.buffers(llama, sizes, counts)) == len(found) - 1
+  here = memory_estimate.buffers(llama, sizes, counts)  # on CPUs
+  assert not any("parts of a gradient" in b.name for b in here)
 
 
 def test_layers_count_by_their_kind_and_not_by_the_pattern():
