@@ -176,6 +176,26 @@ def compile_step(
   )
 
 
+def attention_in_training(c: ml_collections.ConfigDict, topology: Topology) -> str:
+  """The implementation of attention on the devices of a topology, which need not be present."""
+  gpu = topology.chip.gpu if topology.chip else None
+  return build_lib.attention_form(c, topology.platform, gpu.capability if gpu else None)
+
+
+def other_attention(compiled: str, in_training: str) -> Iterator[str]:
+  """A line that says that training will use another attention than compiled programs, or none.
+
+  Args:
+    compiled: The implementation that this machine compiles.
+    in_training: From `attention_in_training`.
+  """
+  if compiled != in_training:
+    yield (
+      f"training on these GPUs uses attention {in_training}, which takes less time and memory: "
+      "without such a GPU, JAX can't compile that kernel for heads of this size"
+    )
+
+
 def refusal(
   error: jax.errors.JaxRuntimeError, topology: Topology, given: int
 ) -> UserError | OutOfMemory:

@@ -46,6 +46,7 @@ class Buffer(NamedTuple):
 
 _FEWER_TOKENS = "data.batch_size (fewer rows), optim.accumulate (more microbatches)"
 _MORE_SHARDS = "mesh.fsdp, mesh.tensor"
+_FEWER_PAIRS = f"model.attention, mesh.tensor; {_FEWER_TOKENS}"
 _PAIRS = "layers/attn (logits and weights)"
 
 
@@ -54,6 +55,7 @@ def buffers(
   sizes: Mapping[str, int],
   counts: Counts,
   chip: Chip | None = None,
+  form: str | None = None,
 ) -> list[Buffer]:
   """The buffers of a step on one device, largest first. `peak` says which live at the same time.
 
@@ -62,15 +64,18 @@ def buffers(
     sizes: Sizes of the mesh axes, {axis: size}.
     counts: The model's weights, from `per_device.count`.
     chip: The chip, which attention depends on. None: this machine's devices.
+    form: The implementation of attention. None: what `model.attention` stands for on the chip.
 
   Raises:
-    UserError: The layers or the rows do not divide into the pipeline stages.
+    UserError: The layers or the rows do not divide into the pipeline stages, or the chip cannot run
+      `model.attention`.
   """
+  form = form or build.attention_form(c, topology_lib.platform(chip))
   found = [
-    *_saved_activations(c, sizes, chip),
+    *_saved_activations(c, sizes, form),
     *_head_buffers(c, sizes),
     *_layer_buffers(c, sizes, counts),
-    *_attention_buffers(c, sizes, chip),
+    *_attention_buffers(c, sizes, chip, form),
     *_state_buffers(c, sizes, counts),
   ]
   return sorted(found, key=lambda b: -b.bytes)
@@ -137,7 +142,7 @@ def _fixed_models(
 
 
 def _saved_activations(
-  c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip | None
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], form: str
 ) -> Iterator[Buffer]:
   """Activations of all layers that the forward pass saves for the backward pass."""
   m, s = c.model, per_device.share(c, sizes)
@@ -168,9 +173,10 @@ def _saved_activations(
   if "attention" in names:
     yield one("layers/attn (statistics)", m.num_heads / s.heads, 4)
   if m.remat == "none":
-    pairs = s.length * _pair_bytes(c, chip) * m.num_heads / s.heads
-    if pairs:
-      yield one(_PAIRS, pairs / itemsize, itemsize, f"model.remat; {_FEWER_TOKENS}")
+    heads, pair = m.num_heads / s.heads, _saved_pair_bytes(c, sizes, form)
+    if pair:
+      shape, size = f"[{layers:g},{rows},{heads:g},{s.length:g}]", each * heads * s.length * pair
+      yield Buffer(_PAIRS, "saved", shape, size, _FEWER_PAIRS)
     yield one(
       "layers (norms, activations)",
       _unnamed_width(m, s, inside),
@@ -301,34 +307,28 @@ def _layer_buffers(
 
 
 def _attention_buffers(
-  c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip | None
+  c: ml_collections.ConfigDict, sizes: Mapping[str, int], chip: Chip | None, form: str
 ) -> Iterator[Buffer]:
-  """What attention needs in one layer's backward pass, besides its inputs and result."""
+  """Buffers of attention in one layer's backward pass, in addition to its inputs and output."""
   m, s = c.model, per_device.share(c, sizes)
   # Results of the fused backward kernel that are added up after it.
   parts = estimate.parts_bytes(c, sizes, chip) if chip else 0
   if parts:
     keys = f"mesh.tensor; {_FEWER_TOKENS}"
     yield Buffer("layers/attn (parts of a gradient)", "layer", "one layer", parts, keys)
-  each = _pair_bytes(c, chip)
-  if each and m.remat != "none":  # else all layers save them
+  each = _pair_bytes(c, form)
+  if each and not (m.remat == "none" and _saved_pair_bytes(c, sizes, form)):
     heads = m.num_heads / s.heads
-    yield Buffer(
-      _PAIRS,
-      "layer",
-      f"[{s.rows:g},{heads:g},{s.length:g},{s.length:g}]",
-      s.rows * heads * s.length**2 * each,
-      f"model.attention, mesh.tensor; {_FEWER_TOKENS}",
-    )
+    shape = f"[{s.rows:g},{s.length:g},{heads:g},{s.length:g}]"
+    yield Buffer(_PAIRS, "layer", shape, s.rows * heads * s.length**2 * each, _FEWER_PAIRS)
 
 
-def _pair_bytes(c: ml_collections.ConfigDict, chip: Chip | None) -> float:
+def _pair_bytes(c: ml_collections.ConfigDict, form: str) -> float:
   """Bytes for each pair of a query and a key, which kernels do not keep.
 
   By definition the logits are in memory in float32 and the weights in the model's dtype. `batched`
   keeps the weights, and the slopes of a softcap, of the pairs that it computes.
   """
-  form = build.attention_form(c, topology_lib.platform(chip))
   weights = per_device.itemsize(c.model)
   if form == "reference":
     return 4 + weights
@@ -336,6 +336,17 @@ def _pair_bytes(c: ml_collections.ConfigDict, chip: Chip | None) -> float:
     arrays = 1 if c.model.attn_softcap is None else 2
     return arrays * weights * batched.computed_share(c.data.seq_len, c.model.causal)
   return 0.0
+
+
+def _saved_pair_bytes(c: ml_collections.ConfigDict, sizes: Mapping[str, int], form: str) -> float:
+  """The same of what autodiff saves in all layers without recomputation.
+
+  The ring over sharded rows computes them again. By definition the tanh of a softcap is saved too.
+  """
+  if sizes["seq"] > 1:
+    return 0.0
+  tanh = 4 if form == "reference" and c.model.attn_softcap is not None else 0
+  return _pair_bytes(c, form) + tanh
 
 
 def peak(found: Sequence[Buffer]) -> float:

@@ -13,7 +13,7 @@ from jaxgpt.plan import hlo, lower, memory_estimate, per_device, roofline, time_
 from jaxgpt.plan.lower import Compiled
 from jaxgpt.plan.schedule import kernels as kernels_lib
 from jaxgpt.plan.topology import Topology
-from jaxgpt.training import build, metrics, xla_options
+from jaxgpt.training import metrics, xla_options
 
 Figures: TypeAlias = dict[str, Any]
 
@@ -101,11 +101,7 @@ def _setup(compiled: Compiled, topology: Topology) -> Figures:
     "chip": chip.name if chip else None,
     "mesh": dict(sizes),
     "attention": compiled.attention,
-    "attention_in_training": (
-      build.attention_form(c, topology.platform, chip.gpu.capability)
-      if chip and chip.gpu
-      else compiled.attention
-    ),
+    "attention_in_training": lower.attention_in_training(c, topology),
     "pipeline": str(stacks.pipeline_of(c, sizes) or ""),
     "bubble": stacks.bubble(c, sizes),
     "batch_size": c.data.batch_size,
@@ -121,7 +117,8 @@ def _by_kind(compiled: Compiled) -> Figures:
   The compiler reports only the sum of the two. The activations are arithmetic.
   """
   c, memory = compiled.c, compiled.memory
-  found = memory_estimate.buffers(c, dict(compiled.mesh.shape), per_device.count(c))
+  sizes, counts = dict(compiled.mesh.shape), per_device.count(c)
+  found = memory_estimate.buffers(c, sizes, counts, form=compiled.attention)
   saved = min(int(sum(b.bytes for b in found if b.kind == "saved")), memory.temporaries)
   return memory._asdict() | {
     "activations": saved,
@@ -216,11 +213,7 @@ def table(f: Figures) -> Iterator[str]:
     f"{f['seq_len']:,} tokens, accumulate {f['accumulate']}, remat {f['remat']}, attention "
     f"{f['attention']}; compiled in {f['compile_seconds']:.0f} s"
   )
-  if f["attention_in_training"] != f["attention"]:
-    yield (
-      f"training on these GPUs uses attention {f['attention_in_training']}, which takes less time "
-      "and memory: without such a GPU, JAX can't compile that kernel for heads of this size"
-    )
+  yield from lower.other_attention(f["attention"], f["attention_in_training"])
   if f["pipeline"]:
     yield f["pipeline"]
   yield from _memory_lines(f["memory"])

@@ -146,31 +146,44 @@ def test_the_published_total_is_the_estimate_of_a_search():
   assert memory_estimate.peak(found) > memory_estimate.peak(without)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize(
-  "form, softcap, causal, each",
+  "form, softcap, causal, of_layer, saved",
   [
-    ("reference", None, True, 4 + 2),
-    ("batched", None, True, 2 * 3 / 4),  # 2 chunks: 3 of 4 blocks
-    ("batched", 30.0, True, 2 * 2 * 3 / 4),
-    ("batched", None, False, 2),
-    ("splash", None, True, 0),
+    ("reference", None, True, 6, 6),
+    ("reference", 30.0, True, 6, 10),  # and the tanh
+    ("batched", None, True, 1.5, 1.5),  # 2 chunks: 3 of 4 blocks
+    ("batched", 30.0, True, 3, 3),
+    ("batched", None, False, 2, 2),
+    ("splash", None, True, 0, 0),
   ],
 )
 def test_attention_without_a_kernel_keeps_numbers_for_each_pair_of_tokens(
-  form, softcap, causal, each, remat
+  form, softcap, causal, of_layer, saved
 ):
-  c = config.base()
-  c.model.update(dict(vocab_size=256, num_layers=3, width=64, num_heads=4, dtype="bfloat16"))
-  c.model.update(dict(attention=form, attn_softcap=softcap, causal=causal, remat=remat))
-  c.data.update(dict(seq_len=256, batch_size=8))
-  c, t = config.resolve(c), topology.parse("v5e-4")
-  sizes, counts = mesh.axis_sizes(c.mesh, t.num_devices), per_device.count(c)
-  found = memory_estimate.buffers(c, sizes, counts, t.chip)
-  pairs = {b.kind: b.bytes for b in found if b.name == "layers/attn (logits and weights)"}
-  a_layer = 2 * 4 * 256 * 256 * each
-  kept = {"saved": 3 * a_layer} if remat == "none" else {"layer": a_layer}
-  assert pairs == (kept if each else {})
+  def pairs(remat, seq=1):
+    c = config.base()
+    c.model.update(dict(vocab_size=256, num_layers=3, width=64, num_heads=4, dtype="bfloat16"))
+    c.model.update(dict(attention=form, attn_softcap=softcap, causal=causal, remat=remat))
+    c.data.update(dict(seq_len=256 * seq, batch_size=8 // seq))
+    c.mesh.seq = seq
+    c, t = config.resolve(c), topology.parse("v5e-4")
+    sizes, counts = mesh.axis_sizes(c.mesh, t.num_devices), per_device.count(c)
+    found = memory_estimate.buffers(c, sizes, counts, t.chip)
+    return {b.kind: b.bytes for b in found if b.name == "layers/attn (logits and weights)"}
+
+  number = 2 * 4 * 256 * 256  # of a layer: 2 rows, 4 heads
+  assert pairs("full") == ({"layer": number * of_layer} if of_layer else {})
+  assert pairs("none") == ({"saved": 3 * number * saved} if saved else {})
+  if causal:  # the ring saves none
+    assert "saved" not in pairs("none", seq=2)
+
+
+@pytest.mark.parametrize("form", ["auto", "splash"])
+def test_figures_are_of_the_attention_that_was_compiled(form):
+  c = llama(f"--config.model.attention={form}", "--config.model.remat=none")
+  sizes, counts = mesh.axis_sizes(c.mesh, 256), per_device.count(c)
+  found = memory_estimate.buffers(c, sizes, counts, form="splash")  # on this machine's CPUs
+  assert not any("weights)" in b.name for b in found if b.kind == "saved")
 
 
 def test_arithmetic_knows_of_narrow_moments_and_of_chunks_of_the_loss():

@@ -57,6 +57,21 @@ def test_a_plan_of_a_small_model(tmp_path, capsys):
   assert "xla_tpu_scoped_vmem_limit_kib=65536" in text and f["options"]
 
 
+@pytest.mark.slow
+def test_an_explicit_kernel_of_tpus_is_planned_on_a_cpu(tmp_path, capsys):
+  pytest.importorskip("libtpu")
+  flags = ["data.batch_size=4", "data.seq_len=256", "optim.accumulate=1"]
+  flags += ["model.num_layers=2", "model.remat=none"]
+  saved = []
+  for form in ("splash", "auto"):
+    given = [f"--config.{flag}" for flag in (*flags, f"model.attention={form}")]
+    outputs = plan.Outputs(figures=tmp_path / f"{form}.json")
+    assert plan.plan("configs/gpt2_124m.py", given, "v5e-4", outputs) == 0
+    f = json.loads(outputs.figures.read_text())
+    saved.append((f["attention"], f["attention_in_training"], f["memory"]["activations"]))
+  assert saved[0][:2] == ("splash", "splash") and saved[0] == saved[1]
+
+
 needs_plugin = pytest.mark.skipif(
   not installed.version("jax-cuda13-plugin"),
   reason="needs JAX's CUDA plugin (pip install 'jaxgpt[cuda]', 4.4 GB); no GPU",

@@ -20,6 +20,7 @@ from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.search import candidates
 from jaxgpt.plan.search.candidates import Candidate
 from jaxgpt.plan.topology import Topology
+from jaxgpt.training import build
 
 _MATERIALIZE = ("values", "gradients")
 _OF_MEMORY = ("model.remat", "objective.loss_chunk")
@@ -119,6 +120,9 @@ def search(
       f"data.batch_size={c.data.batch_size}: no mesh over {topology.num_devices} devices suits "
       "this model and batch" + ("; leave --keep-batch out" if keep_batch else "")
     )
+  form = build.attention_form(c, topology.platform)
+  for line in lower.other_attention(form, lower.attention_in_training(c, topology)):
+    say(line)
   chosen, beyond = choose(found, limit, finalists or _FINALISTS)
   say(
     f"{len(found)} candidates, {sum(1 for one in found if one.bytes <= limit)} should fit; "
