@@ -223,7 +223,7 @@ class Checkpoints:
     return step
 
   def forget_failure(self) -> int | None:
-    """Prepares the next save after one that failed, and deletes what that one left.
+    """Prepares the next save after one that failed, and deletes unfinished checkpoints.
 
     Returns:
       The step of the save that failed.
@@ -231,8 +231,8 @@ class Checkpoints:
     step, self._unsure = self._unsure, None
     with contextlib.suppress(Exception):  # the failure, which the caller knows
       self._manager.close()
-    self._handlers.delete_unfinished(self._manager.directory, step)
-    # Not by the next manager, which would fail the next save if it can't.
+    self._handlers.delete_unfinished(self._manager.directory)
+    # The next manager would do it in the background, and fail the next save if it can't.
     self._options.cleanup_tmp_directories = False
     if self._mirror:
       self._mirror.drop_strangers()

@@ -2,20 +2,24 @@
 
 import errno
 import itertools
+import os
 import pathlib
 import shutil
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from jaxgpt.errors import UserError
+from jaxgpt.run import checkpoint_handlers, digests
 from jaxgpt.run import checkpoints as checkpoints_lib
-from jaxgpt.run import digests
+from jaxgpt.storage import buckets
 
 STEPS = (1, 2, 3)
 
@@ -216,6 +220,45 @@ def test_arrays_that_are_written_after_others_failed_do_not_fail_the_next_save(
   checkpoints.save(state_of(2))
   checkpoints.close()
   assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("item", ["opt", "params", "meta"])
+def test_items_are_not_waited_for_if_the_folder_of_one_cannot_be_made(tmp_path, monkeypatch, item):
+  """Orbax begins to write when all folders exist."""
+  real = os.mkdir
+
+  def mkdir(path, *args, **kwargs):
+    if pathlib.Path(path).name.startswith(f"{item}."):
+      raise OSError(errno.ENOSPC, "no space")
+    real(path, *args, **kwargs)
+
+  checkpoints = checkpoints_lib.Checkpoints(tmp_path / "checkpoints")
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "mkdir", mkdir)
+    checkpoints.save(state_of(1))
+    with pytest.raises(checkpoints_lib.SaveError, match="no space"):
+      checkpoints.wait()
+  waited = []
+  monkeypatch.setattr(checkpoint_handlers.ArraysHandler, "wait", lambda *args: waited.append(args))
+  assert checkpoints.forget_failure() == 1 and not waited
+  checkpoints.save(state_of(2))
+  checkpoints.close()
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_unfinished_checkpoints_of_earlier_failures_are_deleted(run, monkeypatch, is_remote):
+  folder = run / "checkpoints"
+  for name in ("5.orbax-checkpoint-tmp", "7", "8.deleted", "notes"):
+    (folder / name / "opt").mkdir(parents=True)
+  # In a bucket, a checkpoint is complete when it has a file that says so.
+  monkeypatch.setattr(buckets, "is_remote", lambda path: is_remote)
+  complete = [types.SimpleNamespace(step=step) for step in STEPS]
+  names = types.SimpleNamespace(find_all=lambda folder: iter(complete))
+  monkeypatch.setattr(ocp.path.step, "standard_name_format", lambda: names)
+  checkpoint_handlers.Handlers().delete_unfinished(epath.Path(folder))
+  left = {"1", "2", "3", "8.deleted", "notes"} | (set() if is_remote else {"7"})
+  assert {path.name for path in folder.iterdir()} == left
 
 
 @pytest.mark.parametrize("seed", range(40))
