@@ -1,12 +1,14 @@
 """Predicted and compiled memory per device over many configs: arithmetic against libtpu.
 
   python tests/benchmarks/plan_memory.py [--minutes=N] [NAME...]      (needs jaxgpt[tpu], no TPU)
+  python tests/benchmarks/plan_memory.py --gpus                      (needs jaxgpt[cuda], no GPU)
 
 Compiles each case below that `tests/plan/memory_estimate.json` lacks for this case and libtpu,
 rewrites the file after each, and prints the table. Use libtpu 0.0.52: libtpu 0.0.50.1 reports
 more than the heap it plans (docs/log.md). A case takes 20 s to 5 minutes on one core. After an
 interruption, or after the given minutes, the next start continues. Given names are compiled
-again. `tests/plan/memory_estimate_test.py` compares the arithmetic with the file.
+again. `tests/plan/memory_estimate_test.py` compares the arithmetic with the file. With --gpus it
+compiles a few programs for H100s, and only prints them.
 """
 
 import gc
@@ -238,6 +240,16 @@ CASES = [
   ),
 ]
 
+GPU_CASES = [
+  case("gemma_7b", "h100x8", 8, 2048, "save_qkv"),
+  case("gemma_7b", "h100x8", 8, 4096, "save_qkv"),
+  case("llama3_8b", "h100x8", 8, 4096, QKVA),
+  case("llama3_8b,float32", "h100x8", 8, 4096, QKVA, model__dtype="float32"),
+  case("gemma2_9b", "h100x8", 8, 4096, "full"),
+  case("gemma2_9b", "h100x8", 8, 512, "none"),
+  case("llama3_8b,reference", "h100x8", 8, 1024, "none", model__attention="reference"),
+]
+
 
 def predicted(path, where, overrides):
   """Estimates bytes per device by arithmetic."""
@@ -266,7 +278,22 @@ def compiled(path, where, overrides):
   }
 
 
+def of_gpus():
+  """Compiles and prints `GPU_CASES`."""
+  for name, path, where, overrides in GPU_CASES:
+    c = lower.resolve(config.load(path, overrides)[0])
+    step = lower.compile_step(c, topology.parse(where))
+    got, total = predicted(path, where, overrides) / 2**30, step.memory.total / 2**30
+    print(
+      f"{name}, attention {step.attention}: {total:.2f} GiB, by arithmetic {got:.2f}, "
+      f"{got / total - 1:+.1%}",
+      flush=True,
+    )
+
+
 def main():
+  if sys.argv[1:] == ["--gpus"]:
+    return of_gpus()
   argv = [a for a in sys.argv[1:] if not a.startswith("--minutes=")]
   minutes = next((float(a[10:]) for a in sys.argv[1:] if a.startswith("--minutes=")), math.inf)
   known = json.loads(FILE.read_text()) if FILE.exists() else {}
