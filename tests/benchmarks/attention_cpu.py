@@ -82,12 +82,12 @@ def main():
           step()
           took[name].append(time.perf_counter() - began)
       middle = {name: statistics.median(seconds) for name, seconds in took.items()}
-      ratios = ", ".join(
-        f"{middle[name] / middle['batched']:.2f} x faster than {name} ({middle[name]:.3f} s)"
+      peers = ", ".join(
+        f"{name} {middle[name]:.3f} s (ratio {middle[name] / middle['batched']:.2f})"
         for name in ("reference", "PyTorch")
       )
       print(
-        f"{rows} x {length} tokens, softcap {softcap}: batched {middle['batched']:.3f} s, {ratios}"
+        f"{rows} x {length} tokens, softcap {softcap}: batched {middle['batched']:.3f} s, {peers}"
       )
 
 
