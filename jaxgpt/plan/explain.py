@@ -14,7 +14,6 @@ from jaxgpt.plan.lower import OutOfMemory
 from jaxgpt.plan.search import candidates, search
 from jaxgpt.plan.search.candidates import Candidate
 from jaxgpt.plan.topology import Topology
-from jaxgpt.training import build
 
 _TRIES = 3  # changes to compile per kind: the arithmetic may be too optimistic
 _SHOWN = 8  # arrays to list
@@ -37,8 +36,7 @@ def out_of_memory(
     f"DOES NOT FIT: {topology.chip.name} has {error.limit / GIB:.2f} GiB for a program and its "
     f"state, which need {needed}"
   )
-  form = build.attention_form(c, topology.platform)
-  yield from lower.other_attention(form, lower.attention_in_training(c, topology))
+  yield from lower.other_attention(*lower.attention_forms(c, topology))
   yield ""
   yield "the largest arrays on a device (estimated), and the config keys that make them smaller"
   sizes = mesh_lib.axis_sizes(c.mesh, topology.num_devices)

@@ -176,18 +176,20 @@ def compile_step(
   )
 
 
-def attention_in_training(c: ml_collections.ConfigDict, topology: Topology) -> str:
-  """The implementation of attention on the devices of a topology, which need not be present."""
+def attention_forms(c: ml_collections.ConfigDict, topology: Topology) -> tuple[str, str]:
+  """(implementation of attention that this machine compiles, that of training on the devices)."""
   gpu = topology.chip.gpu if topology.chip else None
-  return build_lib.attention_form(c, topology.platform, gpu.capability if gpu else None)
+  return (
+    build_lib.attention_form(c, topology.platform),
+    build_lib.attention_form(c, topology.platform, gpu.capability if gpu else None),
+  )
 
 
 def other_attention(compiled: str, in_training: str) -> Iterator[str]:
   """A line that says that training will use another attention than compiled programs, or none.
 
   Args:
-    compiled: The implementation that this machine compiles.
-    in_training: From `attention_in_training`.
+    compiled, in_training: From `attention_forms`.
   """
   if compiled != in_training:
     yield (

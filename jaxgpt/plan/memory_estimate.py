@@ -172,11 +172,11 @@ def _saved_activations(
     )
   if "attention" in names:
     yield one("layers/attn (statistics)", m.num_heads / s.heads, 4)
+  if pair := _saved_pair_bytes(c, sizes, form):
+    heads = m.num_heads / s.heads
+    shape, size = f"[{layers:g},{rows},{heads:g},{s.length:g}]", each * heads * s.length * pair
+    yield Buffer(_PAIRS, "saved", shape, size, _FEWER_PAIRS)
   if m.remat == "none":
-    heads, pair = m.num_heads / s.heads, _saved_pair_bytes(c, sizes, form)
-    if pair:
-      shape, size = f"[{layers:g},{rows},{heads:g},{s.length:g}]", each * heads * s.length * pair
-      yield Buffer(_PAIRS, "saved", shape, size, _FEWER_PAIRS)
     yield one(
       "layers (norms, activations)",
       _unnamed_width(m, s, inside),
@@ -317,7 +317,7 @@ def _attention_buffers(
     keys = f"mesh.tensor; {_FEWER_TOKENS}"
     yield Buffer("layers/attn (parts of a gradient)", "layer", "one layer", parts, keys)
   each = _pair_bytes(c, form)
-  if each and not (m.remat == "none" and _saved_pair_bytes(c, sizes, form)):
+  if each and not _saved_pair_bytes(c, sizes, form):
     heads = m.num_heads / s.heads
     shape = f"[{s.rows:g},{s.length:g},{heads:g},{s.length:g}]"
     yield Buffer(_PAIRS, "layer", shape, s.rows * heads * s.length**2 * each, _FEWER_PAIRS)
@@ -339,11 +339,12 @@ def _pair_bytes(c: ml_collections.ConfigDict, form: str) -> float:
 
 
 def _saved_pair_bytes(c: ml_collections.ConfigDict, sizes: Mapping[str, int], form: str) -> float:
-  """The same of what autodiff saves in all layers without recomputation.
+  """Bytes for each pair of a query and a key that autodiff saves in all layers.
 
-  The ring over sharded rows computes them again. By definition the tanh of a softcap is saved too.
+  Any rematerialization computes the pairs again, and so does the ring over sharded rows. By
+  definition the tanh of a softcap is saved too.
   """
-  if sizes["seq"] > 1:
+  if c.model.remat != "none" or sizes["seq"] > 1:
     return 0.0
   tanh = 4 if form == "reference" and c.model.attn_softcap is not None else 0
   return _pair_bytes(c, form) + tanh

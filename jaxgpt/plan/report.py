@@ -101,7 +101,7 @@ def _setup(compiled: Compiled, topology: Topology) -> Figures:
     "chip": chip.name if chip else None,
     "mesh": dict(sizes),
     "attention": compiled.attention,
-    "attention_in_training": lower.attention_in_training(c, topology),
+    "attention_in_training": lower.attention_forms(c, topology)[1],
     "pipeline": str(stacks.pipeline_of(c, sizes) or ""),
     "bubble": stacks.bubble(c, sizes),
     "batch_size": c.data.batch_size,

@@ -10,6 +10,7 @@ import os
 import pathlib
 import platform
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,6 +138,14 @@ CONFIGS = {
 GENERATE = ["generate", "--workdir=runs/adamw", "--prompt=7 red", "--temperature=0", "--max-new=8"]
 
 _NUMBERS = ("loss", "grad_norm", "param_norm", "accuracy", "bits_per_byte")
+
+
+def unpack(name: str, folder: pathlib.Path) -> None:
+  """Unpacks an archive of this folder."""
+  with tarfile.open(HERE / f"{name}.tar.xz") as tar:
+    # Python 3.11 has no argument for it before 3.11.4.
+    tar.extraction_filter = getattr(tarfile, "data_filter", None)
+    tar.extractall(folder)
 
 
 def records(kind: str) -> Iterator[dict]:

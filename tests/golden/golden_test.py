@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import shutil
-import tarfile
 import warnings
 
 import pytest
@@ -32,17 +31,10 @@ TOLERANCE = 1e-3
 EXACT = GOLDEN["identity"] == cases.identity()
 
 
-def unpack(name: str, folder: pathlib.Path) -> None:
-  with tarfile.open(cases.HERE / f"{name}.tar.xz") as tar:
-    # Python 3.11 has no argument for it before 3.11.4.
-    tar.extraction_filter = getattr(tarfile, "data_filter", None)
-    tar.extractall(folder)
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
   """A working folder with the golden data folders and configs, in which commands are run."""
-  unpack("data", tmp_path)
+  cases.unpack("data", tmp_path)
   shutil.copy(cases.HERE / "tiny.py", tmp_path)
   shutil.copytree(CONFIGS, tmp_path / "configs")
   monkeypatch.chdir(tmp_path)
@@ -94,7 +86,7 @@ def test_a_stopped_data_job_goes_on(place, capsys):
 
 @pytest.mark.parametrize("name", quick.first(cases.RUNS, 1))
 def test_an_old_run_goes_on_with_the_same_numbers(place, name):
-  unpack(f"run_{name}", place)
+  cases.unpack(f"run_{name}", place)
   run = place / "runs" / name
   kept = (run / "metrics.jsonl").read_text().splitlines()
   assert main.main(cases.run_command(name)) == 0
@@ -112,7 +104,7 @@ def test_a_run_from_the_start_gives_the_old_numbers(place, name):
 
 @pytest.mark.parametrize("name", quick.first(cases.CONFIGS, 0))
 def test_a_default_config_gives_the_old_numbers(place, name):
-  unpack("run_adamw", place)
+  cases.unpack("run_adamw", place)
   assert main.main(cases.config_command(name)) == 0
   check(cases.numbers(place / "configs_runs" / name[:8]), GOLDEN["configs"][name])
 
@@ -120,13 +112,13 @@ def test_a_default_config_gives_the_old_numbers(place, name):
 @pytest.mark.parametrize("name", quick.first(["adamw", "masked_lm", "lora_preference"]))
 def test_an_old_run_is_evaluated(place, name, capsys):
   """`evaluate` reads the weights of the stopped run and reports what the run reported."""
-  unpack(f"run_{name}", place)
+  cases.unpack(f"run_{name}", place)
   step = cases.STOP
   assert main.main(["evaluate", f"--workdir=runs/{name}", f"--step={step}"]) == 0
   assert f"at step {step}" in capsys.readouterr().out
 
 
 def test_an_old_run_generates_the_same_text(place, capsys):
-  unpack("run_adamw", place)
+  cases.unpack("run_adamw", place)
   assert main.main(cases.GENERATE) == 0
   assert capsys.readouterr().out == GOLDEN["generated"]

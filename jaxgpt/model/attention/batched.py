@@ -4,7 +4,7 @@ B batch, T query position, S key position, N heads, K key/value heads, G = N / K
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ from jaxgpt.model.attention.masks import MASKED
 #   chunk 3   # # # #
 _CHUNK = 128  # queries
 _MAX_CHUNKS = 8  # each is compiled separately; a divisor of _CHUNK, so that chunks are equal
+
+
+class _Form(NamedTuple):
+  """Static options: factor on the logits, softcap or None, number of chunks of queries."""
+
+  scale: float
+  softcap: float | None
+  chunks: int
 
 
 def attention(
@@ -54,11 +62,11 @@ def attention(
   K = k_BSKH.shape[2]
   # A key head and its G query heads form one batch entry, whose queries are stacked to G * T rows.
   heads_first = lambda x, *shape: x.swapaxes(1, 2).reshape(*shape)
-  chunks = _num_chunks(T, causal)
+  how = _Form(scale, softcap, _num_chunks(T, causal))
   q = heads_first(q_BTNH, B * K, N // K, T, H)
   k, v = (heads_first(x, B * K, x.shape[1], x.shape[3]) for x in (k_BSKH, v_BSKH))
   bias = jnp.where(mask_BTS, 0.0, MASKED)
-  out = _chunked(q, k, v, bias, scale, softcap, chunks)
+  out = _chunked(q, k, v, bias, how)
   return out.reshape(B, N, T, -1).swapaxes(1, 2)
 
 
@@ -71,18 +79,10 @@ def computed_share(T: int, causal: bool) -> float:
   return (1 + 1 / _num_chunks(T, causal)) / 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _chunked(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  bias: jax.Array,
-  scale: float,
-  softcap: float | None,
-  chunks: int,
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, how: _Form) -> jax.Array:
   """q [B*K, G, T, H], k and v [B*K, S, H], bias [B, T, S] -> [B*K, G, T, H]."""
-  return _chunked_fwd(q, k, v, bias, scale, softcap, chunks)[0]
+  return _chunked_fwd(q, k, v, bias, how)[0]
 
 
 def _bounds(T: int, S: int, chunks: int) -> list[tuple[int, int, int]]:
@@ -106,23 +106,17 @@ def _dot(
 
 
 def _chunked_fwd(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  bias: jax.Array,
-  scale: float,
-  softcap: float | None,
-  chunks: int,
+  q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, how: _Form
 ) -> tuple[jax.Array, tuple]:
   BK, G, T, _ = q.shape
   B, S = bias.shape[0], k.shape[1]
   outs, weights, slopes = [], [], []  # slopes of the softcap's tanh, or None without one
-  for a, b, s in _bounds(T, S, chunks):
-    logits = _dot(_fold(q[:, :, a:b]) * scale, k[:, :s], 2, 2, jnp.float32)
+  for a, b, s in _bounds(T, S, how.chunks):
+    logits = _dot(_fold(q[:, :, a:b]) * how.scale, k[:, :s], 2, 2, jnp.float32)
     slope = None
-    if softcap is not None:
-      tanh = jnp.tanh(logits / softcap)
-      logits, slope = softcap * tanh, (1 - tanh * tanh).astype(q.dtype)
+    if how.softcap is not None:
+      tanh = jnp.tanh(logits / how.softcap)
+      logits, slope = how.softcap * tanh, (1 - tanh * tanh).astype(q.dtype)
     slopes.append(slope)
     logits = logits.reshape(B, BK // B, G, b - a, s) + bias[:, None, None, a:b, :s]
     top = logits.max(-1, keepdims=True)
@@ -136,20 +130,18 @@ def _chunked_fwd(
   return out, (q, k, v, bias, tuple(weights), tuple(slopes), out)
 
 
-def _chunked_bwd(
-  scale: float, softcap: float | None, chunks: int, saved: tuple, dout: jax.Array
-) -> tuple:
+def _chunked_bwd(how: _Form, saved: tuple, dout: jax.Array) -> tuple:
   """Softmax gradient: dlogits = p * (dp - sum(dout * out)), see arXiv:2205.14135, appendix B.2."""
   q, k, v, bias, weights, slopes, out = saved
   BK, G, T, H = q.shape
   S = k.shape[1]
   delta = (dout * out).sum(-1, keepdims=True, dtype=jnp.float32)
   dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
-  for (a, b, s), p, slope in zip(_bounds(T, S, chunks), weights, slopes, strict=True):
+  for (a, b, s), p, slope in zip(_bounds(T, S, how.chunks), weights, slopes, strict=True):
     grow = lambda x, s=s: jnp.pad(x, ((0, 0), (0, S - s), (0, 0)))
     d = _fold(dout[:, :, a:b])
     dv += grow(_dot(p, d, 1, 1))
-    dlogits = p * (_dot(d, v[:, :s], 2, 2, jnp.float32) - _fold(delta[:, :, a:b])) * scale
+    dlogits = p * (_dot(d, v[:, :s], 2, 2, jnp.float32) - _fold(delta[:, :, a:b])) * how.scale
     dlogits = (dlogits if slope is None else dlogits * slope).astype(q.dtype)
     dq.append(_dot(dlogits, k[:, :s], 2, 1).reshape(BK, G, b - a, H))
     dk += grow(_dot(dlogits, _fold(q[:, :, a:b]), 1, 1))

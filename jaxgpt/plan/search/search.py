@@ -20,7 +20,6 @@ from jaxgpt.plan.schedule.kernels import ASSUMED_RATE
 from jaxgpt.plan.search import candidates
 from jaxgpt.plan.search.candidates import Candidate
 from jaxgpt.plan.topology import Topology
-from jaxgpt.training import build
 
 _MATERIALIZE = ("values", "gradients")
 _OF_MEMORY = ("model.remat", "objective.loss_chunk")
@@ -105,8 +104,8 @@ def search(
     The results that fit, the best first, then the others.
 
   Raises:
-    UserError: No mesh suits the model and the batch, or it is not known how fast the chip's link to
-      the host is.
+    UserError: No mesh suits the model and the batch, the chip cannot run `model.attention`, or it
+      is not known how fast its link to the host is.
   """
   run, limit = run or compiled, candidates.limit(topology)
   if offload and topology.chip and not topology.chip.host_bandwidth:
@@ -114,15 +113,14 @@ def search(
       f"--offload: the chip table has no bandwidth from {topology.chip.name} to the host's memory, "
       "so such plans cannot be compared; leave it out, or enter host_bandwidth for the chip"
     )
+  for line in lower.other_attention(*lower.attention_forms(c, topology)):
+    say(line)
   found = candidates.candidates(c, topology, keep_batch, offload)
   if not found:
     raise UserError(
       f"data.batch_size={c.data.batch_size}: no mesh over {topology.num_devices} devices suits "
       "this model and batch" + ("; leave --keep-batch out" if keep_batch else "")
     )
-  form = build.attention_form(c, topology.platform)
-  for line in lower.other_attention(form, lower.attention_in_training(c, topology)):
-    say(line)
   chosen, beyond = choose(found, limit, finalists or _FINALISTS)
   say(
     f"{len(found)} candidates, {sum(1 for one in found if one.bytes <= limit)} should fit; "

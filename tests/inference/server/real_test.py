@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 
 import jax
 import openai
@@ -182,9 +181,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 @pytest.fixture
 def folder(tmp_path):
   """The folder of an old run, with the template of a chat."""
-  with tarfile.open(cases.HERE / "run_adamw.tar.xz") as tar:
-    tar.extraction_filter = getattr(tarfile, "data_filter", None)
-    tar.extractall(tmp_path)
+  cases.unpack("run_adamw", tmp_path)
   (found,) = (tmp_path / "runs").iterdir()
   template = generation.Generation({"eos_token_id": [2]}, "in the format", "simple")
   generation.write(found, template)

@@ -43,6 +43,19 @@ def test_a_search_moves_nothing_over_a_link_of_unknown_bandwidth(few_axes):
     search.search(c, t, offload=True)
 
 
+def test_a_search_says_which_attention_it_cannot_compile(few_axes):
+  wide, gpus = (
+    ["--config.model.head_dim=256", "--config.model.remat=full"],
+    topology.parse("h100x8"),
+  )
+  told = []
+  refuse = lambda candidate, _: search.Result(candidate, None, UserError("not compiled"))
+  search.search(llama(*wide), gpus, 1, say=told.append, run=refuse)
+  assert told[0].startswith("training on these GPUs uses attention cudnn")
+  with pytest.raises(UserError, match="cuDNN has no kernel for head size 256"):
+    search.search(llama(*wide, "--config.model.attention=cudnn"), gpus, run=refuse)
+
+
 def test_a_kept_batch_may_have_any_rows_and_microbatches(few_axes):
   """10 rows on each of 256 devices."""
   c = llama("--config.data.seq_len=2048", "--config.data.batch_size=2560")

@@ -83,8 +83,8 @@ def supports_heads(
   Args:
     key_size: Head size of queries and keys.
     value_size: Head size of values.
-    capability: Compute capability of the GPU. None: that of the local one. Without a GPU, the sizes
-      that all have.
+    capability: Compute capability of the GPU. None: that of the local GPU, or, without one, the
+      lowest.
   """
   if capability is None:
     version = jax.local_devices()[0].compute_capability if gpu_name() else "0"
